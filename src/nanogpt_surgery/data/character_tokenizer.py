@@ -1,0 +1,134 @@
+"""A tokenizer whose tokens are the characters of a text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nanogpt_surgery.errors import SurgeryError
+
+# One token for each character, whatever it is; the pieces are joined again without spaces.
+_ONE_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
+
+
+class CharacterTokenizer:
+    """Built from the unique characters of a text, in the order of their code points.
+
+    Args:
+        text: what the vocabulary is taken from; its repetitions do not matter.
+
+    Raises:
+        SurgeryError: the text is empty.
+    """
+
+    def __init__(self, text: str):
+        if not text:
+            raise SurgeryError(
+                "a CharacterTokenizer needs at least one character; the text is empty"
+            )
+        self._set_characters(sorted(set(text)))
+
+    @classmethod
+    def from_characters(cls, characters: Iterable[str]) -> CharacterTokenizer:
+        """A tokenizer whose id i is the i-th of these characters."""
+        tokenizer = cls.__new__(cls)
+        tokenizer._set_characters(list(characters))
+        return tokenizer
+
+    def _set_characters(self, characters: list[str]) -> None:
+        assert len(set(characters)) == len(characters), "characters must be distinct"
+        self.id_to_character = dict(enumerate(characters))
+        self.character_to_id = {character: i for i, character in self.id_to_character.items()}
+        code_points = [ord(character) for character in characters]
+        self._ids = np.full(max(code_points) + 2, -1, dtype=np.int32)  # the last: any beyond
+        self._ids[code_points] = np.arange(len(characters))
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of characters."""
+        return len(self.id_to_character)
+
+    def encode(self, text: str) -> list[int]:
+        """The id of each character.
+
+        Raises:
+            SurgeryError: a character is not in the vocabulary.
+        """
+        try:
+            return [self.character_to_id[character] for character in text]
+        except KeyError as unknown:
+            raise self._unknown(text, text.index(unknown.args[0])) from None
+
+    def encode_to_numpy(self, text: str) -> NDArray[np.int32]:
+        """The same ids as an int32 array (N,), without a Python object for each."""
+        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]
+        unknown = np.flatnonzero(ids < 0)
+        if unknown.size:
+            raise self._unknown(text, int(unknown[0]))
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids.
+
+        Raises:
+            SurgeryError: an id is outside the vocabulary.
+        """
+        try:
+            return "".join([self.id_to_character[int(i)] for i in ids])
+        except KeyError as unknown:
+            raise SurgeryError(
+                f"id {unknown.args[0]} is outside the vocabulary of {self.vocab_size} characters"
+            ) from None
+
+    def _unknown(self, text: str, position: int) -> SurgeryError:
+        character = text[position]
+        line = text.count("\n", 0, position) + 1
+        return SurgeryError(
+            f"the character {character!r} (U+{ord(character):04X}) at position {position}, line "
+            f"{line}, is not among the {self.vocab_size} that this tokenizer was built from",
+            "remove it, or build the tokenizer from a text that contains it and train anew",
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of a `tokenizer.json` that the `tokenizers` package reads."""
+        return {
+            "version": "1.0",
+            "truncation": None,
+            "padding": None,
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": _ONE_CHARACTER | {"invert": False},
+            "post_processor": None,
+            "decoder": {"type": "Fuse"},
+            "model": {
+                "type": "WordLevel",
+                "vocab": self.character_to_id,
+                "unk_token": "",
+            },
+        }
+
+    def save(self, path: str | Path) -> None:
+        """Write a `tokenizer.json`."""
+        Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
+
+    @classmethod
+    def from_json(cls, contents: dict[str, Any]) -> CharacterTokenizer:
+        """The tokenizer of a `tokenizer.json` that `save` wrote.
+
+        Raises:
+            SurgeryError: it is another kind of tokenizer, or damaged.
+        """
+        model = contents.get("model") or {}
+        vocab = model.get("vocab") if model.get("type") == "WordLevel" else None
+        if not vocab or not isinstance(vocab, dict) or any(len(token) != 1 for token in vocab):
+            raise SurgeryError("this tokenizer.json is not a character tokenizer's")
+        characters = sorted(vocab, key=lambda character: vocab[character])
+        if [vocab[character] for character in characters] != list(range(len(vocab))):
+            raise SurgeryError("the ids in this tokenizer.json are not 0, 1, 2, …")
+        return cls.from_characters(characters)

@@ -1,0 +1,144 @@
+"""Folders written whole or not at all, and a manifest that notices a flipped bit.
+
+The order is: a temporary folder beside the goal, every file flushed to the disk, `MANIFEST.json`
+with the size and sha256 of each, then one rename. A reader never sees half a folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from nanogpt_surgery.errors import SurgeryError
+
+MANIFEST = "MANIFEST.json"
+_TEMPORARY = ".tmp-"
+
+
+@contextmanager
+def whole_folder(goal: str | Path) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes `goal` if the block ends without an error.
+
+    A folder at `goal` is replaced if it is empty or carries our manifest; anything else is refused.
+
+    Raises:
+        SurgeryError: `goal` holds something else, or the disk refuses (its name and free space).
+    """
+    goal = Path(goal)
+    _check_replaceable(goal)
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    temporary = goal.parent / f"{_TEMPORARY}{goal.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir()
+        yield temporary
+        seal(temporary)
+        _put_in_place(temporary, goal)
+    except OSError as error:
+        free = shutil.disk_usage(goal.parent).free
+        raise SurgeryError(
+            f"could not write {goal}: {error.strerror or error} ({free:,} bytes free there); "
+            "what was there before is untouched",
+            "free some space, or write to another disk",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_replaceable(goal: Path) -> None:
+    if not goal.exists() or (goal / MANIFEST).is_file():
+        return
+    if not goal.is_dir() or any(goal.iterdir()):
+        raise SurgeryError(
+            f"{goal} exists and was not written by this program", "choose a new folder"
+        )
+
+
+def _put_in_place(temporary: Path, goal: Path) -> None:
+    old = goal.parent / f"{_TEMPORARY}{goal.name}-{uuid.uuid4().hex[:8]}"
+    if goal.exists():
+        goal.rename(old)
+    temporary.rename(goal)
+    flush(goal.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of a folder to the disk and write its manifest."""
+    files = {}
+    for path in sorted(folder.iterdir()):
+        flush(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
+    versions = {name: version(name) for name in ("nanogpt-surgery", "torch")}
+    write_json(folder / MANIFEST, {"files": files, "versions": versions})
+    flush(folder / MANIFEST)
+    flush(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, in words, or None."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"{MANIFEST} is missing"
+    for name, entry in read_json(manifest)["files"].items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != entry["size"]:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}"
+        if file_hash(path) != entry["sha256"]:
+            return f"{name} has changed since it was written (its sha256 differs)"
+    return None
+
+
+def refuse_damage(folder: Path) -> None:
+    """Raise `SurgeryError` if a folder carries a manifest and differs from it."""
+    if (folder / MANIFEST).is_file() and (problem := damage(folder)):
+        raise SurgeryError(f"{folder} is damaged: {problem}", "restore it from a copy")
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def flush(path: Path) -> None:
+    """Ask the system to put a file, or a folder's list of names, on the disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: Path, contents: Any) -> None:
+    """Write JSON in one rename, so that a reader sees the old file or the new one."""
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    temporary.replace(path)
+
+
+def read_json(path: Path) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        SurgeryError: it is missing, not UTF-8, or not JSON (with line and column).
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SurgeryError(f"{path} is missing") from None
+    except UnicodeDecodeError as error:
+        raise SurgeryError(f"{path} is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise SurgeryError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None

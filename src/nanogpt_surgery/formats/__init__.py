@@ -1,0 +1,1 @@
+"""How a model lies on disk: name maps and conversions, nothing else."""

@@ -1,0 +1,112 @@
+"""Adapters of our models under the names of the family's checkpoints, and back.
+
+Most names are simply translated. GPT-2 keeps q, k and v in one fused matrix, `c_attn`:
+
+- an update of `c_attn` is exactly three updates that share A and split B by rows;
+- updates of q, k and v are exactly one of `c_attn`: the A's stacked, the B's on a block diagonal,
+  alpha added up, so that alpha / rank stays when they agree in it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.huggingface import OWN, family_of
+from nanogpt_surgery.formats.name_map import Row, rows
+from nanogpt_surgery.lora.adapter import (
+    LowRankUpdate,
+    Updates,
+    apply_updates,
+    read_adapter,
+    updates_of,
+    write_adapter,
+)
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
+    """Write the LoRA that a model carries as a PEFT adapter folder, whole or not at all.
+
+    For a `SimpleGPT` on a family's axes the names are those of transformers' model, on which `peft`
+    loads the folder; any other module keeps its own names.
+
+    Args:
+        model: carries a LoRA.
+        folder: made, or replaced if it is one of ours.
+        base: name or path of the base model, for information.
+
+    Raises:
+        SurgeryError: there is no LoRA, or the folder holds something else.
+    """
+    updates, fan_in_fan_out = updates_of(model), False
+    if isinstance(model, SimpleGPT) and (family := family_of(model.config)) != OWN:
+        updates = _to_theirs(updates, family, model)
+        fan_in_fan_out = family == "gpt2"
+    write_adapter(updates, folder, base, fan_in_fan_out)
+
+
+def load_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Inject the LoRA of a PEFT adapter folder into a model, strictly.
+
+    Raises:
+        SurgeryError: the folder is no LoRA adapter or is damaged, or does not fit the model. The
+            model is untouched then.
+    """
+    updates = read_adapter(folder)
+    if isinstance(model, SimpleGPT) and (family := family_of(model.config)) != OWN:
+        updates = _to_ours(updates, family, model)
+    apply_updates(model, updates)
+
+
+def _to_theirs(updates: Updates, family: str, model: SimpleGPT) -> Updates:
+    converted = {}
+    for row in rows(family, model.config.n_layer):
+        if any(name in updates for name in row.ours):
+            parts = [updates.get(name) for name in row.ours]
+            converted[row.theirs] = _fuse(parts, model, row)
+    return converted
+
+
+def _fuse(parts: list[LowRankUpdate | None], model: SimpleGPT, row: Row) -> LowRankUpdate:
+    present = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        return present[0]
+    scale = present[0].alpha / present[0].rank
+    rank = sum(part.rank for part in present)
+    blocks, start = [], 0
+    for name, part in zip(row.ours, parts, strict=True):
+        block = torch.zeros(_out_features(model, name), rank)
+        if part is not None:
+            block[:, start : start + part.rank] = part.B * (part.alpha / part.rank / scale)
+            start += part.rank
+        blocks.append(block)
+    a = torch.cat([part.A for part in present])
+    return LowRankUpdate(a, torch.cat(blocks), scale * rank)
+
+
+def _out_features(model: SimpleGPT, name: str) -> int:
+    layer = model.get_submodule(name)
+    return int(getattr(layer, "original_layer", layer).out_features)
+
+
+def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
+    left = dict(updates)
+    converted: Updates = {}
+    for row in rows(family, model.config.n_layer):
+        update = left.pop(row.theirs, None)
+        if update is not None:
+            parts = update.B.chunk(len(row.ours))
+            converted |= {
+                name: LowRankUpdate(update.A.clone(), part.clone(), update.alpha)
+                for name, part in zip(row.ours, parts, strict=True)
+            }
+    if left:
+        raise SurgeryError(
+            f"this adapter is for another model: a {family} of {model.config.n_layer} layers has "
+            f"no {', '.join(sorted(left))}"
+        )
+    return converted

@@ -1,0 +1,122 @@
+"""Which tensor of ours is which of theirs, for each family, as a table; both directions follow.
+
+A row pairs modules of ours with one of theirs. Several of ours are stacked along the output into
+one fused matrix (GPT-2's `c_attn`), and GPT-2's Conv1D keeps its matrices transposed, (in, out).
+`*` stands for the number of the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.errors import SurgeryError
+
+
+@dataclass(frozen=True)
+class Row:
+    """Modules of ours, the one of theirs that holds them, and whether it is a Conv1D."""
+
+    ours: tuple[str, ...]
+    theirs: str
+    conv1d: bool = False
+
+    def at(self, layer: int) -> Row:
+        """The row of one layer."""
+        ours = tuple(name.replace("*", str(layer)) for name in self.ours)
+        return Row(ours, self.theirs.replace("*", str(layer)), self.conv1d)
+
+
+def _llama_like() -> list[Row]:
+    same = """
+        layers.*.input_layernorm layers.*.post_attention_layernorm layers.*.self_attn.q_proj
+        layers.*.self_attn.k_proj layers.*.self_attn.v_proj layers.*.self_attn.o_proj
+        layers.*.self_attn.q_norm layers.*.self_attn.k_norm layers.*.mlp.gate_proj
+        layers.*.mlp.up_proj layers.*.mlp.down_proj embed_tokens norm
+    """.split()
+    return [Row((name,), f"model.{name}") for name in same] + [Row(("lm_head",), "lm_head")]
+
+
+_ATTENTION = "layers.*.self_attn."
+_GPT2 = [
+    Row(("embed_tokens",), "transformer.wte"),
+    Row(("embed_positions",), "transformer.wpe"),
+    Row(("layers.*.input_layernorm",), "transformer.h.*.ln_1"),
+    Row(
+        (f"{_ATTENTION}q_proj", f"{_ATTENTION}k_proj", f"{_ATTENTION}v_proj"),
+        "transformer.h.*.attn.c_attn",
+        conv1d=True,
+    ),
+    Row((f"{_ATTENTION}o_proj",), "transformer.h.*.attn.c_proj", conv1d=True),
+    Row(("layers.*.post_attention_layernorm",), "transformer.h.*.ln_2"),
+    Row(("layers.*.mlp.up_proj",), "transformer.h.*.mlp.c_fc", conv1d=True),
+    Row(("layers.*.mlp.down_proj",), "transformer.h.*.mlp.c_proj", conv1d=True),
+    Row(("norm",), "transformer.ln_f"),
+    Row(("lm_head",), "lm_head"),
+]
+
+NAME_MAPS: dict[str, list[Row]] = {
+    "gpt2": _GPT2,
+    "llama": _llama_like(),
+    "qwen2": _llama_like(),
+    "qwen3": _llama_like(),
+}
+
+
+def rows(family: str, n_layer: int) -> Iterator[Row]:
+    """The family's rows, those of layers once for each."""
+    for row in NAME_MAPS[family]:
+        yield from (row.at(i) for i in range(n_layer)) if "*" in row.theirs else [row]
+
+
+def to_theirs(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str, Tensor]:
+    """Our tensors under the family's names and in its orientation."""
+    left = dict(tensors)
+    converted: dict[str, Tensor] = {}
+    for row in rows(family, n_layer):
+        for kind in ("weight", "bias"):
+            parts = [left.pop(f"{name}.{kind}") for name in row.ours if f"{name}.{kind}" in left]
+            if parts:
+                assert len(parts) == len(row.ours), f"{row.theirs} has only some of its parts"
+                joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+                converted[f"{row.theirs}.{kind}"] = _turned(joined, row, kind)
+    assert not left, f"no name in the family {family} for {sorted(left)}"
+    return converted
+
+
+def to_ours(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str, Tensor]:
+    """The inverse of `to_theirs`.
+
+    Raises:
+        SurgeryError: a tensor has no place in the family (with its name).
+    """
+    left = dict(tensors)
+    converted: dict[str, Tensor] = {}
+    for row in rows(family, n_layer):
+        for kind in ("weight", "bias"):
+            joined = left.pop(f"{row.theirs}.{kind}", None)
+            if joined is not None:
+                parts = _turned(joined, row, kind).chunk(len(row.ours))
+                converted |= {f"{n}.{kind}": part for n, part in zip(row.ours, parts, strict=True)}
+    if left:
+        raise SurgeryError(f"tensors that a {family} does not have: {', '.join(sorted(left))}")
+    return converted
+
+
+def normal_names(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
+    """Tensors named as the family's rows name them.
+
+    Older GPT-2 files leave out the prefix `transformer.` and carry the causal masks as buffers.
+    """
+    if family != "gpt2":
+        return tensors
+    kept = {k: t for k, t in tensors.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+    prefixed = ("transformer.", "lm_head.")
+    return {k if k.startswith(prefixed) else f"transformer.{k}": t for k, t in kept.items()}
+
+
+def _turned(tensor: Tensor, row: Row, kind: str) -> Tensor:
+    return tensor.t().contiguous() if row.conv1d and kind == "weight" else tensor

@@ -1,0 +1,125 @@
+"""Generation: a generator of ids, one forward pass of one token each."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.generation.sampling import sample
+from nanogpt_surgery.model.kv_cache import KVCache
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+def generate(
+    model: SimpleGPT,
+    ids: Sequence[int] | Tensor,
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    *,
+    stop_ids: Collection[int] = (),
+    seed: int | None = None,
+) -> Iterator[int]:
+    """Continue a prompt, an id for each item taken from the iterator.
+
+    Keys and values of the past are kept, so each token costs one pass of one token. Past
+    `block_size` the window slides: each new token is computed from the last `block_size` ids anew,
+    and a `SurgeryWarning` says so once.
+
+    Args:
+        model: left in the mode it is in; computed in eval mode.
+        ids: the prompt, at least one id: a sequence, or a tensor (T,) or (1, T).
+        max_new_tokens: how many at most.
+        temperature: 0 takes the likeliest id; 1 draws from the model's distribution.
+        top_k: draw among the k likeliest alone.
+        stop_ids: ids after which to stop; the one met is not yielded.
+        seed: of the draw; None draws differently each time.
+
+    Raises:
+        SurgeryError: an empty prompt, an id outside the vocabulary, or a setting outside its range.
+    """
+    prompt = torch.as_tensor(ids, dtype=torch.long).flatten()
+    _check(model, prompt, temperature, top_k)
+    return _ids(model, prompt, max_new_tokens, temperature, top_k, stop_ids, seed)
+
+
+def _check(model: SimpleGPT, prompt: Tensor, temperature: float, top_k: int | None) -> None:
+    vocab_size = model.config.vocab_size
+    if prompt.numel() == 0:
+        raise SurgeryError("the prompt is empty; generation starts from at least one token")
+    if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
+        raise SurgeryError(
+            f"the prompt has ids from {int(prompt.min())} to {int(prompt.max())}; the model's "
+            f"vocabulary is 0 to {vocab_size - 1}"
+        )
+    if temperature < 0:
+        raise SurgeryError(f"temperature is {temperature}; it must be at least 0")
+    if top_k is not None and top_k < 1:
+        raise SurgeryError(f"top_k is {top_k}; it must be at least 1")
+
+
+def _ids(
+    model: SimpleGPT,
+    prompt: Tensor,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    stop_ids: Collection[int],
+    seed: int | None,
+) -> Iterator[int]:
+    draw = torch.Generator()
+    draw.seed() if seed is None else draw.manual_seed(seed)
+    window = _Window(model, prompt, max_new_tokens)
+    for _ in range(max_new_tokens):
+        new = sample(window.next_logits().cpu(), temperature, top_k, draw)
+        if new in stop_ids:
+            return
+        yield new
+        window.append(new)
+
+
+class _Window:
+    """The last `block_size` ids, and the cache of all but those not yet computed."""
+
+    def __init__(self, model: SimpleGPT, prompt: Tensor, max_new_tokens: int):
+        weight = model.embed_tokens.weight
+        self.model = model
+        self.ids = prompt.to(weight.device)
+        self.block_size = model.config.block_size
+        room = min(self.block_size, len(prompt) + max_new_tokens)
+        self.cache = KVCache(model.config, 1, room, weight.dtype, weight.device)
+        self.warned = False
+
+    def append(self, new: int) -> None:
+        self.ids = torch.cat((self.ids, self.ids.new_tensor([new])))
+
+    def next_logits(self) -> Tensor:
+        """Logits (V,) of the token after the ids."""
+        if len(self.ids) > self.block_size:
+            self._slide()
+        new = self.ids[None, self.cache.length :]
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.inference_mode():
+                hidden = self.model.hidden(new, self.cache)  # (1, T, C)
+                logits: Tensor = self.model.lm_head(hidden[0, -1])  # (V,)
+        finally:
+            self.model.train(training)
+        return logits
+
+    def _slide(self) -> None:
+        if not self.warned:
+            warnings.warn(
+                f"the text has outgrown the model's block_size of {self.block_size} tokens: the "
+                "window slides, and the oldest are forgotten",
+                SurgeryWarning,
+                stacklevel=5,
+            )
+            self.warned = True
+        self.ids = self.ids[-self.block_size :]
+        self.cache.truncate(0)

@@ -1,0 +1,1 @@
+"""The anatomy: every part of the GPT, by hand, in torch alone."""

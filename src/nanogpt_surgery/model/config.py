@@ -1,0 +1,239 @@
+"""The values in which GPTs differ, and the families whose checkpoints we speak.
+
+A family is a choice on orthogonal axes, never a branch in the code: what differs between GPT-2 and
+Qwen3 is a row of `FAMILIES`. This module does not load torch, so the command line can read it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nanogpt_surgery.errors import SurgeryError
+
+Positions = Literal["learned", "rotary"]
+Norm = Literal["layernorm", "rmsnorm"]
+Mlp = Literal["gelu", "gelu_tanh", "swiglu"]
+Bias = Literal["all", "qkv", "attention", "none"]
+
+AXES: dict[str, tuple[str, ...]] = {
+    "positions": ("learned", "rotary"),
+    "norm": ("layernorm", "rmsnorm"),
+    "mlp": ("gelu", "gelu_tanh", "swiglu"),
+    "bias": ("all", "qkv", "attention", "none"),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the rotary wavelengths (Llama 3.1's `rope_type: llama3`).
+
+    Wavelengths under `original_max_position_embeddings / high_freq_factor` tokens stay, those over
+    `original_max_position_embeddings / low_freq_factor` become `factor` times longer, and those
+    between are interpolated.
+    """
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise SurgeryError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
+        if self.low_freq_factor >= self.high_freq_factor:
+            raise SurgeryError(
+                f"rope_scaling.low_freq_factor {self.low_freq_factor} must be below "
+                f"high_freq_factor {self.high_freq_factor}"
+            )
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that determines a model's shape and arithmetic; the weights are the rest.
+
+    Three sizes follow from others where they are 0, and are resolved on construction: `n_kv_head`,
+    `head_dim` and `n_inner`. All contradictions are reported at once, as a `SurgeryError`.
+    """
+
+    vocab_size: int
+    """number of token ids, V"""
+    n_embd: int = 128
+    """width of the residual stream, C"""
+    n_head: int = 4
+    """query heads, H"""
+    n_layer: int = 4
+    """transformer blocks"""
+    block_size: int = 256
+    """longest context in tokens"""
+    n_kv_head: int = 0
+    """key and value heads, G; fewer than n_head groups the queries (0: n_head)"""
+    head_dim: int = 0
+    """width of a head, D (0: n_embd / n_head)"""
+    n_inner: int = 0
+    """width inside the feed-forward (0: 4 C, or 8/3 C rounded up to a multiple of 32 for SwiGLU)"""
+    positions: Positions = "learned"
+    """how order is told: a learned table added once, or a rotation of queries and keys"""
+    norm: Norm = "layernorm"
+    """LayerNorm (mean and variance) or RMSNorm (root mean square alone)"""
+    mlp: Mlp = "gelu"
+    """feed-forward: GELU, its tanh form (GPT-2's), or the gated SwiGLU (Llama's)"""
+    bias: Bias = "all"
+    """which layers carry a bias: all (norms too), q k v, the whole attention, or none"""
+    qk_norm: bool = False
+    """RMSNorm over each head's queries and keys (Qwen3)"""
+    tie_head: bool = False
+    """the head shares its matrix with the token embedding"""
+    norm_eps: float = 1e-5
+    """added to the variance in the norms"""
+    rope_theta: float = 10000.0
+    """base of the rotary wavelengths"""
+    rope_scaling: RopeScaling | None = None
+    """Llama 3's stretching of the rotary wavelengths"""
+    dropout: float = 0.0
+    """probability of zeroing an activation in training"""
+
+    def __post_init__(self) -> None:
+        _raise_all(self._unset_sizes())
+        derived = {
+            "n_kv_head": self.n_kv_head or self.n_head,
+            "head_dim": self.head_dim or self.n_embd // self.n_head,
+            "n_inner": self.n_inner or self._default_inner(),
+        }
+        _raise_all(self._contradictions(**derived))
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
+
+    def _default_inner(self) -> int:
+        if self.mlp != "swiglu":
+            return 4 * self.n_embd
+        return -(-8 * self.n_embd // (3 * 32)) * 32
+
+    def _unset_sizes(self) -> list[str]:
+        sizes = ("vocab_size", "n_embd", "n_head", "n_layer", "block_size")
+        return [
+            f"{name} is {getattr(self, name)}; it must be a positive integer"
+            for name in sizes
+            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
+        ]
+
+    def _contradictions(self, n_kv_head: int, head_dim: int, n_inner: int) -> list[str]:
+        found = [
+            f"{axis} is {getattr(self, axis)!r}; it must be one of {', '.join(values)}"
+            for axis, values in AXES.items()
+            if getattr(self, axis) not in values
+        ]
+        if not self.head_dim and self.n_embd % self.n_head:
+            found.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.n_head % n_kv_head:
+            found.append(f"n_head {self.n_head} is not a multiple of n_kv_head {n_kv_head}")
+        if self.positions == "rotary" and head_dim % 2:
+            found.append(f"head_dim {head_dim} is odd; rotary positions turn pairs of numbers")
+        if self.rope_scaling and self.positions != "rotary":
+            found.append(f"rope_scaling needs positions 'rotary', not {self.positions!r}")
+        if min(n_kv_head, head_dim, n_inner) < 1:
+            found.append(
+                f"n_kv_head {n_kv_head}, head_dim {head_dim} and n_inner {n_inner} must be positive"
+            )
+        if not 0 <= self.dropout < 1:
+            found.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        if self.norm_eps <= 0:
+            found.append(f"norm_eps is {self.norm_eps}; it must be above 0")
+        return found
+
+    @classmethod
+    def for_family(cls, family: str, **sizes: Any) -> GPTConfig:
+        """A config on the family's usual axes; `sizes` are any fields of `GPTConfig`."""
+        if family not in FAMILIES:
+            raise SurgeryError(
+                f"there is no family {family!r}", f"choose one of {', '.join(FAMILIES)}"
+            )
+        usual = {axis: values[0] for axis, values in FAMILIES[family].items()}
+        return cls(**(usual | sizes))
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of distinct weights, a tied head counted once."""
+        embeddings = self.vocab_size * self.n_embd
+        if self.positions == "learned":
+            embeddings += self.block_size * self.n_embd
+        head = 0 if self.tie_head else self.vocab_size * self.n_embd
+        return embeddings + self.n_layer * self._block_parameters() + self._norm_parameters() + head
+
+    def _norm_parameters(self) -> int:
+        return self.n_embd * (2 if self.norm == "layernorm" and self.bias == "all" else 1)
+
+    def _block_matrices(self) -> int:
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        feed_forward_matrices = 3 if self.mlp == "swiglu" else 2
+        return self.n_embd * (2 * q + 2 * kv + feed_forward_matrices * self.n_inner)
+
+    def _block_parameters(self) -> int:
+        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
+        inner_outputs = self.n_inner * (2 if self.mlp == "swiglu" else 1)
+        biases = {
+            "all": q + 2 * kv + self.n_embd + inner_outputs + self.n_embd,
+            "qkv": q + 2 * kv,
+            "attention": q + 2 * kv + self.n_embd,
+            "none": 0,
+        }[self.bias]
+        qk_norms = 2 * self.head_dim if self.qk_norm else 0
+        return self._block_matrices() + biases + 2 * self._norm_parameters() + qk_norms
+
+    def flops_per_token(self, context: int | None = None) -> int:
+        """Floating-point operations of a forward pass, per token, in matrix products alone.
+
+        Two for each weight of a matrix that multiplies, and 4 · layers · H · D · `context` for
+        attention, whose square is counted whole although half is masked (PaLM, arXiv:2204.02311,
+        appendix B). A training step takes three times as many. `context` defaults to `block_size`.
+        """
+        context = self.block_size if context is None else context
+        matrices = self.n_layer * self._block_matrices() + self.vocab_size * self.n_embd
+        return 2 * matrices + 4 * self.n_layer * self.n_head * self.head_dim * context
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return dataclasses.asdict(self)
+
+
+def _raise_all(problems: list[str]) -> None:
+    if problems:
+        raise SurgeryError("this model cannot be built: " + "; ".join(problems))
+
+
+# For each family the values its checkpoints may take on each axis, the usual one first.
+FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
+    "gpt2": {
+        "positions": ("learned",),
+        "norm": ("layernorm",),
+        "mlp": ("gelu_tanh", "gelu"),
+        "bias": ("all",),
+        "qk_norm": (False,),
+        "tie_head": (True, False),
+    },
+    "llama": {
+        "positions": ("rotary",),
+        "norm": ("rmsnorm",),
+        "mlp": ("swiglu",),
+        "bias": ("none", "all", "attention"),
+        "qk_norm": (False,),
+        "tie_head": (False, True),
+    },
+    "qwen2": {
+        "positions": ("rotary",),
+        "norm": ("rmsnorm",),
+        "mlp": ("swiglu",),
+        "bias": ("qkv",),
+        "qk_norm": (False,),
+        "tie_head": (True, False),
+    },
+    "qwen3": {
+        "positions": ("rotary",),
+        "norm": ("rmsnorm",),
+        "mlp": ("swiglu",),
+        "bias": ("none", "attention"),
+        "qk_norm": (True,),
+        "tie_head": (True, False),
+    },
+}

@@ -1,0 +1,42 @@
+"""How the weights of a new model are drawn. Constructors draw nothing that stays.
+
+| weight                                    | drawn from                                          |
+|-------------------------------------------|-----------------------------------------------------|
+| embeddings of tokens and positions        | normal, deviation 0.02 (GPT-2)                      |
+| projections into attention, feed-forward  | normal, deviation 0.02                              |
+| `o_proj`, `down_proj`                     | normal, deviation 0.02 / √(2 · layers): 2 · layers  |
+|                                           | branches add up in the residual stream (GPT-2)      |
+| the head, and the embedding tied to it    | normal, deviation min(0.02, 0.2 / √C): logits       |
+|                                           | start near 0, so the first loss is near ln V        |
+| biases                                    | 0                                                   |
+| weights of norms                          | 1                                                   |
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import nn
+
+from nanogpt_surgery.model.config import GPTConfig
+
+STANDARD_DEVIATION = 0.02
+
+
+def initialise(model: nn.Module, config: GPTConfig) -> None:
+    """Draw every weight of a `SimpleGPT` anew, in place, from torch's global generator."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        else:
+            nn.init.normal_(parameter, std=_deviation(name, config))
+
+
+def _deviation(name: str, config: GPTConfig) -> float:
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return STANDARD_DEVIATION / math.sqrt(2 * config.n_layer)
+    if name == "lm_head.weight" or (config.tie_head and name == "embed_tokens.weight"):
+        return min(STANDARD_DEVIATION, 0.2 / math.sqrt(config.n_embd))
+    return STANDARD_DEVIATION

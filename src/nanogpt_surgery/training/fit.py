@@ -1,0 +1,163 @@
+"""The one training loop. It yields a `Step` after each step; it never prints and never saves.
+
+Fine-tuning is the same loop on a model with fewer trainable parameters. Everything random follows
+from (seed, step), so going on from a checkpoint needs the weights, the optimizer and a number.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.data.gpt_dataset import GPTDataset
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.training.hardware import Hardware, choose_hardware
+from nanogpt_surgery.training.loss import cross_entropy, evaluate
+from nanogpt_surgery.training.optimizer import make_optimizer
+from nanogpt_surgery.training.schedule import learning_rate
+from nanogpt_surgery.training.settings import FitSettings
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    step: int
+    """steps done so far, this one included"""
+    loss: float
+    """mean over the step's tokens before its update, in nats a token"""
+    learning_rate: float
+    gradient_norm: float
+    """before clipping"""
+    tokens: int
+    """targets in the step"""
+    seconds: float
+    """wall time of the step, its evaluation apart"""
+    validation_loss: float | None = None
+    """in nats a token, over the whole validation text, after the update"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for a line of metrics."""
+        return asdict(self)
+
+
+def fit(
+    model: nn.Module,
+    dataset: GPTDataset,
+    settings: FitSettings | None = None,
+    *,
+    validation: GPTDataset | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    first_step: int = 0,
+    **changes: Any,
+) -> Iterator[Step]:
+    """Train what can be trained in a model, a step for each item taken from the iterator.
+
+    Args:
+        model: called on ids (B, T) it gives logits (B, T, V); trained in place, on the device that
+            `settings` choose.
+        dataset: the windows to learn from.
+        settings: see `FitSettings`; its defaults if None.
+        validation: evaluated whole every `evaluate_every` steps and at the end.
+        optimizer: to go on with; a new AdamW if None. The schedule sets its learning rate.
+        first_step: steps done already.
+        **changes: fields of `FitSettings` by name, over those of `settings`.
+
+    Yields:
+        A `Step` after each optimizer step.
+
+    Raises:
+        SurgeryError: nothing can be trained, or the loss is not a number (before any update).
+    """
+    settings = replace(settings or FitSettings(), **changes)
+    hardware = choose_hardware(settings)
+    model.to(hardware.device)
+    optimizer = optimizer or make_optimizer(model, settings)
+    return _steps(model, dataset, settings, validation, optimizer, first_step, hardware)
+
+
+def _steps(
+    model: nn.Module,
+    dataset: GPTDataset,
+    settings: FitSettings,
+    validation: GPTDataset | None,
+    optimizer: torch.optim.Optimizer,
+    first_step: int,
+    hardware: Hardware,
+) -> Iterator[Step]:
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    model.train()
+    for step in range(first_step, settings.max_steps):
+        start = time.perf_counter()
+        rate = learning_rate(step, settings)
+        loss = _accumulate(model, dataset, settings, step, hardware)
+        norm = _update(trained, optimizer, rate, settings.clip, step)
+        done = Step(
+            step=step + 1,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=settings.batch_size * settings.accumulation * dataset.block_size,
+            seconds=time.perf_counter() - start,
+        )
+        if validation is not None and _evaluates(step + 1, settings):
+            done = replace(done, validation_loss=evaluate(model, validation))
+        yield done
+
+
+def _accumulate(
+    model: nn.Module, dataset: GPTDataset, settings: FitSettings, step: int, hardware: Hardware
+) -> float:
+    """Gradients of the mean loss over the step's windows; returns that loss."""
+    inputs, targets = dataset.batch(
+        step, settings.batch_size * settings.accumulation, settings.seed
+    )
+    total = 0.0
+    parts = zip(
+        inputs.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True
+    )
+    for part, (x, y) in enumerate(parts):
+        torch.manual_seed(hash((settings.seed, step, part)))  # dropout follows (seed, step)
+        with hardware.autocast():
+            logits = model(_on(x, hardware))
+        loss = cross_entropy(logits, _on(y, hardware)) / settings.accumulation
+        loss.backward()
+        total += loss.item()
+    return total
+
+
+def _on(ids: Tensor, hardware: Hardware) -> Tensor:
+    return ids.to(hardware.device, non_blocking=True)
+
+
+def _update(
+    trained: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    clip: float,
+    step: int,
+) -> float:
+    """Clip, step, clear; returns the norm of the gradient before clipping."""
+    norm = float(nn.utils.clip_grad_norm_(trained, clip or math.inf))
+    if not math.isfinite(norm):
+        optimizer.zero_grad()
+        raise SurgeryError(
+            f"the gradient of step {step + 1} is not finite; no weight was changed by it",
+            "lower the learning rate, or use precision float32",
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    optimizer.zero_grad()
+    return norm
+
+
+def _evaluates(steps: int, settings: FitSettings) -> bool:
+    every = settings.evaluate_every
+    return steps == settings.max_steps or (every > 0 and steps % every == 0)

@@ -1,0 +1,78 @@
+"""Where and in what precision to compute: chosen by what is there, and said in one line."""
+
+from __future__ import annotations
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.training.settings import FitSettings
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A device, the precision of its matrix products, and whether blocks are compiled."""
+
+    device: torch.device
+    precision: torch.dtype
+    compile: bool
+
+    def describe(self) -> str:
+        """One line for the user."""
+        if self.device.type == "cuda":
+            name = torch.cuda.get_device_name(self.device)
+        else:
+            name = f"{self.device.type}, {torch.get_num_threads()} threads"
+        how = "compiled blocks" if self.compile else "not compiled"
+        return f"{name}, {str(self.precision).removeprefix('torch.')}, {how}"
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """The context in which a forward pass computes in the chosen precision."""
+        if self.precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, self.precision)
+
+
+def choose_hardware(settings: FitSettings) -> Hardware:
+    """The hardware for a training.
+
+    Raises:
+        SurgeryError: a device is asked for that is not there.
+    """
+    device = _device(settings.device)
+    return Hardware(device, _precision(settings.precision, device), _compile(settings, device))
+
+
+def _device(wanted: str) -> torch.device:
+    there = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if wanted == "auto":
+        wanted = next(name for name, present in there.items() if present)
+    if not there[wanted]:
+        raise SurgeryError(f"there is no {wanted} device here", "leave the device at auto")
+    return torch.device(wanted)
+
+
+def _precision(wanted: str, device: torch.device) -> torch.dtype:
+    if wanted != "auto":
+        return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+
+
+def cpu_has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 in hardware (AVX-512 BF16, AMX)."""
+    return any(torch.cpu.get_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
+
+
+def _compile(settings: FitSettings, device: torch.device) -> bool:
+    if settings.compile != "auto":
+        return settings.compile == "on"
+    return device.type == "cuda" and settings.max_steps >= 500 and os.name == "posix"

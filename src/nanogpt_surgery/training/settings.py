@@ -1,0 +1,80 @@
+"""What a training is told, with its defaults: the only place where they stand.
+
+The command line's flags and the keys of a config file are made from these fields. This module does
+not load torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from nanogpt_surgery.errors import SurgeryError
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Precision = Literal["auto", "float32", "bfloat16"]
+Compile = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Settings of `fit`; contradictions are reported all at once, as a `SurgeryError`."""
+
+    max_steps: int = 2000
+    """optimizer steps in all"""
+    batch_size: int = 12
+    """windows in a batch"""
+    accumulation: int = 1
+    """batches whose gradients make one step, as one big batch would"""
+    learning_rate: float = 1e-3
+    """the peak of the schedule"""
+    final_learning_rate: float = 0.1
+    """where the cosine ends, as a share of the peak"""
+    warmup_steps: int = 100
+    """steps over which the rate rises from 0"""
+    weight_decay: float = 0.1
+    """AdamW's decay, on matrices only"""
+    beta1: float = 0.9
+    """AdamW's memory of the gradient"""
+    beta2: float = 0.99
+    """AdamW's memory of its square"""
+    clip: float = 1.0
+    """largest norm of the gradient (0: no clipping)"""
+    evaluate_every: int = 250
+    """steps from one evaluation to the next (0: only at the end)"""
+    seed: int = 1337
+    """from which batches and dropout follow, with the step's number"""
+    device: Device = "auto"
+    """where to compute"""
+    precision: Precision = "auto"
+    """what matrix products are computed in; weights and optimizer stay float32"""
+    compile: Compile = "auto"
+    """torch.compile for each block: where it pays, always, or never"""
+
+    def __post_init__(self) -> None:
+        found = [
+            f"{name} is {getattr(self, name)}; it must be at least {least}"
+            for name, least in _LEAST.items()
+            if getattr(self, name) < least
+        ]
+        if found:
+            raise SurgeryError("this training cannot be run: " + "; ".join(found))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for JSON."""
+        return asdict(self)
+
+
+_LEAST = {
+    "max_steps": 1,
+    "batch_size": 1,
+    "accumulation": 1,
+    "learning_rate": 0.0,
+    "final_learning_rate": 0.0,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "beta1": 0.0,
+    "beta2": 0.0,
+    "clip": 0.0,
+    "evaluate_every": 0,
+}
