@@ -25,6 +25,7 @@ from nanogpt_surgery.lora.adapter import (
     updates_of,
     write_adapter,
 )
+from nanogpt_surgery.lora.lora_linear import LoRALinear
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -90,7 +91,9 @@ def _fuse(parts: list[LowRankUpdate | None], model: SimpleGPT, row: Row) -> LowR
 
 def _out_features(model: SimpleGPT, name: str) -> int:
     layer = model.get_submodule(name)
-    return int(getattr(layer, "original_layer", layer).out_features)
+    linear = layer.original_layer if isinstance(layer, LoRALinear) else layer
+    assert isinstance(linear, nn.Linear)
+    return linear.out_features
 
 
 def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
