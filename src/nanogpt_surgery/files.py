@@ -121,9 +121,28 @@ def flush(path: Path) -> None:
 
 def write_json(path: Path, contents: Any) -> None:
     """Write JSON in one rename, so that a reader sees the old file or the new one."""
+    replace_text(path, json.dumps(contents, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one rename, flushed to the disk."""
     temporary = path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
-    temporary.write_text(json.dumps(contents, indent=2) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
+    flush(temporary)
     temporary.replace(path)
+
+
+def link_or_copy(source: Path, goal: Path) -> None:
+    """Put a file that never changes at a second place, in one rename.
+
+    No bytes are copied where the file system can link.
+    """
+    temporary = goal.with_name(f"{_TEMPORARY}{goal.name}-{uuid.uuid4().hex[:8]}")
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(goal)
 
 
 def read_json(path: Path) -> Any:

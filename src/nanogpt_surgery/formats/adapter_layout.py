@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files import whole_folder
 from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import Row, rows
 from nanogpt_surgery.lora.adapter import (
@@ -23,7 +24,7 @@ from nanogpt_surgery.lora.adapter import (
     apply_updates,
     read_adapter,
     updates_of,
-    write_adapter,
+    write_updates,
 )
 from nanogpt_surgery.lora.lora_linear import LoRALinear
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -43,11 +44,17 @@ def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
     Raises:
         SurgeryError: there is no LoRA, or the folder holds something else.
     """
+    with whole_folder(folder) as temporary:
+        write_adapter_files(model, temporary, base)
+
+
+def write_adapter_files(model: nn.Module, folder: Path, base: str = "") -> None:
+    """Write the files of an adapter folder into a folder that is being made."""
     updates, fan_in_fan_out = updates_of(model), False
     if isinstance(model, SimpleGPT) and (family := family_of(model.config)) != OWN:
         updates = _to_theirs(updates, family, model)
         fan_in_fan_out = family == "gpt2"
-    write_adapter(updates, folder, base, fan_in_fan_out)
+    write_updates(updates, folder, base, fan_in_fan_out)
 
 
 def load_adapter(model: nn.Module, folder: str | Path) -> None:

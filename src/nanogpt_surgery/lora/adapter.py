@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, nearest
-from nanogpt_surgery.files import read_json, refuse_damage, whole_folder, write_json
+from nanogpt_surgery.files import read_json, refuse_damage, write_json
 from nanogpt_surgery.lora.operations import inject_lora, lora_layers
 
 CONFIG = "adapter_config.json"
@@ -54,6 +54,13 @@ class LowRankUpdate:
     def delta_weight(self) -> Tensor:
         """ΔW, (out, in), float32."""
         return self.alpha / self.rank * (self.B @ self.A)
+
+    @property
+    def singular_values(self) -> Tensor:
+        """Those of ΔW that can be other than zero, (R), largest first; ΔW is never built."""
+        _, b = torch.linalg.qr(self.B)  # (R, R)
+        _, a = torch.linalg.qr(self.A.t())  # (R, R)
+        return self.alpha / self.rank * torch.linalg.svdvals(b @ a.t())
 
 
 Updates = dict[str, LowRankUpdate]
@@ -107,14 +114,14 @@ def _check_fit(model: nn.Module, updates: Updates) -> None:
         raise SurgeryError("this adapter is for another model: " + "; ".join(problems))
 
 
-def write_adapter(
-    updates: Updates, folder: str | Path, base: str = "", fan_in_fan_out: bool = False
+def write_updates(
+    updates: Updates, folder: Path, base: str = "", fan_in_fan_out: bool = False
 ) -> None:
-    """Write updates as a PEFT adapter folder, whole or not at all.
+    """Write updates as the files of a PEFT adapter folder.
 
     Args:
         updates: by the layer's name in the model that PEFT will load it on.
-        folder: made, or replaced if it is an adapter folder of ours.
+        folder: one that is being made.
         base: name or path of the base model, for information.
         fan_in_fan_out: the base stores its matrices transposed (GPT-2's Conv1D).
     """
@@ -122,9 +129,8 @@ def write_adapter(
     for name, update in updates.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = update.A.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = update.B.contiguous()
-    with whole_folder(folder) as temporary:
-        write_json(temporary / CONFIG, _config(updates, base, fan_in_fan_out))
-        save_file(tensors, temporary / TENSORS, metadata={"format": "pt"})
+    write_json(folder / CONFIG, _config(updates, base, fan_in_fan_out))
+    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
 
 
 def _config(updates: Updates, base: str, fan_in_fan_out: bool) -> dict[str, Any]:

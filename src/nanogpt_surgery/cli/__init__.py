@@ -1,0 +1,10 @@
+"""The command line: one function a command. Nothing here loads torch before a command runs."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """The console script `surgery`."""
+    from nanogpt_surgery.cli.app import run
+
+    run()

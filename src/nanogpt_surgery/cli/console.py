@@ -1,0 +1,118 @@
+"""What goes where: data to stdout, everything about the work to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+from nanogpt_surgery.errors import SurgeryWarning
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from nanogpt_surgery.training.fit import Step
+
+PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
+
+
+def say(text: str) -> None:
+    """A line about the work."""
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def show(table: str, values: dict[str, Any], as_json: bool) -> None:
+    """The result of a command: as text, or as JSON."""
+    print(json.dumps(values, indent=2) if as_json else printable(table))
+
+
+def printable(text: str) -> str:
+    """Text without the control characters that would drive a terminal (names come from files)."""
+    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+
+
+@contextmanager
+def spoken_warnings() -> Iterator[None]:
+    """Our own warnings become lines on stderr; a repeated one is said once."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", SurgeryWarning)
+        default = warnings.showwarning
+
+        def shown(message: Any, category: Any, *place: Any) -> None:
+            if issubclass(category, SurgeryWarning):
+                say(f"note: {message}")
+            else:
+                default(message, category, *place)
+
+        warnings.showwarning = shown
+        yield
+
+
+def watched(steps: Iterable[Step], first_step: int, max_steps: int) -> Iterator[Step]:
+    """The same steps, with progress on stderr: a bar on a terminal, now and then a line elsewhere."""
+    if sys.stderr.isatty():
+        yield from _with_bar(steps, first_step, max_steps)
+    else:
+        yield from _with_lines(steps, first_step, max_steps)
+
+
+def _with_bar(steps: Iterable[Step], first_step: int, max_steps: int) -> Iterator[Step]:
+    rate = _Rate(first_step, max_steps)
+    with _bar() as bar:
+        task = bar.add_task("", total=max_steps, completed=first_step, text="")
+        for step in steps:
+            rate.add(step)
+            bar.update(task, completed=step.step, text=rate.text(step))
+            if step.validation_loss is not None:
+                bar.console.print(rate.line(step), highlight=False)
+            yield step
+
+
+def _bar() -> Progress:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _with_lines(steps: Iterable[Step], first_step: int, max_steps: int) -> Iterator[Step]:
+    rate, last = _Rate(first_step, max_steps), monotonic()
+    for step in steps:
+        rate.add(step)
+        if step.validation_loss is not None or monotonic() - last >= PLAIN_LINE_EVERY:
+            say(rate.line(step))
+            last = monotonic()
+        yield step
+
+
+class _Rate:
+    """Tokens a second and time left, over the steps seen so far."""
+
+    def __init__(self, first_step: int, max_steps: int):
+        self.first_step, self.max_steps = first_step, max_steps
+        self.start, self.tokens = monotonic(), 0
+
+    def add(self, step: Step) -> None:
+        self.tokens += step.tokens
+
+    def text(self, step: Step) -> str:
+        elapsed = monotonic() - self.start
+        done = step.step - self.first_step
+        left = elapsed / done * (self.max_steps - step.step)
+        return f"loss {step.loss:.4f}  {self.tokens / elapsed:,.0f} tokens/s  {_clock(left)} left"
+
+    def line(self, step: Step) -> str:
+        validation = step.validation_loss
+        measured = f"  validation loss {validation:.4f}" if validation is not None else ""
+        return f"step {step.step:,} of {self.max_steps:,}  {self.text(step)}{measured}"
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,85 @@
+"""`surgery inspect`: what a model or an adapter is made of."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.console import show
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.lora.report import Report
+
+
+def inspect(path: Path, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+    """Show the tree of a model's modules, or the updates of an adapter.
+
+    Parameters
+    ----------
+    path
+        a run, a model folder or an adapter folder
+    json
+        print it as JSON
+    """
+    report = (
+        _adapter_report(path) if (path / "adapter_config.json").is_file() else _model_report(path)
+    )
+    show(str(report), report.to_dict(), json)
+
+
+def _model_report(path: Path) -> Report:
+    from nanogpt_surgery.formats.huggingface import family_of
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.lora.report import Report
+
+    model, tokenizer = open_model(path)
+    rows = []
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        rows.append(
+            {
+                "module": "  " * (name.count(".") + 1) + name.rpartition(".")[2]
+                if name
+                else "model",
+                "kind": type(module).__name__,
+                "shape": ", ".join("×".join(map(str, p.shape)) for p in own.values()),
+                "parameters": sum(p.numel() for p in module.parameters()),
+                "dtype": ", ".join({str(p.dtype).removeprefix("torch.") for p in own.values()}),
+            }
+        )
+    config = model.config
+    summary = {
+        "family": family_of(config),
+        "parameters": model.n_parameters,
+        "head": "tied to the embedding" if config.tie_head else "its own matrix",
+        "context": config.block_size,
+        "forward_flops_per_token": config.flops_per_token(),
+        "tokenizer": f"{type(tokenizer).__name__}, {config.vocab_size} ids"
+        if tokenizer
+        else "none",
+    }
+    return Report(f"model {path}", rows, summary)
+
+
+def _adapter_report(path: Path) -> Report:
+    from nanogpt_surgery.lora.adapter import read_adapter
+    from nanogpt_surgery.lora.report import Report
+
+    rows = []
+    for name, update in read_adapter(path).items():
+        values = update.singular_values
+        floor = values.max() * 1e-6
+        rows.append(
+            {
+                "layer": name,
+                "shape": f"{update.B.size(0)}×{update.A.size(1)}",
+                "r": update.rank,
+                "alpha": update.alpha,
+                "norm of ΔW": float(values.square().sum().sqrt()),
+                "largest singular value": float(values.max()),
+                "rank of ΔW": int((values > floor).sum()),
+            }
+        )
+    return Report(f"adapter {path}", rows, {"layers": len(rows)})

@@ -1,0 +1,106 @@
+"""Flags made from dataclasses and functions: names, types, defaults and help stand there alone."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import re
+import textwrap
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_type_hints
+
+from cyclopts import Parameter
+
+
+def options_of(source: type, group: str, leave_out: tuple[str, ...] = ()) -> Any:
+    """A dataclass with the fields of `source`, each None unless given on the command line.
+
+    The help of a flag is the string under its field; the default shown is the field's own.
+    """
+    hints, texts = get_type_hints(source), _field_texts(source)
+    fields = [
+        (field.name, _annotated(hints[field.name], texts[field.name], field), _none())
+        for field in dataclasses.fields(source)
+        if field.name not in leave_out
+    ]
+    return _options(source.__name__, fields, group)
+
+
+def _options(name: str, fields: list[tuple[str, Any, Any]], group: str) -> Any:
+    made = dataclasses.make_dataclass(f"{name}Options", fields, frozen=True)
+    made.__module__ = __name__  # else cyclopts takes it for a builtin type
+    return Parameter(name="*", group=group)(made)
+
+
+def given(options: Any) -> dict[str, Any]:
+    """The options that were set, by field name."""
+    if options is None:
+        return {}
+    return {name: value for name, value in vars(options).items() if value is not None}
+
+
+def _annotated(hint: Any, text: str, field: dataclasses.Field[Any]) -> Any:
+    default = "the model's" if field.default is dataclasses.MISSING else field.default
+    return Annotated[hint | None, Parameter(help=text, show_default=lambda _: default)]
+
+
+def _none() -> Any:
+    return dataclasses.field(default=None)
+
+
+def _field_texts(source: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(source))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    texts = {}
+    for field, text in zip(body.body, body.body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+            assert isinstance(field.target, ast.Name)
+            texts[field.target.id] = ast.literal_eval(text.value)
+    return texts
+
+
+def options_of_function(where: str, group: str, leave_out: tuple[str, ...] = ()) -> Any:
+    """A dataclass with the parameters of a function ("module:name"), each None unless given.
+
+    The function's source is read, not imported, so that torch stays unloaded; help comes from the
+    Args of its docstring.
+    """
+    function = _function(where)
+    texts = _argument_texts(ast.get_docstring(function) or "")
+    arguments = [*function.args.args, *function.args.kwonlyargs]
+    nothing = [None] * (len(function.args.args) - len(function.args.defaults))
+    defaults = [*nothing, *function.args.defaults, *function.args.kw_defaults]
+    fields = [
+        (argument.arg, _flag(argument, texts.get(argument.arg, ""), default), _none())
+        for argument, default in zip(arguments, defaults, strict=True)
+        if argument.arg not in leave_out
+    ]
+    return _options(function.name, fields, group)
+
+
+def _function(where: str) -> ast.FunctionDef:
+    module, name = where.split(":")
+    spec = find_spec(module)
+    assert spec and spec.origin, f"there is no module {module}"
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    return next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
+
+
+def _flag(argument: ast.arg, text: str, default: ast.expr | None) -> Any:
+    assert argument.annotation is not None
+    written = ast.unparse(argument.annotation)
+    # On the command line several patterns are several words.
+    hint = list[str] if written == "str | Iterable[str]" else eval(written, {"Literal": Literal})
+    value = ast.literal_eval(default) if default is not None else "required"
+    shown = " ".join(value) if isinstance(value, tuple) else value
+    return Annotated[hint | None, Parameter(help=text, show_default=lambda _: shown, negative="")]
+
+
+def _argument_texts(docstring: str) -> dict[str, str]:
+    """The Args of a google-style docstring, as written, each on one line."""
+    _, _, rest = docstring.partition("Args:\n")
+    body = re.split(r"\n\n", rest, maxsplit=1)[0]
+    found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", body, re.MULTILINE | re.DOTALL)
+    return {name: " ".join(text.split()) for name, text in found}

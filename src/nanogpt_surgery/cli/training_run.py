@@ -1,0 +1,142 @@
+"""What `train` and `finetune` share: one run, watched, saved, interruptible."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanogpt_surgery.cli.console import say, watched
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.training.checkpoint import Run
+    from nanogpt_surgery.training.fit import Step
+    from nanogpt_surgery.training.settings import FitSettings
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training, from its parts to its folder."""
+
+    out: Path
+    resume: bool
+    model: nn.Module
+    dataset: GPTDataset
+    validation: GPTDataset
+    settings: FitSettings
+    description: dict[str, Any]
+    """what determines the run, beside settings and data"""
+    read_weights: Callable[[Path], None]
+    """give the model the weights of a checkpoint"""
+    write_weights: Callable[[Path], None]
+
+
+def run_training(job: Job) -> dict[str, Any]:
+    """Train to the end, or to a signal; returns the summary for the report."""
+    from nanogpt_surgery.training.checkpoint import start_run
+    from nanogpt_surgery.training.fit import fit
+    from nanogpt_surgery.training.hardware import choose_hardware
+    from nanogpt_surgery.training.optimizer import make_optimizer
+
+    hardware = choose_hardware(job.settings)
+    with start_run(job.out, _description(job), job.resume) as run, _signals() as stop:
+        if run.checkpoint:
+            job.read_weights(run.checkpoint)
+            say(f"going on from step {run.first_step:,} of {job.settings.max_steps:,}")
+        job.model.to(hardware.device)
+        optimizer = make_optimizer(job.model, job.settings)
+        if run.checkpoint:
+            run.load_optimizer(job.model, optimizer)
+        say(f"computing on {hardware.describe()}")
+        steps = fit(
+            job.model,
+            job.dataset,
+            job.settings,
+            validation=job.validation,
+            optimizer=optimizer,
+            first_step=run.first_step,
+        )
+        for step in watched(steps, run.first_step, job.settings.max_steps):
+            run.record(step)
+            if step.validation_loss is not None or stop.signal:
+                run.save(step, job.write_weights, job.model, optimizer)
+            if stop.signal:
+                _leave(job, step, stop.signal)
+        return _finish(job, run)
+
+
+def fingerprint(ids: Tensor) -> str:
+    """The sha256 of a text's ids."""
+    import hashlib
+
+    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+
+
+def _description(job: Job) -> dict[str, Any]:
+    return {
+        **job.description,
+        "settings": job.settings.to_dict(),
+        "block_size": job.dataset.block_size,
+        "train_ids": fingerprint(job.dataset.ids),
+        "validation_ids": fingerprint(job.validation.ids),
+    }
+
+
+@dataclass
+class _Stop:
+    signal: int = 0
+    handlers: dict[int, Any] = field(default_factory=dict)
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """The first Ctrl-C or SIGTERM asks for a checkpoint after the step; a second stops at once."""
+    stop = _Stop()
+
+    def ask(number: int, _frame: object) -> None:
+        stop.signal = number
+        say("stopping after this step; once more to stop at once")
+        restore()
+
+    def restore() -> None:
+        for number, handler in stop.handlers.items():
+            signal.signal(number, handler)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        stop.handlers[number] = signal.signal(number, ask)
+    try:
+        yield stop
+    finally:
+        restore()
+
+
+def _leave(job: Job, step: Step, number: int) -> None:
+    say(f"saved after step {step.step:,} in {job.out}; the same command with --resume goes on")
+    sys.exit(128 + number)
+
+
+def _finish(job: Job, run: Run) -> dict[str, Any]:
+    from nanogpt_surgery.report.loss_plot import plot_losses, read_metrics
+
+    metrics = read_metrics(run.folder / "metrics.jsonl")
+    plot_losses(metrics, run.folder / "loss.png", title=str(job.out))
+    losses = [row["validation_loss"] for row in metrics if row["validation_loss"] is not None]
+    seconds = sum(row["seconds"] for row in metrics)
+    tokens = sum(row["tokens"] for row in metrics)
+    return {
+        "folder": str(job.out),
+        "steps": len(metrics),
+        "trained_parameters": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
+        "tokens": tokens,
+        "seconds": round(seconds, 2),
+        "tokens_per_second": round(tokens / seconds),
+        "validation_loss": losses[-1],
+        "best_validation_loss": min(losses),
+    }

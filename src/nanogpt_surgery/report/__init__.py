@@ -1,0 +1,1 @@
+"""Pictures of what happened, made from plain data."""

@@ -1,0 +1,216 @@
+"""Writing a run folder: metrics a line a step, checkpoints whole or not at all, resumed to the bit.
+
+A checkpoint holds the weights (written by the caller: a model folder or an adapter folder), the
+optimizer's state by parameter name, and a number of steps. Nothing else has a state: batches,
+dropout and the schedule follow from (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files import (
+    MANIFEST,
+    link_or_copy,
+    read_json,
+    replace_text,
+    whole_folder,
+    write_json,
+)
+from nanogpt_surgery.formats.run_folder import (
+    BEST,
+    LATEST,
+    METRICS,
+    RUN,
+    best_checkpoint,
+    checkpoint_folder,
+    checkpoints,
+    is_run,
+    latest_checkpoint,
+    step_of,
+)
+from nanogpt_surgery.training.fit import Step
+
+OPTIMIZER, STATE, LOCK = "optimizer.safetensors", "training.json", "LOCK"
+KEPT = 2  # newest checkpoints, beside the best
+
+
+class Run:
+    """A run folder that is being written.
+
+    Args:
+        folder: the run folder.
+        best_loss: the lowest validation loss so far.
+        checkpoint: the checkpoint that the run goes on from, None at the beginning.
+    """
+
+    def __init__(self, folder: Path, best_loss: float, checkpoint: Path | None):
+        self.folder = folder
+        self.best_loss = best_loss
+        self.checkpoint = checkpoint
+
+    @property
+    def first_step(self) -> int:
+        """Steps done already."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+    def record(self, step: Step) -> None:
+        """Append a step's metrics."""
+        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(step.to_dict()) + "\n")
+
+    def save(
+        self,
+        step: Step,
+        write_weights: Callable[[Path], None],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+    ) -> Path:
+        """Commit a checkpoint after a step; keep the newest two and the best.
+
+        Raises:
+            SurgeryError: the disk refuses; the checkpoints that were there stay.
+        """
+        goal = checkpoint_folder(self.folder, step.step)
+        with whole_folder(goal) as temporary:
+            write_weights(temporary)
+            save_file(optimizer_state(model, optimizer), temporary / OPTIMIZER)
+            write_json(temporary / STATE, step.to_dict())
+        replace_text(self.folder / LATEST, goal.name + "\n")
+        if step.validation_loss is not None and step.validation_loss < self.best_loss:
+            self.best_loss = step.validation_loss
+            replace_text(self.folder / BEST, goal.name + "\n")
+        self.checkpoint = goal
+        self._publish(best_checkpoint(self.folder) or goal)
+        self._prune()
+        return goal
+
+    def _publish(self, checkpoint: Path) -> None:
+        """Show a checkpoint's weights at the top of the run folder, where other programs look."""
+        for file in checkpoint.iterdir():
+            if file.name not in (OPTIMIZER, STATE, MANIFEST):
+                link_or_copy(file, self.folder / file.name)
+
+    def _prune(self) -> None:
+        kept = {*checkpoints(self.folder)[-KEPT:], best_checkpoint(self.folder)}
+        for folder in checkpoints(self.folder):
+            if folder not in kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give an optimizer the state of the checkpoint that the run goes on from."""
+        assert self.checkpoint is not None, "there is no checkpoint to go on from"
+        tensors = load_file(self.checkpoint / OPTIMIZER)
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                prefix = f"{names[parameter]}:"
+                state = {
+                    k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
+                }
+                optimizer.state[parameter] = {
+                    key: tensor if key == "step" else tensor.to(parameter.device)
+                    for key, tensor in state.items()
+                }
+
+
+def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an optimizer whose states are tensors, as "parameter:key" → tensor."""
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        f"{names[parameter]}:{key}": tensor.detach().cpu().contiguous()
+        for parameter, state in optimizer.state.items()
+        for key, tensor in state.items()
+    }
+
+
+@contextmanager
+def start_run(folder: Path, description: dict[str, Any], resume: bool) -> Iterator[Run]:
+    """Begin a run, or go on with one from its newest whole checkpoint; the folder is locked.
+
+    Args:
+        folder: the run folder.
+        description: what determines the run; the same on resuming, or it is refused.
+        resume: go on with what is there; a folder without a run begins one.
+
+    Raises:
+        SurgeryError: a run is there and `resume` is off, its description differs (all differences),
+            the folder holds something else, or another process is writing it.
+    """
+    if is_run(folder):
+        _check_resumable(folder, description, resume)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder):
+        if not is_run(folder):
+            write_json(folder / RUN, description)
+        checkpoint = latest_checkpoint(folder)
+        _trim_metrics(folder / METRICS, step_of(checkpoint) if checkpoint else 0)
+        yield Run(folder, _best_loss(folder), checkpoint)
+
+
+def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) -> None:
+    if not resume:
+        raise SurgeryError(
+            f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
+        )
+    before = read_json(folder / RUN)
+    now = json.loads(json.dumps(description))
+    differences = [
+        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key)
+    ]
+    if differences:
+        raise SurgeryError(
+            f"this is not the run that {folder} holds: " + "; ".join(differences),
+            "resume with the settings it was started with, or choose a new --out",
+        )
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other processes; the system lets go when a process dies."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SurgeryError(
+                f"{folder} is being written by another process (PID {file.read().strip()})",
+                "wait for it, or choose a new --out",
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+def _trim_metrics(path: Path, steps: int) -> None:
+    """Drop lines of steps that will be done again, and a line torn by a crash."""
+    if path.is_file():
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        kept = [line for line in lines if json.loads(line)["step"] <= steps]
+        replace_text(path, "".join(line + "\n" for line in kept))
+
+
+def _best_loss(folder: Path) -> float:
+    best = best_checkpoint(folder)
+    return float(read_json(best / STATE)["validation_loss"]) if best else float("inf")
