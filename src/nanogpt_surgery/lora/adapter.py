@@ -60,7 +60,8 @@ class LowRankUpdate:
         """Those of ΔW that can be other than zero, (R), largest first; ΔW is never built."""
         _, b = torch.linalg.qr(self.B)  # (R, R)
         _, a = torch.linalg.qr(self.A.t())  # (R, R)
-        return self.alpha / self.rank * torch.linalg.svdvals(b @ a.t())
+        values: Tensor = torch.linalg.svdvals(b @ a.t())
+        return self.alpha / self.rank * values
 
 
 Updates = dict[str, LowRankUpdate]

@@ -127,7 +127,7 @@ class Run:
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimizer whose states are tensors, as "parameter:key" → tensor."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
     return {
         f"{names[parameter]}:{key}": tensor.detach().cpu().contiguous()
         for parameter, state in optimizer.state.items()
