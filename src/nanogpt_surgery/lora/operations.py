@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.lora_linear import LoRALinear
@@ -128,7 +128,7 @@ def _freeze(model: nn.Module, trainable: list[nn.Parameter]) -> None:
     model.requires_grad_(False)
 
 
-def _was_trainable(model: nn.Module, parameter: nn.Parameter) -> bool:
+def _was_trainable(model: nn.Module, parameter: Tensor) -> bool:
     return any(parameter is other for other in getattr(model, _FROZEN, []))
 
 
