@@ -126,15 +126,16 @@ def damage(folder: Path) -> str | None:
         return f"{MANIFEST} is missing"
     try:
         files = read_json(manifest)["files"]
-    except (SurgeryError, KeyError, TypeError):
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (SurgeryError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
-    for name, entry in files.items():
+    for name, (size, sha256) in expected.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
-        if path.stat().st_size != entry["size"]:
-            return f"{name} has {path.stat().st_size:,} bytes instead of {entry['size']:,}"
-        if file_hash(path) != entry["sha256"]:
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+        if file_hash(path) != sha256:
             return f"{name} has changed since it was written (its sha256 differs)"
     return None
 
