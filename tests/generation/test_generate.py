@@ -157,11 +157,6 @@ def test_it_stops_at_a_stop_id_and_keeps_it_to_itself():
     assert list(generate(model, prompt, 12, 0, stop_ids=(unused,))) == text
 
 
-def test_no_new_tokens_is_no_text():
-    model = tiny_model(LLAMA)
-    assert list(generate(model, [1, 2], 0)) == []
-
-
 def test_a_prompt_may_be_a_sequence_or_a_tensor():
     model = tiny_model(LLAMA)
     ids = prompt_for(model, 4)
@@ -200,11 +195,13 @@ def test_a_prompt_that_cannot_be_continued_is_refused_at_once(prompt, match):
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"top_k": 0}, "top_k is 0"),
         ({"top_k": -3}, "top_k is -3"),
+        ({"max_new_tokens": -1}, "max_new_tokens is -1"),
     ],
 )
 def test_a_setting_outside_its_range_is_refused_at_once(settings, match):
     with pytest.raises(SurgeryError, match=match):
-        generate(tiny_model(LLAMA), [1], 5, **settings)
+        generate(tiny_model(LLAMA), [1], **{"max_new_tokens": 5, **settings})
+    assert list(generate(tiny_model(LLAMA), [1], max_new_tokens=0)) == []
 
 
 @pytest.mark.parametrize("training", [True, False])

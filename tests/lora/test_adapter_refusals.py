@@ -1,0 +1,154 @@
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from operated import adapted, change_config, unsealed
+from safetensors.torch import load_file, save_file
+from tiny import FAMILY_CONFIGS, tiny_model
+from torch import nn
+
+from nanogpt_surgery import SurgeryError, load_adapter, save_adapter
+
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+LLAMA = FAMILY_CONFIGS["llama"]
+
+
+def change_tensors(folder: Path, change) -> None:
+    tensors = load_file(folder / TENSORS)
+    change(tensors)
+    save_file(tensors, folder / TENSORS)
+
+
+def assert_refused(folder: Path, match: str, model: nn.Module | None = None) -> str:
+    """Loading raises our own error and leaves the model as it was."""
+    model = model or tiny_model(LLAMA)
+    modules = dict(model.named_modules())
+    trainable = [p.requires_grad for p in model.parameters()]
+    with pytest.raises(SurgeryError, match=match) as caught:
+        load_adapter(model, folder)
+    assert dict(model.named_modules()) == modules
+    assert [p.requires_grad for p in model.parameters()] == trainable
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+def test_a_flipped_bit_is_caught(file, tmp_path):
+    save_adapter(adapted(LLAMA), tmp_path / "adapter")
+    path = tmp_path / "adapter" / file
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+    assert_refused(tmp_path / "adapter", rf"{file} has changed since it was written")
+
+
+@pytest.mark.parametrize("file", [CONFIG, TENSORS])
+def test_a_missing_file_is_named(file, tmp_path):
+    save_adapter(adapted(LLAMA), tmp_path / "adapter")
+    (tmp_path / "adapter" / file).unlink()
+    assert_refused(tmp_path / "adapter", f"{file} is missing")
+    assert_refused(unsealed(tmp_path / "adapter"), f"{file} is missing")
+
+
+Q = "base_model.model.model.layers.0.self_attn.q_proj"
+TAMPERINGS = {
+    "missing B": (lambda t: t.pop(f"{Q}.lora_B.weight"), "q_proj has no lora_B"),
+    "missing A": (lambda t: t.pop(f"{Q}.lora_A.weight"), "not understood: .*q_proj.lora_B"),
+    "extra tensor": (
+        lambda t: t.update({f"{Q}.lora_magnitude_vector": torch.ones(60)}),
+        "not understood: .*lora_magnitude_vector",
+    ),
+    "ranks differ": (
+        lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(2, 24)}),
+        "q_proj has no lora_B of its rank",
+    ),
+    "a vector": (
+        lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3)}),
+        "q_proj has no lora_B of its rank",
+    ),
+    "other input": (
+        lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(3, 25)}),
+        r"layers.0.self_attn.q_proj is \(60, 24\) in the model and \(60, 25\) in the adapter",
+    ),
+    "other output": (
+        lambda t: t.update({f"{Q}.lora_B.weight": torch.ones(61, 3)}),
+        r"\(60, 24\) in the model and \(61, 24\)",
+    ),
+    "nothing": (lambda t: t.clear(), "no LoRA at all"),
+    "unknown layer": (
+        lambda t: t.update(
+            {f"{Q}x.lora_A.weight": torch.ones(3, 24), f"{Q}x.lora_B.weight": torch.ones(60, 3)}
+        ),
+        "another model: .*q_projx",
+    ),
+}
+
+
+@pytest.mark.parametrize("change, match", TAMPERINGS.values(), ids=TAMPERINGS)
+def test_tensors_that_do_not_fit_are_refused(change, match, tmp_path):
+    save_adapter(adapted(LLAMA), tmp_path / "adapter")
+    change_tensors(unsealed(tmp_path / "adapter"), change)
+    assert_refused(tmp_path / "adapter", match)
+
+
+def test_all_layers_that_do_not_fit_are_told_at_once(tmp_path):
+    save_adapter(adapted(replace(LLAMA, n_inner=36), "down_proj"), tmp_path / "adapter")
+    message = assert_refused(tmp_path / "adapter", "another model")
+    for i in (0, 1):
+        assert f"layers.{i}.mlp.down_proj is (24, 28) in the model and (24, 36)" in message
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("use_dora", True),
+        ("use_rslora", True),
+        ("lora_bias", True),
+        ("bias", "all"),
+        ("bias", "lora_only"),
+        ("modules_to_save", ["lm_head"]),
+        ("layer_replication", [[0, 2]]),
+        ("trainable_token_indices", [1, 2]),
+        ("target_parameters", ["mlp.experts"]),
+        ("alora_invocation_tokens", [5]),
+        ("init_lora_weights", "pissa"),
+        ("init_lora_weights", "pissa_niter_4"),
+        ("init_lora_weights", "olora"),
+        ("init_lora_weights", "loftq"),
+        ("kasa_config", {"rank": 2}),
+    ],
+)
+def test_an_option_that_changes_the_result_is_refused_by_name(option, value, tmp_path):
+    save_adapter(adapted(LLAMA), tmp_path / "adapter")
+    change_config(unsealed(tmp_path / "adapter"), **{option: value})
+    assert_refused(tmp_path / "adapter", f"sets {option}.*not supported")
+
+
+def test_all_such_options_are_told_at_once(tmp_path):
+    save_adapter(adapted(LLAMA), tmp_path / "adapter")
+    change_config(unsealed(tmp_path / "adapter"), use_dora=True, bias="all", use_rslora=True)
+    message = assert_refused(tmp_path / "adapter", "not supported")
+    assert all(option in message for option in ("use_dora", "bias", "use_rslora"))
+
+
+@pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", None])
+def test_another_kind_of_adapter_is_refused(kind, tmp_path):
+    save_adapter(adapted(LLAMA), tmp_path / "adapter")
+    change_config(unsealed(tmp_path / "adapter"), peft_type=kind)
+    assert_refused(tmp_path / "adapter", f"is a {kind}, not a LORA")
+
+
+def test_a_file_that_is_no_safetensors_is_refused(tmp_path):
+    save_adapter(adapted(LLAMA), tmp_path / "adapter")
+    (unsealed(tmp_path / "adapter") / TENSORS).write_bytes(b"no header")
+    assert_refused(tmp_path / "adapter", "not a safetensors file")
+
+
+def test_a_missing_folder_is_named(tmp_path):
+    assert_refused(tmp_path / "nowhere", "nowhere")
+
+
+def test_a_model_that_carries_a_lora_is_refused(tmp_path):
+    model = adapted(LLAMA)
+    save_adapter(model, tmp_path / "adapter")
+    assert_refused(tmp_path / "adapter", "carries a LoRA already", model)

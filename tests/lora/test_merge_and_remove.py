@@ -1,0 +1,142 @@
+import pytest
+import torch
+from operated import EVERY_LINEAR, assert_same_bits, bits, train_updates
+from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from torch import nn
+
+from nanogpt_surgery import LoRALinear, disable_lora, inject_lora, merge_lora, remove_lora
+from nanogpt_surgery.lora.operations import has_lora, lora_layers
+
+EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+LLAMA = FAMILY_CONFIGS["llama"]
+
+
+@EVERY_CONFIG
+def test_removing_gives_back_the_very_same_tensors(config):
+    model = tiny_model(config)
+    model.norm.weight.requires_grad_(False)  # a choice of the user's, to be found again
+    modules = dict(model.named_modules())
+    tensors = dict(model.named_parameters(remove_duplicate=False))
+    trainable = {name: p.requires_grad for name, p in tensors.items()}
+    before = bits(model)
+    inject_lora(model, EVERY_LINEAR)
+    train_updates(model)
+    model(random_ids(config, 1, 5)).mean().backward()
+    remove_lora(model)
+    assert dict(model.named_modules()) == modules
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert list(after) == list(tensors)
+    assert all(after[name] is tensors[name] for name in tensors)
+    assert {name: p.requires_grad for name, p in after.items()} == trainable
+    assert_same_bits(model, before)
+    assert not has_lora(model)
+
+
+@EVERY_CONFIG
+def test_merging_computes_what_the_update_did(config):
+    model = tiny_model(config)
+    ids = random_ids(config, 2, 9)
+    inject_lora(model, EVERY_LINEAR, rank=3)
+    train_updates(model)
+    adapted = model(ids)
+    merge_lora(model)
+    assert not has_lora(model)
+    assert_equal_logits(model(ids), adapted)
+
+
+@EVERY_CONFIG
+def test_merging_restores_what_can_be_trained(config):
+    model = tiny_model(config)
+    frozen = {"norm.weight", "layers.0.self_attn.q_proj.weight"}
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    inject_lora(model, EVERY_LINEAR)
+    merge_lora(model)
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert list(after) == names
+    assert {name for name, p in after.items() if not p.requires_grad} == frozen
+    assert all(module.training == model.training for module in model.modules())
+
+
+def test_merging_in_bfloat16_adds_in_float32():
+    model = tiny_model(LLAMA).bfloat16()
+    inject_lora(model, EVERY_LINEAR)
+    train_updates(model)
+    exact = {
+        name: layer.original_layer.weight.double()
+        + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
+        for name, layer in lora_layers(model).items()
+    }
+    merge_lora(model)
+    for name, weight in exact.items():
+        merged = model.get_submodule(name).weight
+        assert merged.dtype == torch.bfloat16
+        spacing = 2**-7 * 2 ** weight.abs().log2().floor()
+        assert ((merged.double() - weight).abs() / spacing).max() <= 0.5 + 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama-scaled-tied", "qwen3"])
+def test_a_tied_head_leaves_the_embedding_alone(name):
+    config = FAMILY_CONFIGS[name]
+    model = tiny_model(config)
+    embedding, before = model.embed_tokens.weight, model.embed_tokens.weight.detach().clone()
+    assert model.lm_head.weight is embedding
+    inject_lora(model, "lm_head")
+    train_updates(model)
+    adapted = model(random_ids(config, 1, 6))
+    merge_lora(model)
+    assert model.embed_tokens.weight is embedding
+    assert torch.equal(embedding, before)
+    assert model.lm_head.weight is not embedding
+    assert_equal_logits(model(random_ids(config, 1, 6)), adapted)
+
+
+def test_a_tied_head_is_tied_again_when_removed():
+    model = tiny_model(FAMILY_CONFIGS["gpt2"])
+    inject_lora(model, "lm_head")
+    train_updates(model)
+    remove_lora(model)
+    assert model.lm_head.weight is model.embed_tokens.weight
+
+
+class Perceptron(nn.Module):
+    """A module that is no language model."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5, bias=False))
+        self.head = nn.Linear(5, 3)
+        self.norm = nn.BatchNorm1d(3)
+
+    def forward(self, x):
+        return self.norm(self.head(torch.tanh(self.body(x))))
+
+
+def test_any_module_can_be_operated_on():
+    torch.manual_seed(0)
+    model, x = Perceptron().eval(), torch.randn(4, 6)
+    base, before = model(x), bits(model)
+    report = inject_lora(model, "all-linear", rank=2)
+    assert [row["layer"] for row in report.rows] == ["body.0", "body.2", "head"]
+    assert torch.equal(model(x), base)
+    train_updates(model)
+    adapted = model(x)
+    assert not torch.allclose(adapted, base, atol=1e-3)
+    disable_lora(model)
+    assert torch.equal(model(x), base)
+    remove_lora(model)
+    assert_same_bits(model, before)
+    assert all(p.requires_grad for p in model.parameters())
+    inject_lora(model, r"body\.\d", rank=2)
+    train_updates(model)
+    adapted = model(x)
+    merge_lora(model)
+    torch.testing.assert_close(model(x), adapted)
+
+
+def test_layers_inside_a_list_and_a_dict_are_replaced():
+    model = nn.ModuleDict({"parts": nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)])})
+    inject_lora(model, "parts.1")
+    assert isinstance(model["parts"][1], LoRALinear)
+    assert type(model["parts"][0]) is nn.Linear

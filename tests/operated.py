@@ -1,0 +1,58 @@
+"""Models under surgery for tests: updates as training leaves them, and bits to compare."""
+
+import json
+from pathlib import Path
+
+import torch
+from tiny import tiny_model
+from torch import Tensor, nn
+
+from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
+from nanogpt_surgery.lora.operations import lora_layers
+
+EVERY_LINEAR = r".*_proj|lm_head"
+
+
+def train_updates(model: nn.Module, size: float = 0.1) -> None:
+    """Give every update values as training leaves them: nowhere zero."""
+    draw = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for layer in lora_layers(model).values():
+            for matrix in (layer.lora_A, layer.lora_B):
+                matrix.copy_(torch.randn(matrix.shape, generator=draw) * size)
+
+
+def adapted(
+    config: GPTConfig, targets: str | list[str] = EVERY_LINEAR, rank: int = 3, alpha: float = 5
+) -> SimpleGPT:
+    """A tiny model that carries a trained LoRA."""
+    model = tiny_model(config)
+    inject_lora(model, targets, rank, alpha)
+    train_updates(model, size=0.2)
+    return model
+
+
+def bits(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of every tensor."""
+    return {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same_bits(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Every tensor is there under its name, with the bits it had."""
+    now = model.state_dict()
+    assert list(now) == list(before)
+    for name, tensor in now.items():
+        assert torch.equal(tensor, before[name]), name
+
+
+def unsealed(folder: Path) -> Path:
+    """An adapter folder as another program would leave it: without our manifest."""
+    (folder / "MANIFEST.json").unlink()
+    return folder
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Set options in an adapter's config."""
+    path = folder / "adapter_config.json"
+    contents = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(contents | changes), encoding="utf-8")

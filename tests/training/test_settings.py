@@ -1,0 +1,43 @@
+import math
+
+import pytest
+import torch
+from small_training import DATASET, SETTINGS, model_of
+
+from nanogpt_surgery import FitSettings, SurgeryError, fit
+from nanogpt_surgery.training.hardware import choose_hardware
+
+
+def test_settings_that_contradict_are_told_all_at_once():
+    with pytest.raises(SurgeryError) as caught:
+        FitSettings(
+            max_steps=0,
+            batch_size=-1,
+            learning_rate=math.nan,
+            beta2=1.0,
+            device="tpu",
+            precision="float16",
+            compile="yes",
+        )
+    message = str(caught.value)
+    for part in (
+        "max_steps is 0",
+        "batch_size is -1",
+        "learning_rate is nan",
+        "beta2 is 1.0",
+        "device is 'tpu'; it must be one of auto, cpu, cuda, mps",
+        "precision is 'float16'",
+        "compile is 'yes'",
+    ):
+        assert part in message
+
+
+def test_what_it_computes_on_is_said_in_one_line():
+    line = choose_hardware(SETTINGS).describe()
+    assert line == f"CPU, {torch.get_num_threads()} threads, float32, not compiled"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device")
+def test_a_device_that_is_not_there_is_refused():
+    with pytest.raises(SurgeryError, match="no cuda device here"):
+        fit(model_of(), DATASET, SETTINGS, device="cuda")
