@@ -1,216 +1,178 @@
 """The adapter folder, in PEFT's own format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What is stored is a set of named low-rank updates. The names in the file are those of the model that
-PEFT will load it on; `formats/` supplies the map for our own models, and for any other module the
-names are its own.
+What PEFT has no place for lies in the metadata of the safetensors file, where its readers do not
+look: the fingerprint of the base, what was chosen for tied weights, and what fused matrices and
+PiSSA's updates were put together from.
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from dataclasses import dataclass
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanogpt_surgery.errors import SurgeryError, nearest
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import read_json, refuse_damage, write_json
-from nanogpt_surgery.lora.operations import inject_lora, lora_layers
+from nanogpt_surgery.lora.peft_config import CONFIG, config_for, refuse_unknown
+from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, same
+from nanogpt_surgery.lora.targets import by_pattern
 
-CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-
-# What a config may say without changing the result, beside what we read; all else is refused.
-_INERT_UNLESS_SET = """
-    use_dora use_rslora lora_bias modules_to_save layer_replication target_parameters
-    trainable_token_indices exclude_modules layers_to_transform layers_pattern
-    alora_invocation_tokens arrow_config use_qalora velora_config use_bdlora
-""".split()
+_OURS = "surgery"
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+_MAGNITUDE, _BASE = ".lora_magnitude_vector", ".base_layer.weight"
 
 
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """ΔW = (alpha / R) · B A, for one layer.
-
-    `A` is (R, in) and `B` is (out, R), both float32.
-    """
-
-    A: Tensor
-    B: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.A.size(0)
-
-    @property
-    def delta_weight(self) -> Tensor:
-        """ΔW, (out, in), float32."""
-        return self.alpha / self.rank * (self.B @ self.A)
-
-    @property
-    def singular_values(self) -> Tensor:
-        """Those of ΔW that can be other than zero, (R), largest first; ΔW is never built."""
-        _, b = torch.linalg.qr(self.B)  # (R, R)
-        _, a = torch.linalg.qr(self.A.t())  # (R, R)
-        return self.alpha / self.rank * torch.linalg.svdvals(b @ a.t())
-
-
-Updates = dict[str, LowRankUpdate]
-
-
-def updates_of(model: nn.Module) -> Updates:
-    """Copies of the updates that a model carries, by the name of the layer."""
-    return {
-        name: LowRankUpdate(
-            layer.lora_A.detach().float().cpu().clone(),
-            layer.lora_B.detach().float().cpu().clone(),
-            layer.alpha,
-        )
-        for name, layer in lora_layers(model).items()
-    }
-
-
-def apply_updates(model: nn.Module, updates: Updates) -> None:
-    """Wrap the layers of a model and give them these updates.
-
-    Raises:
-        SurgeryError: a layer is missing in the model, or its shape differs (all of them at once).
-            The model is untouched then.
-    """
-    _check_fit(model, updates)
-    inject_lora(model, list(updates), rank=1)
-    for name, layer in lora_layers(model).items():
-        update = updates[name]
-        weight = layer.original_layer.weight
-        layer.lora_A = nn.Parameter(update.A.to(weight.device))
-        layer.lora_B = nn.Parameter(update.B.to(weight.device))
-        layer.rank, layer.alpha, layer.scaling = (
-            update.rank,
-            update.alpha,
-            update.alpha / update.rank,
-        )
-
-
-def _check_fit(model: nn.Module, updates: Updates) -> None:
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
-    problems = []
-    for name, update in updates.items():
-        if name not in linears:
-            problems.append(f"there is no Linear {name!r} (nearest: {nearest(name, linears)})")
-            continue
-        wanted = (update.B.size(0), update.A.size(1))
-        if tuple(linears[name].weight.shape) != wanted:
-            actual = tuple(linears[name].weight.shape)
-            problems.append(f"{name} is {actual} in the model and {wanted} in the adapter")
-    if problems:
-        raise SurgeryError("this adapter is for another model: " + "; ".join(problems))
-
-
-def write_updates(
-    updates: Updates, folder: Path, base: str = "", fan_in_fan_out: bool = False
+def write_stored(
+    adapter: StoredAdapter, folder: Path, base: str = "", fan_in_fan_out: bool = False
 ) -> None:
-    """Write updates as the files of a PEFT adapter folder.
+    """Write the files of a PEFT adapter folder, read them again and compare every bit.
 
     Args:
-        updates: by the layer's name in the model that PEFT will load it on.
+        adapter: with the names of the model that PEFT will load it on.
         folder: one that is being made.
         base: name or path of the base model, for information.
         fan_in_fan_out: the base stores its matrices transposed (GPT-2's Conv1D).
+
+    Raises:
+        SurgeryError: what was read again differs from what was to be written.
     """
+    modules = {name.rpartition(".")[0] for name in adapter.whole}
+    write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out))
+    metadata = {"format": "pt", _OURS: json.dumps(_extras(adapter))}
+    save_file(_tensors(adapter), folder / TENSORS, metadata=metadata)
+    difference = differences(adapter, read_stored(folder))
+    if difference:
+        raise SurgeryError(f"what was written to {folder} reads differently: {difference[0]}")
+
+
+def _tensors(adapter: StoredAdapter) -> dict[str, Tensor]:
     tensors = {}
-    for name, update in updates.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = update.A.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = update.B.contiguous()
-    write_json(folder / CONFIG, _config(updates, base, fan_in_fan_out))
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    for name, update in adapter.updates.items():
+        keys = (_EMBEDDING_A, _EMBEDDING_B) if update.embedding else (_A, _B)
+        tensors[f"{_PREFIX}{name}{keys[0]}"] = update.A.contiguous()
+        tensors[f"{_PREFIX}{name}{keys[1]}"] = update.B.contiguous()
+        if update.magnitude is not None:
+            tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = update.magnitude.contiguous()
+    whole = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.whole.items()}
+    return tensors | whole
 
 
-def _config(updates: Updates, base: str, fan_in_fan_out: bool) -> dict[str, Any]:
-    rank = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
-    alpha = Counter(update.alpha for update in updates.values()).most_common(1)[0][0]
+def _extras(adapter: StoredAdapter) -> dict[str, Any]:
+    updates = adapter.updates
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or None,
-        "revision": None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(updates),
-        "rank_pattern": {re.escape(n): u.rank for n, u in updates.items() if u.rank != rank},
-        "alpha_pattern": {re.escape(n): u.alpha for n, u in updates.items() if u.alpha != alpha},
-        "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "inference_mode": True,
+        "fingerprint": adapter.fingerprint,
+        "tied": adapter.tied,
+        "births": {name: u.birth for name, u in updates.items() if u.birth},
+        "pieces": {name: u.pieces for name, u in updates.items() if u.pieces},
     }
 
 
+def differences(one: StoredAdapter, other: StoredAdapter) -> list[str]:
+    """The names whose contents differ between two adapters."""
+    names = one.updates.keys() | other.updates.keys() | one.whole.keys() | other.whole.keys()
+    return [name for name in sorted(names) if not _alike(one, other, name)]
+
+
+def _alike(one: StoredAdapter, other: StoredAdapter, name: str) -> bool:
+    if name in one.whole and name in other.whole:
+        return torch.equal(one.whole[name], other.whole[name])
+    if name not in one.updates or name not in other.updates:
+        return False
+    return same(one.updates[name], other.updates[name])
+
+
 def read_adapter(folder: str | Path) -> Updates:
-    """The updates in a PEFT adapter folder, by the names in the file.
+    """The updates in a PEFT adapter folder, by the names in the file; see `read_stored`."""
+    return read_stored(Path(folder)).updates
+
+
+def read_stored(folder: Path) -> StoredAdapter:
+    """What a PEFT adapter folder holds, by the names in the file.
 
     Raises:
         SurgeryError: the folder is not a LoRA adapter's or is damaged, says something that would
             change the result and that is not understood, or holds a tensor without its partner.
     """
-    folder = Path(folder)
     refuse_damage(folder)
     config = read_json(folder / CONFIG)
-    _refuse_unknown(config, folder)
-    tensors = _read_tensors(folder / TENSORS)
+    refuse_unknown(config, folder)
+    tensors, extras = _read_tensors(folder / TENSORS)
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     updates = {}
-    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        name = key.removesuffix(".lora_A.weight")
-        a, b = tensors.pop(key), tensors.pop(f"{name}.lora_B.weight", None)
-        name = name.removeprefix(_PREFIX)
-        if b is None or a.dim() != 2 or b.dim() != 2 or a.size(0) != b.size(1):
-            raise SurgeryError(f"{folder / TENSORS}: lora_A of {name} has no lora_B of its rank")
-        alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        updates[name] = LowRankUpdate(a.float(), b.float(), alpha)
-    if tensors or not updates:
+    for keys in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
+        for key in [key for key in tensors if key.endswith(keys[0])]:
+            name = key.removesuffix(keys[0])
+            updates[name] = _take(tensors, name, keys, config, extras)
+    copies = {
+        key.removesuffix(_BASE): tensors.pop(key) for key in list(tensors) if key.endswith(_BASE)
+    }
+    whole = {key: tensors.pop(key) for key in list(tensors) if _is_whole(key, config)}
+    if tensors or not (updates or whole):
         extra = ", ".join(sorted(tensors)) or "no LoRA at all"
         raise SurgeryError(f"{folder / TENSORS} holds what is not understood: {extra}")
-    return updates
+    return StoredAdapter(
+        updates, whole, copies, extras.get("fingerprint", {}), extras.get("tied")
+    )  # fmt: skip
 
 
-def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise SurgeryError(
-            f"{folder} is a {config.get('peft_type', 'folder without peft_type')}, not a LORA"
-        )
-    set_options = [key for key in _INERT_UNLESS_SET if config.get(key)]
-    if config.get("bias", "none") != "none":
-        set_options.append("bias")
-    if set_options:
-        raise SurgeryError(
-            f"{folder / CONFIG} sets {', '.join(set_options)}, which would change the result and "
-            "is not supported"
-        )
+def _take(
+    tensors: dict[str, Tensor],
+    name: str,
+    keys: tuple[str, str],
+    config: dict[str, Any],
+    extras: dict[str, Any],
+) -> LowRankUpdate:
+    """Take one layer's tensors out of those of a file."""
+    a, b = tensors.pop(name + keys[0]), tensors.pop(name + keys[1], None)
+    if b is None or a.dim() != 2 or b.dim() != 2 or a.size(0) != b.size(1):
+        raise SurgeryError(f"lora_A of {name} has no lora_B of its rank")
+    magnitude = tensors.pop(name + _MAGNITUDE, None)
+    if config.get("use_dora") and (magnitude is None or magnitude.shape != b.shape[:1]):
+        raise SurgeryError(f"{name} has no lora_magnitude_vector of length {b.size(0)}")
+    birth = extras.get("births", {}).get(name)
+    pieces = extras.get("pieces", {}).get(name)
+    return LowRankUpdate(
+        a,
+        b,
+        by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)),
+        rslora=bool(config.get("use_rslora")),
+        magnitude=magnitude,
+        embedding=keys[0] == _EMBEDDING_A,
+        dropout=float(config.get("lora_dropout") or 0.0),
+        birth=_birth(birth),
+        pieces=tuple(p and (p[0], p[1], _birth(p[2])) for p in pieces) if pieces else None,
+    )
 
 
-def _by_pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"^(.*\.)?({pattern})$", name):
-            return value
-    return default
+def _birth(value: list[Any] | None) -> tuple[int, float] | None:
+    return None if value is None else (value[0], value[1])
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def _is_whole(key: str, config: dict[str, Any]) -> bool:
+    module = key.rpartition(".")[0]
+    names = config.get("modules_to_save") or []
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file in float32, and our own part of its metadata."""
     if not path.is_file():
         raise SurgeryError(f"{path} is missing", "an adapter is a folder as PEFT writes it")
     try:
         with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key).to(torch.float32) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key).to(torch.float32) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise SurgeryError(f"{path} is not a safetensors file: {error}") from None
+    try:
+        return tensors, json.loads(metadata.get(_OURS, "{}"))
+    except json.JSONDecodeError as error:
+        raise SurgeryError(f"{path}: its metadata {_OURS!r} is not JSON: {error}") from None

@@ -1,0 +1,94 @@
+"""Did it learn? A training that moves nothing looks like one that works, until it is used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.lora_layer import LoRALayer
+from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.update import Update
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise `SurgeryError` unless every trainable parameter is in the optimizer.
+
+    All that are missing are named.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    if missing:
+        raise SurgeryError(
+            f"{len(missing)} trainable parameters are not in the optimizer: {_some(missing)}",
+            "make the optimizer after inject_lora, from the parameters that can be trained",
+        )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raise `SurgeryError` unless each update that is trained got a gradient.
+
+    To be called after a backward pass, before the gradients are cleared. A gradient that is zero in
+    all its parameters is none; all updates without are named.
+    """
+    silent = [
+        name
+        for name, update in trained_updates(model).items()
+        if not any(_has_gradient(parameter) for parameter in update.trained())
+    ]
+    if silent:
+        raise SurgeryError(
+            f"no gradient reaches {len(silent)} of the adapter's updates: {_some(silent)}",
+            "is the layer used in the forward pass, enabled, and the loss made from its output?",
+        )
+
+
+def check_moved(model: nn.Module) -> None:
+    """Raise `SurgeryError` unless each update that is trained has left its birth, where ΔW is 0.
+
+    For most that means ‖B‖ > 0; all that have not are named.
+    """
+    still = [name for name, update in trained_updates(model).items() if not update.moved()]
+    if still:
+        raise SurgeryError(
+            f"{len(still)} of the adapter's updates have not moved, ΔW is zero: {_some(still)}",
+            "is the learning rate above 0?",
+        )
+
+
+def trained_updates(model: nn.Module) -> dict[str, Update]:
+    """The updates that can be trained, by layer and adapter; shared ones once."""
+    found: dict[str, Update] = {}
+    seen: set[int] = set()
+    for path, layer in model.named_modules():
+        for name, update in layer.updates.items() if isinstance(layer, LoRALayer) else ():
+            shared = isinstance(update, Update) and id(update.lora_A) in seen
+            if isinstance(update, Update) and update.lora_A.requires_grad and not shared:
+                seen.add(id(update.lora_A))
+                found[f"{path} ({name})"] = update
+    return found
+
+
+def learned(model: nn.Module) -> Report:
+    """For each update that can be trained the sizes of A, B and ΔW, and whether it has moved."""
+    rows: list[dict[str, Any]] = [
+        {
+            "update": name,
+            "‖A‖": float(update.lora_A.detach().norm()),
+            "‖B‖": float(update.lora_B.detach().norm()),
+            "‖ΔW‖": float(update.product().norm()),
+            "moved": update.moved(),
+        }
+        for name, update in trained_updates(model).items()
+    ]
+    return Report("what was learned", rows, {"updates": len(rows)})
+
+
+def _has_gradient(parameter: nn.Parameter) -> bool:
+    return parameter.grad is not None and bool(parameter.grad.any())
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
