@@ -10,6 +10,7 @@ from cyclopts import App
 from cyclopts.config import Toml
 
 from nanogpt_surgery.cli.console import printable, say, spoken_warnings
+from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = ("train", "finetune", "generate", "inspect", "merge", "doctor")
@@ -31,7 +32,8 @@ def make_app() -> App:
         result_action="return_value",
     )
     for name in COMMANDS:
-        app.command(f"nanogpt_surgery.cli.{name}:{name}", name=name)
+        where = f"nanogpt_surgery.cli.{name}:{name}"
+        app.command(where, name=name, help=first_line(where))
     return app
 
 

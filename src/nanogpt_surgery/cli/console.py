@@ -42,18 +42,18 @@ def spoken_warnings() -> Iterator[None]:
         warnings.simplefilter("default", SurgeryWarning)
         default = warnings.showwarning
 
-        def shown(message: Any, category: Any, *place: Any) -> None:
+        def shown(message: Any, category: Any, *place: Any, **more: Any) -> None:
             if issubclass(category, SurgeryWarning):
                 say(f"note: {message}")
             else:
-                default(message, category, *place)
+                default(message, category, *place, **more)
 
-        warnings.showwarning = shown
+        setattr(warnings, "showwarning", shown)  # noqa: B010 - typeshed wants its exact signature
         yield
 
 
 def watched(steps: Iterable[Step], first_step: int, max_steps: int) -> Iterator[Step]:
-    """The same steps, with progress on stderr: a bar on a terminal, now and then a line elsewhere."""
+    """The same steps, with progress on stderr: a bar on a terminal, lines elsewhere."""
     if sys.stderr.isatty():
         yield from _with_bar(steps, first_step, max_steps)
     else:

@@ -80,6 +80,11 @@ def options_of_function(where: str, group: str, leave_out: tuple[str, ...] = ())
     return _options(function.name, fields, group)
 
 
+def first_line(where: str) -> str:
+    """The first line of a function's docstring ("module:name"), read and not imported."""
+    return (ast.get_docstring(_function(where)) or "").partition("\n")[0]
+
+
 def _function(where: str) -> ast.FunctionDef:
     module, name = where.split(":")
     spec = find_spec(module)

@@ -24,9 +24,7 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
 
 
-def save_model(
-    model: SimpleGPT, folder: str | Path, tokenizer: CharacterTokenizer | None = None
-) -> None:
+def save_model(model: SimpleGPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a model folder in Hugging Face's form, whole or not at all.
 
     A model on a family's axes is written under the family's names and opens in transformers.
@@ -39,9 +37,7 @@ def save_model(
         write_model_files(model, temporary, tokenizer)
 
 
-def write_model_files(
-    model: SimpleGPT, folder: Path, tokenizer: CharacterTokenizer | None = None
-) -> None:
+def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | None = None) -> None:
     """Write the files of a model folder into a folder that is being made."""
     if has_lora(model):
         raise SurgeryError(
@@ -59,6 +55,8 @@ def write_model_files(
     write_json(folder / CONFIG, contents)
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     if tokenizer is not None:
+        if not isinstance(tokenizer, CharacterTokenizer):
+            raise SurgeryError(f"a {type(tokenizer).__name__} cannot be written as {TOKENIZER}")
         tokenizer.save(folder / TOKENIZER)
         write_json(folder / "tokenizer_config.json", _tokenizer_config(model.config))
 

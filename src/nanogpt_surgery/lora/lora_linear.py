@@ -56,7 +56,8 @@ class LoRALinear(LoRALayer):
         dropout: probability of zeroing an input of the update (not of the layer) in training.
 
     Raises:
-        SurgeryError: the rank is below 1, or the layer is not an `nn.Linear`.
+        SurgeryError: the rank is below 1, the dropout is not a probability, or the layer is not an
+            `nn.Linear`. The layer is untouched then.
     """
 
     def __init__(
@@ -66,8 +67,9 @@ class LoRALinear(LoRALayer):
             raise SurgeryError(
                 f"LoRALinear wraps an nn.Linear, not a {type(original_layer).__name__}"
             )
+        update = LoRAUpdate(original_layer, rank, alpha, dropout)
         super().__init__(original_layer)
-        self.updates[DEFAULT] = LoRAUpdate(original_layer, rank, alpha, dropout)
+        self.updates[DEFAULT] = update
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""

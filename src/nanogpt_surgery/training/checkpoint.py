@@ -127,7 +127,7 @@ class Run:
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The state of an optimizer whose states are tensors, as "parameter:key" → tensor."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
     return {
         f"{names[parameter]}:{key}": tensor.detach().cpu().contiguous()
         for parameter, state in optimizer.state.items()
@@ -166,8 +166,7 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
         raise SurgeryError(
             f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
         )
-    before = read_json(folder / RUN)
-    now = json.loads(json.dumps(description))
+    before, now = _flat(read_json(folder / RUN)), _flat(json.loads(json.dumps(description)))
     differences = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -178,6 +177,15 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
             f"this is not the run that {folder} holds: " + "; ".join(differences),
             "resume with the settings it was started with, or choose a new --out",
         )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    flat = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 @contextmanager
