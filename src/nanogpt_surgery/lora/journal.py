@@ -18,7 +18,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.hashing import tensor_hashes
 from nanogpt_surgery.lora.lora_layer import LoRALayer, device_of
 
-_CHART = "_surgery_chart"
+CHART = "_surgery_chart"
 _TIE = "tie_word_embeddings"
 
 
@@ -44,10 +44,10 @@ class Chart:
 
 def chart_of(model: nn.Module) -> Chart:
     """The model's chart, begun if it has none."""
-    chart: Chart | None = model.__dict__.get(_CHART)
+    chart: Chart | None = model.__dict__.get(CHART)
     if chart is None:
         chart = Chart()
-        model.__dict__[_CHART] = chart
+        model.__dict__[CHART] = chart
     return chart
 
 

@@ -8,6 +8,8 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.kinds import PartUpdate
+from nanogpt_surgery.lora.lora_embedding import LoRAEmbeddingUpdate
 from nanogpt_surgery.lora.lora_layer import LoRALayer
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.update import Update
@@ -69,6 +71,20 @@ def trained_updates(model: nn.Module) -> dict[str, Update]:
                 seen.add(id(update.lora_A))
                 found[f"{path} ({name})"] = update
     return found
+
+
+def linear_b_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The B of each Linear's update that can be trained.
+
+    LoRA+ argues from the width of the input that B is summed over less than A, and so may learn
+    faster; an embedding's update sums over nothing.
+    """
+    updates = trained_updates(model).values()
+    return [u.lora_B for u in updates if not isinstance(_innermost(u), LoRAEmbeddingUpdate)]
+
+
+def _innermost(update: Update) -> Update:
+    return _innermost(update.inner) if isinstance(update, PartUpdate) else update
 
 
 def learned(model: nn.Module) -> Report:

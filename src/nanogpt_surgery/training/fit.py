@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.gpt_dataset import GPTDataset
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.learning import check_gradients, check_moved, check_optimizer
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware
 from nanogpt_surgery.training.loss import cross_entropy, evaluate
 from nanogpt_surgery.training.optimizer import make_optimizer
@@ -55,6 +56,7 @@ def fit(
     validation: GPTDataset | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     first_step: int = 0,
+    examine: bool = True,
     **changes: Any,
 ) -> Iterator[Step]:
     """Train what can be trained in a model, a step for each item taken from the iterator.
@@ -67,19 +69,26 @@ def fit(
         validation: evaluated whole every `evaluate_every` steps and at the end.
         optimizer: to go on with; a new AdamW if None. The schedule sets its learning rate.
         first_step: steps done already.
+        examine: check that the optimizer holds every trainable parameter, and after the first and
+            the last step that each update of a LoRA got a gradient and has moved.
         **changes: fields of `FitSettings` by name, over those of `settings`.
 
     Yields:
         A `Step` after each optimizer step.
 
     Raises:
-        SurgeryError: nothing can be trained, or the loss is not a number (before any update).
+        SurgeryError: nothing can be trained, the loss is not a number (before any update), or a
+            part of a LoRA does not learn (its name).
     """
     settings = replace(settings or FitSettings(), **changes)
     hardware = choose_hardware(settings)
     model.to(hardware.device)
     optimizer = optimizer or make_optimizer(model, settings)
-    return _steps(model, dataset, settings, validation, optimizer, first_step, hardware)
+    examined: set[int] = set()
+    if examine:
+        check_optimizer(model, optimizer)
+        examined = {first_step, settings.max_steps - 1}
+    return _steps(model, dataset, settings, validation, optimizer, first_step, examined, hardware)
 
 
 def _steps(
@@ -89,6 +98,7 @@ def _steps(
     validation: GPTDataset | None,
     optimizer: torch.optim.Optimizer,
     first_step: int,
+    examined: set[int],
     hardware: Hardware,
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -97,7 +107,11 @@ def _steps(
         start = time.perf_counter()
         rate = learning_rate(step, settings)
         loss = _accumulate(model, dataset, settings, step, hardware)
+        if step in examined:
+            check_gradients(model)
         norm = _update(trained, optimizer, rate, settings.clip, step)
+        if step in examined:
+            check_moved(model)
         done = Step(
             step=step + 1,
             loss=loss,
@@ -152,7 +166,7 @@ def _update(
             "lower the learning rate, or use precision float32",
         )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_ratio", 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return norm

@@ -34,6 +34,8 @@ class FitSettings:
     """steps over which the rate rises from 0"""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices only"""
+    lora_plus_ratio: float = 1.0
+    """how many times faster a LoRA's B learns than the rest (LoRA+, arXiv:2402.12354)"""
     beta1: float = 0.9
     """AdamW's memory of the gradient"""
     beta2: float = 0.99
@@ -73,6 +75,7 @@ _LEAST = {
     "final_learning_rate": 0.0,
     "warmup_steps": 0,
     "weight_decay": 0.0,
+    "lora_plus_ratio": 0.0,
     "beta1": 0.0,
     "beta2": 0.0,
     "clip": 0.0,
