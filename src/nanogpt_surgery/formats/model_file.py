@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import read_json, refuse_damage, whole_folder, write_json
-from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json, family_of
+from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
 from nanogpt_surgery.formats.name_map import normal_names, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.lora.operations import has_lora
@@ -80,15 +81,37 @@ def open_model(path: str | Path) -> tuple[SimpleGPT, Tokenizer | None]:
     """
     folder = model_folder(path)
     refuse_damage(folder)
-    config = config_from_json(read_json(folder / CONFIG))
-    with torch.device("meta"):
+    contents = read_json(folder / CONFIG)
+    config = config_from_json(contents)
+    with torch.device("meta"), _NothingDrawn():
         model = SimpleGPT.from_config(config)
-    tensors = _tensors(folder / TENSORS, config)
-    _check_tensors(model, tensors, folder)
+    tensors = _read_tensors(folder / TENSORS)
+    unknown: list[str] = []
+    if (family := contents["model_type"]) != OWN:
+        tensors, unknown = to_ours(normal_names(tensors, family), family, config.n_layer)
+    if config.tie_head and "embed_tokens.weight" in tensors:
+        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
+    _check_tensors(model, tensors, unknown, folder)
     model.load_state_dict(tensors, assign=True)
     if config.tie_head:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval(), _tokenizer(folder)
+
+
+class _NothingDrawn(TorchFunctionMode):
+    """Constructors draw no weights: those on the meta device have no numbers.
+
+    Without it torch takes seconds, the first time, to find out that there is nothing to draw.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Pass over every draw from a normal distribution, call anything else."""
+        kwargs = kwargs or {}
+        if func is nn.init.normal_:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def model_folder(path: str | Path) -> Path:
@@ -105,36 +128,39 @@ def model_folder(path: str | Path) -> Path:
     return path
 
 
-def _tensors(path: Path, config: GPTConfig) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.is_file():
         raise SurgeryError(f"{path} is missing")
     try:
         with safe_open(path, "pt") as file:
             # Copies: the file may be replaced while the model is in use.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise SurgeryError(f"{path} is not a safetensors file: {error}") from None
-    family = family_of(config)
-    if family != OWN:
-        tensors = to_ours(normal_names(tensors, family), family, config.n_layer)
-    if config.tie_head:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-    return tensors
 
 
-def _check_tensors(model: SimpleGPT, tensors: dict[str, Tensor], folder: Path) -> None:
+def _check_tensors(
+    model: SimpleGPT, tensors: dict[str, Tensor], unknown: list[str], folder: Path
+) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    problems += [
-        f"{name} is {found[name]}, the config says {expected[name]}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
+    problems = [f"{name} is missing" for name in expected if name not in tensors]
+    problems += [f"{name} is unknown" for name in unknown + sorted(set(tensors) - set(expected))]
+    for name, tensor in tensors.items():
+        shape, wanted = tuple(tensor.shape), expected.get(name, tuple(tensor.shape))
+        if shape != wanted:
+            problems.append(f"{name} is {shape}, the config says {wanted}")
+        if not tensor.is_floating_point():
+            problems.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
+    if not problems and model.config.tie_head and not _same(tensors):
+        problems.append("lm_head.weight differs from the embedding to which the config ties it")
     if problems:
         shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
         raise SurgeryError(f"the tensors in {folder} do not fit its {CONFIG}: {shown}")
+
+
+def _same(tensors: dict[str, Tensor]) -> bool:
+    head, embedding = tensors["lm_head.weight"], tensors["embed_tokens.weight"]
+    return head.dtype == embedding.dtype and torch.equal(head, embedding)
 
 
 def _tokenizer(folder: Path) -> Tokenizer | None:

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.errors import SurgeryError
-
 
 @dataclass(frozen=True)
 class Row:
@@ -87,36 +85,40 @@ def to_theirs(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str
     return converted
 
 
-def to_ours(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str, Tensor]:
-    """The inverse of `to_theirs`.
-
-    Raises:
-        SurgeryError: a tensor has no place in the family (with its name).
-    """
+def to_ours(
+    tensors: dict[str, Tensor], family: str, n_layer: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The inverse of `to_theirs`, and the names of tensors that have no place in the family."""
     left = dict(tensors)
     converted: dict[str, Tensor] = {}
     for row in rows(family, n_layer):
         for kind in ("weight", "bias"):
             joined = left.pop(f"{row.theirs}.{kind}", None)
             if joined is not None:
-                parts = _turned(joined, row, kind).chunk(len(row.ours))
+                parts = _turned(joined, row, kind).tensor_split(len(row.ours))
                 converted |= {f"{n}.{kind}": part for n, part in zip(row.ours, parts, strict=True)}
-    if left:
-        raise SurgeryError(f"tensors that a {family} does not have: {', '.join(sorted(left))}")
-    return converted
+    return converted, sorted(left)
 
 
 def normal_names(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Tensors named as the family's rows name them.
+    """Tensors named as the family's rows name them, without what can be computed.
 
-    Older GPT-2 files leave out the prefix `transformer.` and carry the causal masks as buffers.
+    Older files carry causal masks (GPT-2) or rotary frequencies (Llama) as buffers, and older GPT-2
+    files leave out the prefix `transformer.`.
     """
+    kept = {name: t for name, t in tensors.items() if not name.endswith(_COMPUTED[family])}
     if family != "gpt2":
-        return tensors
-    kept = {k: t for k, t in tensors.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))}
+        return kept
     prefixed = ("transformer.", "lm_head.")
     return {k if k.startswith(prefixed) else f"transformer.{k}": t for k, t in kept.items()}
 
 
+_COMPUTED: dict[str, tuple[str, ...]] = {
+    "gpt2": (".attn.bias", ".attn.masked_bias"),
+    **dict.fromkeys(("llama", "qwen2", "qwen3"), (".rotary_emb.inv_freq",)),
+}
+
+
 def _turned(tensor: Tensor, row: Row, kind: str) -> Tensor:
-    return tensor.t().contiguous() if row.conv1d and kind == "weight" else tensor
+    turns = row.conv1d and kind == "weight" and tensor.dim() == 2
+    return tensor.t().contiguous() if turns else torch.atleast_1d(tensor)
