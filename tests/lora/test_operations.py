@@ -51,7 +51,7 @@ def test_injecting_changes_no_logit(config, training):
     model = tiny_model(config).train(training)
     ids = random_ids(config, 2, 9)
     expected = model(ids)
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     assert all(module.training == training for module in model.modules())
     assert torch.equal(model(ids), expected)
 
@@ -61,7 +61,7 @@ def test_injecting_leaves_a_model_s_own_dropout_as_it_falls():
     ids = random_ids(model.config, 2, 9)
     torch.manual_seed(3)
     expected = model(ids)
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     torch.manual_seed(3)
     assert torch.equal(model(ids), expected)
 
@@ -75,7 +75,7 @@ def test_every_linear_can_be_adapted_and_shows_in_both_modes(config):
     names = linears(model)
     assert len(names) == config.n_layer * (7 if config.mlp == "swiglu" else 6) + 1
     for name in names:
-        inject_lora(model, name, rank=2)
+        inject_lora(model, name, rank=2, tied="untie")
         assert list(lora_layers(model)) == [name]
         train(model)
         for training in (True, False):
@@ -128,7 +128,7 @@ def test_disabled_is_the_base_and_enabled_the_same_as_before():
     model = tiny_model(LLAMA)
     ids = random_ids(LLAMA, 2, 8)
     base = model(ids)
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     train(model)
     adapted = model(ids)
     for verb, expected in [(disable_lora, base), (enable_lora, adapted)] * 2:
@@ -145,7 +145,7 @@ def test_removing_gives_back_the_very_same_tensors(config):
     tensors = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: p.requires_grad for name, p in tensors.items()}
     before = bits(model)
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     train(model)
     model(random_ids(config, 1, 5)).mean().backward()
     remove_lora(model)
@@ -162,7 +162,7 @@ def test_removing_gives_back_the_very_same_tensors(config):
 def test_merging_computes_what_the_update_did(config):
     model = tiny_model(config)
     ids = random_ids(config, 2, 9)
-    inject_lora(model, EVERY_LINEAR, rank=3)
+    inject_lora(model, EVERY_LINEAR, rank=3, tied="untie")
     train(model)
     adapted = model(ids)
     merge_lora(model)
@@ -177,7 +177,7 @@ def test_merging_restores_what_can_be_trained(config):
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     merge_lora(model)
     after = dict(model.named_parameters(remove_duplicate=False))
     assert list(after) == names
@@ -187,7 +187,7 @@ def test_merging_restores_what_can_be_trained(config):
 
 def test_merging_in_bfloat16_adds_in_float32():
     model = tiny_model(LLAMA).bfloat16()
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     train(model)
     exact = {
         name: layer.original_layer.weight.double()
@@ -208,7 +208,7 @@ def test_a_tied_head_leaves_the_embedding_alone(name):
     model = tiny_model(config)
     embedding, before = model.embed_tokens.weight, model.embed_tokens.weight.detach().clone()
     assert model.lm_head.weight is embedding
-    inject_lora(model, "lm_head")
+    inject_lora(model, "lm_head", tied="untie")
     train(model)
     adapted = model(random_ids(config, 1, 6))
     merge_lora(model)
@@ -220,7 +220,7 @@ def test_a_tied_head_leaves_the_embedding_alone(name):
 
 def test_a_tied_head_is_tied_again_when_removed():
     model = tiny_model(FAMILY_CONFIGS["gpt2"])
-    inject_lora(model, "lm_head")
+    inject_lora(model, "lm_head", tied="untie")
     train(model)
     remove_lora(model)
     assert model.lm_head.weight is model.embed_tokens.weight

@@ -115,9 +115,11 @@ def _no_match(patterns: list[str], layers: dict[str, nn.Module], model: nn.Modul
     wrong = ", ".join(repr(pattern) for pattern in patterns)
     close = "; ".join(nearest(pattern.rpartition(".")[2], endings) for pattern in patterns)
     others = _unfit(patterns, model)
+    linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     return SurgeryError(
-        f"no Linear or Embedding matches the target {wrong}{others}; the model has {len(names)} of "
-        f"them with the endings {', '.join(endings)} (for example {names[0] if names else 'none'})",
+        f"no Linear or Embedding matches the target {wrong}{others}; the model has {len(linears)} "
+        f"Linears and {len(names) - len(linears)} Embeddings with the endings "
+        f"{', '.join(endings)} (for example {', '.join((linears or names)[:1]) or 'none'})",
         f"the nearest: {close}",
     )
 
