@@ -2,7 +2,8 @@
 
 Most names are simply translated. GPT-2 keeps q, k and v in one fused matrix, `c_attn`:
 
-- an update of `c_attn` is exactly three updates that share A and split B by rows;
+- an update of `c_attn` is exactly three updates that share A and split B by rows, each without
+  the components that are zero in its rows;
 - updates of q, k and v are exactly one of `c_attn`: the A's stacked, the B's on a block diagonal,
   alpha such that the scale stays;
 - DoRA's lengths belong to rows of W + ΔW, so they are split and joined like B.
@@ -23,10 +24,11 @@ from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import Row, rows, to_ours, to_theirs
 from nanogpt_surgery.lora.adapter import read_stored, write_stored
 from nanogpt_surgery.lora.hashing import tensor_hash
+from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, alpha_for
 from nanogpt_surgery.lora.ties import Tied
-from nanogpt_surgery.lora.transplant import compare_fingerprint, put_on, take_off
+from nanogpt_surgery.lora.transplant import check_fit, compare_fingerprint, put_on, take_off
 from nanogpt_surgery.lora.update import as_matrix
 from nanogpt_surgery.lora.wrapping import bare, report_on
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -98,6 +100,8 @@ def load_adapter(
     if family is not None:
         assert isinstance(model, SimpleGPT)
         adapter = _adapter_to_ours(adapter, family, model)
+    check_new_name(model, name)
+    check_fit(model, adapter)
     known = [path for path in theirs if path in adapter.fingerprint and _there(model, path)]
     actual = base_fingerprint(model, known)
     compare_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
@@ -186,12 +190,18 @@ def _lengths(matrix: Tensor, part: LowRankUpdate | None) -> Tensor:
 def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> StoredAdapter:
     layers = model.config.n_layer
     copies = {f"{name}.weight": tensor for name, tensor in adapter.base_copies.items()}
-    ours = to_ours(copies, family, layers)
+    copies, strange = to_ours(copies, family, layers)
+    whole, stranger = to_ours(adapter.whole, family, layers)
+    if strange or stranger:
+        raise SurgeryError(
+            f"this adapter is for another model: a {family} has no "
+            f"{', '.join(strange + stranger)}"
+        )
     return replace(
         adapter,
         updates=_to_ours(adapter.updates, family, model),
-        whole=to_ours(adapter.whole, family, layers),
-        base_copies={name.removesuffix(".weight"): tensor for name, tensor in ours.items()},
+        whole=whole,
+        base_copies={name.removesuffix(".weight"): tensor for name, tensor in copies.items()},
     )
 
 
@@ -216,10 +226,11 @@ def _split(update: LowRankUpdate, row: Row) -> Updates:
     rows_of_b = update.B.chunk(count)
     lengths = [None] * count if update.magnitude is None else update.magnitude.chunk(count)
     if update.pieces is None:
-        return {
-            name: replace(update, A=update.A.clone(), B=b.clone(), magnitude=m)
+        shares = {
+            name: _share(update, b, m)
             for name, b, m in zip(row.ours, rows_of_b, lengths, strict=True)
         }
+        return {name: share for name, share in shares.items() if share is not None}
     parts: Updates = {}
     start = 0
     for name, b, m, piece in zip(row.ours, rows_of_b, lengths, update.pieces, strict=True):
@@ -233,3 +244,18 @@ def _split(update: LowRankUpdate, row: Row) -> Updates:
             ratio = part.scaling / update.scaling
             parts[name] = part if abs(ratio - 1) < 1e-9 else replace(part, B=part.B / ratio)
     return parts
+
+
+def _share(update: LowRankUpdate, b: Tensor, magnitude: Tensor | None) -> LowRankUpdate | None:
+    """What a part has of a fused update that another program wrote: its rows of B.
+
+    A component that is zero in these rows and not in the others belongs to another part; a part
+    that none belongs to has no update.
+    """
+    own = (b != 0).any(0) | ~(update.B != 0).any(0)  # (R)
+    if magnitude is not None:
+        own = torch.ones_like(own)
+    if not own.any():
+        return None
+    alpha = alpha_for(update.scaling, int(own.sum()), update.rslora)
+    return replace(update, A=update.A[own], B=b[:, own].clone(), alpha=alpha, magnitude=magnitude)

@@ -110,11 +110,21 @@ def read_stored(folder: Path) -> StoredAdapter:
     for keys in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
         for key in [key for key in tensors if key.endswith(keys[0])]:
             name = key.removesuffix(keys[0])
-            updates[name] = _take(tensors, name, keys, config, extras)
+            try:
+                updates[name] = _take(tensors, name, keys, config, extras)
+            except SurgeryError as error:
+                raise SurgeryError(f"{folder / TENSORS}: {error.what}") from None
     copies = {
         key.removesuffix(_BASE): tensors.pop(key) for key in list(tensors) if key.endswith(_BASE)
     }
     whole = {key: tensors.pop(key) for key in list(tensors) if _is_whole(key, config)}
+    absent = [
+        name
+        for name in config.get("modules_to_save") or []
+        if not any(_is_whole(key, {"modules_to_save": [name]}) for key in whole)
+    ]
+    if absent:
+        raise SurgeryError(f"{folder / TENSORS} lacks the modules_to_save {', '.join(absent)}")
     if tensors or not (updates or whole):
         extra = ", ".join(sorted(tensors)) or "no LoRA at all"
         raise SurgeryError(f"{folder / TENSORS} holds what is not understood: {extra}")
@@ -134,8 +144,9 @@ def _take(
     a, b = tensors.pop(name + keys[0]), tensors.pop(name + keys[1], None)
     if b is None or a.dim() != 2 or b.dim() != 2 or a.size(0) != b.size(1):
         raise SurgeryError(f"lora_A of {name} has no lora_B of its rank")
-    magnitude = tensors.pop(name + _MAGNITUDE, None)
-    if config.get("use_dora") and (magnitude is None or magnitude.shape != b.shape[:1]):
+    dora = bool(config.get("use_dora"))
+    magnitude = tensors.pop(name + _MAGNITUDE, None) if dora else None
+    if dora and (magnitude is None or magnitude.shape != b.shape[:1]):
         raise SurgeryError(f"{name} has no lora_magnitude_vector of length {b.size(0)}")
     birth = extras.get("births", {}).get(name)
     pieces = extras.get("pieces", {}).get(name)

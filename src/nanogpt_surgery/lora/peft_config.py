@@ -17,7 +17,7 @@ CONFIG = "adapter_config.json"
 # chosen (layers_to_transform, exclude_modules, …) shows in the tensors.
 _CHANGE_THE_RESULT = """
     lora_bias layer_replication target_parameters trainable_token_indices alora_invocation_tokens
-    arrow_config use_qalora velora_config use_bdlora
+    arrow_config use_qalora velora_config use_bdlora kasa_config monteclora_config
 """.split()
 # How A and B were born is past, unless the birth changed the base, as PEFT's "pissa" does.
 _HARMLESS_BIRTHS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -67,7 +67,7 @@ def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     found = [key for key in _CHANGE_THE_RESULT if config.get(key)]
     if config.get("bias", "none") != "none":
         found.append("bias")
-    if config.get("init_lora_weights") not in _HARMLESS_BIRTHS:
+    if config.get("init_lora_weights", True) not in _HARMLESS_BIRTHS:
         found.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if found:
         raise SurgeryError(

@@ -91,7 +91,7 @@ def put_on(
             a layer is tied; the name is taken. The model is untouched then.
     """
     check_new_name(model, name)
-    _check_fit(model, adapter)
+    check_fit(model, adapter)
     choice: Any = tied or adapter.tied or "refuse"
     whole = _by_module(adapter.whole)
     choose(model, whole, "untie" if choice == "untie" else "refuse")
@@ -113,7 +113,8 @@ def apply_updates(model: nn.Module, updates: Updates) -> Report:
     return put_on(model, StoredAdapter(updates))
 
 
-def _check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
+def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
+    """Raise `SurgeryError`, with all that does not fit, unless an adapter is for this model."""
     layers = adaptable_layers(model)
     problems = []
     for name, update in adapter.updates.items():
