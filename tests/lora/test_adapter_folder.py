@@ -27,7 +27,7 @@ EVERY_LINEAR = r".*_proj|lm_head"
 def adapted(config=LLAMA, targets=EVERY_LINEAR, rank: int = 3, alpha: float = 5) -> SimpleGPT:
     """A model whose updates are as training leaves them: nowhere zero."""
     model = tiny_model(config)
-    inject_lora(model, targets, rank, alpha)
+    inject_lora(model, targets, rank, alpha, tied="untie")
     randomise_updates(model)
     return model
 
