@@ -2,11 +2,11 @@
 
 import torch
 import torch.nn.functional as F
+from tiny import randomise
 from torch import Tensor, nn
 
 from nanogpt_surgery import GPTConfig, SimpleGPT
 from nanogpt_surgery.lora.learning import trained_updates
-from tiny import randomise
 
 VOCAB = 43
 
@@ -61,7 +61,7 @@ def transformers_llama(tied: bool = False) -> nn.Module:
 
 PATIENTS = {"SimpleGPT": simple_gpt, "transformers": transformers_llama, "another": mixer}
 HEADS = {"SimpleGPT": "lm_head", "transformers": "lm_head", "another": "out"}
-TABLES = {"SimpleGPT": "embed_tokens", "transformers": "embed_tokens", "another": "table"}
+TABLES = {"SimpleGPT": "embed_tokens", "transformers": "model.embed_tokens", "another": "table"}
 
 
 def some_ids(seed: int = 0, batch: int = 3, tokens: int = 7) -> Tensor:

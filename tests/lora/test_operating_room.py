@@ -1,4 +1,4 @@
-"""Random models, targets, kinds and sequences of operations, and what must hold after any of them."""
+"""Random models, targets, kinds and operations, and what must hold after any of them."""
 
 import re
 
@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patients import PATIENTS, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -25,7 +26,6 @@ from nanogpt_surgery import (
 from nanogpt_surgery.lora.journal import chart_of
 from nanogpt_surgery.lora.lora_layer import adapter_names, has_lora
 from nanogpt_surgery.lora.targets import adaptable_layers
-from patients import PATIENTS, close, logits, some_ids, train_a_little
 
 NAMES = ("a", "b", "c")
 KINDS = st.fixed_dictionaries(
@@ -76,6 +76,9 @@ def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
     ids, first = some_ids(), tensor_hashes(model)
     plain = logits(model, ids)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name in data.draw(st.sampled_from(["", "ab"])):
+        inject_lora(model, list(adaptable_layers(model))[1], name=name, **data.draw(KINDS))
+        train_a_little(model, seed=ord(name))
     for _ in range(data.draw(st.integers(1, 8))):
         before, output, count = tensor_hashes(model), logits(model, ids), operations(model)
         try:
@@ -106,7 +109,7 @@ def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
 @given(data=st.data())
 @settings(max_examples=25)
 def test_merged_is_adapted_and_undone_is_adapted_again(kind, data):
-    model, ids = PATIENTS[kind](), some_ids()
+    model, ids = PATIENTS[kind](tied=data.draw(st.booleans())), some_ids()
     for _ in range(data.draw(st.integers(1, 5))):
         try:
             operate(model, data)

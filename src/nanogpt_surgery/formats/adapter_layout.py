@@ -194,8 +194,7 @@ def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> S
     whole, stranger = to_ours(adapter.whole, family, layers)
     if strange or stranger:
         raise SurgeryError(
-            f"this adapter is for another model: a {family} has no "
-            f"{', '.join(strange + stranger)}"
+            f"this adapter is for another model: a {family} has no {', '.join(strange + stranger)}"
         )
     return replace(
         adapter,

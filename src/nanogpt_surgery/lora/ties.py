@@ -20,14 +20,18 @@ _INNER = ".original_layer"
 
 
 def partners(model: nn.Module, name: str) -> list[str]:
-    """The names of the other layers that hold the very weight of the layer `name`."""
-    weight = _weight(model.get_submodule(name))
+    """The names of the other layers that hold the very weight of the layer `name`.
+
+    One module under two names is no tie: it is wrapped, and merged, under both.
+    """
+    layer = model.get_submodule(name)
+    weight = _weight(layer)
     found = [
         other.removesuffix(_INNER)
         for other, module in model.named_modules(remove_duplicate=False)
         if weight is not None and module._parameters.get("weight") is weight
     ]
-    return [other for other in dict.fromkeys(found) if other != name]
+    return [o for o in dict.fromkeys(found) if model.get_submodule(o) is not layer]
 
 
 def _weight(layer: nn.Module) -> nn.Parameter | None:
