@@ -218,12 +218,14 @@ def test_a_killed_training_resumes_to_the_same_bits(folder: Path, tmp_path: Path
     process.communicate()
     assert not (cut / "loss.png").exists(), "it was killed before the end"
     surgery("train", "text.txt", "--out", cut, *LONG, "--resume", cwd=folder)
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "training.safetensors"):
         place = f"checkpoints/step-00000400/{name}"
         assert file_hash(cut / place) == file_hash(whole / place)
-    assert [json.loads(line)["loss"] for line in (cut / "metrics.jsonl").open()] == [
-        json.loads(line)["loss"] for line in (whole / "metrics.jsonl").open()
-    ]
+    assert losses(cut) == losses(whole)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(row)["loss"] for row in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -258,9 +260,8 @@ def test_an_adapter_of_another_shape_is_refused(folder: Path, tmp_path: Path) ->
     save_adapter(model, tmp_path / "up")
     config = json.loads((tmp_path / "up" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
-    surgery(
-        "train", "text.txt", "--out", tmp_path / "other", *SMALL, "--n-embd", 8, *STEPS, cwd=folder
-    )
+    narrow = [word.replace("16", "8") for word in SMALL]
+    surgery("train", "text.txt", "--out", tmp_path / "other", *narrow, *STEPS, cwd=folder)
     done = surgery("merge", tmp_path / "other", tmp_path / "up", "--out", tmp_path / "m", check=1)
     assert "another model" in done.stderr
     assert not (tmp_path / "m").exists()

@@ -22,7 +22,7 @@ from nanogpt_surgery import (
 from nanogpt_surgery.files import file_hash
 from nanogpt_surgery.formats.model_file import write_model_files
 from nanogpt_surgery.formats.run_folder import best_checkpoint, checkpoints, latest_checkpoint
-from nanogpt_surgery.training.checkpoint import Run, optimizer_state, start_run
+from nanogpt_surgery.training.checkpoint import Run, start_run, training_state
 from nanogpt_surgery.training.optimizer import make_optimizer
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
@@ -44,8 +44,7 @@ def train(folder: Path, *, resume: bool = False, stop_after: int = 99) -> Simple
     with start_run(folder, DESCRIPTION, resume) as run:
         optimizer = make_optimizer(model, SETTINGS)
         if run.checkpoint:
-            model.load_state_dict(open_model(run.checkpoint)[0].state_dict())
-            run.load_optimizer(model, optimizer)
+            run.restore(model, optimizer)
         steps = fit(
             model,
             dataset,
@@ -74,7 +73,7 @@ def test_resuming_in_the_middle_is_golden(tmp_path: Path) -> None:
     assert [step for step, _ in losses(tmp_path / "cut")] == [1, 2, 3]
     train(tmp_path / "cut", resume=True)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
-    for name in ("model.safetensors", "optimizer.safetensors"):
+    for name in ("model.safetensors", "training.safetensors"):
         a, b = (tmp_path / run / "checkpoints" / "step-00000006" / name for run in ("whole", "cut"))
         assert file_hash(a) == file_hash(b)
 
@@ -135,7 +134,7 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     assert file_hash(shown) == file_hash(best / "model.safetensors")
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "config.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "config.json"])
 @pytest.mark.parametrize("how", ["flip", "cut", "remove"])
 def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, how: str) -> None:
     train(tmp_path / "run", stop_after=4)
@@ -228,9 +227,9 @@ def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
         pass  # the lock of a dead process is no lock
 
 
-def test_the_optimizer_state_is_named_by_parameter() -> None:
+def test_the_training_state_is_named_by_parameter() -> None:
     model, dataset, _ = parts()
     optimizer = make_optimizer(model, SETTINGS)
     next(fit(model, dataset, SETTINGS, optimizer=optimizer))
-    names = {name.partition(":")[0] for name in optimizer_state(model, optimizer)}
+    names = {name.partition(":")[0] for name in training_state(model, optimizer)}
     assert names == {name for name, _ in model.named_parameters()}
