@@ -5,7 +5,8 @@ Most names are simply translated. GPT-2 keeps q, k and v in one fused matrix, `c
 - an update of `c_attn` is exactly three updates that share A and split B by rows, each without
   the components that are zero in its rows;
 - updates of q, k and v are exactly one of `c_attn`: the A's stacked, the B's on a block diagonal,
-  alpha such that the scale stays;
+  alpha such that the scale stays (where q, k and v differ in it, the others' B takes the
+  difference, rounded);
 - DoRA's lengths belong to rows of W + ΔW, so they are split and joined like B.
 """
 

@@ -168,9 +168,9 @@ def _birth(value: list[Any] | None) -> tuple[int, float] | None:
 
 
 def _is_whole(key: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor belongs to one of the modules_to_save; PEFT matches the end of the name."""
     module = key.rpartition(".")[0]
-    names = config.get("modules_to_save") or []
-    return any(module == name or module.endswith(f".{name}") for name in names)
+    return any(module.endswith(name) for name in config.get("modules_to_save") or [])
 
 
 def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
