@@ -12,13 +12,13 @@ from nanogpt_surgery.model.initialisation import initialise
 DEVIATIONS = {
     "embed_tokens.weight": 0.02,
     "embed_positions.weight": 0.02,
-    "q_proj.weight": 0.02,
-    "k_proj.weight": 0.02,
-    "v_proj.weight": 0.02,
-    "gate_proj.weight": 0.02,
-    "up_proj.weight": 0.02,
-    "o_proj.weight": 0.02 / math.sqrt(6),
-    "down_proj.weight": 0.02 / math.sqrt(6),
+    "q_proj.weight": 0.5 / 8,
+    "k_proj.weight": 0.5 / 8,
+    "v_proj.weight": 0.5 / 8,
+    "gate_proj.weight": 0.5 / 8,
+    "up_proj.weight": 0.5 / 8,
+    "o_proj.weight": 0.5 / 8 / math.sqrt(6),
+    "down_proj.weight": 0.5 / 8 / math.sqrt(6),
     "lm_head.weight": 0.02,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 
@@ -42,13 +43,19 @@ def generate(
     Raises:
         SurgeryError: an empty prompt, an id outside the vocabulary, or a setting outside its range.
     """
-    prompt = torch.as_tensor(ids, dtype=torch.long).flatten()
+    prompt = torch.as_tensor(ids, dtype=torch.long)
     _check(model, prompt, temperature, top_k)
+    prompt = prompt.flatten()
     return _ids(model, prompt, max_new_tokens, temperature, top_k, stop_ids, seed)
 
 
 def _check(model: SimpleGPT, prompt: Tensor, temperature: float, top_k: int | None) -> None:
     vocab_size = model.config.vocab_size
+    if prompt.dim() != 1 and prompt.shape[:-1] != (1,):
+        raise SurgeryError(
+            f"the prompt has the shape {tuple(prompt.shape)}; it must be one row of ids",
+            "call generate for each prompt",
+        )
     if prompt.numel() == 0:
         raise SurgeryError("the prompt is empty; generation starts from at least one token")
     if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
@@ -56,8 +63,8 @@ def _check(model: SimpleGPT, prompt: Tensor, temperature: float, top_k: int | No
             f"the prompt has ids from {int(prompt.min())} to {int(prompt.max())}; the model's "
             f"vocabulary is 0 to {vocab_size - 1}"
         )
-    if temperature < 0:
-        raise SurgeryError(f"temperature is {temperature}; it must be at least 0")
+    if not 0 <= temperature < math.inf:
+        raise SurgeryError(f"temperature is {temperature}; it must be at least 0 and finite")
     if top_k is not None and top_k < 1:
         raise SurgeryError(f"top_k is {top_k}; it must be at least 1")
 
@@ -118,7 +125,7 @@ class _Window:
                 f"the text has outgrown the model's block_size of {self.block_size} tokens: the "
                 "window slides, and the oldest are forgotten",
                 SurgeryWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
             self.warned = True
         self.ids = self.ids[-self.block_size :]

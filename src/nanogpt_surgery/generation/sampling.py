@@ -24,5 +24,7 @@ def sample(
         values, ids = logits.topk(top_k)  # (top_k,)
     else:
         values, ids = logits, torch.arange(logits.numel(), device=logits.device)
-    probabilities = torch.softmax(values / temperature, dim=-1)
+    # Relative to the largest, so that no temperature, however small, makes infinities.
+    scaled = (values - values.max()) / max(temperature, torch.finfo(values.dtype).tiny)
+    probabilities = torch.softmax(scaled, dim=-1)
     return int(ids[torch.multinomial(probabilities, 1, generator=generator)])
