@@ -20,7 +20,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import check_gradients, check_moved, check_optimizer
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
-from nanogpt_surgery.training.loss import cross_entropy, evaluate
+from nanogpt_surgery.training.loss import backward_of_loss, evaluate
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
@@ -142,11 +142,13 @@ def _accumulate(
     )
     for part, (x, y) in enumerate(parts):
         torch.manual_seed(hash((settings.seed, step, part)))  # dropout follows (seed, step)
-        with hardware.autocast():
-            logits = model(_on(x, hardware))
-        loss = cross_entropy(logits, _on(y, hardware)) / settings.accumulation
-        loss.backward()
-        total += loss.item()
+        total += backward_of_loss(
+            model,
+            _on(x, hardware),
+            _on(y, hardware),
+            1 / settings.accumulation,
+            hardware.autocast,
+        )
     return total
 
 
