@@ -1,13 +1,13 @@
 """The adapter folder, in PEFT's own format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What PEFT has no place for lies in the metadata of the safetensors file, where its readers do not
-look: the fingerprint of the base, what was chosen for tied weights, and what fused matrices and
-PiSSA's updates were put together from.
+What PEFT has no place for lies beside them in `surgery.json`, where its readers do not look: the
+fingerprint of the base, what was chosen for tied weights, and what fused matrices and PiSSA's
+updates were put together from. A folder without it is an adapter all the same. (Metadata in the
+safetensors file would not do: its order changes from one writing to the next, and the hash with it.)
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,8 @@ from nanogpt_surgery.lora.peft_config import CONFIG, config_for, refuse_unknown
 from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, same
 from nanogpt_surgery.lora.targets import by_pattern
 
-TENSORS = "adapter_model.safetensors"
+TENSORS, EXTRAS = "adapter_model.safetensors", "surgery.json"
 _PREFIX = "base_model.model."
-_OURS = "surgery"
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 _MAGNITUDE, _BASE = ".lora_magnitude_vector", ".base_layer.weight"
@@ -46,8 +45,8 @@ def write_stored(
     """
     modules = {name.rpartition(".")[0] for name in adapter.whole}
     write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out))
-    metadata = {"format": "pt", _OURS: json.dumps(_extras(adapter))}
-    save_file(_tensors(adapter), folder / TENSORS, metadata=metadata)
+    write_json(folder / EXTRAS, _extras(adapter))
+    save_file(_tensors(adapter), folder / TENSORS, metadata={"format": "pt"})
     difference = differences(adapter, read_stored(folder))
     if difference:
         raise SurgeryError(f"what was written to {folder} reads differently: {difference[0]}")
@@ -104,7 +103,8 @@ def read_stored(folder: Path) -> StoredAdapter:
     refuse_damage(folder)
     config = read_json(folder / CONFIG)
     refuse_unknown(config, folder)
-    tensors, extras = _read_tensors(folder / TENSORS)
+    extras = read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    tensors = _read_tensors(folder / TENSORS)
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     updates = {}
     for keys in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
@@ -173,17 +173,12 @@ def _is_whole(key: str, config: dict[str, Any]) -> bool:
     return any(module.endswith(name) for name in config.get("modules_to_save") or [])
 
 
-def _read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file in float32, and our own part of its metadata."""
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in float32."""
     if not path.is_file():
         raise SurgeryError(f"{path} is missing", "an adapter is a folder as PEFT writes it")
     try:
         with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key).to(torch.float32) for key in file.keys()}  # noqa: SIM118
+            return {key: file.get_tensor(key).to(torch.float32) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
         raise SurgeryError(f"{path} is not a safetensors file: {error}") from None
-    try:
-        return tensors, json.loads(metadata.get(_OURS, "{}"))
-    except json.JSONDecodeError as error:
-        raise SurgeryError(f"{path}: its metadata {_OURS!r} is not JSON: {error}") from None

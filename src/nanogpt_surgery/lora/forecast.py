@@ -23,7 +23,7 @@ from nanogpt_surgery.lora.wrapping import attach
 
 FLOAT32 = 4
 ADAMW = 2  # tensors of state for each trained one
-HEADER = 200  # bytes in a safetensors header for each tensor, about
+HEADER = 160  # bytes in a safetensors header for each tensor, about
 
 
 def plan_lora(

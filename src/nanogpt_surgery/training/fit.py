@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,8 +20,9 @@ from nanogpt_surgery.data.gpt_dataset import GPTDataset
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import check_gradients, check_moved, check_optimizer
 from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
-from nanogpt_surgery.training.loss import backward_of_loss, evaluate
+from nanogpt_surgery.training.loss import backward_from_hidden, backward_of_loss, evaluate
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
@@ -58,6 +60,7 @@ def fit(
     optimizer: torch.optim.Optimizer | None = None,
     first_step: int = 0,
     examine: bool = True,
+    keep_in: Path | None = None,
     **changes: Any,
 ) -> Iterator[Step]:
     """Train what can be trained in a model, a step for each item taken from the iterator.
@@ -72,6 +75,7 @@ def fit(
         first_step: steps done already.
         examine: check that the optimizer holds every trainable parameter, and after the first and
             the last step that each update of a LoRA got a gradient and has moved.
+        keep_in: a folder for the hidden states that are kept (`keep_hidden`), instead of memory.
         **changes: fields of `FitSettings` by name, over those of `settings`.
 
     Yields:
@@ -90,7 +94,10 @@ def fit(
     if examine:
         check_optimizer(model, optimizer)
         examined = {first_step, settings.max_steps - 1}
-    return _steps(model, dataset, settings, validation, optimizer, first_step, examined, hardware)
+    prefix = prefix_for(model, dataset, settings, keep_in)
+    return _steps(
+        model, dataset, settings, validation, optimizer, first_step, examined, prefix, hardware
+    )
 
 
 def _steps(
@@ -101,6 +108,7 @@ def _steps(
     optimizer: torch.optim.Optimizer,
     first_step: int,
     examined: set[int],
+    prefix: FrozenPrefix | None,
     hardware: Hardware,
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -110,7 +118,7 @@ def _steps(
         start = time.perf_counter()
         rate = learning_rate(step, settings)
         with blocks.active():
-            loss = _accumulate(model, dataset, settings, step, hardware)
+            loss = _accumulate(model, dataset, settings, step, prefix, hardware)
         if step in examined:
             check_gradients(model)
         norm = _update(trained, optimizer, rate, settings.clip, step)
@@ -130,25 +138,26 @@ def _steps(
 
 
 def _accumulate(
-    model: nn.Module, dataset: GPTDataset, settings: FitSettings, step: int, hardware: Hardware
+    model: nn.Module,
+    dataset: GPTDataset,
+    settings: FitSettings,
+    step: int,
+    prefix: FrozenPrefix | None,
+    hardware: Hardware,
 ) -> float:
     """Gradients of the mean loss over the step's windows; returns that loss."""
-    inputs, targets = dataset.batch(
-        step, settings.batch_size * settings.accumulation, settings.seed
-    )
+    parts = settings.accumulation
+    inputs, targets = dataset.batch(step, settings.batch_size * parts, settings.seed)
     total = 0.0
-    parts = zip(
-        inputs.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True
-    )
-    for part, (x, y) in enumerate(parts):
+    for part, (x, y) in enumerate(zip(inputs.chunk(parts), targets.chunk(parts), strict=True)):
         torch.manual_seed(hash((settings.seed, step, part)))  # dropout follows (seed, step)
-        total += backward_of_loss(
-            model,
-            _on(x, hardware),
-            _on(y, hardware),
-            1 / settings.accumulation,
-            hardware.autocast,
-        )
+        x, y = _on(x, hardware), _on(y, hardware)
+        if prefix is None:
+            total += backward_of_loss(model, x, y, 1 / parts, hardware.autocast)
+        else:
+            with hardware.autocast():
+                hidden = prefix.hidden(x)
+            total += backward_from_hidden(prefix.model, hidden, y, 1 / parts, hardware.autocast)
     return total
 
 

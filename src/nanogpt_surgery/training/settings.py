@@ -44,6 +44,8 @@ class FitSettings:
     """largest norm of the gradient (0: no clipping)"""
     evaluate_every: int = 250
     """steps from one evaluation to the next (0: only at the end)"""
+    keep_hidden: float = 2.0
+    """GiB for hidden states before the first part that learns, kept where windows come again"""
     seed: int = 1337
     """from which batches and dropout follow, with the step's number"""
     device: Device = "auto"
@@ -76,6 +78,7 @@ _LEAST = {
     "warmup_steps": 0,
     "weight_decay": 0.0,
     "lora_plus_ratio": 0.0,
+    "keep_hidden": 0.0,
     "beta1": 0.0,
     "beta2": 0.0,
     "clip": 0.0,
