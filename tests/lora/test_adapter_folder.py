@@ -370,3 +370,20 @@ def test_saved_merged_and_loaded_agree(tmp_path):
     assert not has_lora(again)
     ids = random_ids(LLAMA, 2, 8)
     assert_equal_logits(again(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        [],
+        {"fingerprint": 5},
+        {"births": {"model.layers.0.self_attn.q_proj": [3, 5]}},
+        {"pieces": {"model.layers.0.self_attn.q_proj": [[2, 5, None], None]}},
+    ],
+)
+def test_a_damaged_file_of_ours_is_refused_and_a_missing_one_is_not(contents, tmp_path):
+    save_adapter(adapted(), tmp_path / "adapter")
+    (unsealed(tmp_path / "adapter") / "surgery.json").write_text(json.dumps(contents), "utf-8")
+    assert_refused(tmp_path / "adapter", "surgery.json")
+    (tmp_path / "adapter" / "surgery.json").unlink()
+    load_adapter(tiny_model(LLAMA), tmp_path / "adapter")

@@ -2,8 +2,8 @@
 
 What PEFT has no place for lies beside them in `surgery.json`, where its readers do not look: the
 fingerprint of the base, what was chosen for tied weights, and what fused matrices and PiSSA's
-updates were put together from. A folder without it is an adapter all the same. (Metadata in the
-safetensors file would not do: its order changes from one writing to the next, and the hash with it.)
+updates were put together from. A folder without it is an adapter all the same. (As metadata in the
+safetensors file it would not do: its order, and with it the hash, changes from writing to writing.)
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def read_stored(folder: Path) -> StoredAdapter:
     refuse_damage(folder)
     config = read_json(folder / CONFIG)
     refuse_unknown(config, folder)
-    extras = read_json(folder / EXTRAS) if (folder / EXTRAS).is_file() else {}
+    extras = _read_extras(folder / EXTRAS)
     tensors = _read_tensors(folder / TENSORS)
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     updates = {}
@@ -150,6 +150,7 @@ def _take(
         raise SurgeryError(f"{name} has no lora_magnitude_vector of length {b.size(0)}")
     birth = extras.get("births", {}).get(name)
     pieces = extras.get("pieces", {}).get(name)
+    _check_parts(name, a.size(0), birth, pieces)
     return LowRankUpdate(
         a,
         b,
@@ -163,8 +164,31 @@ def _take(
     )
 
 
+def _check_parts(name: str, rank: int, birth: Any, pieces: Any) -> None:
+    """Raise `SurgeryError` if what an update is said to be made of does not add up to its rank."""
+    found = [piece for piece in pieces or [] if piece is not None]
+    births = [(rank, birth), *((piece[0], piece[2]) for piece in found)]
+    adds_up = not pieces or sum(piece[0] for piece in found) == rank
+    if not adds_up or any(b is not None and not 0 < b[0] < whole for whole, b in births):
+        raise SurgeryError(f"{EXTRAS} and the rank {rank} of {name} do not agree", "delete it")
+
+
 def _birth(value: list[Any] | None) -> tuple[int, float] | None:
-    return None if value is None else (value[0], value[1])
+    return None if value is None else (int(value[0]), float(value[1]))
+
+
+def _read_extras(path: Path) -> dict[str, Any]:
+    """Our own file, or nothing where there is none."""
+    extras = read_json(path) if path.is_file() else {}
+    kinds = {"fingerprint": dict, "births": dict, "pieces": dict, "tied": str | None}
+    wrong = [
+        key
+        for key, kind in kinds.items()
+        if not isinstance(extras, dict) or (key in extras and not isinstance(extras[key], kind))
+    ]
+    if wrong:
+        raise SurgeryError(f"{path} is damaged: {', '.join(wrong)} cannot be read", "delete it")
+    return extras
 
 
 def _is_whole(key: str, config: dict[str, Any]) -> bool:
