@@ -77,11 +77,11 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> T
 
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """PyTorch's kernel; in training on a CPU always in float32.
+    """PyTorch's kernel; in training on a CPU what is bfloat16 goes through it in float32.
 
     The backward pass of its bfloat16 kernel takes up to three times as long there (docs/log.md).
     """
-    if q.device.type != "cpu" or not q.requires_grad or q.dtype == torch.float32:
+    if q.device.type != "cpu" or not q.requires_grad or q.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
