@@ -71,6 +71,16 @@ def test_fit_examines_the_last_step_too():
         next(steps)
 
 
+def test_a_frozen_parameter_that_moves_is_named():
+    model = PATIENTS["SimpleGPT"]()
+    inject_lora(model, "v_proj", rank=2)
+    steps = fit(model, dataset(), SETTINGS)
+    next(steps)
+    model.norm.weight.data[3] += 1e-6
+    with pytest.raises(SurgeryError, match=r"1 frozen parameters have changed.*norm\.weight"):
+        list(steps)
+
+
 def test_a_layer_that_is_not_used_is_named():
     class Deaf(nn.Module):
         def __init__(self):

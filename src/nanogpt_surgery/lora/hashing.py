@@ -41,8 +41,9 @@ def tensor_hash(tensor: Tensor) -> str:
 
 
 def frozen_hashes(model: nn.Module) -> dict[str, str]:
-    """The hashes of the tensors that no training of the LoRA may move: all but the updates'."""
-    return {name: digest for name, digest in tensor_hashes(model).items() if UPDATES not in name}
+    """The hashes of the parameters that no training may move: those without a gradient."""
+    frozen = {plain_name(n) for n, p in model.named_parameters() if not p.requires_grad}
+    return {name: digest for name, digest in tensor_hashes(model).items() if name in frozen}
 
 
 def combined(hashes: Iterable[str]) -> str:

@@ -2,17 +2,52 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.hashing import frozen_hashes
 from nanogpt_surgery.lora.kinds import PartUpdate
 from nanogpt_surgery.lora.lora_embedding import LoRAEmbeddingUpdate
-from nanogpt_surgery.lora.lora_layer import LoRALayer
+from nanogpt_surgery.lora.lora_layer import LoRALayer, has_lora
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.update import Update
+
+
+class Examiner:
+    """Looks at a training after its first and its last step.
+
+    Args:
+        model: what is trained.
+        optimizer: checked at once for holding every trainable parameter.
+        first: number of the first step.
+        last: number of the last one.
+
+    Raises:
+        SurgeryError: from any of its methods, with the names of what does not learn or stay.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int):
+        check_optimizer(model, optimizer)
+        self.model = model
+        self.steps = {first, last}
+        self.last = last
+        self.frozen = frozen_hashes(model) if has_lora(model) else {}
+
+    def after_backward(self, step: int) -> None:
+        """Has a gradient reached every update?"""
+        if step in self.steps:
+            check_gradients(self.model)
+
+    def after_update(self, step: int) -> None:
+        """Has every update moved, and, at the end, has no frozen parameter?"""
+        if step in self.steps:
+            check_moved(self.model)
+        if step == self.last:
+            check_frozen(self.model, self.frozen)
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -57,6 +92,20 @@ def check_moved(model: nn.Module) -> None:
         raise SurgeryError(
             f"{len(still)} of the adapter's updates have not moved, ΔW is zero: {_some(still)}",
             "is the learning rate above 0?",
+        )
+
+
+def check_frozen(model: nn.Module, before: Mapping[str, str]) -> None:
+    """Raise `SurgeryError` unless every frozen parameter has the hash it had; all are named.
+
+    `before` is from `frozen_hashes`.
+    """
+    now = frozen_hashes(model)
+    moved = [name for name, digest in before.items() if now.get(name) != digest]
+    if moved:
+        raise SurgeryError(
+            f"{len(moved)} frozen parameters have changed in training: {_some(moved)}",
+            "make the optimizer after inject_lora, from the parameters that can be trained",
         )
 
 

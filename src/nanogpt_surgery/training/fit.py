@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.gpt_dataset import GPTDataset
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.learning import check_gradients, check_moved, check_optimizer
+from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
@@ -73,8 +73,9 @@ def fit(
         validation: evaluated whole every `evaluate_every` steps and at the end.
         optimizer: to go on with; a new AdamW if None. The schedule sets its learning rate.
         first_step: steps done already.
-        examine: check that the optimizer holds every trainable parameter, and after the first and
-            the last step that each update of a LoRA got a gradient and has moved.
+        examine: check that the optimizer holds every trainable parameter, after the first and the
+            last step that each update of a LoRA got a gradient and has moved, and at the end that
+            no frozen parameter did, by hash.
         keep_in: a folder for the hidden states that are kept (`keep_hidden`), instead of memory.
         **changes: fields of `FitSettings` by name, over those of `settings`.
 
@@ -90,13 +91,10 @@ def fit(
     hardware = choose_hardware(settings, operations)
     model.to(hardware.device)
     optimizer = optimizer or make_optimizer(model, settings)
-    examined: set[int] = set()
-    if examine:
-        check_optimizer(model, optimizer)
-        examined = {first_step, settings.max_steps - 1}
+    examiner = Examiner(model, optimizer, first_step, settings.max_steps - 1) if examine else None
     prefix = prefix_for(model, dataset, settings, keep_in)
     return _steps(
-        model, dataset, settings, validation, optimizer, first_step, examined, prefix, hardware
+        model, dataset, settings, validation, optimizer, first_step, examiner, prefix, hardware
     )
 
 
@@ -107,7 +105,7 @@ def _steps(
     validation: GPTDataset | None,
     optimizer: torch.optim.Optimizer,
     first_step: int,
-    examined: set[int],
+    examiner: Examiner | None,
     prefix: FrozenPrefix | None,
     hardware: Hardware,
 ) -> Iterator[Step]:
@@ -119,11 +117,11 @@ def _steps(
         rate = learning_rate(step, settings)
         with blocks.active():
             loss = _accumulate(model, dataset, settings, step, prefix, hardware)
-        if step in examined:
-            check_gradients(model)
+        if examiner is not None:
+            examiner.after_backward(step)
         norm = _update(trained, optimizer, rate, settings.clip, step)
-        if step in examined:
-            check_moved(model)
+        if examiner is not None:
+            examiner.after_update(step)
         done = Step(
             step=step + 1,
             loss=loss,
