@@ -4,8 +4,11 @@ from patients import PATIENTS, some_ids
 from torch import nn
 
 from nanogpt_surgery import (
+    GPTConfig,
+    SimpleGPT,
     SurgeryError,
     inject_lora,
+    load_adapter,
     lora_log,
     plan_lora,
     save_adapter,
@@ -89,10 +92,17 @@ def test_what_would_not_see_a_lora_is_refused(module, reason):
         plan_lora(model, ["0.out_proj" if "out" in reason else "linear1"])
 
 
-def test_a_conv1d_is_refused_with_the_way_out():
+def test_a_conv1d_is_refused_with_the_way_out(tmp_path):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
     for targets in ("c_attn", "all-linear"):
         with pytest.raises(SurgeryError, match=r"Conv1D.*open_model.*q_proj"):
             plan_lora(model, targets)
+    ours = SimpleGPT.from_config(
+        GPTConfig.for_family("gpt2", vocab_size=11, n_embd=8, n_head=2, n_layer=1, block_size=8)
+    )
+    inject_lora(ours, "q_proj")
+    save_adapter(ours, tmp_path / "adapter")
+    with pytest.raises(SurgeryError, match=r"c_attn' \(it is a Conv1D.*open_model"):
+        load_adapter(model, tmp_path / "adapter")

@@ -23,7 +23,7 @@ from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, restore, store
-from nanogpt_surgery.lora.targets import adaptable_layers
+from nanogpt_surgery.lora.targets import adaptable_layers, why_not
 from nanogpt_surgery.lora.ties import Tied, choose, partners
 from nanogpt_surgery.lora.update import Update
 from nanogpt_surgery.lora.wrapping import Maker, attach, report_on
@@ -108,11 +108,6 @@ def put_on(
     return report_on(model, "LoRA loaded")
 
 
-def apply_updates(model: nn.Module, updates: Updates) -> Report:
-    """Put updates on a model as its adapter; see `put_on`."""
-    return put_on(model, StoredAdapter(updates))
-
-
 def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
     """Raise `SurgeryError`, with all that does not fit, unless an adapter is for this model."""
     layers = adaptable_layers(model)
@@ -121,8 +116,7 @@ def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
         kind = nn.Embedding if update.embedding else nn.Linear
         layer: Any = layers.get(name)
         if not isinstance(layer, kind):
-            close = nearest(name, layers)
-            problems.append(f"there is no {kind.__name__} {name!r} (nearest: {close})")
+            problems.append(f"there is no {kind.__name__} {name!r} ({_instead(model, name)})")
             continue
         wanted = (update.B.size(0), update.A.size(1))
         wanted = wanted[::-1] if update.embedding else wanted
@@ -138,6 +132,16 @@ def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
             problems.append(f"the adapter brings its own {name}, which differs from the model's")
     if problems:
         raise SurgeryError("this adapter is for another model: " + "; ".join(problems))
+
+
+def _instead(model: nn.Module, name: str) -> str:
+    """What is at a name where no layer can be wrapped, or else the nearest names that can."""
+    if name not in dict(model.named_modules()):
+        return f"nearest: {nearest(name, adaptable_layers(model))}"
+    reason = why_not(model, name) or "a layer of the other kind"
+    if "Conv1D" in reason:
+        reason += "; a GPT-2 opened with open_model has Linears"
+    return f"it is {reason}"
 
 
 def _base_state(model: nn.Module) -> dict[str, Any]:
