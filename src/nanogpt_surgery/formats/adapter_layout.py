@@ -18,6 +18,7 @@ from nanogpt_surgery.files import whole_folder
 from nanogpt_surgery.formats.fused_update import fuse, split
 from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs
+from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.lora.adapter import read_stored, write_stored
 from nanogpt_surgery.lora.hashing import tensor_hash
 from nanogpt_surgery.lora.planning import check_new_name
@@ -91,7 +92,7 @@ def load_adapter(
         SurgeryError: the folder is no LoRA adapter or is damaged, does not fit the model, or was
             made for another one. The model is untouched then.
     """
-    adapter, family = read_stored(Path(folder)), _family(model)
+    adapter, family = read_stored(adapter_folder(folder)), _family(model)
     theirs = adapter.updates
     if family is not None:
         assert isinstance(model, SimpleGPT)
@@ -102,6 +103,11 @@ def load_adapter(
     actual = base_fingerprint(model, known)
     compare_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
     return put_on(model, adapter, name, tied)
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder that a path means: itself, or the checkpoint chosen in a run folder."""
+    return chosen_checkpoint(Path(path)) if is_run(path) else Path(path)
 
 
 def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

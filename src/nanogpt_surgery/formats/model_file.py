@@ -7,17 +7,23 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import read_json, refuse_damage, whole_folder, write_json
+from nanogpt_surgery.files import (
+    read_json,
+    refuse_damage,
+    whole_folder,
+    write_json,
+    write_tensors,
+)
 from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
 from nanogpt_surgery.formats.name_map import normal_names, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
+from nanogpt_surgery.lora.adapter import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.lora.operations import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -54,7 +60,7 @@ def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | Non
     if contents["model_type"] != OWN:
         tensors = to_theirs(tensors, contents["model_type"], model.config.n_layer)
     write_json(folder / CONFIG, contents)
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / TENSORS)
     if tokenizer is not None:
         if not isinstance(tokenizer, CharacterTokenizer):
             raise SurgeryError(f"a {type(tokenizer).__name__} cannot be written as {TOKENIZER}")
@@ -118,7 +124,11 @@ def model_folder(path: str | Path) -> Path:
     """The model folder that a path means: itself, or the checkpoint chosen in a run folder."""
     path = Path(path)
     if is_run(path):
-        return chosen_checkpoint(path)
+        path = chosen_checkpoint(path)
+    if (path / ADAPTER_CONFIG).is_file():
+        raise SurgeryError(
+            f"{path} is an adapter, not a model", "name its model, and the adapter with --adapter"
+        )
     if not (path / CONFIG).is_file():
         there = "there is no such folder" if not path.exists() else f"it holds no {CONFIG}"
         raise SurgeryError(

@@ -44,12 +44,14 @@ def generate(
         SurgeryError: an empty prompt, an id outside the vocabulary, or a setting outside its range.
     """
     prompt = torch.as_tensor(ids, dtype=torch.long)
-    _check(model, prompt, temperature, top_k)
+    _check(model, prompt, max_new_tokens, temperature, top_k)
     prompt = prompt.flatten()
     return _ids(model, prompt, max_new_tokens, temperature, top_k, stop_ids, seed)
 
 
-def _check(model: SimpleGPT, prompt: Tensor, temperature: float, top_k: int | None) -> None:
+def _check(
+    model: SimpleGPT, prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None
+) -> None:
     vocab_size = model.config.vocab_size
     if prompt.dim() != 1 and prompt.shape[:-1] != (1,):
         raise SurgeryError(
@@ -67,6 +69,8 @@ def _check(model: SimpleGPT, prompt: Tensor, temperature: float, top_k: int | No
         raise SurgeryError(f"temperature is {temperature}; it must be at least 0 and finite")
     if top_k is not None and top_k < 1:
         raise SurgeryError(f"top_k is {top_k}; it must be at least 1")
+    if max_new_tokens < 0:
+        raise SurgeryError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
 
 
 def _ids(

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import read_json, refuse_damage, write_json
+from nanogpt_surgery.files import read_json, refuse_damage, write_json, write_tensors
 from nanogpt_surgery.lora.peft_config import CONFIG, config_for, refuse_unknown
 from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, same
 from nanogpt_surgery.lora.targets import by_pattern
@@ -46,7 +45,7 @@ def write_stored(
     modules = {name.rpartition(".")[0] for name in adapter.whole}
     write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out))
     write_json(folder / EXTRAS, _extras(adapter))
-    save_file(_tensors(adapter), folder / TENSORS, metadata={"format": "pt"})
+    write_tensors(_tensors(adapter), folder / TENSORS)
     difference = differences(adapter, read_stored(folder))
     if difference:
         raise SurgeryError(f"what was written to {folder} reads differently: {difference[0]}")

@@ -83,7 +83,7 @@ def fit(
         A `Step` after each optimizer step.
 
     Raises:
-        SurgeryError: nothing can be trained, the loss is not a number (before any update), or a
+        SurgeryError: nothing can be trained, a gradient is not finite (it changes no weight), or a
             part of a LoRA does not learn (its name).
     """
     settings = replace(settings or FitSettings(), **changes)
@@ -111,9 +111,11 @@ def _steps(
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     blocks = CompiledBlocks(model, hardware.compile)
-    model.train()
+    optimizer.zero_grad()  # what the caller's own backward passes may have left
     for step in range(first_step, settings.max_steps):
         start = time.perf_counter()
+        if not model.training:  # at the start, or after a look at the model between two steps
+            model.train()
         rate = learning_rate(step, settings)
         with blocks.active():
             loss = _accumulate(model, dataset, settings, step, prefix, hardware)
@@ -148,19 +150,29 @@ def _accumulate(
     inputs, targets = dataset.batch(step, settings.batch_size * parts, settings.seed)
     total = 0.0
     for part, (x, y) in enumerate(zip(inputs.chunk(parts), targets.chunk(parts), strict=True)):
-        torch.manual_seed(hash((settings.seed, step, part)))  # dropout follows (seed, step)
         x, y = _on(x, hardware), _on(y, hardware)
-        if prefix is None:
-            total += backward_of_loss(model, x, y, 1 / parts, hardware.autocast)
-        else:
-            with hardware.autocast():
-                hidden = prefix.hidden(x)
-            total += backward_from_hidden(prefix.model, hidden, y, 1 / parts, hardware.autocast)
+        with hardware.seeded(hash((settings.seed, step, part))):
+            total += _backward(model, x, y, 1 / parts, prefix, hardware)
     return total
 
 
+def _backward(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    share: float,
+    prefix: FrozenPrefix | None,
+    hardware: Hardware,
+) -> float:
+    if prefix is None:
+        return backward_of_loss(model, x, y, share, hardware.autocast)
+    with hardware.autocast():
+        hidden = prefix.hidden(x)
+    return backward_from_hidden(prefix.model, hidden, y, share, hardware.autocast)
+
+
 def _on(ids: Tensor, hardware: Hardware) -> Tensor:
-    return ids.to(hardware.device, non_blocking=True)
+    return ids.to(hardware.device)
 
 
 def _update(
