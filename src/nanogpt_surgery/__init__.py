@@ -23,14 +23,22 @@ if TYPE_CHECKING:
     from nanogpt_surgery.formats.adapter_layout import load_adapter, save_adapter
     from nanogpt_surgery.formats.model_file import open_model, save_model
     from nanogpt_surgery.generation.generate import generate
+    from nanogpt_surgery.lora.examination import merge_survival
+    from nanogpt_surgery.lora.forecast import plan_lora
+    from nanogpt_surgery.lora.hashing import tensor_hashes
+    from nanogpt_surgery.lora.learning import learned
+    from nanogpt_surgery.lora.lora_embedding import LoRAEmbedding
     from nanogpt_surgery.lora.lora_linear import LoRALinear
+    from nanogpt_surgery.lora.mixing import blend_lora, lora_rows, swap_lora
     from nanogpt_surgery.lora.operations import (
         disable_lora,
         enable_lora,
         inject_lora,
         merge_lora,
         remove_lora,
+        unmerge_lora,
     )
+    from nanogpt_surgery.lora.undo import lora_log, redo_lora, undo_lora
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
     from nanogpt_surgery.model.kv_cache import KVCache
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -48,14 +56,22 @@ _HOMES = {
     "formats.adapter_layout": ("load_adapter", "save_adapter"),
     "formats.model_file": ("open_model", "save_model"),
     "generation.generate": ("generate",),
+    "lora.examination": ("merge_survival",),
+    "lora.forecast": ("plan_lora",),
+    "lora.hashing": ("tensor_hashes",),
+    "lora.learning": ("learned",),
+    "lora.lora_embedding": ("LoRAEmbedding",),
     "lora.lora_linear": ("LoRALinear",),
+    "lora.mixing": ("blend_lora", "lora_rows", "swap_lora"),
     "lora.operations": (
         "disable_lora",
         "enable_lora",
         "inject_lora",
         "merge_lora",
         "remove_lora",
+        "unmerge_lora",
     ),
+    "lora.undo": ("lora_log", "redo_lora", "undo_lora"),
     "model.config": ("FAMILIES", "GPTConfig", "RopeScaling"),
     "model.kv_cache": ("KVCache",),
     "model.simple_gpt": ("SimpleGPT",),
@@ -73,6 +89,7 @@ __all__ = [
     "GPTConfig",
     "GPTDataset",
     "KVCache",
+    "LoRAEmbedding",
     "LoRALinear",
     "RopeScaling",
     "SimpleGPT",
@@ -81,22 +98,33 @@ __all__ = [
     "SurgeryWarning",
     "Tokenizer",
     "TransformerEncoderLayer",
+    "blend_lora",
     "disable_lora",
     "enable_lora",
     "evaluate",
     "fit",
     "generate",
     "inject_lora",
+    "learned",
     "load_adapter",
+    "lora_log",
+    "lora_rows",
     "merge_lora",
+    "merge_survival",
     "open_model",
+    "plan_lora",
     "python_reference",
     "python_source",
     "read_texts",
+    "redo_lora",
     "remove_lora",
     "save_adapter",
     "save_model",
     "split_by_position",
+    "swap_lora",
+    "tensor_hashes",
+    "undo_lora",
+    "unmerge_lora",
 ]
 
 

@@ -64,7 +64,12 @@ def test_a_bfloat16_model_keeps_its_update_in_float32(tmp_path):
 
 def test_the_folder_is_in_peft_s_format(tmp_path):
     save_adapter(adapted(LLAMA, ["q_proj", "down_proj"]), tmp_path / "adapter", base="some/base")
-    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {CONFIG, TENSORS, MANIFEST}
+    assert {file.name for file in (tmp_path / "adapter").iterdir()} == {
+        CONFIG,
+        TENSORS,
+        MANIFEST,
+        "surgery.json",
+    }
     contents = json.loads((tmp_path / "adapter" / CONFIG).read_text(encoding="utf-8"))
     names = [f"model.layers.{i}.{n}" for i in (0, 1) for n in ("mlp.down_proj", "self_attn.q_proj")]
     assert contents == {

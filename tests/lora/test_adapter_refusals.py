@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,12 +102,9 @@ def test_all_layers_that_do_not_fit_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("use_dora", True),
-        ("use_rslora", True),
         ("lora_bias", True),
         ("bias", "all"),
         ("bias", "lora_only"),
-        ("modules_to_save", ["lm_head"]),
         ("layer_replication", [[0, 2]]),
         ("trainable_token_indices", [1, 2]),
         ("target_parameters", ["mlp.experts"]),
@@ -126,9 +124,9 @@ def test_an_option_that_changes_the_result_is_refused_by_name(option, value, tmp
 
 def test_all_such_options_are_told_at_once(tmp_path):
     save_adapter(adapted(LLAMA), tmp_path / "adapter")
-    change_config(unsealed(tmp_path / "adapter"), use_dora=True, bias="all", use_rslora=True)
+    change_config(unsealed(tmp_path / "adapter"), lora_bias=True, bias="all", use_qalora=True)
     message = assert_refused(tmp_path / "adapter", "not supported")
-    assert all(option in message for option in ("use_dora", "bias", "use_rslora"))
+    assert all(option in message for option in ("lora_bias", "bias", "use_qalora"))
 
 
 @pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", None])
@@ -152,3 +150,20 @@ def test_a_model_that_carries_a_lora_is_refused(tmp_path):
     model = adapted(LLAMA)
     save_adapter(model, tmp_path / "adapter")
     assert_refused(tmp_path / "adapter", "carries a LoRA already", model)
+
+
+@pytest.mark.parametrize(
+    "contents",
+    [
+        [],
+        {"fingerprint": 5},
+        {"births": {"model.layers.0.self_attn.q_proj": [3, 5]}},
+        {"pieces": {"model.layers.0.self_attn.q_proj": [[2, 5, None], None]}},
+    ],
+)
+def test_a_damaged_file_of_ours_is_refused_and_a_missing_one_is_not(contents, tmp_path):
+    save_adapter(adapted(LLAMA), tmp_path / "adapter")
+    (unsealed(tmp_path / "adapter") / "surgery.json").write_text(json.dumps(contents), "utf-8")
+    assert_refused(tmp_path / "adapter", "surgery.json")
+    (tmp_path / "adapter" / "surgery.json").unlink()
+    load_adapter(tiny_model(LLAMA), tmp_path / "adapter")

@@ -19,7 +19,7 @@ def test_removing_gives_back_the_very_same_tensors(config):
     tensors = dict(model.named_parameters(remove_duplicate=False))
     trainable = {name: p.requires_grad for name, p in tensors.items()}
     before = bits(model)
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     train_updates(model)
     model(random_ids(config, 1, 5)).mean().backward()
     remove_lora(model)
@@ -36,7 +36,7 @@ def test_removing_gives_back_the_very_same_tensors(config):
 def test_merging_computes_what_the_update_did(config):
     model = tiny_model(config)
     ids = random_ids(config, 2, 9)
-    inject_lora(model, EVERY_LINEAR, rank=3)
+    inject_lora(model, EVERY_LINEAR, rank=3, tied="untie")
     train_updates(model)
     adapted = model(ids)
     merge_lora(model)
@@ -51,7 +51,7 @@ def test_merging_restores_what_can_be_trained(config):
     for name in frozen:
         model.get_parameter(name).requires_grad_(False)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     merge_lora(model)
     after = dict(model.named_parameters(remove_duplicate=False))
     assert list(after) == names
@@ -61,7 +61,7 @@ def test_merging_restores_what_can_be_trained(config):
 
 def test_merging_in_bfloat16_adds_in_float32():
     model = tiny_model(LLAMA).bfloat16()
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     train_updates(model)
     exact = {
         name: layer.original_layer.weight.double()
@@ -82,7 +82,7 @@ def test_a_tied_head_leaves_the_embedding_alone(name):
     model = tiny_model(config)
     embedding, before = model.embed_tokens.weight, model.embed_tokens.weight.detach().clone()
     assert model.lm_head.weight is embedding
-    inject_lora(model, "lm_head")
+    inject_lora(model, "lm_head", tied="untie")
     train_updates(model)
     adapted = model(random_ids(config, 1, 6))
     merge_lora(model)
@@ -94,7 +94,7 @@ def test_a_tied_head_leaves_the_embedding_alone(name):
 
 def test_a_tied_head_is_tied_again_when_removed():
     model = tiny_model(FAMILY_CONFIGS["gpt2"])
-    inject_lora(model, "lm_head")
+    inject_lora(model, "lm_head", tied="untie")
     train_updates(model)
     remove_lora(model)
     assert model.lm_head.weight is model.embed_tokens.weight

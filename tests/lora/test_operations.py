@@ -32,7 +32,7 @@ def test_injecting_changes_no_logit(config, training):
     model = tiny_model(config).train(training)
     ids = random_ids(config, 2, 9)
     expected = model(ids)
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     assert all(module.training == training for module in model.modules())
     assert torch.equal(model(ids), expected)
 
@@ -42,7 +42,7 @@ def test_injecting_leaves_a_model_s_own_dropout_as_it_falls():
     ids = random_ids(model.config, 2, 9)
     torch.manual_seed(3)
     expected = model(ids)
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     torch.manual_seed(3)
     assert torch.equal(model(ids), expected)
 
@@ -56,7 +56,7 @@ def test_every_linear_can_be_adapted_and_shows_in_both_modes(config):
     names = linears(model)
     assert len(names) == config.n_layer * (7 if config.mlp == "swiglu" else 6) + 1
     for name in names:
-        inject_lora(model, name, rank=2)
+        inject_lora(model, name, rank=2, tied="untie")
         assert list(lora_layers(model)) == [name]
         train_updates(model)
         for training in (True, False):
@@ -109,7 +109,7 @@ def test_disabled_is_the_base_and_enabled_the_same_as_before():
     model = tiny_model(LLAMA)
     ids = random_ids(LLAMA, 2, 8)
     base = model(ids)
-    inject_lora(model, EVERY_LINEAR)
+    inject_lora(model, EVERY_LINEAR, tied="untie")
     train_updates(model)
     adapted = model(ids)
     for verb, expected in [(disable_lora, base), (enable_lora, adapted)] * 2:

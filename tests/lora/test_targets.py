@@ -40,7 +40,7 @@ def found(targets, model=None) -> list[str]:
         ),
         (r"layers\.0\..*(up|down)_proj", ["layers.0.mlp.up_proj", "layers.0.mlp.down_proj"]),
         ("all-linear", LINEARS),
-        (r".*", [*LINEARS, "lm_head"]),
+        (r".*", ["embed_tokens", *LINEARS, "lm_head"]),
     ],
 )
 def test_a_pattern_is_a_name_an_ending_or_an_expression(pattern, expected):

@@ -76,7 +76,7 @@ OURS = ["q_proj", ["q_proj", "k_proj", "v_proj"], "all-linear", r".*_proj|lm_hea
 def test_peft_reads_what_is_written_here(name, targets, theirs, tmp_path):
     config = FAMILY_CONFIGS[name]
     model = tiny_model(config)
-    inject_lora(model, targets, rank=3, alpha=5)
+    inject_lora(model, targets, rank=3, alpha=5, tied="untie")
     randomise_updates(model)
     save_adapter(model, tmp_path / "adapter")
     adapted = peft.PeftModel.from_pretrained(theirs(name), tmp_path / "adapter")
@@ -147,7 +147,7 @@ def test_what_peft_writes_is_read_here(name, options, theirs, tmp_path):
     randomise_updates(adapted)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     model = tiny_model(config)
-    load_adapter(model, tmp_path / "adapter")
+    load_adapter(model, tmp_path / "adapter", tied="untie")
     assert_equal(model, adapted, config, moved_from=tiny_model(config))
 
 
@@ -212,7 +212,7 @@ def test_surgery_on_a_transformers_model_computes_what_peft_does(name, theirs, t
 def test_merged_weights_are_peft_s(theirs, tmp_path):
     config = FAMILY_CONFIGS["llama"]
     model = tiny_model(config)
-    inject_lora(model, r".*_proj|lm_head", rank=3, alpha=5)
+    inject_lora(model, r".*_proj|lm_head", rank=3, alpha=5, tied="untie")
     randomise_updates(model)
     save_adapter(model, tmp_path / "adapter")
     merged = peft.PeftModel.from_pretrained(

@@ -1,15 +1,13 @@
 """Adapters of our models under the names of the family's checkpoints, and back.
 
-Most names are simply translated. GPT-2 keeps q, k and v in one fused matrix, `c_attn`:
-
-- an update of `c_attn` is exactly three updates that share A and split B by rows, each without
-  the components that are zero in its rows;
-- updates of q, k and v are exactly one of `c_attn`: the A's stacked, the B's on a block diagonal,
-  alpha added up, so that alpha / rank stays when they agree in it.
+Most names are simply translated. GPT-2 keeps q, k and v in one fused matrix, `c_attn`: there
+updates of the parts are joined and split, as `fused_update.py` says.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,59 +15,94 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import whole_folder
+from nanogpt_surgery.formats.fused_update import fuse, split
 from nanogpt_surgery.formats.huggingface import OWN, family_of
-from nanogpt_surgery.formats.name_map import Row, rows
+from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
-from nanogpt_surgery.lora.adapter import (
-    LowRankUpdate,
-    Updates,
-    apply_updates,
-    read_adapter,
-    updates_of,
-    write_updates,
-)
-from nanogpt_surgery.lora.lora_linear import LoRALinear
+from nanogpt_surgery.lora.adapter import read_stored, write_stored
+from nanogpt_surgery.lora.hashing import tensor_hash
+from nanogpt_surgery.lora.planning import check_new_name
+from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.stored import StoredAdapter, Updates
+from nanogpt_surgery.lora.ties import Tied
+from nanogpt_surgery.lora.transplant import check_fit, compare_fingerprint, put_on, take_off
+from nanogpt_surgery.lora.update import as_matrix
+from nanogpt_surgery.lora.wrapping import bare, report_on
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
-def save_adapter(model: nn.Module, folder: str | Path, base: str = "") -> None:
-    """Write the LoRA that a model carries as a PEFT adapter folder, whole or not at all.
+def save_adapter(
+    model: nn.Module, folder: str | Path, base: str = "", *, name: str | None = None
+) -> Report:
+    """Write an adapter of a model as a PEFT adapter folder, whole or not at all.
 
     For a `SimpleGPT` on a family's axes the names are those of transformers' model, on which `peft`
-    loads the folder; any other module keeps its own names.
+    loads the folder; any other module keeps its own names. What is written is read again and
+    compared before it counts.
 
     Args:
         model: carries a LoRA.
         folder: made, or replaced if it is one of ours.
         base: name or path of the base model, for information.
+        name: of the adapter; by default the only one, or the one that takes part.
 
     Raises:
-        SurgeryError: there is no LoRA, or the folder holds something else.
+        SurgeryError: there is no LoRA, it is not clear which, or the folder holds something else.
     """
     with whole_folder(folder) as temporary:
-        write_adapter_files(model, temporary, base)
+        write_adapter_files(model, temporary, base, name=name)
+    return report_on(model, f"LoRA saved to {folder}")
 
 
-def write_adapter_files(model: nn.Module, folder: Path, base: str = "") -> None:
+def write_adapter_files(
+    model: nn.Module, folder: Path, base: str = "", *, name: str | None = None
+) -> None:
     """Write the files of an adapter folder into a folder that is being made."""
-    updates, fan_in_fan_out = updates_of(model), False
-    if isinstance(model, SimpleGPT) and (family := family_of(model.config)) != OWN:
-        updates = _to_theirs(updates, family, model)
-        fan_in_fan_out = family == "gpt2"
-    write_updates(updates, folder, base, fan_in_fan_out)
+    adapter, family = take_off(model, name), _family(model)
+    if family is not None:
+        assert isinstance(model, SimpleGPT)
+        adapter = replace(
+            adapter,
+            updates=_to_theirs(adapter.updates, family, model),
+            whole=to_theirs(adapter.whole, family, model.config.n_layer),
+        )
+    adapter = replace(adapter, fingerprint=base_fingerprint(model, adapter.updates))
+    write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2")
 
 
-def load_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Inject the LoRA of a PEFT adapter folder into a model, strictly.
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str = "default",
+    tied: Tied | None = None,
+    force: bool = False,
+) -> Report:
+    """Put the LoRA of a PEFT adapter folder on a model, strictly; it then takes part alone.
+
+    Args:
+        model: changed in place.
+        folder: as `save_adapter` or PEFT writes it.
+        name: for the adapter on this model.
+        tied: what to do with layers that share a weight: "refuse", "untie" or "both"; by default
+            what the adapter was made with.
+        force: warn, instead of refusing, when the adapter was made for another base.
 
     Raises:
-        SurgeryError: the folder is no LoRA adapter or is damaged, or does not fit the model. The
-            model is untouched then.
+        SurgeryError: the folder is no LoRA adapter or is damaged, does not fit the model, or was
+            made for another one. The model is untouched then.
     """
-    updates = read_adapter(adapter_folder(folder))
-    if isinstance(model, SimpleGPT) and (family := family_of(model.config)) != OWN:
-        updates = _to_ours(updates, family, model)
-    apply_updates(model, updates)
+    adapter, family = read_stored(adapter_folder(folder)), _family(model)
+    theirs = adapter.updates
+    if family is not None:
+        assert isinstance(model, SimpleGPT)
+        adapter = _adapter_to_ours(adapter, family, model)
+    check_new_name(model, name)
+    check_fit(model, adapter)
+    known = [path for path in theirs if path in adapter.fingerprint and _there(model, path)]
+    actual = base_fingerprint(model, known)
+    compare_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
+    return put_on(model, adapter, name, tied)
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -77,37 +110,72 @@ def adapter_folder(path: str | Path) -> Path:
     return chosen_checkpoint(Path(path)) if is_run(path) else Path(path)
 
 
+def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of the weights at these names, in float32 as (out, in), so in any dtype alike.
+
+    The names are those of the family's checkpoints; a fused matrix is hashed as one.
+    """
+    return {name: tensor_hash(_matrix(model, name)) for name in names}
+
+
+def _matrix(model: nn.Module, name: str) -> Tensor:
+    return torch.cat(_matrices(model, _ours(model, name)))
+
+
+def _matrices(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    return [as_matrix(bare(model, name)).cpu() for name in names]
+
+
+def _ours(model: nn.Module, name: str) -> tuple[str, ...]:
+    """Our layers that are one of theirs."""
+    family = _family(model)
+    if family is None:
+        return (name,)
+    assert isinstance(model, SimpleGPT)
+    return next((r.ours for r in rows(family, model.config.n_layer) if r.theirs == name), ())
+
+
+def _there(model: nn.Module, name: str) -> bool:
+    modules = dict(model.named_modules())
+    ours = _ours(model, name)
+    return bool(ours) and all(path in modules for path in ours)
+
+
+def _family(model: nn.Module) -> str | None:
+    """The family whose names a model's adapters are written in; None for its own names."""
+    family = family_of(model.config) if isinstance(model, SimpleGPT) else OWN
+    return None if family == OWN else family
+
+
 def _to_theirs(updates: Updates, family: str, model: SimpleGPT) -> Updates:
     converted = {}
     for row in rows(family, model.config.n_layer):
         if any(name in updates for name in row.ours):
             parts = [updates.get(name) for name in row.ours]
-            converted[row.theirs] = _fuse(parts, model, row)
+            one = parts[0]
+            converted[row.theirs] = (
+                one
+                if len(parts) == 1 and one is not None
+                else fuse(parts, _matrices(model, row.ours))
+            )
     return converted
 
 
-def _fuse(parts: list[LowRankUpdate | None], model: SimpleGPT, row: Row) -> LowRankUpdate:
-    present = [part for part in parts if part is not None]
-    if len(parts) == 1:
-        return present[0]
-    scale = present[0].alpha / present[0].rank
-    rank = sum(part.rank for part in present)
-    blocks, start = [], 0
-    for name, part in zip(row.ours, parts, strict=True):
-        block = torch.zeros(_out_features(model, name), rank)
-        if part is not None:
-            block[:, start : start + part.rank] = part.B * (part.alpha / part.rank / scale)
-            start += part.rank
-        blocks.append(block)
-    a = torch.cat([part.A for part in present])
-    return LowRankUpdate(a, torch.cat(blocks), scale * rank)
-
-
-def _out_features(model: SimpleGPT, name: str) -> int:
-    layer = model.get_submodule(name)
-    linear = layer.original_layer if isinstance(layer, LoRALinear) else layer
-    assert isinstance(linear, nn.Linear)
-    return linear.out_features
+def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> StoredAdapter:
+    layers = model.config.n_layer
+    copies = {f"{name}.weight": tensor for name, tensor in adapter.base_copies.items()}
+    copies, strange = to_ours(copies, family, layers)
+    whole, stranger = to_ours(adapter.whole, family, layers)
+    if strange or stranger:
+        raise SurgeryError(
+            f"this adapter is for another model: a {family} has no {', '.join(strange + stranger)}"
+        )
+    return replace(
+        adapter,
+        updates=_to_ours(adapter.updates, family, model),
+        whole=whole,
+        base_copies={name.removesuffix(".weight"): tensor for name, tensor in copies.items()},
+    )
 
 
 def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
@@ -116,24 +184,10 @@ def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
     for row in rows(family, model.config.n_layer):
         update = left.pop(row.theirs, None)
         if update is not None:
-            parts = zip(row.ours, update.B.chunk(len(row.ours)), strict=True)
-            split = {name: _part(update, b) for name, b in parts}
-            converted |= {name: part for name, part in split.items() if part is not None}
+            converted |= {row.ours[0]: update} if len(row.ours) == 1 else split(update, row.ours)
     if left:
         raise SurgeryError(
             f"this adapter is for another model: a {family} of {model.config.n_layer} layers has "
             f"no {', '.join(sorted(left))}"
         )
     return converted
-
-
-def _part(update: LowRankUpdate, b: Tensor) -> LowRankUpdate | None:
-    """The share of a fused update that a part has: its rows of B, without what is not its own.
-
-    A component that is zero in these rows and not in the others belongs to another part (this is
-    how `_fuse` lays them out); a part that no component belongs to has no update.
-    """
-    own = (b != 0).any(0) | ~(update.B != 0).any(0)  # (R)
-    scale = update.alpha / update.rank
-    rank = int(own.sum())
-    return LowRankUpdate(update.A[own], b[:, own], scale * rank) if rank else None

@@ -23,8 +23,8 @@ from nanogpt_surgery.files import (
 from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
 from nanogpt_surgery.formats.name_map import normal_names, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
-from nanogpt_surgery.lora.adapter import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.lora.operations import has_lora
+from nanogpt_surgery.lora.peft_config import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 

@@ -1,224 +1,203 @@
 """The adapter folder, in PEFT's own format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What is stored is a set of named low-rank updates. The names in the file are those of the model that
-PEFT will load it on; `formats/` supplies the map for our own models, and for any other module the
-names are its own.
+What PEFT has no place for lies beside them in `surgery.json`, where its readers do not look: the
+fingerprint of the base, what was chosen for tied weights, and what fused matrices and PiSSA's
+updates were put together from. A folder without it is an adapter all the same. (As metadata in the
+safetensors file it would not do: its order, and with it the hash, changes from writing to writing.)
 """
 
 from __future__ import annotations
 
-import re
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanogpt_surgery.errors import SurgeryError, nearest
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import read_json, refuse_damage, write_json, write_tensors
-from nanogpt_surgery.lora.operations import inject_lora, lora_layers
-from nanogpt_surgery.lora.targets import linear_names
+from nanogpt_surgery.lora.peft_config import CONFIG, config_for, refuse_unknown
+from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, same
+from nanogpt_surgery.lora.targets import by_pattern
 
-CONFIG = "adapter_config.json"
-TENSORS = "adapter_model.safetensors"
+TENSORS, EXTRAS = "adapter_model.safetensors", "surgery.json"
 _PREFIX = "base_model.model."
-
-# What a config may say without changing the result, beside what we read; all else is refused.
-_INERT_UNLESS_SET = """
-    use_dora use_rslora lora_bias modules_to_save layer_replication target_parameters
-    trainable_token_indices exclude_modules layers_to_transform layers_pattern
-    alora_invocation_tokens arrow_config use_qalora velora_config use_bdlora kasa_config
-    monteclora_config
-""".split()
-_INERT_INITIALISATIONS = (
-    True,
-    False,
-    None,
-    "gaussian",
-    "eva",
-    "orthogonal",
-)  # leave the base alone
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+_MAGNITUDE, _BASE = ".lora_magnitude_vector", ".base_layer.weight"
 
 
-@dataclass(frozen=True)
-class LowRankUpdate:
-    """ΔW = (alpha / R) · B A, for one layer.
-
-    `A` is (R, in) and `B` is (out, R), both float32.
-    """
-
-    A: Tensor
-    B: Tensor
-    alpha: float
-
-    @property
-    def rank(self) -> int:
-        """R."""
-        return self.A.size(0)
-
-    @property
-    def delta_weight(self) -> Tensor:
-        """ΔW, (out, in), float32."""
-        return self.alpha / self.rank * (self.B @ self.A)
-
-    @property
-    def singular_values(self) -> Tensor:
-        """Those of ΔW that can be other than zero, (R), largest first; ΔW is never built."""
-        _, b = torch.linalg.qr(self.B)  # (R, R)
-        _, a = torch.linalg.qr(self.A.t())  # (R, R)
-        values: Tensor = torch.linalg.svdvals(b @ a.t())
-        return self.alpha / self.rank * values
-
-
-Updates = dict[str, LowRankUpdate]
-
-
-def updates_of(model: nn.Module) -> Updates:
-    """Copies of the updates that a model carries, by the name of the layer."""
-    return {
-        name: LowRankUpdate(
-            layer.lora_A.detach().float().cpu().clone(),
-            layer.lora_B.detach().float().cpu().clone(),
-            layer.alpha,
-        )
-        for name, layer in lora_layers(model).items()
-    }
-
-
-def apply_updates(model: nn.Module, updates: Updates) -> None:
-    """Wrap the layers of a model and give them these updates.
-
-    Raises:
-        SurgeryError: a layer is missing in the model, or its shape differs (all of them at once),
-            or the model carries a LoRA already. The model is untouched then.
-    """
-    _check_fit(model, updates)
-    inject_lora(model, [f"(?:{re.escape(name)})" for name in updates], rank=1)
-    for name, layer in lora_layers(model).items():
-        update = updates[name]
-        weight = layer.original_layer.weight
-        layer.lora_A = nn.Parameter(update.A.to(weight.device))
-        layer.lora_B = nn.Parameter(update.B.to(weight.device))
-        layer.rank, layer.alpha, layer.scaling = (
-            update.rank,
-            update.alpha,
-            update.alpha / update.rank,
-        )
-
-
-def _check_fit(model: nn.Module, updates: Updates) -> None:
-    linears = {name: model.get_submodule(name) for name in linear_names(model)}
-    problems = []
-    for name, update in updates.items():
-        if name not in linears:
-            problems.append(f"there is no Linear {name!r} (nearest: {nearest(name, linears)})")
-            continue
-        wanted = (update.B.size(0), update.A.size(1))
-        actual = tuple(linears[name].get_parameter("weight").shape)
-        if actual != wanted:
-            problems.append(f"{name} is {actual} in the model and {wanted} in the adapter")
-    if problems:
-        raise SurgeryError("this adapter is for another model: " + "; ".join(problems))
-
-
-def write_updates(
-    updates: Updates, folder: Path, base: str = "", fan_in_fan_out: bool = False
+def write_stored(
+    adapter: StoredAdapter, folder: Path, base: str = "", fan_in_fan_out: bool = False
 ) -> None:
-    """Write updates as the files of a PEFT adapter folder.
+    """Write the files of a PEFT adapter folder, read them again and compare every bit.
 
     Args:
-        updates: by the layer's name in the model that PEFT will load it on.
+        adapter: with the names of the model that PEFT will load it on.
         folder: one that is being made.
         base: name or path of the base model, for information.
         fan_in_fan_out: the base stores its matrices transposed (GPT-2's Conv1D).
+
+    Raises:
+        SurgeryError: what was read again differs from what was to be written.
     """
+    modules = {name.rpartition(".")[0] for name in adapter.whole}
+    write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out))
+    write_json(folder / EXTRAS, _extras(adapter))
+    write_tensors(_tensors(adapter), folder / TENSORS)
+    difference = differences(adapter, read_stored(folder))
+    if difference:
+        raise SurgeryError(f"what was written to {folder} reads differently: {difference[0]}")
+
+
+def _tensors(adapter: StoredAdapter) -> dict[str, Tensor]:
     tensors = {}
-    for name, update in updates.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = update.A.contiguous()
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = update.B.contiguous()
-    write_json(folder / CONFIG, _config(updates, base, fan_in_fan_out))
-    write_tensors(tensors, folder / TENSORS)
+    for name, update in adapter.updates.items():
+        keys = (_EMBEDDING_A, _EMBEDDING_B) if update.embedding else (_A, _B)
+        tensors[f"{_PREFIX}{name}{keys[0]}"] = update.A.contiguous()
+        tensors[f"{_PREFIX}{name}{keys[1]}"] = update.B.contiguous()
+        if update.magnitude is not None:
+            tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = update.magnitude.contiguous()
+    whole = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.whole.items()}
+    return tensors | whole
 
 
-def _config(updates: Updates, base: str, fan_in_fan_out: bool) -> dict[str, Any]:
-    rank = Counter(update.rank for update in updates.values()).most_common(1)[0][0]
-    alpha = Counter(update.alpha for update in updates.values()).most_common(1)[0][0]
+def _extras(adapter: StoredAdapter) -> dict[str, Any]:
+    updates = adapter.updates
     return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base or None,
-        "revision": None,
-        "r": rank,
-        "lora_alpha": alpha,
-        "lora_dropout": 0.0,
-        "target_modules": sorted(updates),
-        "rank_pattern": {re.escape(n): u.rank for n, u in updates.items() if u.rank != rank},
-        "alpha_pattern": {re.escape(n): u.alpha for n, u in updates.items() if u.alpha != alpha},
-        "bias": "none",
-        "fan_in_fan_out": fan_in_fan_out,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "inference_mode": True,
+        "fingerprint": adapter.fingerprint,
+        "tied": adapter.tied,
+        "births": {name: u.birth for name, u in updates.items() if u.birth},
+        "pieces": {name: u.pieces for name, u in updates.items() if u.pieces},
     }
 
 
+def differences(one: StoredAdapter, other: StoredAdapter) -> list[str]:
+    """The names whose contents differ between two adapters."""
+    names = one.updates.keys() | other.updates.keys() | one.whole.keys() | other.whole.keys()
+    return [name for name in sorted(names) if not _alike(one, other, name)]
+
+
+def _alike(one: StoredAdapter, other: StoredAdapter, name: str) -> bool:
+    if name in one.whole and name in other.whole:
+        return torch.equal(one.whole[name], other.whole[name])
+    if name not in one.updates or name not in other.updates:
+        return False
+    return same(one.updates[name], other.updates[name])
+
+
 def read_adapter(folder: str | Path) -> Updates:
-    """The updates in a PEFT adapter folder, by the names in the file.
+    """The updates in a PEFT adapter folder, by the names in the file; see `read_stored`."""
+    return read_stored(Path(folder)).updates
+
+
+def read_stored(folder: Path) -> StoredAdapter:
+    """What a PEFT adapter folder holds, by the names in the file.
 
     Raises:
         SurgeryError: the folder is not a LoRA adapter's or is damaged, says something that would
             change the result and that is not understood, or holds a tensor without its partner.
     """
-    folder = Path(folder)
     refuse_damage(folder)
     config = read_json(folder / CONFIG)
-    _refuse_unknown(config, folder)
+    refuse_unknown(config, folder)
+    extras = _read_extras(folder / EXTRAS)
     tensors = _read_tensors(folder / TENSORS)
+    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
     updates = {}
-    for key in [key for key in tensors if key.endswith(".lora_A.weight")]:
-        name = key.removesuffix(".lora_A.weight")
-        a, b = tensors.pop(key), tensors.pop(f"{name}.lora_B.weight", None)
-        name = name.removeprefix(_PREFIX)
-        if b is None or a.dim() != 2 or b.dim() != 2 or a.size(0) != b.size(1):
-            raise SurgeryError(f"{folder / TENSORS}: lora_A of {name} has no lora_B of its rank")
-        alpha = _by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8))
-        updates[name] = LowRankUpdate(a.float(), b.float(), alpha)
-    if tensors or not updates:
+    for keys in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
+        for key in [key for key in tensors if key.endswith(keys[0])]:
+            name = key.removesuffix(keys[0])
+            try:
+                updates[name] = _take(tensors, name, keys, config, extras)
+            except SurgeryError as error:
+                raise SurgeryError(f"{folder / TENSORS}: {error.what}") from None
+    copies = {
+        key.removesuffix(_BASE): tensors.pop(key) for key in list(tensors) if key.endswith(_BASE)
+    }
+    whole = {key: tensors.pop(key) for key in list(tensors) if _is_whole(key, config)}
+    absent = [
+        name
+        for name in config.get("modules_to_save") or []
+        if not any(_is_whole(key, {"modules_to_save": [name]}) for key in whole)
+    ]
+    if absent:
+        raise SurgeryError(f"{folder / TENSORS} lacks the modules_to_save {', '.join(absent)}")
+    if tensors or not (updates or whole):
         extra = ", ".join(sorted(tensors)) or "no LoRA at all"
         raise SurgeryError(f"{folder / TENSORS} holds what is not understood: {extra}")
-    return updates
+    return StoredAdapter(
+        updates, whole, copies, extras.get("fingerprint", {}), extras.get("tied")
+    )  # fmt: skip
 
 
-def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise SurgeryError(
-            f"{folder} is a {config.get('peft_type', 'folder without peft_type')}, not a LORA"
-        )
-    set_options = [key for key in _INERT_UNLESS_SET if config.get(key)]
-    if config.get("bias", "none") != "none":
-        set_options.append("bias")
-    if config.get("init_lora_weights", True) not in _INERT_INITIALISATIONS:
-        set_options.append(f"init_lora_weights {config['init_lora_weights']!r}")
-    if set_options:
-        raise SurgeryError(
-            f"{folder / CONFIG} sets {', '.join(set_options)}, which would change the result and "
-            "is not supported"
-        )
+def _take(
+    tensors: dict[str, Tensor],
+    name: str,
+    keys: tuple[str, str],
+    config: dict[str, Any],
+    extras: dict[str, Any],
+) -> LowRankUpdate:
+    """Take one layer's tensors out of those of a file."""
+    a, b = tensors.pop(name + keys[0]), tensors.pop(name + keys[1], None)
+    if b is None or a.dim() != 2 or b.dim() != 2 or a.size(0) != b.size(1):
+        raise SurgeryError(f"lora_A of {name} has no lora_B of its rank")
+    dora = bool(config.get("use_dora"))
+    magnitude = tensors.pop(name + _MAGNITUDE, None) if dora else None
+    if dora and (magnitude is None or magnitude.shape != b.shape[:1]):
+        raise SurgeryError(f"{name} has no lora_magnitude_vector of length {b.size(0)}")
+    birth = extras.get("births", {}).get(name)
+    pieces = extras.get("pieces", {}).get(name)
+    _check_parts(name, a.size(0), birth, pieces)
+    return LowRankUpdate(
+        a,
+        b,
+        by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)),
+        rslora=bool(config.get("use_rslora")),
+        magnitude=magnitude,
+        embedding=keys[0] == _EMBEDDING_A,
+        dropout=float(config.get("lora_dropout") or 0.0),
+        birth=_birth(birth),
+        pieces=tuple(p and (p[0], p[1], _birth(p[2])) for p in pieces) if pieces else None,
+    )
 
 
-def _by_pattern(patterns: dict[str, float] | None, name: str, default: float) -> float:
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"^(.*\.)?({pattern})$", name):
-            return value
-    return default
+def _check_parts(name: str, rank: int, birth: Any, pieces: Any) -> None:
+    """Raise `SurgeryError` if what an update is said to be made of does not add up to its rank."""
+    found = [piece for piece in pieces or [] if piece is not None]
+    births = [(rank, birth), *((piece[0], piece[2]) for piece in found)]
+    adds_up = not pieces or sum(piece[0] for piece in found) == rank
+    if not adds_up or any(b is not None and not 0 < b[0] < whole for whole, b in births):
+        raise SurgeryError(f"{EXTRAS} and the rank {rank} of {name} do not agree", "delete it")
+
+
+def _birth(value: list[Any] | None) -> tuple[int, float] | None:
+    return None if value is None else (int(value[0]), float(value[1]))
+
+
+def _read_extras(path: Path) -> dict[str, Any]:
+    """Our own file, or nothing where there is none."""
+    extras = read_json(path) if path.is_file() else {}
+    kinds = {"fingerprint": dict, "births": dict, "pieces": dict, "tied": str | None}
+    wrong = [
+        key
+        for key, kind in kinds.items()
+        if not isinstance(extras, dict) or (key in extras and not isinstance(extras[key], kind))
+    ]
+    if wrong:
+        raise SurgeryError(f"{path} is damaged: {', '.join(wrong)} cannot be read", "delete it")
+    return extras
+
+
+def _is_whole(key: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor belongs to one of the modules_to_save; PEFT matches the end of the name."""
+    module = key.rpartition(".")[0]
+    return any(module.endswith(name) for name in config.get("modules_to_save") or [])
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file in float32."""
     if not path.is_file():
         raise SurgeryError(f"{path} is missing", "an adapter is a folder as PEFT writes it")
     try:

@@ -1,9 +1,12 @@
 """A linear layer with a low-rank update beside it (LoRA, arXiv:2106.09685).
 
-    y = W x + b  +  (α / r) · B A x            A (R, in), B (out, R), W (out, in) and b frozen
+    y = W x + b  +  s · B A x        A (R, in), B (out, R), s = α / R; W (out, in) and b frozen
 
 A is drawn at random and B is zero, so the layer is born changing nothing; training moves A and B
-alone. Legend: R rank.
+alone. `LoRAUpdate` is the last term, `LoRALinear` the whole line. Several updates on one layer, and
+which of them take part, are in `lora_layer.py`; other kinds of update in `kinds.py`.
+
+Legend: R rank.
 """
 
 from __future__ import annotations
@@ -15,9 +18,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.lora_layer import DEFAULT, LoRALayer
+from nanogpt_surgery.lora.update import Update
 
 
-class LoRALinear(nn.Module):
+class LoRAUpdate(Update):
+    """ΔW = s · B A: two thin matrices and a scale.
+
+    Args:
+        layer: the layer it belongs to, for its shape and device.
+        rank: R.
+        alpha: α; the scale is α / R.
+        dropout: probability of zeroing an input of the update in training.
+    """
+
+    def __init__(self, layer: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0):
+        super().__init__(rank, alpha, dropout)
+        out_features, in_features = layer.weight.shape
+        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=layer.weight.device))
+        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=layer.weight.device))
+        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+
+    def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        """What is added to the layer's own output y (…, out) for its input x (…, in)."""
+        a, b = self.factors()
+        down = F.linear(self.dropout(x), a.to(x.dtype))  # (…, in) → (…, R)
+        return self.scaling * F.linear(down, b.to(x.dtype))  # (…, R) → (…, out)
+
+
+class LoRALinear(LoRALayer):
     """Wraps an `nn.Linear`, which it freezes and leaves as it is.
 
     Args:
@@ -34,47 +63,28 @@ class LoRALinear(nn.Module):
     def __init__(
         self, original_layer: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0
     ):
-        super().__init__()
         if not isinstance(original_layer, nn.Linear):
             raise SurgeryError(
                 f"LoRALinear wraps an nn.Linear, not a {type(original_layer).__name__}"
             )
-        if rank < 1:
-            raise SurgeryError(f"the rank of a LoRA is {rank}; it must be at least 1")
-        if not 0 <= dropout < 1:
-            raise SurgeryError(f"the dropout of a LoRA is {dropout}; it must be in [0, 1)")
-        weight = original_layer.weight
-        self.original_layer = original_layer.requires_grad_(False)
-        self.lora_A = nn.Parameter(torch.empty(rank, weight.size(1), device=weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(weight.size(0), rank, device=weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-        self.rank = rank
-        self.alpha = alpha
-        self.scaling = alpha / rank
-        self.dropout = nn.Dropout(dropout)
-        self.enabled = True
+        update = LoRAUpdate(original_layer, rank, alpha, dropout)
+        super().__init__(original_layer)
+        self.updates[DEFAULT] = update
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
         y: Tensor = self.original_layer(x)
-        if not self.enabled:
-            return y
-        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (…, in) → (…, R)
-        return y + self.scaling * F.linear(down, self.lora_B.to(x.dtype))  # (…, R) → (…, out)
+        return self.mixture(self, x, y) if self.enabled else y
 
-    def delta_weight(self) -> Tensor:
-        """ΔW = (α / R) · B A, what the update adds to the weight: (out, in), float32."""
-        return self.scaling * (self.lora_B.detach().float() @ self.lora_A.detach().float())
+    def down_by_row(self, x: Tensor, a: Tensor, index: Tensor) -> Tensor:
+        """Row b of (B, …, in) times the matrix `index[b]` of (N, R, in) → (B, …, R)."""
+        rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, T, in)
+        down = torch.bmm(rows, a.to(x.dtype)[index].transpose(1, 2))  # (B, T, R)
+        return down.view(*x.shape[:-1], -1)
 
-    def merged_layer(self) -> nn.Linear:
-        """A new `nn.Linear` with W + ΔW, added in float32 and rounded once to W's dtype."""
+    def with_weight(self, weight: nn.Parameter) -> nn.Linear:
+        """A plain layer like the original, with another weight and the same bias."""
         original = self.original_layer
-        merged = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
-        weight = (original.weight.detach().float() + self.delta_weight()).to(original.weight.dtype)
-        merged.weight = nn.Parameter(weight)
-        merged.bias = original.bias
-        return merged.train(original.training)
-
-    def extra_repr(self) -> str:
-        """What `print(model)` shows."""
-        return f"rank={self.rank}, alpha={self.alpha}" + ("" if self.enabled else ", disabled")
+        layer = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
+        layer.weight, layer.bias = weight, original.bias
+        return layer.train(original.training)

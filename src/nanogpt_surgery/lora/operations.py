@@ -1,20 +1,50 @@
-"""The verbs: inject, enable, disable, merge, remove. Each changes the model in place.
+"""The verbs: inject, enable, disable, merge, unmerge, remove. Each changes the model in place.
 
-Nothing here happens because of `.train()` or `.eval()`; removing gives back the original bits.
+Nothing here happens because of `.train()` or `.eval()`. Each verb returns a report, is written into
+the model's journal (`undo_lora` takes it back), and leaves the model as it was if it fails.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.lora_linear import LoRALinear
+from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows
+from nanogpt_surgery.lora.journal import chart_of, forget, operation
+from nanogpt_surgery.lora.lora_layer import (
+    LoRALayer,
+    active_mixture,
+    adapter_names,
+    has_lora,
+    lora_layers,
+)
+from nanogpt_surgery.lora.mixture import Blend, Mixture
+from nanogpt_surgery.lora.planning import make_plan
 from nanogpt_surgery.lora.report import Report
-from nanogpt_surgery.lora.targets import find_targets
+from nanogpt_surgery.lora.ties import refuse_undecided
+from nanogpt_surgery.lora.wrapping import (
+    attach,
+    let_train,
+    merge_layers,
+    replace,
+    report_on,
+    set_mixture,
+    thaw_rest,
+)
 
-_FROZEN = "_frozen_by_lora"
+__all__ = [
+    "disable_lora",
+    "enable_lora",
+    "has_lora",
+    "inject_lora",
+    "lora_layers",
+    "merge_lora",
+    "remove_lora",
+    "unmerge_lora",
+]
 
 
 def inject_lora(
@@ -23,8 +53,18 @@ def inject_lora(
     rank: int = 8,
     alpha: float = 16,
     dropout: float = 0.0,
+    *,
+    name: str = "default",
+    rslora: bool = False,
+    dora: bool = False,
+    pissa: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    tied: Literal["refuse", "untie", "both"] = "refuse",
 ) -> Report:
-    """Freeze the whole model and wrap every Linear that matches in a `LoRALinear`.
+    """Freeze the whole model and put an update beside every Linear and Embedding that matches.
+
+    The new adapter takes part alone; others on the model stay, and wait.
 
     Args:
         model: any module; changed in place.
@@ -32,53 +72,162 @@ def inject_lora(
         rank: rank of each update.
         alpha: each update is scaled by alpha / rank.
         dropout: on the input of each update, in training.
+        name: of the adapter.
+        rslora: scale by alpha / √rank instead.
+        dora: learn the length of each output's row of the weight too.
+        pissa: start at the weight's principal directions instead of at random.
+        rank_pattern: other ranks, by layer name or its ending.
+        alpha_pattern: other alphas, by layer name or its ending.
+        tied: what to do with a target that shares its weight: refuse, let a merge untie it, or
+            adapt both.
 
     Returns:
         A report with a row for each wrapped layer, and trainable and total parameters.
 
     Raises:
-        SurgeryError: a pattern matches nothing, or the model carries a LoRA already. The model is
-            untouched then.
+        SurgeryError: a pattern matches nothing, a target is tied, or the model carries an adapter
+            of this name. The model is untouched then.
     """
-    matches = find_targets(model, targets)
-    names = list(dict.fromkeys(name for found in matches.values() for name in found))
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    wrapped = {
-        name: LoRALinear(_linear(model, name), rank, alpha, dropout).train(model.training)
-        for name in names
-    }
-    _freeze(model, trainable)
-    for name, layer in wrapped.items():
-        _replace(model, name, layer)
-    return _report("LoRA injected", model)
+    plan = make_plan(
+        model,
+        targets,
+        rank,
+        alpha,
+        dropout,
+        name=name,
+        rslora=rslora,
+        dora=dora,
+        pissa=pissa,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        tied=tied,
+    )
+    with operation(model, f"inject {name}"):
+        makers = {layer: recipe.update_for for layer, recipe in plan.recipes.items()}
+        attach(model, name, makers, plan.followers, plan.unties)
+    return report_on(model, "LoRA injected")
 
 
-def merge_lora(model: nn.Module) -> Report:
+def merge_lora(
+    model: nn.Module,
+    *,
+    probe: Probe | None = None,
+    tolerance: float = 1e-3,
+    force: bool = False,
+    keep_originals: bool = True,
+) -> Report:
     """Put W + ΔW, added in float32, in the place of every wrapped layer.
 
-    The original tensors are not written to: a head tied to an embedding becomes a matrix of its
-    own, and the embedding stays.
+    The original tensors are not written to. What takes part is merged; the other adapters leave
+    with the wrappers, and come back with `unmerge_lora`.
+
+    Args:
+        model: carries a LoRA, enabled.
+        probe: ids (B, T) to call the model on, or a function that gives logits; the effect on
+            the logits is measured with it.
+        tolerance: largest mean KL divergence from the adapted model's distribution to the merged
+            one's, in nats a token, that is let pass.
+        force: merge whatever the probe says.
+        keep_originals: keep the original layers and the updates in memory, for `unmerge_lora` and
+            `undo_lora`.
+
+    Raises:
+        SurgeryError: the probe shows more than the tolerance, the LoRA is disabled, or a tie would
+            be broken that nobody decided to break. The model is untouched then.
     """
-    report = _report("LoRA merged", model)
-    for name, layer in lora_layers(model).items():
-        merged = layer.merged_layer()
-        merged.weight.requires_grad_(_was_trainable(model, layer.original_layer.weight))
-        _replace(model, name, merged)
-    _thaw(model)
+    layers = lora_layers(model)
+    _check_mergeable(model, layers)
+    rows = merge_rows(layers, keep_originals)
+    with operation(model, "merge"):
+        before = tuple((name, layer) for name, layer in layers.items())
+        effect = effect_of(model, probe, lambda: merge_layers(model), tolerance, force)
+        chart_of(model).merged = tuple((n, layer, model.get_submodule(n)) for n, layer in before)
+    if not keep_originals:
+        forget(model)
+    summary = {"layers": len(rows), "originals": "kept" if keep_originals else "dropped"}
+    return Report("LoRA merged", rows, summary | effect)
+
+
+def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+    if not all(layer.enabled for layer in layers.values()):
+        raise SurgeryError("the LoRA is disabled, so a merge would change what the model computes",
+                           "enable_lora(model) first")  # fmt: skip
+    refuse_undecided(model, layers)
+
+
+def unmerge_lora(model: nn.Module) -> Report:
+    """Take the last merge out again: the wrappers come back with the original bits beneath.
+
+    Raises:
+        SurgeryError: nothing is merged, the originals were dropped, or a merged layer has been
+            operated on since.
+    """
+    merged = chart_of(model).merged
+    if not merged:
+        dropped = bool(chart_of(model).forgotten)
+        raise SurgeryError(
+            "there is nothing to unmerge" + (": the originals were dropped" if dropped else "")
+        )
+    changed = [name for name, _, now in merged if model.get_submodule(name) is not now]
+    if changed:
+        raise SurgeryError(
+            f"{', '.join(changed[:8])} changed after the merge", "undo_lora goes back step by step"
+        )
+    with operation(model, "unmerge"):
+        for name, layer, _ in merged:
+            replace(model, name, layer)
+        chart_of(model).merged = ()
+        model.requires_grad_(False)
+        let_train(model)
+    return report_on(model, "LoRA unmerged")
+
+
+def remove_lora(model: nn.Module, name: str | None = None) -> Report:
+    """Take one adapter off, or all: a layer without updates is the original again, bit for bit.
+
+    Raises:
+        SurgeryError: there is no LoRA, or none of this name.
+    """
+    report = report_on(model, "LoRA removed")
+    names = adapter_names(model) if name is None else [check_name(model, name)]
+    mixture = active_mixture(model)
+    with operation(model, f"remove {', '.join(names)}"):
+        for path, layer in lora_layers(model).items():
+            for one in names:
+                if one in layer.updates:
+                    del layer.updates[one]
+            if not layer.updates:
+                replace(model, path, layer.original_layer)
+        if has_lora(model):
+            set_mixture(model, without(mixture, names))
+        else:
+            thaw_rest(model)
     return report
 
 
-def remove_lora(model: nn.Module) -> Report:
-    """Put the original layers back: the same objects with the same bits."""
-    report = _report("LoRA removed", model)
-    for name, layer in lora_layers(model).items():
-        _replace(model, name, layer.original_layer)
-    _thaw(model)
-    return report
+def without(mixture: Mixture, names: list[str]) -> Mixture:
+    """A blend less some adapters."""
+    assert isinstance(mixture, Blend), "rows leave with their block"
+    return Blend({name: weight for name, weight in mixture.weights.items() if name not in names})
+
+
+def check_name(model: nn.Module, name: str) -> str:
+    """The name, if an adapter carries it.
+
+    Raises:
+        SurgeryError: none does; the names that are there.
+    """
+    there = adapter_names(model)
+    if name not in there:
+        raise SurgeryError(
+            f"the model carries no adapter {name!r}",
+            f"it carries {', '.join(there)}" if there else "inject_lora(model, targets=…) first",
+        )
+    return name
 
 
 def enable_lora(model: nn.Module) -> Report:
-    """Let every update take part again."""
+    """Let the updates take part again."""
     return _switch(model, True)
 
 
@@ -87,75 +236,9 @@ def disable_lora(model: nn.Module) -> Report:
     return _switch(model, False)
 
 
-def lora_layers(model: nn.Module) -> dict[str, LoRALinear]:
-    """The wrapped layers by name.
-
-    Raises:
-        SurgeryError: there are none.
-    """
-    layers = {
-        name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)
-    }
-    if not layers:
-        raise SurgeryError("the model carries no LoRA", "inject_lora(model, targets=…) first")
-    return layers
-
-
-def has_lora(model: nn.Module) -> bool:
-    """Whether any layer is wrapped."""
-    return any(isinstance(module, LoRALinear) for module in model.modules())
-
-
 def _switch(model: nn.Module, enabled: bool) -> Report:
-    for layer in lora_layers(model).values():
-        layer.enabled = enabled
-    return _report("LoRA enabled" if enabled else "LoRA disabled", model)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    layer = model.get_submodule(name)
-    assert isinstance(layer, nn.Linear)
-    return layer
-
-
-def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
-def _freeze(model: nn.Module, trainable: list[nn.Parameter]) -> None:
-    setattr(model, _FROZEN, trainable)
-    model.requires_grad_(False)
-
-
-def _was_trainable(model: nn.Module, parameter: Tensor) -> bool:
-    return any(parameter is other for other in getattr(model, _FROZEN, []))
-
-
-def _thaw(model: nn.Module) -> None:
-    for parameter in getattr(model, _FROZEN, []):
-        parameter.requires_grad_(True)
-    if hasattr(model, _FROZEN):
-        delattr(model, _FROZEN)
-
-
-def _report(title: str, model: nn.Module) -> Report:
     layers = lora_layers(model)
-    rows = [
-        {
-            "layer": name,
-            "in": layer.lora_A.size(1),
-            "out": layer.lora_B.size(0),
-            "rank": layer.rank,
-            "alpha": layer.alpha,
-            "parameters": layer.lora_A.numel() + layer.lora_B.numel(),
-        }
-        for name, layer in layers.items()
-    ]
-    parameters = list(model.parameters())
-    summary = {
-        "layers": len(rows),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters),
-    }
-    return Report(title, rows, summary)
+    with operation(model, "enable" if enabled else "disable", hashed=False):
+        for layer in layers.values():
+            layer.enabled = enabled
+    return report_on(model, "LoRA enabled" if enabled else "LoRA disabled")

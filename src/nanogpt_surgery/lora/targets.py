@@ -3,53 +3,91 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError, nearest
+from nanogpt_surgery.lora.lora_embedding import LoRAEmbedding
+from nanogpt_surgery.lora.lora_layer import LoRALayer
 from nanogpt_surgery.lora.lora_linear import LoRALinear
 
 ALL_LINEAR = "all-linear"
 
 
 def find_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, list[str]]:
-    """For each pattern the names of the Linears it matches, in the model's order.
+    """For each pattern the names of the Linears and Embeddings it matches, in the model's order.
 
     A pattern is a name (`q_proj`, `layers.0.mlp.up_proj`) that equals the layer's or ends it after
-    a dot, a regular expression for the whole name, or `all-linear`: all but the output layer.
+    a dot, a regular expression for the whole name, or `all-linear`: every Linear but the output
+    layer. A layer that carries a LoRA already counts as what it was.
 
     Raises:
-        SurgeryError: a pattern matches nothing (with the real names and the nearest), or a layer is
-            wrapped already.
+        SurgeryError: a pattern matches nothing (with the real names and the nearest).
     """
     patterns = [targets] if isinstance(targets, str) else list(targets)
     if not patterns:
         raise SurgeryError("no target was named", f"name layers, or use {ALL_LINEAR!r}")
-    names = linear_names(model)
-    matches = {pattern: _matching(pattern, names, model) for pattern in patterns}
+    layers = adaptable_layers(model)
+    matches = {pattern: _matching(pattern, layers, model) for pattern in patterns}
     empty = [pattern for pattern, found in matches.items() if not found]
     if empty:
-        raise _no_match(empty, names)
+        raise _no_match(empty, layers, model)
     return matches
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """The names of the Linears that can be wrapped, in the model's order."""
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    if wrapped:
-        raise SurgeryError(
-            f"the model carries a LoRA already, on {len(wrapped)} layers ({wrapped[0]}, …)",
-            "merge_lora(model) or remove_lora(model) first",
-        )
-    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-    return [name for name in linears if name]  # a Linear that is the model itself has no owner
+def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The Linears and Embeddings that can be wrapped, or are, by name, as they were born."""
+    layers: dict[str, nn.Module] = {}
+    wrapped: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, LoRALinear | LoRAEmbedding):
+            layers[name] = module.original_layer
+        elif not name.startswith(tuple(wrapped)) and name and why_not(model, name) is None:
+            layers[name] = module
+        if isinstance(module, LoRALayer):
+            wrapped.append(f"{name}.")
+    return layers
 
 
-def _matching(pattern: str, names: list[str], model: nn.Module) -> list[str]:
+def why_not(model: nn.Module, name: str) -> str | None:
+    """Why a module cannot be wrapped, or None if it can.
+
+    A subclass with a forward of its own cannot, since the wrapper would not be called as its owner
+    calls it; nor can what PyTorch's own layers read past the forward (pytorch#128413).
+    """
+    module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
+    kind = type(module).__name__
+    base = next((base for base in (nn.Linear, nn.Embedding) if isinstance(module, base)), None)
+    if base is None:
+        return f"a {kind}, neither an nn.Linear nor an nn.Embedding"
+    if type(module).forward is not base.forward:
+        return f"a {kind}, an nn.{base.__name__} with a forward of its own"
+    if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
+        return f"read by {type(owner).__name__} past its forward, so that a LoRA would do nothing"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "an nn.Embedding with max_norm, which rewrites its own weight"
+    return None
+
+
+def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
+    """The value of the first pattern that is a layer's name or its ending, as in PEFT."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"^(.*\.)?({pattern})$", name):
+            return value
+    return default
+
+
+def _matching(pattern: str, layers: dict[str, nn.Module], model: nn.Module) -> list[str]:
     if pattern == ALL_LINEAR:
-        output = _output_layer(model)
-        return [name for name in names if name != output]
+        output = output_layer(model)
+        return [n for n, layer in layers.items() if isinstance(layer, nn.Linear) and n != output]
+    return _named(pattern, layers)
+
+
+def _named(pattern: str, names: Iterable[str]) -> list[str]:
+    names = list(names)
     exact = [name for name in names if name == pattern or name.endswith("." + pattern)]
     if exact:
         return exact
@@ -60,7 +98,7 @@ def _matching(pattern: str, names: list[str], model: nn.Module) -> list[str]:
     return [name for name in names if expression.fullmatch(name)]
 
 
-def _output_layer(model: nn.Module) -> str | None:
+def output_layer(model: nn.Module) -> str | None:
     """The layer that makes the logits, by transformers' own accessor or by its usual name."""
     accessor = getattr(model, "get_output_embeddings", None)
     output: nn.Module | None = accessor() if accessor else None
@@ -71,12 +109,28 @@ def _output_layer(model: nn.Module) -> str | None:
     return None
 
 
-def _no_match(patterns: list[str], names: list[str]) -> SurgeryError:
+def _no_match(patterns: list[str], layers: dict[str, nn.Module], model: nn.Module) -> SurgeryError:
+    names = list(layers)
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     wrong = ", ".join(repr(pattern) for pattern in patterns)
     close = "; ".join(nearest(pattern.rpartition(".")[2], endings) for pattern in patterns)
+    others = _unfit(patterns, model)
+    linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     return SurgeryError(
-        f"no Linear matches the target {wrong}; the model has {len(names)} Linears with the "
-        f"endings {', '.join(endings)} (for example {names[0] if names else 'none'})",
+        f"no Linear or Embedding matches the target {wrong}{others}; the model has {len(linears)} "
+        f"Linears and {len(names) - len(linears)} Embeddings with the endings "
+        f"{', '.join(endings)} (for example {', '.join((linears or names)[:1]) or 'none'})",
         f"the nearest: {close}",
     )
+
+
+def _unfit(patterns: list[str], model: nn.Module) -> str:
+    """What else carries the names, and why it cannot be wrapped."""
+    modules = {n: m for n, m in model.named_modules() if n and not isinstance(m, LoRALayer)}
+    found = [_named(pattern, modules)[:1] for pattern in patterns if pattern != ALL_LINEAR]
+    if ALL_LINEAR in patterns or not any(found):
+        found += [[n for n, m in modules.items() if type(m).__name__ == "Conv1D"][:1]]
+    reasons = [f"{name} is {why_not(model, name)}" for names in found for name in names]
+    if any("Conv1D" in reason for reason in reasons):
+        reasons.append("a GPT-2 opened with open_model has Linears: q_proj, k_proj, v_proj, …")
+    return f" ({'; '.join(reasons)})" if reasons else ""

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,9 +18,11 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.gpt_dataset import GPTDataset
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
-from nanogpt_surgery.training.loss import cross_entropy, evaluate
+from nanogpt_surgery.training.loss import backward_from_hidden, backward_of_loss, evaluate
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
@@ -56,6 +59,8 @@ def fit(
     validation: GPTDataset | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     first_step: int = 0,
+    examine: bool = True,
+    keep_in: Path | None = None,
     **changes: Any,
 ) -> Iterator[Step]:
     """Train what can be trained in a model, a step for each item taken from the iterator.
@@ -68,20 +73,29 @@ def fit(
         validation: evaluated whole every `evaluate_every` steps and at the end.
         optimizer: to go on with; a new AdamW if None. The schedule sets its learning rate.
         first_step: steps done already.
+        examine: check that the optimizer holds every trainable parameter, after the first and the
+            last step that each update of a LoRA got a gradient and has moved, and at the end that
+            no frozen parameter did, by hash.
+        keep_in: a folder for the hidden states that are kept (`keep_hidden`), instead of memory.
         **changes: fields of `FitSettings` by name, over those of `settings`.
 
     Yields:
         A `Step` after each optimizer step.
 
     Raises:
-        SurgeryError: nothing can be trained, or a gradient is not finite; it changes no weight.
+        SurgeryError: nothing can be trained, a gradient is not finite (it changes no weight), or a
+            part of a LoRA does not learn (its name).
     """
     settings = replace(settings or FitSettings(), **changes)
     operations = operations_of(model, settings, dataset.block_size)
     hardware = choose_hardware(settings, operations)
     model.to(hardware.device)
     optimizer = optimizer or make_optimizer(model, settings)
-    return _steps(model, dataset, settings, validation, optimizer, first_step, hardware)
+    examiner = Examiner(model, optimizer, first_step, settings.max_steps - 1) if examine else None
+    prefix = prefix_for(model, dataset, settings, keep_in)
+    return _steps(
+        model, dataset, settings, validation, optimizer, first_step, examiner, prefix, hardware
+    )
 
 
 def _steps(
@@ -91,6 +105,8 @@ def _steps(
     validation: GPTDataset | None,
     optimizer: torch.optim.Optimizer,
     first_step: int,
+    examiner: Examiner | None,
+    prefix: FrozenPrefix | None,
     hardware: Hardware,
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
@@ -102,8 +118,12 @@ def _steps(
             model.train()
         rate = learning_rate(step, settings)
         with blocks.active():
-            loss = _accumulate(model, dataset, settings, step, hardware)
+            loss = _accumulate(model, dataset, settings, step, prefix, hardware)
+        if examiner is not None:
+            examiner.after_backward(step)
         norm = _update(trained, optimizer, rate, settings.clip, step)
+        if examiner is not None:
+            examiner.after_update(step)
         done = Step(
             step=step + 1,
             loss=loss,
@@ -118,23 +138,37 @@ def _steps(
 
 
 def _accumulate(
-    model: nn.Module, dataset: GPTDataset, settings: FitSettings, step: int, hardware: Hardware
+    model: nn.Module,
+    dataset: GPTDataset,
+    settings: FitSettings,
+    step: int,
+    prefix: FrozenPrefix | None,
+    hardware: Hardware,
 ) -> float:
     """Gradients of the mean loss over the step's windows; returns that loss."""
-    inputs, targets = dataset.batch(
-        step, settings.batch_size * settings.accumulation, settings.seed
-    )
+    parts = settings.accumulation
+    inputs, targets = dataset.batch(step, settings.batch_size * parts, settings.seed)
     total = 0.0
-    parts = zip(
-        inputs.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True
-    )
-    for part, (x, y) in enumerate(parts):
-        with hardware.seeded(hash((settings.seed, step, part))), hardware.autocast():
-            logits = model(_on(x, hardware))
-        loss = cross_entropy(logits, _on(y, hardware)) / settings.accumulation
-        loss.backward()
-        total += loss.item()
+    for part, (x, y) in enumerate(zip(inputs.chunk(parts), targets.chunk(parts), strict=True)):
+        x, y = _on(x, hardware), _on(y, hardware)
+        with hardware.seeded(hash((settings.seed, step, part))):
+            total += _backward(model, x, y, 1 / parts, prefix, hardware)
     return total
+
+
+def _backward(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    share: float,
+    prefix: FrozenPrefix | None,
+    hardware: Hardware,
+) -> float:
+    if prefix is None:
+        return backward_of_loss(model, x, y, share, hardware.autocast)
+    with hardware.autocast():
+        hidden = prefix.hidden(x)
+    return backward_from_hidden(prefix.model, hidden, y, share, hardware.autocast)
 
 
 def _on(ids: Tensor, hardware: Hardware) -> Tensor:
@@ -157,7 +191,7 @@ def _update(
             "lower the learning rate, or use precision float32",
         )
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("rate_ratio", 1.0)
     optimizer.step()
     optimizer.zero_grad()
     return norm

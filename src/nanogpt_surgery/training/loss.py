@@ -1,20 +1,102 @@
-"""Cross-entropy: the mean of −ln p(the token that came), in nats."""
+"""Cross-entropy: the mean of −ln p(the token that came), in nats.
+
+With a large vocabulary the logits are the largest tensor of a training step by far, so a
+`SimpleGPT`'s are made for some positions at a time, turned into a loss and a gradient, and
+forgotten.
+
+Legend: B windows in a batch, T tokens, C width, V vocabulary.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.data.gpt_dataset import GPTDataset
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+MOST_LOGITS = 2**23  # 32 MiB in float32
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """Mean over all positions, float32: logits (B, T, V), targets (B, T) → a scalar."""
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
+
+
+def backward_of_loss(
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    share: float = 1.0,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    most_logits: int = MOST_LOGITS,
+) -> float:
+    """Add the gradients of `share` times the mean loss to those that are there.
+
+    Args:
+        model: called on ids it gives logits; a `SimpleGPT`'s are never all held at once.
+        inputs: ids, (B, T).
+        targets: the ids that came, (B, T).
+        share: what the loss is multiplied with.
+        autocast: a context for the forward pass.
+        most_logits: numbers in the logits that are held at once, about.
+
+    Returns:
+        The loss times `share`.
+    """
+    if not isinstance(model, SimpleGPT) or _positions(model, inputs, most_logits) >= inputs.size(1):
+        with autocast():
+            logits = model(inputs)
+        loss = cross_entropy(logits, targets) * share
+        loss.backward()
+        return loss.item()
+    with autocast():
+        hidden = model.hidden(inputs)  # (B, T, C)
+    return backward_from_hidden(model, hidden, targets, share, autocast, most_logits)
+
+
+def backward_from_hidden(
+    model: SimpleGPT,
+    hidden: Tensor,
+    targets: Tensor,
+    share: float = 1.0,
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    most_logits: int = MOST_LOGITS,
+) -> float:
+    """As `backward_of_loss`, from what the head reads: (B, T, C)."""
+    size = _positions(model, targets, most_logits)
+    total = torch.zeros((), device=hidden.device)
+    gradients = []
+    for part, wanted in zip(hidden.split(size, 1), targets.split(size, 1), strict=True):
+        leaf = part.detach().requires_grad_(hidden.requires_grad)  # (B, t, C)
+        with autocast():
+            logits = model.lm_head(leaf)  # (B, t, V)
+        loss = cross_entropy(logits, wanted) * (share * wanted.numel() / targets.numel())
+        loss.backward()
+        total += loss.detach()
+        gradients.append(leaf.grad)
+    if hidden.requires_grad:
+        hidden.backward(torch.cat([g for g in gradients if g is not None], 1))
+    return total.item()
+
+
+def _positions(model: SimpleGPT, ids: Tensor, most_logits: int) -> int:
+    """How many positions' logits are made at a time, for ids (B, T)."""
+    return max(1, most_logits // (ids.size(0) * model.config.vocab_size))
+
+
+def _mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """The mean loss, float32, a scalar, of a `SimpleGPT` without holding all logits at once."""
+    if not isinstance(model, SimpleGPT):
+        return cross_entropy(model(inputs), targets)
+    hidden, size = model.hidden(inputs), _positions(model, inputs, MOST_LOGITS)
+    parts = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)
+    losses = [cross_entropy(model.lm_head(h), y) * y.numel() for h, y in parts]
+    return torch.stack(losses).sum() / targets.numel()
 
 
 def evaluate(model: nn.Module, dataset: GPTDataset, batch_size: int = 64) -> float:
@@ -27,7 +109,7 @@ def evaluate(model: nn.Module, dataset: GPTDataset, batch_size: int = 64) -> flo
     total = 0.0
     with eval_mode(model), torch.inference_mode():
         for inputs, targets in _whole_text(dataset, batch_size):
-            loss = cross_entropy(model(inputs.to(device)), targets.to(device))
+            loss = _mean_loss(model, inputs.to(device), targets.to(device))
             total += loss.item() * targets.numel()
     return total / (len(dataset.ids) - 1)
 

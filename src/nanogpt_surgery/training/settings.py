@@ -34,6 +34,8 @@ class FitSettings:
     """steps over which the rate rises from 0, at most a tenth of all"""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices only"""
+    lora_plus_ratio: float = 1.0
+    """how many times faster a LoRA's B learns than the rest (LoRA+, arXiv:2402.12354)"""
     beta1: float = 0.9
     """AdamW's memory of the gradient"""
     beta2: float = 0.99
@@ -42,6 +44,8 @@ class FitSettings:
     """largest norm of the gradient (0: no clipping)"""
     evaluate_every: int = 250
     """steps from one evaluation to the next (0: only at the end)"""
+    keep_hidden: float = 2.0
+    """GiB for hidden states before the first part that learns, kept where windows come again"""
     seed: int = 1337
     """from which batches and dropout follow, with the step's number"""
     device: Device = "auto"
@@ -88,6 +92,8 @@ _LEAST = {
     "final_learning_rate": 0.0,
     "warmup_steps": 0,
     "weight_decay": 0.0,
+    "lora_plus_ratio": 0.0,
+    "keep_hidden": 0.0,
     "beta1": 0.0,
     "beta2": 0.0,
     "clip": 0.0,

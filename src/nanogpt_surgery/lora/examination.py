@@ -1,0 +1,162 @@
+"""Measuring what an operation does: a merge's effect on the logits, and what rounding leaves.
+
+The room knows no model. A probe is ids that the model is called on, or a function of no arguments
+that gives logits (…, V).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.lora_layer import LoRALayer, lora_layers
+from nanogpt_surgery.lora.replaced import ReplacedLayer
+from nanogpt_surgery.lora.report import Report
+
+Probe: TypeAlias = Tensor | Callable[[], Tensor]
+BLOCK = 32  # weights that share a scale at 4 bits
+
+
+def logits_of(model: nn.Module, probe: Probe) -> Tensor:
+    """The probe's logits, float32, without gradient and in eval mode."""
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            out: Any = probe() if callable(probe) else model(probe)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    return logits.float()
+
+
+def compare_logits(before: Tensor, after: Tensor) -> dict[str, float]:
+    """How far two sets of logits (…, V) are apart.
+
+    The largest and the mean difference, the mean KL divergence from the first distribution to the
+    second in nats, and the share of positions with the same most likely token.
+    """
+    gap = (after - before).abs()
+    p, q = F.log_softmax(before.double(), -1), F.log_softmax(after.double(), -1)
+    return {
+        "largest_error": float(gap.max()),
+        "mean_error": float(gap.mean()),
+        "kl": float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0)),
+        "same_greedy": float((before.argmax(-1) == after.argmax(-1)).double().mean()),
+    }
+
+
+def effect_of(
+    model: nn.Module,
+    probe: Probe | None,
+    change: Callable[[], None],
+    tolerance: float,
+    force: bool,
+) -> dict[str, float]:
+    """Make a change and measure what it does to the probe's logits.
+
+    Raises:
+        SurgeryError: the KL divergence exceeds the tolerance, or is not a number, and `force` is
+            off. Taking the change back is the caller's.
+    """
+    if probe is None:
+        change()
+        return {}
+    before = logits_of(model, probe)
+    change()
+    effect = compare_logits(before, logits_of(model, probe))
+    if not effect["kl"] <= tolerance and not force:
+        raise SurgeryError(
+            f"the merged model is not the adapted one: its distribution is {effect['kl']:.3g} nats "
+            f"a token away (tolerance {tolerance:g}), the largest logit error "
+            f"{effect['largest_error']:.3g}, {effect['same_greedy']:.1%} of greedy tokens equal",
+            "merge into float32 weights (model.float()), raise the tolerance, or force=True",
+        )
+    return effect
+
+
+def merge_rows(layers: Mapping[str, LoRALayer], kept: bool) -> list[dict[str, Any]]:
+    """For each layer what a merge into the weight's own dtype does: size, and energy that stays."""
+    rows = []
+    for name, layer in _matrices(layers).items():
+        weight = layer.original_layer.weight.detach()
+        delta = layer.delta_weight()
+        rounded = (weight.float() + delta).to(weight.dtype).float() - weight.float()
+        rows.append(
+            {
+                "layer": name,
+                "dtype": str(weight.dtype).removeprefix("torch."),
+                "ΔW / W": _ratio(delta, weight.float()),
+                "energy left": energy_left(rounded, delta),
+                "original": "kept" if kept else "dropped",
+            }
+        )
+    return rows
+
+
+def _matrices(layers: Mapping[str, LoRALayer]) -> dict[str, LoRALayer]:
+    """The layers that have a ΔW: all but modules replaced whole."""
+    return {n: layer for n, layer in layers.items() if not isinstance(layer, ReplacedLayer)}
+
+
+def _ratio(delta: Tensor, weight: Tensor) -> float:
+    return float(delta.norm() / weight.norm().clamp_min(1e-30))
+
+
+def energy_left(arrived: Tensor, delta: Tensor) -> float:
+    """1 − ‖arrived − ΔW‖² / ‖ΔW‖², at least 0: 1 if the change arrives whole, 0 if it drowns."""
+    energy = delta.double().square().sum()
+    if energy == 0:
+        return 1.0
+    lost = (arrived.double() - delta.double()).square().sum()
+    return float((1 - lost / energy).clamp(0, 1))
+
+
+def merge_survival(model: nn.Module) -> Report:
+    """The share of ΔW's energy that is left in each layer after rounding to lower precisions.
+
+    What arrives is round(W + ΔW) − round(W): an adapter whose changes are smaller than the steps of
+    the numbers is gone after a merge, whatever it had learned.
+
+    Raises:
+        SurgeryError: the model carries no LoRA.
+    """
+    rows: list[dict[str, Any]] = []
+    for name, layer in _matrices(lora_layers(model)).items():
+        weight, delta = layer.original_layer.weight.detach().float(), layer.delta_weight()
+        left = {
+            precision: energy_left(rounded(weight + delta) - rounded(weight), delta)
+            for precision, rounded in ROUNDINGS.items()
+        }
+        rows.append({"layer": name, "ΔW / W": _ratio(delta, weight), **left})
+    lowest = {f"lowest_{name}": min(row[name] for row in rows) for name in ROUNDINGS}
+    return Report("share of ΔW's energy left after rounding", rows, {"layers": len(rows), **lowest})
+
+
+def round_int8(weight: Tensor) -> Tensor:
+    """(out, in) to 255 levels a row, symmetric around 0, and back."""
+    step = weight.abs().amax(1, keepdim=True).clamp_min(1e-30) / 127
+    return (weight / step).round() * step
+
+
+def round_int4(weight: Tensor) -> Tensor:
+    """(out, in) to 15 levels a block of 32 weights in a row, symmetric around 0, and back."""
+    padding = -weight.size(1) % BLOCK
+    blocks = F.pad(weight, (0, padding)).unflatten(1, (-1, BLOCK))  # (out, blocks, 32)
+    step = blocks.abs().amax(2, keepdim=True).clamp_min(1e-30) / 7
+    rounded: Tensor = (blocks / step).round() * step
+    return rounded.flatten(1)[:, : weight.size(1)]
+
+
+ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
+    "bfloat16": lambda weight: weight.bfloat16().float(),
+    "float16": lambda weight: weight.half().float(),
+    "int8": round_int8,
+    "int4": round_int4,
+}

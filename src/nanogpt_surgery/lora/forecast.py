@@ -1,0 +1,158 @@
+"""`plan_lora`: what an injection would do, in figures, while the model is not touched.
+
+Memory for training, in bytes: the weights as they are; A, B and what goes with them in float32, and
+as much again for their gradients and twice for AdamW; and, if there is a probe, the activations
+that the backward pass needs, counted on a copy of the model without any memory of its own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.lora.journal import CHART
+from nanogpt_surgery.lora.kinds import Recipe
+from nanogpt_surgery.lora.planning import Plan, make_plan
+from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.targets import adaptable_layers
+from nanogpt_surgery.lora.wrapping import attach
+
+FLOAT32 = 4
+ADAMW = 2  # tensors of state for each trained one
+HEADER = 160  # bytes in a safetensors header for each tensor, about
+
+
+def plan_lora(
+    model: nn.Module,
+    targets: str | Iterable[str] = ("q_proj", "v_proj"),
+    rank: int = 8,
+    alpha: float = 16,
+    dropout: float = 0.0,
+    *,
+    name: str = "default",
+    rslora: bool = False,
+    dora: bool = False,
+    pissa: bool = False,
+    rank_pattern: dict[str, int] | None = None,
+    alpha_pattern: dict[str, float] | None = None,
+    tied: Literal["refuse", "untie", "both"] = "refuse",
+    probe: Tensor | None = None,
+) -> Report:
+    """Say what `inject_lora` with the same arguments would do; nothing is touched.
+
+    Args:
+        model: any module.
+        targets: and the others up to `tied`: as in `inject_lora`.
+        rank: see there.
+        alpha: see there.
+        dropout: see there.
+        name: see there.
+        rslora: see there.
+        dora: see there.
+        pissa: see there.
+        rank_pattern: see there.
+        alpha_pattern: see there.
+        tied: see there.
+        probe: ids (B, T) of a training batch; with them the activations are counted too.
+
+    Returns:
+        A row for each layer and the patterns that mean it, with shapes and parameters; trainable
+        parameters, the adapter's size on disk and the memory for training. Where the file's format
+        fuses layers, as GPT-2's does, the B's grow and the file with them.
+
+    Raises:
+        SurgeryError: as `inject_lora`.
+    """
+    plan = make_plan(
+        model,
+        targets,
+        rank,
+        alpha,
+        dropout,
+        name=name,
+        rslora=rslora,
+        dora=dora,
+        pissa=pissa,
+        rank_pattern=rank_pattern,
+        alpha_pattern=alpha_pattern,
+        tied=tied,
+    )
+    layers: dict[str, Any] = adaptable_layers(model)
+    rows = [_row(plan, path, recipe, layers[path]) for path, recipe in plan.recipes.items()]
+    trainable = sum(row["parameters"] for row in rows)
+    summary: dict[str, Any] = {
+        "layers": len(rows),
+        "trainable_parameters": trainable,
+        "total_parameters": sum(p.numel() for p in model.parameters()) + trainable,
+        "adapter_bytes": sum(row["bytes"] for row in rows),
+        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "adapter_training_bytes": (2 + ADAMW) * FLOAT32 * trainable,
+    }
+    if probe is not None:
+        summary["activation_bytes"] = activation_bytes(model, plan, probe)
+    parts = ("weights_bytes", "adapter_training_bytes", "activation_bytes")
+    summary["training_bytes"] = sum(summary.get(part, 0) for part in parts)
+    return Report("LoRA planned", rows, summary)
+
+
+def _row(plan: Plan, path: str, recipe: Recipe, layer: Any) -> dict[str, Any]:
+    shape = layer.weight.shape
+    out_features, in_features = shape[::-1] if isinstance(layer, nn.Embedding) else shape
+    lengths = out_features if recipe.dora else 0
+    parameters = recipe.rank * (in_features + out_features) + lengths
+    stored = (2 if recipe.pissa else 1) * (parameters - lengths) + lengths
+    copies = 1 + len(plan.followers.get(path, []))
+    return {
+        "layer": path,
+        "pattern": ", ".join(p for p, found in plan.matches.items() if path in found),
+        "shape": f"{shape[0]}×{shape[1]}",
+        "rank": recipe.rank,
+        "parameters": parameters,
+        "bytes": copies * (FLOAT32 * stored + (3 if recipe.dora else 2) * HEADER),
+        "tied to": ", ".join(plan.followers.get(path, [])) or None,
+    }
+
+
+def activation_bytes(model: nn.Module, plan: Plan, probe: Tensor) -> int:
+    """The bytes that autograd keeps between the forward and the backward pass of a probe.
+
+    The logits' gradient is counted too, as a loss over all of them needs it; what the loss itself
+    keeps is not.
+    """
+    twin = without_memory(model)
+    makers = {path: recipe.update_for for path, recipe in plan.recipes.items()}
+    attach(twin, plan.name, makers, plan.followers, plan.unties)
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage.nbytes()
+        alive.append(tensor)
+        return tensor
+
+    alive: list[Tensor] = []
+    own = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out: Any = twin.train()(probe.to("meta"))
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    saved = sum(size for storage, size in kept.items() if storage not in own)
+    return saved + logits.numel() * logits.element_size()
+
+
+def without_memory(model: nn.Module) -> nn.Module:
+    """A copy of a model whose tensors have shapes but no contents."""
+    memo: dict[int, Any] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        bare = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if is_parameter else bare
+    chart = model.__dict__.pop(CHART, None)
+    try:
+        return copy.deepcopy(model, memo)
+    finally:
+        if chart is not None:
+            model.__dict__[CHART] = chart

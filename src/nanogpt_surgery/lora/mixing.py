@@ -1,0 +1,68 @@
+"""Several adapters on one model: one alone, a weighted sum, or another one for each row."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+from torch import nn
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.journal import operation
+from nanogpt_surgery.lora.lora_layer import active_mixture, lora_layers
+from nanogpt_surgery.lora.mixture import Blend, Mixture, Rows
+from nanogpt_surgery.lora.operations import check_name
+from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.wrapping import let_train, report_on, set_mixture
+
+
+def swap_lora(model: nn.Module, name: str) -> Report:
+    """Let one adapter take part alone; it, and no other, can be trained.
+
+    Raises:
+        SurgeryError: the model carries no adapter of this name.
+    """
+    return _mix(model, f"swap to {name}", Blend({check_name(model, name): 1.0}))
+
+
+def blend_lora(model: nn.Module, weights: Mapping[str, float]) -> Report:
+    """Let several adapters take part, as Σ wᵢ ΔWᵢ.
+
+    Raises:
+        SurgeryError: the model carries no adapter of one of the names.
+    """
+    blend = Blend({check_name(model, name): float(weight) for name, weight in weights.items()})
+    return _mix(model, f"blend {blend}", blend)
+
+
+def _mix(model: nn.Module, title: str, mixture: Mixture) -> Report:
+    lora_layers(model)
+    with operation(model, title, hashed=False):
+        set_mixture(model, mixture)
+        let_train(model)
+    return report_on(model, f"LoRA: {title}")
+
+
+@contextmanager
+def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
+    """For the block, give row b of every batch the adapter `names[b]`, or none where that is None.
+
+    Not an operation: what took part before takes part again after the block.
+
+    Args:
+        model: carries the adapters.
+        names: one for each row of the batches to come.
+
+    Raises:
+        SurgeryError: the model carries no adapter of one of the names, or the LoRA is disabled.
+    """
+    rows = Rows(tuple(name if name is None else check_name(model, name) for name in names))
+    layers = lora_layers(model)
+    if not all(layer.enabled for layer in layers.values()):
+        raise SurgeryError("the LoRA is disabled, so no row would be adapted", "enable_lora(model)")
+    before = active_mixture(model)
+    set_mixture(model, rows)
+    try:
+        yield
+    finally:
+        set_mixture(model, before)

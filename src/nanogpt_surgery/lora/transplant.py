@@ -1,0 +1,203 @@
+"""Taking an adapter off a model as plain tensors, and putting one on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, nearest
+from nanogpt_surgery.lora.hashing import plain_name
+from nanogpt_surgery.lora.journal import operation
+from nanogpt_surgery.lora.lora_layer import (
+    DEFAULT,
+    active_mixture,
+    adapter_names,
+    lora_layers,
+)
+from nanogpt_surgery.lora.planning import check_new_name
+from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
+from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, restore, store
+from nanogpt_surgery.lora.targets import adaptable_layers, why_not
+from nanogpt_surgery.lora.ties import Tied, choose, partners
+from nanogpt_surgery.lora.update import Update
+from nanogpt_surgery.lora.wrapping import Maker, attach, report_on
+
+
+def the_adapter(model: nn.Module, name: str | None = None) -> str:
+    """The adapter that is meant: the named one, the only one, or the one that takes part alone.
+
+    Raises:
+        SurgeryError: it is not clear which, or there is none.
+    """
+    lora_layers(model)
+    there, active = adapter_names(model), active_mixture(model).adapters()
+    for candidates in ([name] if name else [], there, active):
+        if len(candidates) == 1 and candidates[0] in there:
+            return candidates[0]
+    raise SurgeryError(
+        f"which adapter? The model carries {', '.join(there)}", "give its name, or swap_lora first"
+    )
+
+
+def updates_of(model: nn.Module, name: str | None = None) -> Updates:
+    """Copies of an adapter's updates, by the name of the layer."""
+    name = the_adapter(model, name)
+    return {
+        path: store(update, layer.original_layer)
+        for path, layer in lora_layers(model).items()
+        if isinstance(update := dict(layer.updates).get(name), Update)
+    }
+
+
+def take_off(model: nn.Module, name: str | None = None) -> StoredAdapter:
+    """A copy of an adapter: updates, modules replaced whole, and the choice for tied weights."""
+    name = the_adapter(model, name)
+    whole = {
+        f"{path}.{key}": tensor.detach().float().cpu().clone()
+        for path, layer in lora_layers(model).items()
+        if isinstance(copied := dict(layer.updates).get(name), WholeUpdate)
+        for key, tensor in copied.module.state_dict().items()
+    }
+    return StoredAdapter(updates_of(model, name), whole, tied=_choice(model, name))
+
+
+def _choice(model: nn.Module, name: str) -> Tied | None:
+    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.updates}
+    if any(layer.unties for layer in layers.values()):
+        return "untie"
+    shared = [p for p, layer in layers.items() if not isinstance(layer, ReplacedLayer)]
+    return "both" if any(partners(model, path) for path in shared) else None
+
+
+def put_on(
+    model: nn.Module, adapter: StoredAdapter, name: str = DEFAULT, tied: Tied | None = None
+) -> Report:
+    """Wrap the layers of a model and give them the updates of an adapter, which then acts alone.
+
+    Args:
+        model: changed in place.
+        adapter: with the model's own names.
+        name: for the adapter.
+        tied: as in `inject_lora`; what the adapter says by default, or else "refuse".
+
+    Raises:
+        SurgeryError: a layer is missing in the model, or its shape differs (all of them at once);
+            a layer is tied; the name is taken. The model is untouched then.
+    """
+    check_new_name(model, name)
+    check_fit(model, adapter)
+    choice: Any = tied or adapter.tied or "refuse"
+    whole = _by_module(adapter.whole)
+    choose(model, whole, "untie" if choice == "untie" else "refuse")
+    followers = _check_mirrored(adapter.updates, choose(model, adapter.updates, choice))
+    led = {other for others in followers.values() for other in others}
+    makers: dict[str, Maker] = {
+        path: partial(restore, update)
+        for path, update in adapter.updates.items()
+        if path not in led
+    }
+    makers |= {path: partial(WholeUpdate, tensors=tensors) for path, tensors in whole.items()}
+    with operation(model, f"load {name}"):
+        attach(model, name, makers, followers, unties=choice == "untie")
+    return report_on(model, "LoRA loaded")
+
+
+def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
+    """Raise `SurgeryError`, with all that does not fit, unless an adapter is for this model."""
+    layers = adaptable_layers(model)
+    problems = []
+    for name, update in adapter.updates.items():
+        kind = nn.Embedding if update.embedding else nn.Linear
+        layer: Any = layers.get(name)
+        if not isinstance(layer, kind):
+            problems.append(f"there is no {kind.__name__} {name!r} ({_instead(model, name)})")
+            continue
+        wanted = (update.B.size(0), update.A.size(1))
+        wanted = wanted[::-1] if update.embedding else wanted
+        if tuple(layer.weight.shape) != wanted:
+            actual = tuple(layer.weight.shape)
+            problems.append(f"{name} is {actual} in the model and {wanted} in the adapter")
+    state = _base_state(model)
+    for name, tensor in adapter.whole.items():
+        if name not in state or state[name].shape != tensor.shape:
+            problems.append(f"there is no tensor {name} of shape {tuple(tensor.shape)}")
+    for name, copy in adapter.base_copies.items():
+        if not torch.equal(state[f"{name}.weight"].float().cpu(), copy):
+            problems.append(f"the adapter brings its own {name}, which differs from the model's")
+    if problems:
+        raise SurgeryError("this adapter is for another model: " + "; ".join(problems))
+
+
+def _instead(model: nn.Module, name: str) -> str:
+    """What is at a name where no layer can be wrapped, or else the nearest names that can."""
+    if name not in dict(model.named_modules()):
+        return f"nearest: {nearest(name, adaptable_layers(model))}"
+    reason = why_not(model, name) or "a layer of the other kind"
+    if "Conv1D" in reason:
+        reason += "; a GPT-2 opened with open_model has Linears"
+    return f"it is {reason}"
+
+
+def _base_state(model: nn.Module) -> dict[str, Any]:
+    return {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors by the name of their module, then by their own."""
+    modules: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        path, _, key = name.rpartition(".")
+        modules.setdefault(path, {})[key] = tensor
+    return modules
+
+
+def _check_mirrored(updates: Updates, followers: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """Who follows whom among the tied layers, if the file holds the same ΔW for all of them."""
+    led: dict[str, list[str]] = {}
+    for name, others in followers.items():
+        if updates[name].embedding:
+            continue
+        wrong = [o for o in others if o not in updates or not _mirror(updates[name], updates[o])]
+        if wrong:
+            raise SurgeryError(
+                f"{name} shares its weight with {', '.join(wrong)}, and the adapter changes them "
+                "differently",
+                "tied='untie'",
+            )
+        led[name] = others
+    return led
+
+
+def _mirror(head: LowRankUpdate, other: LowRankUpdate) -> bool:
+    if not other.embedding:
+        return torch.equal(head.A, other.A) and torch.equal(head.B, other.B)
+    return torch.equal(head.A, other.B.t()) and torch.equal(head.B, other.A.t())
+
+
+def compare_fingerprint(stored: Mapping[str, str], actual: Mapping[str, str], force: bool) -> None:
+    """Refuse an adapter on another base than it was made for.
+
+    Args:
+        stored: the hash of each adapted weight, from the adapter; empty if unknown.
+        actual: the same from the model.
+        force: warn instead.
+
+    Raises:
+        SurgeryError: they differ and `force` is off.
+    """
+    other = [name for name, digest in stored.items() if actual.get(name) != digest]
+    if not other:
+        return
+    what = (
+        f"the adapter was made for another base: {len(other)} of {len(stored)} of the weights it "
+        f"sits on differ ({', '.join(other[:4])}{', …' if other[4:] else ''})"
+    )
+    if not force:
+        raise SurgeryError(what, "open the base it was trained on, or force=True")
+    warnings.warn(what, SurgeryWarning, stacklevel=3)

@@ -1,0 +1,128 @@
+"""What lies before the first part that learns never changes: computed once, and kept.
+
+    ids ─ embedding ─ layer 0 ─ … ─ layer k − 1 ┊ layer k ─ … ─ norm ─ head
+                        frozen: kept            ┊ learns: computed
+
+With LoRA on the head alone that is the whole model but the head. Each window is computed by itself,
+so that its bits do not depend on which others were in its batch, and a resumed run, which has kept
+nothing yet, computes the same.
+
+Legend: B windows in a batch, T tokens, C width, N windows that there is room for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.data.gpt_dataset import GPTDataset
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.settings import FitSettings
+
+GIB = 2**30
+LEAST_VISITS = 1.5  # of each window in a training, on average, for keeping it to pay
+
+
+class FrozenPrefix:
+    """The hidden states of a model before its first part that learns, by window.
+
+    Args:
+        model: its frozen part must not change while this lives, and have no dropout.
+        windows: how many windows to keep, N; others are computed each time.
+        folder: keep them in a file here instead of in memory; it goes with the process.
+    """
+
+    def __init__(self, model: SimpleGPT, windows: int, folder: Path | None = None):
+        self.model = model
+        self.stages: list[nn.Module] = [*model.layers, model.norm]
+        self.first = first_that_learns(model)
+        assert self.first is not None, "the embedding learns, so nothing is frozen before it"
+        self.windows = windows
+        self.folder = folder
+        self.places: dict[bytes, int] = {}
+        self.kept: Tensor | None = None
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the head reads for ids (B, T): (B, T, C), as `SimpleGPT.hidden` gives it."""
+        x = torch.stack([self._before(row) for row in ids]).to(ids.device)  # (B, T, C)
+        return self._through(x, self.first or 0, len(self.stages))
+
+    def _before(self, row: Tensor) -> Tensor:
+        """The states (T, C) of one window (T,) before the first part that learns."""
+        key = row.cpu().numpy().tobytes()
+        if key in self.places:
+            assert self.kept is not None
+            return self.kept[self.places[key]]
+        with torch.no_grad():
+            x = self._through(self._embedded(row[None]), 0, self.first or 0)[0]
+        if len(self.places) < self.windows:
+            self._keep(key, x)
+        return x
+
+    def _keep(self, key: bytes, x: Tensor) -> None:
+        if self.kept is None:
+            self.kept = self._room(x)
+        self.places[key] = len(self.places)
+        self.kept[self.places[key]] = x
+
+    def _room(self, x: Tensor) -> Tensor:
+        """Room for N windows; the system gives memory, or disk, only to what is written."""
+        shape = (self.windows, *x.shape)
+        if self.folder is None:
+            return torch.empty(shape, dtype=x.dtype, device=x.device)
+        path = self.folder / "hidden-states.tmp"
+        size = self.windows * x.numel()
+        flat = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
+        path.unlink()  # the mapping stays until the tensor goes
+        return flat.view(shape)
+
+    def _embedded(self, ids: Tensor) -> Tensor:
+        x: Tensor = self.model.embed_positions(self.model.embed_tokens(ids), _positions(ids))[0]
+        return x
+
+    def _through(self, x: Tensor, start: int, end: int) -> Tensor:
+        """Through the stages from `start` to before `end`; the norm is the last stage."""
+        rotation: Any = self.model.embed_positions(x, _positions(x[..., 0]))[1]
+        for index, stage in enumerate(self.stages[start:end], start):
+            x = stage(x) if index == len(self.stages) - 1 else stage(x, rotation, None)
+        return x
+
+
+def _positions(ids: Tensor) -> Tensor:
+    return torch.arange(ids.size(1), device=ids.device)
+
+
+def first_that_learns(model: SimpleGPT) -> int | None:
+    """The first of the layers and the norm, in this order, that has a parameter to train.
+
+    Their number if none has (the head alone learns), and None if the embedding learns.
+    """
+    if _learns(model.embed_tokens) or _learns(model.embed_positions):
+        return None
+    stages = [*model.layers, model.norm]
+    return next((i for i, stage in enumerate(stages) if _learns(stage)), len(stages))
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+def prefix_for(
+    model: nn.Module, dataset: GPTDataset, settings: FitSettings, folder: Path | None = None
+) -> FrozenPrefix | None:
+    """A `FrozenPrefix` for a training where keeping pays, or None.
+
+    It pays where something lies before the first part that learns and windows come again.
+    """
+    if not isinstance(model, SimpleGPT) or model.config.dropout > 0:
+        return None
+    first = first_that_learns(model)
+    drawn = settings.max_steps * settings.batch_size * settings.accumulation
+    if not first or drawn < LEAST_VISITS * len(dataset):
+        return None
+    size = 4 * dataset.block_size * model.config.n_embd
+    windows = min(len(dataset), int(settings.keep_hidden * GIB) // size)
+    return FrozenPrefix(model, windows, folder) if windows else None

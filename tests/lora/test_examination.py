@@ -1,0 +1,164 @@
+import pytest
+import torch
+from patients import PATIENTS, logits, some_ids, train_a_little
+from torch import nn
+
+from nanogpt_surgery import (
+    LoRALinear,
+    SurgeryError,
+    inject_lora,
+    merge_lora,
+    merge_survival,
+    tensor_hashes,
+)
+from nanogpt_surgery.lora.examination import (
+    compare_logits,
+    energy_left,
+    logits_of,
+    round_int4,
+    round_int8,
+)
+from nanogpt_surgery.lora.hashing import tensor_hash
+from nanogpt_surgery.lora.lora_layer import has_lora, lora_layers
+
+
+def adapted(dtype: torch.dtype = torch.float32, size: float = 0.1) -> nn.Module:
+    model = PATIENTS["SimpleGPT"]().to(dtype)
+    inject_lora(model, "all-linear", rank=2)
+    train_a_little(model, size=size)
+    return model
+
+
+def test_a_merge_reports_its_effect_on_the_probe():
+    model, ids = adapted(), some_ids()
+    before = logits(model, ids)
+    report = merge_lora(model, probe=ids)
+    after = logits(model, ids)
+    assert report.summary["largest_error"] == float((after - before).abs().max())
+    assert report.summary["mean_error"] == float((after - before).abs().mean())
+    assert 0 <= report.summary["kl"] < 1e-9
+    assert report.summary["same_greedy"] == 1
+
+
+def test_the_four_measures_of_two_sets_of_logits():
+    one, other = torch.randn(2, 3, 5), torch.randn(2, 3, 5)
+    effect = compare_logits(one, other)
+    p, q = (
+        torch.distributions.Categorical(logits=one),
+        torch.distributions.Categorical(logits=other),
+    )
+    kl = torch.distributions.kl_divergence(p, q).mean()
+    assert effect["kl"] == pytest.approx(float(kl), rel=1e-4)
+    assert effect["same_greedy"] == pytest.approx(
+        float((one.argmax(-1) == other.argmax(-1)).float().mean())
+    )
+
+
+def test_a_merge_over_the_tolerance_is_refused_and_force_overrides():
+    model, ids = adapted(torch.bfloat16), some_ids()
+    hashes = tensor_hashes(model)
+    with pytest.raises(SurgeryError, match=r"nats a token away \(tolerance 1e-12\)") as caught:
+        merge_lora(model, probe=ids, tolerance=1e-12)
+    assert "force=True" in caught.value.hint
+    assert tensor_hashes(model) == hashes
+    assert has_lora(model)
+    report = merge_lora(model, probe=ids, tolerance=1e-12, force=True)
+    assert report.summary["kl"] > 1e-12
+    assert not has_lora(model)
+
+
+def test_a_merge_that_gives_no_numbers_is_refused():
+    model = adapted()
+    for layer in lora_layers(model).values():
+        layer.lora_B.data.fill_(1e30)
+        layer.lora_A.data.fill_(1e30)
+    with pytest.raises(SurgeryError, match="not the adapted one"):
+        merge_lora(model, probe=some_ids())
+    assert has_lora(model)
+
+
+def test_the_probe_may_be_a_function():
+    model, ids = adapted(), some_ids()
+    report = merge_lora(model, probe=lambda: model(ids)[:, -1])
+    assert report.summary["same_greedy"] == 1
+
+
+def test_the_probe_changes_no_mode_and_keeps_no_gradient():
+    model = adapted().train()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    out = logits_of(model, some_ids())
+    assert [module.training for module in model.modules()] == modes
+    assert not out.requires_grad
+
+
+def test_an_adapter_of_large_changes_survives_and_one_of_tiny_changes_does_not():
+    report = merge_survival(adapted(size=0.5))
+    for row in report.rows:
+        assert row["float16"] > 0.99
+        assert row["int8"] > 0.9
+    tiny = merge_survival(adapted(size=1e-4))
+    assert tiny.summary["lowest_int4"] == 0
+    assert tiny.summary["lowest_bfloat16"] < 0.5
+    assert "layers.0.self_attn.q_proj" in str(tiny)
+
+
+def survival_of(weight: torch.Tensor, delta: torch.Tensor) -> dict[str, float]:
+    """The report's row for one layer with a known W and a known ΔW of rank 1."""
+    linear = nn.Linear(weight.size(1), weight.size(0), bias=False)
+    linear.weight.data = weight
+    layer = LoRALinear(linear, rank=1, alpha=1)
+    u, s, vh = torch.linalg.svd(delta)
+    layer.lora_A.data, layer.lora_B.data = vh[:1], u[:, :1] * s[0]
+    [row] = merge_survival(nn.Sequential(layer)).rows
+    return row
+
+
+def test_changes_below_half_a_step_are_gone_and_whole_steps_arrive():
+    weight = torch.full((4, 32), 127.0)  # an int8 step is 1, an int4 step 127 / 7
+    lost = survival_of(weight, torch.full((4, 32), -0.2))
+    kept = survival_of(weight.clone(), torch.outer(torch.ones(4), torch.arange(32) == 3) * -1.0)
+    assert lost["bfloat16"] == 0  # between 64 and 128 a bfloat16 step is a half
+    assert lost["float16"] > 0.9
+    assert kept["int8"] == pytest.approx(1, abs=1e-5)
+    assert kept["int4"] == 0
+
+
+def test_rounding_to_integers_has_as_many_levels_as_it_says():
+    weight = torch.randn(3, 70)
+    for row, rounded in zip(weight, round_int8(weight), strict=True):
+        assert len(rounded.unique()) <= 255
+        assert (rounded - row).abs().max() <= row.abs().max() / 127 / 2 * 1.001
+    rounded = round_int4(weight)
+    assert rounded.shape == weight.shape
+    for block, was in zip(rounded[:, 32:64], weight[:, 32:64], strict=True):
+        assert len(block.unique()) <= 15
+        assert (block - was).abs().max() <= was.abs().max() / 7 / 2 * 1.001
+
+
+def test_energy_left_is_a_share():
+    delta = torch.randn(5, 6)
+    assert energy_left(delta, delta) == 1
+    assert energy_left(torch.zeros(5, 6), delta) == 0
+    assert energy_left(0.5 * delta, delta) == pytest.approx(0.75)
+    assert energy_left(-delta, delta) == 0
+
+
+def test_a_hash_knows_dtype_shape_and_every_bit():
+    tensor = torch.zeros(2, 3)
+    others = [tensor.t(), tensor.half(), tensor.int(), torch.zeros(6), -tensor]
+    assert len({tensor_hash(t) for t in [tensor, *others]}) == 6
+    assert tensor_hash(tensor) == tensor_hash(tensor.t().contiguous().t())
+    assert tensor_hash(torch.tensor(1.5, dtype=torch.bfloat16))
+
+
+def test_a_merge_in_bfloat16_rounds_once_and_says_what_is_lost():
+    model = adapted(torch.bfloat16, size=0.02)
+    layer = lora_layers(model)["layers.0.mlp.up_proj"]
+    weight = layer.original_layer.weight
+    wanted = (weight.float() + layer.delta_weight()).bfloat16()
+    report = merge_lora(model)
+    assert torch.equal(model.get_submodule("layers.0.mlp.up_proj").weight, wanted)
+    [row] = [row for row in report.rows if row["layer"] == "layers.0.mlp.up_proj"]
+    assert row["dtype"] == "bfloat16"
+    assert 0 < row["energy left"] < 1

@@ -1,0 +1,108 @@
+import pytest
+import torch
+from patients import PATIENTS, some_ids
+from torch import nn
+
+from nanogpt_surgery import (
+    GPTConfig,
+    SimpleGPT,
+    SurgeryError,
+    inject_lora,
+    load_adapter,
+    lora_log,
+    plan_lora,
+    save_adapter,
+    tensor_hashes,
+)
+from nanogpt_surgery.lora.lora_layer import has_lora
+
+
+@pytest.mark.parametrize("patient", PATIENTS)
+@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"pissa": True, "rank_pattern": {"0": 1}}])
+def test_the_plan_is_what_the_injection_does(patient, kind):
+    kind = kind if patient == "another" else {k: v for k, v in kind.items() if k != "rank_pattern"}
+    model = PATIENTS[patient]()
+    targets = ["all-linear", r".*embed_tokens|table"]
+    if kind.get("rank_pattern"):
+        kind["rank_pattern"] = {r"body\.0": 1}
+    before = tensor_hashes(model)
+    plan = plan_lora(model, targets, rank=3, **kind, probe=some_ids())
+    assert tensor_hashes(model) == before
+    assert not has_lora(model)
+    assert not lora_log(model).rows
+    done = inject_lora(model, targets, rank=3, **kind)
+    for key in ("layers", "trainable_parameters"):
+        assert plan.summary[key] == done.summary[key]
+    assert [row["layer"] for row in plan.rows] == [row["layer"] for row in done.rows]
+    assert [row["parameters"] for row in plan.rows] == [row["parameters"] for row in done.rows]
+    assert {row["pattern"] for row in plan.rows} == set(targets)
+
+
+@pytest.mark.parametrize("kind", [{}, {"dora": True}, {"pissa": True}])
+def test_the_adapter_s_size_on_disk_is_foreseen(kind, tmp_path):
+    model = PATIENTS["transformers"]()
+    plan = plan_lora(model, ["all-linear", "embed_tokens"], rank=6, **kind)
+    inject_lora(model, ["all-linear", "embed_tokens"], rank=6, **kind)
+    save_adapter(model, tmp_path / "adapter")
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert plan.summary["adapter_bytes"] == pytest.approx(size, rel=0.1)
+
+
+def test_activations_are_those_that_autograd_keeps():
+    """A hand-made case: what follows the first adapted layer is kept, what precedes it is not."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5))
+    ids = torch.zeros(2, 3, dtype=torch.long)
+    rows, four = 2 * 3, 4
+    last = plan_lora(model, "3", rank=2, probe=ids).summary["activation_bytes"]
+    first = plan_lora(model, ["1"], rank=2, probe=ids).summary["activation_bytes"]
+    assert last == four * rows * (6 + 2 + 5)  # the input, A x, the logits
+    assert first == four * rows * (4 + 2 + 6 + 5)  # the same, and tanh
+
+
+def test_memory_is_the_sum_of_its_parts():
+    model = PATIENTS["SimpleGPT"]()
+    summary = plan_lora(model, "q_proj", rank=2, probe=some_ids()).summary
+    trainable = summary["trainable_parameters"]
+    assert summary["adapter_training_bytes"] == 16 * trainable
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert summary["weights_bytes"] == weights
+    assert summary["training_bytes"] == weights + 16 * trainable + summary["activation_bytes"]
+
+
+def test_a_plan_is_refused_as_the_injection_would_be():
+    model = PATIENTS["SimpleGPT"](tied=True)
+    with pytest.raises(SurgeryError, match="nearest"):
+        plan_lora(model, "q_prj")
+    with pytest.raises(SurgeryError, match="breaks the tie"):
+        plan_lora(model, "lm_head")
+    [row] = plan_lora(model, "lm_head", tied="both").rows
+    assert row["tied to"] == "embed_tokens"
+
+
+@pytest.mark.parametrize(
+    ("module", "reason"),
+    [
+        (nn.MultiheadAttention(4, 2), "out_proj.*past its forward"),
+        (nn.TransformerEncoderLayer(4, 2, 8), "linear1.*past its forward"),
+    ],
+)
+def test_what_would_not_see_a_lora_is_refused(module, reason):
+    model = nn.Sequential(module)
+    with pytest.raises(SurgeryError, match=reason):
+        plan_lora(model, ["0.out_proj" if "out" in reason else "linear1"])
+
+
+def test_a_conv1d_is_refused_with_the_way_out(tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=11, n_positions=8))
+    for targets in ("c_attn", "all-linear"):
+        with pytest.raises(SurgeryError, match=r"Conv1D.*open_model.*q_proj"):
+            plan_lora(model, targets)
+    ours = SimpleGPT.from_config(
+        GPTConfig.for_family("gpt2", vocab_size=11, n_embd=8, n_head=2, n_layer=1, block_size=8)
+    )
+    inject_lora(ours, "q_proj")
+    save_adapter(ours, tmp_path / "adapter")
+    with pytest.raises(SurgeryError, match=r"c_attn' \(it is a Conv1D.*open_model"):
+        load_adapter(model, tmp_path / "adapter")

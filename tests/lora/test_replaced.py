@@ -1,0 +1,98 @@
+import pytest
+import torch
+from patients import PATIENTS, logits, some_ids, train_a_little
+from torch import nn
+
+from nanogpt_surgery import (
+    SurgeryError,
+    blend_lora,
+    disable_lora,
+    enable_lora,
+    inject_lora,
+    lora_rows,
+    merge_lora,
+    merge_survival,
+    remove_lora,
+    swap_lora,
+    tensor_hashes,
+    undo_lora,
+)
+from nanogpt_surgery.lora.stored import StoredAdapter
+from nanogpt_surgery.lora.transplant import put_on, take_off
+
+NEW = {"norm.weight": torch.linspace(0.5, 2, 24), "norm.bias": torch.linspace(-1, 1, 24)}
+
+
+def model_with_another_norm() -> tuple[nn.Module, nn.Module]:
+    """A model whose adapter "whole" replaces the last norm, and what it should compute."""
+    model, wanted = PATIENTS["SimpleGPT"](), PATIENTS["SimpleGPT"]()
+    inject_lora(model, "q_proj", rank=2, name="thin")
+    train_a_little(model)
+    put_on(model, StoredAdapter({}, whole=NEW), "whole")
+    wanted.norm.weight.data, wanted.norm.bias.data = (t.clone() for t in NEW.values())
+    return model, wanted
+
+
+def test_the_copy_takes_part_when_its_adapter_does():
+    model, wanted = model_with_another_norm()
+    ids, plain = some_ids(), logits(PATIENTS["SimpleGPT"](), some_ids())
+    assert torch.equal(logits(model, ids), logits(wanted, ids))
+    disable_lora(model)
+    assert torch.equal(logits(model, ids), plain)
+    enable_lora(model)
+    swap_lora(model, "thin")
+    assert not torch.equal(logits(model, ids), plain)
+    swap_lora(model, "whole")
+    assert {n.rpartition(".")[2] for n, p in model.named_parameters() if p.requires_grad} == {
+        "weight",
+        "bias",
+    }
+    assert torch.equal(logits(model, ids), logits(wanted, ids))
+
+
+def test_it_takes_part_alone_or_not_at_all():
+    model, _ = model_with_another_norm()
+    blend_lora(model, {"thin": 1.0, "whole": 0.5})
+    with pytest.raises(SurgeryError, match="'whole' replaces whole modules"):
+        model(some_ids())
+    with (
+        pytest.raises(SurgeryError, match="can only take part alone"),
+        lora_rows(model, ["thin", "whole", None]),
+    ):
+        model(some_ids())
+
+
+def test_it_is_merged_removed_and_undone():
+    model, wanted = model_with_another_norm()
+    ids, hashes = some_ids(), tensor_hashes(model)
+    merge_lora(model)
+    assert torch.equal(logits(model, ids), logits(wanted, ids))
+    assert not any("whole" in name for name in tensor_hashes(model))
+    undo_lora(model)
+    assert tensor_hashes(model) == hashes
+    assert merge_survival(model).summary["layers"] == 2  # q_proj alone has a ΔW
+    remove_lora(model)
+    assert tensor_hashes(model) == tensor_hashes(PATIENTS["SimpleGPT"]())
+
+
+def test_it_is_taken_off_as_it_was_put_on():
+    model, _ = model_with_another_norm()
+    stored = take_off(model, "whole")
+    assert not stored.updates
+    assert all(torch.equal(stored.whole[name], tensor) for name, tensor in NEW.items())
+
+
+def test_one_adapter_cannot_replace_what_another_updates():
+    model = PATIENTS["SimpleGPT"]()
+    inject_lora(model, "lm_head", name="thin")
+    hashes = tensor_hashes(model)
+    whole = StoredAdapter({}, whole={"lm_head.weight": torch.zeros(43, 24)})
+    with pytest.raises(SurgeryError, match="replaced whole by another"):
+        put_on(model, whole, "whole")
+    assert tensor_hashes(model) == hashes
+
+
+def test_a_tensor_that_does_not_fit_is_refused():
+    for whole in ({"norm.weight": torch.zeros(23)}, {"nrm.weight": torch.zeros(24)}):
+        with pytest.raises(SurgeryError, match="there is no tensor"):
+            put_on(PATIENTS["SimpleGPT"](), StoredAdapter({}, whole=whole))

@@ -1,0 +1,99 @@
+import pytest
+import torch
+from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+
+from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, fit, inject_lora
+from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, first_that_learns, prefix_for
+from nanogpt_surgery.training.settings import FitSettings
+
+SETTINGS = FitSettings(
+    max_steps=8, batch_size=4, accumulation=2, warmup_steps=0, learning_rate=1e-2,
+    device="cpu", precision="float32", compile="off",
+)  # fmt: skip
+TARGETS = {"lm_head": 2, r"layers\.1\..*": 1, "q_proj": 0, "embed_tokens": None}
+NAMES = ["gpt2-gelu-untied", "llama", "qwen3-bias-untied", "rotary-layernorm-gelu"]
+
+
+def adapted(name: str, targets: str = "lm_head") -> SimpleGPT:
+    torch.manual_seed(1)
+    model = tiny_model(CONFIGS[name])
+    inject_lora(model, targets, rank=2)
+    return model
+
+
+def dataset() -> GPTDataset:
+    return GPTDataset.from_ids(random_ids(FAMILY_CONFIGS["llama"], 1, 40)[0], 9, stride=3)
+
+
+@pytest.mark.parametrize("targets, first", TARGETS.items())
+def test_the_first_part_that_learns(targets, first):
+    found = first_that_learns(adapted("llama", targets))
+    assert found == (3 if targets == "lm_head" else first)  # two layers and the norm are frozen
+
+
+def test_a_norm_that_learns_is_not_kept():
+    model = adapted("llama")
+    model.norm.weight.requires_grad_(True)
+    assert first_that_learns(model) == 2
+
+
+@pytest.mark.parametrize("targets", ["lm_head", r"layers\.1\..*"])
+@pytest.mark.parametrize("name", NAMES)
+def test_kept_states_are_those_of_the_model(name, targets):
+    model = adapted(name, targets)
+    prefix = FrozenPrefix(model, windows=3)
+    for seed in (0, 1, 0):
+        ids = random_ids(model.config, 3, 7, seed)
+        assert_equal_logits(prefix.hidden(ids), model.hidden(ids))
+    assert len(prefix.places) == 3  # there is no room for more
+    ids = random_ids(model.config, 3, 7, 0)
+    model.embed_tokens.weight.data.zero_()  # what is kept is not computed again
+    assert not torch.equal(prefix.hidden(ids), model.hidden(ids))
+
+
+def test_a_window_s_bits_do_not_depend_on_its_batch():
+    model = adapted("llama")
+    ids = random_ids(model.config, 6, 7)
+    alone = torch.cat([FrozenPrefix(model, 9).hidden(row[None]) for row in ids])
+    assert torch.equal(FrozenPrefix(model, 9).hidden(ids), alone)
+    mixed = FrozenPrefix(model, 9)
+    mixed.hidden(ids[1:4])
+    assert torch.equal(mixed.hidden(ids), alone)
+
+
+def losses(model: SimpleGPT, **changes) -> list[float]:
+    return [step.loss for step in fit(model, dataset(), SETTINGS, **changes)]
+
+
+@pytest.mark.parametrize("targets", ["lm_head", r"layers\.1\..*"])
+@pytest.mark.parametrize("name", NAMES)
+def test_training_is_the_same_with_what_is_kept(name, targets, tmp_path):
+    plain, kept, on_disk = (adapted(name, targets) for _ in range(3))
+    wanted = losses(plain, keep_hidden=0.0)
+    assert losses(kept) == pytest.approx(wanted, rel=1e-5)
+    assert losses(on_disk, keep_in=tmp_path) == pytest.approx(wanted, rel=1e-5)
+    assert not list(tmp_path.iterdir())
+    for one, other in zip(kept.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+    for one, other in zip(kept.parameters(), on_disk.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_frozen_part_is_run_once_for_each_window():
+    model, runs = adapted("llama"), []
+    model.layers[0].register_forward_hook(lambda _m, inputs, _o: runs.append(inputs[0].size(0)))
+    losses(model)
+    assert sum(runs) == len(dataset())
+
+
+def test_it_is_used_only_where_it_pays():
+    data = dataset()
+    assert prefix_for(adapted("llama"), data, SETTINGS) is not None
+    few = FitSettings(max_steps=1, batch_size=4)
+    assert prefix_for(adapted("llama"), data, few) is None
+    assert prefix_for(adapted("llama", "q_proj"), data, SETTINGS) is None
+    assert prefix_for(adapted("llama", "embed_tokens"), data, SETTINGS) is None
+    assert prefix_for(torch.nn.Linear(3, 3), data, SETTINGS) is None
+    dropping = SimpleGPT.from_config(GPTConfig(53, dropout=0.1))
+    inject_lora(dropping, "lm_head")
+    assert prefix_for(dropping, data, SETTINGS) is None

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from tiny import FAMILY_CONFIGS, random_ids, tiny_model
+from torch import Tensor, nn
+
+from nanogpt_surgery import GPTDataset, SimpleGPT, evaluate, inject_lora, lora_rows
+from nanogpt_surgery.training import loss as loss_module
+from nanogpt_surgery.training.loss import backward_of_loss, cross_entropy
+
+NAMES = ["gpt2", "gpt2-gelu-untied", "llama"]
+
+
+def trainings() -> dict[str, object]:
+    return {
+        "everything": lambda model: None,
+        "head": lambda model: inject_lora(model, "lm_head", rank=2, tied="untie"),
+        "q and v": lambda model: inject_lora(model, rank=2),
+        "both": lambda model: inject_lora(model, ["v_proj", "lm_head"], rank=2, tied="untie"),
+    }
+
+
+def prepared(name: str, prepare) -> tuple[SimpleGPT, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = tiny_model(FAMILY_CONFIGS[name])
+    prepare(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    ids = random_ids(model.config, 3, 12)
+    return model, ids[:, :-1], ids[:, 1:]
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("prepare", trainings().values(), ids=trainings())
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("positions", [1, 4, 11])
+def test_in_parts_it_is_the_whole(name, prepare, positions):
+    model, inputs, targets = prepared(name, prepare)
+    whole = 0.5 * cross_entropy(model(inputs), targets)
+    whole.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    most = positions * 3 * model.config.vocab_size
+    found = backward_of_loss(model, inputs, targets, 0.5, most_logits=most)
+    assert found == pytest.approx(whole.item(), rel=1e-6)
+    assert gradients(model).keys() == wanted.keys()
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-6)
+
+
+def test_the_logits_are_never_all_there(monkeypatch):
+    model, inputs, targets = prepared("llama", lambda model: None)
+    shapes = []
+    model.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))
+    backward_of_loss(model, inputs, targets, most_logits=4 * 3 * 53)
+    assert shapes == [(3, 4, 53), (3, 4, 53), (3, 3, 53)]
+    shapes.clear()
+    monkeypatch.setattr(loss_module, "MOST_LOGITS", 2 * 2 * 53)
+    data = GPTDataset.from_ids(random_ids(model.config, 1, 23)[0], block_size=11)
+    found = evaluate(model, data)
+    assert max(shape[0] * shape[1] for shape in shapes) <= 4
+    monkeypatch.setattr(loss_module, "MOST_LOGITS", 2**23)
+    assert evaluate(model, data) == pytest.approx(found, rel=1e-6)
+
+
+def test_gradients_are_added_to_those_that_are_there():
+    model, inputs, targets = prepared("llama", lambda model: None)
+    backward_of_loss(model, inputs, targets, 0.25, most_logits=200)
+    once = gradients(model)
+    backward_of_loss(model, inputs, targets, 0.75, most_logits=200)
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, 4 * once[key], rtol=1e-4, atol=1e-6)
+
+
+def test_rows_with_adapters_of_their_own_stay_rows():
+    model, inputs, targets = prepared("llama", lambda model: inject_lora(model, "lm_head", rank=2))
+    with lora_rows(model, ["default", None, "default"]):
+        whole = cross_entropy(model(inputs), targets).item()
+        assert backward_of_loss(model, inputs, targets, most_logits=400) == pytest.approx(whole)
+
+
+def test_any_other_module_is_called_as_it_is():
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 9))
+    ids = torch.arange(8).view(2, 4)
+    found = backward_of_loss(model, ids, ids, most_logits=1)
+    assert found == pytest.approx(cross_entropy(model(ids), ids).item())
+    assert all(parameter.grad is not None for parameter in model.parameters())
