@@ -20,6 +20,7 @@ from typing import Any
 from nanogpt_surgery.errors import SurgeryError
 
 MANIFEST = "MANIFEST.json"
+LARGEST_JSON = 128 << 20  # bytes; the largest tokenizer.json in use have a third of it
 _TEMPORARY = ".tmp-"
 
 
@@ -149,8 +150,12 @@ def read_json(path: Path) -> Any:
     """The contents of a JSON file.
 
     Raises:
-        SurgeryError: it is missing, not UTF-8, or not JSON (with line and column).
+        SurgeryError: it is missing, too large, not UTF-8, or not JSON (with line and column).
     """
+    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise SurgeryError(
+            f"{path} has {path.stat().st_size:,} bytes; the limit for JSON is {LARGEST_JSON:,}"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -161,3 +166,5 @@ def read_json(path: Path) -> Any:
         raise SurgeryError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number, or a nesting, beyond all measure
+        raise SurgeryError(f"{path} is not JSON that can be read: {error}") from None

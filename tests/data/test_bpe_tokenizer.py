@@ -81,7 +81,7 @@ def test_contradictions_are_named_all_at_once():
     vocab = dict(TOKENIZER.vocab)
     del vocab["a"]
     vocab["日"] = 0
-    with pytest.raises(SurgeryError, match="byte 'a' has no id.*'日' is not in.*two tokens"):
+    with pytest.raises(SurgeryError, match=r"byte 'a' has no id.*'日' is not in.*two tokens"):
         BPETokenizer(vocab, [])
     with pytest.raises(SurgeryError, match="another order"):
         BPETokenizer(TOKENIZER.vocab, TOKENIZER.merges[::-1])

@@ -57,8 +57,8 @@ class BPETokenizer:
             mergeable_ranks={read_bytes(token): i for token, i in self.vocab.items()},
             special_tokens=self.special,
         )
-        end = self.special.get(END_OF_TEXT)
-        self.stop_ids = frozenset(() if end is None else (end,))
+        self.eos_id = self.special.get(END_OF_TEXT)
+        self.stop_ids = frozenset(() if self.eos_id is None else (self.eos_id,))
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int) -> BPETokenizer:

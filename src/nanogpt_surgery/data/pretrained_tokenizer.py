@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class PretrainedTokenizer:
     Args:
         contents: a parsed `tokenizer.json`.
         bos_id: the token that begins a text.
-        stop_ids: tokens that end a text or a turn.
+        stop_ids: tokens that end a text or a turn, the usual one first.
         add_bos: whether a prompt begins with `bos_id`; None asks the `tokenizer.json`.
         chat_template: the model's own, in Jinja.
 
@@ -36,7 +36,7 @@ class PretrainedTokenizer:
         contents: dict[str, Any],
         *,
         bos_id: int | None = None,
-        stop_ids: Collection[int] = (),
+        stop_ids: Sequence[int] = (),
         add_bos: bool | None = None,
         chat_template: str | None = None,
     ):
@@ -49,6 +49,7 @@ class PretrainedTokenizer:
         if bos_id is None and len(begins) == 1:
             bos_id = begins[0]
         self.bos_id = bos_id
+        self.eos_id = next(iter(stop_ids), None)
         self.stop_ids = frozenset(stop_ids)
         self.add_bos = bos_id is not None and (bool(begins) if add_bos is None else add_bos)
         self.chat_template = chat_template

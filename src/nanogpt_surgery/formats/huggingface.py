@@ -9,6 +9,13 @@ import dataclasses
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.config_options import (
+    ABSENT,
+    ACTIVATIONS,
+    MODEL_TYPES,
+    refuse_options,
+    rope_options,
+)
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 
 OWN = "nanogpt_surgery"
@@ -44,19 +51,6 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-}
-_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-# Theirs, where a config.json leaves the field out.
-_ABSENT: dict[str, dict[str, Any]] = {
-    "gpt2": {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
-    "llama": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "attention_dropout": 0.0},
-    "qwen2": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "attention_dropout": 0.0},
-    "qwen3": {
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-        "head_dim": 128,
-    },
 }
 
 
@@ -103,7 +97,7 @@ def config_to_json(config: GPTConfig, tied: bool, dtype: str) -> dict[str, Any]:
 def _gpt2_extras(config: GPTConfig) -> dict[str, Any]:
     return {
         "n_ctx": config.block_size,
-        "activation_function": _ACTIVATIONS[config.mlp],
+        "activation_function": ACTIVATIONS[config.mlp],
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
     }
@@ -122,94 +116,89 @@ def _llama_extras(config: GPTConfig, family: str) -> dict[str, Any]:
     return extras
 
 
-def config_from_json(contents: dict[str, Any]) -> GPTConfig:
+def config_from_json(contents: Any) -> GPTConfig:
     """The config that a `config.json` describes.
 
     Raises:
         SurgeryError: an architecture that we do not have, or an option that would change the
             result and that we do not have (all of them, by name).
     """
-    family = contents.get("model_type")
-    if family == OWN:
+    if not isinstance(contents, dict):
+        raise SurgeryError(f"config.json holds a {type(contents).__name__}, not an object")
+    name = contents.get("model_type")
+    if name == OWN:
         return _own_config(contents)
-    if family not in FAMILIES:
+    if not isinstance(name, str) or name not in MODEL_TYPES:
         raise SurgeryError(
-            f"the model_type {family!r} is not one we have", f"families: {', '.join(FAMILIES)}"
+            f"the model_type {name!r} is not one we have", f"those are {', '.join(MODEL_TYPES)}"
         )
-    contents = _ABSENT[family] | {k: v for k, v in contents.items() if v is not None}
-    _refuse_options(contents, family)
-    values = {
-        ours: contents[theirs] for ours, theirs in _FIELDS[family].items() if theirs in contents
-    }
+    family = MODEL_TYPES[name]
+    contents = {k: v for k, v in (ABSENT[name] | contents).items() if v is not None}
+    refuse_options(contents, name)
+    fields = _FIELDS[family]
+    values = {ours: contents[theirs] for ours, theirs in fields.items() if theirs in contents}
+    missing = [fields[ours] for ours in _NEEDED if ours not in values]
+    if missing:
+        raise SurgeryError(f"config.json lacks {', '.join(missing)}")
+    _check_types(values, fields)
     extras = _gpt2_axes(contents) if family == "gpt2" else _llama_axes(contents, family)
     usual = {axis: choices[0] for axis, choices in FAMILIES[family].items()}
-    try:
-        return GPTConfig(**(usual | values | extras))
-    except TypeError:
-        missing = [theirs for ours, theirs in _FIELDS[family].items() if ours not in values]
-        raise SurgeryError(f"config.json lacks {', '.join(missing)}") from None
+    return GPTConfig(**(usual | values | extras))
+
+
+_NEEDED = ("vocab_size", "n_embd", "n_head", "n_layer", "block_size")
+_KINDS = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
+
+
+def _check_types(values: dict[str, Any], names: dict[str, str]) -> None:
+    """Sizes are integers, other numbers are numbers, and choices are true or false."""
+    kinds: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    wrong = [
+        f"{names.get(name, name)} is {value!r}"
+        for name, value in values.items()
+        if _KINDS[name] in kinds and type(value) not in kinds[_KINDS[name]]
+    ]
+    if wrong:
+        raise SurgeryError(f"config.json gives values of the wrong type: {'; '.join(wrong)}")
 
 
 def _own_config(contents: dict[str, Any]) -> GPTConfig:
     known = {field.name for field in dataclasses.fields(GPTConfig)}
     values = {key: value for key, value in contents.items() if key in known}
-    unknown = set(contents) - known - {"model_type", "architectures", "dtype"}
+    about = {"model_type", "architectures", "dtype", "bos_token_id", "eos_token_id", "auto_map"}
+    unknown = set(contents) - known - about
     if unknown:
         raise SurgeryError(
             f"config.json holds what is not understood: {', '.join(sorted(unknown))}"
         )
-    if values.get("rope_scaling"):
-        values["rope_scaling"] = RopeScaling(**values["rope_scaling"])
+    _check_types(values, {})
+    scaling = values.get("rope_scaling")
+    if scaling is not None:
+        values["rope_scaling"] = _scaling(scaling if isinstance(scaling, dict) else {})
     return GPTConfig(**values)
+
+
+def _scaling(options: dict[str, Any]) -> RopeScaling:
+    fields = [field.name for field in dataclasses.fields(RopeScaling)]
+    wrong = [name for name in fields if type(options.get(name)) not in (int, float)]
+    if wrong:
+        raise SurgeryError(f"the rotary scaling in config.json lacks {', '.join(wrong)}")
+    return RopeScaling(**{name: options[name] for name in fields})
 
 
 def _gpt2_axes(contents: dict[str, Any]) -> dict[str, Any]:
     name = contents.get("activation_function", "gelu_new")
-    return {"mlp": {theirs: ours for ours, theirs in _ACTIVATIONS.items()}[name]}
+    return {"mlp": {theirs: ours for ours, theirs in ACTIVATIONS.items()}[name]}
 
 
 def _llama_axes(contents: dict[str, Any], family: str) -> dict[str, Any]:
-    rope = _rope(contents)
-    axes: dict[str, Any] = {"rope_theta": float(rope.get("rope_theta", 10000.0))}
-    if rope.get("rope_type", "default") == "llama3":
-        fields = [field.name for field in dataclasses.fields(RopeScaling)]
-        axes["rope_scaling"] = RopeScaling(**{name: rope[name] for name in fields})
+    rope = rope_options(contents)
+    theta = rope.get("rope_theta", 10000.0)
+    _check_types({"rope_theta": theta}, {})
+    axes: dict[str, Any] = {"rope_theta": float(theta)}
+    if rope["rope_type"] == "llama3":
+        axes["rope_scaling"] = _scaling(rope)
     if family != "qwen2":
         attention, mlp = contents.get("attention_bias"), contents.get("mlp_bias")
         axes["bias"] = ("all" if mlp else "attention") if attention else "none"
     return axes
-
-
-def _rope(contents: dict[str, Any]) -> dict[str, Any]:
-    """The rotary options, whether they lie where older or newer configs put them."""
-    options = dict(contents.get("rope_scaling") or contents.get("rope_parameters") or {})
-    options.setdefault("rope_type", options.pop("type", "default"))
-    theta = (contents.get("rope_parameters") or {}).get("rope_theta", contents.get("rope_theta"))
-    return options | ({"rope_theta": theta} if theta is not None else {})
-
-
-def _refuse_options(contents: dict[str, Any], family: str) -> None:
-    """Collect every option that would change the result and that we do not have."""
-    found = []
-    if family == "gpt2":
-        expected: dict[str, tuple[Any, ...]] = {
-            "scale_attn_weights": (True,),
-            "scale_attn_by_inverse_layer_idx": (False,),
-            "reorder_and_upcast_attn": (False, True),
-            "add_cross_attention": (False,),
-            "activation_function": tuple(_ACTIVATIONS.values()),
-        }
-    else:
-        expected = {"hidden_act": ("silu",), "use_sliding_window": (False,), "pretraining_tp": (1,)}
-        kind = _rope(contents)["rope_type"]
-        if kind not in ("default", "llama3"):
-            found.append(f"rope_type {kind!r}")
-        if contents.get("mlp_bias") and not contents.get("attention_bias"):
-            found.append("mlp_bias without attention_bias")
-    found += [
-        f"{key} {contents[key]!r}"
-        for key, values in expected.items()
-        if key in contents and contents[key] not in values
-    ]
-    if found:
-        raise SurgeryError(f"this {family} sets options that we do not have: {', '.join(found)}")

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
 
-from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import read_json, refuse_damage, whole_folder, write_json
+from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
 from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json, family_of
-from nanogpt_surgery.formats.name_map import normal_names, to_ours, to_theirs
+from nanogpt_surgery.formats.name_map import NAME_MAPS, identity, normal_names, to_theirs
+from nanogpt_surgery.formats.placing import build_model
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
+from nanogpt_surgery.formats.safetensors_file import stored_tensors
+from nanogpt_surgery.formats.tokenizer_files import (
+    open_tokenizer,
+    special_ids,
+    write_tokenizer_files,
+)
 from nanogpt_surgery.lora.operations import has_lora
-from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
-CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
 def save_model(model: SimpleGPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
@@ -52,91 +56,62 @@ def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | Non
     contents = config_to_json(model.config, tied, str(weight.dtype).removeprefix("torch."))
     if contents["model_type"] != OWN:
         tensors = to_theirs(tensors, contents["model_type"], model.config.n_layer)
-    write_json(folder / CONFIG, contents)
+    write_json(folder / CONFIG, contents | special_ids(tokenizer))
     save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
     if tokenizer is not None:
-        if not isinstance(tokenizer, CharacterTokenizer):
-            raise SurgeryError(f"a {type(tokenizer).__name__} cannot be written as {TOKENIZER}")
-        tokenizer.save(folder / TOKENIZER)
-        write_json(folder / "tokenizer_config.json", _tokenizer_config(model.config))
+        write_tokenizer_files(tokenizer, folder, model.config.block_size)
 
 
-def _tokenizer_config(config: GPTConfig) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config.block_size,
-    }
+def open_model(
+    path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[SimpleGPT, Tokenizer | None]:
+    """Open whatever a path holds, in eval mode on the CPU.
 
+    Weights are mapped where the file holds them as the model needs them, and otherwise read piece
+    by piece, so they are never held twice.
 
-def open_model(path: str | Path) -> tuple[SimpleGPT, Tokenizer | None]:
-    """Open a model folder, or the best checkpoint of a run folder, in eval mode on the CPU.
+    Args:
+        path: a model folder in Hugging Face's form, a run folder (its best checkpoint), a GGUF
+            file, or a name on the Hugging Face hub ("HuggingFaceTB/SmolLM2-135M").
+        dtype: of the weights; None: as most of them are stored, float32 if they are quantised.
 
     Returns:
-        The model, and its tokenizer if the folder has one.
+        The model, and its tokenizer if there is one.
 
     Raises:
         SurgeryError: nothing is there, it is damaged, or it is a model that we do not have.
     """
     folder = model_folder(path)
     refuse_damage(folder)
-    config = config_from_json(read_json(folder / CONFIG))
-    with torch.device("meta"):
-        model = SimpleGPT.from_config(config)
-    tensors = _tensors(folder / TENSORS, config)
-    _check_tensors(model, tensors, folder)
-    model.load_state_dict(tensors, assign=True)
-    if config.tie_head:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.eval(), _tokenizer(folder)
+    contents = read_json(folder / CONFIG)
+    if isinstance(contents, dict) and contents.get("auto_map"):
+        warnings.warn(
+            f"{folder / CONFIG} asks for code of its own (auto_map), which is not run",
+            SurgeryWarning,
+            stacklevel=2,
+        )
+    config = config_from_json(contents)
+    stored = stored_tensors(folder, TENSORS)
+    family = family_of(config)
+    table = identity(stored) if family == OWN else NAME_MAPS[family]
+    names = normal_names(stored, family)
+    return build_model(config, names, table, dtype, str(folder)), open_tokenizer(folder)
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model folder that a path means: itself, or the checkpoint chosen in a run folder."""
-    path = Path(path)
-    if is_run(path):
-        return chosen_checkpoint(path)
-    if not (path / CONFIG).is_file():
-        there = "there is no such folder" if not path.exists() else f"it holds no {CONFIG}"
+    """The model folder that a path means.
+
+    It is the path itself, the checkpoint chosen in a run folder, or the copy of a model on the hub.
+    """
+    folder = Path(path)
+    if is_run(folder):
+        return chosen_checkpoint(folder)
+    if not folder.exists() and is_hub_name(str(path)):
+        return hub_folder(str(path))
+    if not (folder / CONFIG).is_file():
+        there = "there is no such folder" if not folder.exists() else f"it holds no {CONFIG}"
         raise SurgeryError(
-            f"{path} is neither a run nor a model folder: {there}",
+            f"{folder} is neither a run nor a model folder: {there}",
             "surgery train --out RUN makes a run",
         )
-    return path
-
-
-def _tensors(path: Path, config: GPTConfig) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise SurgeryError(f"{path} is missing")
-    try:
-        with safe_open(path, "pt") as file:
-            # Copies: the file may be replaced while the model is in use.
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise SurgeryError(f"{path} is not a safetensors file: {error}") from None
-    family = family_of(config)
-    if family != OWN:
-        tensors = to_ours(normal_names(tensors, family), family, config.n_layer)
-    if config.tie_head:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-    return tensors
-
-
-def _check_tensors(model: SimpleGPT, tensors: dict[str, Tensor], folder: Path) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
-    problems += [
-        f"{name} is {found[name]}, the config says {expected[name]}"
-        for name in expected
-        if name in found and found[name] != expected[name]
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
-        raise SurgeryError(f"the tensors in {folder} do not fit its {CONFIG}: {shown}")
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    path = folder / TOKENIZER
-    return CharacterTokenizer.from_json(read_json(path)) if path.is_file() else None
+    return folder
