@@ -43,14 +43,43 @@ def whole_folder(goal: str | Path) -> Iterator[Path]:
         seal(temporary)
         _put_in_place(temporary, goal)
     except OSError as error:
-        free = shutil.disk_usage(goal.parent).free
-        raise SurgeryError(
-            f"could not write {goal}: {error.strerror or error} ({free:,} bytes free there); "
-            "what was there before is untouched",
-            "free some space, or write to another disk",
-        ) from error
+        raise _disk_refuses(goal, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
+    """A temporary file to write into, which becomes `goal` if the block ends without an error.
+
+    A file at `goal` is replaced if it begins with `magic`; anything else is refused.
+
+    Raises:
+        SurgeryError: `goal` is something else, or the disk refuses (its name and free space).
+    """
+    goal = Path(goal)
+    if goal.exists() and not (goal.is_file() and goal.open("rb").read(len(magic)) == magic):
+        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    temporary = goal.parent / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{goal.name}"
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(goal)
+        flush(goal.parent)
+    except OSError as error:
+        raise _disk_refuses(goal, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _disk_refuses(goal: Path, error: OSError) -> SurgeryError:
+    free = shutil.disk_usage(goal.parent).free
+    return SurgeryError(
+        f"could not write {goal}: {error.strerror or error} ({free:,} bytes free there); "
+        "what was there before is untouched",
+        "free some space, or write to another disk",
+    )
 
 
 def _check_replaceable(goal: Path) -> None:

@@ -11,6 +11,8 @@ from safetensors.torch import save_file
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import read_json, refuse_damage, whole_folder, write_json
+from nanogpt_surgery.formats.gguf_file import is_gguf
+from nanogpt_surgery.formats.gguf_model import open_gguf
 from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
 from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json, family_of
 from nanogpt_surgery.formats.name_map import NAME_MAPS, identity, normal_names, to_theirs
@@ -81,6 +83,8 @@ def open_model(
     Raises:
         SurgeryError: nothing is there, it is damaged, or it is a model that we do not have.
     """
+    if is_gguf(Path(path)):
+        return open_gguf(path, dtype)
     folder = model_folder(path)
     refuse_damage(folder)
     contents = read_json(folder / CONFIG)
