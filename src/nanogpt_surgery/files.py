@@ -58,7 +58,7 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         SurgeryError: `goal` is something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    if goal.exists() and not (goal.is_file() and goal.open("rb").read(len(magic)) == magic):
+    if goal.exists() and not _begins_with(goal, magic):
         raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
     goal.parent.mkdir(parents=True, exist_ok=True)
     temporary = goal.parent / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{goal.name}"
@@ -71,6 +71,13 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         raise _disk_refuses(goal, error) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
 
 
 def _disk_refuses(goal: Path, error: OSError) -> SurgeryError:
