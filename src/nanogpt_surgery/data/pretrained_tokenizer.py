@@ -53,6 +53,8 @@ class PretrainedTokenizer:
         self.stop_ids = frozenset(stop_ids)
         self.add_bos = bos_id is not None and (bool(begins) if add_bos is None else add_bos)
         self.chat_template = chat_template
+        if self.add_bos and not begins:
+            self.contents["post_processor"] = _begin_with(self.token_of(bos_id), bos_id)
 
     @property
     def vocab_size(self) -> int:
@@ -115,3 +117,15 @@ class PretrainedTokenizer:
                 f"position {error.start}, which no encoding of Unicode can hold"
             ) from None
         return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def _begin_with(token: str | None, index: int | None) -> dict[str, Any]:
+    """What makes other readers of the `tokenizer.json` put BOS before a text."""
+    special = {"SpecialToken": {"id": token, "type_id": 0}}
+    first, second = ({"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB"))
+    return {
+        "type": "TemplateProcessing",
+        "single": [special, first],
+        "pair": [special, first, second],
+        "special_tokens": {token: {"id": token, "ids": [index], "tokens": [token]}},
+    }

@@ -45,8 +45,39 @@ def compare(
             otherwise.
     """
     rows = _tensor_rows(model, again, kinds)
+    if tokenizer is None:
+        warnings.warn(
+            "no tokenizer was written: whoever opens the file must bring ids",
+            SurgeryWarning,
+            stacklevel=3,
+        )
     _check_tokenizer(tokenizer, tokenizer_again)
     return Report(title, rows, _logits(model, again))
+
+
+def check_equal(
+    model: SimpleGPT,
+    again: SimpleGPT,
+    tokenizer: Tokenizer | None,
+    tokenizer_again: Tokenizer | None,
+) -> None:
+    """Raise `SurgeryError` unless all tensors have the same bits and the tokenizer encodes alike."""
+    ours, theirs = model.state_dict(), again.state_dict()
+    wrong = [
+        name
+        for name, tensor in ours.items()
+        if name not in theirs or not _same_bits(tensor, theirs[name])
+    ]
+    if wrong:
+        raise SurgeryError(f"what was written does not read back: {', '.join(wrong[:8])}")
+    _check_tokenizer(tokenizer, tokenizer_again)
+
+
+def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    left, right = (t.detach().cpu().contiguous().view(torch.uint8) for t in (ours, theirs))
+    return torch.equal(left, right)
 
 
 def _tensor_rows(
@@ -99,11 +130,6 @@ def _logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
 
 def _check_tokenizer(tokenizer: Tokenizer | None, again: Tokenizer | None) -> None:
     if tokenizer is None:
-        warnings.warn(
-            "no tokenizer was written: whoever opens the file must bring ids",
-            SurgeryWarning,
-            stacklevel=5,
-        )
         return
     sample = _known(tokenizer)
     if again is None or list(again.encode(sample)) != list(tokenizer.encode(sample)):

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import read_json, refuse_damage, whole_folder, write_json
+from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.gguf_file import is_gguf
 from nanogpt_surgery.formats.gguf_model import open_gguf
 from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
@@ -34,13 +35,17 @@ def save_model(model: SimpleGPT, folder: str | Path, tokenizer: Tokenizer | None
     """Write a model folder in Hugging Face's form, whole or not at all.
 
     A model on a family's axes is written under the family's names and opens in transformers.
-    Whether the head is tied is read from the tensors. `MANIFEST.json` holds sizes and hashes.
+    Whether the head is tied is read from the tensors. `MANIFEST.json` holds sizes and hashes. What
+    is written is opened again and compared before it counts as written.
 
     Raises:
-        SurgeryError: the model carries a LoRA, or the folder holds something else.
+        SurgeryError: the model carries a LoRA, or the folder holds something else, or what was
+            written does not read back. There is no new folder then.
     """
     with whole_folder(folder) as temporary:
         write_model_files(model, temporary, tokenizer)
+        again, tokenizer_again = open_model(temporary)
+        check_equal(model, again, tokenizer, tokenizer_again)
 
 
 def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | None = None) -> None:

@@ -14,6 +14,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.errors import SurgeryError
+
 Anything = TypeVar("Anything")
 
 
@@ -100,6 +102,25 @@ def to_theirs(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str
                 joined = torch.cat(parts) if len(parts) > 1 else parts[0]
                 converted[f"{row.theirs}.{kind}"] = _turned(joined, row, kind)
     assert not left, f"no name in the family {family} for {sorted(left)}"
+    return converted
+
+
+def to_ours(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str, Tensor]:
+    """The inverse of `to_theirs`.
+
+    Raises:
+        SurgeryError: a tensor has no place in the family (with its name).
+    """
+    left = dict(tensors)
+    converted: dict[str, Tensor] = {}
+    for row in rows(family, n_layer):
+        for kind in ("weight", "bias"):
+            joined = left.pop(f"{row.theirs}.{kind}", None)
+            if joined is not None:
+                parts = _turned(joined, row, kind).chunk(len(row.ours))
+                converted |= {f"{n}.{kind}": part for n, part in zip(row.ours, parts, strict=True)}
+    if left:
+        raise SurgeryError(f"tensors that a {family} does not have: {', '.join(sorted(left))}")
     return converted
 
 
