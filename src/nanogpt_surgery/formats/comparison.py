@@ -61,7 +61,7 @@ def check_equal(
     tokenizer: Tokenizer | None,
     tokenizer_again: Tokenizer | None,
 ) -> None:
-    """Raise `SurgeryError` unless all tensors have the same bits and the tokenizer encodes alike."""
+    """Refuse unless all tensors have the same bits and the tokenizer encodes alike."""
     ours, theirs = model.state_dict(), again.state_dict()
     wrong = [
         name
