@@ -197,7 +197,7 @@ def llama_folder(tmp_path):
         ({"head_dim": 10**12}, "weights, its files hold"),
         ({"intermediate_size": 29}, "the config says"),
         ({"num_hidden_layers": 3}, "layers.2.* is missing"),
-        ({"num_hidden_layers": 1}, "does not have: model.layers.1"),
+        ({"num_hidden_layers": 1}, "model.layers.1.*is unknown"),
     ],
 )
 def test_what_would_change_the_result_or_cannot_be_is_refused(llama_folder, changes, message):
@@ -218,12 +218,16 @@ def test_code_in_a_folder_is_reported_and_not_run(llama_folder):
         open_model(llama_folder)
 
 
-def test_a_tied_model_whose_file_has_a_head_all_the_same_is_tied(tmp_path):
+def test_a_head_that_is_stored_although_it_is_tied_must_be_the_embedding(tmp_path):
     model = tiny_model(FAMILY_CONFIGS["llama"])
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.embed_tokens.weight)
     save_model(model, tmp_path / "m")
     opened = open_model(edited(tmp_path / "m", tie_word_embeddings=True))[0]
     assert opened.lm_head.weight is opened.embed_tokens.weight
-    assert torch.equal(opened.embed_tokens.weight, model.embed_tokens.weight)
+    save_model(tiny_model(FAMILY_CONFIGS["llama"]), tmp_path / "n")
+    with pytest.raises(SurgeryError, match=r"lm_head\.weight differs from the embedding"):
+        open_model(edited(tmp_path / "n", tie_word_embeddings=True))
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer.json"])

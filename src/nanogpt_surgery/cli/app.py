@@ -6,10 +6,10 @@ import os
 import sys
 from importlib.metadata import version
 
-from cyclopts import App
-from cyclopts.config import Toml
+from cyclopts import App, CycloptsError
 
-from nanogpt_surgery.cli.console import printable, say, spoken_warnings
+from nanogpt_surgery.cli.config_file import take_config, unknown_key
+from nanogpt_surgery.cli.console import say, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
@@ -44,26 +44,23 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         app = make_app()
-        app.config = _config(arguments)
+        app.config = take_config(arguments)
         with spoken_warnings():
-            app(arguments)
+            _run(app, arguments)
     except SurgeryError as error:
         if debug:
             raise
-        say(printable(f"surgery: {error}"))
+        say(f"surgery: {error}")
         sys.exit(1)
     except BrokenPipeError:  # the reader of our stdout has gone (`surgery inspect … | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
 
 
-def _config(arguments: list[str]) -> tuple[Toml, ...]:
-    """Take `--config FILE` out of the arguments."""
-    if "--config" not in arguments:
-        return ()
-    place = arguments.index("--config")
-    if place + 1 == len(arguments):
-        raise SurgeryError("--config needs a file", "surgery train --config shakespeare.toml")
-    path = arguments[place + 1]
-    del arguments[place : place + 2]
-    return (Toml(path, must_exist=True, use_commands_as_keys=False),)
+def _run(app: App, arguments: list[str]) -> None:
+    try:
+        app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        command = next((word for word in arguments if word in COMMANDS), "")
+        hint = " ".join(f"surgery {command} --help".split())
+        raise unknown_key(error) or SurgeryError(str(error), f"{hint} lists the flags") from error

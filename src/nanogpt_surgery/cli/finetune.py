@@ -48,9 +48,9 @@ def finetune(
     from nanogpt_surgery.cli.training_run import Job, fingerprint, run_training
     from nanogpt_surgery.data.corpus import python_source, read_texts, split_by_position
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.formats.adapter_layout import load_adapter, write_adapter_files
+    from nanogpt_surgery.formats.adapter_layout import write_adapter_files
     from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.lora.operations import inject_lora, remove_lora
+    from nanogpt_surgery.lora.operations import inject_lora
 
     settings = FitSettings(**given(training))
     network, tokenizer = open_model(model)
@@ -66,10 +66,6 @@ def finetune(
     report = inject_lora(network, **given(lora))
     say(str(report))
 
-    def read_weights(folder: Path) -> None:
-        remove_lora(network)
-        load_adapter(network, folder)
-
     job = Job(
         out=out,
         resume=resume,
@@ -78,7 +74,6 @@ def finetune(
         validation=GPTDataset(validation_text, tokenizer, window),
         settings=settings,
         description={"kind": "finetune", "base": base, "lora": report.to_dict()},
-        read_weights=read_weights,
         write_weights=lambda folder: write_adapter_files(network, folder, str(model)),
     )
     summary = run_training(job)

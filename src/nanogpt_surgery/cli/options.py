@@ -97,10 +97,14 @@ def _flag(argument: ast.arg, text: str, default: ast.expr | None) -> Any:
     assert argument.annotation is not None
     written = ast.unparse(argument.annotation)
     # On the command line several patterns are several words.
-    hint = list[str] if written == "str | Iterable[str]" else eval(written, {"Literal": Literal})
+    several = written == "str | Iterable[str]"
+    hint = list[str] if several else eval(written, {"Literal": Literal})
     value = ast.literal_eval(default) if default is not None else "required"
     shown = " ".join(value) if isinstance(value, tuple) else value
-    return Annotated[hint | None, Parameter(help=text, show_default=lambda _: shown, negative="")]
+    parameter = Parameter(
+        help=text, show_default=lambda _: shown, negative="", consume_multiple=several
+    )
+    return Annotated[hint | None, parameter]
 
 
 def _argument_texts(docstring: str) -> dict[str, str]:

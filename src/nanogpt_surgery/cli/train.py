@@ -46,7 +46,7 @@ def train(
     """
     from nanogpt_surgery.cli.training_run import Job, run_training
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.formats.model_file import open_model, write_model_files
+    from nanogpt_surgery.formats.model_file import write_model_files
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -62,9 +62,6 @@ def train(
         f"a model of {network.n_parameters:,} parameters"
     )
 
-    def read_weights(folder: Path) -> None:
-        network.load_state_dict(open_model(folder)[0].state_dict())
-
     job = Job(
         out=out,
         resume=resume,
@@ -73,7 +70,6 @@ def train(
         validation=GPTDataset(validation_text, tokenizer, config.block_size),
         settings=settings,
         description={"kind": "train", "model": config.to_dict()},
-        read_weights=read_weights,
         write_weights=lambda folder: write_model_files(network, folder, tokenizer),
     )
     report = Report("trained", [], run_training(job))

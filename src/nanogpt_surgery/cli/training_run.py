@@ -33,9 +33,8 @@ class Job:
     settings: FitSettings
     description: dict[str, Any]
     """what determines the run, beside settings and data"""
-    read_weights: Callable[[Path], None]
-    """give the model the weights of a checkpoint"""
     write_weights: Callable[[Path], None]
+    """write the files that others read: a model folder's or an adapter folder's"""
 
 
 def run_training(job: Job) -> dict[str, Any]:
@@ -47,13 +46,11 @@ def run_training(job: Job) -> dict[str, Any]:
 
     hardware = choose_hardware(job.settings)
     with start_run(job.out, _description(job), job.resume) as run, _signals() as stop:
-        if run.checkpoint:
-            job.read_weights(run.checkpoint)
-            say(f"going on from step {run.first_step:,} of {job.settings.max_steps:,}")
         job.model.to(hardware.device)
         optimizer = make_optimizer(job.model, job.settings)
         if run.checkpoint:
-            run.load_optimizer(job.model, optimizer)
+            run.restore(job.model, optimizer)
+            say(f"going on from step {run.first_step:,} of {job.settings.max_steps:,}")
         say(f"computing on {hardware.describe()}")
         steps = fit(
             job.model,

@@ -124,11 +124,12 @@ class CharacterTokenizer:
         Raises:
             SurgeryError: it is another kind of tokenizer, or damaged.
         """
-        model = contents.get("model") or {}
-        vocab = model.get("vocab") if model.get("type") == "WordLevel" else None
+        model = contents.get("model") if isinstance(contents, dict) else None
+        found = model if isinstance(model, dict) and model.get("type") == "WordLevel" else {}
+        vocab = found.get("vocab")
         if not vocab or not isinstance(vocab, dict) or any(len(token) != 1 for token in vocab):
             raise SurgeryError("this tokenizer.json is not a character tokenizer's")
-        characters = sorted(vocab, key=lambda character: vocab[character])
-        if [vocab[character] for character in characters] != list(range(len(vocab))):
+        numbered = all(isinstance(i, int) for i in vocab.values())
+        if not numbered or sorted(vocab.values()) != list(range(len(vocab))):
             raise SurgeryError("the ids in this tokenizer.json are not 0, 1, 2, …")
-        return cls.from_characters(characters)
+        return cls.from_characters(sorted(vocab, key=vocab.__getitem__))

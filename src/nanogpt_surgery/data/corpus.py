@@ -14,7 +14,7 @@ TRAIN_SHARE = 0.9
 _SOURCE_MODULES = """
     argparse ast calendar collections configparser contextlib copy csv dataclasses datetime
     difflib enum fractions functools heapq inspect ipaddress json.decoder json.encoder locale
-    logging mailbox optparse os pathlib pdb pprint random shutil socket statistics string
+    logging mailbox optparse pathlib pdb pprint random shutil socket statistics string
     subprocess tarfile tempfile textwrap threading tokenize traceback types typing urllib.parse
     urllib.request uuid warnings weakref zipfile
 """.split()
@@ -26,15 +26,15 @@ def read_texts(paths: Iterable[str | Path]) -> str:
     Files are UTF-8 and joined by a newline; hidden files and folders are passed over.
 
     Raises:
-        SurgeryError: a path is missing, or a file is not UTF-8 (all of them at once, with the
-            position of the first bad byte), or there is no text at all.
+        SurgeryError: a path is missing, cannot be read or is not UTF-8 (all of them at once, with
+            the position of the first bad byte), or there is no text at all.
     """
     texts: list[str] = []
     problems: list[str] = []
     for path in paths:
         for name, data in _sources(path, problems):
             try:
-                texts.append(data.decode("utf-8-sig"))
+                texts.append(data.decode().removeprefix("\ufeff"))
             except UnicodeDecodeError as error:
                 bad = data[error.start]
                 problems.append(f"{name} is not UTF-8: byte 0x{bad:02x} at position {error.start}")
@@ -42,7 +42,7 @@ def read_texts(paths: Iterable[str | Path]) -> str:
         raise SurgeryError(
             "; ".join(problems), "name text files saved as UTF-8, or folders of them"
         )
-    text = "\n".join(texts)
+    text = "\n".join(filter(None, texts))
     if not text:
         raise SurgeryError("there is no text in what was named", "name files that are not empty")
     return text
@@ -55,10 +55,14 @@ def _sources(path: str | Path, problems: list[str]) -> Iterable[tuple[str, bytes
     path = Path(path)
     if not path.exists():
         problems.append(f"{path} does not exist")
-    elif path.is_dir():
-        yield from ((str(file), file.read_bytes()) for file in _files_below(path))
-    else:
-        yield str(path), path.read_bytes()
+        return
+    for file in _files_below(path) if path.is_dir() else [path]:
+        try:
+            data = file.read_bytes()
+        except OSError as error:
+            problems.append(f"{file} cannot be read: {error.strerror}")
+        else:
+            yield str(file), data
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -80,7 +84,7 @@ def python_reference() -> str:
 
 
 def python_source() -> str:
-    """Source files of the standard library, as installed: Python, about 1.7 MB."""
+    """Source files of the standard library, as installed: Python, about 2.4 MB."""
     texts = []
     for name in _SOURCE_MODULES:
         spec = importlib.util.find_spec(name)

@@ -2,7 +2,8 @@
 
 Most names are simply translated. GPT-2 keeps q, k and v in one fused matrix, `c_attn`:
 
-- an update of `c_attn` is exactly three updates that share A and split B by rows;
+- an update of `c_attn` is exactly three updates that share A and split B by rows, each without
+  the components that are zero in its rows;
 - updates of q, k and v are exactly one of `c_attn`: the A's stacked, the B's on a block diagonal,
   alpha added up, so that alpha / rank stays when they agree in it.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import whole_folder
@@ -109,14 +110,24 @@ def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
     for row in rows(family, model.config.n_layer):
         update = left.pop(row.theirs, None)
         if update is not None:
-            parts = update.B.chunk(len(row.ours))
-            converted |= {
-                name: LowRankUpdate(update.A.clone(), part.clone(), update.alpha)
-                for name, part in zip(row.ours, parts, strict=True)
-            }
+            parts = zip(row.ours, update.B.chunk(len(row.ours)), strict=True)
+            split = {name: _part(update, b) for name, b in parts}
+            converted |= {name: part for name, part in split.items() if part is not None}
     if left:
         raise SurgeryError(
             f"this adapter is for another model: a {family} of {model.config.n_layer} layers has "
             f"no {', '.join(sorted(left))}"
         )
     return converted
+
+
+def _part(update: LowRankUpdate, b: Tensor) -> LowRankUpdate | None:
+    """The share of a fused update that a part has: its rows of B, without what is not its own.
+
+    A component that is zero in these rows and not in the others belongs to another part (this is
+    how `_fuse` lays them out); a part that no component belongs to has no update.
+    """
+    own = (b != 0).any(0) | ~(update.B != 0).any(0)  # (R)
+    scale = update.alpha / update.rank
+    rank = int(own.sum())
+    return LowRankUpdate(update.A[own], b[:, own], scale * rank) if rank else None

@@ -49,6 +49,11 @@ _LLAMA_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
+_ROPE_OPTIONS = """
+    rope_type rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings
+""".split()
+
+
 def rope_options(contents: dict[str, Any]) -> dict[str, Any]:
     """The rotary options, whether they lie where older or newer configs put them.
 
@@ -56,8 +61,10 @@ def rope_options(contents: dict[str, Any]) -> dict[str, Any]:
     """
     places = [contents.get(key) for key in ("rope_parameters", "rope_scaling")]
     newer, older = (place if isinstance(place, dict) else {} for place in places)
-    options = dict(older or newer)
-    options["rope_type"] = options.get("rope_type", options.get("type", "default"))
+    options = {name: value for name, value in (older or newer).items() if value is not None}
+    kind = options.pop("type", "default")
+    options.setdefault("rope_type", kind)
+    options.setdefault("original_max_position_embeddings", contents.get("max_position_embeddings"))
     theta = newer.get("rope_theta", older.get("rope_theta", contents.get("rope_theta")))
     return options | ({"rope_theta": theta} if theta is not None else {})
 
@@ -87,16 +94,21 @@ def refuse_options(contents: dict[str, Any], model_type: str) -> None:
 
 def _llama_options(contents: dict[str, Any], model_type: str) -> list[str]:
     rope = rope_options(contents)
-    found = []
     if rope["rope_type"] not in ("default", "llama3"):
-        found.append(f"rope_type {rope['rope_type']!r}")
-    if rope.get("partial_rotary_factor", 1) != 1:
-        found.append(f"partial_rotary_factor {rope['partial_rotary_factor']!r}")
-    if contents.get("mlp_bias") and not contents.get("attention_bias"):
+        return [f"rope_type {rope['rope_type']!r}"]
+    found = []
+    found += [f"rope {name} {rope[name]!r}" for name in rope if name not in _ROPE_OPTIONS]
+    found += [
+        f"{key} {contents[key]!r}"
+        for key in ("rope_scaling", "rope_parameters")
+        if not isinstance(contents.get(key, {}), dict)
+    ]
+    has_mlp_bias = contents.get("mlp_bias") and model_type == "llama"
+    if has_mlp_bias and not contents.get("attention_bias"):
         found.append("mlp_bias without attention_bias")
     layer_types = contents.get("layer_types", [])
     if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
-        found.append("layer_types other than full_attention")
+        found.append(f"layer_types {layer_types!r}")
     window, context = contents.get("sliding_window"), contents.get("max_position_embeddings", 0)
     if model_type == "mistral" and window is not None and not _at_least(window, context):
         found.append(f"sliding_window {window!r}, below its context of {context!r}")

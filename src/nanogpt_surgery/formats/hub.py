@@ -32,14 +32,11 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
         SurgeryError: there is no such model, or it cannot be reached.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
-    try:
-        folder = Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
-        if _is_whole(folder):
-            return folder
-    except LocalEntryNotFoundError:
-        pass  # not in the cache: the next call fetches it
+    cached = _cached(name, cache)
+    if cached is not None:
+        return cached
     try:
         fetched = snapshot_download(
             name, cache_dir=cache, allow_patterns=_FILES, ignore_patterns=["*/*"]
@@ -55,8 +52,14 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
     return Path(fetched)
 
 
-def _is_whole(folder: Path) -> bool:
+def _cached(name: str, cache: str | Path | None) -> Path | None:
+    """The copy in the cache, if there is a whole one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     try:
-        return (folder / "config.json").is_file() and bool(stored_tensors(folder))
-    except SurgeryError:
-        return False
+        folder = Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
+        whole = (folder / "config.json").is_file() and bool(stored_tensors(folder))
+    except (LocalEntryNotFoundError, SurgeryError):
+        return None
+    return folder if whole else None

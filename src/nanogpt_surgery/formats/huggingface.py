@@ -58,12 +58,16 @@ def family_of(config: GPTConfig) -> str:
     """The family that has these axes and sizes, or "nanogpt_surgery"."""
     for family, axes in FAMILIES.items():
         if all(getattr(config, axis) in values for axis, values in axes.items()):
-            return OWN if family == "gpt2" and not _gpt2_can(config) else family
+            return family if _has_sizes(family, config) else OWN
     return OWN
 
 
-def _gpt2_can(config: GPTConfig) -> bool:
-    return config.n_kv_head == config.n_head and config.n_head * config.head_dim == config.n_embd
+def _has_sizes(family: str, config: GPTConfig) -> bool:
+    """Whether transformers' model of the family can have these sizes."""
+    if family == "gpt2":
+        one_width = config.n_head * config.head_dim == config.n_embd
+        return one_width and config.n_kv_head == config.n_head
+    return family != "llama" or config.n_embd % config.n_head == 0
 
 
 def config_to_json(config: GPTConfig, tied: bool, dtype: str) -> dict[str, Any]:
@@ -124,7 +128,9 @@ def config_from_json(contents: Any) -> GPTConfig:
             result and that we do not have (all of them, by name).
     """
     if not isinstance(contents, dict):
-        raise SurgeryError(f"config.json holds a {type(contents).__name__}, not an object")
+        raise SurgeryError(
+            f"config.json holds a {type(contents).__name__}, not an object with a model_type"
+        )
     name = contents.get("model_type")
     if name == OWN:
         return _own_config(contents)
@@ -166,13 +172,12 @@ def _own_config(contents: dict[str, Any]) -> GPTConfig:
     known = {field.name for field in dataclasses.fields(GPTConfig)}
     values = {key: value for key, value in contents.items() if key in known}
     about = {"model_type", "architectures", "dtype", "bos_token_id", "eos_token_id", "auto_map"}
-    unknown = set(contents) - known - about
-    if unknown:
-        raise SurgeryError(
-            f"config.json holds what is not understood: {', '.join(sorted(unknown))}"
-        )
+    problems = sorted(set(contents) - known - about)
+    problems += [f"no {key}" for key in sorted(known - set(values))]
+    if problems:
+        raise SurgeryError(f"config.json holds what is not understood: {', '.join(problems)}")
     _check_types(values, {})
-    scaling = values.get("rope_scaling")
+    scaling = values["rope_scaling"]
     if scaling is not None:
         values["rope_scaling"] = _scaling(scaling if isinstance(scaling, dict) else {})
     return GPTConfig(**values)
@@ -200,5 +205,6 @@ def _llama_axes(contents: dict[str, Any], family: str) -> dict[str, Any]:
         axes["rope_scaling"] = _scaling(rope)
     if family != "qwen2":
         attention, mlp = contents.get("attention_bias"), contents.get("mlp_bias")
-        axes["bias"] = ("all" if mlp else "attention") if attention else "none"
+        both = mlp and family == "llama"
+        axes["bias"] = ("all" if both else "attention") if attention else "none"
     return axes

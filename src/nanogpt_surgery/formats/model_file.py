@@ -12,10 +12,11 @@ from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import read_json, refuse_damage, whole_folder, write_json
 from nanogpt_surgery.formats.comparison import check_equal
+from nanogpt_surgery.formats.config_options import MODEL_TYPES
 from nanogpt_surgery.formats.gguf_file import is_gguf
 from nanogpt_surgery.formats.gguf_model import open_gguf
 from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
-from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json, family_of
+from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
 from nanogpt_surgery.formats.name_map import NAME_MAPS, identity, normal_names, to_theirs
 from nanogpt_surgery.formats.placing import build_model
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
@@ -101,7 +102,7 @@ def open_model(
         )
     config = config_from_json(contents)
     stored = stored_tensors(folder, TENSORS)
-    family = family_of(config)
+    family = MODEL_TYPES.get(contents["model_type"], OWN)
     table = identity(stored) if family == OWN else NAME_MAPS[family]
     names = normal_names(stored, family)
     return build_model(config, names, table, dtype, str(folder)), open_tokenizer(folder)

@@ -14,8 +14,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.errors import SurgeryError
-
 Anything = TypeVar("Anything")
 
 
@@ -105,23 +103,19 @@ def to_theirs(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str
     return converted
 
 
-def to_ours(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str, Tensor]:
-    """The inverse of `to_theirs`.
-
-    Raises:
-        SurgeryError: a tensor has no place in the family (with its name).
-    """
+def to_ours(
+    tensors: dict[str, Tensor], family: str, n_layer: int
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The inverse of `to_theirs`, and the names that the family does not have."""
     left = dict(tensors)
     converted: dict[str, Tensor] = {}
     for row in rows(family, n_layer):
         for kind in ("weight", "bias"):
             joined = left.pop(f"{row.theirs}.{kind}", None)
             if joined is not None:
-                parts = _turned(joined, row, kind).chunk(len(row.ours))
+                parts = _turned(joined, row, kind).tensor_split(len(row.ours))
                 converted |= {f"{n}.{kind}": part for n, part in zip(row.ours, parts, strict=True)}
-    if left:
-        raise SurgeryError(f"tensors that a {family} does not have: {', '.join(sorted(left))}")
-    return converted
+    return converted, sorted(left)
 
 
 def normal_names(tensors: Mapping[str, Anything], family: str) -> dict[str, Anything]:
@@ -141,4 +135,5 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def _turned(tensor: Tensor, row: Row, kind: str) -> Tensor:
-    return tensor.t().contiguous() if row.conv1d and kind == "weight" else tensor
+    turns = row.conv1d and kind == "weight" and tensor.dim() == 2
+    return tensor.t().contiguous() if turns else torch.atleast_1d(tensor)

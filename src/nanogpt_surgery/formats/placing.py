@@ -67,12 +67,8 @@ def side_by_side(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, 2, -1, *shape[1:]).transpose(1, 2).reshape(shape)
 
 
-def place(stored: Mapping[str, Stored], rows: Iterable[Row]) -> list[Placement]:
-    """Which stored tensor is which of ours.
-
-    Raises:
-        SurgeryError: a tensor has no place (with its name).
-    """
+def place(stored: Mapping[str, Stored], rows: Iterable[Row]) -> tuple[list[Placement], list[str]]:
+    """Which stored tensor is which of ours, and the names of those that have no place."""
     left = dict(stored)
     placements = []
     for row in rows:
@@ -82,9 +78,7 @@ def place(stored: Mapping[str, Stored], rows: Iterable[Row]) -> list[Placement]:
                 names = tuple(f"{name}.{kind}" for name in row.ours)
                 turned = row.conv1d and kind == "weight"
                 placements.append(Placement(names, tensor, turned, row.interleaved))
-    if left:
-        raise SurgeryError(f"tensors that this family does not have: {_some(sorted(left))}")
-    return placements
+    return placements, sorted(left)
 
 
 def build_model(
@@ -108,22 +102,36 @@ def build_model(
         SurgeryError: the tensors do not fit the config (all of them, before anything is allocated).
     """
     _check_size(config, stored, where)
-    if config.tie_head:
-        stored = {name: t for name, t in stored.items() if name not in _heads(table)}
-    placements = place(stored, each_layer(table, config.n_layer))
+    heads = [stored[name] for name in _heads(table) if name in stored] if config.tie_head else []
+    stored = {name: tensor for name, tensor in stored.items() if tensor not in heads}
+    placements, unknown = place(stored, each_layer(table, config.n_layer))
     with torch.device("meta"), _NoDraws():
         model = SimpleGPT.from_config(config)
-    _check_shapes(model, config, placements, where)
+    _check_shapes(model, config, placements, unknown, where)
     dtype = dtype or _stored_dtype(placements)
     tensors: dict[str, Tensor] = {}
     for placement in placements:
         tensors |= placement.load(dtype)
     if config.tie_head:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+        _check_tie(heads, tensors["embed_tokens.weight"], where)
     model.load_state_dict(tensors, assign=True)
     if config.tie_head:
         model.lm_head.weight = model.embed_tokens.weight
     return model.eval()
+
+
+def _check_tie(heads: list[Stored], embedding: Tensor, where: str) -> None:
+    """A head that is stored although it is tied must be the embedding."""
+    for head in heads:
+        same = head.shape == tuple(embedding.shape) and all(
+            torch.equal(piece.to(embedding.dtype), embedding[start : start + len(piece)])
+            for start, piece in head.pieces()
+        )
+        if not same:
+            raise SurgeryError(
+                f"{where}: {head.name} differs from the embedding to which the config ties it"
+            )
 
 
 class _NoDraws(TorchFunctionMode):
@@ -148,7 +156,7 @@ def _stored_dtype(placements: list[Placement]) -> torch.dtype:
     numbers: Counter[torch.dtype] = Counter()
     for placement in placements:
         dtype = placement.stored.dtype
-        if dtype is None or not dtype.is_floating_point:
+        if dtype is None:
             return torch.float32
         numbers[dtype] += math.prod(placement.shape)
     return numbers.most_common(1)[0][0]
@@ -157,7 +165,8 @@ def _stored_dtype(placements: list[Placement]) -> torch.dtype:
 def _check_size(config: GPTConfig, stored: Mapping[str, Stored], where: str) -> None:
     """A config that is far too large for its tensors is refused before a module is made for it."""
     numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
-    if config.n_layer > len(stored) or config.n_parameters > 4 * numbers + (1 << 20):
+    many_layers = config.n_layer > max(len(stored), 1000)
+    if many_layers or config.n_parameters > 4 * numbers + (1 << 20):
         raise SurgeryError(
             f"{where}: the config describes {config.n_layer:,} layers and {config.n_parameters:,} "
             f"weights, its files hold {len(stored):,} tensors and {numbers:,} numbers"
@@ -165,22 +174,27 @@ def _check_size(config: GPTConfig, stored: Mapping[str, Stored], where: str) -> 
 
 
 def _check_shapes(
-    model: SimpleGPT, config: GPTConfig, placements: list[Placement], where: str
+    model: SimpleGPT,
+    config: GPTConfig,
+    placements: list[Placement],
+    unknown: list[str],
+    where: str,
 ) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_head:
         del expected["lm_head.weight"]
     found = {name: p for p in placements for name in p.names}
     problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in found if name not in expected]
+    problems += [f"{name} is unknown" for name in [*unknown, *found] if name not in expected]
     for placement in placements:
+        name, dtype = " + ".join(placement.names), placement.stored.dtype
+        if dtype is not None and not dtype.is_floating_point:
+            problems.append(f"{name} holds {dtype}, not floating-point numbers")
         shapes = [expected[name] for name in placement.names if name in expected]
         if len(shapes) == len(placement.names):
             wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
             if placement.shape != wanted:
-                problems.append(
-                    f"{placement.stored.name} is {placement.shape}, the config says {wanted}"
-                )
+                problems.append(f"{name} is {placement.shape}, the config says {wanted}")
     if problems:
         raise SurgeryError(f"the tensors in {where} do not fit its config: {_some(problems)}")
 

@@ -4,7 +4,7 @@ RUN/
   run.json                    what was asked for: settings, model, data
   metrics.jsonl               a line for each step
   LATEST, BEST                names of checkpoints: hints; the manifests decide
-  checkpoints/step-00000250/  a model folder, optimizer.safetensors, training.json
+  checkpoints/step-00000250/  a model folder, training.safetensors and .json
   loss.png
 """
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError, nearest
 from nanogpt_surgery.files import read_json, refuse_damage, write_json
 from nanogpt_surgery.lora.operations import inject_lora, lora_layers
+from nanogpt_surgery.lora.targets import linear_names
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
@@ -30,8 +31,17 @@ _PREFIX = "base_model.model."
 _INERT_UNLESS_SET = """
     use_dora use_rslora lora_bias modules_to_save layer_replication target_parameters
     trainable_token_indices exclude_modules layers_to_transform layers_pattern
-    alora_invocation_tokens arrow_config use_qalora velora_config use_bdlora
+    alora_invocation_tokens arrow_config use_qalora velora_config use_bdlora kasa_config
+    monteclora_config
 """.split()
+_INERT_INITIALISATIONS = (
+    True,
+    False,
+    None,
+    "gaussian",
+    "eva",
+    "orthogonal",
+)  # leave the base alone
 
 
 @dataclass(frozen=True)
@@ -83,11 +93,11 @@ def apply_updates(model: nn.Module, updates: Updates) -> None:
     """Wrap the layers of a model and give them these updates.
 
     Raises:
-        SurgeryError: a layer is missing in the model, or its shape differs (all of them at once).
-            The model is untouched then.
+        SurgeryError: a layer is missing in the model, or its shape differs (all of them at once),
+            or the model carries a LoRA already. The model is untouched then.
     """
     _check_fit(model, updates)
-    inject_lora(model, list(updates), rank=1)
+    inject_lora(model, [f"(?:{re.escape(name)})" for name in updates], rank=1)
     for name, layer in lora_layers(model).items():
         update = updates[name]
         weight = layer.original_layer.weight
@@ -101,15 +111,15 @@ def apply_updates(model: nn.Module, updates: Updates) -> None:
 
 
 def _check_fit(model: nn.Module, updates: Updates) -> None:
-    linears = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    linears = {name: model.get_submodule(name) for name in linear_names(model)}
     problems = []
     for name, update in updates.items():
         if name not in linears:
             problems.append(f"there is no Linear {name!r} (nearest: {nearest(name, linears)})")
             continue
         wanted = (update.B.size(0), update.A.size(1))
-        if tuple(linears[name].weight.shape) != wanted:
-            actual = tuple(linears[name].weight.shape)
+        actual = tuple(linears[name].get_parameter("weight").shape)
+        if actual != wanted:
             problems.append(f"{name} is {actual} in the model and {wanted} in the adapter")
     if problems:
         raise SurgeryError("this adapter is for another model: " + "; ".join(problems))
@@ -193,6 +203,8 @@ def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     set_options = [key for key in _INERT_UNLESS_SET if config.get(key)]
     if config.get("bias", "none") != "none":
         set_options.append("bias")
+    if config.get("init_lora_weights", True) not in _INERT_INITIALISATIONS:
+        set_options.append(f"init_lora_weights {config['init_lora_weights']!r}")
     if set_options:
         raise SurgeryError(
             f"{folder / CONFIG} sets {', '.join(set_options)}, which would change the result and "

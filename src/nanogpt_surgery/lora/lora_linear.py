@@ -27,7 +27,8 @@ class LoRALinear(nn.Module):
         dropout: probability of zeroing an input of the update (not of the layer) in training.
 
     Raises:
-        SurgeryError: the rank is below 1, or the layer is not an `nn.Linear`.
+        SurgeryError: the rank is below 1, the dropout is not a probability, or the layer is not an
+            `nn.Linear`. The layer is untouched then.
     """
 
     def __init__(
@@ -40,6 +41,8 @@ class LoRALinear(nn.Module):
             )
         if rank < 1:
             raise SurgeryError(f"the rank of a LoRA is {rank}; it must be at least 1")
+        if not 0 <= dropout < 1:
+            raise SurgeryError(f"the dropout of a LoRA is {dropout}; it must be in [0, 1)")
         weight = original_layer.weight
         self.original_layer = original_layer.requires_grad_(False)
         self.lora_A = nn.Parameter(torch.empty(rank, weight.size(1), device=weight.device))
@@ -70,7 +73,7 @@ class LoRALinear(nn.Module):
         weight = (original.weight.detach().float() + self.delta_weight()).to(original.weight.dtype)
         merged.weight = nn.Parameter(weight)
         merged.bias = original.bias
-        return merged
+        return merged.train(original.training)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""

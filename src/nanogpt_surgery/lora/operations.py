@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.lora_linear import LoRALinear
@@ -42,11 +42,12 @@ def inject_lora(
     """
     matches = find_targets(model, targets)
     names = list(dict.fromkeys(name for found in matches.values() for name in found))
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     wrapped = {
         name: LoRALinear(_linear(model, name), rank, alpha, dropout).train(model.training)
         for name in names
     }
-    _freeze(model)
+    _freeze(model, trainable)
     for name, layer in wrapped.items():
         _replace(model, name, layer)
     return _report("LoRA injected", model)
@@ -60,7 +61,9 @@ def merge_lora(model: nn.Module) -> Report:
     """
     report = _report("LoRA merged", model)
     for name, layer in lora_layers(model).items():
-        _replace(model, name, layer.merged_layer())
+        merged = layer.merged_layer()
+        merged.weight.requires_grad_(_was_trainable(model, layer.original_layer.weight))
+        _replace(model, name, merged)
     _thaw(model)
     return report
 
@@ -120,10 +123,13 @@ def _replace(model: nn.Module, name: str, layer: nn.Module) -> None:
     setattr(model.get_submodule(parent), child, layer)
 
 
-def _freeze(model: nn.Module) -> None:
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _freeze(model: nn.Module, trainable: list[nn.Parameter]) -> None:
     setattr(model, _FROZEN, trainable)
     model.requires_grad_(False)
+
+
+def _was_trainable(model: nn.Module, parameter: Tensor) -> bool:
+    return any(parameter is other for other in getattr(model, _FROZEN, []))
 
 
 def _thaw(model: nn.Module) -> None:

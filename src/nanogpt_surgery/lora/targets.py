@@ -42,7 +42,8 @@ def linear_names(model: nn.Module) -> list[str]:
             f"the model carries a LoRA already, on {len(wrapped)} layers ({wrapped[0]}, …)",
             "merge_lora(model) or remove_lora(model) first",
         )
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linears if name]  # a Linear that is the model itself has no owner
 
 
 def _matching(pattern: str, names: list[str], model: nn.Module) -> list[str]:

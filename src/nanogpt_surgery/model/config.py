@@ -7,6 +7,7 @@ Qwen3 is a row of `FAMILIES`. This module does not load torch, so the command li
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -25,6 +26,29 @@ AXES: dict[str, tuple[str, ...]] = {
 }
 
 
+# What a value must be, in words and as a test.
+_SIZE = ("a positive integer", lambda x: type(x) is int and x > 0)
+_SIZE_OR_0 = ("a positive integer, or 0", lambda x: type(x) is int and x >= 0)
+_POSITIVE = ("a number above 0", lambda x: type(x) in (int, float) and x > 0)
+_FACTOR = ("a number of at least 1", lambda x: type(x) in (int, float) and x >= 1)
+_SHARE = ("a number of at least 0 and below 1", lambda x: type(x) in (int, float) and 0 <= x < 1)
+_SWITCH = ("true or false", lambda x: type(x) is bool)
+
+
+def _wrong(config: Any, kind: tuple[str, Callable[[Any], bool]], *names: str) -> list[str]:
+    wanted, holds = kind
+    return [
+        f"{name} is {value!r}; it must be {wanted}"
+        for name in names
+        if not holds(value := getattr(config, name))
+    ]
+
+
+def _raise_all(what: str, problems: list[str]) -> None:
+    if problems:
+        raise SurgeryError(f"{what}: " + "; ".join(problems))
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3's stretching of the rotary wavelengths (Llama 3.1's `rope_type: llama3`).
@@ -40,13 +64,13 @@ class RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise SurgeryError(f"rope_scaling.factor is {self.factor}; it must be at least 1")
-        if self.low_freq_factor >= self.high_freq_factor:
-            raise SurgeryError(
-                f"rope_scaling.low_freq_factor {self.low_freq_factor} must be below "
-                f"high_freq_factor {self.high_freq_factor}"
-            )
+        problems = _wrong(self, _FACTOR, "factor")
+        problems += _wrong(self, _POSITIVE, "low_freq_factor", "high_freq_factor")
+        problems += _wrong(self, _SIZE, "original_max_position_embeddings")
+        low, high = self.low_freq_factor, self.high_freq_factor
+        if not problems and low >= high:
+            problems = [f"low_freq_factor {low} must be below high_freq_factor {high}"]
+        _raise_all("this rope_scaling is impossible", problems)
 
 
 @dataclass(frozen=True)
@@ -95,60 +119,50 @@ class GPTConfig:
     """probability of zeroing an activation in training"""
 
     def __post_init__(self) -> None:
-        _raise_all(self._unset_sizes())
-        derived = {
-            "n_kv_head": self.n_kv_head or self.n_head,
-            "head_dim": self.head_dim or self.n_embd // self.n_head,
-            "n_inner": self.n_inner or self._default_inner(),
-        }
-        _raise_all(self._contradictions(**derived))
-        for name, value in derived.items():
+        problems = _wrong(self, _SIZE, "vocab_size", "n_embd", "n_head", "n_layer", "block_size")
+        problems += _wrong(self, _SIZE_OR_0, "n_kv_head", "head_dim", "n_inner")
+        sizes = {} if problems else self._derived_sizes()
+        problems += self._wrong_values() + (self._contradictions(sizes) if sizes else [])
+        _raise_all("this model cannot be built", problems)
+        for name, value in sizes.items():
             object.__setattr__(self, name, value)
 
-    def _default_inner(self) -> int:
-        if self.mlp != "swiglu":
-            return 4 * self.n_embd
-        return -(-8 * self.n_embd // (3 * 32)) * 32
+    def _derived_sizes(self) -> dict[str, int]:
+        gated = -(-8 * self.n_embd // (3 * 32)) * 32
+        return {
+            "n_kv_head": self.n_kv_head or self.n_head,
+            "head_dim": self.head_dim or self.n_embd // self.n_head,
+            "n_inner": self.n_inner or (gated if self.mlp == "swiglu" else 4 * self.n_embd),
+        }
 
-    def _unset_sizes(self) -> list[str]:
-        sizes = ("vocab_size", "n_embd", "n_head", "n_layer", "block_size")
-        return [
-            f"{name} is {getattr(self, name)}; it must be a positive integer"
-            for name in sizes
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1
-        ]
-
-    def _contradictions(self, n_kv_head: int, head_dim: int, n_inner: int) -> list[str]:
+    def _wrong_values(self) -> list[str]:
         found = [
             f"{axis} is {getattr(self, axis)!r}; it must be one of {', '.join(values)}"
             for axis, values in AXES.items()
             if getattr(self, axis) not in values
         ]
-        if not self.head_dim and self.n_embd % self.n_head:
-            found.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.n_head % n_kv_head:
-            found.append(f"n_head {self.n_head} is not a multiple of n_kv_head {n_kv_head}")
-        if self.positions == "rotary" and head_dim % 2:
-            found.append(f"head_dim {head_dim} is odd; rotary positions turn pairs of numbers")
+        found += _wrong(self, _POSITIVE, "norm_eps", "rope_theta")
+        found += _wrong(self, _SHARE, "dropout")
+        found += _wrong(self, _SWITCH, "qk_norm", "tie_head")
         if self.rope_scaling and self.positions != "rotary":
             found.append(f"rope_scaling needs positions 'rotary', not {self.positions!r}")
-        if min(n_kv_head, head_dim, n_inner) < 1:
-            found.append(
-                f"n_kv_head {n_kv_head}, head_dim {head_dim} and n_inner {n_inner} must be positive"
-            )
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
-        if self.norm_eps <= 0:
-            found.append(f"norm_eps is {self.norm_eps}; it must be above 0")
+        return found
+
+    def _contradictions(self, sizes: dict[str, int]) -> list[str]:
+        found = []
+        if not self.head_dim and self.n_embd % self.n_head:
+            found.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.n_head % sizes["n_kv_head"]:
+            found.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        if self.positions == "rotary" and sizes["head_dim"] % 2:
+            found.append(f"head_dim {sizes['head_dim']} is odd; rotary positions turn pairs")
         return found
 
     @classmethod
     def for_family(cls, family: str, **sizes: Any) -> GPTConfig:
         """A config on the family's usual axes; `sizes` are any fields of `GPTConfig`."""
         if family not in FAMILIES:
-            raise SurgeryError(
-                f"there is no family {family!r}", f"choose one of {', '.join(FAMILIES)}"
-            )
+            raise SurgeryError(f"there is no family {family!r}", f"choose {' or '.join(FAMILIES)}")
         usual = {axis: values[0] for axis, values in FAMILIES[family].items()}
         return cls(**(usual | sizes))
 
@@ -195,11 +209,6 @@ class GPTConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
         return dataclasses.asdict(self)
-
-
-def _raise_all(problems: list[str]) -> None:
-    if problems:
-        raise SurgeryError("this model cannot be built: " + "; ".join(problems))
 
 
 # For each family the values its checkpoints may take on each axis, the usual one first.

@@ -1,8 +1,8 @@
 """Writing a run folder: metrics a line a step, checkpoints whole or not at all, resumed to the bit.
 
-A checkpoint holds the weights (written by the caller: a model folder or an adapter folder), the
-optimizer's state by parameter name, and a number of steps. Nothing else has a state: batches,
-dropout and the schedule follow from (seed, step).
+A checkpoint holds the weights for others (written by the caller: a model folder or an adapter
+folder), and what to go on from: the trained parameters, the optimizer's state of each, and a number
+of steps. Nothing else has a state: batches, dropout and the schedule follow from (seed, step).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from nanogpt_surgery.formats.run_folder import (
 )
 from nanogpt_surgery.training.fit import Step
 
-OPTIMIZER, STATE, LOCK = "optimizer.safetensors", "training.json", "LOCK"
+STATE, SUMMARY, LOCK = "training.safetensors", "training.json", "LOCK"
 KEPT = 2  # newest checkpoints, beside the best
 
 
@@ -85,8 +85,8 @@ class Run:
         goal = checkpoint_folder(self.folder, step.step)
         with whole_folder(goal) as temporary:
             write_weights(temporary)
-            save_file(optimizer_state(model, optimizer), temporary / OPTIMIZER)
-            write_json(temporary / STATE, step.to_dict())
+            save_file(training_state(model, optimizer), temporary / STATE)
+            write_json(temporary / SUMMARY, step.to_dict())
         replace_text(self.folder / LATEST, goal.name + "\n")
         if step.validation_loss is not None and step.validation_loss < self.best_loss:
             self.best_loss = step.validation_loss
@@ -99,7 +99,7 @@ class Run:
     def _publish(self, checkpoint: Path) -> None:
         """Show a checkpoint's weights at the top of the run folder, where other programs look."""
         for file in checkpoint.iterdir():
-            if file.name not in (OPTIMIZER, STATE, MANIFEST):
+            if file.name not in (STATE, SUMMARY, MANIFEST):
                 link_or_copy(file, self.folder / file.name)
 
     def _prune(self) -> None:
@@ -108,31 +108,39 @@ class Run:
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def load_optimizer(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give an optimizer the state of the checkpoint that the run goes on from."""
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give what is trained and its optimizer the state of the checkpoint to go on from."""
         assert self.checkpoint is not None, "there is no checkpoint to go on from"
-        tensors = load_file(self.checkpoint / OPTIMIZER)
-        names = {parameter: name for name, parameter in model.named_parameters()}
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                prefix = f"{names[parameter]}:"
-                state = {
-                    k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)
-                }
-                optimizer.state[parameter] = {
-                    key: tensor if key == "step" else tensor.to(parameter.device)
-                    for key, tensor in state.items()
-                }
+        tensors = load_file(self.checkpoint / STATE)
+        for name, parameter in _trained(model, optimizer).items():
+            prefix = f"{name}:"
+            state = {
+                k.removeprefix(prefix): tensors.pop(k) for k in [*tensors] if k.startswith(prefix)
+            }
+            value = state.pop("value")
+            assert value.shape == parameter.shape, f"{name} is {value.shape} in {self.checkpoint}"
+            with torch.no_grad():
+                parameter.copy_(value)
+            # Copies: the tensors lie in the file's memory, and the file may be deleted.
+            optimizer.state[parameter] = {
+                key: tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
+                for key, tensor in state.items()
+            }
+        assert not tensors, f"{self.checkpoint} trains what this model does not: {[*tensors]}"
 
 
-def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The state of an optimizer whose states are tensors, as "parameter:key" → tensor."""
-    names: dict[Tensor, str] = {tensor: name for name, tensor in model.named_parameters()}
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trained parameters and their optimizer state: "name:value", "name:exp_avg" and so on."""
     return {
-        f"{names[parameter]}:{key}": tensor.detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for key, tensor in state.items()
+        f"{name}:{key}": tensor.detach().cpu().contiguous()
+        for name, parameter in _trained(model, optimizer).items()
+        for key, tensor in {"value": parameter, **optimizer.state[parameter]}.items()
     }
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in model.named_parameters() if id(p) in optimised}
 
 
 @contextmanager
@@ -166,8 +174,7 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
         raise SurgeryError(
             f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
         )
-    before = read_json(folder / RUN)
-    now = json.loads(json.dumps(description))
+    before, now = _flat(read_json(folder / RUN)), _flat(json.loads(json.dumps(description)))
     differences = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -178,6 +185,15 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
             f"this is not the run that {folder} holds: " + "; ".join(differences),
             "resume with the settings it was started with, or choose a new --out",
         )
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values under dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return flat
 
 
 @contextmanager
@@ -213,4 +229,4 @@ def _trim_metrics(path: Path, steps: int) -> None:
 
 def _best_loss(folder: Path) -> float:
     best = best_checkpoint(folder)
-    return float(read_json(best / STATE)["validation_loss"]) if best else float("inf")
+    return float(read_json(best / SUMMARY)["validation_loss"]) if best else float("inf")

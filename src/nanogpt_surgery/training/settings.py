@@ -26,7 +26,7 @@ class FitSettings:
     """windows in a batch"""
     accumulation: int = 1
     """batches whose gradients make one step, as one big batch would"""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """the peak of the schedule"""
     final_learning_rate: float = 0.1
     """where the cosine ends, as a share of the peak"""

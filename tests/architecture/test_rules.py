@@ -1,0 +1,91 @@
+"""Rules of the house that a reader of one file cannot check."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from nanogpt_surgery import FAMILIES
+from nanogpt_surgery.model.config import AXES
+
+PACKAGE = Path(__file__).parents[2] / "src" / "nanogpt_surgery"
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+ANATOMY = sorted((PACKAGE / "model").glob("*.py"))
+
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+UNSAFE_CALLS = {"torch.load", "torch.save"}
+
+EVERY_FILE = pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+
+
+def tree_of(path):
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@EVERY_FILE
+def test_nothing_is_pickled_and_no_foreign_code_is_run(path):
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            assert not UNSAFE_MODULES & {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module.split(".")[0] not in UNSAFE_MODULES
+            assert not {f"{node.module}.{alias.name}" for alias in node.names} & UNSAFE_CALLS
+        elif isinstance(node, ast.Call):
+            assert ast.unparse(node.func) not in UNSAFE_CALLS
+            assert "allow_pickle" not in [keyword.arg for keyword in node.keywords]
+            assert "trust_remote_code" not in [keyword.arg for keyword in node.keywords]
+
+
+def functions(path):
+    return [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.FunctionDef)]
+
+
+def test_no_forward_asks_which_family_it_is_in():
+    asked = {*FAMILIES, *AXES, "qk_norm", "tie_head", "model_type", "family", "family_of"}
+    asked |= {value for values in AXES.values() for value in values}
+    seen = 0
+    for path in ANATOMY:
+        for function in functions(path):
+            if function.name == "forward":
+                seen += 1
+                attributes = {
+                    node.attr
+                    for node in ast.walk(function)
+                    if isinstance(node, ast.Attribute) and "config" in ast.unparse(node.value)
+                }
+                assert not asked & (attributes | words(function)), f"{path}: {function.name}"
+    assert seen >= 8
+
+
+def words(function):
+    """The text constants of a function, its docstring apart."""
+    docstring = ast.get_docstring(function, clean=False)
+    constants = [node.value for node in ast.walk(function) if isinstance(node, ast.Constant)]
+    return {value for value in constants if isinstance(value, str) and value != docstring}
+
+
+def test_the_anatomy_names_no_family_outside_its_table():
+    for path in ANATOMY:
+        if path.name != "config.py":
+            constants = {
+                node.value
+                for node in ast.walk(tree_of(path))
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+            }
+            assert not constants & {*FAMILIES, "model_type"}, path
+
+
+@EVERY_FILE
+def test_the_library_does_not_print(path):
+    if path.relative_to(PACKAGE).parts[0] == "cli":
+        return
+    calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
+    assert "print" not in [ast.unparse(call.func) for call in calls]
+
+
+@EVERY_FILE
+def test_no_exception_is_swallowed(path):
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None, "a bare except"
+            assert not all(isinstance(line, ast.Pass) for line in node.body), "an empty except"

@@ -1,0 +1,104 @@
+"""The table of DESIGN.md, "Who may import whom", held against the code."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "nanogpt_surgery"
+
+ANYONE = {"errors", "files"}
+EVERYTHING = {"model", "data", "lora", "formats", "generation", "training", "report", "serving"}
+MAY_IMPORT = {
+    "errors": set(),
+    "files": {"errors"},
+    "model": ANYONE,
+    "data": ANYONE,
+    "lora": ANYONE,
+    "formats": ANYONE | {"model", "data", "lora"},
+    "generation": ANYONE | {"model", "data"},
+    "training": ANYONE | {"model", "data", "lora", "formats"},
+    "report": ANYONE,
+    "serving": ANYONE | {"generation", "lora", "formats"},
+    "cli": ANYONE | EVERYTHING,
+    "__init__": ANYONE | EVERYTHING,
+    "__main__": {"cli"},
+}
+SOURCES = sorted(PACKAGE.rglob("*.py"))
+
+
+def room_of(path):
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imported(path):
+    """The dotted names of the modules that a file imports, anywhere in it."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} has a relative import"
+            if node.module == "nanogpt_surgery":
+                yield from (f"nanogpt_surgery.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_the_rooms_it_may(path):
+    names = [name.split(".") for name in imported(path)]
+    rooms = {parts[1] for parts in names if parts[0] == "nanogpt_surgery" and len(parts) > 1}
+    room = room_of(path)
+    assert rooms - {room} <= MAY_IMPORT[room]
+
+
+def test_every_room_is_in_the_table():
+    assert {room_of(path) for path in SOURCES} <= MAY_IMPORT.keys()
+
+
+def test_the_anatomy_needs_torch_alone():
+    outside = set().union(*(third_parties(p) for p in SOURCES if room_of(p) == "model"))
+    assert outside == {"torch"}
+
+
+def third_parties(path):
+    roots = {name.split(".")[0] for name in imported(path)}
+    return roots - set(sys.stdlib_module_names) - {"nanogpt_surgery", "pydoc_data"}
+
+
+def test_what_is_imported_is_declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {line.split(">")[0].split("=")[0] for line in project["dependencies"]}
+    used = set().union(*(third_parties(path) for path in SOURCES))
+    assert used <= declared
+
+
+def test_main_py_uses_the_public_names_alone():
+    import nanogpt_surgery
+
+    source = (ROOT / "src" / "main.py").read_text(encoding="utf-8")
+    names = [name for name in imported(ROOT / "src" / "main.py") if "nanogpt_surgery" in name]
+    assert names
+    assert {name.removeprefix("nanogpt_surgery.") for name in names} <= set(nanogpt_surgery.__all__)
+    assert "argparse" not in source
+    assert len(source.splitlines()) <= 100
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "nanogpt_surgery",
+        "nanogpt_surgery.cli",
+        "nanogpt_surgery.cli.app",
+        "nanogpt_surgery.model.config",
+        "nanogpt_surgery.training.settings",
+        "nanogpt_surgery.files",
+    ],
+)
+def test_torch_is_not_loaded_by(module):
+    code = f"import sys, {module}; sys.exit('torch was loaded' if 'torch' in sys.modules else 0)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,265 @@
+"""The commands as a user types them, in processes of their own."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt_surgery import inject_lora, open_model, save_adapter
+from nanogpt_surgery.files import file_hash
+
+TEXT = "to be, or not to be: that is the question.\n" * 40
+SMALL = "--n-embd 16 --n-head 2 --n-layer 2 --block-size 12 --batch-size 4 --warmup-steps 1".split()
+STEPS = "--max-steps 6 --evaluate-every 3".split()
+
+
+def surgery(*arguments: object, check: int = 0, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "nanogpt_surgery", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    assert done.returncode == check, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a text, a trained run and an adapter."""
+    place = tmp_path_factory.mktemp("cli")
+    (place / "text.txt").write_text(TEXT)
+    surgery("train", "text.txt", "--out", "run", *SMALL, *STEPS, cwd=place)
+    arguments = ["--out", "adapter", *STEPS, "--targets", "q_proj", "lm_head", "--rank", 3]
+    surgery("finetune", "run", "text.txt", *arguments, cwd=place)
+    return place
+
+
+def test_a_run_folder_holds_everything(folder: Path) -> None:
+    names = {path.name for path in (folder / "run").iterdir()}
+    assert {"run.json", "metrics.jsonl", "loss.png", "LATEST", "BEST", "checkpoints"} <= names
+    assert (folder / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+
+
+def test_data_goes_to_stdout_and_progress_to_stderr(folder: Path) -> None:
+    done = surgery("train", "text.txt", "--out", "run", *SMALL, *STEPS, "--resume", cwd=folder)
+    assert done.stdout.startswith("trained\n")
+    assert "going on from step 6 of 6" in done.stderr
+    assert "computing on" in done.stderr
+
+
+def test_progress_says_loss_rate_and_time_left(folder: Path, tmp_path: Path) -> None:
+    done = surgery("train", folder / "text.txt", "--out", tmp_path / "r", *SMALL, *STEPS, "--json")
+    assert json.loads(done.stdout)["steps"] == 6
+    assert "\x1b" not in done.stderr, "plain lines where stderr is no terminal"
+    for piece in ("step 3 of 6", "loss ", "tokens/s", "left", "validation loss"):
+        assert piece in done.stderr
+
+
+def test_generate_continues_the_prompt(folder: Path) -> None:
+    arguments = ["--prompt", "to be", "--max-new-tokens", 5, "--seed", 1]
+    plain = surgery("generate", "run", *arguments, cwd=folder).stdout
+    assert plain.startswith("to be")
+    assert len(plain) == len("to be") + 5 + 1
+    assert plain == surgery("generate", "run", *arguments, cwd=folder).stdout
+    adapted = surgery("generate", "run", "--adapter", "adapter", *arguments, cwd=folder).stdout
+    assert adapted.startswith("to be")
+
+
+def test_inspect_a_model(folder: Path) -> None:
+    report = json.loads(surgery("inspect", "run", "--json", cwd=folder).stdout)
+    rows = {row["module"].strip(): row for row in report["rows"]}
+    model, _ = open_model(folder / "run")
+    assert report["parameters"] == sum(p.numel() for p in model.parameters())
+    assert rows["lm_head"] == {
+        "module": "  lm_head",
+        "kind": "Linear",
+        "shape": f"{model.config.vocab_size}×16",
+        "parameters": model.config.vocab_size * 16,
+        "dtype": "float32",
+    }
+
+
+def test_inspect_an_adapter(folder: Path) -> None:
+    report = json.loads(surgery("inspect", "adapter", "--json", cwd=folder).stdout)
+    rows = {row["layer"]: row for row in report["rows"]}
+    assert "lm_head" in rows
+    assert all(0 < row["rank of ΔW"] <= row["r"] for row in rows.values())
+    assert all(row["norm of ΔW"] > 0 for row in rows.values())
+
+
+def test_merge_writes_what_it_computed(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "merged"
+    done = surgery("merge", "run", "adapter", "--out", out, "--json", cwd=folder)
+    report = json.loads(done.stdout)
+    assert report["largest_logit_error"] <= 1e-5 * report["largest_logit"]
+    assert file_hash(out / "model.safetensors") != file_hash(folder / "run" / "model.safetensors")
+    arguments = ["--prompt", "to be", "--max-new-tokens", 5, "--temperature", 0]
+    merged = surgery("generate", out, *arguments, cwd=folder).stdout
+    adapted = surgery("generate", "run", "--adapter", "adapter", *arguments, cwd=folder).stdout
+    assert merged == adapted
+
+
+def test_doctor() -> None:
+    report = json.loads(surgery("doctor", "--json").stdout)
+    assert report["float32_matmul_GFLOPs"] > 0
+    assert "threads" in report["training_would_use"] or report["training_would_use"]
+
+
+def test_help_answers_for_every_command_without_torch() -> None:
+    program = (
+        "import sys\nfrom nanogpt_surgery.cli.app import run\n"
+        "for words in (['--help'], *([c, '--help'] for c in sys.argv[1:])):\n    run(words)\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    commands = ["train", "finetune", "generate", "inspect", "merge", "doctor"]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *commands], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for command in commands:
+        assert f"surgery {command}" in done.stdout
+
+
+def test_defaults_in_the_help_are_the_librarys() -> None:
+    from nanogpt_surgery import FitSettings, GPTConfig
+
+    text = " ".join(surgery("train", "--help", env=os.environ | {"COLUMNS": "300"}).stdout.split())
+    assert f"optimizer steps in all [default: {FitSettings().max_steps}]" in text
+    assert f"[default: {GPTConfig(1).n_embd}]" in text
+
+
+def test_a_config_file_has_the_same_keys(folder: Path, tmp_path: Path) -> None:
+    config = tmp_path / "small.toml"
+    config.write_text(
+        f'out = "{tmp_path}/run"\nn_embd = 16\nn_head = 2\nn_layer = 1\nblock_size = 12\n'
+        "max_steps = 2\npositions = 'rotary'\n"
+    )
+    arguments = ["--config", config, "--max-steps", 3]
+    surgery("train", folder / "text.txt", *arguments)
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["model"]["positions"] == "rotary"
+    assert written["settings"]["max_steps"] == 3, "the command line counts over the file"
+
+
+def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
+    config = tmp_path / "wrong.toml"
+    config.write_text("max_steps = 3\n\nn_embed = 16\n")
+    done = surgery("train", "--out", tmp_path / "run", "--config", config, check=1)
+    assert "n_embed" in done.stderr
+    assert "n_embd" in done.stderr
+    assert "line 3" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        (["generate", "nowhere"], ["nowhere", "no such folder", "→ surgery train"]),
+        (["train", "nowhere.txt", "--out", "r"], ["nowhere.txt does not exist"]),
+        (["train", "--out", "r", "--n-embd", "10", "--n-head", "4"], ["10", "4", "multiple"]),
+        (["train", "--out", "r", "--n-embed", "10"], ["Did you mean --n-embd?"]),
+        (["finetune", "nowhere", "--out", "a"], ["nowhere"]),
+        (["inspect", "."], ["neither a run nor a model folder"]),
+        (["--config"], ["--config needs a file"]),
+    ],
+)
+def test_errors_are_sentences(arguments: list[str], pieces: list[str], tmp_path: Path) -> None:
+    done = surgery(*arguments, check=1, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    for piece in pieces:
+        assert piece in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = surgery("inspect", "nowhere", "--debug", check=1, cwd=tmp_path)
+    assert "Traceback" in done.stderr
+
+
+def test_a_pattern_without_a_match_lists_the_nearest(folder: Path, tmp_path: Path) -> None:
+    arguments = ["run", "text.txt", "--out", tmp_path / "a", "--targets", "q_prj"]
+    done = surgery("finetune", *arguments, check=1, cwd=folder)
+    assert "q_prj" in done.stderr
+    assert "nearest: q_proj" in done.stderr
+    assert not (tmp_path / "a").exists()
+
+
+def test_escapes_in_names_do_not_reach_the_terminal(folder: Path, tmp_path: Path) -> None:
+    done = surgery("inspect", tmp_path / "a\x1b[31mb", check=1)
+    assert "\x1b" not in done.stderr
+    assert "\\x1b" in done.stderr
+
+
+LONG = [*SMALL, "--max-steps", 400, "--evaluate-every", 10]
+
+
+def start_training(folder: Path, out: Path) -> subprocess.Popen:
+    command = [sys.executable, "-m", "nanogpt_surgery", "train", "text.txt", "--out", out, *LONG]
+    process = subprocess.Popen(
+        list(map(str, command)), cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no checkpoint within a minute"
+        time.sleep(0.02)
+    return process
+
+
+def test_a_killed_training_resumes_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    surgery("train", "text.txt", "--out", whole, *LONG, cwd=folder)
+    process = start_training(folder, cut)
+    process.kill()
+    process.communicate()
+    assert not (cut / "loss.png").exists(), "it was killed before the end"
+    surgery("train", "text.txt", "--out", cut, *LONG, "--resume", cwd=folder)
+    for name in ("model.safetensors", "training.safetensors"):
+        place = f"checkpoints/step-00000400/{name}"
+        assert file_hash(cut / place) == file_hash(whole / place)
+    assert [json.loads(line)["loss"] for line in (cut / "metrics.jsonl").open()] == [
+        json.loads(line)["loss"] for line in (whole / "metrics.jsonl").open()
+    ]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(
+    folder: Path, tmp_path: Path, number: signal.Signals, status: int
+) -> None:
+    process = start_training(folder, tmp_path / "run")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors.decode()
+    assert b"--resume goes on" in errors
+    steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    assert (tmp_path / "run" / "LATEST").read_text() == f"step-{steps:08d}\n"
+
+
+def test_finetune_resumes(folder: Path, tmp_path: Path) -> None:
+    arguments = ["run", "text.txt", *STEPS]
+    for out in ("whole", "cut"):
+        surgery("finetune", *arguments, "--out", tmp_path / out, cwd=folder)
+    newest = tmp_path / "cut" / "checkpoints" / "step-00000006"
+    for file in newest.iterdir():
+        file.unlink()
+    newest.rmdir()
+    surgery("finetune", *arguments, "--out", tmp_path / "cut", "--resume", cwd=folder)
+    name = "adapter_model.safetensors"
+    assert file_hash(tmp_path / "cut" / name) == file_hash(tmp_path / "whole" / name)
+
+
+def test_an_adapter_of_another_shape_is_refused(folder: Path, tmp_path: Path) -> None:
+    model, _ = open_model(folder / "run")
+    inject_lora(model, "up_proj")
+    save_adapter(model, tmp_path / "up")
+    config = json.loads((tmp_path / "up" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    narrow = [word.replace("16", "8") for word in SMALL]
+    surgery("train", "text.txt", "--out", tmp_path / "other", *narrow, *STEPS, cwd=folder)
+    done = surgery("merge", tmp_path / "other", tmp_path / "up", "--out", tmp_path / "m", check=1)
+    assert "another model" in done.stderr
+    assert not (tmp_path / "m").exists()

@@ -1,0 +1,10 @@
+"""Settings that every test shares."""
+
+import os
+
+from hypothesis import settings
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or peft is imported: no network
+
+settings.register_profile("ours", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("ours")

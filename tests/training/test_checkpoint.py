@@ -1,0 +1,235 @@
+"""Run folders: whole or not at all, resumed to the bit, verified, locked."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nanogpt_surgery import (
+    CharacterTokenizer,
+    FitSettings,
+    GPTDataset,
+    SimpleGPT,
+    SurgeryError,
+    SurgeryWarning,
+    fit,
+    open_model,
+)
+from nanogpt_surgery.files import file_hash
+from nanogpt_surgery.formats.model_file import write_model_files
+from nanogpt_surgery.formats.run_folder import best_checkpoint, checkpoints, latest_checkpoint
+from nanogpt_surgery.training.checkpoint import Run, start_run, training_state
+from nanogpt_surgery.training.optimizer import make_optimizer
+
+TEXT = "the quick brown fox jumps over the lazy dog. " * 20
+SETTINGS = FitSettings(
+    max_steps=6, batch_size=3, evaluate_every=2, warmup_steps=1, compile="off", device="cpu"
+)
+DESCRIPTION = {"kind": "test", "settings": SETTINGS.to_dict()}
+
+
+def parts(dropout: float = 0.1) -> tuple[SimpleGPT, GPTDataset, CharacterTokenizer]:
+    torch.manual_seed(0)
+    tokenizer = CharacterTokenizer(TEXT)
+    model = SimpleGPT(tokenizer.vocab_size, 24, 3, 2, 10, dropout=dropout)
+    return model, GPTDataset(TEXT, tokenizer, 7), tokenizer
+
+
+def train(folder: Path, *, resume: bool = False, stop_after: int = 99) -> SimpleGPT:
+    model, dataset, tokenizer = parts()
+    with start_run(folder, DESCRIPTION, resume) as run:
+        optimizer = make_optimizer(model, SETTINGS)
+        if run.checkpoint:
+            run.restore(model, optimizer)
+        steps = fit(
+            model,
+            dataset,
+            SETTINGS,
+            validation=dataset,
+            optimizer=optimizer,
+            first_step=run.first_step,
+        )
+        for step in steps:
+            run.record(step)
+            if step.validation_loss is not None:
+                run.save(step, lambda f: write_model_files(model, f, tokenizer), model, optimizer)
+            if step.step == stop_after:
+                break
+    return model
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [(row["step"], row["loss"]) for row in map(json.loads, lines)]
+
+
+def test_resuming_in_the_middle_is_golden(tmp_path: Path) -> None:
+    train(tmp_path / "whole")
+    train(tmp_path / "cut", stop_after=3)  # one step beyond the checkpoint of step 2
+    assert [step for step, _ in losses(tmp_path / "cut")] == [1, 2, 3]
+    train(tmp_path / "cut", resume=True)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name in ("model.safetensors", "training.safetensors"):
+        a, b = (tmp_path / run / "checkpoints" / "step-00000006" / name for run in ("whole", "cut"))
+        assert file_hash(a) == file_hash(b)
+
+
+def test_a_resume_without_the_optimizer_is_not_golden(tmp_path: Path) -> None:
+    """The test above can fail: the optimizer's state matters."""
+    whole, cut = train(tmp_path / "whole"), tmp_path / "cut"
+    train(cut, stop_after=3)
+    model, dataset, _ = parts()
+    model.load_state_dict(open_model(latest_checkpoint(cut) or cut)[0].state_dict())
+    list(fit(model, dataset, SETTINGS, first_step=2))
+    assert not torch.equal(model.lm_head.weight, whole.lm_head.weight)
+
+
+def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    before = losses(tmp_path / "run")
+    train(tmp_path / "run", resume=True)
+    assert losses(tmp_path / "run") == before
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    train(tmp_path / "run", stop_after=1)
+    with pytest.raises(SurgeryError, match=r"holds a run already[\s\S]*--resume"):
+        train(tmp_path / "run")
+
+
+def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path) -> None:
+    train(tmp_path / "run", stop_after=2)
+    changed = DESCRIPTION | {"settings": SETTINGS.to_dict() | {"seed": 2}}
+    with (
+        pytest.raises(SurgeryError, match=r"settings\.seed was 1337 and is now 2"),
+        start_run(tmp_path / "run", changed, resume=True),
+    ):
+        pass
+
+
+def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "letter.txt").write_text("dear diary")
+    with pytest.raises(SurgeryError, match="is not a run"):
+        train(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    model, dataset, tokenizer = parts()
+    optimizer = make_optimizer(model, SETTINGS)
+    with start_run(tmp_path / "run", DESCRIPTION, resume=False) as run:
+        step = next(fit(model, dataset, SETTINGS, optimizer=optimizer))
+        for number, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]:
+            done = type(step)(**step.to_dict() | {"step": number, "validation_loss": loss})
+            run.save(done, lambda f: write_model_files(model, f, tokenizer), model, optimizer)
+    kept = [folder.name for folder in checkpoints(tmp_path / "run")]
+    assert kept == ["step-00000002", "step-00000004", "step-00000005"]
+    best = best_checkpoint(tmp_path / "run")
+    assert best and best.name == "step-00000002"
+    shown = tmp_path / "run" / "model.safetensors"
+    assert file_hash(shown) == file_hash(best / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "config.json"])
+@pytest.mark.parametrize("how", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_passed_over(tmp_path: Path, name: str, how: str) -> None:
+    train(tmp_path / "run", stop_after=4)
+    newest = checkpoints(tmp_path / "run")[-1]
+    assert newest.name == "step-00000004"
+    spoil(newest / name, how)
+    with pytest.warns(SurgeryWarning, match=name):
+        found = latest_checkpoint(tmp_path / "run")
+    assert found and found.name == "step-00000002"
+
+
+def spoil(file: Path, how: str) -> None:
+    data = bytearray(file.read_bytes())
+    if how == "remove":
+        file.unlink()
+        return
+    if how == "flip":
+        data[len(data) // 2] ^= 1
+    file.unlink()  # the top of the run folder links to the same bytes
+    file.write_bytes(data if how == "flip" else data[:-1])
+
+
+def test_stray_folders_are_neither_chosen_nor_deleted(tmp_path: Path) -> None:
+    train(tmp_path / "run", stop_after=4)
+    stray = tmp_path / "run" / "checkpoints" / "step-999"
+    stray.mkdir()
+    (tmp_path / "run" / "checkpoints" / "step-00000999").mkdir()  # no manifest
+    train(tmp_path / "run", resume=True)
+    assert stray.is_dir()
+    latest = latest_checkpoint(tmp_path / "run")
+    assert latest and latest.name == "step-00000006"
+
+
+def test_a_run_folder_can_be_moved_and_copied(tmp_path: Path) -> None:
+    train(tmp_path / "run", stop_after=2)
+    shutil.copytree(tmp_path / "run", tmp_path / "copy")
+    (tmp_path / "run").rename(tmp_path / "moved")
+    for place in ("copy", "moved"):
+        train(tmp_path / place, resume=True)
+    assert losses(tmp_path / "copy") == losses(tmp_path / "moved")
+
+
+def test_a_torn_last_line_of_metrics_is_tolerated(tmp_path: Path) -> None:
+    train(tmp_path / "run", stop_after=4)
+    with (tmp_path / "run" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "lo')
+    train(tmp_path / "run", resume=True)
+    assert [step for step, _ in losses(tmp_path / "run")] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path: Path) -> None:
+    train(tmp_path / "run", stop_after=2)
+    model, dataset, _ = parts()
+    optimizer = make_optimizer(model, SETTINGS)
+    step = next(fit(model, dataset, SETTINGS, optimizer=optimizer))
+
+    def full_disk(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    run = Run(tmp_path / "run", float("inf"), None)
+    with pytest.raises(SurgeryError, match="No space left on device"):
+        run.save(step, full_disk, model, optimizer)
+    assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == [
+        "step-00000002"
+    ]
+
+
+def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
+    program = (
+        "import sys\nfrom pathlib import Path\n"
+        "from nanogpt_surgery.training.checkpoint import start_run\n"
+        "with start_run(Path(sys.argv[1]), {}, False): print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", program, str(tmp_path / "run")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout and holder.stdout.readline() == "held\n"
+    with (
+        pytest.raises(SurgeryError, match=f"PID {holder.pid}"),
+        start_run(tmp_path / "run", {}, resume=True),
+    ):
+        pass
+    holder.kill()
+    holder.communicate()
+    with start_run(tmp_path / "run", {}, resume=True):
+        pass  # the lock of a dead process is no lock
+
+
+def test_the_training_state_is_named_by_parameter() -> None:
+    model, dataset, _ = parts()
+    optimizer = make_optimizer(model, SETTINGS)
+    next(fit(model, dataset, SETTINGS, optimizer=optimizer))
+    names = {name.partition(":")[0] for name in training_state(model, optimizer)}
+    assert names == {name for name, _ in model.named_parameters()}
