@@ -83,8 +83,18 @@ def random_ids(config: GPTConfig, batch: int, tokens: int, seed: int = 0) -> Ten
     return torch.randint(config.vocab_size, (batch, tokens), generator=draw)
 
 
-def assert_equal_logits(ours: Tensor, theirs: Tensor, tolerance: float = 1e-5) -> None:
-    """The largest error is at most `tolerance` of the logits' standard deviation."""
+def assert_equal_logits(ours: Tensor, theirs: Tensor) -> None:
+    """The largest error is at most 1e-5 of the logits' standard deviation."""
     assert ours.shape == theirs.shape
     error = (ours - theirs).abs().max() / theirs.std()
-    assert error <= tolerance, f"error {error:.2e} of the logits' scale, over {tolerance:.0e}"
+    assert error <= 1e-5, f"error {error:.2e} of the logits' scale"
+
+
+def assert_equal_in_bfloat16(ours: Tensor, exact: Tensor) -> None:
+    """The error's root mean square is at most 3 % of the logits' standard deviation.
+
+    Rounding alone gives up to 1.9 % (30 seeds, 3 families); its largest error has a long tail.
+    """
+    assert ours.dtype == torch.bfloat16
+    error = (ours.float() - exact.float()).square().mean().sqrt() / exact.float().std()
+    assert error <= 0.03, f"error {error:.3f} of the logits' scale"

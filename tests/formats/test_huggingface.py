@@ -59,10 +59,13 @@ def test_every_value_that_a_family_allows_comes_back(family):
             assert config_from_json(to_json(config)) == config
 
 
-@pytest.mark.parametrize(
-    "changes",
-    [{"n_kv_head": 1}, {"head_dim": 10}],
-)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_dropout_comes_back(config):
+    config = dataclasses.replace(config, dropout=0.25)
+    assert config_from_json(to_json(config)) == config
+
+
+@pytest.mark.parametrize("changes", [{"n_kv_head": 1}, {"head_dim": 10}])
 def test_sizes_that_gpt2_cannot_have_are_our_own(changes):
     config = dataclasses.replace(FAMILY_CONFIGS["gpt2"], **changes)
     assert family_of(config) == "nanogpt_surgery"

@@ -1,5 +1,7 @@
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -146,6 +148,15 @@ def test_a_model_is_saved_over_the_folder_it_was_opened_from(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_file_that_is_replaced_does_not_reach_an_open_model(tmp_path):
+    model = saved(tmp_path / "model", "llama")
+    opened, _ = open_model(tmp_path / "model")
+    path = tmp_path / "model" / TENSORS
+    (tmp_path / "other").write_bytes(bytes(path.stat().st_size))
+    (tmp_path / "other").replace(path)
+    assert_same_bits(opened, model)
+
+
 def test_a_folder_that_is_not_ours_is_not_touched(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
@@ -172,6 +183,16 @@ def test_gpt2_files_of_old_open(tmp_path):
 
     rewrite(tmp_path / "model", age)
     assert_same_bits(open_model(tmp_path / "model")[0], model)
+
+
+def test_opening_does_not_load_the_compiler(tmp_path):
+    """Drawing weights on the meta device would: seconds for every command."""
+    saved(tmp_path / "model")
+    code = (
+        "import sys, nanogpt_surgery as ns; ns.open_model(sys.argv[1]); "
+        "sys.exit('the compiler was loaded' if 'torch._dynamo' in sys.modules else 0)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "model")], check=True)
 
 
 # What does not fit is refused, everything at once.

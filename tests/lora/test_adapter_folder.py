@@ -76,27 +76,13 @@ def test_loaded_is_what_was_saved(config, targets, tmp_path):
     save_adapter(model, tmp_path / "adapter")
     again = tiny_model(config)
     load_adapter(again, tmp_path / "adapter")
-    for name, layer in lora_layers(model).items():
-        other = lora_layers(again)[name]
-        torch.testing.assert_close(other.delta_weight(), layer.delta_weight(), rtol=1e-6, atol=1e-7)
-    ids = random_ids(config, 2, 9)
-    if config.positions == "learned" and config.norm == "layernorm":
-        assert_equal_logits(again(ids), model(ids))  # GPT-2's fused c_attn adds zeros in between
-    else:
-        assert torch.equal(again(ids), model(ids))
-
-
-@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "rotary-layernorm-gelu"])
-def test_the_tensors_keep_their_bits(name, tmp_path):
-    model = adapted(CONFIGS[name])
-    save_adapter(model, tmp_path / "adapter")
-    again = tiny_model(CONFIGS[name])
-    load_adapter(again, tmp_path / "adapter")
     assert lora_layers(again).keys() == lora_layers(model).keys()
     for layer, other in zip(lora_layers(model).values(), lora_layers(again).values(), strict=True):
         assert torch.equal(layer.lora_A, other.lora_A)
         assert torch.equal(layer.lora_B, other.lora_B)
-        assert (layer.rank, layer.alpha, layer.scaling) == (other.rank, other.alpha, other.scaling)
+        assert layer.rank == other.rank
+    ids = random_ids(config, 2, 9)
+    assert torch.equal(again(ids), model(ids))
 
 
 def test_a_loaded_adapter_can_be_trained_and_removed(tmp_path):

@@ -12,13 +12,13 @@ from nanogpt_surgery.model.initialisation import initialise
 DEVIATIONS = {
     "embed_tokens.weight": 0.02,
     "embed_positions.weight": 0.02,
-    "q_proj.weight": 0.02,
-    "k_proj.weight": 0.02,
-    "v_proj.weight": 0.02,
-    "gate_proj.weight": 0.02,
-    "up_proj.weight": 0.02,
-    "o_proj.weight": 0.02 / math.sqrt(6),
-    "down_proj.weight": 0.02 / math.sqrt(6),
+    "q_proj.weight": 0.5 / 8,
+    "k_proj.weight": 0.5 / 8,
+    "v_proj.weight": 0.5 / 8,
+    "gate_proj.weight": 0.5 / 8,
+    "up_proj.weight": 0.5 / 8,
+    "o_proj.weight": 0.5 / 8 / math.sqrt(6),
+    "down_proj.weight": 0.5 / 8 / math.sqrt(6),
     "lm_head.weight": 0.02,
 }
 
@@ -78,7 +78,15 @@ def test_nothing_of_the_old_weights_stays():
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(
     ("vocab_size", "n_embd", "n_layer"),
-    [(65, 32, 2), (65, 128, 4), (65, 192, 4), (256, 64, 6), (1000, 384, 2), (5000, 96, 1)],
+    [
+        (16, 128, 2),
+        (27, 96, 1),
+        (65, 32, 2),
+        (65, 128, 4),
+        (65, 192, 1),
+        (1000, 384, 2),
+        (5000, 96, 1),
+    ],
 )
 @torch.no_grad()
 def test_the_first_loss_is_near_ln_v(family, tied, vocab_size, n_embd, n_layer):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, assert_equal_logits, random_ids, tiny_model
+from tiny import CONFIGS, assert_equal_in_bfloat16, assert_equal_logits, random_ids, tiny_model
 
 from nanogpt_surgery import GPTConfig, KVCache, SurgeryError
 
@@ -117,5 +117,4 @@ def test_a_cache_in_bfloat16_serves_a_model_in_bfloat16():
     ids = random_ids(config, 1, 9)
     cache = KVCache(config, dtype=torch.bfloat16)
     logits = torch.cat((model(ids[:, :5], cache), model(ids[:, 5:], cache)), dim=1)
-    assert logits.dtype == torch.bfloat16
-    assert_equal_logits(logits.float(), model(ids).float(), tolerance=0.1)
+    assert_equal_in_bfloat16(logits, model(ids))

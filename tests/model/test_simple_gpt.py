@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import CONFIGS, assert_equal_logits, random_ids, tiny_model
+from tiny import CONFIGS, assert_equal_in_bfloat16, assert_equal_logits, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import GPTConfig, SimpleGPT, SurgeryError
@@ -144,11 +144,11 @@ def test_an_unknown_axis_is_refused_by_name():
         SimpleGPT(65, colour="blue")
 
 
+@pytest.mark.parametrize("gradients", [True, False], ids=["with-gradients", "without"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3"])
-def test_bfloat16_stays_bfloat16_and_close(family):
+def test_bfloat16_stays_bfloat16_and_close(family, gradients):
     model = tiny_model(GPTConfig.for_family(family, vocab_size=31, n_embd=32, n_layer=2))
     ids = random_ids(model.config, 2, 9)
-    expected = model(ids)
-    logits = model.bfloat16()(ids)
-    assert logits.dtype == torch.bfloat16
-    assert_equal_logits(logits.float(), expected, tolerance=0.1)
+    with torch.set_grad_enabled(gradients):
+        exact = model(ids)
+        assert_equal_in_bfloat16(model.bfloat16()(ids), exact)

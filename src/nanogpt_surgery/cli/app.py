@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.metadata import version
 
 from cyclopts import App, CycloptsError
 
-from nanogpt_surgery.cli.config_file import take_config, unknown_key
+from nanogpt_surgery.cli.config_file import FLAG, take_config, unknown_key
 from nanogpt_surgery.cli.console import say, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
@@ -27,7 +26,7 @@ def make_app() -> App:
         help="A GPT you can open up: train it, operate on it with LoRA, look inside.",
         help_epilogue=EPILOGUE,
         help_format="plaintext",
-        version=version("nanogpt-surgery"),
+        version=_version,
         default_parameter=None,
         result_action="return_value",
     )
@@ -37,6 +36,12 @@ def make_app() -> App:
     return app
 
 
+def _version() -> str:
+    from importlib.metadata import version
+
+    return version("nanogpt-surgery")
+
+
 def run(arguments: list[str] | None = None) -> None:
     """Run one command; an error that the user can mend ends with a message and status 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -44,7 +49,8 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         app = make_app()
-        app.config = take_config(arguments)
+        if FLAG in arguments:
+            app.config = take_config(arguments)
         with spoken_warnings():
             _run(app, arguments)
     except SurgeryError as error:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cyclopts import CycloptsError, UnknownOptionError
-from cyclopts.config import Toml
 
 from nanogpt_surgery.errors import SurgeryError, nearest
+
+if TYPE_CHECKING:
+    from cyclopts.config import Toml
 
 FLAG = "--config"
 
@@ -19,8 +22,8 @@ def take_config(arguments: list[str]) -> tuple[Toml, ...]:
     Raises:
         SurgeryError: the file is missing, or is not TOML (with its line).
     """
-    if FLAG not in arguments:
-        return ()
+    from cyclopts.config import Toml  # slow to load
+
     place = arguments.index(FLAG)
     if place + 1 == len(arguments):
         raise SurgeryError(f"{FLAG} needs a file", f"surgery train {FLAG} shakespeare.toml")

@@ -41,10 +41,11 @@ def run_training(job: Job) -> dict[str, Any]:
     """Train to the end, or to a signal; returns the summary for the report."""
     from nanogpt_surgery.training.checkpoint import start_run
     from nanogpt_surgery.training.fit import fit
-    from nanogpt_surgery.training.hardware import choose_hardware
+    from nanogpt_surgery.training.hardware import choose_hardware, operations_of
     from nanogpt_surgery.training.optimizer import make_optimizer
 
-    hardware = choose_hardware(job.settings)
+    operations = operations_of(job.model, job.settings, job.dataset.block_size)
+    hardware = choose_hardware(job.settings, operations)
     with start_run(job.out, _description(job), job.resume) as run, _signals() as stop:
         job.model.to(hardware.device)
         optimizer = make_optimizer(job.model, job.settings)

@@ -45,15 +45,20 @@ def generate(
     Raises:
         SurgeryError: an empty prompt, an id outside the vocabulary, or a setting outside its range.
     """
-    prompt = torch.as_tensor(ids, dtype=torch.long).flatten()
+    prompt = torch.as_tensor(ids, dtype=torch.long)
     check_prompt(model, prompt)
     settings = sampling or SamplingSettings(temperature, top_k)
-    return _ids(model, prompt, max_new_tokens, settings, stop_ids, seed)
+    return _ids(model, prompt.flatten(), max_new_tokens, settings, stop_ids, seed)
 
 
 def check_prompt(model: SimpleGPT, prompt: Tensor) -> None:
     """Raise `SurgeryError` unless a prompt (T,) has ids, and all of the vocabulary."""
     vocab_size = model.config.vocab_size
+    if prompt.dim() != 1 and prompt.shape[:-1] != (1,):
+        raise SurgeryError(
+            f"the prompt has the shape {tuple(prompt.shape)}; it must be one row of ids",
+            "call generate for each prompt",
+        )
     if prompt.numel() == 0:
         raise SurgeryError("the prompt is empty; generation starts from at least one token")
     if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
@@ -121,7 +126,7 @@ class Window:
                 f"the text has outgrown the model's block_size of {self.block_size} tokens: the "
                 "window slides, and the oldest are forgotten",
                 SurgeryWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
             self.warned = True
         self.ids = self.ids[-self.block_size :]

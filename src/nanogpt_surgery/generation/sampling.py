@@ -39,7 +39,10 @@ def choose(
     logits = adjusted(logits, settings, prompt, answer)
     if settings.temperature == 0:
         return int(logits.argmax())
-    logits, ids = kept(logits.float() / settings.temperature, settings)
+    logits = logits.float()
+    # Relative to the largest, so that no temperature, however small, makes infinities.
+    temperature = max(settings.temperature, torch.finfo(logits.dtype).tiny)
+    logits, ids = kept((logits - logits.max()) / temperature, settings)
     return int(ids[torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)])
 
 

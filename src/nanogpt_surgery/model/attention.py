@@ -83,7 +83,19 @@ def causal_attention(
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, D)
     if mask is None and (new == keys or new == 1):
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=new > 1)
+        return _kernel(q, k, v, dropout_p=dropout, is_causal=new > 1)
     if mask is None:
         mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    return _kernel(q, k, v, attn_mask=mask, dropout_p=dropout)
+
+
+def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+    """PyTorch's kernel; in training on a CPU what is bfloat16 goes through it in float32.
+
+    The backward pass of its bfloat16 kernel takes up to three times as long there (docs/log.md).
+    """
+    if q.device.type != "cpu" or not q.requires_grad or q.dtype != torch.bfloat16:
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with torch.autocast("cpu", enabled=False):
+        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+    return y.to(q.dtype)

@@ -3,16 +3,14 @@
 | weight                                    | drawn from                                          |
 |-------------------------------------------|-----------------------------------------------------|
 | embeddings of tokens and positions        | normal, deviation 0.02 (GPT-2)                      |
-| projections into attention, feed-forward  | normal, deviation 0.02                              |
-| `o_proj`, `down_proj`                     | normal, deviation 0.02 / √(2 · layers): 2 · layers  |
-|                                           | branches add up in the residual stream (GPT-2)      |
+| projections into attention, feed-forward  | normal, deviation 0.5 / √C: GPT-2's 0.02 at its     |
+|                                           | width, and in proportion at others (docs/log.md)    |
+| `o_proj`, `down_proj`                     | the same / √(2 · layers): 2 · layers branches add   |
+|                                           | up in the residual stream (GPT-2)                   |
 | the head, and the embedding tied to it    | normal, deviation min(0.02, 0.2 / √C): logits       |
 |                                           | start near 0, so the first loss is near ln V        |
 | biases                                    | 0                                                   |
 | weights of norms                          | 1                                                   |
-
-The first loss is within 2 % of ln V; only a tied head under fewer than about a hundred ids starts
-higher (up to 7 %), because the residual stream still points at the token that it came from.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ from torch import nn
 
 from nanogpt_surgery.model.config import GPTConfig
 
-STANDARD_DEVIATION = 0.02
+EMBEDDING = 0.02
 
 
 def initialise(model: nn.Module, config: GPTConfig) -> None:
@@ -38,8 +36,11 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
 
 
 def _deviation(name: str, config: GPTConfig) -> float:
-    if name.endswith(("o_proj.weight", "down_proj.weight")):
-        return STANDARD_DEVIATION / math.sqrt(2 * config.n_layer)
     if name == "lm_head.weight" or (config.tie_head and name == "embed_tokens.weight"):
-        return min(STANDARD_DEVIATION, 0.2 / math.sqrt(config.n_embd))
-    return STANDARD_DEVIATION
+        return min(EMBEDDING, 0.2 / math.sqrt(config.n_embd))
+    if name.startswith("embed_"):
+        return EMBEDDING
+    matrix = 0.5 / math.sqrt(config.n_embd)
+    if name.endswith(("o_proj.weight", "down_proj.weight")):
+        return matrix / math.sqrt(2 * config.n_layer)
+    return matrix

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.gpt_dataset import GPTDataset
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.training.hardware import Hardware, choose_hardware
+from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.loss import cross_entropy, evaluate
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.schedule import learning_rate
@@ -76,7 +77,8 @@ def fit(
         SurgeryError: nothing can be trained, or the loss is not a number (before any update).
     """
     settings = replace(settings or FitSettings(), **changes)
-    hardware = choose_hardware(settings)
+    operations = operations_of(model, settings, dataset.block_size)
+    hardware = choose_hardware(settings, operations)
     model.to(hardware.device)
     optimizer = optimizer or make_optimizer(model, settings)
     return _steps(model, dataset, settings, validation, optimizer, first_step, hardware)
@@ -92,11 +94,13 @@ def _steps(
     hardware: Hardware,
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
+    blocks = CompiledBlocks(model, hardware.compile)
     model.train()
     for step in range(first_step, settings.max_steps):
         start = time.perf_counter()
         rate = learning_rate(step, settings)
-        loss = _accumulate(model, dataset, settings, step, hardware)
+        with blocks.active():
+            loss = _accumulate(model, dataset, settings, step, hardware)
         norm = _update(trained, optimizer, rate, settings.clip, step)
         done = Step(
             step=step + 1,

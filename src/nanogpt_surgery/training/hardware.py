@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import os
+import shutil
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.training.settings import FitSettings
@@ -36,14 +37,26 @@ class Hardware:
         return torch.autocast(self.device.type, self.precision)
 
 
-def choose_hardware(settings: FitSettings) -> Hardware:
-    """The hardware for a training.
+def choose_hardware(settings: FitSettings, operations: float = 0) -> Hardware:
+    """The hardware for a training of so many floating-point operations.
+
+    Blocks are compiled when the training is long enough to earn it back, judged by its size and not
+    by a clock, so that a resumed run computes the same bits.
 
     Raises:
         SurgeryError: a device is asked for that is not there.
     """
     device = _device(settings.device)
-    return Hardware(device, _precision(settings.precision, device), _compile(settings, device))
+    compiled = settings.compile == "on" or (
+        settings.compile == "auto" and _compiling_pays(device, operations)
+    )
+    return Hardware(device, _precision(settings.precision, device), compiled)
+
+
+def operations_of(model: nn.Module, settings: FitSettings, block_size: int) -> float:
+    """About how many operations a training takes: 6 for each parameter and token."""
+    tokens = settings.max_steps * settings.batch_size * settings.accumulation * block_size
+    return 6.0 * sum(p.numel() for p in model.parameters()) * tokens
 
 
 def _device(wanted: str) -> torch.device:
@@ -72,7 +85,8 @@ def cpu_has_bfloat16() -> bool:
     return any(torch.cpu.get_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def _compile(settings: FitSettings, device: torch.device) -> bool:
-    if settings.compile != "auto":
-        return settings.compile == "on"
-    return device.type == "cuda" and settings.max_steps >= 500 and os.name == "posix"
+def _compiling_pays(device: torch.device, operations: float) -> bool:
+    """Whether a training is long enough; both figures from docs/log.md."""
+    if device.type == "cuda":
+        return operations > 1e15
+    return device.type == "cpu" and operations > 3e13 and shutil.which("c++") is not None
