@@ -33,7 +33,7 @@ def test_it_tells_the_same_in_transformers(told, tmp_path):
     ids = encode(PROMPT, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == prompt_ids(tokenizer, PROMPT)
     with torch.no_grad():
-        assert_equal_logits(model(ids), theirs(ids).logits, 1e-4)
+        assert_equal_logits(model(ids), theirs(ids).logits)
         out = theirs.generate(ids, max_new_tokens=40, do_sample=False)
     assert tokenizer.decode(out[0, ids.size(1) :]) == story
 
