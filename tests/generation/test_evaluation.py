@@ -2,10 +2,14 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError
+from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.generation.evaluation import (
+    answer_loss,
     multiple_choice,
     perplexity,
     token_log_probabilities,
@@ -64,6 +68,21 @@ def test_all_answers_of_one_token_share_the_probability_among_them():
     letters = list(LETTERS.character_to_id)
     choices = multiple_choice(MODEL, LETTERS, "AB", letters)
     assert sum(math.exp(choice.log_likelihood) for choice in choices) == pytest.approx(1, rel=1e-5)
+
+
+def test_the_loss_of_answers_is_that_of_their_targets_alone():
+    examples = [
+        Example(tuple(text(n, n).tolist()), tuple(i >= n // 2 for i in range(n))) for n in (5, 9, 6)
+    ]
+    data = InstructionDataset(examples, BLOCK)
+    with torch.no_grad():
+        logits = MODEL(data.inputs.long())
+    expected = F.cross_entropy(logits.flatten(0, 1), data.targets.long().flatten())
+    found = answer_loss(MODEL, examples, batch_size=2)
+    assert found.loss == pytest.approx(float(expected), rel=1e-5)
+    assert found.tokens == data.counts.trained
+    with pytest.raises(SurgeryError, match="no answer lies within"):
+        answer_loss(MODEL, [Example((1, 2, 3), (False,) * 3)])
 
 
 def test_what_cannot_be_is_refused():

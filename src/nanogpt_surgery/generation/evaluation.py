@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -88,6 +89,25 @@ def token_log_probabilities(model: SimpleGPT, texts: Sequence[Tensor]) -> list[T
     finally:
         model.train(training)
     return [row[: len(text) - 1] for row, text in zip(scores, texts, strict=True)]
+
+
+def answer_loss(model: SimpleGPT, examples: Sequence[Example], batch_size: int = 8) -> Perplexity:
+    """How well the trained tokens of conversations are predicted, those within the block_size.
+
+    Raises:
+        SurgeryError: none of them lies within the block_size.
+    """
+    total, count, length = 0.0, 0, model.config.block_size + 1
+    for first in range(0, len(examples), batch_size):
+        chunk = examples[first : first + batch_size]
+        texts = [torch.tensor(example.ids[:length]) for example in chunk]
+        for example, scores in zip(chunk, token_log_probabilities(model, texts), strict=True):
+            trained = torch.tensor(example.trained[1:length])
+            total -= float(scores[trained].double().sum())
+            count += int(trained.sum())
+    if not count:
+        raise SurgeryError(f"no answer lies within the block_size of {length - 1}")
+    return Perplexity(total / count, count)
 
 
 @dataclass(frozen=True)
