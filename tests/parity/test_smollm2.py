@@ -40,3 +40,27 @@ def test_it_stops_where_its_turn_ends(smollm2):
     ids = list(generate(model, tokenizer.encode_prompt(prompt), 40, 0, stop_ids=tokenizer.stop_ids))
     assert 0 < len(ids) < 40
     assert "4" in tokenizer.decode(ids)
+
+
+@pytest.mark.slow
+def test_it_is_handed_on_whole(smollm2, tmp_path):
+    from llama_cpp import greedy_text
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from nanogpt_surgery import chat_ids, save_gguf, save_model
+
+    model, tokenizer = smollm2
+    talk = [{"role": "user", "content": "What is the capital of France?"}]
+    ids = chat_ids(tokenizer, talk)
+    ours = list(generate(model, ids, 20, 0, stop_ids=tokenizer.stop_ids))
+    save_model(model, tmp_path / "m", tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    encode = AutoTokenizer.from_pretrained(tmp_path / "m")
+    asked = encode.apply_chat_template(talk, add_generation_prompt=True, return_dict=True)
+    assert asked["input_ids"] == ids
+    out = theirs.generate(torch.tensor([ids]), max_new_tokens=20, do_sample=False)[0, len(ids) :]
+    assert [i for i in out.tolist() if i not in tokenizer.stop_ids] == ours
+    save_gguf(model, tmp_path / "m.gguf", tokenizer, "F16")
+    prompt = "The capital of France is"
+    goes_on = list(generate(model, tokenizer.encode(prompt), 8, 0))
+    assert greedy_text(tmp_path / "m.gguf", prompt, 8) == tokenizer.decode(goes_on)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-PIECE = 4 << 20  # numbers read at once
+PIECE = 1 << 20  # numbers read at once
 
 
 class Stored(Protocol):
