@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 import mmap
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
-from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.quantised_tensor import QuantisedTensor, n_bytes
 from nanogpt_surgery.formats.safetensors_file import MAX_TENSORS
-from nanogpt_surgery.formats.stored_tensor import PIECE, MappedFile, PlainTensor, Stored
+from nanogpt_surgery.formats.stored_tensor import MappedFile, PlainTensor, Stored
 
 MAGIC = b"GGUF"
 MAX_METADATA = 10_000
@@ -52,36 +50,6 @@ PLAIN = {
     GGMLQuantizationType.BF16: torch.bfloat16,
 }
 _QUANTISED = [GGMLQuantizationType[n] for n in "Q8_0 Q4_0 Q4_1 Q5_0 Q5_1 Q4_K Q5_K Q6_K".split()]
-
-
-@dataclass(frozen=True)
-class QuantisedTensor:
-    """A tensor of whole numbers and their scales, in blocks along its rows."""
-
-    name: str
-    shape: tuple[int, ...]
-    offset: int
-    file: MappedFile
-    kind: GGMLQuantizationType
-    dtype: None = None
-
-    def mapped(self) -> Tensor | None:
-        """It never lies there as numbers that can be used."""
-        return None
-
-    def pieces(self) -> Iterator[tuple[int, Tensor]]:
-        """Parts of about `PIECE` numbers, float32, read and dequantised one after the other."""
-        width = math.prod(self.shape[1:])
-        row = _n_bytes(width, self.kind)
-        rows = max(1, PIECE // width)
-        with self.file.path.open("rb") as file:
-            file.seek(self.offset)
-            for start in range(0, self.shape[0], rows):
-                count = min(rows, self.shape[0] - start)
-                data = np.fromfile(file, np.uint8, count * row).reshape(count, row)
-                with np.errstate(all="ignore"):  # a damaged scale may be infinite
-                    numbers = dequantize(data, self.kind)
-                yield start, torch.from_numpy(numbers).view(count, *self.shape[1:])
 
 
 @dataclass(frozen=True)
@@ -245,11 +213,6 @@ def _info(reader: _Reader) -> _Info:
     return name, shape, kind, offset
 
 
-def _n_bytes(numbers: int, kind: GGMLQuantizationType) -> int:
-    block, size = GGML_QUANT_SIZES[kind]
-    return numbers // block * size
-
-
 def _check_places(reader: _Reader, infos: list[_Info], data: int, alignment: int) -> None:
     """Every tensor is aligned, inside the file, and shares no byte with another."""
     end = 0
@@ -258,7 +221,7 @@ def _check_places(reader: _Reader, infos: list[_Info], data: int, alignment: int
             raise reader.wrong(f"{name!r} lies at {offset:,}, not at a multiple of {alignment}")
         if offset < end:
             raise reader.wrong(f"{name!r} at {offset:,} overlaps the tensor before it")
-        end = offset + _n_bytes(math.prod(shape), kind)
+        end = offset + n_bytes(math.prod(shape), kind)
         if data + end > reader.size:
             raise reader.wrong(f"{name!r} ends at {data + end:,}, the file at {reader.size:,}")
 
