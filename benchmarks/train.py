@@ -78,14 +78,14 @@ def main() -> None:
     ours = SimpleGPT(tokenizer.vocab_size, WIDTH, HEADS, LAYERS, BLOCK)
     plain = PlainGPT(tokenizer.vocab_size)
     loops = {
-        "ours": fit(ours, train, batch_size=BATCH, max_steps=arguments.steps),
+        "ours": fit(ours, train, batch_size=BATCH, max_steps=arguments.steps, device="cpu"),
         "plain float32": plain_steps(plain, train.ids),
     }
     seconds = dict.fromkeys(loops, 0.0)
-    for _ in range(0, arguments.steps, TURN):
+    for done in range(0, arguments.steps, TURN):
         for name, loop in loops.items():
             start = time.perf_counter()
-            list(islice(loop, TURN))
+            list(islice(loop, min(TURN, arguments.steps - done)))
             seconds[name] += time.perf_counter() - start
     print(f"{arguments.steps} steps of {BATCH} × {BLOCK}, {torch.get_num_threads()} threads")
     for name, model in [("ours", ours), ("plain float32", plain)]:

@@ -9,8 +9,12 @@ from nanogpt_surgery.files import (
     MANIFEST,
     damage,
     file_hash,
+    is_temporary,
+    link_or_copy,
     read_json,
     refuse_damage,
+    remove_temporaries,
+    replace_text,
     whole_folder,
     write_json,
 )
@@ -60,10 +64,42 @@ def test_an_error_in_the_block_leaves_nothing_behind(error, before, tmp_path):
 
 
 def test_a_folder_of_ours_is_replaced_whole(tmp_path):
-    goal = written(tmp_path / "goal", **{"old.txt": "old"})
-    written(goal, **{"new.txt": "new"})
-    assert names(goal) == [MANIFEST, "new.txt"]
+    goal = written(tmp_path / "goal", **{"a.txt": "old"})
+    written(goal, **{"a.txt": "new", "b.txt": "more"})
+    assert names(goal) == [MANIFEST, "a.txt", "b.txt"]
+    assert (goal / "a.txt").read_text() == "new"
     assert names(tmp_path) == ["goal"]
+    assert damage(goal) is None
+
+
+def test_nothing_in_a_folder_of_ours_is_lost(tmp_path):
+    goal = written(tmp_path / "goal", **{"a.txt": "old"})
+    (goal / "thesis.txt").write_text("years of work")
+    with pytest.raises(SurgeryError, match=r"holds thesis\.txt, which replacing it would lose"):
+        written(goal, **{"a.txt": "new"})
+    assert names(goal) == [MANIFEST, "a.txt", "thesis.txt"]
+    assert (goal / "a.txt").read_text() == "old"
+    assert names(tmp_path) == ["goal"]
+
+
+def test_a_goal_below_a_file_is_refused(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(SurgeryError, match=r"could not write .*goal: Not a directory"):
+        written(tmp_path / "file" / "goal")
+    assert names(tmp_path) == ["file"]
+
+
+def test_what_a_killed_process_left_is_removed_and_nothing_else(tmp_path):
+    written(tmp_path / "goal")
+    with whole_folder(tmp_path / "unfinished") as folder:
+        (folder / "a.txt").write_text("first")
+        left = tmp_path / f"{folder.name[:-1]}x"
+        left.mkdir()
+        (left / "a.txt").write_text("first")
+    assert is_temporary(left)
+    assert not is_temporary(tmp_path / "goal")
+    remove_temporaries(tmp_path)
+    assert names(tmp_path) == ["goal", "unfinished"]
 
 
 def test_an_empty_folder_is_taken(tmp_path):
@@ -124,10 +160,10 @@ def test_damage_is_told_in_words(name, tmp_path):
 
 def test_a_manifest_that_is_missing_or_torn_is_damage(tmp_path):
     goal = written(tmp_path / "goal")
-    text = (goal / MANIFEST).read_text()
-    (goal / MANIFEST).write_text(text[:-9])
-    with pytest.raises(SurgeryError, match="is not JSON"):
-        damage(goal)
+    whole = (goal / MANIFEST).read_text()
+    for text in (whole[:-9], "", "[]", "{}", "null"):
+        (goal / MANIFEST).write_text(text)
+        assert damage(goal) == f"{MANIFEST} cannot be read"
     (goal / MANIFEST).unlink()
     assert damage(goal) == f"{MANIFEST} is missing"
 
@@ -155,6 +191,24 @@ def test_json_is_written_in_one_rename(tmp_path):
     write_json(path, {"b": None})
     assert read_json(path) == {"b": None}
     assert names(tmp_path) == ["x.json"]
+
+
+def test_text_is_replaced_in_one_rename(tmp_path):
+    path = tmp_path / "LATEST"
+    replace_text(path, "step-1")
+    replace_text(path, "Schritt-2 ✓")
+    assert path.read_text(encoding="utf-8") == "Schritt-2 ✓"
+    assert names(tmp_path) == ["LATEST"]
+
+
+def test_a_file_at_a_second_place_stays_when_the_first_goes(tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_text("contents")
+    second.write_text("old")
+    link_or_copy(first, second)
+    first.unlink()
+    assert second.read_text() == "contents"
+    assert names(tmp_path) == ["second"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Folders written whole or not at all, and a manifest that notices a flipped bit.
 
 The order is: a temporary folder beside the goal, every file flushed to the disk, `MANIFEST.json`
-with the size and sha256 of each, then one rename. A reader never sees half a folder.
+with the size and sha256 of each, then one rename. A reader never sees half a folder. Only where a
+folder is replaced is there a moment between two renames at which it is at neither place: a kill
+then leaves the old one beside it, under a name that begins with `.tmp-`.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MANIFEST = "MANIFEST.json"
 LARGEST_JSON = 128 << 20  # bytes; the largest tokenizer.json in use have a third of it
@@ -28,17 +33,17 @@ _TEMPORARY = ".tmp-"
 def whole_folder(goal: str | Path) -> Iterator[Path]:
     """A temporary folder to write into, which becomes `goal` if the block ends without an error.
 
-    A folder at `goal` is replaced if it is empty or carries our manifest; anything else is refused.
+    A folder at `goal` is replaced if it carries our manifest and every file in it is written anew;
+    nothing is lost that way.
 
     Raises:
         SurgeryError: `goal` holds something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
     _check_replaceable(goal)
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    temporary = goal.parent / f"{_TEMPORARY}{goal.name}-{uuid.uuid4().hex[:8]}"
+    temporary = _temporary_beside(goal)
     try:
-        temporary.mkdir()
+        temporary.mkdir(parents=True)
         yield temporary
         seal(temporary)
         _put_in_place(temporary, goal)
@@ -81,11 +86,10 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 
 def _disk_refuses(goal: Path, error: OSError) -> SurgeryError:
-    free = shutil.disk_usage(goal.parent).free
     return SurgeryError(
-        f"could not write {goal}: {error.strerror or error} ({free:,} bytes free there); "
-        "what was there before is untouched",
-        "free some space, or write to another disk",
+        f"could not write {goal}: {error.strerror or error}{_free_space(goal)}; what was there "
+        "before is untouched",
+        "free some space, or write to another place",
     )
 
 
@@ -99,12 +103,45 @@ def _check_replaceable(goal: Path) -> None:
 
 
 def _put_in_place(temporary: Path, goal: Path) -> None:
-    old = goal.parent / f"{_TEMPORARY}{goal.name}-{uuid.uuid4().hex[:8]}"
-    if goal.exists():
-        goal.rename(old)
-    temporary.rename(goal)
+    if not goal.exists():
+        temporary.rename(goal)
+        flush(goal.parent)
+        return
+    lost = {path.name for path in goal.iterdir()} - {path.name for path in temporary.iterdir()}
+    if lost:
+        raise SurgeryError(
+            f"{goal} holds {', '.join(sorted(lost))}, which replacing it would lose",
+            "choose a new folder",
+        )
+    old = _temporary_beside(goal)
+    goal.rename(old)
+    try:
+        temporary.rename(goal)
+    except OSError:
+        old.rename(goal)
+        raise
     flush(goal.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _temporary_beside(path: Path) -> Path:
+    return path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is of the pattern that only this module gives."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed process left unfinished; for the one process that writes there."""
+    for path in folder.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _free_space(path: Path) -> str:
+    there = next(folder for folder in path.absolute().parents if folder.is_dir())
+    return f" ({shutil.disk_usage(there).free:,} bytes free there)"
 
 
 def seal(folder: Path) -> None:
@@ -124,7 +161,11 @@ def damage(folder: Path) -> str | None:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return f"{MANIFEST} is missing"
-    for name, entry in read_json(manifest)["files"].items():
+    try:
+        files = read_json(manifest)["files"]
+    except (SurgeryError, KeyError, TypeError):
+        return f"{MANIFEST} cannot be read"
+    for name, entry in files.items():
         path = folder / name
         if not path.is_file():
             return f"{name} is missing"
@@ -156,6 +197,17 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file; what the disk refuses is an `OSError`."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
+
+
 def write_json(path: Path, contents: Any) -> None:
     """Write JSON in one rename, so that a reader sees the old file or the new one."""
     replace_text(path, json.dumps(contents, indent=2) + "\n")
@@ -163,7 +215,7 @@ def write_json(path: Path, contents: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one rename, flushed to the disk."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
+    temporary = _temporary_beside(path)
     temporary.write_text(text, encoding="utf-8")
     flush(temporary)
     temporary.replace(path)
@@ -174,7 +226,7 @@ def link_or_copy(source: Path, goal: Path) -> None:
 
     No bytes are copied where the file system can link.
     """
-    temporary = goal.with_name(f"{_TEMPORARY}{goal.name}-{uuid.uuid4().hex[:8]}")
+    temporary = _temporary_beside(goal)
     try:
         temporary.hardlink_to(source)
     except OSError:

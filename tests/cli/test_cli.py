@@ -70,11 +70,11 @@ def test_generate_continues_the_prompt(folder: Path) -> None:
 
 def test_inspect_a_model(folder: Path) -> None:
     report = json.loads(surgery("inspect", "run", "--json", cwd=folder).stdout)
-    rows = {row["module"].strip(): row for row in report["rows"]}
+    rows = {row["module"]: row for row in report["rows"]}
     model, _ = open_model(folder / "run")
     assert report["parameters"] == sum(p.numel() for p in model.parameters())
     assert rows["lm_head"] == {
-        "module": "  lm_head",
+        "module": "lm_head",
         "kind": "Linear",
         "shape": f"{model.config.vocab_size}×16",
         "parameters": model.config.vocab_size * 16,
@@ -165,14 +165,35 @@ def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
         (["finetune", "nowhere", "--out", "a"], ["nowhere"]),
         (["inspect", "."], ["neither a run nor a model folder"]),
         (["--config"], ["--config needs a file"]),
+        (["train", "short.txt", "--out", "r"], ["last tenth", "257", "--block-size"]),
+        (["train", "short.txt", "--out", "/proc/r", "--block-size", "2"], ["/proc/r"]),
     ],
 )
 def test_errors_are_sentences(arguments: list[str], pieces: list[str], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(TEXT[:500])
     done = surgery(*arguments, check=1, cwd=tmp_path)
     assert "Traceback" not in done.stderr
     for piece in pieces:
         assert piece in done.stderr
     assert done.stdout == ""
+
+
+def test_an_unknown_character_is_refused_before_anything_is_printed(folder: Path) -> None:
+    done = surgery("generate", "run", "--prompt", "to bé", check=1, cwd=folder)
+    assert "U+00E9" in done.stderr
+    assert done.stdout == ""
+
+
+def test_an_adapter_is_not_a_model(folder: Path) -> None:
+    done = surgery("generate", "adapter", check=1, cwd=folder)
+    assert "is an adapter, not a model" in done.stderr
+
+
+def test_merging_over_its_own_parts_is_refused(folder: Path) -> None:
+    before = file_hash(folder / "run" / "model.safetensors")
+    for part in ("run", "adapter"):
+        surgery("merge", "run", "adapter", "--out", part, check=1, cwd=folder)
+    assert file_hash(folder / "run" / "model.safetensors") == before
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model
+from tiny import CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery.model.attention import causal_attention
 
@@ -47,3 +47,16 @@ def test_queries_and_keys_are_normalised_where_the_config_says(name):
     layer = tiny_model(config).layers[0].self_attn
     assert isinstance(layer.q_norm, torch.nn.Identity) is not config.qk_norm
     assert isinstance(layer.k_norm, torch.nn.Identity) is not config.qk_norm
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_under_autocast_training_computes_about_the_same(config):
+    """A rotation or a norm leaves queries and keys in float32, the values come in bfloat16."""
+    model, ids = tiny_model(config).train(), random_ids(config, 2, 19)
+    exact = model(ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(ids)
+    error = (logits.float() - exact).square().mean().sqrt() / exact.std()
+    assert error <= 0.03
+    logits.float().square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)

@@ -195,12 +195,29 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    run = Run(tmp_path / "run", float("inf"), None)
+    run = Run(tmp_path / "run")
     with pytest.raises(SurgeryError, match="No space left on device"):
         run.save(step, full_disk, model, optimizer)
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == [
         "step-00000002"
     ]
+
+
+def test_a_run_killed_at_its_start_is_begun_again(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints" / ".tmp-step-00000002-0123abcd").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints").rename(tmp_path / "run" / ".tmp-run.json-0123abcd")
+    (tmp_path / "run" / "LOCK").write_text("1")
+    train(tmp_path / "run", stop_after=2)
+    assert not list((tmp_path / "run").rglob(".tmp-*"))
+
+
+def test_a_torn_manifest_is_passed_over(tmp_path: Path) -> None:
+    train(tmp_path / "run", stop_after=4)
+    manifest = checkpoints(tmp_path / "run")[-1] / "MANIFEST.json"
+    manifest.write_text(manifest.read_text()[:50])
+    with pytest.warns(SurgeryWarning, match=r"MANIFEST\.json cannot be read"):
+        found = latest_checkpoint(tmp_path / "run")
+    assert found and found.name == "step-00000002"
 
 
 def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:

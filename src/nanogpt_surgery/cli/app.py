@@ -61,6 +61,11 @@ def run(arguments: list[str] | None = None) -> None:
     except BrokenPipeError:  # the reader of our stdout has gone (`surgery inspect … | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        if debug:
+            raise
+        say(f"surgery: {error}")
+        sys.exit(1)
 
 
 def _run(app: App, arguments: list[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -15,6 +14,7 @@ from nanogpt_surgery.errors import SurgeryWarning
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.training.fit import Step
 
 PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
@@ -25,9 +25,9 @@ def say(text: str) -> None:
     print(printable(text), file=sys.stderr, flush=True)
 
 
-def show(table: str, values: dict[str, Any], as_json: bool) -> None:
-    """The result of a command: as text, or as JSON."""
-    print(json.dumps(values, indent=2) if as_json else printable(table))
+def show(report: Report, as_json: bool) -> None:
+    """The result of a command: as a table, or as JSON."""
+    print(report.to_json() if as_json else printable(str(report)))
 
 
 def printable(text: str) -> str:

@@ -40,7 +40,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "python": f"{platform.python_version()} at {sys.executable}",
         "system": platform.platform(),
         **{name: version(name) for name in PACKAGES},
-        "training_would_use": hardware.describe(),
+        "training_would_use": hardware.describe().rpartition(", ")[0],
         "cores": os.cpu_count(),
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16": cpu_has_bfloat16(),
@@ -50,7 +50,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "bfloat16_matmul_GFLOPs": _matmul_rate(hardware.device, torch.bfloat16),
     }
     report = Report("surgery doctor", [], summary)
-    show(str(report), report.to_dict(), json)
+    show(report, json)
 
 
 def _matmul_rate(device: torch.device, dtype: torch.dtype) -> int:

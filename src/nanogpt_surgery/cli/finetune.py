@@ -45,40 +45,35 @@ def finetune(
     json
         print the result as JSON
     """
-    from nanogpt_surgery.cli.training_run import Job, fingerprint, run_training
-    from nanogpt_surgery.data.corpus import python_source, read_texts, split_by_position
-    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    import torch
+
+    from nanogpt_surgery.cli.training_run import Job, datasets, fingerprint, run_training
+    from nanogpt_surgery.data.corpus import python_source, read_texts
     from nanogpt_surgery.formats.adapter_layout import write_adapter_files
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.operations import inject_lora
+    from nanogpt_surgery.lora.report import Report
 
     settings = FitSettings(**given(training))
     network, tokenizer = open_model(model)
     if tokenizer is None:
         raise SurgeryError(f"{model} has no tokenizer.json, so text cannot become ids")
     whole = read_texts(text) if text else python_source()
-    train_text, validation_text = split_by_position(whole)
     window = block_size or min(network.config.block_size, LONGEST_WINDOW)
-    base = fingerprint(network.lm_head.weight.detach().float())
-    import torch
-
+    dataset, validation = datasets(whole, tokenizer, window)
+    base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
     report = inject_lora(network, **given(lora))
     say(str(report))
-
     job = Job(
         out=out,
         resume=resume,
         model=network,
-        dataset=GPTDataset(train_text, tokenizer, window),
-        validation=GPTDataset(validation_text, tokenizer, window),
+        dataset=dataset,
+        validation=validation,
         settings=settings,
         description={"kind": "finetune", "base": base, "lora": report.to_dict()},
         write_weights=lambda folder: write_adapter_files(network, folder, str(model)),
     )
-    summary = run_training(job)
-    from nanogpt_surgery.lora.report import Report
-
-    done = Report("fine-tuned", [], summary)
-    show(str(done), done.to_dict(), json)
+    show(Report("fine-tuned", [], run_training(job)), json)
     say(f"surgery generate {model} --adapter {out} --prompt … continues a text with it")

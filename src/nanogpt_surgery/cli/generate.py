@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from nanogpt_surgery.cli.console import printable
 from nanogpt_surgery.cli.options import given, options_of_function
 from nanogpt_surgery.errors import SurgeryError
 
@@ -45,8 +46,10 @@ def generate(
     if adapter is not None:
         load_adapter(network, adapter)
     text = sys.stdin.read() if prompt == "-" else prompt
-    sys.stdout.write(text)
-    for new in continued(network, tokenizer.encode(text), max_new_tokens, **given(sampling)):
-        sys.stdout.write(tokenizer.decode([new]))
+    ids = continued(network, tokenizer.encode(text), max_new_tokens, **given(sampling))
+    clean = printable if sys.stdout.isatty() else str
+    sys.stdout.write(clean(text))
+    for new in ids:
+        sys.stdout.write(clean(tokenizer.decode([new])))
         sys.stdout.flush()
     sys.stdout.write("\n")

@@ -26,7 +26,7 @@ def inspect(path: Path, *, json: Annotated[bool, Parameter(negative="")] = False
     report = (
         _adapter_report(path) if (path / "adapter_config.json").is_file() else _model_report(path)
     )
-    show(str(report), report.to_dict(), json)
+    show(report, json)
 
 
 def _model_report(path: Path) -> Report:
@@ -40,13 +40,13 @@ def _model_report(path: Path) -> Report:
         own = dict(module.named_parameters(recurse=False))
         rows.append(
             {
-                "module": "  " * (name.count(".") + 1) + name.rpartition(".")[2]
-                if name
-                else "model",
+                "module": name or "model",
                 "kind": type(module).__name__,
                 "shape": ", ".join("×".join(map(str, p.shape)) for p in own.values()),
                 "parameters": sum(p.numel() for p in module.parameters()),
-                "dtype": ", ".join({str(p.dtype).removeprefix("torch.") for p in own.values()}),
+                "dtype": ", ".join(
+                    sorted({str(p.dtype).removeprefix("torch.") for p in own.values()})
+                ),
             }
         )
     config = model.config
@@ -64,11 +64,12 @@ def _model_report(path: Path) -> Report:
 
 
 def _adapter_report(path: Path) -> Report:
+    from nanogpt_surgery.formats.adapter_layout import adapter_folder
     from nanogpt_surgery.lora.adapter import read_adapter
     from nanogpt_surgery.lora.report import Report
 
     rows = []
-    for name, update in read_adapter(path).items():
+    for name, update in read_adapter(adapter_folder(path)).items():
         values = update.singular_values
         floor = values.max() * 1e-6
         rows.append(

@@ -47,5 +47,5 @@ def merge(
         written = open_model(out)[0](probe)
     report.summary["largest_logit"] = float(adapted.abs().max())
     report.summary["largest_logit_error"] = float((written - adapted).abs().max())
-    show(str(report), report.to_dict(), json)
+    show(report, json)
     say(f"wrote {out}, read it again and compared it on {probe.numel()} random tokens")

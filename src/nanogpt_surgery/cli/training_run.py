@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.training.checkpoint import Run
     from nanogpt_surgery.training.fit import Step
     from nanogpt_surgery.training.settings import FitSettings
@@ -63,18 +64,46 @@ def run_training(job: Job) -> dict[str, Any]:
         )
         for step in watched(steps, run.first_step, job.settings.max_steps):
             run.record(step)
-            if step.validation_loss is not None or stop.signal:
+            asked = stop.signal  # once: it may come at any moment
+            if step.validation_loss is not None or asked:
                 run.save(step, job.write_weights, job.model, optimizer)
-            if stop.signal:
-                _leave(job, step, stop.signal)
+            if asked:
+                _leave(job, step, asked)
         return _finish(job, run)
 
 
-def fingerprint(ids: Tensor) -> str:
-    """The sha256 of a text's ids."""
+def datasets(text: str, tokenizer: Tokenizer, block_size: int) -> tuple[GPTDataset, GPTDataset]:
+    """Windows of the first nine tenths of a text, to train on, and of the last, to validate.
+
+    Raises:
+        SurgeryError: the last tenth is shorter than a window.
+    """
+    from nanogpt_surgery.data.corpus import split_by_position
+    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.errors import SurgeryError
+
+    train, validation = split_by_position(text)
+    try:
+        held_out = GPTDataset(validation, tokenizer, block_size)
+    except SurgeryError as error:
+        raise SurgeryError(
+            f"the last tenth of the text, which is held out for validation, is too short: "
+            f"{error.what}",
+            "give a longer text, or a smaller --block-size",
+        ) from None
+    return GPTDataset(train, tokenizer, block_size), held_out
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """The sha256 of tensors, one after the other."""
     import hashlib
 
-    return hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+    import torch
+
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _description(job: Job) -> dict[str, Any]:
@@ -82,8 +111,8 @@ def _description(job: Job) -> dict[str, Any]:
         **job.description,
         "settings": job.settings.to_dict(),
         "block_size": job.dataset.block_size,
-        "train_ids": fingerprint(job.dataset.ids),
-        "validation_ids": fingerprint(job.validation.ids),
+        "train_ids": fingerprint([job.dataset.ids]),
+        "validation_ids": fingerprint([job.validation.ids]),
     }
 
 

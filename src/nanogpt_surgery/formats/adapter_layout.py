@@ -19,6 +19,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import whole_folder
 from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import Row, rows
+from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.lora.adapter import (
     LowRankUpdate,
     Updates,
@@ -65,10 +66,15 @@ def load_adapter(model: nn.Module, folder: str | Path) -> None:
         SurgeryError: the folder is no LoRA adapter or is damaged, or does not fit the model. The
             model is untouched then.
     """
-    updates = read_adapter(folder)
+    updates = read_adapter(adapter_folder(folder))
     if isinstance(model, SimpleGPT) and (family := family_of(model.config)) != OWN:
         updates = _to_ours(updates, family, model)
     apply_updates(model, updates)
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder that a path means: itself, or the checkpoint chosen in a run folder."""
+    return chosen_checkpoint(Path(path)) if is_run(path) else Path(path)
 
 
 def _to_theirs(updates: Updates, family: str, model: SimpleGPT) -> Updates:

@@ -6,11 +6,16 @@ import warnings
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files import read_json, refuse_damage, whole_folder, write_json
+from nanogpt_surgery.files import (
+    read_json,
+    refuse_damage,
+    whole_folder,
+    write_json,
+    write_tensors,
+)
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.config_options import MODEL_TYPES
 from nanogpt_surgery.formats.gguf_file import is_gguf
@@ -26,6 +31,7 @@ from nanogpt_surgery.formats.tokenizer_files import (
     special_ids,
     write_tokenizer_files,
 )
+from nanogpt_surgery.lora.adapter import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.lora.operations import has_lora
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -65,7 +71,7 @@ def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | Non
     if contents["model_type"] != OWN:
         tensors = to_theirs(tensors, contents["model_type"], model.config.n_layer)
     write_json(folder / CONFIG, contents | special_ids(tokenizer))
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / TENSORS)
     if tokenizer is not None:
         write_tokenizer_files(tokenizer, folder, model.config.block_size)
 
@@ -115,7 +121,11 @@ def model_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     if is_run(folder):
-        return chosen_checkpoint(folder)
+        folder = chosen_checkpoint(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        raise SurgeryError(
+            f"{folder} is an adapter, not a model", "name its model, and the adapter with --adapter"
+        )
     if not folder.exists() and is_hub_name(str(path)):
         return hub_folder(str(path))
     if not (folder / CONFIG).is_file():

@@ -6,6 +6,7 @@ RUN/
   LATEST, BEST                names of checkpoints: hints; the manifests decide
   checkpoints/step-00000250/  a model folder, training.safetensors and .json
   loss.png
+  LOCK                        held by the process that writes
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import warnings
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files import damage
+from nanogpt_surgery.files import MANIFEST, damage
 
 RUN, METRICS, LATEST, BEST = "run.json", "metrics.jsonl", "LATEST", "BEST"
 _STEP = re.compile(r"step-(\d{8})")
@@ -42,7 +43,7 @@ def checkpoints(run: Path) -> list[Path]:
     """The folders that carry a checkpoint's name and a manifest, oldest first."""
     folders = (run / "checkpoints").glob("step-*")
     named = [folder for folder in folders if _STEP.fullmatch(folder.name) and folder.is_dir()]
-    return sorted(folder for folder in named if (folder / "MANIFEST.json").is_file())
+    return sorted(folder for folder in named if (folder / MANIFEST).is_file())
 
 
 def latest_checkpoint(run: Path) -> Path | None:

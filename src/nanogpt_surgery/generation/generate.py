@@ -47,6 +47,8 @@ def generate(
     """
     prompt = torch.as_tensor(ids, dtype=torch.long)
     check_prompt(model, prompt)
+    if max_new_tokens < 0:
+        raise SurgeryError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     settings = sampling or SamplingSettings(temperature, top_k)
     return _ids(model, prompt.flatten(), max_new_tokens, settings, stop_ids, seed)
 

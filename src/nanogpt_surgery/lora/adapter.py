@@ -15,11 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, nearest
-from nanogpt_surgery.files import read_json, refuse_damage, write_json
+from nanogpt_surgery.files import read_json, refuse_damage, write_json, write_tensors
 from nanogpt_surgery.lora.operations import inject_lora, lora_layers
 from nanogpt_surgery.lora.targets import linear_names
 
@@ -141,7 +140,7 @@ def write_updates(
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = update.A.contiguous()
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = update.B.contiguous()
     write_json(folder / CONFIG, _config(updates, base, fan_in_fan_out))
-    save_file(tensors, folder / TENSORS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / TENSORS)
 
 
 def _config(updates: Updates, base: str, fan_in_fan_out: bool) -> dict[str, Any]:

@@ -94,8 +94,10 @@ def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
 
     The backward pass of its bfloat16 kernel takes up to three times as long there (docs/log.md).
     """
-    if q.device.type != "cpu" or not q.requires_grad or q.dtype != torch.bfloat16:
+    training = q.requires_grad or k.requires_grad or v.requires_grad
+    # Under autocast a rotation or a norm leaves q and k in float32: v tells what is computed in.
+    if q.device.type != "cpu" or not training or v.dtype != torch.bfloat16:
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
         y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
-    return y.to(q.dtype)
+    return y.to(v.dtype)

@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import (
     MANIFEST,
+    is_temporary,
     link_or_copy,
     read_json,
+    remove_temporaries,
     replace_text,
     whole_folder,
     write_json,
+    write_tensors,
 )
 from nanogpt_surgery.formats.run_folder import (
     BEST,
@@ -51,14 +54,15 @@ class Run:
 
     Args:
         folder: the run folder.
-        best_loss: the lowest validation loss so far.
         checkpoint: the checkpoint that the run goes on from, None at the beginning.
+        best: the checkpoint with the lowest validation loss, None if none was measured.
     """
 
-    def __init__(self, folder: Path, best_loss: float, checkpoint: Path | None):
+    def __init__(self, folder: Path, checkpoint: Path | None = None, best: Path | None = None):
         self.folder = folder
-        self.best_loss = best_loss
         self.checkpoint = checkpoint
+        self.best = best
+        self.best_loss = _validation_loss(best) if best else float("inf")
 
     @property
     def first_step(self) -> int:
@@ -85,14 +89,14 @@ class Run:
         goal = checkpoint_folder(self.folder, step.step)
         with whole_folder(goal) as temporary:
             write_weights(temporary)
-            save_file(training_state(model, optimizer), temporary / STATE)
+            write_tensors(training_state(model, optimizer), temporary / STATE)
             write_json(temporary / SUMMARY, step.to_dict())
         replace_text(self.folder / LATEST, goal.name + "\n")
         if step.validation_loss is not None and step.validation_loss < self.best_loss:
-            self.best_loss = step.validation_loss
+            self.best, self.best_loss = goal, step.validation_loss
             replace_text(self.folder / BEST, goal.name + "\n")
         self.checkpoint = goal
-        self._publish(best_checkpoint(self.folder) or goal)
+        self._publish(self.best or goal)
         self._prune()
         return goal
 
@@ -103,7 +107,7 @@ class Run:
                 link_or_copy(file, self.folder / file.name)
 
     def _prune(self) -> None:
-        kept = {*checkpoints(self.folder)[-KEPT:], best_checkpoint(self.folder)}
+        kept = {*checkpoints(self.folder)[-KEPT:], self.best}
         for folder in checkpoints(self.folder):
             if folder not in kept:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -123,8 +127,7 @@ class Run:
                 parameter.copy_(value)
             # Copies: the tensors lie in the file's memory, and the file may be deleted.
             optimizer.state[parameter] = {
-                key: tensor.clone() if key == "step" else tensor.to(parameter.device, copy=True)
-                for key, tensor in state.items()
+                key: tensor.to(parameter.device, copy=True) for key, tensor in state.items()
             }
         assert not tensors, f"{self.checkpoint} trains what this model does not: {[*tensors]}"
 
@@ -158,15 +161,22 @@ def start_run(folder: Path, description: dict[str, Any], resume: bool) -> Iterat
     """
     if is_run(folder):
         _check_resumable(folder, description, resume)
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
         raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
     folder.mkdir(parents=True, exist_ok=True)
     with _locked(folder):
+        remove_temporaries(folder)
+        remove_temporaries(folder / "checkpoints")
         if not is_run(folder):
             write_json(folder / RUN, description)
         checkpoint = latest_checkpoint(folder)
         _trim_metrics(folder / METRICS, step_of(checkpoint) if checkpoint else 0)
-        yield Run(folder, _best_loss(folder), checkpoint)
+        yield Run(folder, checkpoint, best_checkpoint(folder))
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds anything but what a run leaves that was killed at its start."""
+    return any(path.name != LOCK and not is_temporary(path) for path in folder.iterdir())
 
 
 def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) -> None:
@@ -227,6 +237,5 @@ def _trim_metrics(path: Path, steps: int) -> None:
         replace_text(path, "".join(line + "\n" for line in kept))
 
 
-def _best_loss(folder: Path) -> float:
-    best = best_checkpoint(folder)
-    return float(read_json(best / SUMMARY)["validation_loss"]) if best else float("inf")
+def _validation_loss(checkpoint: Path) -> float:
+    return float(read_json(checkpoint / SUMMARY)["validation_loss"])

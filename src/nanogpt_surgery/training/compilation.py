@@ -14,6 +14,7 @@ class CompiledBlocks:
 
     The blocks have one code and equal shapes, so that what is compiled for the first serves all.
     Outside `active()` the model runs uncompiled: evaluation has other shapes and precision.
+    (PyTorch has no public way to take `Module.compile` back, so its attribute is set here.)
 
     Args:
         model: a model with `layers`; one without is left as it is.

@@ -74,7 +74,7 @@ def fit(
         A `Step` after each optimizer step.
 
     Raises:
-        SurgeryError: nothing can be trained, or the loss is not a number (before any update).
+        SurgeryError: nothing can be trained, or a gradient is not finite; it changes no weight.
     """
     settings = replace(settings or FitSettings(), **changes)
     operations = operations_of(model, settings, dataset.block_size)
@@ -95,9 +95,11 @@ def _steps(
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     blocks = CompiledBlocks(model, hardware.compile)
-    model.train()
+    optimizer.zero_grad()  # what the caller's own backward passes may have left
     for step in range(first_step, settings.max_steps):
         start = time.perf_counter()
+        if not model.training:  # at the start, or after a look at the model between two steps
+            model.train()
         rate = learning_rate(step, settings)
         with blocks.active():
             loss = _accumulate(model, dataset, settings, step, hardware)
@@ -127,8 +129,7 @@ def _accumulate(
         inputs.chunk(settings.accumulation), targets.chunk(settings.accumulation), strict=True
     )
     for part, (x, y) in enumerate(parts):
-        torch.manual_seed(hash((settings.seed, step, part)))  # dropout follows (seed, step)
-        with hardware.autocast():
+        with hardware.seeded(hash((settings.seed, step, part))), hardware.autocast():
             logits = model(_on(x, hardware))
         loss = cross_entropy(logits, _on(y, hardware)) / settings.accumulation
         loss.backward()
@@ -137,7 +138,7 @@ def _accumulate(
 
 
 def _on(ids: Tensor, hardware: Hardware) -> Tensor:
-    return ids.to(hardware.device, non_blocking=True)
+    return ids.to(hardware.device)
 
 
 def _update(

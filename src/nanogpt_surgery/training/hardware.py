@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +26,10 @@ class Hardware:
         """One line for the user."""
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
+        elif self.device.type == "cpu":
+            name = f"CPU, {torch.get_num_threads()} threads"
         else:
-            name = f"{self.device.type}, {torch.get_num_threads()} threads"
+            name = self.device.type
         how = "compiled blocks" if self.compile else "not compiled"
         return f"{name}, {str(self.precision).removeprefix('torch.')}, {how}"
 
@@ -35,6 +38,16 @@ class Hardware:
         if self.precision == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, self.precision)
+
+    @contextmanager
+    def seeded(self, seed: int) -> Iterator[None]:
+        """A context in which dropout follows `seed`; the user's generators go on after it."""
+        devices = [] if self.device.type == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type=self.device.type):
+            torch.default_generator.manual_seed(seed)
+            if devices:
+                torch.get_device_module(self.device).manual_seed(seed)
+            yield
 
 
 def choose_hardware(settings: FitSettings, operations: float = 0) -> Hardware:

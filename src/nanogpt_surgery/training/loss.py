@@ -24,12 +24,12 @@ def evaluate(model: nn.Module, dataset: GPTDataset, batch_size: int = 64) -> flo
     first is predicted once. Computed in the model's own precision, in eval mode, on its device.
     """
     device = next(model.parameters()).device
-    total = torch.zeros((), dtype=torch.float64)
+    total = 0.0
     with eval_mode(model), torch.inference_mode():
         for inputs, targets in _whole_text(dataset, batch_size):
             loss = cross_entropy(model(inputs.to(device)), targets.to(device))
-            total += loss.double().cpu() * targets.numel()
-    return float(total) / (len(dataset.ids) - 1)
+            total += loss.item() * targets.numel()
+    return total / (len(dataset.ids) - 1)
 
 
 def _whole_text(dataset: GPTDataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

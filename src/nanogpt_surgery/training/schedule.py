@@ -12,10 +12,11 @@ def learning_rate(step: int, settings: FitSettings) -> float:
 
     The cosine is SGDR's, arXiv:1608.03983.
     """
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
-    span = max(1, settings.max_steps - 1 - settings.warmup_steps)
-    progress = min(1.0, (step - settings.warmup_steps) / span)
+    warmup = min(settings.warmup_steps, settings.max_steps // 10)
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / (warmup + 1)
+    span = max(1, settings.max_steps - 1 - warmup)
+    progress = min(1.0, (step - warmup) / span)
     share = 0.5 * (1 + math.cos(math.pi * progress))
     floor = settings.final_learning_rate
     return settings.learning_rate * (floor + (1 - floor) * share)

@@ -7,7 +7,7 @@ not load torch.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nanogpt_surgery.errors import SurgeryError
 
@@ -31,7 +31,7 @@ class FitSettings:
     final_learning_rate: float = 0.1
     """where the cosine ends, as a share of the peak"""
     warmup_steps: int = 100
-    """steps over which the rate rises from 0"""
+    """steps over which the rate rises from 0, at most a tenth of all"""
     weight_decay: float = 0.1
     """AdamW's decay, on matrices only"""
     beta1: float = 0.9
@@ -55,7 +55,17 @@ class FitSettings:
         found = [
             f"{name} is {getattr(self, name)}; it must be at least {least}"
             for name, least in _LEAST.items()
-            if getattr(self, name) < least
+            if not getattr(self, name) >= least
+        ]
+        found += [
+            f"{name} is {getattr(self, name)}; it must be below 1"
+            for name in ("beta1", "beta2")
+            if getattr(self, name) >= 1
+        ]
+        found += [
+            f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
+            for name, choices in _CHOICES.items()
+            if getattr(self, name) not in choices
         ]
         if found:
             raise SurgeryError("this training cannot be run: " + "; ".join(found))
@@ -65,6 +75,11 @@ class FitSettings:
         return asdict(self)
 
 
+_CHOICES = {
+    "device": get_args(Device),
+    "precision": get_args(Precision),
+    "compile": get_args(Compile),
+}
 _LEAST = {
     "max_steps": 1,
     "batch_size": 1,
