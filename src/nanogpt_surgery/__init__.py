@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
     from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.data.chat import ChatTemplate, chat_ids
     from nanogpt_surgery.data.corpus import (
         python_reference,
         python_source,
@@ -18,11 +20,20 @@ if TYPE_CHECKING:
         split_by_position,
     )
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
+    from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
     from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+    from nanogpt_surgery.formats.adapter_export import save_lora_gguf, save_mlx_adapter
     from nanogpt_surgery.formats.adapter_layout import load_adapter, save_adapter
+    from nanogpt_surgery.formats.gguf_write import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
+    from nanogpt_surgery.generation.batch import generate_batch
+    from nanogpt_surgery.generation.evaluation import multiple_choice, perplexity
     from nanogpt_surgery.generation.generate import generate
+    from nanogpt_surgery.generation.settings import SamplingSettings
+    from nanogpt_surgery.generation.text import generate_text
     from nanogpt_surgery.lora.examination import merge_survival
     from nanogpt_surgery.lora.forecast import plan_lora
     from nanogpt_surgery.lora.hashing import tensor_hashes
@@ -48,6 +59,29 @@ if TYPE_CHECKING:
     from nanogpt_surgery.training.settings import FitSettings
 
 _HOMES = {
+    "data.bpe_tokenizer": ("BPETokenizer",),
+    "data.chat": (
+        "ChatTemplate",
+        "chat_ids",
+    ),
+    "data.instruction_dataset": ("InstructionDataset",),
+    "data.instructions": (
+        "encode_conversations",
+        "read_conversations",
+    ),
+    "data.pretrained_tokenizer": ("PretrainedTokenizer",),
+    "formats.adapter_export": (
+        "save_lora_gguf",
+        "save_mlx_adapter",
+    ),
+    "formats.gguf_write": ("save_gguf",),
+    "generation.batch": ("generate_batch",),
+    "generation.evaluation": (
+        "multiple_choice",
+        "perplexity",
+    ),
+    "generation.settings": ("SamplingSettings",),
+    "generation.text": ("generate_text",),
     "data.character_tokenizer": ("CharacterTokenizer",),
     "data.corpus": ("python_reference", "python_source", "read_texts", "split_by_position"),
     "data.gpt_dataset": ("GPTDataset",),
@@ -84,14 +118,19 @@ _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "FAMILIES",
+    "BPETokenizer",
     "CharacterTokenizer",
+    "ChatTemplate",
     "FitSettings",
     "GPTConfig",
     "GPTDataset",
+    "InstructionDataset",
     "KVCache",
     "LoRAEmbedding",
     "LoRALinear",
+    "PretrainedTokenizer",
     "RopeScaling",
+    "SamplingSettings",
     "SimpleGPT",
     "Step",
     "SurgeryError",
@@ -99,11 +138,15 @@ __all__ = [
     "Tokenizer",
     "TransformerEncoderLayer",
     "blend_lora",
+    "chat_ids",
     "disable_lora",
     "enable_lora",
+    "encode_conversations",
     "evaluate",
     "fit",
     "generate",
+    "generate_batch",
+    "generate_text",
     "inject_lora",
     "learned",
     "load_adapter",
@@ -111,14 +154,20 @@ __all__ = [
     "lora_rows",
     "merge_lora",
     "merge_survival",
+    "multiple_choice",
     "open_model",
+    "perplexity",
     "plan_lora",
     "python_reference",
     "python_source",
+    "read_conversations",
     "read_texts",
     "redo_lora",
     "remove_lora",
     "save_adapter",
+    "save_gguf",
+    "save_lora_gguf",
+    "save_mlx_adapter",
     "save_model",
     "split_by_position",
     "swap_lora",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 MANIFEST = "MANIFEST.json"
+LARGEST_JSON = 128 << 20  # bytes; the largest tokenizer.json in use have a third of it
 _TEMPORARY = ".tmp-"
 
 
@@ -47,13 +48,49 @@ def whole_folder(goal: str | Path) -> Iterator[Path]:
         seal(temporary)
         _put_in_place(temporary, goal)
     except OSError as error:
-        raise SurgeryError(
-            f"could not write {goal}: {error.strerror or error}{_free_space(goal)}; what was there "
-            "before is untouched",
-            "free some space, or write to another place",
-        ) from error
+        raise _disk_refuses(goal, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
+    """A temporary file to write into, which becomes `goal` if the block ends without an error.
+
+    A file at `goal` is replaced if it begins with `magic`; anything else is refused.
+
+    Raises:
+        SurgeryError: `goal` is something else, or the disk refuses (its name and free space).
+    """
+    goal = Path(goal)
+    if goal.exists() and not _begins_with(goal, magic):
+        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    temporary = goal.parent / f"{_TEMPORARY}{uuid.uuid4().hex[:8]}-{goal.name}"
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(goal)
+        flush(goal.parent)
+    except OSError as error:
+        raise _disk_refuses(goal, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _disk_refuses(goal: Path, error: OSError) -> SurgeryError:
+    return SurgeryError(
+        f"could not write {goal}: {error.strerror or error}{_free_space(goal)}; what was there "
+        "before is untouched",
+        "free some space, or write to another place",
+    )
 
 
 def _check_replaceable(goal: Path) -> None:
@@ -202,8 +239,12 @@ def read_json(path: Path) -> Any:
     """The contents of a JSON file.
 
     Raises:
-        SurgeryError: it is missing, not UTF-8, or not JSON (with line and column).
+        SurgeryError: it is missing, too large, not UTF-8, or not JSON (with line and column).
     """
+    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+        raise SurgeryError(
+            f"{path} has {path.stat().st_size:,} bytes; the limit for JSON is {LARGEST_JSON:,}"
+        )
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -214,3 +255,5 @@ def read_json(path: Path) -> Any:
         raise SurgeryError(
             f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number, or a nesting, beyond all measure
+        raise SurgeryError(f"{path} is not JSON that can be read: {error}") from None

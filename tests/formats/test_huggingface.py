@@ -198,7 +198,7 @@ def test_what_has_no_default_is_never_guessed(contents, name):
 
 
 def test_an_unknown_architecture_is_refused_with_the_families():
-    with pytest.raises(SurgeryError, match=r"'bert'.*\n.*gpt2, llama, qwen2, qwen3"):
+    with pytest.raises(SurgeryError, match=r"'bert'.*\n.*gpt2, llama, mistral, qwen2, qwen3"):
         config_from_json({"model_type": "bert"})
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.errors import SurgeryWarning
+from nanogpt_surgery.errors import SurgeryWarning, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,11 +28,6 @@ def say(text: str) -> None:
 def show(report: Report, as_json: bool) -> None:
     """The result of a command: as a table, or as JSON."""
     print(report.to_json() if as_json else printable(str(report)))
-
-
-def printable(text: str) -> str:
-    """Text without the control characters that would drive a terminal (names come from files)."""
-    return "".join(c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ TrainingOptions: Any = options_of(FitSettings, "Training")
 
 
 def finetune(
-    model: Path,
+    model: str,
     *text: str,
     out: Path,
     resume: bool = False,
@@ -33,7 +33,7 @@ def finetune(
     Parameters
     ----------
     model
-        a run or a model folder
+        a run, a model folder, a GGUF file or a hub name
     text
         files, folders, or - for standard input; without any, the standard library's source
     out

@@ -13,23 +13,25 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.report import Report
 
 
-def inspect(path: Path, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def inspect(path: str, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
     """Show the tree of a model's modules, or the updates of an adapter.
 
     Parameters
     ----------
     path
-        a run, a model folder or an adapter folder
+        a run, a model folder, a GGUF file, a hub name or an adapter folder
     json
         print it as JSON
     """
     report = (
-        _adapter_report(path) if (path / "adapter_config.json").is_file() else _model_report(path)
+        _adapter_report(path)
+        if (Path(path) / "adapter_config.json").is_file()
+        else _model_report(path)
     )
     show(report, json)
 
 
-def _model_report(path: Path) -> Report:
+def _model_report(path: str) -> Report:
     from nanogpt_surgery.formats.huggingface import family_of
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.report import Report
@@ -63,7 +65,7 @@ def _model_report(path: Path) -> Report:
     return Report(f"model {path}", rows, summary)
 
 
-def _adapter_report(path: Path) -> Report:
+def _adapter_report(path: str) -> Report:
     from nanogpt_surgery.formats.adapter_layout import adapter_folder
     from nanogpt_surgery.lora.adapter import read_adapter
     from nanogpt_surgery.lora.report import Report

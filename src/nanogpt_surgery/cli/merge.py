@@ -13,14 +13,14 @@ PROBE_TOKENS = 64
 
 
 def merge(
-    model: Path, adapter: Path, *, out: Path, json: Annotated[bool, Parameter(negative="")] = False
+    model: str, adapter: Path, *, out: Path, json: Annotated[bool, Parameter(negative="")] = False
 ) -> None:
     """Add an adapter's ΔW to a model's weights, in float32, and write a new model folder.
 
     Parameters
     ----------
     model
-        a run or a model folder
+        a run, a model folder, a GGUF file or a hub name
     adapter
         an adapter folder, as finetune or peft writes it
     out

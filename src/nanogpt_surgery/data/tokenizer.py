@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -32,3 +32,14 @@ def encode_text(tokenizer: Tokenizer, text: str) -> Tensor:
     to_numpy = getattr(tokenizer, "encode_to_numpy", None)
     ids = np.asarray(to_numpy(text) if to_numpy else tokenizer.encode(text))
     return torch.from_numpy(ids.astype(np.int32, copy=False))
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The ids of a text that begins a context, with what the tokenizer puts before it (BOS)."""
+    encode: Callable[[str], list[int]] = getattr(tokenizer, "encode_prompt", tokenizer.encode)
+    return encode(text)
+
+
+def stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The tokens after which a text or a turn is over, where the tokenizer has any."""
+    return frozenset(getattr(tokenizer, "stop_ids", ()))

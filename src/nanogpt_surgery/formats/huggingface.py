@@ -9,6 +9,13 @@ import dataclasses
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.config_options import (
+    ABSENT,
+    ACTIVATIONS,
+    MODEL_TYPES,
+    refuse_options,
+    rope_options,
+)
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 
 OWN = "nanogpt_surgery"
@@ -44,21 +51,6 @@ _ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
-}
-# What no default stands in for.
-_NEEDED = ("vocab_size", "n_embd", "n_head", "n_layer", "block_size")
-_ACTIVATIONS = {"gelu_tanh": "gelu_new", "gelu": "gelu"}
-# Theirs, where a config.json leaves the field out.
-_ABSENT: dict[str, dict[str, Any]] = {
-    "gpt2": {"tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1},
-    "llama": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "attention_dropout": 0.0},
-    "qwen2": {"tie_word_embeddings": False, "rms_norm_eps": 1e-6, "attention_dropout": 0.0},
-    "qwen3": {
-        "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6,
-        "attention_dropout": 0.0,
-        "head_dim": 128,
-    },
 }
 
 
@@ -109,7 +101,7 @@ def config_to_json(config: GPTConfig, tied: bool, dtype: str) -> dict[str, Any]:
 def _gpt2_extras(config: GPTConfig) -> dict[str, Any]:
     return {
         "n_ctx": config.block_size,
-        "activation_function": _ACTIVATIONS[config.mlp],
+        "activation_function": ACTIVATIONS[config.mlp],
         "embd_pdrop": config.dropout,
         "attn_pdrop": config.dropout,
     }
@@ -128,122 +120,91 @@ def _llama_extras(config: GPTConfig, family: str) -> dict[str, Any]:
     return extras
 
 
-def config_from_json(contents: dict[str, Any]) -> GPTConfig:
+def config_from_json(contents: Any) -> GPTConfig:
     """The config that a `config.json` describes.
 
     Raises:
         SurgeryError: an architecture that we do not have, or an option that would change the
             result and that we do not have (all of them, by name).
     """
-    family = contents.get("model_type") if isinstance(contents, dict) else None
-    if family == OWN:
-        return _own_config(contents)
-    if family not in tuple(FAMILIES):
+    if not isinstance(contents, dict):
         raise SurgeryError(
-            f"the model_type {family!r} is not one we have", f"families: {', '.join(FAMILIES)}"
+            f"config.json holds a {type(contents).__name__}, not an object with a model_type"
         )
-    contents = _ABSENT[family] | {k: v for k, v in contents.items() if v is not None}
+    name = contents.get("model_type")
+    if name == OWN:
+        return _own_config(contents)
+    if not isinstance(name, str) or name not in MODEL_TYPES:
+        raise SurgeryError(
+            f"the model_type {name!r} is not one we have", f"those are {', '.join(MODEL_TYPES)}"
+        )
+    family = MODEL_TYPES[name]
+    contents = {k: v for k, v in (ABSENT[name] | contents).items() if v is not None}
+    refuse_options(contents, name)
     fields = _FIELDS[family]
-    _raise_if(
-        "config.json lacks", [fields[ours] for ours in _NEEDED if fields[ours] not in contents]
-    )
-    _raise_if(
-        f"this {family} sets options that we do not have:", _unknown_options(contents, family)
-    )
-    usual = {axis: choices[0] for axis, choices in FAMILIES[family].items()}
     values = {ours: contents[theirs] for ours, theirs in fields.items() if theirs in contents}
+    missing = [fields[ours] for ours in _NEEDED if ours not in values]
+    if missing:
+        raise SurgeryError(f"config.json lacks {', '.join(missing)}")
+    _check_types(values, fields)
     extras = _gpt2_axes(contents) if family == "gpt2" else _llama_axes(contents, family)
+    usual = {axis: choices[0] for axis, choices in FAMILIES[family].items()}
     return GPTConfig(**(usual | values | extras))
+
+
+_NEEDED = ("vocab_size", "n_embd", "n_head", "n_layer", "block_size")
+_KINDS = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
+
+
+def _check_types(values: dict[str, Any], names: dict[str, str]) -> None:
+    """Sizes are integers, other numbers are numbers, and choices are true or false."""
+    kinds: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    wrong = [
+        f"{names.get(name, name)} is {value!r}"
+        for name, value in values.items()
+        if _KINDS[name] in kinds and type(value) not in kinds[_KINDS[name]]
+    ]
+    if wrong:
+        raise SurgeryError(f"config.json gives values of the wrong type: {'; '.join(wrong)}")
 
 
 def _own_config(contents: dict[str, Any]) -> GPTConfig:
     known = {field.name for field in dataclasses.fields(GPTConfig)}
     values = {key: value for key, value in contents.items() if key in known}
-    problems = sorted(set(contents) - known - {"model_type", "architectures", "dtype"})
+    about = {"model_type", "architectures", "dtype", "bos_token_id", "eos_token_id", "auto_map"}
+    problems = sorted(set(contents) - known - about)
     problems += [f"no {key}" for key in sorted(known - set(values))]
-    _raise_if("config.json holds what is not understood:", problems)
-    if values["rope_scaling"] is not None:
-        values["rope_scaling"] = _rope_scaling(values["rope_scaling"])
+    if problems:
+        raise SurgeryError(f"config.json holds what is not understood: {', '.join(problems)}")
+    _check_types(values, {})
+    scaling = values["rope_scaling"]
+    if scaling is not None:
+        values["rope_scaling"] = _scaling(scaling if isinstance(scaling, dict) else {})
     return GPTConfig(**values)
 
 
-def _rope_scaling(options: Any) -> RopeScaling:
+def _scaling(options: dict[str, Any]) -> RopeScaling:
     fields = [field.name for field in dataclasses.fields(RopeScaling)]
-    given = options if isinstance(options, dict) else {}
-    _raise_if("config.json's rope scaling lacks", [name for name in fields if name not in given])
-    return RopeScaling(**{name: given[name] for name in fields})
+    wrong = [name for name in fields if type(options.get(name)) not in (int, float)]
+    if wrong:
+        raise SurgeryError(f"the rotary scaling in config.json lacks {', '.join(wrong)}")
+    return RopeScaling(**{name: options[name] for name in fields})
 
 
 def _gpt2_axes(contents: dict[str, Any]) -> dict[str, Any]:
     name = contents.get("activation_function", "gelu_new")
-    return {"mlp": {theirs: ours for ours, theirs in _ACTIVATIONS.items()}[name]}
+    return {"mlp": {theirs: ours for ours, theirs in ACTIVATIONS.items()}[name]}
 
 
 def _llama_axes(contents: dict[str, Any], family: str) -> dict[str, Any]:
-    rope = _rope(contents)
-    axes: dict[str, Any] = {"rope_theta": rope["rope_theta"]}
+    rope = rope_options(contents)
+    theta = rope.get("rope_theta", 10000.0)
+    _check_types({"rope_theta": theta}, {})
+    axes: dict[str, Any] = {"rope_theta": float(theta)}
     if rope["rope_type"] == "llama3":
-        axes["rope_scaling"] = _rope_scaling(rope)
+        axes["rope_scaling"] = _scaling(rope)
     if family != "qwen2":
         attention, mlp = contents.get("attention_bias"), contents.get("mlp_bias")
         both = mlp and family == "llama"
         axes["bias"] = ("all" if both else "attention") if attention else "none"
     return axes
-
-
-def _rope(contents: dict[str, Any]) -> dict[str, Any]:
-    """The rotary options, whether they lie where older or newer configs put them."""
-    written = contents.get("rope_scaling") or contents.get("rope_parameters")
-    written = written if isinstance(written, dict) else {}
-    return {
-        "rope_type": written.get("type", "default"),
-        "rope_theta": contents.get("rope_theta", 10000.0),
-        "original_max_position_embeddings": contents["max_position_embeddings"],
-    } | {name: value for name, value in written.items() if name != "type" and value is not None}
-
-
-# Options that would change the result, and the values of theirs that we have.
-_ANYWHERE: dict[str, tuple[Any, ...]] = {"quantization_config": ()}
-_IN_GPT2: dict[str, tuple[Any, ...]] = {
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "activation_function": tuple(_ACTIVATIONS.values()),
-}
-_IN_LLAMA: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "use_sliding_window": (False,),
-    "pretraining_tp": (1,),
-    "partial_rotary_factor": (1,),
-}
-_IN_ROPE = {"rope_type", "rope_theta", *(f.name for f in dataclasses.fields(RopeScaling))}
-
-
-def _unknown_options(contents: dict[str, Any], family: str) -> list[str]:
-    known = _ANYWHERE | (_IN_GPT2 if family == "gpt2" else _IN_LLAMA)
-    found = [
-        f"{key} {contents[key]!r}"
-        for key, values in known.items()
-        if key in contents and contents[key] not in values
-    ]
-    return found if family == "gpt2" else found + _unknown_llama_options(contents, family)
-
-
-def _unknown_llama_options(contents: dict[str, Any], family: str) -> list[str]:
-    rope = _rope(contents)
-    found = [f"rope {name} {rope[name]!r}" for name in rope if name not in _IN_ROPE]
-    if rope["rope_type"] not in ("default", "llama3"):
-        found = [f"rope_type {rope['rope_type']!r}"]
-    for key in ("rope_scaling", "rope_parameters"):
-        if not isinstance(contents.get(key, {}), dict):
-            found.append(f"{key} {contents[key]!r}")
-    if not set(contents.get("layer_types", ())) <= {"full_attention"}:
-        found.append(f"layer_types {contents['layer_types']!r}")
-    if family == "llama" and contents.get("mlp_bias") and not contents.get("attention_bias"):
-        found.append("mlp_bias without attention_bias")
-    return found
-
-
-def _raise_if(what: str, names: list[str]) -> None:
-    if names:
-        raise SurgeryError(f"{what} {', '.join(names)}")

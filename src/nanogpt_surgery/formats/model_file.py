@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import (
     read_json,
     refuse_damage,
@@ -20,28 +16,43 @@ from nanogpt_surgery.files import (
     write_json,
     write_tensors,
 )
+from nanogpt_surgery.formats.comparison import check_equal
+from nanogpt_surgery.formats.config_options import MODEL_TYPES
+from nanogpt_surgery.formats.gguf_file import is_gguf
+from nanogpt_surgery.formats.gguf_model import open_gguf
+from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
 from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
-from nanogpt_surgery.formats.name_map import normal_names, to_ours, to_theirs
+from nanogpt_surgery.formats.name_map import NAME_MAPS, identity, normal_names, to_theirs
+from nanogpt_surgery.formats.placing import build_model
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
+from nanogpt_surgery.formats.safetensors_file import stored_tensors
+from nanogpt_surgery.formats.tokenizer_files import (
+    open_tokenizer,
+    special_ids,
+    write_tokenizer_files,
+)
 from nanogpt_surgery.lora.operations import has_lora
 from nanogpt_surgery.lora.peft_config import CONFIG as ADAPTER_CONFIG
-from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
-CONFIG, TENSORS, TOKENIZER = "config.json", "model.safetensors", "tokenizer.json"
+CONFIG, TENSORS = "config.json", "model.safetensors"
 
 
 def save_model(model: SimpleGPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
     """Write a model folder in Hugging Face's form, whole or not at all.
 
     A model on a family's axes is written under the family's names and opens in transformers.
-    Whether the head is tied is read from the tensors. `MANIFEST.json` holds sizes and hashes.
+    Whether the head is tied is read from the tensors. `MANIFEST.json` holds sizes and hashes. What
+    is written is opened again and compared before it counts as written.
 
     Raises:
-        SurgeryError: the model carries a LoRA, or the folder holds something else.
+        SurgeryError: the model carries a LoRA, or the folder holds something else, or what was
+            written does not read back. There is no new folder then.
     """
     with whole_folder(folder) as temporary:
         write_model_files(model, temporary, tokenizer)
+        again, tokenizer_again = open_model(temporary)
+        check_equal(model, again, tokenizer, tokenizer_again)
 
 
 def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | None = None) -> None:
@@ -59,120 +70,68 @@ def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | Non
     contents = config_to_json(model.config, tied, str(weight.dtype).removeprefix("torch."))
     if contents["model_type"] != OWN:
         tensors = to_theirs(tensors, contents["model_type"], model.config.n_layer)
-    write_json(folder / CONFIG, contents)
+    write_json(folder / CONFIG, contents | special_ids(tokenizer))
     write_tensors(tensors, folder / TENSORS)
     if tokenizer is not None:
-        if not isinstance(tokenizer, CharacterTokenizer):
-            raise SurgeryError(f"a {type(tokenizer).__name__} cannot be written as {TOKENIZER}")
-        tokenizer.save(folder / TOKENIZER)
-        write_json(folder / "tokenizer_config.json", _tokenizer_config(model.config))
+        write_tokenizer_files(tokenizer, folder, model.config.block_size)
 
 
-def _tokenizer_config(config: GPTConfig) -> dict[str, Any]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": config.block_size,
-    }
+def open_model(
+    path: str | Path, dtype: torch.dtype | None = None
+) -> tuple[SimpleGPT, Tokenizer | None]:
+    """Open whatever a path holds, in eval mode on the CPU.
 
+    Weights are mapped where the file holds them as the model needs them, and otherwise read piece
+    by piece, so they are never held twice.
 
-def open_model(path: str | Path) -> tuple[SimpleGPT, Tokenizer | None]:
-    """Open a model folder, or the best checkpoint of a run folder, in eval mode on the CPU.
+    Args:
+        path: a model folder in Hugging Face's form, a run folder (its best checkpoint), a GGUF
+            file, or a name on the Hugging Face hub ("HuggingFaceTB/SmolLM2-135M").
+        dtype: of the weights; None: as most of them are stored, float32 if they are quantised.
 
     Returns:
-        The model, and its tokenizer if the folder has one.
+        The model, and its tokenizer if there is one.
 
     Raises:
         SurgeryError: nothing is there, it is damaged, or it is a model that we do not have.
     """
+    if is_gguf(Path(path)):
+        return open_gguf(path, dtype)
     folder = model_folder(path)
     refuse_damage(folder)
     contents = read_json(folder / CONFIG)
+    if isinstance(contents, dict) and contents.get("auto_map"):
+        warnings.warn(
+            f"{folder / CONFIG} asks for code of its own (auto_map), which is not run",
+            SurgeryWarning,
+            stacklevel=2,
+        )
     config = config_from_json(contents)
-    with torch.device("meta"), _NothingDrawn():
-        model = SimpleGPT.from_config(config)
-    tensors = _read_tensors(folder / TENSORS)
-    unknown: list[str] = []
-    if (family := contents["model_type"]) != OWN:
-        tensors, unknown = to_ours(normal_names(tensors, family), family, config.n_layer)
-    if config.tie_head and "embed_tokens.weight" in tensors:
-        tensors.setdefault("lm_head.weight", tensors["embed_tokens.weight"])
-    _check_tensors(model, tensors, unknown, folder)
-    model.load_state_dict(tensors, assign=True)
-    if config.tie_head:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.eval(), _tokenizer(folder)
-
-
-class _NothingDrawn(TorchFunctionMode):
-    """Constructors draw no weights: those on the meta device have no numbers.
-
-    Without it torch takes seconds, the first time, to find out that there is nothing to draw.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """Pass over every draw from a normal distribution, call anything else."""
-        kwargs = kwargs or {}
-        if func is nn.init.normal_:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
+    stored = stored_tensors(folder, TENSORS)
+    family = MODEL_TYPES.get(contents["model_type"], OWN)
+    table = identity(stored) if family == OWN else NAME_MAPS[family]
+    names = normal_names(stored, family)
+    return build_model(config, names, table, dtype, str(folder)), open_tokenizer(folder)
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model folder that a path means: itself, or the checkpoint chosen in a run folder."""
-    path = Path(path)
-    if is_run(path):
-        path = chosen_checkpoint(path)
-    if (path / ADAPTER_CONFIG).is_file():
+    """The model folder that a path means.
+
+    It is the path itself, the checkpoint chosen in a run folder, or the copy of a model on the hub.
+    """
+    folder = Path(path)
+    if is_run(folder):
+        folder = chosen_checkpoint(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
         raise SurgeryError(
-            f"{path} is an adapter, not a model", "name its model, and the adapter with --adapter"
+            f"{folder} is an adapter, not a model", "name its model, and the adapter with --adapter"
         )
-    if not (path / CONFIG).is_file():
-        there = "there is no such folder" if not path.exists() else f"it holds no {CONFIG}"
+    if not folder.exists() and is_hub_name(str(path)):
+        return hub_folder(str(path))
+    if not (folder / CONFIG).is_file():
+        there = "there is no such folder" if not folder.exists() else f"it holds no {CONFIG}"
         raise SurgeryError(
-            f"{path} is neither a run nor a model folder: {there}",
+            f"{folder} is neither a run nor a model folder: {there}",
             "surgery train --out RUN makes a run",
         )
-    return path
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise SurgeryError(f"{path} is missing")
-    try:
-        with safe_open(path, "pt") as file:
-            # Copies: the file may be replaced while the model is in use.
-            return {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise SurgeryError(f"{path} is not a safetensors file: {error}") from None
-
-
-def _check_tensors(
-    model: SimpleGPT, tensors: dict[str, Tensor], unknown: list[str], folder: Path
-) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"{name} is missing" for name in expected if name not in tensors]
-    problems += [f"{name} is unknown" for name in unknown + sorted(set(tensors) - set(expected))]
-    for name, tensor in tensors.items():
-        shape, wanted = tuple(tensor.shape), expected.get(name, tuple(tensor.shape))
-        if shape != wanted:
-            problems.append(f"{name} is {shape}, the config says {wanted}")
-        if not tensor.is_floating_point():
-            problems.append(f"{name} holds {tensor.dtype}, not floating-point numbers")
-    if not problems and model.config.tie_head and not _same(tensors):
-        problems.append("lm_head.weight differs from the embedding to which the config ties it")
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
-        raise SurgeryError(f"the tensors in {folder} do not fit its {CONFIG}: {shown}")
-
-
-def _same(tensors: dict[str, Tensor]) -> bool:
-    head, embedding = tensors["lm_head.weight"], tensors["embed_tokens.weight"]
-    return head.dtype == embedding.dtype and torch.equal(head, embedding)
-
-
-def _tokenizer(folder: Path) -> Tokenizer | None:
-    path = folder / TOKENIZER
-    return CharacterTokenizer.from_json(read_json(path)) if path.is_file() else None
+    return folder

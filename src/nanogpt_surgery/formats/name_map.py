@@ -7,25 +7,33 @@ one fused matrix (GPT-2's `c_attn`), and GPT-2's Conv1D keeps its matrices trans
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
+Anything = TypeVar("Anything")
+
 
 @dataclass(frozen=True)
 class Row:
-    """Modules of ours, the one of theirs that holds them, and whether it is a Conv1D."""
+    """Modules of ours, and the one of theirs that holds them.
+
+    `conv1d`: its matrix is transposed. `interleaved`: so many heads keep their rotary pairs side by
+    side (0: as ours).
+    """
 
     ours: tuple[str, ...]
     theirs: str
     conv1d: bool = False
+    interleaved: int = 0
 
     def at(self, layer: int) -> Row:
         """The row of one layer."""
         ours = tuple(name.replace("*", str(layer)) for name in self.ours)
-        return Row(ours, self.theirs.replace("*", str(layer)), self.conv1d)
+        return replace(self, ours=ours, theirs=self.theirs.replace("*", str(layer)))
 
 
 def _llama_like() -> list[Row]:
@@ -66,7 +74,17 @@ NAME_MAPS: dict[str, list[Row]] = {
 
 def rows(family: str, n_layer: int) -> Iterator[Row]:
     """The family's rows, those of layers once for each."""
-    for row in NAME_MAPS[family]:
+    yield from each_layer(NAME_MAPS[family], n_layer)
+
+
+def identity(names: Iterable[str]) -> list[Row]:
+    """A table for tensors that carry our own names."""
+    return [Row((module,), module) for module in {name.rpartition(".")[0]: None for name in names}]
+
+
+def each_layer(table: Iterable[Row], n_layer: int) -> Iterator[Row]:
+    """A table's rows, those with a `*` once for each layer."""
+    for row in table:
         yield from (row.at(i) for i in range(n_layer)) if "*" in row.theirs else [row]
 
 
@@ -88,7 +106,7 @@ def to_theirs(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str
 def to_ours(
     tensors: dict[str, Tensor], family: str, n_layer: int
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """The inverse of `to_theirs`, and the names of tensors that have no place in the family."""
+    """The inverse of `to_theirs`, and the names that the family does not have."""
     left = dict(tensors)
     converted: dict[str, Tensor] = {}
     for row in rows(family, n_layer):
@@ -100,23 +118,20 @@ def to_ours(
     return converted, sorted(left)
 
 
-def normal_names(tensors: dict[str, Tensor], family: str) -> dict[str, Tensor]:
-    """Tensors named as the family's rows name them, without what can be computed.
+def normal_names(tensors: Mapping[str, Anything], family: str) -> dict[str, Anything]:
+    """Tensors named as the family's rows name them, without buffers that follow from the config.
 
-    Older files carry causal masks (GPT-2) or rotary frequencies (Llama) as buffers, and older GPT-2
-    files leave out the prefix `transformer.`.
+    Older GPT-2 files leave out the prefix `transformer.` and carry the causal masks; older Llama
+    files carry the rotary frequencies.
     """
-    kept = {name: t for name, t in tensors.items() if not name.endswith(_COMPUTED[family])}
+    kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
     if family != "gpt2":
         return kept
     prefixed = ("transformer.", "lm_head.")
     return {k if k.startswith(prefixed) else f"transformer.{k}": t for k, t in kept.items()}
 
 
-_COMPUTED: dict[str, tuple[str, ...]] = {
-    "gpt2": (".attn.bias", ".attn.masked_bias"),
-    **dict.fromkeys(("llama", "qwen2", "qwen3"), (".rotary_emb.inv_freq",)),
-}
+_BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def _turned(tensor: Tensor, row: Row, kind: str) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 
@@ -10,7 +9,8 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.generation.sampling import sample
+from nanogpt_surgery.generation.sampling import choose
+from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -22,6 +22,7 @@ def generate(
     temperature: float = 1.0,
     top_k: int | None = None,
     *,
+    sampling: SamplingSettings | None = None,
     stop_ids: Collection[int] = (),
     seed: int | None = None,
 ) -> Iterator[int]:
@@ -37,6 +38,7 @@ def generate(
         max_new_tokens: how many at most.
         temperature: 0 takes the likeliest id; 1 draws from the model's distribution.
         top_k: draw among the k likeliest alone.
+        sampling: every setting of the draw, in the place of temperature and top_k.
         stop_ids: ids after which to stop; the one met is not yielded.
         seed: of the draw; None draws differently each time.
 
@@ -44,14 +46,15 @@ def generate(
         SurgeryError: an empty prompt, an id outside the vocabulary, or a setting outside its range.
     """
     prompt = torch.as_tensor(ids, dtype=torch.long)
-    _check(model, prompt, max_new_tokens, temperature, top_k)
-    prompt = prompt.flatten()
-    return _ids(model, prompt, max_new_tokens, temperature, top_k, stop_ids, seed)
+    check_prompt(model, prompt)
+    if max_new_tokens < 0:
+        raise SurgeryError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+    settings = sampling or SamplingSettings(temperature, top_k)
+    return _ids(model, prompt.flatten(), max_new_tokens, settings, stop_ids, seed)
 
 
-def _check(
-    model: SimpleGPT, prompt: Tensor, max_new_tokens: int, temperature: float, top_k: int | None
-) -> None:
+def check_prompt(model: SimpleGPT, prompt: Tensor) -> None:
+    """Raise `SurgeryError` unless a prompt (T,) has ids, and all of the vocabulary."""
     vocab_size = model.config.vocab_size
     if prompt.dim() != 1 and prompt.shape[:-1] != (1,):
         raise SurgeryError(
@@ -65,35 +68,30 @@ def _check(
             f"the prompt has ids from {int(prompt.min())} to {int(prompt.max())}; the model's "
             f"vocabulary is 0 to {vocab_size - 1}"
         )
-    if not 0 <= temperature < math.inf:
-        raise SurgeryError(f"temperature is {temperature}; it must be at least 0 and finite")
-    if top_k is not None and top_k < 1:
-        raise SurgeryError(f"top_k is {top_k}; it must be at least 1")
-    if max_new_tokens < 0:
-        raise SurgeryError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
 
 
 def _ids(
     model: SimpleGPT,
     prompt: Tensor,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
+    settings: SamplingSettings,
     stop_ids: Collection[int],
     seed: int | None,
 ) -> Iterator[int]:
     draw = torch.Generator()
     draw.seed() if seed is None else draw.manual_seed(seed)
-    window = _Window(model, prompt, max_new_tokens)
+    before, answer = prompt.tolist(), list[int]()
+    window = Window(model, prompt, max_new_tokens)
     for _ in range(max_new_tokens):
-        new = sample(window.next_logits().cpu(), temperature, top_k, draw)
+        new = choose(window.next_logits().cpu(), settings, before, answer, draw)
         if new in stop_ids:
             return
         yield new
+        answer.append(new)
         window.append(new)
 
 
-class _Window:
+class Window:
     """The last `block_size` ids, and the cache of all but those not yet computed."""
 
     def __init__(self, model: SimpleGPT, prompt: Tensor, max_new_tokens: int):
@@ -106,6 +104,7 @@ class _Window:
         self.warned = False
 
     def append(self, new: int) -> None:
+        """Add an id to the text."""
         self.ids = torch.cat((self.ids, self.ids.new_tensor([new])))
 
     def next_logits(self) -> Tensor:

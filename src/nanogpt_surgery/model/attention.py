@@ -40,14 +40,24 @@ class CausalSelfAttention(nn.Module):
         self.k_norm = _head_norm(config)
         self.rotate: Any = rotate if config.positions == "rotary" else leave
 
-    def forward(self, x: Tensor, rotation: Any = None, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, C) → (B, T, C); with a cache, the T tokens follow the S − T it holds."""
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Any = None,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C) → (B, T, C); with a cache, the T tokens follow the S − T it holds.
+
+        `mask` (B, 1, T, S), true where a token may look, stands for the causal one.
+        """
         q = self.rotate(self.q_norm(self._heads(self.q_proj(x))), rotation)  # (B, H, T, D)
         k = self.rotate(self.k_norm(self._heads(self.k_proj(x))), rotation)  # (B, G, T, D)
         v = self._heads(self.v_proj(x))  # (B, G, T, D)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, D)
-        y = causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        y = causal_attention(q, k, v, dropout, mask)  # (B, H, T, D)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         return out
 
@@ -60,19 +70,22 @@ def _head_norm(config: GPTConfig) -> nn.Module:
     return RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
 
-def causal_attention(q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0) -> Tensor:
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None
+) -> Tensor:
     """Softmax-weighted values: (B, H, T, D), (B, G, S, D), (B, G, S, D) → (B, H, T, D).
 
-    Query t sees keys 0 … S − T + t. `is_causal` and no mask at all keep the fast kernels; only
-    several tokens after a filled cache need the mask written out.
+    Query t sees keys 0 … S − T + t, or what a mask (B, 1, T, S) lets it see. `is_causal` and no
+    mask at all keep the fast kernels; only several tokens after a filled cache need it written out.
     """
     new, keys = q.size(2), k.size(2)
     if q.size(1) != k.size(1):
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, D)
-    if new == keys or new == 1:
+    if mask is None and (new == keys or new == 1):
         return _kernel(q, k, v, dropout_p=dropout, is_causal=new > 1)
-    mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)
+    if mask is None:
+        mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)
     return _kernel(q, k, v, attn_mask=mask, dropout_p=dropout)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.model.config import GPTConfig, RopeScaling
 
-Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, (T, D) each
+Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, (T, D) or (B, 1, T, D) each
 
 
 class LearnedPositions(nn.Embedding):
@@ -42,10 +42,14 @@ class RotaryPositions(nn.Module):
         self.frequencies = rotary_frequencies(config)
 
     def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
-        """(B, T, C) embeddings and (T,) positions → (B, T, C) and the rotation, in x's dtype."""
-        frequencies = self.frequencies.to(x.device)
-        angles = torch.outer(positions.float(), frequencies)  # (T, D/2)
+        """(B, T, C) embeddings and positions → (B, T, C) and the rotation, in x's dtype.
+
+        Positions (T,) are those of every row; those of (B, T) are each row's own.
+        """
+        angles = positions.float()[..., None] * self.frequencies.to(x.device)  # (T, D/2)
         angles = torch.cat((angles, angles), dim=-1)  # (T, D)
+        if positions.dim() == 2:
+            angles = angles[:, None]  # (B, 1, T, D), the same for every head
         return x, (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
 
 

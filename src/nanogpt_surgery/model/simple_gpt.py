@@ -20,6 +20,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.initialisation import initialise
 from nanogpt_surgery.model.kv_cache import KVCache
+from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.norm import make_norm
 from nanogpt_surgery.model.positions import make_positions
 from nanogpt_surgery.model.transformer_encoder_layer import TransformerEncoderLayer
@@ -73,23 +74,32 @@ class SimpleGPT(nn.Module):
         """Number of distinct weights of the model as built, before any surgery."""
         return self.config.n_parameters
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self, ids: Tensor, cache: KVCache | None = None, layout: Layout | None = None
+    ) -> Tensor:
         """Logits (B, T, V) for ids (B, T); with a cache, the ids follow the tokens it holds.
+
+        A layout says so where a row is not one text from its first column on.
 
         Raises:
             SurgeryError: the context is longer than `block_size`, or than the cache has room for.
         """
-        logits: Tensor = self.lm_head(self.hidden(ids, cache))
+        logits: Tensor = self.lm_head(self.hidden(ids, cache, layout))
         return logits
 
-    def hidden(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(
+        self, ids: Tensor, cache: KVCache | None = None, layout: Layout | None = None
+    ) -> Tensor:
         """What the head reads: (B, T, C), after the final norm."""
         start = self._start(ids, cache)
         positions = torch.arange(start, start + ids.size(1), device=ids.device)  # (T,)
+        mask = None
+        if layout is not None:
+            positions, mask = layout.positions, layout.mask  # (B, T), (B, 1, T, S)
         x, rotation = self.embed_positions(self.embed_tokens(ids), positions)  # (B, T, C)
         x = self.dropout(x)
         for index, layer in enumerate(self.layers):
-            x = layer(x, rotation, cache.layers[index] if cache is not None else None)
+            x = layer(x, rotation, cache.layers[index] if cache is not None else None, mask)
         out: Tensor = self.norm(x)
         return out
 

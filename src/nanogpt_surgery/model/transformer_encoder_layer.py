@@ -32,8 +32,14 @@ class TransformerEncoderLayer(nn.Module):
         self.mlp = make_feed_forward(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rotation: Any = None, cache: LayerCache | None = None) -> Tensor:
-        """(B, T, C) → (B, T, C); `rotation` is the rotary positions', `cache` the caller's."""
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, cache))
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Any = None,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """(B, T, C) → (B, T, C); `rotation` and `mask` see `CausalSelfAttention`."""
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, cache, mask))
         x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return x

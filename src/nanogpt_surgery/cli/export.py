@@ -1,0 +1,60 @@
+"""`surgery export`: a model, or an adapter, for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.console import say, show
+
+Form = Literal["F32", "F16", "BF16", "Q8_0", "lora-gguf", "mlx"]
+
+
+def export(
+    model: str,
+    *,
+    out: Path,
+    form: Form = "F16",
+    adapter: Path | None = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write a GGUF file for llama.cpp, or an adapter for llama.cpp or MLX; read again and compared.
+
+    With an adapter, a GGUF file holds the merged model.
+
+    Parameters
+    ----------
+    model
+        a run, a model folder, a GGUF file or a hub name
+    out
+        the file to make; for mlx the folder
+    form
+        the type of a GGUF's matrices; or the adapter alone, as lora-gguf or mlx
+    adapter
+        an adapter folder, as finetune or peft writes it
+    json
+        print the report as JSON
+    """
+    from nanogpt_surgery.errors import SurgeryError
+    from nanogpt_surgery.formats.adapter_export import save_lora_gguf, save_mlx_adapter
+    from nanogpt_surgery.formats.adapter_layout import load_adapter
+    from nanogpt_surgery.formats.gguf_write import save_gguf
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.lora.operations import merge_lora
+
+    network, tokenizer = open_model(model)
+    if adapter is not None:
+        load_adapter(network, adapter)
+    elif form in ("lora-gguf", "mlx"):
+        raise SurgeryError(f"{form} writes an adapter, and none was named", "add --adapter FOLDER")
+    if form == "lora-gguf":
+        save_lora_gguf(network, out)
+    elif form == "mlx":
+        save_mlx_adapter(network, out)
+    else:
+        if adapter is not None:
+            merge_lora(network)
+        show(save_gguf(network, out, tokenizer, form), json)
+    say(f"wrote {out}, and read it again")

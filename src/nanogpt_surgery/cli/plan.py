@@ -1,0 +1,34 @@
+"""`surgery plan`: what an injection would do, before anything is touched."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.console import show
+from nanogpt_surgery.cli.options import given, options_of_function
+
+INJECT = "nanogpt_surgery.lora.operations:inject_lora"
+LoraOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "name"))
+
+
+def plan(
+    model: str,
+    *,
+    lora: LoraOptions = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Say which layers a LoRA would adapt, with its parameters, its file and its memory.
+
+    Parameters
+    ----------
+    model
+        a run, a model folder, a GGUF file or a hub name
+    json
+        print it as JSON
+    """
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.lora.forecast import plan_lora
+
+    show(plan_lora(open_model(model)[0], **given(lora)), json)

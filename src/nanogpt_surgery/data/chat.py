@@ -1,0 +1,159 @@
+"""From the messages of a conversation to the text, and the ids, that a model was trained on.
+
+A model's own template is rendered in a sandbox, in a process of its own (`template_worker.py`); a
+model without one gets ours: ChatML where its vocabulary has ChatML's tokens, plain names else.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+
+Message: TypeAlias = dict[str, str]  # role and content
+Render: TypeAlias = tuple[Sequence[Message], bool]  # and whether the text asks for an answer
+
+ROLES = ("system", "user", "assistant", "tool")
+LONGEST = 1 << 20  # characters of one conversation
+_WORKER = Path(__file__).with_name("template_worker.py")
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How conversations are written.
+
+    `source` is a template in Jinja, or the name of one of ours: "chatml" or "plain".
+    """
+
+    source: str
+    bos_token: str = ""
+    eos_token: str = ""
+    seconds: int = 10
+
+    def render(self, messages: Sequence[Message], ask: bool = True) -> str:
+        """The text of a conversation; `ask`: up to where an answer begins.
+
+        Raises:
+            SurgeryError: the messages are none, or the template fails or goes beyond its limits.
+        """
+        return self.render_many([(messages, ask)])[0]
+
+    def render_many(self, renders: Sequence[Render]) -> list[str]:
+        """The texts of several conversations."""
+        for messages, _ in renders:
+            check_messages(messages)
+        if self.source in OWN:
+            return [OWN[self.source](messages, ask) for messages, ask in renders]
+        variables = [
+            {
+                "messages": list(messages),
+                "add_generation_prompt": ask,
+                "bos_token": self.bos_token,
+                "eos_token": self.eos_token,
+                "tools": None,
+                "documents": None,
+            }
+            for messages, ask in renders
+        ]
+        return self._in_the_sandbox(variables)
+
+    def _in_the_sandbox(self, variables: list[dict[str, Any]]) -> list[str]:
+        job = {
+            "template": self.source,
+            "renders": variables,
+            "longest": LONGEST,
+            "seconds": self.seconds,
+        }
+        try:
+            done = subprocess.run(
+                [sys.executable, "-I", str(_WORKER)],
+                input=json.dumps(job),
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                timeout=self.seconds + 10,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise self._failed(f"it took longer than {self.seconds} seconds") from None
+        if done.returncode:
+            raise self._failed(f"it was stopped after {self.seconds} seconds or for its memory")
+        answer = json.loads(done.stdout)
+        if "error" in answer:
+            raise self._failed(answer["error"])
+        texts: list[str] = answer["texts"]
+        return texts
+
+    def _failed(self, reason: str) -> SurgeryError:
+        return SurgeryError(
+            f"the model's chat template fails: {reason}",
+            "check the roles and their order, or use a template of ours: chatml or plain",
+        )
+
+
+def template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that a tokenizer's model expects."""
+    token_of: Callable[[int | None], str | None] = getattr(tokenizer, "token_of", lambda _: None)
+    bos = token_of(getattr(tokenizer, "bos_id", None)) or ""
+    eos = token_of(getattr(tokenizer, "eos_id", None)) or ""
+    source = getattr(tokenizer, "chat_template", None)
+    if source is None:
+        id_of: Callable[[str], int | None] = getattr(tokenizer, "id_of", lambda _: None)
+        source = "plain" if id_of("<|im_start|>") is None else "chatml"
+    return ChatTemplate(source, bos, eos)
+
+
+def chat_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], template: ChatTemplate | None = None
+) -> list[int]:
+    """The ids of a conversation up to where the model's answer begins.
+
+    The template writes every special token itself, so none is added: BOS comes once.
+    """
+    ids = tokenizer.encode((template or template_of(tokenizer)).render(messages))
+    warn_of_two_bos(tokenizer, ids)
+    return ids
+
+
+def warn_of_two_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+    """Say so if a text begins with BOS twice."""
+    bos = getattr(tokenizer, "bos_id", None)
+    if bos is not None and list(ids[:2]) == [bos, bos]:
+        warnings.warn(
+            "the conversation begins with BOS twice: template and messages both write it",
+            SurgeryWarning,
+            stacklevel=3,
+        )
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise `SurgeryError` unless every message has a role and a content (all problems at once)."""
+    problems = []
+    for i, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+            problems.append(f"message {i + 1} has no text under 'content'")
+        elif message.get("role") not in ROLES:
+            problems.append(f"message {i + 1} has the role {message.get('role')!r}")
+    if problems:
+        raise SurgeryError("; ".join(problems[:8]), f"roles are {', '.join(ROLES)}")
+
+
+def _chatml(messages: Sequence[Message], ask: bool) -> str:
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+    return "".join(turns) + ("<|im_start|>assistant\n" if ask else "")
+
+
+def _plain(messages: Sequence[Message], ask: bool) -> str:
+    turns = [f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages]
+    return "".join(turns) + ("Assistant: " if ask else "")
+
+
+OWN: dict[str, Callable[[Sequence[Message], bool], str]] = {"chatml": _chatml, "plain": _plain}

@@ -1,0 +1,157 @@
+"""Batches of conversations in which only some tokens are trained on.
+
+Legend: B rows in a batch, T tokens in a row.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from nanogpt_surgery.data.gpt_dataset import shuffled
+from nanogpt_surgery.data.instructions import Example
+from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
+from nanogpt_surgery.errors import SurgeryError
+
+UNTRAINED = -100  # what cross-entropy passes over
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What a dataset holds, and what had to be left out."""
+
+    examples: int
+    rows: int
+    tokens: int
+    trained: int
+    """targets that count in the loss"""
+    ends: int
+    """targets that end a turn: without any, the model never learns to stop"""
+    truncated: int
+    """examples longer than a row, whose end was cut off"""
+    dropped: int
+    """examples of which no trained token was left"""
+
+
+class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Rows of (input, target), the target shifted by one and −100 where nothing is trained on.
+
+    Args:
+        examples: ids and which of them are trained on.
+        block_size: tokens in a row, T.
+        pack: put several examples in one row; the model must then be told which tokens belong
+            together, by the layout of `documents`.
+        end_ids: tokens that end a turn, to be counted.
+
+    Raises:
+        SurgeryError: nothing is left to train on.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        block_size: int,
+        pack: bool = False,
+        end_ids: Sequence[int] = (),
+    ):
+        self.block_size = block_size
+        cut = [_cut(example, block_size + 1) for example in examples]
+        kept = [example for example in cut if any(example.trained[1:])]
+        if not kept:
+            raise SurgeryError(
+                f"none of {len(examples)} examples has an answer within {block_size} tokens",
+                "give a larger block_size",
+            )
+        rows = _packed(kept, block_size) if pack else [[example] for example in kept]
+        self.inputs = torch.zeros(len(rows), block_size, dtype=torch.int32)
+        self.targets = torch.full((len(rows), block_size), UNTRAINED, dtype=torch.int32)
+        self.documents = torch.zeros(len(rows), block_size, dtype=torch.int32)
+        for row, members in enumerate(rows):
+            self._fill(row, members)
+        ends = torch.isin(self.targets, torch.tensor(sorted(end_ids), dtype=torch.int32))
+        self.counts = Counts(
+            examples=len(examples),
+            rows=len(rows),
+            tokens=sum(len(example.ids) for example in kept),
+            trained=int((self.targets != UNTRAINED).sum()),
+            ends=int(ends.sum()),
+            truncated=sum(len(example.ids) > block_size + 1 for example in examples),
+            dropped=len(examples) - len(kept),
+        )
+
+    @classmethod
+    def for_tokenizer(
+        cls, examples: Sequence[Example], tokenizer: Tokenizer, block_size: int, pack: bool = False
+    ) -> InstructionDataset:
+        """With the tokenizer's own ends of turns."""
+        return cls(examples, block_size, pack, sorted(stop_ids(tokenizer)))
+
+    def _fill(self, row: int, members: list[Example]) -> None:
+        place = 0
+        for number, example in enumerate(members, 1):
+            end = place + len(example.ids) - 1
+            ids = torch.tensor(example.ids, dtype=torch.int32)
+            trained = torch.tensor(example.trained[1:])
+            self.inputs[row, place:end] = ids[:-1]
+            self.targets[row, place:end] = torch.where(trained, ids[1:], UNTRAINED)
+            self.documents[row, place:end] = number
+            place = end
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Row `index`: input and target, (T,) int64 each."""
+        return self.inputs[index].long(), self.targets[index].long()
+
+    def rows_of(self, step: int, batch_size: int, seed: int = 0) -> Tensor:
+        """Which rows make the batch of a step, (B,): a pure function of (seed, step)."""
+        places = np.arange(step * batch_size, (step + 1) * batch_size)
+        epochs, places = np.divmod(places, len(self))
+        return torch.from_numpy(shuffled(places, len(self), epochs + seed * 1_000_003))
+
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+        """The batch of a step: inputs and targets, (B, T) int64 each."""
+        rows = self.rows_of(step, batch_size, seed)
+        return self.inputs[rows].long(), self.targets[rows].long()
+
+
+def _cut(example: Example, length: int) -> Example:
+    return Example(example.ids[:length], example.trained[:length])
+
+
+def _packed(examples: Sequence[Example], size: int) -> list[list[Example]]:
+    """Rows of examples: each, the longest first, goes to the fullest row that has room for it."""
+    rows: list[list[Example]] = []
+    room: list[tuple[int, int]] = []  # (places left, row), the least first
+    for example in sorted(examples, key=lambda e: -len(e.ids)):
+        need = len(example.ids) - 1
+        place = bisect_left(room, (need, 0))
+        if place == len(room):
+            rows.append([])
+            room.append((size, len(rows) - 1))
+        left, row = room.pop(place)
+        rows[row].append(example)
+        insort(room, (left - need, row))
+    return rows
+
+
+def preview(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of an example in pieces, each with whether it is trained on, token by token joined.
+
+    Pieces change where training begins or ends, so a character is never split.
+    """
+    pieces: list[tuple[str, bool]] = []
+    start = 0
+    for end in range(1, len(example.ids) + 1):
+        if end == len(example.ids) or example.trained[end] != example.trained[start]:
+            text = tokenizer.decode(example.ids[start:end])
+            pieces.append((text, example.trained[start]))
+            start = end
+    return pieces

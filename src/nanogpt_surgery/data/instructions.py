@@ -1,0 +1,159 @@
+"""Instruction data: prompts with answers, or whole conversations, and which tokens are trained on.
+
+A file is JSON (a list of records) or JSONL (a record on each line). A record is one of
+
+    {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}
+    {"prompt": …, "completion": …}                     also "answer", "response", "output"
+    {"instruction": …, "input": …, "output": …}        "input" may be empty or left out
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanogpt_surgery.data.chat import ChatTemplate, Message, template_of
+from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.errors import SurgeryError
+
+_ANSWERS = ("completion", "answer", "response", "output")
+
+
+@dataclass(frozen=True)
+class Example:
+    """The ids of a conversation, and for each whether it is trained on."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+
+def read_conversations(path: str | Path) -> list[list[Message]]:
+    """The conversations of a JSON or JSONL file.
+
+    Raises:
+        SurgeryError: the file is missing or not JSON, or records are of no known form (all of
+            them, with their number).
+    """
+    conversations, problems = [], []
+    for number, record in enumerate(_records(Path(path)), 1):
+        messages = _messages(record)
+        if messages is None:
+            problems.append(f"record {number} has {_keys(record)}")
+        else:
+            conversations.append(messages)
+    if problems or not conversations:
+        shown = "; ".join(problems[:5]) or "there are no records"
+        more = f"; {len(problems) - 5} more" if problems[5:] else ""
+        raise SurgeryError(
+            f"{path} is not instruction data: {shown}{more}",
+            "records have messages, or prompt and completion, or instruction, input and output",
+        )
+    return conversations
+
+
+def _records(path: Path) -> Iterable[Any]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SurgeryError(f"cannot read {path}: {error}") from error
+    if text.lstrip().startswith("["):
+        yield from _parsed(text, path, 1)
+        return
+    for number, line in enumerate(text.splitlines(), 1):
+        if line.strip():
+            yield _parsed(line, path, number)
+
+
+def _parsed(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SurgeryError(f"{path}, line {line}, is not JSON: {error}") from None
+
+
+def _keys(record: Any) -> str:
+    return ", ".join(map(str, record)) if isinstance(record, dict) else f"no keys: {record!r:.40}"
+
+
+def _messages(record: Any) -> list[Message] | None:
+    if not isinstance(record, dict):
+        return None
+    if isinstance(record.get("messages"), list):
+        messages: list[Message] = record["messages"]
+        return messages
+    question = record.get("instruction", record.get("prompt"))
+    if isinstance(question, str) and record.get("input"):
+        question = f"{question}\n\n{record['input']}"
+    answer = next((record[key] for key in _ANSWERS if isinstance(record.get(key), str)), None)
+    if not isinstance(question, str) or answer is None:
+        return None
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def encode_conversations(
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None = None,
+    *,
+    answers_only: bool = True,
+) -> list[Example]:
+    """The ids of conversations; trained on are the assistant's answers and what ends them.
+
+    Each part is encoded as it is met in a chat: the text up to an answer, then the answer.
+
+    Args:
+        conversations: lists of messages.
+        tokenizer: the model's.
+        template: how they are written; the tokenizer's own by default.
+        answers_only: otherwise every token is trained on.
+
+    Raises:
+        SurgeryError: a conversation has no answer, or the template does not write a conversation
+            as a continuation of its beginning, so that answers cannot be told from questions.
+    """
+    template = template or template_of(tokenizer)
+    ends = [_answers(messages) for messages in conversations]
+    empty = [number for number, found in enumerate(ends, 1) if not found]
+    if empty:
+        raise SurgeryError(f"conversation {empty[0]} has no answer ({len(empty)} such in all)")
+    renders = [
+        render
+        for messages, found in zip(conversations, ends, strict=True)
+        for i in found
+        for render in ((messages[:i], True), (messages[: i + 1], False))
+    ]
+    texts = iter(template.render_many(renders))
+    return [
+        _example([(next(texts), next(texts)) for _ in found], tokenizer, answers_only, number)
+        for number, found in enumerate(ends, 1)
+    ]
+
+
+def _answers(messages: Sequence[Message]) -> list[int]:
+    return [
+        i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "assistant"
+    ]
+
+
+def _example(
+    texts: list[tuple[str, str]], tokenizer: Tokenizer, answers_only: bool, number: int
+) -> Example:
+    ids: list[int] = []
+    trained: list[bool] = []
+    written = ""
+    for question, whole in texts:
+        if not question.startswith(written) or not whole.startswith(question):
+            raise SurgeryError(
+                f"in conversation {number} the template rewrites what came before an answer, so "
+                "answers cannot be told from questions",
+                "use the template chatml or plain, or train on every token (answers_only=False)",
+            )
+        for part, is_answer in ((question[len(written) :], False), (whole[len(question) :], True)):
+            new = tokenizer.encode(part)
+            ids += new
+            trained += [is_answer or not answers_only] * len(new)
+        written = whole
+    return Example(tuple(ids), tuple(trained))

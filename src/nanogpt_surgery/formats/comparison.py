@@ -1,0 +1,142 @@
+"""What was written against what it was written from: a file that does not agree is not kept."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+# How far a number may move, as a share of the largest in its row.
+_TOLERANCES = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-8, "Q8_0": 0.6 / 127}
+_PROBE = 16
+_SAMPLE = "Once upon a time, in 1823: naïve café?\n\tdef f(x):  return x"
+
+
+def compare(
+    model: SimpleGPT,
+    again: SimpleGPT,
+    tokenizer: Tokenizer | None,
+    tokenizer_again: Tokenizer | None,
+    kinds: dict[str, str],
+    title: str,
+) -> Report:
+    """Compare every tensor, the logits on probe ids, and the tokenizer on a sample.
+
+    Args:
+        model: what was written.
+        again: what the file holds.
+        tokenizer: what was written.
+        tokenizer_again: what the file holds.
+        kinds: how each tensor was stored.
+        title: of the report.
+
+    Returns:
+        A row for each kind of storage, and the largest error of the logits, the KL divergence and
+        the share of equal greedy choices on probe ids.
+
+    Raises:
+        SurgeryError: a tensor moved further than its kind allows, or the tokenizer encodes
+            otherwise.
+    """
+    rows = _tensor_rows(model, again, kinds)
+    if tokenizer is None:
+        warnings.warn(
+            "no tokenizer was written: whoever opens the file must bring ids",
+            SurgeryWarning,
+            stacklevel=3,
+        )
+    _check_tokenizer(tokenizer, tokenizer_again)
+    return Report(title, rows, _logits(model, again))
+
+
+def check_equal(
+    model: SimpleGPT,
+    again: SimpleGPT,
+    tokenizer: Tokenizer | None,
+    tokenizer_again: Tokenizer | None,
+) -> None:
+    """Refuse unless all tensors have the same bits and the tokenizer encodes alike."""
+    ours, theirs = model.state_dict(), again.state_dict()
+    wrong = [
+        name
+        for name, tensor in ours.items()
+        if name not in theirs or not _same_bits(tensor, theirs[name])
+    ]
+    if wrong:
+        raise SurgeryError(f"what was written does not read back: {', '.join(wrong[:8])}")
+    _check_tokenizer(tokenizer, tokenizer_again)
+
+
+def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
+    if ours.shape != theirs.shape or ours.dtype != theirs.dtype:
+        return False
+    left, right = (t.detach().cpu().contiguous().view(torch.uint8) for t in (ours, theirs))
+    return torch.equal(left, right)
+
+
+def _tensor_rows(
+    model: SimpleGPT, again: SimpleGPT, kinds: dict[str, str]
+) -> list[dict[str, object]]:
+    ours, theirs = model.state_dict(), again.state_dict()
+    worst: dict[str, list[float]] = {}
+    wrong = [f"{name} is missing" for name in ours if name not in theirs]
+    for name, kind in kinds.items():
+        error = _largest_move(ours[name], theirs[name])
+        if not error <= _TOLERANCES[kind] * 1.01 + 2**-24:
+            wrong.append(f"{name} moved by {error:.2g} of its row's largest number")
+        worst.setdefault(kind, []).append(error)
+    if wrong:
+        raise SurgeryError(
+            f"what was written does not read back: {'; '.join(wrong[:8])}",
+            "the weights may be beyond the range of this type; try F32",
+        )
+    return [
+        {"stored as": kind, "tensors": len(errors), "largest error": max(errors)}
+        for kind, errors in sorted(worst.items())
+    ]
+
+
+def _largest_move(ours: Tensor, theirs: Tensor) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    ours, theirs = ours.detach().float().cpu(), theirs.detach().float()
+    scale = ours.abs().amax(-1, keepdim=True).clamp_min(1e-30)
+    return float(((ours - theirs).abs() / scale).max())
+
+
+def _logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
+    draw = torch.Generator().manual_seed(0)
+    length = min(_PROBE, model.config.block_size)
+    ids = torch.randint(model.config.vocab_size, (2, length), generator=draw)
+    device = model.embed_tokens.weight.device
+    training = model.training
+    with torch.inference_mode():
+        ours = model.eval()(ids.to(device)).float().cpu()
+        theirs = again(ids).float()
+    model.train(training)
+    log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
+    return {
+        "largest_logit_error": float((ours - theirs).abs().max()),
+        "kl_divergence": float((log_ours.exp() * (log_ours - log_theirs)).sum(-1).mean()),
+        "equal_greedy": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+    }
+
+
+def _check_tokenizer(tokenizer: Tokenizer | None, again: Tokenizer | None) -> None:
+    if tokenizer is None:
+        return
+    sample = _known(tokenizer)
+    if again is None or list(again.encode(sample)) != list(tokenizer.encode(sample)):
+        raise SurgeryError("the tokenizer that was written encodes otherwise than the model's")
+
+
+def _known(tokenizer: Tokenizer) -> str:
+    """The sample, or those characters of it that the tokenizer has."""
+    characters = getattr(tokenizer, "character_to_id", None)
+    return _SAMPLE if characters is None else "".join(c for c in _SAMPLE if c in characters)

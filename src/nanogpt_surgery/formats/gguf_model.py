@@ -1,0 +1,174 @@
+"""A GGUF file as a model: its metadata as a `GPTConfig`, its tensors as ours."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.formats.gguf_file import GGUFFile, read_gguf
+from nanogpt_surgery.formats.gguf_names import FIELDS, ROPE_FACTORS, table
+from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
+from nanogpt_surgery.formats.placing import build_model
+from nanogpt_surgery.formats.stored_tensor import Stored
+from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
+from nanogpt_surgery.model.positions import rotary_frequencies, stretch
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+# What a reader of ours would ignore, and the values that change nothing.
+_INERT: dict[str, tuple[Any, ...]] = {
+    "expert_count": (0,),
+    "use_parallel_residual": (True, False),
+    "rope.scaling.type": ("none", ""),
+    "rope.scale_linear": (1.0,),
+    "logit_scale": (0.0, 1.0),
+    "embedding_scale": (0.0, 1.0),
+    "residual_scale": (0.0, 1.0),
+    "attention.scale": (0.0,),
+    "attention.causal": (True,),
+    "attention.clamp_kqv": (0.0,),
+    "attention.max_alibi_bias": (0.0,),
+    "final_logit_softcapping": (0.0,),
+    "attn_logit_softcapping": (0.0,),
+}
+SCALING_KEY = "nanogpt_surgery.rope_scaling."
+
+
+def open_gguf(path: str | Path, dtype: torch.dtype | None) -> tuple[SimpleGPT, Tokenizer | None]:
+    """The model and the tokenizer of a GGUF file; see `open_model`."""
+    file = read_gguf(path)
+    family = family_of_file(file)
+    config = config_of(file, family)
+    stored = {name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
+    model = build_model(config, stored, table(family, config), dtype, str(path))
+    try:
+        return model, tokenizer_of(file.metadata)
+    except SurgeryError as error:
+        warnings.warn(
+            f"{path} opens without its tokenizer: {error.what}", SurgeryWarning, stacklevel=3
+        )
+        return model, None
+
+
+def family_of_file(file: GGUFFile) -> str:
+    """The family that a file's architecture names.
+
+    Raises:
+        SurgeryError: it is not one we have, or the file is no model.
+    """
+    family = file.metadata.get("general.architecture")
+    kind = file.metadata.get("general.type", "model")
+    if kind != "model":
+        raise SurgeryError(f"{file.path} holds a {kind!r}, not a model")
+    if not isinstance(family, str) or family not in FAMILIES:
+        raise SurgeryError(
+            f"{file.path} is of the architecture {family!r}, which is not one we have",
+            f"those are {', '.join(FAMILIES)}",
+        )
+    return family
+
+
+def config_of(file: GGUFFile, family: str) -> GPTConfig:
+    """The config that a file's metadata and its tensors' names describe.
+
+    Raises:
+        SurgeryError: something is missing or of the wrong type, or an option would change the
+            result and is not one we have (all of them, by name).
+    """
+    metadata, tensors = file.metadata, file.tensors
+    _refuse_options(file, family)
+    values: dict[str, Any] = {}
+    for ours, key in FIELDS[family].items():
+        value = metadata.get(f"{family}.{key}")
+        if value is not None:
+            kind = float if ours in ("norm_eps", "rope_theta") else int
+            if type(value) not in (int, kind):
+                raise SurgeryError(f"{file.path}: {family}.{key} is {str(value)[:80]}")
+            values[ours] = kind(value)
+    needed = [FIELDS[family][name] for name in ("n_embd", "n_layer", "n_head", "block_size")]
+    missing = [f"{family}.{key}" for key in needed if f"{family}.{key}" not in metadata]
+    missing += [name for name in ("token_embd.weight",) if name not in tensors]
+    if missing:
+        raise SurgeryError(f"{file.path} lacks {', '.join(missing)}")
+    usual = {axis: choices[0] for axis, choices in FAMILIES[family].items()}
+    axes = {
+        "vocab_size": tensors["token_embd.weight"].shape[0],
+        "tie_head": "output.weight" not in tensors,
+        "bias": _bias(tensors, family),
+    }
+    config = GPTConfig(**(usual | values | axes))
+    return _with_scaling(config, file)
+
+
+def _bias(tensors: Mapping[str, Stored], family: str) -> str:
+    if family in ("gpt2", "qwen2"):
+        return str(FAMILIES[family]["bias"][0])
+    if "blk.0.ffn_up.bias" in tensors:
+        return "all"
+    return "attention" if "blk.0.attn_q.bias" in tensors else "none"
+
+
+def _refuse_options(file: GGUFFile, family: str) -> None:
+    metadata = {
+        key.removeprefix(f"{family}."): value
+        for key, value in file.metadata.items()
+        if key.startswith(f"{family}.")
+    }
+    found = [
+        f"{family}.{key} {metadata[key]!r}"
+        for key, values in _INERT.items()
+        if key in metadata and metadata[key] not in values
+    ]
+    width, heads = metadata.get("embedding_length"), metadata.get("attention.head_count")
+    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+        head = metadata.get("attention.key_length", width // heads)
+        for key in ("attention.value_length", "rope.dimension_count"):
+            if key in metadata and metadata[key] != head:
+                found.append(f"{family}.{key} {metadata[key]!r} beside heads of {head}")
+    window, context = metadata.get("attention.sliding_window", 0), metadata.get("context_length", 0)
+    if window and not (type(window) is type(context) is int and window >= context):
+        found.append(f"{family}.attention.sliding_window {window!r}, below its context")
+    if found:
+        raise SurgeryError(f"{file.path} sets options that we do not have: {', '.join(found)}")
+
+
+def _with_scaling(config: GPTConfig, file: GGUFFile) -> GPTConfig:
+    """The config with the scaling whose factors the file carries, one for each rotary pair.
+
+    The file has the factors and not what they were computed from; Llama 3's values are tried, and
+    those that our own files name.
+    """
+    stored = file.tensors.get(ROPE_FACTORS)
+    if stored is None:
+        return config
+    if stored.shape != (config.head_dim // 2,):
+        raise SurgeryError(f"{file.path}: {ROPE_FACTORS} has the shape {stored.shape}")
+    factors = torch.cat([piece.float() for _, piece in stored.pieces()])
+    for scaling in _scalings(file.metadata, float(factors.max())):
+        scaled = replace(config, rope_scaling=scaling)
+        if torch.allclose(rope_factors(scaled), factors, rtol=1e-3):
+            return scaled
+    raise SurgeryError(f"{file.path}: {ROPE_FACTORS} is not of Llama 3's rotary scaling")
+
+
+def _scalings(metadata: dict[str, Any], factor: float) -> list[RopeScaling]:
+    found = [RopeScaling(factor, 1.0, 4.0, 8192)] if factor >= 1 else []
+    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    own = [metadata.get(SCALING_KEY + name) for name in names]
+    if all(isinstance(value, (int, float)) for value in own):
+        found.append(RopeScaling(own[0], own[1], own[2], int(own[3])))  # type: ignore[arg-type]
+    return found
+
+
+def rope_factors(config: GPTConfig) -> Tensor:
+    """By how much each rotary pair is slowed, (D/2) float32: what llama.cpp divides by."""
+    assert config.rope_scaling is not None
+    plain = rotary_frequencies(replace(config, rope_scaling=None))
+    return plain / stretch(plain, config.rope_scaling)

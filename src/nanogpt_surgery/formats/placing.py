@@ -1,0 +1,203 @@
+"""From tensors in a file to a model: which goes where, checked whole before the first is read."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.name_map import Row, each_layer
+from nanogpt_surgery.formats.stored_tensor import Stored
+from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+@dataclass(frozen=True)
+class Placement:
+    """One stored tensor, and the tensors of ours that it holds, stacked along the output.
+
+    `transposed`: it lies as (in, out). `interleaved`: its rows are those of this many heads, whose
+    rotary pairs lie side by side (2 i and 2 i + 1) where ours lie half a head apart.
+    """
+
+    names: tuple[str, ...]
+    stored: Stored
+    transposed: bool = False
+    interleaved: int = 0
+
+    def load(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Our tensors by name, mapped where the file holds them as they are."""
+        tensor = None
+        if self.stored.dtype == dtype and not self.transposed and not self.interleaved:
+            tensor = self.stored.mapped()
+        if tensor is None:
+            tensor = self._read(dtype)
+        return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
+
+    def _read(self, dtype: torch.dtype) -> Tensor:
+        shape = self.stored.shape
+        tensor = torch.empty(shape[::-1] if self.transposed else shape, dtype=dtype)
+        goal = tensor.t() if self.transposed else tensor
+        for start, piece in self.stored.pieces():
+            goal[start : start + len(piece)] = piece
+        return apart(tensor, self.interleaved) if self.interleaved else tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """In our orientation, all parts together."""
+        return self.stored.shape[::-1] if self.transposed else self.stored.shape
+
+
+def apart(tensor: Tensor, heads: int) -> Tensor:
+    """Rows (H · D, …) whose rotary pairs lie side by side → half a head apart."""
+    shape = tensor.shape
+    return tensor.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
+
+
+def side_by_side(tensor: Tensor, heads: int) -> Tensor:
+    """The inverse of `apart`."""
+    shape = tensor.shape
+    return tensor.reshape(heads, 2, -1, *shape[1:]).transpose(1, 2).reshape(shape)
+
+
+def place(stored: Mapping[str, Stored], rows: Iterable[Row]) -> tuple[list[Placement], list[str]]:
+    """Which stored tensor is which of ours, and the names of those that have no place."""
+    left = dict(stored)
+    placements = []
+    for row in rows:
+        for kind in ("weight", "bias"):
+            tensor = left.pop(f"{row.theirs}.{kind}", None)
+            if tensor is not None:
+                names = tuple(f"{name}.{kind}" for name in row.ours)
+                turned = row.conv1d and kind == "weight"
+                placements.append(Placement(names, tensor, turned, row.interleaved))
+    return placements, sorted(left)
+
+
+def build_model(
+    config: GPTConfig,
+    stored: Mapping[str, Stored],
+    table: Iterable[Row],
+    dtype: torch.dtype | None,
+    where: str,
+) -> SimpleGPT:
+    """A model of stored weights, in eval mode on the CPU.
+
+    Args:
+        config: what the file says the model is.
+        stored: its tensors, by the name in the file.
+        table: which of them is which of ours; rows with a `*` stand for every layer.
+        dtype: of the weights; None: the one that most numbers are stored in, float32 if any are
+            quantised.
+        where: names the file in an error.
+
+    Raises:
+        SurgeryError: the tensors do not fit the config (all of them, before anything is allocated).
+    """
+    _check_size(config, stored, where)
+    heads = [stored[name] for name in _heads(table) if name in stored] if config.tie_head else []
+    stored = {name: tensor for name, tensor in stored.items() if tensor not in heads}
+    placements, unknown = place(stored, each_layer(table, config.n_layer))
+    with torch.device("meta"), _NoDraws():
+        model = SimpleGPT.from_config(config)
+    _check_shapes(model, config, placements, unknown, where)
+    dtype = dtype or _stored_dtype(placements)
+    tensors: dict[str, Tensor] = {}
+    for placement in placements:
+        tensors |= placement.load(dtype)
+    if config.tie_head:
+        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
+        _check_tie(heads, tensors["embed_tokens.weight"], where)
+    model.load_state_dict(tensors, assign=True)
+    if config.tie_head:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model.eval()
+
+
+def _check_tie(heads: list[Stored], embedding: Tensor, where: str) -> None:
+    """A head that is stored although it is tied must be the embedding."""
+    for head in heads:
+        same = head.shape == tuple(embedding.shape) and all(
+            torch.equal(piece.to(embedding.dtype), embedding[start : start + len(piece)])
+            for start, piece in head.pieces()
+        )
+        if not same:
+            raise SurgeryError(
+                f"{where}: {head.name} differs from the embedding to which the config ties it"
+            )
+
+
+class _NoDraws(TorchFunctionMode):
+    """Leaves out the drawing of weights that are about to be replaced.
+
+    On the meta device there is nothing to draw into, and torch would load 900 modules to find out.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+
+
+def _heads(table: Iterable[Row]) -> list[str]:
+    """What a file calls the head, which a tied model does not read."""
+    return [f"{row.theirs}.weight" for row in table if row.ours == ("lm_head",)]
+
+
+def _stored_dtype(placements: list[Placement]) -> torch.dtype:
+    numbers: Counter[torch.dtype] = Counter()
+    for placement in placements:
+        dtype = placement.stored.dtype
+        if dtype is None:
+            return torch.float32
+        numbers[dtype] += math.prod(placement.shape)
+    return numbers.most_common(1)[0][0]
+
+
+def _check_size(config: GPTConfig, stored: Mapping[str, Stored], where: str) -> None:
+    """A config that is far too large for its tensors is refused before a module is made for it."""
+    numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
+    many_layers = config.n_layer > max(len(stored), 1000)
+    if many_layers or config.n_parameters > 4 * numbers + (1 << 20):
+        raise SurgeryError(
+            f"{where}: the config describes {config.n_layer:,} layers and {config.n_parameters:,} "
+            f"weights, its files hold {len(stored):,} tensors and {numbers:,} numbers"
+        )
+
+
+def _check_shapes(
+    model: SimpleGPT,
+    config: GPTConfig,
+    placements: list[Placement],
+    unknown: list[str],
+    where: str,
+) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_head:
+        del expected["lm_head.weight"]
+    found = {name: p for p in placements for name in p.names}
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown" for name in [*unknown, *found] if name not in expected]
+    for placement in placements:
+        name, dtype = " + ".join(placement.names), placement.stored.dtype
+        if dtype is not None and not dtype.is_floating_point:
+            problems.append(f"{name} holds {dtype}, not floating-point numbers")
+        shapes = [expected[name] for name in placement.names if name in expected]
+        if len(shapes) == len(placement.names):
+            wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+            if placement.shape != wanted:
+                problems.append(f"{name} is {placement.shape}, the config says {wanted}")
+    if problems:
+        raise SurgeryError(f"the tensors in {where} do not fit its config: {_some(problems)}")
+
+
+def _some(problems: list[str]) -> str:
+    return "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")

@@ -1,0 +1,157 @@
+"""How well a model predicts a text, and which of several answers it finds likeliest.
+
+Legend: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.data.instructions import Example
+from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """How well a text is predicted."""
+
+    loss: float
+    """mean of −ln p over the predicted tokens, in nats"""
+    tokens: int
+    """how many were predicted: all but the first"""
+
+    @property
+    def perplexity(self) -> float:
+        """Among how many equally likely tokens the model wavers, on average."""
+        return math.exp(self.loss)
+
+
+def perplexity(
+    model: SimpleGPT, ids: Sequence[int] | Tensor, stride: int | None = None, batch_size: int = 8
+) -> Perplexity:
+    """Predict each token of a text but the first, once.
+
+    Windows of the model's block_size begin every `stride` tokens, and of each only the tokens that
+    no window before it has predicted count: each has then at least block_size − stride tokens
+    before it. A small stride costs more and is closer to what the model knows.
+
+    Args:
+        model: left in the mode it is in; computed in eval mode.
+        ids: of the text, (N,).
+        stride: half of block_size by default; block_size for windows that do not overlap.
+        batch_size: windows in a pass.
+
+    Raises:
+        SurgeryError: the text has less than two tokens, or the stride is out of range.
+    """
+    text = torch.as_tensor(ids).flatten().long()
+    block = model.config.block_size
+    stride = max(1, block // 2) if stride is None else stride
+    if len(text) < 2:
+        raise SurgeryError(f"the text has {len(text)} tokens; perplexity needs at least 2")
+    if not 1 <= stride <= block:
+        raise SurgeryError(f"stride is {stride}; it must be from 1 to the block_size of {block}")
+    total, done = 0.0, 0
+    starts = list(range(0, max(1, len(text) - 1 - block + stride), stride))
+    for first in range(0, len(starts), batch_size):
+        chunk = starts[first : first + batch_size]
+        scores = token_log_probabilities(model, [text[s : s + block + 1] for s in chunk])
+        for start, row in zip(chunk, scores, strict=True):
+            new = start + len(row) - done  # targets that no window before has predicted
+            total -= float(row[len(row) - new :].double().sum())
+            done += new
+    assert done == len(text) - 1, f"{done} of {len(text) - 1} tokens were predicted"
+    return Perplexity(total / done, done)
+
+
+def token_log_probabilities(model: SimpleGPT, texts: Sequence[Tensor]) -> list[Tensor]:
+    """The log-probability of each token but the first of each text (T,): (T − 1,) float32.
+
+    Shorter rows are padded on the right, where no token of theirs can see.
+    """
+    device = model.embed_tokens.weight.device
+    rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(device)  # (B, T)
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode():
+            logits = model(rows[:, :-1])  # (B, T − 1, V)
+            targets = rows[:, 1:, None]
+            chosen = logits.gather(-1, targets)[..., 0].float()  # (B, T − 1)
+            scores = (chosen - logits.float().logsumexp(-1)).cpu()
+    finally:
+        model.train(training)
+    return [row[: len(text) - 1] for row, text in zip(scores, texts, strict=True)]
+
+
+def answer_loss(model: SimpleGPT, examples: Sequence[Example], batch_size: int = 8) -> Perplexity:
+    """How well the trained tokens of conversations are predicted, those within the block_size.
+
+    Raises:
+        SurgeryError: none of them lies within the block_size.
+    """
+    total, count, length = 0.0, 0, model.config.block_size + 1
+    for first in range(0, len(examples), batch_size):
+        chunk = examples[first : first + batch_size]
+        texts = [torch.tensor(example.ids[:length]) for example in chunk]
+        for example, scores in zip(chunk, token_log_probabilities(model, texts), strict=True):
+            trained = torch.tensor(example.trained[1:length])
+            total -= float(scores[trained].double().sum())
+            count += int(trained.sum())
+    if not count:
+        raise SurgeryError(f"no answer lies within the block_size of {length - 1}")
+    return Perplexity(total / count, count)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One answer and how likely it is."""
+
+    text: str
+    log_likelihood: float
+    """the sum over its tokens, in nats"""
+    tokens: int
+
+    @property
+    def per_character(self) -> float:
+        """The log-likelihood divided by its length, which does not favour short answers."""
+        return self.log_likelihood / max(1, len(self.text))
+
+
+def multiple_choice(
+    model: SimpleGPT, tokenizer: Tokenizer, question: str, answers: Sequence[str]
+) -> list[Choice]:
+    """How likely each answer is as the continuation of a question, in the order given.
+
+    An answer is encoded together with the question, since a token may reach over the border; it is
+    scored from the first token that differs from the question's own.
+
+    Raises:
+        SurgeryError: no answers, an empty one, or question and answer outgrow the block_size.
+    """
+    if not answers or not all(answers):
+        raise SurgeryError("a multiple choice needs answers, and none of them empty")
+    before = prompt_ids(tokenizer, question)
+    texts = [prompt_ids(tokenizer, question + answer) for answer in answers]
+    longest, block = max(map(len, texts)), model.config.block_size
+    if longest > block + 1:
+        raise SurgeryError(f"question and answer have {longest} tokens, the block_size is {block}")
+    starts = [max(1, _common(before, text)) for text in texts]
+    scores = token_log_probabilities(model, [torch.tensor(text) for text in texts])
+    return [
+        Choice(answer, float(row[start - 1 :].double().sum()), len(row) - start + 1)
+        for answer, row, start in zip(answers, scores, starts, strict=True)
+    ]
+
+
+def _common(left: Sequence[int], right: Sequence[int]) -> int:
+    """How many ids two texts begin with together; the last of the second is never among them."""
+    most = min(len(left), len(right) - 1)
+    return next((i for i in range(most) if left[i] != right[i]), most)

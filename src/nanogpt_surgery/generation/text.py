@@ -1,0 +1,79 @@
+"""Text from a model, piece by piece: ids become characters, and a stop string ends the answer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+
+from nanogpt_surgery.data.text_stream import TextStream
+from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizer import stop_ids as stop_ids_of
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.generation.generate import generate
+from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+def stream_text(
+    tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = (), before: Sequence[int] = ()
+) -> Iterator[str]:
+    """Decode ids as they come, up to the stop string that is complete first; it is not shown.
+
+    A stop string is found wherever it begins, also across the edges of tokens: what may be its
+    beginning is held back until it is clear. No more ids are taken once one is found.
+
+    Args:
+        tokenizer: decodes.
+        ids: taken one by one.
+        stop: strings that end the text.
+        before: ids of the text that is continued.
+
+    Raises:
+        SurgeryError: a stop string is empty.
+    """
+    if "" in stop:
+        raise SurgeryError("a stop string is empty; it would end every text at once")
+    stream, held = TextStream(tokenizer, before), ""
+    for index in ids:
+        shown, held, found = _until(held + stream.push(index), stop)
+        if shown:
+            yield shown
+        if found:
+            return
+    shown, held, found = _until(held + stream.finish(), stop)
+    if shown or (held and not found):
+        yield shown + ("" if found else held)
+
+
+def _until(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
+    """What can be shown, what may be the beginning of a stop string, and whether one was found."""
+    ends = [(text.find(string) + len(string), -len(string)) for string in stop if string in text]
+    if ends:
+        return text[: sum(min(ends))], "", True
+    longest = max((_overlap(text, string) for string in stop), default=0)
+    return text[: len(text) - longest], text[len(text) - longest :], False
+
+
+def _overlap(text: str, string: str) -> int:
+    """How many characters at the end of a text are the beginning of a string."""
+    sizes = range(min(len(text), len(string) - 1), 0, -1)
+    return next((size for size in sizes if text.endswith(string[:size])), 0)
+
+
+def generate_text(
+    model: SimpleGPT,
+    tokenizer: Tokenizer,
+    prompt: Sequence[int],
+    max_new_tokens: int,
+    sampling: SamplingSettings | None = None,
+    *,
+    stop: Sequence[str] = (),
+    stop_ids: Collection[int] | None = None,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """Continue a prompt in pieces of text; see `generate` and `stream_text`.
+
+    `stop_ids` are the tokenizer's own unless others are given.
+    """
+    ends = stop_ids_of(tokenizer) if stop_ids is None else stop_ids
+    ids = generate(model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed)
+    return stream_text(tokenizer, ids, stop, prompt)

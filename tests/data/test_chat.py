@@ -1,0 +1,106 @@
+"""Templates give transformers' text; hostile ones give our own error within their limits."""
+
+import json
+
+import pytest
+from small_tokenizers import byte_level, sentencepiece_like
+from transformers import PreTrainedTokenizerFast
+
+from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning
+from nanogpt_surgery.data.chat import ChatTemplate, chat_ids, template_of
+from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+
+CHATML = """{% for message in messages %}
+{% if loop.first and message['role'] != 'system' %}
+{{- '<|im_start|>system\nBe kind.<|im_end|>\n' }}
+{% endif %}
+{{- '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>' + '\n' }}
+{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
+LLAMA = """{{ bos_token }}{% for m in messages %}
+{%- if m.role == 'user' %}[INST] {{ m.content }} [/INST]
+{%- elif m.role == 'assistant' %}{% generation %} {{ m.content }} {{ eos_token }}{% endgeneration %}
+{%- else %}{{ raise_exception('no ' + m.role) }}{% endif %}{% endfor %}"""
+JSON = """{% set ns = namespace(n=0) %}{% for m in messages %}
+{%- if m.role == 'tool' %}{% continue %}{% endif %}
+{%- set ns.n = ns.n + 1 %}{{ m | tojson }}{% endfor %}{{ ns.n }}"""
+TALK = [
+    {"role": "user", "content": "What's <2 + 2>?"},
+    {"role": "assistant", "content": " 4, naïvely 😀 "},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+@pytest.mark.parametrize("template", [CHATML, LLAMA, JSON])
+@pytest.mark.parametrize("ask", [True, False])
+def test_the_text_is_transformers(template, ask, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(sentencepiece_like()))
+    theirs = PreTrainedTokenizerFast(
+        tokenizer_file=str(tmp_path / "tokenizer.json"), bos_token="<s>", eos_token="</s>"
+    )
+    expected = theirs.apply_chat_template(
+        TALK, chat_template=template, tokenize=False, add_generation_prompt=ask
+    )
+    assert ChatTemplate(template, "<s>", "</s>").render(TALK, ask) == expected
+
+
+def test_bos_comes_once_and_twice_is_said():
+    tokenizer = PretrainedTokenizer(sentencepiece_like(), stop_ids=[2], chat_template=LLAMA)
+    assert tokenizer.add_bos
+    ids = chat_ids(tokenizer, TALK)
+    assert ids[0] == 1
+    assert ids.count(1) == 1
+    twice = ChatTemplate("<s><s>{{ messages[0].content }}")
+    with pytest.warns(SurgeryWarning, match="BOS twice"):
+        chat_ids(tokenizer, TALK, twice)
+
+
+def test_a_model_without_a_template_gets_ours():
+    assert template_of(PretrainedTokenizer(byte_level())).source == "chatml"
+    assert template_of(CharacterTokenizer("abc")).source == "plain"
+    assert ChatTemplate("chatml").render(TALK[:1]) == (
+        "<|im_start|>user\nWhat's <2 + 2>?<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ChatTemplate("plain").render(TALK[2:]) == "User: Thanks\n\nAssistant: "
+
+
+HOSTILE = {
+    "reaching for classes": "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+    "reaching for globals": "{{ raise_exception.__globals__['sys'] }}",
+    "through attr": "{{ ''|attr('__class__') }}{{ (''|attr('__class__')).mro() }}",
+    "through format": "{{ '{0.__class__.__mro__}'.format(messages) ~ 1/0 }}",
+    "importing": "{% import 'os' as os %}{{ os.getcwd() }}",
+    "including a file": "{% include '/etc/passwd' %}",
+    "changing its input": "{{ messages.append(1) }}",
+    "an endless loop": "{% for a in range(99999) %}" * 2 + "{% endfor %}" * 2,
+    "endless recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+    "huge output": "{% for a in range(99999) %}{{ messages[0].content * 99 }}{% endfor %}",
+    "huge memory": "{% set x = 'a' * 9999999999 %}{{ x | length }}",
+    "huge padding": "{{ '%9999999999d' % 1 }}",
+    "a huge power": "{{ (9 ** (9 ** 9)) % 7 }}",
+    "no template": "{% for %}",
+    "an unknown filter": "{{ 1 | exec }}",
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_templates_give_our_own_error(kind):
+    with pytest.raises(SurgeryError, match="chat template fails"):
+        ChatTemplate(HOSTILE[kind], seconds=1).render(TALK)
+
+
+@pytest.mark.parametrize(
+    ("messages", "message"),
+    [
+        ([{"role": "user"}, {"role": "god", "content": "x"}], "message 1 has no text.*'god'"),
+        (["hello"], "message 1 has no text"),
+        ([{"role": "user", "content": 3}], "message 1 has no text"),
+    ],
+)
+def test_messages_that_are_none_are_named_at_once(messages, message):
+    with pytest.raises(SurgeryError, match=message):
+        ChatTemplate("chatml").render(messages)
+
+
+def test_a_refusal_of_the_template_is_told():
+    with pytest.raises(SurgeryError, match="no system"):
+        ChatTemplate(LLAMA).render([{"role": "system", "content": "x"}])

@@ -1,0 +1,125 @@
+"""Answers alone are trained on, every answer once, and packing loses nothing."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from small_tokenizers import byte_level
+
+from nanogpt_surgery import SurgeryError
+from nanogpt_surgery.data.chat import ChatTemplate
+from nanogpt_surgery.data.instruction_dataset import UNTRAINED, InstructionDataset, preview
+from nanogpt_surgery.data.instructions import Example, encode_conversations, read_conversations
+from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+
+TOKENIZER = PretrainedTokenizer(byte_level(), stop_ids=[2])
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "4 😀"},
+    {"role": "user", "content": "3+3?"},
+    {"role": "assistant", "content": "6"},
+]
+
+
+def test_every_form_of_record_is_read(tmp_path):
+    records = [
+        {"messages": TALK},
+        {"prompt": "a", "completion": "b"},
+        {"instruction": "do", "input": "it", "output": "done"},
+        {"instruction": "do", "input": "", "output": "done"},
+        {"prompt": "a", "response": "b"},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(records))
+    (tmp_path / "a.jsonl").write_text("\n\n".join(map(json.dumps, records)))
+    found = read_conversations(tmp_path / "a.json")
+    assert found == read_conversations(tmp_path / "a.jsonl")
+    assert found[0] == TALK
+    assert [m["content"] for m in found[2]] == ["do\n\nit", "done"]
+    assert [m["content"] for m in found[3]] == ["do", "done"]
+
+
+def test_records_of_no_known_form_are_numbered(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"text": "x"}\n[1]')
+    with pytest.raises(SurgeryError, match="record 2 has text; record 3 has no keys"):
+        read_conversations(path)
+    path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt"')
+    with pytest.raises(SurgeryError, match="line 2, is not JSON"):
+        read_conversations(path)
+    path.write_text("")
+    with pytest.raises(SurgeryError, match="there are no records"):
+        read_conversations(path)
+    with pytest.raises(SurgeryError, match="cannot read"):
+        read_conversations(tmp_path / "none")
+
+
+def test_answers_and_their_ends_are_trained_on_and_nothing_else():
+    (example,) = encode_conversations([TALK], TOKENIZER)
+    pieces = preview(example, TOKENIZER)
+    assert [text for text, trained in pieces if trained] == ["4 😀<|im_end|>\n", "6<|im_end|>\n"]
+    assert "".join(text for text, _ in pieces) == ChatTemplate("chatml").render(TALK, ask=False)
+    (whole,) = encode_conversations([TALK], TOKENIZER, answers_only=False)
+    assert all(whole.trained)
+
+
+def test_a_template_of_the_model_marks_the_same_answers():
+    source = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    ours, theirs = (
+        encode_conversations([TALK, TALK[:3]], TOKENIZER, ChatTemplate(s))
+        for s in ("chatml", source)
+    )
+    assert [preview(e, TOKENIZER) for e in ours] == [preview(e, TOKENIZER) for e in theirs]
+
+
+def test_a_template_that_rewrites_the_past_is_refused():
+    with pytest.raises(SurgeryError, match="rewrites what came before"):
+        encode_conversations([TALK], TOKENIZER, ChatTemplate("{{ messages | length }}"))
+    with pytest.raises(SurgeryError, match="conversation 1 has no answer"):
+        encode_conversations([TALK[:2]], TOKENIZER)
+
+
+def example(length, first, seed=0):
+    return Example(tuple(range(seed, seed + length)), tuple(i >= first for i in range(length)))
+
+
+def test_targets_are_shifted_and_the_rest_is_passed_over():
+    data = InstructionDataset([example(5, 3, 10)], 6, end_ids=[14])
+    inputs, targets = data[0]
+    assert inputs.tolist() == [10, 11, 12, 13, 0, 0]
+    assert targets.tolist() == [UNTRAINED, UNTRAINED, 13, 14, UNTRAINED, UNTRAINED]
+    assert (data.counts.trained, data.counts.ends, data.counts.rows) == (2, 1, 1)
+
+
+def test_what_is_cut_off_or_dropped_is_counted():
+    data = InstructionDataset([example(9, 2), example(9, 7), example(4, 1)], 5)
+    assert (data.counts.examples, data.counts.truncated, data.counts.dropped) == (3, 2, 1)
+    with pytest.raises(SurgeryError, match="none of 1 examples has an answer within 5"):
+        InstructionDataset([example(9, 7)], 5)
+
+
+@given(st.lists(st.integers(2, 12), min_size=1, max_size=20), st.integers(11, 30))
+def test_packing_keeps_every_example_whole_and_apart(lengths, size):
+    examples = [example(length, 1, 100 * i) for i, length in enumerate(lengths)]
+    data = InstructionDataset(examples, size, pack=True)
+    found = set()
+    for inputs, targets, documents in zip(data.inputs, data.targets, data.documents, strict=True):
+        for number in set(documents.tolist()) - {0}:
+            places = documents == number
+            found.add((*inputs[places].tolist(), int(targets[places][-1])))
+            assert torch.equal(targets[places][:-1], inputs[places][1:])
+    assert found == {e.ids for e in examples}
+    assert data.counts.trained == sum(lengths) - len(lengths)
+    assert data.counts.rows <= len(lengths)
+
+
+def test_a_batch_is_a_pure_function_of_seed_and_step():
+    data = InstructionDataset([example(4, 1, i) for i in range(7)], 5)
+    assert torch.equal(data.batch(3, 2, 1)[0], data.batch(3, 2, 1)[0])
+    epoch = torch.cat([data.rows_of(step, 1, 5) for step in range(7)])
+    assert sorted(epoch.tolist()) == list(range(7))

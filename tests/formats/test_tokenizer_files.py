@@ -1,0 +1,90 @@
+"""A folder's tokenizer opens here as in transformers, and what is written here opens there."""
+
+import json
+
+import pytest
+from small_tokenizers import TEXT, byte_level, sentencepiece_like
+from tiny import FAMILY_CONFIGS, tiny_model
+from transformers import AutoTokenizer
+
+from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning, open_model, save_model
+from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
+from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizer import prompt_ids
+from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
+
+TOKENIZERS = {
+    "characters": CharacterTokenizer(TEXT),
+    "bpe": BPETokenizer.train(TEXT, 280),
+    "byte-level": PretrainedTokenizer(
+        byte_level(), bos_id=1, stop_ids=[2, 0], add_bos=False, chat_template="{{ messages }}"
+    ),
+    "sentencepiece": PretrainedTokenizer(sentencepiece_like(), bos_id=1, stop_ids=[2]),
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_a_tokenizer_comes_back_and_transformers_reads_it(kind, tmp_path):
+    tokenizer = TOKENIZERS[kind]
+    save_model(tiny_model(FAMILY_CONFIGS["llama"]), tmp_path / "m", tokenizer)
+    again = open_model(tmp_path / "m")[1]
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert type(again) is type(tokenizer)
+    assert prompt_ids(again, TEXT) == prompt_ids(tokenizer, TEXT) == theirs(TEXT)["input_ids"]
+    assert theirs.decode(again.encode(TEXT)) == again.decode(again.encode(TEXT))
+    for name in ("bos_id", "stop_ids", "add_bos", "chat_template"):
+        assert getattr(again, name, None) == getattr(tokenizer, name, None), name
+
+
+def folder_with(tmp_path, contents, **files):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    for name, value in files.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(value))
+    return tmp_path
+
+
+@pytest.mark.parametrize("written", ["<|im_end|>", {"content": "<|im_end|>", "lstrip": False}])
+def test_what_ends_a_turn_is_gathered_from_every_file(written, tmp_path):
+    folder = folder_with(
+        tmp_path,
+        byte_level(),
+        tokenizer_config={"eos_token": written, "bos_token": "<|im_start|>"},
+        generation_config={"eos_token_id": [2, 0]},
+        config={"eos_token_id": 5},
+    )
+    tokenizer = open_tokenizer(folder)
+    assert tokenizer.stop_ids == {0, 2, 5}
+    assert tokenizer.eos_id == 2
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (1, False)
+
+
+def test_a_template_is_found_wherever_it_lies(tmp_path):
+    named = [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D"}]
+    folder = folder_with(tmp_path, byte_level(), tokenizer_config={"chat_template": named})
+    assert open_tokenizer(folder).chat_template == "D"
+    (folder / "chat_template.jinja").write_text("J")
+    assert open_tokenizer(folder).chat_template == "J"
+
+
+def test_a_folder_with_only_gpt2s_two_files_opens(tmp_path):
+    trained = BPETokenizer.train(TEXT, 280)
+    (tmp_path / "vocab.json").write_text(json.dumps(trained.vocab))
+    (tmp_path / "merges.txt").write_text("\n".join(" ".join(pair) for pair in trained.merges))
+    assert open_tokenizer(tmp_path).encode(TEXT) == trained.encode(TEXT)
+
+
+def test_a_sentencepiece_file_alone_is_said_not_to_be_read(tmp_path):
+    assert open_tokenizer(tmp_path) is None
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    with pytest.warns(SurgeryWarning, match="tokenizer.model"):
+        assert open_tokenizer(tmp_path) is None
+
+
+def test_a_foreign_tokenizer_cannot_be_saved(tmp_path):
+    import tiktoken
+
+    ranks = {bytes([i]): i for i in range(256)}
+    foreign = tiktoken.Encoding("own", pat_str=".", mergeable_ranks=ranks, special_tokens={})
+    with pytest.raises(SurgeryError, match=r"a Encoding has no tokenizer.json"):
+        save_model(tiny_model(FAMILY_CONFIGS["llama"]), tmp_path / "m", foreign)
+    assert list(tmp_path.iterdir()) == []
