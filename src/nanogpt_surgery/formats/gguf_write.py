@@ -87,11 +87,11 @@ def _family(model: SimpleGPT) -> str:
         )
     unknown = []
     if family == "gpt2" and config.mlp != "gelu_tanh":
-        unknown.append("a gpt2 with the exact GELU (mlp 'gelu'); its own is 'gelu_tanh'")
+        unknown.append("gpt2 with the exact GELU, mlp gelu (train with --mlp gelu_tanh)")
     if family == "qwen3" and config.bias != "none":
-        unknown.append("a qwen3 with biases")
+        unknown.append("qwen3 with biases")
     if family == "qwen2" and config.n_head * config.head_dim != config.n_embd:
-        unknown.append(f"a qwen2 whose heads are not as wide as the model ({config.n_embd})")
+        unknown.append(f"qwen2 whose heads are not as wide as the model ({config.n_embd})")
     if unknown:
         raise SurgeryError(f"llama.cpp has no {' and no '.join(unknown)}")
     return family

@@ -22,7 +22,12 @@ from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
-from nanogpt_surgery.training.loss import backward_from_hidden, backward_of_loss, evaluate
+from nanogpt_surgery.training.loss import (
+    backward_from_hidden,
+    backward_of_loss,
+    evaluate,
+    n_trained,
+)
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
@@ -87,6 +92,7 @@ def fit(
             part of a LoRA does not learn (its name).
     """
     settings = replace(settings or FitSettings(), **changes)
+    _refuse_packed(dataset)
     operations = operations_of(model, settings, dataset.block_size)
     hardware = choose_hardware(settings, operations)
     model.to(hardware.device)
@@ -96,6 +102,15 @@ def fit(
     return _steps(
         model, dataset, settings, validation, optimizer, first_step, examiner, prefix, hardware
     )
+
+
+def _refuse_packed(dataset: GPTDataset) -> None:
+    documents = getattr(dataset, "documents", None)
+    if documents is not None and int(documents.max()) > 1:
+        raise SurgeryError(
+            "the dataset packs several documents into a row, and fit would let them see each other",
+            "make it with pack=False",
+        )
 
 
 def _steps(
@@ -148,11 +163,12 @@ def _accumulate(
     """Gradients of the mean loss over the step's windows; returns that loss."""
     parts = settings.accumulation
     inputs, targets = dataset.batch(step, settings.batch_size * parts, settings.seed)
-    total = 0.0
+    total, whole = 0.0, n_trained(targets)
     for part, (x, y) in enumerate(zip(inputs.chunk(parts), targets.chunk(parts), strict=True)):
-        x, y = _on(x, hardware), _on(y, hardware)
-        with hardware.seeded(hash((settings.seed, step, part))):
-            total += _backward(model, x, y, 1 / parts, prefix, hardware)
+        if counted := n_trained(y):
+            x, y = _on(x, hardware), _on(y, hardware)
+            with hardware.seeded(hash((settings.seed, step, part))):
+                total += _backward(model, x, y, counted / whole, prefix, hardware)
     return total
 
 

@@ -70,18 +70,24 @@ def backward_from_hidden(
     """As `backward_of_loss`, from what the head reads: (B, T, C)."""
     size = _positions(model, targets, most_logits)
     total = torch.zeros((), device=hidden.device)
-    gradients = []
+    gradients, whole = [], n_trained(targets)
     for part, wanted in zip(hidden.split(size, 1), targets.split(size, 1), strict=True):
         leaf = part.detach().requires_grad_(hidden.requires_grad)  # (B, t, C)
-        with autocast():
-            logits = model.lm_head(leaf)  # (B, t, V)
-        loss = cross_entropy(logits, wanted) * (share * wanted.numel() / targets.numel())
-        loss.backward()
-        total += loss.detach()
-        gradients.append(leaf.grad)
+        if counted := n_trained(wanted):
+            with autocast():
+                logits = model.lm_head(leaf)  # (B, t, V)
+            loss = cross_entropy(logits, wanted) * (share * counted / whole)
+            loss.backward()
+            total += loss.detach()
+        gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     if hidden.requires_grad:
-        hidden.backward(torch.cat([g for g in gradients if g is not None], 1))
+        hidden.backward(torch.cat(gradients, 1))
     return total.item()
+
+
+def n_trained(targets: Tensor) -> int:
+    """How many targets count in the loss: all that are not −100, as `F.cross_entropy` has it."""
+    return int((targets != -100).sum())
 
 
 def _positions(model: SimpleGPT, ids: Tensor, most_logits: int) -> int:
