@@ -13,7 +13,12 @@ PROBE_TOKENS = 64
 
 
 def merge(
-    model: str, adapter: Path, *, out: Path, json: Annotated[bool, Parameter(negative="")] = False
+    model: str,
+    adapter: Path,
+    *,
+    out: Path,
+    force: Annotated[bool, Parameter(negative="")] = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Add an adapter's ΔW to a model's weights, in float32, and write a new model folder.
 
@@ -25,6 +30,8 @@ def merge(
         an adapter folder, as finetune or peft writes it
     out
         the model folder to make
+    force
+        write it even if the merged model's answers are not the adapted one's
     json
         print the report as JSON
     """
@@ -41,7 +48,7 @@ def merge(
     probe = torch.randint(network.config.vocab_size, (4, length), generator=draw)
     with torch.inference_mode():
         adapted = network(probe)
-    report = merge_lora(network)
+    report = merge_lora(network, probe=probe, force=force)
     save_model(network, out, tokenizer)
     with torch.inference_mode():
         written = open_model(out)[0](probe)
