@@ -119,6 +119,11 @@ def test_export_writes_what_opens_again(folder: Path, tmp_path: Path) -> None:
     models = [open_model(path)[0] for path in (folder / "tanh", tmp_path / "m.gguf")]
     first, second = (list(generate(model, prompt, 8, temperature=0)) for model in models)
     assert first == second
+    half, tuned = tmp_path / "h.gguf", tmp_path / "tuned"
+    surgery("export", "tanh", "--form", "F16", "--out", half, cwd=folder)
+    surgery("finetune", half, "text.txt", "--out", tuned, *STEPS, cwd=folder)
+    arguments = ["--adapter", tuned, "--prompt", "to be", "--max-new-tokens", 4]
+    assert surgery("generate", half, *arguments, cwd=folder).stdout.startswith("to be")
     done = surgery("export", "run", "--out", tmp_path / "e.gguf", check=1, cwd=folder)
     assert "gelu_tanh" in done.stderr
     form = ["--form", "lora-gguf", "--out", tmp_path / "a.gguf"]

@@ -55,7 +55,7 @@ def finetune(
     from nanogpt_surgery.lora.report import Report
 
     settings = FitSettings(**given(training))
-    network, tokenizer = open_model(model)
+    network, tokenizer = open_model(model, torch.float32)  # computed in what `fit` chooses
     if tokenizer is None:
         raise SurgeryError(f"{model} has no tokenizer.json, so text cannot become ids")
     whole = read_texts(text) if text else python_source()
