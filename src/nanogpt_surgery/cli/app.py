@@ -13,6 +13,8 @@ from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = ("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor")
+COMMANDS += ("tokenizer",)
+GROUPS = {"tokenizer": ("Train a tokenizer.", ("train",))}
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
@@ -31,9 +33,24 @@ def make_app() -> App:
         result_action="return_value",
     )
     for name in COMMANDS:
-        where = f"nanogpt_surgery.cli.{name}:{name}"
-        app.command(where, name=name, help=first_line(where))
+        if name in GROUPS:
+            app.command(_group(name))
+        else:
+            _add(app, name, f"nanogpt_surgery.cli.{name}:{name}")
     return app
+
+
+def _group(name: str) -> App:
+    """A command with commands of its own, each a function of the module of its name."""
+    text, commands = GROUPS[name]
+    group = App(name=name, help=text)
+    for command in commands:
+        _add(group, command, f"nanogpt_surgery.cli.{name}:{command}")
+    return group
+
+
+def _add(app: App, name: str, where: str) -> None:
+    app.command(where, name=name, help=first_line(where))
 
 
 def _version() -> str:
