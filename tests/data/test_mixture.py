@@ -86,9 +86,8 @@ def test_ranks_share_the_batch_of_one_process(data, world_size):
     for step in (0, 700):
         parts = [data.batch(step, 8, 3, rank=r, world_size=world_size) for r in range(world_size)]
         assert [len(x) for x, _ in parts] == [8 // world_size] * world_size
-        for mine, whole in zip(
-            map(torch.cat, zip(*parts, strict=True)), data.batch(step, 8, 3), strict=True
-        ):
+        joined = [torch.cat(of_ranks) for of_ranks in zip(*parts, strict=True)]
+        for mine, whole in zip(joined, data.batch(step, 8, 3), strict=True):
             assert torch.equal(mine, whole)
 
 

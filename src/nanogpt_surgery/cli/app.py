@@ -12,9 +12,14 @@ from nanogpt_surgery.cli.console import say, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
-COMMANDS = ("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor")
-COMMANDS += ("tokenizer",)
-GROUPS = {"tokenizer": ("Train a tokenizer.", ("train",))}
+COMMANDS = (
+    *("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor"),
+    *("tokenizer", "data"),
+)
+GROUPS = {
+    "tokenizer": ("Train a tokenizer.", ("train",)),
+    "data": ("Make corpora into files of ids.", ("prepare",)),
+}
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
@@ -41,11 +46,11 @@ def make_app() -> App:
 
 
 def _group(name: str) -> App:
-    """A command with commands of its own, each a function of the module of its name."""
+    """A command with commands of its own, each a function in a module of both names."""
     text, commands = GROUPS[name]
     group = App(name=name, help=text)
     for command in commands:
-        _add(group, command, f"nanogpt_surgery.cli.{name}:{command}")
+        _add(group, command, f"nanogpt_surgery.cli.{name}_{command}:{command}")
     return group
 
 

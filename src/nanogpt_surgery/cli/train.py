@@ -51,8 +51,8 @@ def train(
     import torch
 
     from nanogpt_surgery.cli.training_run import Job, datasets, run_training
+    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint, vocab_size_of
     from nanogpt_surgery.formats.model_file import write_model_files
-    from nanogpt_surgery.formats.tokenizer_files import tokenizer_fingerprint, vocab_size_of
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -95,7 +95,7 @@ def _text(paths: tuple[str, ...], tokenizer: str) -> tuple[str, Tokenizer]:
     from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
     from nanogpt_surgery.data.corpus import python_reference, python_source, read_texts
 
-    found = None if tokenizer == CHARACTERS else _opened(tokenizer)
+    found = None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
     if not paths:
         say("no text was named: training on Python's language reference")
     text = read_texts(paths) if paths else python_reference()
@@ -103,7 +103,12 @@ def _text(paths: tuple[str, ...], tokenizer: str) -> tuple[str, Tokenizer]:
     return text, found or CharacterTokenizer(text if paths else text + python_source())
 
 
-def _opened(folder: str) -> Tokenizer:
+def opened_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer in a folder that was named.
+
+    Raises:
+        SurgeryError: there is none.
+    """
     from nanogpt_surgery.errors import SurgeryError
     from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
 

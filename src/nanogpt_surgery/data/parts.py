@@ -1,7 +1,7 @@
 """The parts of a folder of ids in the making: a part for each piece of the corpus.
 
-A part's ids lie in a file for each split, `parts/00007.train.bin`; `parts/00007.json`, written after
-them, has their numbers and hashes. At the end the parts are joined in order, and each is deleted
+A part's ids lie in a file for each split, `parts/00007.train.bin`; `parts/00007.json` has their
+numbers and hashes, and is written after them. At the end the parts are joined in order, and each is deleted
 once it is safely in.
 """
 
@@ -34,9 +34,15 @@ class Work:
 
     folder: Path
     pieces: tuple[Piece, ...]
-    tokenizer_of: Callable[[], Tokenizer]
+    tokenizer_of: Callable[[], Tokenizer | None]
     held_out: float
     dtype: str
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer, opened anew."""
+        tokenizer = self.tokenizer_of()
+        assert tokenizer is not None, "the folder has lost its tokenizer"
+        return tokenizer
 
     def part(self, number: int, ending: str) -> Path:
         """Where a file of a part lies."""

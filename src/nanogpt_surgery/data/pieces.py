@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from nanogpt_surgery.data.corpus import files_of
@@ -62,7 +63,7 @@ def _spans(paths: Iterable[str | Path], size: int) -> Iterator[Span]:
     for file in files_of(paths):
         length = file.stat().st_size
         cuts = [0, *(_cut(file, start, size) for start in range(size, length, size)), length]
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in pairwise(cuts):
             if start < end:
                 yield Span(str(file), start, end)
 

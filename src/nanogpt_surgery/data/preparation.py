@@ -30,10 +30,10 @@ from nanogpt_surgery.data.token_files import (
     VERSION,
     TokenHeader,
     dtype_for,
-    tokenizer_fingerprint,
+    is_token_folder,
     write_header,
 )
-from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizer import Tokenizer, tokenizer_fingerprint, vocab_size_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import read_json, remove_temporaries, write_json
 
@@ -44,7 +44,7 @@ MOST_HELD_OUT = 16 << 20  # bytes of text
 def prepare_tokens(
     pieces: Sequence[Piece],
     folder: Path,
-    tokenizer_of: Callable[[], Tokenizer],
+    tokenizer_of: Callable[[], Tokenizer | None],
     held_out: float | None = None,
     workers: int = 0,
 ) -> Iterator[int]:
@@ -69,10 +69,13 @@ def prepare_tokens(
     """
     held_out = _held_out(pieces, held_out)
     tokenizer = tokenizer_of()
-    vocab_size: int = getattr(tokenizer, "vocab_size")  # noqa: B009 - no part of the protocol
+    assert tokenizer is not None
+    vocab_size, fingerprint = vocab_size_of(tokenizer), tokenizer_fingerprint(tokenizer)
     work = Work(folder, tuple(pieces), tokenizer_of, held_out, dtype_for(vocab_size))
-    fingerprint = tokenizer_fingerprint(tokenizer)
     _check_asked(folder, _asked(work, fingerprint))
+    if is_token_folder(folder):
+        yield len(pieces)
+        return
     (folder / PARTS).mkdir(exist_ok=True)
     remove_temporaries(folder / PARTS)
     waiting = [number for number in range(len(pieces)) if not is_done(work, number)]
@@ -151,7 +154,7 @@ def _encoded(work: Work, numbers: Sequence[int], workers: int) -> Iterator[int]:
     if min(workers, len(numbers)) > 1:
         yield from in_processes(_encode, numbers, workers, partial(_begin_with, work))
         return
-    tokenizer = work.tokenizer_of()
+    tokenizer = work.tokenizer()
     for number in numbers:
         yield encode_piece(work, tokenizer, number)
 
@@ -161,7 +164,7 @@ _OF_THIS_PROCESS: dict[str, Any] = {}
 
 def _begin_with(work: Work) -> None:
     _OF_THIS_PROCESS["work"] = work
-    _OF_THIS_PROCESS["tokenizer"] = work.tokenizer_of()
+    _OF_THIS_PROCESS["tokenizer"] = work.tokenizer()
 
 
 def _encode(number: int) -> int:

@@ -4,7 +4,7 @@ FOLDER/
   tokens.json        dtype, vocabulary, tokenizer's fingerprint; for each split its shards
   train.bin          the ids, one after the other, little-endian, in the dtype that was named
   validation.bin     the held-out ones
-  tokenizer.json …   the tokenizer that made them
+  tokenizer/         the tokenizer that made them
 
 The dtype follows the vocabulary: 2 bytes an id up to 65,536 ids, else 4. A shard is a stretch of a
 file that was made in one go, with its number of ids and its sha256. `tokens.json` is written last:
@@ -23,11 +23,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import flush, read_json, write_json
 
-HEADER, VERSION = "tokens.json", 1
+HEADER, TOKENIZER, VERSION = "tokens.json", "tokenizer", 1
 SPLITS = ("train", "validation")
 DTYPES = {"uint16": 2, "uint32": 4}  # bytes an id
 _LARGEST_ID = {"uint16": 2**16, "uint32": 2**31}  # int32 holds every id elsewhere
@@ -84,22 +83,6 @@ def dtype_for(vocab_size: int) -> str:
         if vocab_size <= ids:
             return name
     raise SurgeryError(f"a vocabulary of {vocab_size:,} ids is larger than {2**31:,}")
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """The sha256 of what a tokenizer's `tokenizer.json` says.
-
-    Raises:
-        SurgeryError: it is of a kind that has none.
-    """
-    contents = getattr(tokenizer, "to_json", None)
-    if contents is None:
-        raise SurgeryError(
-            f"a {type(tokenizer).__name__} has no tokenizer.json",
-            "use a CharacterTokenizer, BPETokenizer or PretrainedTokenizer",
-        )
-    written = json.dumps(contents(), sort_keys=True)
-    return hashlib.sha256(written.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def is_token_folder(path: str | Path) -> bool:

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from nanogpt_surgery.errors import SurgeryError
 
 
 @runtime_checkable
@@ -43,3 +47,22 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens after which a text or a turn is over, where the tokenizer has any."""
     return frozenset(getattr(tokenizer, "stop_ids", ()))
+
+
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """How many ids a model needs for a tokenizer: one more than the largest.
+
+    Raises:
+        SurgeryError: the tokenizer does not say.
+    """
+    size = getattr(tokenizer, "vocab_size", None)
+    if not isinstance(size, int):
+        raise SurgeryError(f"a {type(tokenizer).__name__} does not say its vocab_size")
+    return size
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """The kind of a tokenizer and the sha256 of what its `tokenizer.json` says."""
+    contents: dict[str, Any] = getattr(tokenizer, "to_json", dict)()
+    written = json.dumps(contents, sort_keys=True).encode()
+    return f"{type(tokenizer).__name__} {hashlib.sha256(written).hexdigest()}"

@@ -11,8 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -149,25 +147,6 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int | Non
         if tokenizer.chat_template is not None:
             (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     write_json(folder / TOKENIZER_CONFIG, config)
-
-
-def vocab_size_of(tokenizer: Tokenizer) -> int:
-    """How many ids a model needs for a tokenizer: one more than the largest.
-
-    Raises:
-        SurgeryError: the tokenizer does not say.
-    """
-    size = getattr(tokenizer, "vocab_size", None)
-    if not isinstance(size, int):
-        raise SurgeryError(f"a {type(tokenizer).__name__} does not say its vocab_size")
-    return size
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """The kind of a tokenizer and the sha256 of what its `tokenizer.json` says."""
-    contents = getattr(tokenizer, "to_json", dict)()
-    written = json.dumps(contents, sort_keys=True).encode()
-    return f"{type(tokenizer).__name__} {hashlib.sha256(written).hexdigest()}"
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
