@@ -15,7 +15,10 @@ from nanogpt_surgery.data.pieces import pieces_of, read_span, split_at_line
 from nanogpt_surgery.data.preparation import characters_of, prepare_tokens
 from nanogpt_surgery.data.token_files import open_tokens
 
-TEXT = "".join(f"word {i}, größer as {i**3}\n{'    indented' * (i % 3)}\n\n" for i in range(200))
+TEXT = "".join(
+    f"word {i}, größer as {i**3}\n" + "    indented\n" * (i % 3) + "\n" * (i % 5 == 0)
+    for i in range(200)
+)
 
 
 def corpus(place: Path) -> list[Path]:
@@ -59,13 +62,16 @@ def test_a_piece_begins_with_a_readable_line_where_there_is_one(tmp_path):
     assert len(pieces) > 5
     data = (tmp_path / "long.txt").read_bytes()
     for (span,) in pieces[1:]:
-        assert data[span.start - 1 : span.start] == b"\n"
-        assert not data[span.start : span.start + 1].isspace()
+        around = data[span.start - 2 : span.start + 1]
+        assert around[1:2] == b"\n"
+        assert not around[:1].isspace()
+        assert not around[2:].isspace()
 
 
 def test_short_files_share_a_piece(tmp_path):
-    pieces = pieces_of(corpus(tmp_path), 700)
-    assert [Path(span.file).name for span in pieces[-1]] == ["1.txt", "2.txt", "3.txt", "4.txt"]
+    pieces = pieces_of(corpus(tmp_path)[1:], 300)
+    names = [[Path(span.file).name for span in piece] for piece in pieces]
+    assert names == [["1.txt", "2.txt"], ["3.txt"], ["4.txt"]]
 
 
 def test_cuts_change_no_token(tmp_path):
@@ -121,7 +127,7 @@ def test_a_text_is_split_without_loss(share):
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
     paths = corpus(tmp_path)
     pieces = pieces_of(paths, 700)
-    opens = partial(CharacterTokenizer.from_characters, characters_of(pieces, workers=2))
+    opens = partial(CharacterTokenizer.from_characters, characters_of(pieces, workers=1))
     alone = prepared(tmp_path / "alone", pieces, opens, workers=1)
     assert prepared(tmp_path / "two", pieces, opens, workers=2) == alone
 
@@ -155,11 +161,11 @@ def attempt(folder, kill_at):
         os._exit(0)
     return os.waitpid(child, 0)[1]
 
-for kill_at in range(1, 1000):
+for kill_at in range(1, 1000, 5):
     folder = place / f"at-{kill_at}"
     folder.mkdir()
     if attempt(folder, kill_at) == 0:
-        print(kill_at - 1)
+        print(kill_at)
         break
     assert not (folder / "tokens.json").exists() or (folder / "parts").exists()
     attempt(folder, 9)  # and once more, soon after
@@ -169,7 +175,7 @@ for kill_at in range(1, 1000):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_kill_at_any_moment_is_made_good(tmp_path):
-    """SIGKILL before each flush, rename and deletion; then the same bytes as without it."""
+    """SIGKILL before a flush, rename or deletion; then the same bytes as without it."""
     (tmp_path / "long.txt").write_text(TEXT, "utf-8")
     command = [sys.executable, "-c", KILLED_EVERYWHERE, tmp_path / "long.txt", tmp_path]
     quiet = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -177,10 +183,10 @@ def test_a_kill_at_any_moment_is_made_good(tmp_path):
         list(map(str, command)), capture_output=True, text=True, timeout=120, env=quiet
     )
     assert done.returncode == 0, done.stderr
-    kills = int(done.stdout)
-    assert kills > 30
-    wanted = contents(tmp_path / f"at-{kills + 1}")
-    for kill in range(1, kills + 1):
+    unkilled = int(done.stdout)
+    assert unkilled > 30
+    wanted = contents(tmp_path / f"at-{unkilled}")
+    for kill in range(1, unkilled, 5):
         assert contents(tmp_path / f"at-{kill}") == wanted, f"killed at call {kill}"
 
 
@@ -205,7 +211,7 @@ def test_finished_parts_are_kept_and_others_made_anew(tmp_path):
 
 def test_another_corpus_or_tokenizer_is_refused_with_the_difference(tmp_path):
     paths = corpus(tmp_path)
-    pieces, tokenizer = pieces_of(paths, 1500), CharacterTokenizer(TEXT + "xyzöst")
+    pieces, tokenizer = pieces_of(paths, 1500), CharacterTokenizer(TEXT + "short text")
     prepared(tmp_path / "out", pieces, lambda: tokenizer)
 
     def again(pieces=pieces, tokenizer=tokenizer, **options):
@@ -216,9 +222,9 @@ def test_another_corpus_or_tokenizer_is_refused_with_the_difference(tmp_path):
         again(tokenizer=CharacterTokenizer(TEXT + "Ω"))
     with pytest.raises(SurgeryError, match="held_out differs"):
         again(held_out=0.3)
-    with pytest.raises(SurgeryError, match=r"4\.txt is new or gone"):
+    with pytest.raises(SurgeryError, match=r"1\.txt is new or gone"):
         again(pieces=pieces_of([paths[0]], 1500))
-    (tmp_path / "long.txt").write_text(TEXT.replace("word", "Word"), "utf-8")
+    (tmp_path / "long.txt").write_text(TEXT.upper(), "utf-8")
     with pytest.raises(SurgeryError, match=r"long\.txt has changed"):
         again(pieces=pieces_of(paths, 1500))
 

@@ -51,7 +51,6 @@ def prepare(
     from nanogpt_surgery.data.pieces import pieces_of
     from nanogpt_surgery.data.preparation import prepare_tokens
     from nanogpt_surgery.data.token_files import TOKENIZER, is_token_folder, verify_tokens
-    from nanogpt_surgery.files import remove_temporaries
     from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
     from nanogpt_surgery.training.checkpoint import locked
 
@@ -61,7 +60,6 @@ def prepare(
     _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     with locked(out):
-        remove_temporaries(out)
         finished = is_token_folder(out)
         _provide_tokenizer(tokenizer, out / TOKENIZER, pieces, values.get("workers", 0))
         opens = partial(open_tokenizer, out / TOKENIZER)

@@ -1,8 +1,8 @@
 """The parts of a folder of ids in the making: a part for each piece of the corpus.
 
 A part's ids lie in a file for each split, `parts/00007.train.bin`; `parts/00007.json` has their
-numbers and hashes, and is written after them. At the end the parts are joined in order, and each is deleted
-once it is safely in.
+numbers and hashes, and is written after them. At the end the parts are joined in order, and
+each is deleted once it is safely in.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from nanogpt_surgery.data.pieces import Piece, read_span, split_at_line
 from nanogpt_surgery.data.token_files import DTYPES, SPLITS, Shard
-from nanogpt_surgery.data.tokenizer import Tokenizer, encode_text
+from nanogpt_surgery.data.tokenizer import Tokenizer, encode_to_array
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import flush, read_json, write_json
 
@@ -110,7 +110,7 @@ def _joined_ids(tokenizer: Tokenizer, documents: list[tuple[str, bool]]) -> Ids:
     for text, first in documents:
         if first:
             parts.append(np.asarray(between, np.int32))
-        parts.append(encode_text(tokenizer, text).numpy())
+        parts.append(encode_to_array(tokenizer, text))
     return np.concatenate(parts)
 
 

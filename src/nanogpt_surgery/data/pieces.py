@@ -1,12 +1,14 @@
 """A corpus cut into pieces that can be worked on alone: the same cuts, whoever does the work.
 
-Long files are cut about every so many bytes, at the start of a line that begins with something to
-read: byte-pair encodings join no token across such a place. Short files share a piece. Where the
+Long files are cut about every so many bytes, between two lines that a single newline parts: there
+byte-pair encodings join no token. Without such a place near by it is the start of a line, or of a
+character. Short files share a piece. Where the
 cuts lie follows from the files alone.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,8 +18,9 @@ from nanogpt_surgery.data.corpus import files_of
 from nanogpt_surgery.errors import SurgeryError
 
 PIECE = 8 << 20  # bytes, about: a piece has at most twice as many
-_LOOK = 1 << 16  # bytes read at a time in the search for a line
-_SPACE = b" \t\r\n\v\f"
+_LOOK = 1 << 16  # bytes that are searched for a place
+# Where white space is longer than one newline, byte-pair encodings look at what follows it.
+_BETWEEN_LINES, _LINE_START = re.compile(rb"\S\n(?=\S)"), re.compile(rb"\n(?=\S)")
 _BOM = "\ufeff"
 
 
@@ -69,32 +72,14 @@ def _spans(paths: Iterable[str | Path], size: int) -> Iterator[Span]:
 
 
 def _cut(file: Path, start: int, size: int) -> int:
-    """The first start of a readable line from `start` on; else the next character's."""
+    """The first good place from `start` on, at most `size` bytes further."""
     with file.open("rb") as data:
-        data.seek(start - 1)
-        before, place = data.read(1), start
-        while place < start + size and (block := data.read(_LOOK)):
-            if (found := _line_start(before + block)) is not None:
-                place += found - 1
-                break
-            before, place = block[-1:], place + len(block)
-        else:
-            place = start + size + 1
-        if place <= start + size:
-            return place
-        data.seek(start)
-        inside = data.read(3)  # a character's first byte is followed by at most three more
+        data.seek(start - 2)
+        near = data.read(min(size, _LOOK) + 2)
+    if found := _BETWEEN_LINES.search(near) or _LINE_START.search(near, 1):
+        return start - 2 + found.end()
+    inside = near[2:5]  # a character's first byte is followed by at most three more
     return start + next((i for i, byte in enumerate(inside) if byte & 0xC0 != 0x80), len(inside))
-
-
-def _line_start(data: bytes) -> int | None:
-    """Where the first line begins that does not begin with white space."""
-    found = data.find(b"\n")
-    while found != -1 and found + 1 < len(data):
-        if data[found + 1] not in _SPACE:
-            return found + 1
-        found = data.find(b"\n", found + 1)
-    return None
 
 
 def read_span(span: Span) -> str:

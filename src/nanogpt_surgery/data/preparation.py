@@ -77,6 +77,7 @@ def prepare_tokens(
         yield len(pieces)
         return
     (folder / PARTS).mkdir(exist_ok=True)
+    remove_temporaries(folder)
     remove_temporaries(folder / PARTS)
     waiting = [number for number in range(len(pieces)) if not is_done(work, number)]
     yield len(pieces) - len(waiting)

@@ -15,16 +15,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import flush, read_json, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 HEADER, TOKENIZER, VERSION = "tokens.json", "tokenizer", 1
 SPLITS = ("train", "validation")
@@ -103,6 +104,8 @@ def open_tokens(folder: str | Path) -> TokenFiles:
 
 
 def _mapped(folder: Path, header: TokenHeader, split: str) -> Tensor:
+    import torch
+
     path, tokens = folder / f"{split}.bin", header.tokens(split)
     size, wanted = path.stat().st_size if path.is_file() else 0, tokens * DTYPES[header.dtype]
     if size != wanted:
@@ -145,12 +148,11 @@ def read_header(folder: Path) -> TokenHeader:
 def _nonsense(header: TokenHeader) -> str | None:
     everything: list[Any] = [header, *header.train, *header.validation]
     for part in everything:
-        for name, kind in get_type_hints(type(part)).items():
-            value = getattr(part, name)
-            if kind in (int, str) and type(value) is not kind:
-                return f"{name} is {value!r}"
-            if kind is int and value < 0:
-                return f"{name} is {value}"
+        for field in fields(part):
+            value = getattr(part, field.name)
+            kind = {"int": int, "str": str}.get(str(field.type))
+            if (kind and type(value) is not kind) or (kind is int and value < 0):
+                return f"{field.name} is {value!r}"
     if header.dtype not in DTYPES:
         return f"dtype is {header.dtype!r}; it must be one of {', '.join(DTYPES)}"
     return None

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -33,9 +35,16 @@ class Tokenizer(Protocol):
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Tensor:
     """The ids of a text as a tensor (N,) of int32."""
+    import torch
+
+    return torch.from_numpy(encode_to_array(tokenizer, text))
+
+
+def encode_to_array(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
+    """The ids of a text as an array (N,) of int32; torch is not loaded for it."""
     to_numpy = getattr(tokenizer, "encode_to_numpy", None)
     ids = np.asarray(to_numpy(text) if to_numpy else tokenizer.encode(text))
-    return torch.from_numpy(ids.astype(np.int32, copy=False))
+    return ids.astype(np.int32, copy=False)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
