@@ -97,6 +97,12 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
     assert "multiple of 3" in caught.value.hint
 
 
+def test_all_of_it_is_measured_once():
+    mixed = mixture((5, 1))
+    targets = torch.cat([y.flatten() for _, y in mixed.whole(3)])
+    assert targets.tolist() == [*range(1, 40), *range(1001, 1049)]
+
+
 def test_passes_count_tokens():
     mixed = mixture()  # 3 : 1, sources of 39 and 48 targets
     assert mixed.passes(400) == [300 * 4 / 39, 100 * 4 / 48]

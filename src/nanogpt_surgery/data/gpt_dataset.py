@@ -5,8 +5,9 @@ Legend: N ids in the text, B windows in a batch, T tokens in a window.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Protocol, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -20,20 +21,6 @@ from nanogpt_surgery.errors import SurgeryError
 Ids: TypeAlias = NDArray[np.int64]
 
 _ORDERED = 2048  # rows whose windows are worked out at a time
-
-
-class TrainingData(Protocol):
-    """What `fit` learns from: batches that follow from (seed, step), and from nothing else."""
-
-    block_size: int
-
-    def __len__(self) -> int:
-        """Windows in all."""
-        ...
-
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """The batch of a step, (B, T) inputs and targets, int64 each."""
-        ...
 
 
 class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -112,6 +99,16 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         rows = rows_of(step, batch_size, rank, world_size)
         windows = torch.from_numpy(self.gather(visited(rows, len(self), seed)))  # (B, T + 1)
         return windows[:, :-1], windows[:, 1:]
+
+    def whole(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows side by side, the last one shorter: each token but the first is a target once."""
+        length = self.block_size
+        full = (len(self.ids) - 1) // length * length
+        inputs, targets = self.ids[:full].view(-1, length), self.ids[1 : full + 1].view(-1, length)
+        for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+            yield x.long(), y.long()
+        if full < len(self.ids) - 1:
+            yield self.ids[None, full:-1].long(), self.ids[None, full + 1 :].long()
 
 
 def rows_of(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:

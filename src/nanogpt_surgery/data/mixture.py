@@ -10,7 +10,7 @@ Legend: B windows in a batch, T tokens in a window, K rows in a group.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 
 import numpy as np
@@ -70,6 +70,11 @@ class Mixture:
             windows[mine] = source.gather(places[mine])
         ids = torch.from_numpy(windows)
         return ids[:, :-1], ids[:, 1:]
+
+    def whole(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each source whole, one after the other, whatever its weight."""
+        for source in self.sources:
+            yield from source.whole(batch_size)
 
     def drawn(self, rows: range, seed: int) -> tuple[Ids, Ids]:
         """Which source each row comes from, and which of its windows it is: (B,), (B,)."""

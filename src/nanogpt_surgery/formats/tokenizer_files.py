@@ -22,7 +22,6 @@ from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import read_json, whole_folder, write_json
-from nanogpt_surgery.formats.comparison import check_tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -114,6 +113,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         SurgeryError: the tokenizer has no `tokenizer.json`, the folder holds something else, or
             what was written encodes otherwise. There is no new folder then.
     """
+    from nanogpt_surgery.formats.comparison import check_tokenizer  # loads torch
+
     with whole_folder(folder) as temporary:
         write_tokenizer_files(tokenizer, temporary)
         check_tokenizer(tokenizer, open_tokenizer(temporary))
