@@ -13,6 +13,7 @@ from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = ("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor")
+GROUPS = {"data": ("Look at what a model is to learn from.", ("preview",))}
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
@@ -33,6 +34,12 @@ def make_app() -> App:
     for name in COMMANDS:
         where = f"nanogpt_surgery.cli.{name}:{name}"
         app.command(where, name=name, help=first_line(where))
+    for group, (text, names) in GROUPS.items():
+        commands = App(name=group, help=text)
+        for name in names:
+            where = f"nanogpt_surgery.cli.{group}_{name}:{name}"
+            commands.command(where, name=name, help=first_line(where))
+        app.command(commands)
     return app
 
 
@@ -72,6 +79,13 @@ def _run(app: App, arguments: list[str]) -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        command = next((word for word in arguments if word in COMMANDS), "")
-        hint = " ".join(f"surgery {command} --help".split())
+        hint = " ".join(("surgery", *_command(arguments), "--help"))
         raise unknown_key(error) or SurgeryError(str(error), f"{hint} lists the flags") from error
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """The words of the arguments that name a command."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if words[:1] and words[0] in GROUPS:
+        return [word for word in words[:2] if word in (words[0], *GROUPS[words[0]][1])]
+    return [word for word in words if word in COMMANDS][:1]
