@@ -18,7 +18,7 @@ COMMANDS = (
 )
 GROUPS = {
     "tokenizer": ("Train a tokenizer.", ("train",)),
-    "data": ("Make corpora into files of ids.", ("prepare",)),
+    "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
 }
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
@@ -94,6 +94,13 @@ def _run(app: App, arguments: list[str]) -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        command = next((word for word in arguments if word in COMMANDS), "")
-        hint = " ".join(f"surgery {command} --help".split())
+        hint = " ".join(("surgery", *_command(arguments), "--help"))
         raise unknown_key(error) or SurgeryError(str(error), f"{hint} lists the flags") from error
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """The words of the arguments that name a command."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if words[:1] and words[0] in GROUPS:
+        return [word for word in words[:2] if word in (words[0], *GROUPS[words[0]][1])]
+    return [word for word in words if word in COMMANDS][:1]

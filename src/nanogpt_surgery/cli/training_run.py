@@ -15,6 +15,7 @@ from nanogpt_surgery.cli.console import say, watched
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
     from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.training.checkpoint import Run
@@ -29,8 +30,8 @@ class Job:
     out: Path
     resume: bool
     model: nn.Module
-    dataset: GPTDataset
-    validation: GPTDataset
+    dataset: Batches
+    validation: Batches
     settings: FitSettings
     description: dict[str, Any]
     """what determines the run, beside settings and data"""
@@ -106,13 +107,17 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _data_fingerprint(data: Batches) -> str:
+    return fingerprint(tensor for batch in data.whole(1024) for tensor in batch)
+
+
 def _description(job: Job) -> dict[str, Any]:
     return {
         **job.description,
         "settings": job.settings.to_dict(),
         "block_size": job.dataset.block_size,
-        "train_ids": fingerprint([job.dataset.ids]),
-        "validation_ids": fingerprint([job.validation.ids]),
+        "train_ids": _data_fingerprint(job.dataset),
+        "validation_ids": _data_fingerprint(job.validation),
     }
 
 
