@@ -36,14 +36,22 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         SurgeryError: the text is shorter than one window and its last target.
     """
 
+    fingerprint: str | None = None
+
     def __init__(self, text: str, tokenizer: Tokenizer, block_size: int, stride: int = 1):
         self._set_ids(encode_text(tokenizer, text), block_size, stride)
 
     @classmethod
-    def from_ids(cls, ids: Tensor, block_size: int, stride: int = 1) -> GPTDataset:
-        """The windows of ids (N,) that a tokenizer has made already; integers of any width."""
+    def from_ids(
+        cls, ids: Tensor, block_size: int, stride: int = 1, fingerprint: str | None = None
+    ) -> GPTDataset:
+        """The windows of ids (N,) that a tokenizer has made already; integers of any width.
+
+        A `fingerprint` that is known of ids in a file saves reading them all.
+        """
         dataset = cls.__new__(cls)
         dataset._set_ids(ids, block_size, stride)
+        dataset.fingerprint = fingerprint
         return dataset
 
     def _set_ids(self, ids: Tensor, block_size: int, stride: int) -> None:

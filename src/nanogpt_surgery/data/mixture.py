@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.data.batches import Batches
 from nanogpt_surgery.data.gpt_dataset import GPTDataset, Ids, rows_of, shuffled, visited
 from nanogpt_surgery.errors import SurgeryError
 
@@ -49,11 +50,9 @@ class Mixture:
 
     def passes(self, rows: int) -> list[float]:
         """How often a training of so many rows reads each source's tokens: its epochs."""
-        drawn = [rows * count / sum(self.counts) for count in self.counts]
-        return [
-            n * self.block_size / (len(source.ids) - 1)
-            for n, source in zip(drawn, self.sources, strict=True)
-        ]
+        share = rows / sum(self.counts)
+        pairs = zip(self.counts, self.sources, strict=True)
+        return [share * count * self.block_size / (len(source.ids) - 1) for count, source in pairs]
 
     def batch(
         self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
@@ -105,6 +104,15 @@ class Mixture:
             rows = range(number * count, (number + 1) * count)
             places[sources == index] = visited(rows, len(source), seed + index)
         return sources, places
+
+
+def passes(dataset: Batches, rows: int) -> list[float]:
+    """How often a training of so many rows reads what there is, for each source: its epochs."""
+    if isinstance(dataset, Mixture):
+        return dataset.passes(rows)
+    if isinstance(dataset, GPTDataset):
+        return [rows * dataset.block_size / (len(dataset.ids) - 1)]
+    return [rows / len(dataset)]
 
 
 def whole_shares(weights: Sequence[float], sources: int) -> list[int]:
