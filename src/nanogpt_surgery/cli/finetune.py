@@ -114,7 +114,7 @@ def _data(
     from nanogpt_surgery.data.corpus import python_source
 
     if not instruction_data.is_instructions(paths, settings):
-        if paths:
+        if paths or weights is not None:
             return open_sources(paths, weights, tokenizer).datasets(length)
         return datasets(python_source(), tokenizer, length)
     if weights is not None:

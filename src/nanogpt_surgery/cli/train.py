@@ -111,7 +111,7 @@ def _sources(paths: tuple[str, ...], weights: str | None, tokenizer: str) -> Sou
     from nanogpt_surgery.data.corpus import python_reference, python_source
 
     found = None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
-    if paths:
+    if paths or weights is not None:
         return open_sources(paths, weights, found)
     say("no text was named: training on Python's language reference")
     text = python_reference()

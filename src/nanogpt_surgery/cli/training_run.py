@@ -84,11 +84,13 @@ def datasets(text: str, tokenizer: Tokenizer, block_size: int) -> tuple[GPTDatas
     """
     from nanogpt_surgery.data.corpus import split_by_position
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.tokenizer import encode_text
     from nanogpt_surgery.errors import SurgeryError
 
     train, validation = split_by_position(text)
+    held_out_ids = encode_text(tokenizer, validation)
     try:
-        held_out = GPTDataset(validation, tokenizer, block_size)
+        held_out = GPTDataset.from_ids(held_out_ids, block_size)
     except SurgeryError as error:
         raise SurgeryError(
             f"the last tenth of the text, which is held out for validation, is too short: "
