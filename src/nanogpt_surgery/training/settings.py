@@ -53,6 +53,8 @@ class FitSettings:
     """steps from one evaluation to the next (0: only at the end)"""
     keep_hidden: float = 2.0
     """GiB for hidden states before the first part that learns, kept where windows come again"""
+    gradient_checkpointing: bool = False
+    """compute each block again for its gradient instead of keeping it: less memory, more time"""
     seed: int = 1337
     """from which batches and dropout follow, with the step's number"""
     device: Device = "auto"
