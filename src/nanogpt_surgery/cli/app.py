@@ -13,7 +13,8 @@ from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = ("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor")
-COMMANDS += ("tokenizer",)
+COMMANDS += ("eval", "chat", "tokenizer")
+FUNCTIONS = {"eval": "evaluate"}  # where a command cannot have the name that it is typed by
 GROUPS = {"tokenizer": ("Train a tokenizer.", ("train",))}
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
@@ -36,7 +37,8 @@ def make_app() -> App:
         if name in GROUPS:
             app.command(_group(name))
         else:
-            _add(app, name, f"nanogpt_surgery.cli.{name}:{name}")
+            function = FUNCTIONS.get(name, name)
+            _add(app, name, f"nanogpt_surgery.cli.{function}:{function}")
     return app
 
 

@@ -38,7 +38,7 @@ def read_conversations(path: str | Path) -> list[list[Message]]:
             them, with their number).
     """
     conversations, problems = [], []
-    for number, record in enumerate(_records(Path(path)), 1):
+    for number, record in enumerate(read_records(Path(path)), 1):
         messages = _messages(record)
         if messages is None:
             problems.append(f"record {number} has {_keys(record)}")
@@ -54,7 +54,12 @@ def read_conversations(path: str | Path) -> list[list[Message]]:
     return conversations
 
 
-def _records(path: Path) -> Iterable[Any]:
+def read_records(path: Path) -> Iterable[Any]:
+    """The records of a JSON or JSONL file.
+
+    Raises:
+        SurgeryError: the file cannot be read, or is not JSON (with the line).
+    """
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

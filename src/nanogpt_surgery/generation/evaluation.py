@@ -34,6 +34,11 @@ class Perplexity:
         """Among how many equally likely tokens the model wavers, on average."""
         return math.exp(self.loss)
 
+    @property
+    def bits(self) -> float:
+        """What it takes to write the predicted tokens with the model, in bits."""
+        return self.loss * self.tokens / math.log(2)
+
 
 def perplexity(
     model: SimpleGPT,

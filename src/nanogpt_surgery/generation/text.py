@@ -8,7 +8,7 @@ from nanogpt_surgery.data.text_stream import TextStream
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizer import stop_ids as stop_ids_of
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.generate import generate
+from nanogpt_surgery.generation.generate import Past, generate
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -69,11 +69,14 @@ def generate_text(
     stop: Sequence[str] = (),
     stop_ids: Collection[int] | None = None,
     seed: int | None = None,
+    past: Past | None = None,
 ) -> Iterator[str]:
     """Continue a prompt in pieces of text; see `generate` and `stream_text`.
 
     `stop_ids` are the tokenizer's own unless others are given.
     """
     ends = stop_ids_of(tokenizer) if stop_ids is None else stop_ids
-    ids = generate(model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed)
+    ids = generate(
+        model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed, past=past
+    )
     return stream_text(tokenizer, ids, stop, prompt)
