@@ -165,7 +165,7 @@ def vocab_size_of(tokenizer: Tokenizer) -> int:
 
 def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
     """The kind of a tokenizer and the sha256 of what its `tokenizer.json` says."""
-    contents = getattr(tokenizer, "to_json", dict)()
+    contents: dict[str, Any] = getattr(tokenizer, "to_json", dict)()
     written = json.dumps(contents, sort_keys=True).encode()
     return f"{type(tokenizer).__name__} {hashlib.sha256(written).hexdigest()}"
 

@@ -30,18 +30,36 @@ def stream_text(
     Raises:
         SurgeryError: a stop string is empty.
     """
-    if "" in stop:
-        raise SurgeryError("a stop string is empty; it would end every text at once")
-    stream, held = TextStream(tokenizer, before), ""
+    text = TextUntil(tokenizer, stop, before)
     for index in ids:
-        shown, held, found = _until(held + stream.push(index), stop)
+        shown = text.push(index)
         if shown:
             yield shown
-        if found:
+        if text.found:
             return
-    shown, held, found = _until(held + stream.finish(), stop)
-    if shown or (held and not found):
-        yield shown + ("" if found else held)
+    rest = text.finish()
+    if rest:
+        yield rest
+
+
+class TextUntil:
+    """Ids in, text out, up to the stop string that is complete first; see `stream_text`."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
+        if "" in stop:
+            raise SurgeryError("a stop string is empty; it would end every text at once")
+        self._stream, self._stop, self._held = TextStream(tokenizer, before), stop, ""
+        self.found = False
+
+    def push(self, index: int) -> str:
+        """The text that one more id completes; sets `found` when a stop string is complete."""
+        shown, self._held, self.found = _until(self._held + self._stream.push(index), self._stop)
+        return shown
+
+    def finish(self) -> str:
+        """What is left when no id follows."""
+        shown, held, self.found = _until(self._held + self._stream.finish(), self._stop)
+        return shown + ("" if self.found else held)
 
 
 def _until(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
