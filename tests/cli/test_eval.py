@@ -15,7 +15,7 @@ TEXT = "The quick brown fox jumps over the lazy dog, and over it again; then it 
 QUESTIONS = [
     {"prompt": "2 + 2 =", "choices": [" 3", " 4", " many"], "answer": 1},
     {"question": "A cat is", "choices": [" an animal", " a stone"], "answer": " an animal"},
-    {"prompt": "Go", "choices": ["ne", " away from here"], "answer": 0},
+    {"prompt": "Go", "choices": ["!", " away from here"], "answer": 1},
 ]
 
 
@@ -73,7 +73,7 @@ def test_bits_per_byte_count_the_bytes_that_tokens_stand_for(tmp_path: Path) -> 
 def test_questions_with_choices(folder: Path) -> None:
     found = report(folder, folder / "questions.jsonl")
     plain, normalised = 0, 0
-    for question, right in zip(QUESTIONS, [1, 0, 0], strict=True):
+    for question, right in zip(QUESTIONS, [1, 0, 1], strict=True):
         prompt = question.get("prompt", question.get("question"))
         sums = [
             float(scores(folder, prompt + c)[len(prompt) - 1 :].sum()) for c in question["choices"]
