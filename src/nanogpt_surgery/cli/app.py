@@ -12,8 +12,10 @@ from nanogpt_surgery.cli.console import say, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
-COMMANDS = ("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor")
-COMMANDS += ("eval", "chat", "tokenizer")
+COMMANDS = (
+    *("train", "plan", "finetune", "generate", "chat", "eval"),
+    *("inspect", "merge", "export", "tokenizer", "doctor"),
+)
 FUNCTIONS = {"eval": "evaluate"}  # where a command cannot have the name that it is typed by
 GROUPS = {"tokenizer": ("Train a tokenizer.", ("train",))}
 EPILOGUE = (

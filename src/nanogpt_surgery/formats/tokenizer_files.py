@@ -77,7 +77,9 @@ def _ids_of(contents: dict[str, Any], tokens: list[str]) -> dict[str | None, int
     model, added = contents.get("model"), contents.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     listed = vocab if isinstance(vocab, list) else []  # a unigram model's: token and score
-    rows = [(row[0], i) for i, row in enumerate(listed) if isinstance(row, list) and row]
+    rows: list[tuple[Any, Any]] = [
+        (row[0], i) for i, row in enumerate(listed) if isinstance(row, list) and row
+    ]
     rows += [*vocab.items()] if isinstance(vocab, dict) else []
     for token in added if isinstance(added, list) else []:
         rows += [(token.get("content"), token.get("id"))] if isinstance(token, dict) else []

@@ -137,8 +137,7 @@ class Window:
         most = min(len(self.ids) - 1, other.cache.length, self.cache.max_length)
         equal = self.ids[:most] == other.ids[:most]
         count = int(equal.long().cumprod(0).sum())
-        for layer, old in zip(self.cache.layers, other.cache.layers, strict=True):
-            layer.append(old.keys[:, :, :count], old.values[:, :, :count])
+        self.cache.take_over(other.cache, count)
 
     def append(self, new: int) -> None:
         """Add an id to the text."""
