@@ -1,5 +1,7 @@
 """A conversation remembers everything, shows the model what fits, and computes nothing twice."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from small_tokenizers import byte_level
@@ -31,9 +33,12 @@ def said(talk, text, tokens=6, **more):
     return "".join(talk.ask(text, tokens, seed=SEED, **more))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
-def test_with_a_past_the_ids_are_those_without(kind):
-    model = tiny_model(CONFIGS[kind])
+LAGGED = replace(CONFIGS["learned-rmsnorm-swiglu"], n_lags=2)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), LAGGED], ids=[*CONFIGS, "lagged"])
+def test_with_a_past_the_ids_are_those_without(config):
+    model = tiny_model(config)
     past, text = Past(), [3, 1, 4]
     for new in ([1, 5], [9], [2, 6, 5]):
         text = text + new
