@@ -102,8 +102,7 @@ def _greet(template: ChatTemplate, adapters: list[str]) -> None:
 def _lines() -> Iterator[str]:
     """What the user types, line by line, up to the end of standard input."""
     if not sys.stdin.isatty():
-        for data in sys.stdin.buffer:
-            yield data.decode(errors="replace").rstrip("\r\n")
+        yield from _piped()
         return
     import readline  # noqa: F401 - gives input() a history and editing
 
@@ -114,3 +113,14 @@ def _lines() -> Iterator[str]:
             say("\n/exit leaves")
         except EOFError:
             return
+
+
+def _piped() -> Iterator[str]:
+    while True:
+        try:
+            data = sys.stdin.buffer.readline()
+        except KeyboardInterrupt:  # between answers: nobody is there who could type /exit
+            sys.exit(130)
+        if not data:
+            return
+        yield data.decode(errors="replace").rstrip("\r\n")
