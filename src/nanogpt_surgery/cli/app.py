@@ -14,10 +14,13 @@ from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = (
     *("train", "plan", "finetune", "generate", "chat", "eval"),
-    *("inspect", "merge", "export", "tokenizer", "doctor"),
+    *("inspect", "merge", "export", "tokenizer", "data", "doctor"),
 )
 FUNCTIONS = {"eval": "evaluate"}  # where a command cannot have the name that it is typed by
-GROUPS = {"tokenizer": ("Train a tokenizer.", ("train",))}
+GROUPS = {
+    "tokenizer": ("Train a tokenizer.", ("train",)),
+    "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
+}
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
@@ -45,11 +48,11 @@ def make_app() -> App:
 
 
 def _group(name: str) -> App:
-    """A command with commands of its own, each a function of the module of its name."""
+    """A command with commands of its own, each a function in a module of both names."""
     text, commands = GROUPS[name]
     group = App(name=name, help=text)
     for command in commands:
-        _add(group, command, f"nanogpt_surgery.cli.{name}:{command}")
+        _add(group, command, f"nanogpt_surgery.cli.{name}_{command}:{command}")
     return group
 
 
@@ -93,6 +96,13 @@ def _run(app: App, arguments: list[str]) -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        command = next((word for word in arguments if word in COMMANDS), "")
-        hint = " ".join(f"surgery {command} --help".split())
+        hint = " ".join(("surgery", *_command(arguments), "--help"))
         raise unknown_key(error) or SurgeryError(str(error), f"{hint} lists the flags") from error
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """The words of the arguments that name a command."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if words[:1] and words[0] in GROUPS:
+        return [word for word in words[:2] if word in (words[0], *GROUPS[words[0]][1])]
+    return [word for word in words if word in COMMANDS][:1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
@@ -76,17 +77,17 @@ def chat(
 
 
 def _template(tokenizer: Tokenizer, name: str) -> ChatTemplate:
-    from nanogpt_surgery.data.chat import ChatTemplate, template_of
+    from nanogpt_surgery.data.chat import template_of
     from nanogpt_surgery.errors import SurgeryError
 
-    if name != "auto":
-        return ChatTemplate(name)
     found = template_of(tokenizer)
+    if name != "auto":
+        return replace(found, source=name)
     if found.source == "plain":
         try:
             tokenizer.encode("System: User: Assistant: \n")
         except SurgeryError:  # a vocabulary of characters without these
-            return ChatTemplate("none")
+            return replace(found, source="none")
     return found
 
 

@@ -13,6 +13,7 @@ from nanogpt_surgery.model.config import FAMILIES, GPTConfig
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.cli.sources import Sources
     from nanogpt_surgery.data.tokenizer import Tokenizer
 
 CHARACTERS = "characters"
@@ -25,6 +26,8 @@ def train(
     *text: str,
     out: Path,
     resume: bool = False,
+    plan: Annotated[bool, Parameter(negative="")] = False,
+    weights: str | None = None,
     tokenizer: str = CHARACTERS,
     family: Annotated[Family | None, Parameter(group="Model")] = None,
     model: ModelOptions = None,
@@ -36,11 +39,16 @@ def train(
     Parameters
     ----------
     text
-        files, folders, or - for standard input; without any, Python's own reference
+        files, folders, or - for standard input; without any, Python's own reference;
+        or a folder that surgery data prepare made
     out
         the run folder: checkpoints, metrics.jsonl, loss.png
     resume
         go on with the run that is there
+    plan
+        say what it will take, by a few real steps, and touch nothing
+    weights
+        draw from each source in proportion, as in 3:1 for two of them
     tokenizer
         a folder with a tokenizer.json, as surgery tokenizer train makes it; or characters
     family
@@ -50,22 +58,25 @@ def train(
     """
     import torch
 
-    from nanogpt_surgery.cli.training_run import Job, datasets, run_training
+    from nanogpt_surgery.cli.sources import say_sources
+    from nanogpt_surgery.cli.training_run import Job, planned, run_training
+    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint, vocab_size_of
     from nanogpt_surgery.formats.model_file import write_model_files
-    from nanogpt_surgery.formats.tokenizer_files import tokenizer_fingerprint, vocab_size_of
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
     settings = FitSettings(**given(training))
-    whole, encoder = _text(text, tokenizer)
+    sources = _sources(text, weights, tokenizer)
+    encoder = sources.tokenizer
     config = _config(family, given(model), vocab_size_of(encoder))
-    dataset, validation = datasets(whole, encoder, config.block_size)
+    dataset, validation = sources.datasets(config.block_size)
     torch.manual_seed(settings.seed)
     network = SimpleGPT.from_config(config)
     say(
-        f"{len(whole):,} characters as {len(dataset.ids) + len(validation.ids):,} tokens of "
+        f"{len(dataset):,} windows to train on, {len(validation):,} held out; tokens of "
         f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
     )
+    say_sources(dataset, text, settings.max_steps * settings.batch_size * settings.accumulation)
     job = Job(
         out=out,
         resume=resume,
@@ -80,6 +91,9 @@ def train(
         },
         write_weights=lambda folder: write_model_files(network, folder, encoder),
     )
+    if plan:
+        show(planned(job), json)
+        return
     show(Report("trained", [], run_training(job)), json)
     say(f"surgery generate {out} --prompt … continues a text with it")
 
@@ -90,20 +104,27 @@ def _config(family: str | None, values: dict[str, Any], vocab_size: int) -> GPTC
     return GPTConfig.for_family(family, vocab_size=vocab_size, **values)
 
 
-def _text(paths: tuple[str, ...], tokenizer: str) -> tuple[str, Tokenizer]:
-    """The text to learn from, and the tokenizer that was named, or one of all its characters."""
+def _sources(paths: tuple[str, ...], weights: str | None, tokenizer: str) -> Sources:
+    """What to learn from, and the tokenizer that was named, or the sources' own."""
+    from nanogpt_surgery.cli.sources import Sources, open_sources
     from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
-    from nanogpt_surgery.data.corpus import python_reference, python_source, read_texts
+    from nanogpt_surgery.data.corpus import python_reference, python_source
 
-    found = None if tokenizer == CHARACTERS else _opened(tokenizer)
-    if not paths:
-        say("no text was named: training on Python's language reference")
-    text = read_texts(paths) if paths else python_reference()
+    found = None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
+    if paths or weights is not None:
+        return open_sources(paths, weights, found)
+    say("no text was named: training on Python's language reference")
+    text = python_reference()
     # With the characters of the other built-in corpus, so that `finetune` can read it.
-    return text, found or CharacterTokenizer(text if paths else text + python_source())
+    return Sources([text], found or CharacterTokenizer(text + python_source()), None)
 
 
-def _opened(folder: str) -> Tokenizer:
+def opened_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer in a folder that was named.
+
+    Raises:
+        SurgeryError: there is none.
+    """
     from nanogpt_surgery.errors import SurgeryError
     from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
 

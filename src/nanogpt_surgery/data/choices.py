@@ -26,7 +26,7 @@ class Question:
 
 def has_choices(path: str | Path) -> bool:
     """Whether the first record of a file is a question with choices."""
-    first = next(iter(read_records(Path(path))), None)
+    first = next(iter(read_records(path)), None)
     return isinstance(first, dict) and "choices" in first
 
 
@@ -37,7 +37,7 @@ def read_questions(path: str | Path) -> list[Question]:
         SurgeryError: the file cannot be read, or records are no questions (all of them, with their
             number).
     """
-    found = [_question(record) for record in read_records(Path(path))]
+    found = [_question(record) for record in read_records(path)]
     wrong = [f"record {i} {q}" for i, q in enumerate(found, 1) if isinstance(q, str)]
     if wrong or not found:
         shown = "; ".join(wrong[:5]) or "there are no records"

@@ -11,8 +11,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import read_json, whole_folder, write_json
-from nanogpt_surgery.formats.comparison import check_tokenizer
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -132,6 +129,8 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         SurgeryError: the tokenizer has no `tokenizer.json`, the folder holds something else, or
             what was written encodes otherwise. There is no new folder then.
     """
+    from nanogpt_surgery.formats.comparison import check_tokenizer  # loads torch
+
     with whole_folder(folder) as temporary:
         write_tokenizer_files(tokenizer, temporary)
         check_tokenizer(tokenizer, open_tokenizer(temporary))
@@ -165,25 +164,6 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int | Non
         if tokenizer.chat_template is not None:
             (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     write_json(folder / TOKENIZER_CONFIG, config)
-
-
-def vocab_size_of(tokenizer: Tokenizer) -> int:
-    """How many ids a model needs for a tokenizer: one more than the largest.
-
-    Raises:
-        SurgeryError: the tokenizer does not say.
-    """
-    size = getattr(tokenizer, "vocab_size", None)
-    if not isinstance(size, int):
-        raise SurgeryError(f"a {type(tokenizer).__name__} does not say its vocab_size")
-    return size
-
-
-def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
-    """The kind of a tokenizer and the sha256 of what its `tokenizer.json` says."""
-    contents: dict[str, Any] = getattr(tokenizer, "to_json", dict)()
-    written = json.dumps(contents, sort_keys=True).encode()
-    return f"{type(tokenizer).__name__} {hashlib.sha256(written).hexdigest()}"
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
