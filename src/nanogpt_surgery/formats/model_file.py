@@ -113,7 +113,8 @@ def open_model(
     family = MODEL_TYPES.get(contents["model_type"], OWN)
     table = identity(stored) if family == OWN else NAME_MAPS[family]
     names = normal_names(stored, family)
-    return build_model(config, names, table, dtype, str(folder)), open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)  # first: what it needs in passing is free again for weights
+    return build_model(config, names, table, dtype, str(folder)), tokenizer
 
 
 def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
