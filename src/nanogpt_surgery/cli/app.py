@@ -12,8 +12,14 @@ from nanogpt_surgery.cli.console import say, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
-COMMANDS = ("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor")
-GROUPS = {"data": ("Look at what a model is to learn from.", ("preview",))}
+COMMANDS = (
+    *("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor"),
+    *("tokenizer", "data"),
+)
+GROUPS = {
+    "tokenizer": ("Train a tokenizer.", ("train",)),
+    "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
+}
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
@@ -32,15 +38,24 @@ def make_app() -> App:
         result_action="return_value",
     )
     for name in COMMANDS:
-        where = f"nanogpt_surgery.cli.{name}:{name}"
-        app.command(where, name=name, help=first_line(where))
-    for group, (text, names) in GROUPS.items():
-        commands = App(name=group, help=text)
-        for name in names:
-            where = f"nanogpt_surgery.cli.{group}_{name}:{name}"
-            commands.command(where, name=name, help=first_line(where))
-        app.command(commands)
+        if name in GROUPS:
+            app.command(_group(name))
+        else:
+            _add(app, name, f"nanogpt_surgery.cli.{name}:{name}")
     return app
+
+
+def _group(name: str) -> App:
+    """A command with commands of its own, each a function in a module of both names."""
+    text, commands = GROUPS[name]
+    group = App(name=name, help=text)
+    for command in commands:
+        _add(group, command, f"nanogpt_surgery.cli.{name}_{command}:{command}")
+    return group
+
+
+def _add(app: App, name: str, where: str) -> None:
+    app.command(where, name=name, help=first_line(where))
 
 
 def _version() -> str:

@@ -28,6 +28,8 @@ def finetune(
     *text: str,
     out: Path,
     resume: bool = False,
+    plan: Annotated[bool, Parameter(negative="")] = False,
+    weights: str | None = None,
     block_size: int | None = None,
     instructions: InstructionOptions = None,
     lora: LoraOptions = None,
@@ -45,11 +47,15 @@ def finetune(
         a run, a model folder, a GGUF file or a hub name
     text
         files, folders, or - for standard input; without any, the standard library's source;
-        or JSON and JSONL files of instruction data
+        or JSON and JSONL files of instruction data; or a folder that surgery data prepare made
     out
         the adapter folder: the adapter, checkpoints, metrics.jsonl, loss.png
     resume
         go on with the run that is there
+    plan
+        say what it will take, by a few real steps, and touch nothing
+    weights
+        draw from each source of text in proportion, as in 3:1 for two of them
     block_size
         tokens in a window, or in a row of conversations; the model's own by default, at most 256
     json
@@ -58,7 +64,8 @@ def finetune(
     import torch
 
     from nanogpt_surgery.cli.instruction_data import window
-    from nanogpt_surgery.cli.training_run import Job, fingerprint, run_training
+    from nanogpt_surgery.cli.sources import say_sources
+    from nanogpt_surgery.cli.training_run import Job, fingerprint, planned, run_training
     from nanogpt_surgery.formats.adapter_layout import write_adapter_files
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.operations import inject_lora
@@ -69,7 +76,9 @@ def finetune(
     if tokenizer is None:
         raise SurgeryError(f"{model} has no tokenizer.json, so text cannot become ids")
     length = window(block_size, network.config.block_size)
-    dataset, validation = _data(text, tokenizer, length, InstructionSettings(**given(instructions)))
+    settings_of_data = InstructionSettings(**given(instructions))
+    dataset, validation = _data(text, weights, tokenizer, length, settings_of_data)
+    say_sources(dataset, text, settings.max_steps * settings.batch_size * settings.accumulation)
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
     report = inject_lora(network, **given(lora))
@@ -84,20 +93,32 @@ def finetune(
         description={"kind": "finetune", "base": base, "lora": report.to_dict()},
         write_weights=lambda folder: write_adapter_files(network, folder, str(model)),
     )
+    if plan:
+        show(planned(job), json)
+        return
     show(Report("fine-tuned", [], run_training(job)), json)
     say(f"surgery generate {model} --adapter {out} --prompt … continues a text with it")
 
 
 def _data(
-    paths: tuple[str, ...], tokenizer: Tokenizer, length: int, settings: InstructionSettings
+    paths: tuple[str, ...],
+    weights: str | None,
+    tokenizer: Tokenizer,
+    length: int,
+    settings: InstructionSettings,
 ) -> tuple[Batches, Batches]:
     """What to train on and what is held out: windows of text, or rows of conversations."""
     from nanogpt_surgery.cli import instruction_data
+    from nanogpt_surgery.cli.sources import open_sources
     from nanogpt_surgery.cli.training_run import datasets
-    from nanogpt_surgery.data.corpus import python_source, read_texts
+    from nanogpt_surgery.data.corpus import python_source
 
     if not instruction_data.is_instructions(paths, settings):
-        return datasets(read_texts(paths) if paths else python_source(), tokenizer, length)
+        if paths or weights is not None:
+            return open_sources(paths, weights, tokenizer).datasets(length)
+        return datasets(python_source(), tokenizer, length)
+    if weights is not None:
+        raise SurgeryError("--weights mixes texts, not instruction data", "name all files without")
     examples = instruction_data.read_examples(paths, tokenizer, settings)
     found = instruction_data.instruction_datasets(examples, tokenizer, length, settings)
     say(str(instruction_data.counts_of(trained_on=found[0], held_out=found[1])))

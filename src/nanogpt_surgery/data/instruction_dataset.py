@@ -10,13 +10,12 @@ from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nanogpt_surgery.data.batches import Batch
-from nanogpt_surgery.data.gpt_dataset import shuffled
+from nanogpt_surgery.data.gpt_dataset import rows_of, visited
 from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
@@ -123,9 +122,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def rows_of(self, step: int, batch_size: int, seed: int = 0) -> Tensor:
         """Which rows make the batch of a step, (B,): a pure function of (seed, step)."""
-        places = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs, places = np.divmod(places, len(self))
-        return torch.from_numpy(shuffled(places, len(self), epochs + seed * 1_000_003))
+        return torch.from_numpy(visited(rows_of(step, batch_size), len(self), seed))
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
         """The batch of a step; with documents where a row holds several."""
