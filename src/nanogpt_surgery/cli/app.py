@@ -12,7 +12,10 @@ from nanogpt_surgery.cli.console import say, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
-COMMANDS = ("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor")
+COMMANDS = (
+    *("train", "plan", "finetune", "generate", "inspect", "merge", "undo", "redo", "log", "export"),
+    "doctor",
+)
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
