@@ -124,7 +124,8 @@ class FolderJournal:
     def needed(self) -> set[str]:
         """The hashes of the files to keep: all that an undo or a redo would bring back."""
         states = [entry.before for entry in self.done] + [entry.after for entry in self.undone]
-        return {digest for state in states for digest in state.values()} - set(self.files.values())
+        files = {file for state in states for file in state.items()} - set(self.files.items())
+        return {digest for _, digest in files}
 
 
 def _check_names(entry: Entry) -> None:
@@ -233,5 +234,6 @@ def _row(entry: Entry, state: str) -> dict[str, Any]:
         "files": entry.changes(),
         "kl": entry.measured.get("kl"),
         "same greedy": entry.measured.get("same_greedy"),
+        "validation loss": entry.measured.get("validation_loss"),
         "state": state,
     }
