@@ -50,6 +50,7 @@ def run_training(job: Job) -> dict[str, Any]:
     description = _description(job)
     with start_run(job.out, description, job.resume) as run, _signals() as stop:
         job.model.to(hardware.device)
+        is_over = run.first_step == job.settings.max_steps
         optimizer = make_optimizer(job.model, job.settings)
         if run.checkpoint:
             run.restore(job.model, optimizer)
@@ -71,7 +72,7 @@ def run_training(job: Job) -> dict[str, Any]:
             if asked:
                 _leave(job, step, asked)
         summary = _finish(job, run)
-        if run.first_step < job.settings.max_steps:
+        if not is_over:
             _record(run, description, summary)
         return summary
 
