@@ -17,6 +17,7 @@ from nanogpt_surgery import (
     inject_lora,
     lora_rows,
     merge_lora,
+    plan_lora,
     redo_lora,
     remove_lora,
     swap_lora,
@@ -47,7 +48,9 @@ KINDS_OF = "_kinds"  # on an update: what it was asked to be
 
 
 def inject(model: nn.Module, targets: str | list[str], name: str, kinds: dict) -> None:
-    inject_lora(model, targets, name=name, **kinds)
+    planned = plan_lora(model, targets, name=name, **kinds).summary
+    done = inject_lora(model, targets, name=name, **kinds).summary
+    assert done["trainable_parameters"] == planned["trainable_parameters"]
     for layer in lora_layers(model).values():
         if name in layer.updates:
             setattr(layer.updates[name], KINDS_OF, kinds)
