@@ -5,6 +5,7 @@ Legend: N ids in the text, B windows in a batch, T tokens in a window.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TypeAlias
 
 import numpy as np
@@ -83,6 +84,16 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         return self.windows(
             torch.from_numpy(shuffled(places, len(self), epochs + seed * 1_000_003))
         )
+
+    def whole(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows side by side, the last one shorter: each token but the first is a target once."""
+        length = self.block_size
+        full = (len(self.ids) - 1) // length * length
+        inputs, targets = self.ids[:full].view(-1, length), self.ids[1 : full + 1].view(-1, length)
+        for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+            yield x.long(), y.long()
+        if full < len(self.ids) - 1:
+            yield self.ids[None, full:-1].long(), self.ids[None, full + 1 :].long()
 
 
 def shuffled(places: Ids, length: int, keys: Ids) -> Ids:

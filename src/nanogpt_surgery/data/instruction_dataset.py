@@ -6,7 +6,7 @@ Legend: B rows in a batch, T tokens in a row.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nanogpt_surgery.data.batches import Batch
 from nanogpt_surgery.data.gpt_dataset import shuffled
 from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
@@ -45,8 +46,8 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
     Args:
         examples: ids and which of them are trained on.
         block_size: tokens in a row, T.
-        pack: put several examples in one row; the model must then be told which tokens belong
-            together, by the layout of `documents`.
+        pack: put several examples in one row; batches then say which tokens belong together, so
+            that the model keeps them apart.
         end_ids: tokens that end a turn, to be counted.
 
     Raises:
@@ -74,6 +75,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         self.documents = torch.zeros(len(rows), block_size, dtype=torch.int32)
         for row, members in enumerate(rows):
             self._fill(row, members)
+        self.packs = int(self.documents.max()) > 1
         ends = torch.isin(self.targets, torch.tensor(sorted(end_ids), dtype=torch.int32))
         self.counts = Counts(
             examples=len(examples),
@@ -116,10 +118,18 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         epochs, places = np.divmod(places, len(self))
         return torch.from_numpy(shuffled(places, len(self), epochs + seed * 1_000_003))
 
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """The batch of a step: inputs and targets, (B, T) int64 each."""
-        rows = self.rows_of(step, batch_size, seed)
-        return self.inputs[rows].long(), self.targets[rows].long()
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+        """The batch of a step; with documents where a row holds several."""
+        return self._batch_of(self.rows_of(step, batch_size, seed))
+
+    def whole(self, batch_size: int) -> Iterator[Batch]:
+        """All rows once, in their order."""
+        for rows in torch.arange(len(self)).split(batch_size):
+            yield self._batch_of(rows)
+
+    def _batch_of(self, rows: Tensor) -> Batch:
+        batch = self.inputs[rows].long(), self.targets[rows].long()  # (B, T) each
+        return (*batch, self.documents[rows]) if self.packs else batch
 
 
 def _cut(example: Example, length: int) -> Example:
