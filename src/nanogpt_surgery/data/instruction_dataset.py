@@ -5,20 +5,20 @@ Legend: B rows in a batch, T tokens in a row.
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from nanogpt_surgery.data.batches import Batch
-from nanogpt_surgery.data.gpt_dataset import shuffled
+from nanogpt_surgery.data.gpt_dataset import rows_of, visited
 from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 
 UNTRAINED = -100  # what cross-entropy passes over
 
@@ -62,7 +62,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         end_ids: Sequence[int] = (),
     ):
         self.block_size = block_size
-        cut = [_cut(example, block_size + 1) for example in examples]
+        cut = [example.cut(block_size + 1) for example in examples]
         kept = [example for example in cut if any(example.trained[1:])]
         if not kept:
             raise SurgeryError(
@@ -91,8 +91,16 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
     def for_tokenizer(
         cls, examples: Sequence[Example], tokenizer: Tokenizer, block_size: int, pack: bool = False
     ) -> InstructionDataset:
-        """With the tokenizer's own ends of turns."""
-        return cls(examples, block_size, pack, sorted(stop_ids(tokenizer)))
+        """With the tokenizer's own ends of turns; warns if no target is one."""
+        dataset = cls(examples, block_size, pack, sorted(stop_ids(tokenizer)))
+        if not dataset.counts.ends:
+            warnings.warn(
+                "no target ends a turn, so the model will not learn to stop: the template writes "
+                "no token that ends one, or every answer is cut off",
+                SurgeryWarning,
+                stacklevel=2,
+            )
+        return dataset
 
     def _fill(self, row: int, members: list[Example]) -> None:
         place = 0
@@ -114,9 +122,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def rows_of(self, step: int, batch_size: int, seed: int = 0) -> Tensor:
         """Which rows make the batch of a step, (B,): a pure function of (seed, step)."""
-        places = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs, places = np.divmod(places, len(self))
-        return torch.from_numpy(shuffled(places, len(self), epochs + seed * 1_000_003))
+        return torch.from_numpy(visited(rows_of(step, batch_size), len(self), seed))
 
     def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
         """The batch of a step; with documents where a row holds several."""
@@ -130,10 +136,6 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
     def _batch_of(self, rows: Tensor) -> Batch:
         batch = self.inputs[rows].long(), self.targets[rows].long()  # (B, T) each
         return (*batch, self.documents[rows]) if self.packs else batch
-
-
-def _cut(example: Example, length: int) -> Example:
-    return Example(example.ids[:length], example.trained[:length])
 
 
 def _packed(examples: Sequence[Example], size: int) -> list[list[Example]]:

@@ -30,6 +30,7 @@ from nanogpt_surgery.training.loss import (
     refuse_packed,
 )
 from nanogpt_surgery.training.optimizer import make_optimizer
+from nanogpt_surgery.training.prefetch import batches
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -129,15 +130,16 @@ def _steps(
     hardware: Hardware,
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    blocks = CompiledBlocks(model, hardware.compile)
+    blocks = CompiledBlocks(model, hardware.compile, settings.gradient_checkpointing)
     optimizer.zero_grad()  # what the caller's own backward passes may have left
+    coming = batches(dataset, settings, first_step, hardware.device)
     for step in range(first_step, settings.max_steps):
         start = time.perf_counter()
         if not model.training:  # at the start, or after a look at the model between two steps
             model.train()
         rate = learning_rate(step, settings)
         with blocks.active():
-            loss = _accumulate(model, dataset, settings, step, prefix, hardware)
+            loss = _accumulate(model, next(coming), settings, step, prefix, hardware)
         if examiner is not None:
             examiner.after_backward(step)
         norm = _update(trained, optimizer, rate, settings.clip, step)
@@ -158,7 +160,7 @@ def _steps(
 
 def _accumulate(
     model: nn.Module,
-    dataset: Batches,
+    batch: Batch,
     settings: FitSettings,
     step: int,
     prefix: FrozenPrefix | None,
@@ -166,11 +168,10 @@ def _accumulate(
 ) -> float:
     """Gradients of the mean loss over the step's windows; returns that loss."""
     parts = settings.accumulation
-    batch = dataset.batch(step, settings.batch_size * parts, settings.seed)
     total, whole = 0.0, n_trained(batch[1])
     for part, piece in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
         if counted := n_trained(piece[1]):
-            piece = tuple(tensor.to(hardware.device) for tensor in piece)
+            piece = tuple(tensor.to(hardware.device, non_blocking=True) for tensor in piece)
             with hardware.seeded(hash((settings.seed, step, part))):
                 total += _backward(model, piece, counted / whole, prefix, hardware)
     return total

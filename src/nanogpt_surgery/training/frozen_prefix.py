@@ -87,8 +87,7 @@ class FrozenPrefix:
 
     def _embedded(self, ids: Tensor, documents: Tensor | None) -> Tensor:
         positions, _ = _layout(ids, documents)
-        x: Tensor = self.model.embed_positions(self.model.embed_tokens(ids), positions)[0]
-        return x
+        return self.model.embed(ids, positions)[0]
 
     def _through(self, x: Tensor, start: int, end: int, documents: Tensor | None) -> Tensor:
         """Through the stages from `start` to before `end`; the norm is the last stage."""
@@ -112,7 +111,7 @@ def first_that_learns(model: SimpleGPT) -> int | None:
 
     Their number if none has (the head alone learns), and None if the embedding learns.
     """
-    if _learns(model.embed_tokens) or _learns(model.embed_positions):
+    if any(map(_learns, (model.embed_tokens, model.embed_lags, model.embed_positions))):
         return None
     stages = [*model.layers, model.norm]
     return next((i for i, stage in enumerate(stages) if _learns(stage)), len(stages))
