@@ -80,7 +80,7 @@ def _check_folder(out: Path) -> None:
     from nanogpt_surgery.data.preparation import ASKED
     from nanogpt_surgery.data.token_files import TOKENIZER
     from nanogpt_surgery.files import is_temporary
-    from nanogpt_surgery.training.checkpoint import LOCK
+    from nanogpt_surgery.formats.run_folder import LOCK
 
     if not out.exists() or (out / ASKED).is_file():
         return
