@@ -175,16 +175,7 @@ def is_tied(model: nn.Module, kind: str) -> bool:
 @settings(max_examples=20)
 def test_merged_is_adapted_and_undone_is_adapted_again(kind, data):
     model, ids = PATIENTS[kind](tied=data.draw(st.booleans())), some_ids()
-    for name in data.draw(st.sampled_from(["", "a", "ab", "ab"])):
-        ends = [[HEADS[kind]], [TABLES[kind]], list(adaptable_layers(model))[1:3]]
-        kinds = data.draw(KINDS) | data.draw(
-            st.sampled_from([{"tied": "untie"}, {"tied": "both", "dora": False, "pissa": False}])
-        )
-        inject(model, data.draw(st.sampled_from(ends)), name, kinds)
-        train_a_little(model, seed=ord(name))
-    if data.draw(st.booleans()) and has_lora(model):
-        blend_lora(model, {n: data.draw(st.floats(-1, 2)) for n in adapter_names(model)})
-    for _ in range(data.draw(st.integers(0, 3))):
+    for _ in range(data.draw(st.integers(1, 5))):
         try:
             operate(model, data)
         except SurgeryError:
