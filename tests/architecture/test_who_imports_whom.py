@@ -15,11 +15,12 @@ ANYONE = {"errors", "files"}
 EVERYTHING = {"model", "data", "lora", "formats", "generation", "training", "report", "serving"}
 MAY_IMPORT = {
     "errors": set(),
-    "files": {"errors"},
+    "exchange": set(),
+    "files": {"errors", "exchange"},
     "model": ANYONE,
     "data": ANYONE,
     "lora": ANYONE,
-    "formats": ANYONE | {"model", "data", "lora"},
+    "formats": ANYONE | {"exchange", "model", "data", "lora"},
     "generation": ANYONE | {"model", "data"},
     "training": ANYONE | {"model", "data", "lora", "formats"},
     "report": ANYONE,

@@ -13,8 +13,8 @@ from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = (
-    *("train", "plan", "finetune", "generate", "chat", "eval"),
-    *("inspect", "merge", "export", "tokenizer", "data", "doctor"),
+    *("train", "plan", "finetune", "generate", "chat", "eval", "inspect", "merge", "undo"),
+    *("redo", "log", "export", "tokenizer", "data", "doctor"),
 )
 FUNCTIONS = {"eval": "evaluate"}  # where a command cannot have the name that it is typed by
 GROUPS = {
