@@ -49,7 +49,7 @@ class FrozenProduct(torch.autograd.Function):
         return F.linear(x, folded(weight, a, b, scale), None if bias is None else bias.float())
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> Any:
         """The matrix is folded, or cast, again: that is cheaper than keeping it."""
         x, weight, a, b = ctx.saved_tensors
         dx = da = db = None
@@ -81,27 +81,27 @@ def thin_gradients(
 class CastLinear(nn.Linear):
     """A frozen Linear, its weight perhaps in half precision, on float32 inputs."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        out: Tensor = FrozenProduct.apply(input, self.weight, self.bias, None, None, 1.0)
+        out: Tensor = FrozenProduct.apply(x, self.weight, self.bias, None, None, 1.0)
         return out
 
 
 class CastEmbedding(nn.Embedding):
     """A frozen Embedding in half precision, read in float32."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(…) → (…, C)."""
-        return super().forward(input).float()
+        return super().forward(x).float()
 
 
 class CastLayerNorm(nn.LayerNorm):
     """A frozen LayerNorm, its weight and bias in half precision, on float32 inputs."""
 
-    def forward(self, input: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
         bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(input, self.normalized_shape, self.weight.float(), bias, self.eps)
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), bias, self.eps)
 
 
 class FoldedLinear(LoRALinear):
@@ -116,7 +116,8 @@ class FoldedLinear(LoRALinear):
 
 def plain_update(layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
     """A, B and the scale, the weight of a blend in it, of the one update that takes part."""
-    ((name, share),) = ((n, w) for n, w in layer.mixture.weights.items() if n in layer.updates)  # type: ignore[attr-defined]
+    blend: Any = layer.mixture
+    ((name, share),) = ((n, w) for n, w in blend.weights.items() if n in layer.updates)
     update: Any = layer.updates[name]
     return update.lora_A, update.lora_B, share * update.scaling
 
@@ -126,21 +127,24 @@ def folds(layer: nn.Module) -> bool:
 
     One update takes part, of the plain kind (LoRA, rsLoRA), without dropout, in float32.
     """
-    if type(layer) is not LoRALinear or not layer.enabled or not isinstance(layer.mixture, Blend):
+    if not isinstance(layer, LoRALinear) or type(layer) not in (LoRALinear, FoldedLinear):
+        return False
+    if not layer.enabled or not isinstance(layer.mixture, Blend):
         return False
     present = [layer.updates[name] for name in layer.mixture.weights if name in layer.updates]
     return (
         len(present) == 1
-        and type(present[0]) is LoRAUpdate
-        and present[0].dropout.p == 0
-        and all(p.dtype == torch.float32 for p in present[0].parameters())
-        and _frozen_linear(layer.original_layer)
+        and type(update := present[0]) is LoRAUpdate
+        and update.dropout.p == 0
+        and all(p.dtype == torch.float32 for p in update.parameters())
+        and frozen_linear(layer.original_layer)
     )
 
 
-def _frozen_linear(layer: nn.Module) -> bool:
+def frozen_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a plain Linear that learns nothing and that nobody watches."""
     hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) is nn.Linear and not hooked and not _learns(layer)
+    return type(layer) in (nn.Linear, CastLinear) and not hooked and not _learns(layer)
 
 
 def _learns(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.gpt_dataset import GPTDataset
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
 
 MOST_LOGITS = 2**23  # 32 MiB in float32
 
@@ -68,6 +69,9 @@ def backward_from_hidden(
     most_logits: int = MOST_LOGITS,
 ) -> float:
     """As `backward_of_loss`, from what the head reads: (B, T, C)."""
+    frozen = frozen_head(model.lm_head, _precision(hidden, autocast))
+    if frozen is not None:
+        return backward_of_frozen_head(frozen, hidden, targets, share, most_logits)
     size = _positions(model, targets, most_logits)
     total = torch.zeros((), device=hidden.device)
     gradients, whole = [], n_trained(targets)
@@ -83,6 +87,15 @@ def backward_from_hidden(
     if hidden.requires_grad:
         hidden.backward(torch.cat(gradients, 1))
     return total.item()
+
+
+def _precision(
+    hidden: Tensor, autocast: Callable[[], AbstractContextManager[object]]
+) -> torch.dtype:
+    """What products with hidden states are computed in."""
+    kind = hidden.device.type
+    with autocast():
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def n_trained(targets: Tensor) -> int:
