@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
     from nanogpt_surgery.data.instruction_dataset import InstructionDataset
     from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
+    from nanogpt_surgery.data.mixture import Mixture
     from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
     from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
@@ -69,6 +70,7 @@ _HOMES = {
         "encode_conversations",
         "read_conversations",
     ),
+    "data.mixture": ("Mixture",),
     "data.pretrained_tokenizer": ("PretrainedTokenizer",),
     "formats.adapter_export": (
         "save_lora_gguf",
@@ -128,6 +130,7 @@ __all__ = [
     "KVCache",
     "LoRAEmbedding",
     "LoRALinear",
+    "Mixture",
     "PretrainedTokenizer",
     "RopeScaling",
     "SamplingSettings",

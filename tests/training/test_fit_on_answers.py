@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from nanogpt_surgery import InstructionDataset, SimpleGPT, SurgeryError, fit
+from nanogpt_surgery import (
+    InstructionDataset,
+    SimpleGPT,
+    SurgeryError,
+    evaluate,
+    fit,
+    inject_lora,
+)
 from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.training.loss import backward_of_loss
 
@@ -53,6 +60,32 @@ def test_accumulation_is_the_big_batch() -> None:
         torch.testing.assert_close(big[name], small[name], rtol=1e-4, atol=1e-6)
 
 
-def test_packed_documents_are_refused() -> None:
-    with pytest.raises(SurgeryError, match="pack=False"):
-        fit(model(), InstructionDataset(examples(), 11, pack=True))
+def test_a_model_that_cannot_keep_documents_apart_is_refused() -> None:
+    packed, other = InstructionDataset(examples(), 11, pack=True), torch.nn.Embedding(23, 23)
+    for train in (fit, evaluate):
+        with pytest.raises(SurgeryError, match="pack=False"):
+            train(other, packed)
+    assert len(list(fit(other, InstructionDataset(examples(), 11), max_steps=2))) == 2
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_float16_is_refused_before_anything_is_computed(adapted: bool) -> None:
+    network = model().half()
+    if adapted:
+        inject_lora(network, "q_proj")
+    with pytest.raises(SurgeryError, match=r"float16.*\n.*model\.float\(\)"):
+        fit(network, InstructionDataset(examples(), 11), precision="bfloat16")
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_evaluate_counts_what_is_trained_on_alone(pack: bool) -> None:
+    network = model()
+    total, count = 0.0, 0
+    for example in examples():
+        with torch.no_grad():
+            scores = network(torch.tensor([example.ids[:-1]]))[0].log_softmax(-1)
+        for position, index in enumerate(example.ids[1:]):
+            if example.trained[position + 1]:
+                total, count = total - float(scores[position, index]), count + 1
+    dataset = InstructionDataset(examples(), 11, pack=pack)
+    assert evaluate(network, dataset, batch_size=2) == pytest.approx(total / count, rel=1e-6)

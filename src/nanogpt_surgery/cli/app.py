@@ -12,7 +12,14 @@ from nanogpt_surgery.cli.console import say, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
-COMMANDS = ("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor")
+COMMANDS = (
+    *("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor"),
+    *("tokenizer", "data"),
+)
+GROUPS = {
+    "tokenizer": ("Train a tokenizer.", ("train",)),
+    "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
+}
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
@@ -31,9 +38,24 @@ def make_app() -> App:
         result_action="return_value",
     )
     for name in COMMANDS:
-        where = f"nanogpt_surgery.cli.{name}:{name}"
-        app.command(where, name=name, help=first_line(where))
+        if name in GROUPS:
+            app.command(_group(name))
+        else:
+            _add(app, name, f"nanogpt_surgery.cli.{name}:{name}")
     return app
+
+
+def _group(name: str) -> App:
+    """A command with commands of its own, each a function in a module of both names."""
+    text, commands = GROUPS[name]
+    group = App(name=name, help=text)
+    for command in commands:
+        _add(group, command, f"nanogpt_surgery.cli.{name}_{command}:{command}")
+    return group
+
+
+def _add(app: App, name: str, where: str) -> None:
+    app.command(where, name=name, help=first_line(where))
 
 
 def _version() -> str:
@@ -72,6 +94,13 @@ def _run(app: App, arguments: list[str]) -> None:
     try:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
-        command = next((word for word in arguments if word in COMMANDS), "")
-        hint = " ".join(f"surgery {command} --help".split())
+        hint = " ".join(("surgery", *_command(arguments), "--help"))
         raise unknown_key(error) or SurgeryError(str(error), f"{hint} lists the flags") from error
+
+
+def _command(arguments: list[str]) -> list[str]:
+    """The words of the arguments that name a command."""
+    words = [word for word in arguments if not word.startswith("-")]
+    if words[:1] and words[0] in GROUPS:
+        return [word for word in words[:2] if word in (words[0], *GROUPS[words[0]][1])]
+    return [word for word in words if word in COMMANDS][:1]

@@ -47,18 +47,21 @@ def spoken_warnings() -> Iterator[None]:
         yield
 
 
-def watched(steps: Iterable[Step], first_step: int, max_steps: int) -> Iterator[Step]:
-    """The same steps, with progress on stderr: a bar on a terminal, lines elsewhere."""
-    if sys.stderr.isatty():
-        yield from _with_bar(steps, first_step, max_steps)
-    else:
-        yield from _with_lines(steps, first_step, max_steps)
+def watched(
+    steps: Iterable[Step], first_step: int, max_steps: int, full_rate: float
+) -> Iterator[Step]:
+    """The same steps, with progress on stderr: a bar on a terminal, lines elsewhere.
+
+    `full_rate` is how many tokens a second there would be, were every operation as fast as the
+    machine's matrix products.
+    """
+    rate = _Rate(first_step, max_steps, full_rate)
+    yield from _with_bar(steps, rate) if sys.stderr.isatty() else _with_lines(steps, rate)
 
 
-def _with_bar(steps: Iterable[Step], first_step: int, max_steps: int) -> Iterator[Step]:
-    rate = _Rate(first_step, max_steps)
+def _with_bar(steps: Iterable[Step], rate: _Rate) -> Iterator[Step]:
     with _bar() as bar:
-        task = bar.add_task("", total=max_steps, completed=first_step, text="")
+        task = bar.add_task("", total=rate.max_steps, completed=rate.first_step, text="")
         for step in steps:
             rate.add(step)
             bar.update(task, completed=step.step, text=rate.text(step))
@@ -75,8 +78,8 @@ def _bar() -> Progress:
     return Progress(*columns, console=Console(stderr=True))
 
 
-def _with_lines(steps: Iterable[Step], first_step: int, max_steps: int) -> Iterator[Step]:
-    rate, last = _Rate(first_step, max_steps), monotonic()
+def _with_lines(steps: Iterable[Step], rate: _Rate) -> Iterator[Step]:
+    last = monotonic()
     for step in steps:
         rate.add(step)
         if step.validation_loss is not None or monotonic() - last >= PLAIN_LINE_EVERY:
@@ -88,18 +91,21 @@ def _with_lines(steps: Iterable[Step], first_step: int, max_steps: int) -> Itera
 class _Rate:
     """Tokens a second and time left, over the steps seen so far."""
 
-    def __init__(self, first_step: int, max_steps: int):
-        self.first_step, self.max_steps = first_step, max_steps
-        self.start, self.tokens = monotonic(), 0
+    def __init__(self, first_step: int, max_steps: int, full_rate: float):
+        self.first_step, self.max_steps, self.full_rate = first_step, max_steps, full_rate
+        self.start, self.tokens, self.seconds = monotonic(), 0, 0.0
 
     def add(self, step: Step) -> None:
         self.tokens += step.tokens
+        self.seconds += step.seconds
 
     def text(self, step: Step) -> str:
         elapsed = monotonic() - self.start
         done = step.step - self.first_step
         left = elapsed / done * (self.max_steps - step.step)
-        return f"loss {step.loss:.4f}  {self.tokens / elapsed:,.0f} tokens/s  {_clock(left)} left"
+        used = self.tokens / self.seconds / self.full_rate
+        speed = f"{self.tokens / elapsed:,.0f} tokens/s  {used:.0%} of the matmul rate"
+        return f"loss {step.loss:.4f}  {speed}  {_clock(left)} left"
 
     def line(self, step: Step) -> str:
         validation = step.validation_loss

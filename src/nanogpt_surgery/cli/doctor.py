@@ -7,18 +7,13 @@ import platform
 import shutil
 import sys
 from importlib.metadata import version
-from time import perf_counter
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import show
 
-if TYPE_CHECKING:
-    import torch
-
 PACKAGES = ("nanogpt-surgery", "torch", "tiktoken", "safetensors", "numpy", "rich", "cyclopts")
-SIDE = 2048
 
 
 def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
@@ -32,7 +27,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
     import torch
 
     from nanogpt_surgery.lora.report import Report
-    from nanogpt_surgery.training.hardware import choose_hardware, cpu_has_bfloat16
+    from nanogpt_surgery.training.hardware import choose_hardware, cpu_has_bfloat16, matmul_rate
     from nanogpt_surgery.training.settings import FitSettings
 
     hardware = choose_hardware(FitSettings())
@@ -46,21 +41,8 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "cpu_bfloat16": cpu_has_bfloat16(),
         "compiler": shutil.which("c++") or "none: torch.compile cannot work on the CPU",
         "free_disk_GB": round(shutil.disk_usage(".").free / 1e9, 1),
-        "float32_matmul_GFLOPs": _matmul_rate(hardware.device, torch.float32),
-        "bfloat16_matmul_GFLOPs": _matmul_rate(hardware.device, torch.bfloat16),
+        "float32_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.float32) / 1e9),
+        "bfloat16_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.bfloat16) / 1e9),
     }
     report = Report("surgery doctor", [], summary)
     show(report, json)
-
-
-def _matmul_rate(device: torch.device, dtype: torch.dtype) -> int:
-    """Billions of operations a second in a square matrix product, the best of five."""
-    import torch
-
-    a, b = torch.randn(2, SIDE, SIDE, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, perf_counter() - start)
-    return round(2 * SIDE**3 / best / 1e9)

@@ -13,8 +13,10 @@ from nanogpt_surgery.model.config import FAMILIES, GPTConfig
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.cli.sources import Sources
+    from nanogpt_surgery.data.tokenizer import Tokenizer
 
+CHARACTERS = "characters"
 ModelOptions: Any = options_of(GPTConfig, "Model", leave_out=("vocab_size", "rope_scaling"))
 TrainingOptions: Any = options_of(FitSettings, "Training")
 Family: Any = Literal[*FAMILIES]
@@ -24,21 +26,31 @@ def train(
     *text: str,
     out: Path,
     resume: bool = False,
+    plan: Annotated[bool, Parameter(negative="")] = False,
+    weights: str | None = None,
+    tokenizer: str = CHARACTERS,
     family: Annotated[Family | None, Parameter(group="Model")] = None,
     model: ModelOptions = None,
     training: TrainingOptions = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Train a character-level GPT on text, into a run folder.
+    """Train a GPT on text, into a run folder.
 
     Parameters
     ----------
     text
-        files, folders, or - for standard input; without any, Python's own reference
+        files, folders, or - for standard input; without any, Python's own reference;
+        or a folder that surgery data prepare made
     out
         the run folder: checkpoints, metrics.jsonl, loss.png
     resume
         go on with the run that is there
+    plan
+        say what it will take, by a few real steps, and touch nothing
+    weights
+        draw from each source in proportion, as in 3:1 for two of them
+    tokenizer
+        a folder with a tokenizer.json, as surgery tokenizer train makes it; or characters
     family
         start from this family's axes; other flags still count
     json
@@ -46,21 +58,25 @@ def train(
     """
     import torch
 
-    from nanogpt_surgery.cli.training_run import Job, datasets, run_training
+    from nanogpt_surgery.cli.sources import say_sources
+    from nanogpt_surgery.cli.training_run import Job, planned, run_training
+    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint, vocab_size_of
     from nanogpt_surgery.formats.model_file import write_model_files
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
     settings = FitSettings(**given(training))
-    whole, tokenizer = _text(text)
-    config = _config(family, given(model), tokenizer.vocab_size)
-    dataset, validation = datasets(whole, tokenizer, config.block_size)
+    sources = _sources(text, weights, tokenizer)
+    encoder = sources.tokenizer
+    config = _config(family, given(model), vocab_size_of(encoder))
+    dataset, validation = sources.datasets(config.block_size)
     torch.manual_seed(settings.seed)
     network = SimpleGPT.from_config(config)
     say(
-        f"{len(whole):,} characters, {tokenizer.vocab_size} distinct; "
-        f"a model of {network.n_parameters:,} parameters"
+        f"{len(dataset):,} windows to train on, {len(validation):,} held out; tokens of "
+        f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
     )
+    say_sources(dataset, text, settings.max_steps * settings.batch_size * settings.accumulation)
     job = Job(
         out=out,
         resume=resume,
@@ -68,9 +84,16 @@ def train(
         dataset=dataset,
         validation=validation,
         settings=settings,
-        description={"kind": "train", "model": config.to_dict()},
-        write_weights=lambda folder: write_model_files(network, folder, tokenizer),
+        description={
+            "kind": "train",
+            "model": config.to_dict(),
+            "tokenizer": tokenizer_fingerprint(encoder),
+        },
+        write_weights=lambda folder: write_model_files(network, folder, encoder),
     )
+    if plan:
+        show(planned(job), json)
+        return
     show(Report("trained", [], run_training(job)), json)
     say(f"surgery generate {out} --prompt … continues a text with it")
 
@@ -81,15 +104,35 @@ def _config(family: str | None, values: dict[str, Any], vocab_size: int) -> GPTC
     return GPTConfig.for_family(family, vocab_size=vocab_size, **values)
 
 
-def _text(paths: tuple[str, ...]) -> tuple[str, CharacterTokenizer]:
-    """The text to learn from, and a tokenizer of all its characters."""
+def _sources(paths: tuple[str, ...], weights: str | None, tokenizer: str) -> Sources:
+    """What to learn from, and the tokenizer that was named, or the sources' own."""
+    from nanogpt_surgery.cli.sources import Sources, open_sources
     from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
-    from nanogpt_surgery.data.corpus import python_reference, python_source, read_texts
+    from nanogpt_surgery.data.corpus import python_reference, python_source
 
-    if paths:
-        text = read_texts(paths)
-        return text, CharacterTokenizer(text)
-    text = python_reference()
+    found = None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
+    if paths or weights is not None:
+        return open_sources(paths, weights, found)
     say("no text was named: training on Python's language reference")
+    text = python_reference()
     # With the characters of the other built-in corpus, so that `finetune` can read it.
-    return text, CharacterTokenizer(text + python_source())
+    return Sources([text], found or CharacterTokenizer(text + python_source()), None)
+
+
+def opened_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer in a folder that was named.
+
+    Raises:
+        SurgeryError: there is none.
+    """
+    from nanogpt_surgery.errors import SurgeryError
+    from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
+
+    found = open_tokenizer(folder)
+    if found is None:
+        there = "it holds no tokenizer.json" if Path(folder).is_dir() else "there is no such folder"
+        raise SurgeryError(
+            f"no tokenizer opens from {folder}: {there}",
+            "surgery tokenizer train TEXT --vocab-size 4096 --out FOLDER makes one",
+        )
+    return found

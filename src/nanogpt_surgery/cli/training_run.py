@@ -15,8 +15,10 @@ from nanogpt_surgery.cli.console import say, watched
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
     from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.training.checkpoint import Run
     from nanogpt_surgery.training.fit import Step
     from nanogpt_surgery.training.settings import FitSettings
@@ -29,8 +31,8 @@ class Job:
     out: Path
     resume: bool
     model: nn.Module
-    dataset: GPTDataset
-    validation: GPTDataset
+    dataset: Batches
+    validation: Batches
     settings: FitSettings
     description: dict[str, Any]
     """what determines the run, beside settings and data"""
@@ -42,7 +44,7 @@ def run_training(job: Job) -> dict[str, Any]:
     """Train to the end, or to a signal; returns the summary for the report."""
     from nanogpt_surgery.training.checkpoint import start_run
     from nanogpt_surgery.training.fit import fit
-    from nanogpt_surgery.training.hardware import choose_hardware, operations_of
+    from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate, operations_of
     from nanogpt_surgery.training.optimizer import make_optimizer
 
     operations = operations_of(job.model, job.settings, job.dataset.block_size)
@@ -62,14 +64,16 @@ def run_training(job: Job) -> dict[str, Any]:
             optimizer=optimizer,
             first_step=run.first_step,
         )
-        for step in watched(steps, run.first_step, job.settings.max_steps):
+        rate = matmul_rate(hardware.device, hardware.precision)
+        full_rate = rate / _operations_per_token(job)
+        for step in watched(steps, run.first_step, job.settings.max_steps, full_rate):
             run.record(step)
             asked = stop.signal  # once: it may come at any moment
             if step.validation_loss is not None or asked:
                 run.save(step, job.write_weights, job.model, optimizer)
             if asked:
                 _leave(job, step, asked)
-        return _finish(job, run)
+        return _finish(job, run, rate)
 
 
 def datasets(text: str, tokenizer: Tokenizer, block_size: int) -> tuple[GPTDataset, GPTDataset]:
@@ -80,11 +84,13 @@ def datasets(text: str, tokenizer: Tokenizer, block_size: int) -> tuple[GPTDatas
     """
     from nanogpt_surgery.data.corpus import split_by_position
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.tokenizer import encode_text
     from nanogpt_surgery.errors import SurgeryError
 
     train, validation = split_by_position(text)
+    held_out_ids = encode_text(tokenizer, validation)
     try:
-        held_out = GPTDataset(validation, tokenizer, block_size)
+        held_out = GPTDataset.from_ids(held_out_ids, block_size)
     except SurgeryError as error:
         raise SurgeryError(
             f"the last tenth of the text, which is held out for validation, is too short: "
@@ -106,13 +112,23 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
     return digest.hexdigest()
 
 
+def _data_fingerprint(data: Batches) -> Any:
+    """What tells data from other data: a hash, known already of files, or those of the sources."""
+    from nanogpt_surgery.data.mixture import Mixture
+
+    if isinstance(data, Mixture):
+        return {"rows": data.counts, "sources": [_data_fingerprint(s) for s in data.sources]}
+    known = getattr(data, "fingerprint", None)
+    return known or fingerprint(tensor for batch in data.whole(1024) for tensor in batch)
+
+
 def _description(job: Job) -> dict[str, Any]:
     return {
         **job.description,
         "settings": job.settings.to_dict(),
         "block_size": job.dataset.block_size,
-        "train_ids": fingerprint([job.dataset.ids]),
-        "validation_ids": fingerprint([job.validation.ids]),
+        "train_ids": _data_fingerprint(job.dataset),
+        "validation_ids": _data_fingerprint(job.validation),
     }
 
 
@@ -149,13 +165,36 @@ def _leave(job: Job, step: Step, number: int) -> None:
     sys.exit(128 + number)
 
 
-def _finish(job: Job, run: Run) -> dict[str, Any]:
+def _operations_per_token(job: Job) -> int:
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.training.frozen_prefix import prefix_for
+    from nanogpt_surgery.training.utilisation import training_flops_per_token
+
+    assert isinstance(job.model, SimpleGPT)
+    kept = prefix_for(job.model, job.dataset, job.settings) is not None
+    return training_flops_per_token(job.model, job.dataset.block_size, kept)
+
+
+def planned(job: Job) -> Report:
+    """What the training will take; no folder is touched."""
+    from nanogpt_surgery.lora.report import Report
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.training.planning import plan_training
+
+    assert isinstance(job.model, SimpleGPT)
+    summary = plan_training(job.model, job.dataset, job.settings, job.validation)
+    return Report("training planned", [], summary)
+
+
+def _finish(job: Job, run: Run, matmul_rate: float) -> dict[str, Any]:
+    from nanogpt_surgery.data.mixture import passes
     from nanogpt_surgery.report.loss_plot import plot_losses, read_metrics
 
     metrics = read_metrics(run.folder / "metrics.jsonl")
     plot_losses(metrics, run.folder / "loss.png", title=str(job.out))
     losses = [row["validation_loss"] for row in metrics if row["validation_loss"] is not None]
     seconds = sum(row["seconds"] for row in metrics)
+    rows = len(metrics) * job.settings.batch_size * job.settings.accumulation
     tokens = sum(row["tokens"] for row in metrics)
     return {
         "folder": str(job.out),
@@ -164,6 +203,9 @@ def _finish(job: Job, run: Run) -> dict[str, Any]:
         "tokens": tokens,
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds),
+        "matmul_GFLOPs": round(matmul_rate / 1e9),
+        "utilisation": round(tokens / seconds * _operations_per_token(job) / matmul_rate, 4),
+        "epochs": ", ".join(f"{share:.3g}" for share in passes(job.dataset, rows)),
         "validation_loss": losses[-1],
         "best_validation_loss": min(losses),
     }

@@ -51,7 +51,8 @@ class ChatTemplate:
         for messages, _ in renders:
             check_messages(messages)
         if self.source in OWN:
-            return [OWN[self.source](messages, ask) for messages, ask in renders]
+            write = OWN[self.source]
+            return [write(messages, ask, self.eos_token) for messages, ask in renders]
         variables = [
             {
                 "messages": list(messages),
@@ -146,14 +147,17 @@ def check_messages(messages: Sequence[Message]) -> None:
         raise SurgeryError("; ".join(problems[:8]), f"roles are {', '.join(ROLES)}")
 
 
-def _chatml(messages: Sequence[Message], ask: bool) -> str:
+def _chatml(messages: Sequence[Message], ask: bool, _end: str) -> str:
     turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
     return "".join(turns) + ("<|im_start|>assistant\n" if ask else "")
 
 
-def _plain(messages: Sequence[Message], ask: bool) -> str:
-    turns = [f"{m['role'].capitalize()}: {m['content']}\n\n" for m in messages]
+def _plain(messages: Sequence[Message], ask: bool, end: str) -> str:
+    ends = {"assistant": end}  # so that a model trained on answers learns to stop
+    turns = [
+        f"{m['role'].capitalize()}: {m['content']}{ends.get(m['role'], '')}\n\n" for m in messages
+    ]
     return "".join(turns) + ("Assistant: " if ask else "")
 
 
-OWN: dict[str, Callable[[Sequence[Message], bool], str]] = {"chatml": _chatml, "plain": _plain}
+OWN: dict[str, Callable[[Sequence[Message], bool, str], str]] = {"chatml": _chatml, "plain": _plain}

@@ -76,6 +76,26 @@ def _files_below(folder: Path) -> list[Path]:
     )
 
 
+def files_of(paths: Iterable[str | Path]) -> list[Path]:
+    """The files, as `read_texts` would read them, for those who read only parts of them.
+
+    Raises:
+        SurgeryError: a path is missing, or is standard input, which cannot be read in parts.
+    """
+    files: list[Path] = []
+    problems: list[str] = []
+    for path in map(Path, paths):
+        if str(path) == "-":
+            problems.append("standard input cannot be read in parts")
+        elif not path.exists():
+            problems.append(f"{path} does not exist")
+        else:
+            files += _files_below(path) if path.is_dir() else [path]
+    if problems:
+        raise SurgeryError("; ".join(problems), "name files, or folders of them")
+    return files
+
+
 def python_reference() -> str:
     """The Python language reference that `help()` shows: English prose with code, 0.5 MB."""
     from pydoc_data.topics import topics

@@ -5,6 +5,8 @@ Legend: N ids in the text, B windows in a batch, T tokens in a window.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import lru_cache
 from typing import TypeAlias
 
 import numpy as np
@@ -17,6 +19,8 @@ from nanogpt_surgery.data.tokenizer import Tokenizer, encode_text
 from nanogpt_surgery.errors import SurgeryError
 
 Ids: TypeAlias = NDArray[np.int64]
+
+_ORDERED = 2048  # rows whose windows are worked out at a time
 
 
 class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -32,14 +36,22 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         SurgeryError: the text is shorter than one window and its last target.
     """
 
+    fingerprint: str | None = None
+
     def __init__(self, text: str, tokenizer: Tokenizer, block_size: int, stride: int = 1):
         self._set_ids(encode_text(tokenizer, text), block_size, stride)
 
     @classmethod
-    def from_ids(cls, ids: Tensor, block_size: int, stride: int = 1) -> GPTDataset:
-        """The windows of ids (N,) that a tokenizer has made already; integers of any width."""
+    def from_ids(
+        cls, ids: Tensor, block_size: int, stride: int = 1, fingerprint: str | None = None
+    ) -> GPTDataset:
+        """The windows of ids (N,) that a tokenizer has made already; integers of any width.
+
+        A `fingerprint` that is known of ids in a file saves reading them all.
+        """
         dataset = cls.__new__(cls)
         dataset._set_ids(ids, block_size, stride)
+        dataset.fingerprint = fingerprint
         return dataset
 
     def _set_ids(self, ids: Tensor, block_size: int, stride: int) -> None:
@@ -51,7 +63,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
                 f"last target need {block_size + 1}",
                 "give a longer text or a smaller block_size",
             )
-        self.ids = ids
+        self.ids = ids.contiguous()
         self.block_size = block_size
         self.stride = stride
 
@@ -68,21 +80,77 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def windows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Several windows in one gather: indices (B,) → inputs and targets, (B, T) int64 each."""
-        places = indices[:, None] * self.stride + torch.arange(self.block_size + 1)  # (B, T + 1)
-        windows = self.ids[places].long()
+        windows = torch.from_numpy(self.gather(indices.numpy()))
         return windows[:, :-1], windows[:, 1:]
 
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """The batch of a step, (B, T) inputs and targets: a pure function of (seed, step).
+    def gather(self, indices: Ids) -> Ids:
+        """Several windows, each with its last target: indices (B,) → (B, T + 1)."""
+        ids = self.ids.numpy()  # where the ids lie in a file, only these windows are read of it
+        strides = (self.stride * ids.itemsize, ids.itemsize)
+        shape = (len(self), self.block_size + 1)
+        overlapping = np.ndarray(shape, ids.dtype, ids, strides=strides)  # no copy
+        return overlapping[indices].astype(np.int64)
+
+    def batch(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> tuple[Tensor, Tensor]:
+        """The batch of a step, (B, T) inputs and targets: a pure function of (seed, step, rank).
 
         Batches run through all windows in an order drawn for each epoch, so every window is seen
         once before any is seen again, and there is nothing to fast-forward when a run resumes.
+        Of a batch that `world_size` processes share, each has its part, and the parts in the order
+        of the ranks are the batch of one process.
+
+        Raises:
+            SurgeryError: the batch cannot be shared evenly.
         """
-        places = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs, places = np.divmod(places, len(self))
-        return self.windows(
-            torch.from_numpy(shuffled(places, len(self), epochs + seed * 1_000_003))
+        rows = rows_of(step, batch_size, rank, world_size)
+        windows = torch.from_numpy(self.gather(visited(rows, len(self), seed)))  # (B, T + 1)
+        return windows[:, :-1], windows[:, 1:]
+
+    def whole(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows side by side, the last one shorter: each token but the first is a target once."""
+        length = self.block_size
+        full = (len(self.ids) - 1) // length * length
+        inputs, targets = self.ids[:full].view(-1, length), self.ids[1 : full + 1].view(-1, length)
+        for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+            yield x.long(), y.long()
+        if full < len(self.ids) - 1:
+            yield self.ids[None, full:-1].long(), self.ids[None, full + 1 :].long()
+
+
+def rows_of(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
+    """The numbers of the rows that a process has in a step, in a training's endless list of rows.
+
+    Raises:
+        SurgeryError: the batch cannot be shared evenly.
+    """
+    if batch_size % world_size:
+        raise SurgeryError(
+            f"a batch of {batch_size} windows cannot be shared evenly by {world_size} processes",
+            f"give a batch_size that is a multiple of {world_size}",
         )
+    share = batch_size // world_size
+    first = step * batch_size + rank * share
+    return range(first, first + share)
+
+
+def visited(rows: range, length: int, seed: int) -> Ids:
+    """Which of `length` windows each row has: (B,) int64. Epoch follows epoch, each in its order.
+
+    Orders are worked out for many rows at a time and remembered, which changes no number.
+    """
+    first = rows.start // _ORDERED
+    parts = [_order(i, length, seed) for i in range(first, (rows.stop - 1) // _ORDERED + 1)]
+    start = rows.start - first * _ORDERED
+    return np.concatenate(parts)[start : start + len(rows)]
+
+
+@lru_cache(maxsize=64)
+def _order(part: int, length: int, seed: int) -> Ids:
+    places = np.arange(part * _ORDERED, (part + 1) * _ORDERED)
+    epochs, places = np.divmod(places, length)
+    return shuffled(places, length, epochs + seed * 1_000_003)
 
 
 def shuffled(places: Ids, length: int, keys: Ids) -> Ids:

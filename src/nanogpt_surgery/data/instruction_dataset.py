@@ -5,19 +5,20 @@ Legend: B rows in a batch, T tokens in a row.
 
 from __future__ import annotations
 
+import warnings
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nanogpt_surgery.data.gpt_dataset import shuffled
+from nanogpt_surgery.data.batches import Batch
+from nanogpt_surgery.data.gpt_dataset import rows_of, visited
 from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 
 UNTRAINED = -100  # what cross-entropy passes over
 
@@ -45,8 +46,8 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
     Args:
         examples: ids and which of them are trained on.
         block_size: tokens in a row, T.
-        pack: put several examples in one row; the model must then be told which tokens belong
-            together, by the layout of `documents`.
+        pack: put several examples in one row; batches then say which tokens belong together, so
+            that the model keeps them apart.
         end_ids: tokens that end a turn, to be counted.
 
     Raises:
@@ -61,7 +62,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         end_ids: Sequence[int] = (),
     ):
         self.block_size = block_size
-        cut = [_cut(example, block_size + 1) for example in examples]
+        cut = [example.cut(block_size + 1) for example in examples]
         kept = [example for example in cut if any(example.trained[1:])]
         if not kept:
             raise SurgeryError(
@@ -74,6 +75,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         self.documents = torch.zeros(len(rows), block_size, dtype=torch.int32)
         for row, members in enumerate(rows):
             self._fill(row, members)
+        self.packs = int(self.documents.max()) > 1
         ends = torch.isin(self.targets, torch.tensor(sorted(end_ids), dtype=torch.int32))
         self.counts = Counts(
             examples=len(examples),
@@ -89,8 +91,16 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
     def for_tokenizer(
         cls, examples: Sequence[Example], tokenizer: Tokenizer, block_size: int, pack: bool = False
     ) -> InstructionDataset:
-        """With the tokenizer's own ends of turns."""
-        return cls(examples, block_size, pack, sorted(stop_ids(tokenizer)))
+        """With the tokenizer's own ends of turns; warns if no target is one."""
+        dataset = cls(examples, block_size, pack, sorted(stop_ids(tokenizer)))
+        if not dataset.counts.ends:
+            warnings.warn(
+                "no target ends a turn, so the model will not learn to stop: the template writes "
+                "no token that ends one, or every answer is cut off",
+                SurgeryWarning,
+                stacklevel=2,
+            )
+        return dataset
 
     def _fill(self, row: int, members: list[Example]) -> None:
         place = 0
@@ -112,18 +122,20 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def rows_of(self, step: int, batch_size: int, seed: int = 0) -> Tensor:
         """Which rows make the batch of a step, (B,): a pure function of (seed, step)."""
-        places = np.arange(step * batch_size, (step + 1) * batch_size)
-        epochs, places = np.divmod(places, len(self))
-        return torch.from_numpy(shuffled(places, len(self), epochs + seed * 1_000_003))
+        return torch.from_numpy(visited(rows_of(step, batch_size), len(self), seed))
 
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> tuple[Tensor, Tensor]:
-        """The batch of a step: inputs and targets, (B, T) int64 each."""
-        rows = self.rows_of(step, batch_size, seed)
-        return self.inputs[rows].long(), self.targets[rows].long()
+    def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+        """The batch of a step; with documents where a row holds several."""
+        return self._batch_of(self.rows_of(step, batch_size, seed))
 
+    def whole(self, batch_size: int) -> Iterator[Batch]:
+        """All rows once, in their order."""
+        for rows in torch.arange(len(self)).split(batch_size):
+            yield self._batch_of(rows)
 
-def _cut(example: Example, length: int) -> Example:
-    return Example(example.ids[:length], example.trained[:length])
+    def _batch_of(self, rows: Tensor) -> Batch:
+        batch = self.inputs[rows].long(), self.targets[rows].long()  # (B, T) each
+        return (*batch, self.documents[rows]) if self.packs else batch
 
 
 def _packed(examples: Sequence[Example], size: int) -> list[list[Example]]:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.data.chat import ChatTemplate, Message, template_of
+from nanogpt_surgery.data.chat import ChatTemplate, Message, template_of, warn_of_two_bos
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 
@@ -29,6 +29,10 @@ class Example:
     ids: tuple[int, ...]
     trained: tuple[bool, ...]
 
+    def cut(self, length: int) -> Example:
+        """Its first tokens, at most so many."""
+        return Example(self.ids[:length], self.trained[:length])
+
 
 def read_conversations(path: str | Path) -> list[list[Message]]:
     """The conversations of a JSON or JSONL file.
@@ -38,7 +42,7 @@ def read_conversations(path: str | Path) -> list[list[Message]]:
             them, with their number).
     """
     conversations, problems = [], []
-    for number, record in enumerate(_records(Path(path)), 1):
+    for number, record in enumerate(_records(_text(Path(path)), Path(path)), 1):
         messages = _messages(record)
         if messages is None:
             problems.append(f"record {number} has {_keys(record)}")
@@ -54,11 +58,48 @@ def read_conversations(path: str | Path) -> list[list[Message]]:
     return conversations
 
 
-def _records(path: Path) -> Iterable[Any]:
+def is_instruction_data(paths: Sequence[str | Path]) -> bool:
+    """Whether files to learn from hold instructions, and not plain text.
+
+    They do if each ends in .json or .jsonl and begins with a record of a known form.
+
+    Raises:
+        SurgeryError: it cannot be told: only some of them do.
+    """
+    files = [Path(path) for path in paths]
+    known = [file.suffix in (".json", ".jsonl") and not file.is_dir() for file in files]
+    if not any(known):
+        return False
+    if not all(known):
+        strange = f"{files[known.index(False)]} is neither .json nor .jsonl, the others are"
+    else:
+        unread = [file for file in files if not _begins_well(file)]
+        strange = f"{unread[0]} does not begin with a record of a known form" if unread else ""
+    if strange:
+        raise SurgeryError(
+            f"it is not clear whether this is instruction data or plain text: {strange}",
+            "--data text takes everything as text; --data instructions says what is wrong",
+        )
+    return True
+
+
+def _begins_well(path: Path) -> bool:
+    text = _text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        first = next(iter(_records(text, path)), None)
+    except SurgeryError:  # no JSON
+        return False
+    return _messages(first) is not None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise SurgeryError(f"cannot read {path}: {error}") from error
+
+
+def _records(text: str, path: Path) -> Iterable[Any]:
     if text.lstrip().startswith("["):
         yield from _parsed(text, path, 1)
         return
@@ -115,6 +156,20 @@ def encode_conversations(
             as a continuation of its beginning, so that answers cannot be told from questions.
     """
     template = template or template_of(tokenizer)
+    if answers_only:
+        examples = _with_answers(conversations, tokenizer, template)
+    else:
+        texts = template.render_many([(messages, False) for messages in conversations])
+        ids = [tuple(tokenizer.encode(text)) for text in texts]
+        examples = [Example(row, (True,) * len(row)) for row in ids]
+    for example in examples:
+        warn_of_two_bos(tokenizer, example.ids)
+    return examples
+
+
+def _with_answers(
+    conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, template: ChatTemplate
+) -> list[Example]:
     ends = [_answers(messages) for messages in conversations]
     empty = [number for number, found in enumerate(ends, 1) if not found]
     if empty:
@@ -127,7 +182,7 @@ def encode_conversations(
     ]
     texts = iter(template.render_many(renders))
     return [
-        _example([(next(texts), next(texts)) for _ in found], tokenizer, answers_only, number)
+        _example([(next(texts), next(texts)) for _ in found], tokenizer, number)
         for number, found in enumerate(ends, 1)
     ]
 
@@ -138,9 +193,7 @@ def _answers(messages: Sequence[Message]) -> list[int]:
     ]
 
 
-def _example(
-    texts: list[tuple[str, str]], tokenizer: Tokenizer, answers_only: bool, number: int
-) -> Example:
+def _example(texts: list[tuple[str, str]], tokenizer: Tokenizer, number: int) -> Example:
     ids: list[int] = []
     trained: list[bool] = []
     written = ""
@@ -154,6 +207,6 @@ def _example(
         for part, is_answer in ((question[len(written) :], False), (whole[len(question) :], True)):
             new = tokenizer.encode(part)
             ids += new
-            trained += [is_answer or not answers_only] * len(new)
+            trained += [is_answer] * len(new)
         written = whole
     return Example(tuple(ids), tuple(trained))

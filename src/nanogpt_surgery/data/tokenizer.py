@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
+
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @runtime_checkable
@@ -29,9 +35,16 @@ class Tokenizer(Protocol):
 
 def encode_text(tokenizer: Tokenizer, text: str) -> Tensor:
     """The ids of a text as a tensor (N,) of int32."""
+    import torch
+
+    return torch.from_numpy(encode_to_array(tokenizer, text))
+
+
+def encode_to_array(tokenizer: Tokenizer, text: str) -> NDArray[np.int32]:
+    """The ids of a text as an array (N,) of int32; torch is not loaded for it."""
     to_numpy = getattr(tokenizer, "encode_to_numpy", None)
     ids = np.asarray(to_numpy(text) if to_numpy else tokenizer.encode(text))
-    return torch.from_numpy(ids.astype(np.int32, copy=False))
+    return ids.astype(np.int32, copy=False)
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -43,3 +56,22 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
 def stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens after which a text or a turn is over, where the tokenizer has any."""
     return frozenset(getattr(tokenizer, "stop_ids", ()))
+
+
+def vocab_size_of(tokenizer: Tokenizer) -> int:
+    """How many ids a model needs for a tokenizer: one more than the largest.
+
+    Raises:
+        SurgeryError: the tokenizer does not say.
+    """
+    size = getattr(tokenizer, "vocab_size", None)
+    if not isinstance(size, int):
+        raise SurgeryError(f"a {type(tokenizer).__name__} does not say its vocab_size")
+    return size
+
+
+def tokenizer_fingerprint(tokenizer: Tokenizer) -> str:
+    """The kind of a tokenizer and the sha256 of what its `tokenizer.json` says."""
+    contents: dict[str, Any] = getattr(tokenizer, "to_json", dict)()
+    written = json.dumps(contents, sort_keys=True).encode()
+    return f"{type(tokenizer).__name__} {hashlib.sha256(written).hexdigest()}"

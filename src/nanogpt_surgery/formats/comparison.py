@@ -51,7 +51,7 @@ def compare(
             SurgeryWarning,
             stacklevel=3,
         )
-    _check_tokenizer(tokenizer, tokenizer_again)
+    check_tokenizer(tokenizer, tokenizer_again)
     return Report(title, rows, _logits(model, again))
 
 
@@ -70,7 +70,7 @@ def check_equal(
     ]
     if wrong:
         raise SurgeryError(f"what was written does not read back: {', '.join(wrong[:8])}")
-    _check_tokenizer(tokenizer, tokenizer_again)
+    check_tokenizer(tokenizer, tokenizer_again)
 
 
 def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
@@ -128,7 +128,8 @@ def _logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
     }
 
 
-def _check_tokenizer(tokenizer: Tokenizer | None, again: Tokenizer | None) -> None:
+def check_tokenizer(tokenizer: Tokenizer | None, again: Tokenizer | None) -> None:
+    """Refuse unless a tokenizer that was opened again encodes a sample as the one written."""
     if tokenizer is None:
         return
     sample = _known(tokenizer)

@@ -18,8 +18,9 @@ from nanogpt_surgery.files import (
 )
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.config_options import MODEL_TYPES
-from nanogpt_surgery.formats.gguf_file import is_gguf
-from nanogpt_surgery.formats.gguf_model import open_gguf
+from nanogpt_surgery.formats.gguf_file import is_gguf, read_gguf
+from nanogpt_surgery.formats.gguf_model import config_of, family_of_file, open_gguf
+from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
 from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
 from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
 from nanogpt_surgery.formats.name_map import NAME_MAPS, identity, normal_names, to_theirs
@@ -27,6 +28,7 @@ from nanogpt_surgery.formats.placing import build_model
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.formats.safetensors_file import stored_tensors
 from nanogpt_surgery.formats.tokenizer_files import (
+    TOKENIZER,
     open_tokenizer,
     special_ids,
     write_tokenizer_files,
@@ -112,6 +114,33 @@ def open_model(
     table = identity(stored) if family == OWN else NAME_MAPS[family]
     names = normal_names(stored, family)
     return build_model(config, names, table, dtype, str(folder)), open_tokenizer(folder)
+
+
+def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
+    """The tokenizer of whatever `open_model` opens, without the weights, and the longest context.
+
+    A tokenizer alone serves as well, as a `tokenizer.json` or the folder that holds it; its context
+    is None.
+
+    Raises:
+        SurgeryError: there is no tokenizer that can be read.
+    """
+    path = Path(path)
+    alone = path.parent if path.name == TOKENIZER else path
+    context: int | None = None
+    if is_gguf(path):
+        file = read_gguf(path)
+        tokenizer = tokenizer_of(file.metadata)
+        context = config_of(file, family_of_file(file)).block_size
+    elif (alone / TOKENIZER).is_file() and not (alone / CONFIG).is_file():
+        tokenizer = open_tokenizer(alone)
+    else:
+        folder = model_folder(alone if alone.is_dir() else path)
+        tokenizer = open_tokenizer(folder)
+        context = config_from_json(read_json(folder / CONFIG)).block_size
+    if tokenizer is None:
+        raise SurgeryError(f"{path} has no tokenizer, so text cannot become ids")
+    return tokenizer, context
 
 
 def model_folder(path: str | Path) -> Path:

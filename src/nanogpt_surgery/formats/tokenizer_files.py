@@ -21,7 +21,7 @@ from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files import read_json, write_json
+from nanogpt_surgery.files import read_json, whole_folder, write_json
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -104,8 +104,26 @@ def _is_character(contents: dict[str, Any]) -> bool:
     return all(len(token) == 1 for token in model.get("vocab") or [])
 
 
-def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int) -> None:
+def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
+    """Write a folder that holds a tokenizer alone, whole or not at all; transformers opens it.
+
+    What is written is opened again and compared before it counts as written.
+
+    Raises:
+        SurgeryError: the tokenizer has no `tokenizer.json`, the folder holds something else, or
+            what was written encodes otherwise. There is no new folder then.
+    """
+    from nanogpt_surgery.formats.comparison import check_tokenizer  # loads torch
+
+    with whole_folder(folder) as temporary:
+        write_tokenizer_files(tokenizer, temporary)
+        check_tokenizer(tokenizer, open_tokenizer(temporary))
+
+
+def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int | None = None) -> None:
     """Write the tokenizer's files into a folder that is being made; transformers reads them.
+
+    `context` is the longest text of the model in tokens, where there is a model.
 
     Raises:
         SurgeryError: the tokenizer is of a kind that has no `tokenizer.json`.
@@ -119,8 +137,9 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int) -> N
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
-        "model_max_length": context,
     }
+    if context is not None:
+        config["model_max_length"] = context
     if not isinstance(tokenizer, CharacterTokenizer):
         config["eos_token"] = tokenizer.token_of(tokenizer.eos_id)
     if isinstance(tokenizer, PretrainedTokenizer):

@@ -15,13 +15,13 @@ from nanogpt_surgery.errors import SurgeryError
 
 Positions = Literal["learned", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
-Mlp = Literal["gelu", "gelu_tanh", "swiglu"]
+Mlp = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 Bias = Literal["all", "qkv", "attention", "none"]
 
 AXES: dict[str, tuple[str, ...]] = {
     "positions": ("learned", "rotary"),
     "norm": ("layernorm", "rmsnorm"),
-    "mlp": ("gelu", "gelu_tanh", "swiglu"),
+    "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu"),
     "bias": ("all", "qkv", "attention", "none"),
 }
 
@@ -102,9 +102,11 @@ class GPTConfig:
     norm: Norm = "layernorm"
     """LayerNorm (mean and variance) or RMSNorm (root mean square alone)"""
     mlp: Mlp = "gelu"
-    """feed-forward: GELU, its tanh form (GPT-2's), or the gated SwiGLU (Llama's)"""
+    """feed-forward: GELU, its tanh form (GPT-2's), ReLU squared, or the gated SwiGLU (Llama's)"""
     bias: Bias = "all"
     """which layers carry a bias: all (norms too), q k v, the whole attention, or none"""
+    n_lags: int = 0
+    """earlier tokens that are added to each token's embedding, each from a table of its own"""
     qk_norm: bool = False
     """RMSNorm over each head's queries and keys (Qwen3)"""
     tie_head: bool = False
@@ -120,7 +122,7 @@ class GPTConfig:
 
     def __post_init__(self) -> None:
         problems = _wrong(self, _SIZE, "vocab_size", "n_embd", "n_head", "n_layer", "block_size")
-        problems += _wrong(self, _SIZE_OR_0, "n_kv_head", "head_dim", "n_inner")
+        problems += _wrong(self, _SIZE_OR_0, "n_kv_head", "head_dim", "n_inner", "n_lags")
         sizes = {} if problems else self._derived_sizes()
         problems += self._wrong_values() + (self._contradictions(sizes) if sizes else [])
         _raise_all("this model cannot be built", problems)
@@ -169,7 +171,7 @@ class GPTConfig:
     @property
     def n_parameters(self) -> int:
         """Number of distinct weights, a tied head counted once."""
-        embeddings = self.vocab_size * self.n_embd
+        embeddings = (1 + self.n_lags) * self.vocab_size * self.n_embd
         if self.positions == "learned":
             embeddings += self.block_size * self.n_embd
         head = 0 if self.tie_head else self.vocab_size * self.n_embd
@@ -218,6 +220,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("layernorm",),
         "mlp": ("gelu_tanh", "gelu"),
         "bias": ("all",),
+        "n_lags": (0,),
         "qk_norm": (False,),
         "tie_head": (True, False),
     },
@@ -226,6 +229,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("rmsnorm",),
         "mlp": ("swiglu",),
         "bias": ("none", "all", "attention"),
+        "n_lags": (0,),
         "qk_norm": (False,),
         "tie_head": (False, True),
     },
@@ -234,6 +238,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("rmsnorm",),
         "mlp": ("swiglu",),
         "bias": ("qkv",),
+        "n_lags": (0,),
         "qk_norm": (False,),
         "tie_head": (True, False),
     },
@@ -242,6 +247,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("rmsnorm",),
         "mlp": ("swiglu",),
         "bias": ("none", "attention"),
+        "n_lags": (0,),
         "qk_norm": (True,),
         "tie_head": (True, False),
     },

@@ -1,7 +1,8 @@
 """The keys and values of past tokens, kept so that each is computed once.
 
 The cache belongs to the caller and is an argument of the model, which stays stateless. Its tensors
-are allocated once; appending writes into them and returns views.
+are allocated once; appending writes into them and returns views. The ids are kept as well, for
+models that are told earlier tokens at the entrance.
 
 Legend: B batch, T new tokens, S tokens so far, G key-value heads, D head width.
 """
@@ -33,7 +34,7 @@ class LayerCache:
 
 
 class KVCache:
-    """One `LayerCache` for each block of a model.
+    """One `LayerCache` for each block of a model, and the ids.
 
     Args:
         config: the model's config.
@@ -58,6 +59,7 @@ class KVCache:
                 f"{config.block_size}"
             )
         self.batch_size = batch_size
+        self.ids = torch.zeros(batch_size, self.max_length, dtype=torch.long, device=device)
         shape = (batch_size, config.n_kv_head, self.max_length, config.head_dim)
         self.layers = [LayerCache(shape, dtype, device) for _ in range(config.n_layer)]
 
@@ -65,6 +67,12 @@ class KVCache:
     def length(self) -> int:
         """Number of tokens in the cache, S."""
         return self.layers[0].length
+
+    def ids_with(self, new: Tensor) -> Tensor:
+        """The ids so far and the new ones (B, T), which are about to be computed: (B, S)."""
+        end = self.length + new.size(1)
+        self.ids[:, self.length : end] = new
+        return self.ids[:, :end]
 
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""

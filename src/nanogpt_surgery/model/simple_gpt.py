@@ -1,6 +1,6 @@
 """The whole model: embeddings, a stack of blocks, a norm, a head.
 
-    ids ── embed_tokens ── positions ── layers × n_layer ── norm ── lm_head ── logits
+    ids ── embed_tokens ── lags ── positions ── layers × n_layer ── norm ── lm_head ── logits
 
 Submodules and Linears carry Hugging Face's names. There is one model for every family: what
 differs is settled by the constructors of its parts, from `GPTConfig`.
@@ -20,6 +20,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.initialisation import initialise
 from nanogpt_surgery.model.kv_cache import KVCache
+from nanogpt_surgery.model.lags import make_lags
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.norm import make_norm
 from nanogpt_surgery.model.positions import make_positions
@@ -54,6 +55,7 @@ class SimpleGPT(nn.Module):
         config = GPTConfig(vocab_size, n_embd, n_head, n_layer, block_size, **axes)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
+        self.embed_lags = make_lags(config)
         self.embed_positions = make_positions(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerEncoderLayer(config) for _ in range(config.n_layer))
@@ -96,12 +98,21 @@ class SimpleGPT(nn.Module):
         mask = None
         if layout is not None:
             positions, mask = layout.positions, layout.mask  # (B, T), (B, 1, T, S)
-        x, rotation = self.embed_positions(self.embed_tokens(ids), positions)  # (B, T, C)
+        x, rotation = self.embed(ids, positions, cache)  # (B, T, C)
         x = self.dropout(x)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, cache.layers[index] if cache is not None else None, mask)
         out: Tensor = self.norm(x)
         return out
+
+    def embed(
+        self, ids: Tensor, positions: Tensor, cache: KVCache | None = None
+    ) -> tuple[Tensor, Any]:
+        """What the first block reads: (B, T, C), and the rotation that blocks are given."""
+        texts = ids if cache is None else cache.ids_with(ids)  # (B, S)
+        x = self.embed_lags(self.embed_tokens(ids), texts, positions)  # (B, T, C)
+        embedded: tuple[Tensor, Any] = self.embed_positions(x, positions)
+        return embedded
 
     def _start(self, ids: Tensor, cache: KVCache | None) -> int:
         if ids.dim() != 2:

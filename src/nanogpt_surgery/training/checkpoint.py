@@ -164,7 +164,7 @@ def start_run(folder: Path, description: dict[str, Any], resume: bool) -> Iterat
     elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
         raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder):
+    with locked(folder):
         remove_temporaries(folder)
         remove_temporaries(folder / "checkpoints")
         if not is_run(folder):
@@ -207,7 +207,7 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold the folder against other processes; the system lets go when a process dies."""
     if os.name != "posix":
         yield

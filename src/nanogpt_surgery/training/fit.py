@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from nanogpt_surgery.data.gpt_dataset import GPTDataset
+from nanogpt_surgery.data.batches import Batch, Batches, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
@@ -28,8 +28,10 @@ from nanogpt_surgery.training.loss import (
     backward_of_loss,
     evaluate,
     n_trained,
+    refuse_packed,
 )
 from nanogpt_surgery.training.optimizer import make_optimizer
+from nanogpt_surgery.training.prefetch import batches
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -59,10 +61,10 @@ class Step:
 
 def fit(
     model: nn.Module,
-    dataset: GPTDataset,
+    dataset: Batches,
     settings: FitSettings | None = None,
     *,
-    validation: GPTDataset | None = None,
+    validation: Batches | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     first_step: int = 0,
     examine: bool = True,
@@ -74,7 +76,7 @@ def fit(
     Args:
         model: called on ids (B, T) it gives logits (B, T, V); trained in place, on the device that
             `settings` choose.
-        dataset: the windows to learn from.
+        dataset: the windows, or rows, to learn from; documents that share a row are kept apart.
         settings: see `FitSettings`; its defaults if None.
         validation: evaluated whole every `evaluate_every` steps and at the end.
         optimizer: to go on with; a new AdamW if None. The schedule sets its learning rate.
@@ -89,11 +91,13 @@ def fit(
         A `Step` after each optimizer step.
 
     Raises:
-        SurgeryError: nothing can be trained, a gradient is not finite (it changes no weight), or a
-            part of a LoRA does not learn (its name).
+        SurgeryError: nothing can be trained, the weights are float16, documents share rows and the
+            model is no `SimpleGPT`, a gradient is not finite (it changes no weight), or a part of
+            a LoRA does not learn (its name).
     """
     settings = replace(settings or FitSettings(), **changes)
-    _refuse_packed(dataset)
+    _refuse_float16(model)
+    refuse_packed(model, dataset)
     operations = operations_of(model, settings, dataset.block_size)
     hardware = choose_hardware(settings, operations)
     model.to(hardware.device)
@@ -105,20 +109,21 @@ def fit(
     )
 
 
-def _refuse_packed(dataset: GPTDataset) -> None:
-    documents = getattr(dataset, "documents", None)
-    if documents is not None and int(documents.max()) > 1:
+def _refuse_float16(model: nn.Module) -> None:
+    half = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
+    if half:
         raise SurgeryError(
-            "the dataset packs several documents into a row, and fit would let them see each other",
-            "make it with pack=False",
+            f"{len(half)} parameters are float16 ({half[0]}, …): the gradients of such a model are "
+            "often too small for float16, and become 0",
+            "open_model(path, torch.float32), or model.float(); bfloat16 where memory is short",
         )
 
 
 def _steps(
     model: nn.Module,
-    dataset: GPTDataset,
+    dataset: Batches,
     settings: FitSettings,
-    validation: GPTDataset | None,
+    validation: Batches | None,
     optimizer: torch.optim.Optimizer,
     first_step: int,
     examiner: Examiner | None,
@@ -126,16 +131,17 @@ def _steps(
     hardware: Hardware,
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
-    blocks = CompiledBlocks(model, hardware.compile)
+    blocks = CompiledBlocks(model, hardware.compile, settings.gradient_checkpointing)
     products = QuickProducts(model, hardware.precision)
     optimizer.zero_grad()  # what the caller's own backward passes may have left
+    coming = batches(dataset, settings, first_step, hardware.device)
     for step in range(first_step, settings.max_steps):
         start = time.perf_counter()
         if not model.training:  # at the start, or after a look at the model between two steps
             model.train()
         rate = learning_rate(step, settings)
         with products.active(), blocks.active():
-            loss = _accumulate(model, dataset, settings, step, prefix, hardware)
+            loss = _accumulate(model, next(coming), settings, step, prefix, hardware)
         if examiner is not None:
             examiner.after_backward(step)
         norm = _update(trained, optimizer, rate, settings.clip, step)
@@ -156,7 +162,7 @@ def _steps(
 
 def _accumulate(
     model: nn.Module,
-    dataset: GPTDataset,
+    batch: Batch,
     settings: FitSettings,
     step: int,
     prefix: FrozenPrefix | None,
@@ -164,33 +170,28 @@ def _accumulate(
 ) -> float:
     """Gradients of the mean loss over the step's windows; returns that loss."""
     parts = settings.accumulation
-    inputs, targets = dataset.batch(step, settings.batch_size * parts, settings.seed)
-    total, whole = 0.0, n_trained(targets)
-    for part, (x, y) in enumerate(zip(inputs.chunk(parts), targets.chunk(parts), strict=True)):
-        if counted := n_trained(y):
-            x, y = _on(x, hardware), _on(y, hardware)
+    total, whole = 0.0, n_trained(batch[1])
+    for part, piece in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
+        if counted := n_trained(piece[1]):
+            piece = tuple(tensor.to(hardware.device, non_blocking=True) for tensor in piece)
             with hardware.seeded(hash((settings.seed, step, part))):
-                total += _backward(model, x, y, counted / whole, prefix, hardware)
+                total += _backward(model, piece, counted / whole, prefix, hardware)
     return total
 
 
 def _backward(
     model: nn.Module,
-    x: Tensor,
-    y: Tensor,
+    batch: Batch,
     share: float,
     prefix: FrozenPrefix | None,
     hardware: Hardware,
 ) -> float:
+    x, y, documents = batch[0], batch[1], documents_of(batch)
     if prefix is None:
-        return backward_of_loss(model, x, y, share, hardware.autocast)
+        return backward_of_loss(model, x, y, share, hardware.autocast, documents=documents)
     with hardware.autocast():
-        hidden = prefix.hidden(x)
+        hidden = prefix.hidden(x, documents)
     return backward_from_hidden(prefix.model, hidden, y, share, hardware.autocast)
-
-
-def _on(ids: Tensor, hardware: Hardware) -> Tensor:
-    return ids.to(hardware.device)
 
 
 def _update(

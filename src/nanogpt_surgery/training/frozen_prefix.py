@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.gpt_dataset import GPTDataset
+from nanogpt_surgery.data.batches import Batches
+from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -45,19 +46,24 @@ class FrozenPrefix:
         self.places: dict[bytes, int] = {}
         self.kept: Tensor | None = None
 
-    def hidden(self, ids: Tensor) -> Tensor:
-        """What the head reads for ids (B, T): (B, T, C), as `SimpleGPT.hidden` gives it."""
-        x = torch.stack([self._before(row) for row in ids]).to(ids.device)  # (B, T, C)
-        return self._through(x, self.first or 0, len(self.stages))
+    def hidden(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
+        """What the head reads for ids (B, T): (B, T, C), as `SimpleGPT.hidden` gives it.
 
-    def _before(self, row: Tensor) -> Tensor:
-        """The states (T, C) of one window (T,) before the first part that learns."""
-        key = row.cpu().numpy().tobytes()
+        Documents (B, T) that share a row are kept apart.
+        """
+        batch = (ids,) if documents is None else (ids, documents)
+        x = torch.stack([self._before(*rows) for rows in zip(*batch, strict=True)])  # (B, T, C)
+        return self._through(x.to(ids.device), self.first or 0, len(self.stages), documents)
+
+    def _before(self, *row: Tensor) -> Tensor:
+        """The states (T, C) before the first part that learns, of ids (T,) and their documents."""
+        key = b"".join(tensor.cpu().numpy().tobytes() for tensor in row)
         if key in self.places:
             assert self.kept is not None
             return self.kept[self.places[key]]
+        ids, documents = row[0][None], row[1][None] if len(row) > 1 else None
         with torch.no_grad():
-            x = self._through(self._embedded(row[None]), 0, self.first or 0)[0]
+            x = self._through(self._embedded(ids, documents), 0, self.first or 0, documents)[0]
         if len(self.places) < self.windows:
             self._keep(key, x)
         return x
@@ -79,20 +85,25 @@ class FrozenPrefix:
         path.unlink()  # the mapping stays until the tensor goes
         return flat.view(shape)
 
-    def _embedded(self, ids: Tensor) -> Tensor:
-        x: Tensor = self.model.embed_positions(self.model.embed_tokens(ids), _positions(ids))[0]
-        return x
+    def _embedded(self, ids: Tensor, documents: Tensor | None) -> Tensor:
+        positions, _ = _layout(ids, documents)
+        return self.model.embed(ids, positions)[0]
 
-    def _through(self, x: Tensor, start: int, end: int) -> Tensor:
+    def _through(self, x: Tensor, start: int, end: int, documents: Tensor | None) -> Tensor:
         """Through the stages from `start` to before `end`; the norm is the last stage."""
-        rotation: Any = self.model.embed_positions(x, _positions(x[..., 0]))[1]
+        positions, mask = _layout(x[..., 0], documents)
+        rotation: Any = self.model.embed_positions(x, positions)[1]
         for index, stage in enumerate(self.stages[start:end], start):
-            x = stage(x) if index == len(self.stages) - 1 else stage(x, rotation, None)
+            x = stage(x) if index == len(self.stages) - 1 else stage(x, rotation, None, mask)
         return x
 
 
-def _positions(ids: Tensor) -> Tensor:
-    return torch.arange(ids.size(1), device=ids.device)
+def _layout(ids: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The positions of ids (B, T), and the mask where documents share a row."""
+    if documents is None:
+        return torch.arange(ids.size(1), device=ids.device), None
+    layout = Layout.of_documents(documents)
+    return layout.positions, layout.mask
 
 
 def first_that_learns(model: SimpleGPT) -> int | None:
@@ -100,7 +111,7 @@ def first_that_learns(model: SimpleGPT) -> int | None:
 
     Their number if none has (the head alone learns), and None if the embedding learns.
     """
-    if _learns(model.embed_tokens) or _learns(model.embed_positions):
+    if any(map(_learns, (model.embed_tokens, model.embed_lags, model.embed_positions))):
         return None
     stages = [*model.layers, model.norm]
     return next((i for i, stage in enumerate(stages) if _learns(stage)), len(stages))
@@ -111,7 +122,7 @@ def _learns(module: nn.Module) -> bool:
 
 
 def prefix_for(
-    model: nn.Module, dataset: GPTDataset, settings: FitSettings, folder: Path | None = None
+    model: nn.Module, dataset: Batches, settings: FitSettings, folder: Path | None = None
 ) -> FrozenPrefix | None:
     """A `FrozenPrefix` for a training where keeping pays, or None.
 

@@ -8,7 +8,7 @@ Written the plain way, W x + s · B (A x), the thin products with the tokens are
 thin product moves as much memory as it takes time (docs/log.md). In float32 the sum is exact to
 rounding; in bfloat16 W would swallow the update, so there the plain way stays.
 
-A frozen W may be stored in half precision: it is cast for its product, and its gradients with it,
+A frozen W may be stored in bfloat16: it is cast for its product, and its gradients with it,
 and forgotten. What is computed is float32 throughout, on processors without bfloat16.
 
 Legend: N tokens, R rank.
@@ -26,8 +26,6 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.lora.lora_linear import LoRALinear, LoRAUpdate
 from nanogpt_surgery.lora.mixture import Blend
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -79,7 +77,7 @@ def thin_gradients(
 
 
 class CastLinear(nn.Linear):
-    """A frozen Linear, its weight perhaps in half precision, on float32 inputs."""
+    """A frozen Linear, its weight perhaps in bfloat16, on float32 inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
@@ -88,7 +86,7 @@ class CastLinear(nn.Linear):
 
 
 class CastEmbedding(nn.Embedding):
-    """A frozen Embedding in half precision, read in float32."""
+    """A frozen Embedding in bfloat16, read in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(…) → (…, C)."""
@@ -96,7 +94,7 @@ class CastEmbedding(nn.Embedding):
 
 
 class CastLayerNorm(nn.LayerNorm):
-    """A frozen LayerNorm, its weight and bias in half precision, on float32 inputs."""
+    """A frozen LayerNorm, its weight and bias in bfloat16, on float32 inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
@@ -164,18 +162,16 @@ def quick_classes(model: nn.Module, precision: torch.dtype) -> dict[nn.Module, t
         return {}
     modules = list(model.modules())
     classes: dict[nn.Module, type[nn.Module]] = {m: FoldedLinear for m in modules if folds(m)}
-    if stored_in_half(model):
+    if stored_in_bfloat16(model):
         classes |= {m: CASTS[type(m)] for m in modules if type(m) in CASTS}
     return classes
 
 
-def stored_in_half(model: nn.Module) -> bool:
-    """Whether what is frozen is in half precision and what learns in float32."""
-    parameters = list(model.parameters())
-    return any(p.dtype in HALF for p in parameters) and all(
-        p.dtype == torch.float32 if p.requires_grad else p.dtype in (*HALF, torch.float32)
-        for p in parameters
-    )
+def stored_in_bfloat16(model: nn.Module) -> bool:
+    """Whether frozen parameters are in bfloat16, and all that learn in float32."""
+    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
+    learning = {p.dtype for p in model.parameters() if p.requires_grad}
+    return torch.bfloat16 in frozen and learning <= {torch.float32}
 
 
 class QuickProducts:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.training.settings import FitSettings
@@ -70,6 +71,28 @@ def operations_of(model: nn.Module, settings: FitSettings, block_size: int) -> f
     """About how many operations a training takes: 6 for each parameter and token."""
     tokens = settings.max_steps * settings.batch_size * settings.accumulation * block_size
     return 6.0 * sum(p.numel() for p in model.parameters()) * tokens
+
+
+def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Floating-point operations a second in matrix products, measured in at most about `seconds`.
+
+    The best of square matrices, each side twice the one before, as long as there is time.
+    """
+    best, side, end = 0.0, 128, time.perf_counter() + seconds
+    while side <= 8192:
+        a, b = torch.randn(2, side, side, device=device).to(dtype)
+        took = min(_timed_product(a, b) for _ in range(3))
+        best = max(best, 2 * side**3 / took)
+        if time.perf_counter() + 4 * 8 * took > end:
+            break
+        side *= 2
+    return best
+
+
+def _timed_product(a: Tensor, b: Tensor) -> float:
+    start = time.perf_counter()
+    (a @ b)[0, 0].item()
+    return time.perf_counter() - start
 
 
 def _device(wanted: str) -> torch.device:

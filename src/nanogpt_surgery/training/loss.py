@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.gpt_dataset import GPTDataset
+from nanogpt_surgery.data.batches import Batch, Batches, documents_of
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
 
@@ -35,6 +38,7 @@ def backward_of_loss(
     share: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     most_logits: int = MOST_LOGITS,
+    documents: Tensor | None = None,
 ) -> float:
     """Add the gradients of `share` times the mean loss to those that are there.
 
@@ -45,18 +49,19 @@ def backward_of_loss(
         share: what the loss is multiplied with.
         autocast: a context for the forward pass.
         most_logits: numbers in the logits that are held at once, about.
+        documents: which tokens of a `SimpleGPT`'s rows belong together, (B, T).
 
     Returns:
         The loss times `share`.
     """
     if not isinstance(model, SimpleGPT) or _positions(model, inputs, most_logits) >= inputs.size(1):
         with autocast():
-            logits = model(inputs)
+            logits = model(inputs, **apart(documents))
         loss = cross_entropy(logits, targets) * share
         loss.backward()
         return loss.item()
     with autocast():
-        hidden = model.hidden(inputs)  # (B, T, C)
+        hidden = model.hidden(inputs, **apart(documents))  # (B, T, C)
     return backward_from_hidden(model, hidden, targets, share, autocast, most_logits)
 
 
@@ -108,39 +113,54 @@ def _positions(model: SimpleGPT, ids: Tensor, most_logits: int) -> int:
     return max(1, most_logits // (ids.size(0) * model.config.vocab_size))
 
 
-def _mean_loss(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """The mean loss, float32, a scalar, of a `SimpleGPT` without holding all logits at once."""
+def refuse_packed(model: nn.Module, data: Batches) -> None:
+    """Raise `SurgeryError` where documents share rows and the model cannot keep them apart."""
+    if not isinstance(model, SimpleGPT) and documents_of(data.batch(0, 1)) is not None:
+        raise SurgeryError(
+            "the dataset packs several documents into a row, and a model that is no SimpleGPT "
+            "would let them see each other",
+            "make it with pack=False",
+        )
+
+
+def apart(documents: Tensor | None) -> dict[str, Any]:
+    """The argument by which a `SimpleGPT` keeps the documents (B, T) that share rows apart."""
+    return {} if documents is None else {"layout": Layout.of_documents(documents)}
+
+
+def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The loss summed over what counts, float32, a scalar; never all logits of a `SimpleGPT`."""
+    inputs, targets = batch[:2]
     if not isinstance(model, SimpleGPT):
-        return cross_entropy(model(inputs), targets)
-    hidden, size = model.hidden(inputs), _positions(model, inputs, MOST_LOGITS)
+        return _sum_of(model(inputs), targets)
+    hidden = model.hidden(inputs, **apart(documents_of(batch)))  # (B, T, C)
+    size = _positions(model, inputs, MOST_LOGITS)
     parts = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)
-    losses = [cross_entropy(model.lm_head(h), y) * y.numel() for h, y in parts]
-    return torch.stack(losses).sum() / targets.numel()
+    return torch.stack([_sum_of(model.lm_head(h), y) for h, y in parts]).sum()
 
 
-def evaluate(model: nn.Module, dataset: GPTDataset, batch_size: int = 64) -> float:
-    """The mean loss over every target of a dataset's text, in nats a token.
+def _sum_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
 
-    The text is cut into windows that do not overlap, the last one shorter, so each token but the
-    first is predicted once. Computed in the model's own precision, in eval mode, on its device.
+
+def evaluate(model: nn.Module, dataset: Batches, batch_size: int = 64) -> float:
+    """The mean loss over every target of a dataset that counts, in nats a token.
+
+    A text is cut into windows that do not overlap, the last one shorter, so each token but the
+    first is predicted once; of conversations only what is trained on counts. Computed in the
+    model's own precision, in eval mode, on its device.
+
+    Raises:
+        SurgeryError: rows hold several documents, and the model is no `SimpleGPT`.
     """
+    refuse_packed(model, dataset)
     device = next(model.parameters()).device
-    total = 0.0
+    total, count = 0.0, 0
     with eval_mode(model), torch.inference_mode():
-        for inputs, targets in _whole_text(dataset, batch_size):
-            loss = _mean_loss(model, inputs.to(device), targets.to(device))
-            total += loss.item() * targets.numel()
-    return total / (len(dataset.ids) - 1)
-
-
-def _whole_text(dataset: GPTDataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    ids, length = dataset.ids, dataset.block_size
-    full = (len(ids) - 1) // length * length
-    inputs, targets = ids[:full].view(-1, length), ids[1 : full + 1].view(-1, length)
-    for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
-        yield x.long(), y.long()
-    if full < len(ids) - 1:
-        yield ids[None, full:-1].long(), ids[None, full + 1 :].long()
+        for batch in dataset.whole(batch_size):
+            total += _summed_loss(model, tuple(t.to(device) for t in batch)).item()
+            count += n_trained(batch[1])
+    return total / count
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""AdamW over what can be trained, with weight decay on matrices only.
+"""The optimizer over what can be trained, with weight decay on matrices only.
 
 A group may carry `rate_ratio`: its learning rate is the schedule's times that.
 """
@@ -12,17 +12,23 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import linear_b_matrices
+from nanogpt_surgery.lora.targets import output_layer
+from nanogpt_surgery.training.muon import Muon
 from nanogpt_surgery.training.settings import FitSettings
 
+# Beside Muon's rate, that of what AdamW trains (docs/training.md).
+EMBEDDING_RATIO, OTHER_RATIO = 1.5, 0.5
 
-def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.AdamW:
-    """AdamW (arXiv:1711.05101), fused where the device has it; biases and norms do not decay.
 
-    With LoRA+ (arXiv:2402.12354) the B of each Linear's update is in a group of its own, which
-    learns `settings.lora_plus_ratio` times faster.
+def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101), or Muon with AdamW beside it, over what can be trained.
+
+    AdamW is fused where the device has it; biases and norms do not decay. With LoRA+
+    (arXiv:2402.12354) the B of each Linear's update is in a group of its own, which learns
+    `settings.lora_plus_ratio` times faster.
 
     Raises:
-        SurgeryError: the model has no parameter that can be trained.
+        SurgeryError: the model has no parameter that can be trained, or Muon no matrix.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trainable:
@@ -30,20 +36,53 @@ def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.AdamW
             "the model has no parameter that can be trained",
             "inject_lora(model, …), or model.requires_grad_(True)",
         )
+    if settings.muon:
+        return _muon(model, trainable, settings)
+    groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
+    betas = (settings.beta1, settings.beta2)
+    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+
+
+def _adamw_groups(
+    model: nn.Module, trainable: list[nn.Parameter], settings: FitSettings
+) -> list[dict[str, Any]]:
     ratio, decay = settings.lora_plus_ratio, settings.weight_decay
     fast = {id(parameter) for parameter in linear_b_matrices(model)} if ratio != 1 else set()
-    matrices = [p for p in trainable if p.dim() >= 2 and id(p) not in fast]
-    vectors = [p for p in trainable if p.dim() < 2]
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": decay},
-        {"params": vectors, "weight_decay": 0.0},
-        {"params": [p for p in trainable if id(p) in fast], "weight_decay": decay}
-        | {"rate_ratio": ratio, "lr": ratio * settings.learning_rate},
+    return [
+        {
+            "params": [p for p in trainable if p.dim() >= 2 and id(p) not in fast],
+            "weight_decay": decay,
+        },
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
+        {
+            "params": [p for p in trainable if id(p) in fast],
+            "weight_decay": decay,
+            "rate_ratio": ratio,
+            "lr": ratio * settings.learning_rate,
+        },
     ]
-    betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=settings.learning_rate,
-        betas=betas,
-        fused=True,
-    )
+
+
+def _muon(model: nn.Module, trainable: list[nn.Parameter], settings: FitSettings) -> Muon:
+    """Muon for the matrices of Linears but the head's; tables learn faster than the rest."""
+    modules, output = dict(model.named_modules()), output_layer(model)
+    linears = [m for name, m in modules.items() if isinstance(m, nn.Linear) and name != output]
+    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    matrices = {id(m.weight) for m in linears if m.weight.requires_grad} - tables
+    if not matrices:
+        raise SurgeryError(
+            "muon trains the matrices of a model, and none of them can be trained",
+            "a LoRA is trained by AdamW: leave muon away",
+        )
+    rest = [p for p in trainable if id(p) not in matrices | tables]
+    groups: list[dict[str, Any]] = [
+        {
+            "params": [p for p in trainable if id(p) in matrices],
+            "muon": True,
+            "weight_decay": settings.weight_decay,
+        },
+        {"params": [p for p in trainable if id(p) in tables], "rate_ratio": EMBEDDING_RATIO},
+        {"params": rest, "rate_ratio": OTHER_RATIO},
+    ]
+    groups = [{"muon": False} | group for group in groups if group["params"]]
+    return Muon(groups, settings.learning_rate, betas=(settings.beta1, settings.beta2))

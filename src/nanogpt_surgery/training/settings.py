@@ -14,6 +14,7 @@ from nanogpt_surgery.errors import SurgeryError
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
+Shape = Literal["cosine", "stable"]
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,20 @@ class FitSettings:
     """windows in a batch"""
     accumulation: int = 1
     """batches whose gradients make one step, as one big batch would"""
+    muon: bool = False
+    """train the matrices between embedding and head by Muon instead of AdamW (arXiv:2502.16982)"""
     learning_rate: float = 2e-3
     """the peak of the schedule"""
+    schedule: Shape = "cosine"
+    """after the rise: a cosine; or the peak held, then a straight line down"""
+    cooldown: float = 1.0
+    """the share of the steps over which a stable schedule falls (1: from the start)"""
     final_learning_rate: float = 0.1
-    """where the cosine ends, as a share of the peak"""
+    """where the schedule ends, as a share of the peak"""
     warmup_steps: int = 100
     """steps over which the rate rises from 0, at most a tenth of all"""
     weight_decay: float = 0.1
-    """AdamW's decay, on matrices only"""
+    """decay, on matrices only"""
     lora_plus_ratio: float = 1.0
     """how many times faster a LoRA's B learns than the rest (LoRA+, arXiv:2402.12354)"""
     beta1: float = 0.9
@@ -46,6 +53,8 @@ class FitSettings:
     """steps from one evaluation to the next (0: only at the end)"""
     keep_hidden: float = 2.0
     """GiB for hidden states before the first part that learns, kept where windows come again"""
+    gradient_checkpointing: bool = False
+    """compute each block again for its gradient instead of keeping it: less memory, more time"""
     seed: int = 1337
     """from which batches and dropout follow, with the step's number"""
     device: Device = "auto"
@@ -66,6 +75,8 @@ class FitSettings:
             for name in ("beta1", "beta2")
             if getattr(self, name) >= 1
         ]
+        if self.cooldown > 1:
+            found.append(f"cooldown is {self.cooldown}; it must be at most 1")
         found += [
             f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}"
             for name, choices in _CHOICES.items()
@@ -83,6 +94,7 @@ _CHOICES = {
     "device": get_args(Device),
     "precision": get_args(Precision),
     "compile": get_args(Compile),
+    "schedule": get_args(Shape),
 }
 _LEAST = {
     "max_steps": 1,
@@ -90,6 +102,7 @@ _LEAST = {
     "accumulation": 1,
     "learning_rate": 0.0,
     "final_learning_rate": 0.0,
+    "cooldown": 0.0,
     "warmup_steps": 0,
     "weight_decay": 0.0,
     "lora_plus_ratio": 0.0,

@@ -1,0 +1,79 @@
+"""`surgery data preview`: which tokens of instruction data are trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.console import show
+from nanogpt_surgery.cli.options import given, options_of
+from nanogpt_surgery.data.instruction_settings import InstructionSettings
+from nanogpt_surgery.errors import printable
+
+InstructionOptions: Any = options_of(
+    InstructionSettings, "Instructions", leave_out=("data", "pack")
+)
+
+
+def preview(
+    model: str,
+    *data: str,
+    examples: int = 3,
+    block_size: int | None = None,
+    instructions: InstructionOptions = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Show instruction data as it is trained on, answers coloured, and count what is in it.
+
+    Where standard output is no terminal, what is trained on stands in ⟦ ⟧.
+
+    Parameters
+    ----------
+    model
+        a run, a model folder, a GGUF file or a hub name; or a tokenizer alone
+    data
+        JSON or JSONL files of prompts and answers, or of conversations
+    examples
+        how many to show
+    block_size
+        tokens in a row; the model's own by default, at most 256
+    json
+        print it as JSON
+    """
+    from nanogpt_surgery.cli.instruction_data import counts_in, read_examples, window
+    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.instruction_dataset import preview as pieces_of
+    from nanogpt_surgery.formats.model_file import open_tokenizer_of
+    from nanogpt_surgery.lora.report import Report
+
+    tokenizer, context = open_tokenizer_of(model)
+    length = window(block_size, context)
+    found = read_examples(data, tokenizer, InstructionSettings(**given(instructions)))
+    dataset = InstructionDataset.for_tokenizer(found, tokenizer, length)
+    shown = [pieces_of(example.cut(length + 1), tokenizer) for example in found[:examples]]
+    summary = counts_in(dataset)
+    if json:
+        rows = [[{"text": text, "trained": trained} for text, trained in p] for p in shown]
+        summary |= {"block_size": length, "preview": rows}
+    for number, pieces in enumerate([] if json else shown):
+        tokens = len(found[number].ids)
+        cut = f", cut off after {length + 1}" if tokens > length + 1 else ""
+        print(f"example {number + 1}: {tokens} tokens{cut}")
+        _print(pieces)
+    show(Report("instruction data", [], summary), json)
+
+
+def _print(pieces: list[tuple[str, bool]]) -> None:
+    """A text with what is trained on coloured, or in brackets where there are no colours."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console, text = Console(highlight=False, soft_wrap=True), Text()
+    before, after = ("", "") if console.is_terminal else ("⟦", "⟧")
+    for piece, trained in pieces:
+        if trained:
+            text.append(before + printable(piece) + after, style="bold green")
+        else:
+            text.append(printable(piece))
+    console.print(text)

@@ -1,0 +1,106 @@
+"""What `finetune` and `data preview` share: conversations as rows with answers to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.instruction_settings import InstructionSettings
+    from nanogpt_surgery.data.instructions import Example
+    from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.lora.report import Report
+
+LONGEST_WINDOW = 256
+
+
+def window(asked: int | None, context: int | None) -> int:
+    """Tokens in a window or row: what is asked for, else the model's context, at most 256."""
+    return asked or min(context or LONGEST_WINDOW, LONGEST_WINDOW)
+
+
+def is_instructions(paths: Sequence[str], settings: InstructionSettings) -> bool:
+    """Whether the named files are instruction data, as the settings say or their content does."""
+    from nanogpt_surgery.data.instructions import is_instruction_data
+
+    return settings.data == "instructions" or (
+        settings.data == "auto" and is_instruction_data(paths)
+    )
+
+
+def read_examples(
+    paths: Sequence[str], tokenizer: Tokenizer, settings: InstructionSettings
+) -> list[Example]:
+    """The conversations of all files, as ids."""
+    from nanogpt_surgery.data.chat import template_of
+    from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
+
+    if not paths:
+        raise SurgeryError("no file of instruction data is named", "name a JSON or JSONL file")
+    template = template_of(tokenizer)
+    if settings.template != "model":
+        template = replace(template, source=settings.template)
+    return encode_conversations(
+        [conversation for path in paths for conversation in read_conversations(path)],
+        tokenizer,
+        template,
+        answers_only=settings.answers_only,
+    )
+
+
+def instruction_datasets(
+    examples: Sequence[Example],
+    tokenizer: Tokenizer,
+    block_size: int,
+    settings: InstructionSettings,
+) -> tuple[InstructionDataset, InstructionDataset]:
+    """The first nine tenths of the conversations, to train on, and the last, to validate.
+
+    What is held out is packed in any case: its loss is the same, and sooner there.
+
+    Raises:
+        SurgeryError: there are too few to hold any out, or one part has no answer in reach.
+    """
+    from nanogpt_surgery.data.corpus import TRAIN_SHARE
+    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+
+    cut = int(len(examples) * TRAIN_SHARE)
+    if cut == 0:
+        raise SurgeryError(
+            f"{len(examples)} conversation is too few: the last tenth is held out for validation",
+            "give at least 2",
+        )
+    build = InstructionDataset.for_tokenizer
+    return (
+        build(examples[:cut], tokenizer, block_size, settings.pack),
+        build(examples[cut:], tokenizer, block_size, pack=True),
+    )
+
+
+def counts_of(**datasets: InstructionDataset) -> Report:
+    """What instruction datasets hold, a row for each."""
+    from nanogpt_surgery.lora.report import Report
+
+    rows = [
+        {"part": name.replace("_", " "), "rows": len(dataset), **counts_in(dataset)}
+        for name, dataset in datasets.items()
+    ]
+    return Report("instruction data", rows, {})
+
+
+def counts_in(dataset: InstructionDataset) -> dict[str, Any]:
+    """What an instruction dataset holds, and what is not trained on or had to be left out."""
+    counts = dataset.counts
+    return {
+        "examples": counts.examples,
+        "tokens": counts.tokens,
+        "trained_tokens": counts.trained,
+        "trained_share": counts.trained / counts.tokens,
+        "eos_labels": counts.ends,
+        "truncated": counts.truncated,
+        "dropped": counts.dropped,
+    }

@@ -1,0 +1,147 @@
+"""What was named to learn from, as datasets: texts, folders of ids, or a mixture of both."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.batches import Batches
+    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.token_files import TokenFiles
+    from nanogpt_surgery.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Texts and open folders of ids, the tokenizer they share, and their weights in a mixture."""
+
+    opened: list[str | TokenFiles]
+    tokenizer: Tokenizer
+    weights: list[float] | None
+
+    def datasets(self, block_size: int) -> tuple[Batches, Batches]:
+        """Windows to train on, and those held out.
+
+        Raises:
+            SurgeryError: a source is shorter than a window.
+        """
+        from nanogpt_surgery.data.mixture import Mixture
+
+        pairs = [_pair(source, self.tokenizer, block_size) for source in self.opened]
+        if self.weights is None:
+            return pairs[0]
+        train, held_out = ([pair[i] for pair in pairs] for i in (0, 1))
+        return Mixture(train, self.weights), Mixture(held_out, self.weights)
+
+
+def open_sources(
+    paths: tuple[str, ...], weights: str | None, tokenizer: Tokenizer | None = None
+) -> Sources:
+    """Read the texts and map the ids that were named.
+
+    Args:
+        paths: texts, which are joined without weights; or folders of ids.
+        weights: the proportions of a mixture, one number for each path, as in 3:1.
+        tokenizer: for the texts; None takes that of the ids, or one of all characters.
+
+    Raises:
+        SurgeryError: a path cannot be read, a folder's ids are another tokenizer's, several paths
+            need weights, or the weights are not as many numbers as there are paths.
+    """
+    from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.data.token_files import is_token_folder, open_tokens
+
+    ratios = _ratios(weights, paths)
+    folders = [path for path in paths if is_token_folder(path)]
+    if folders and ratios is None and len(paths) > 1:
+        raise SurgeryError(
+            f"{folders[0]} holds ids, which are not joined with another source",
+            "add --weights, as in --weights 3:1, to draw from several in proportion",
+        )
+    groups = [paths] if ratios is None else [(path,) for path in paths]
+    opened = [
+        open_tokens(group[0]) if is_token_folder(group[0]) else read_texts(group)
+        for group in groups
+    ]
+    found = tokenizer or _tokenizer_of(opened)
+    _check_tokenizer(found, opened)
+    return Sources(opened, found, ratios)
+
+
+def _ratios(weights: str | None, paths: tuple[str, ...]) -> list[float] | None:
+    if weights is None:
+        return None
+    try:
+        ratios = [float(word) for word in weights.split(":")]
+    except ValueError:
+        raise SurgeryError(f"{weights!r} are no weights", "give numbers, as in 3:1") from None
+    if len(ratios) != len(paths):
+        raise SurgeryError(
+            f"there are {len(ratios)} weights for {len(paths)} sources",
+            "give one weight for each, in their order, as in --weights 3:1",
+        )
+    return ratios
+
+
+def _tokenizer_of(opened: list[str | TokenFiles]) -> Tokenizer:
+    """The tokenizer of the first ids, or one of all the texts' characters."""
+    from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.data.token_files import TOKENIZER
+    from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
+
+    for source in opened:
+        if not isinstance(source, str):
+            found = open_tokenizer(source.folder / TOKENIZER)
+            if found is None:
+                raise SurgeryError(f"{source.folder} has lost its tokenizer", "prepare it anew")
+            return found
+    return CharacterTokenizer("".join(text for text in opened if isinstance(text, str)))
+
+
+def _check_tokenizer(tokenizer: Tokenizer, opened: list[str | TokenFiles]) -> None:
+    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint
+
+    for source in opened:
+        if not isinstance(source, str) and source.header.tokenizer != tokenizer_fingerprint(
+            tokenizer
+        ):
+            raise SurgeryError(
+                f"the ids in {source.folder} were made by another tokenizer: "
+                f"{source.header.tokenizer[:40]}…, not {tokenizer_fingerprint(tokenizer)[:40]}…",
+                "surgery data prepare … --tokenizer FOLDER makes ids of the one that is needed",
+            )
+
+
+def _pair(
+    source: str | TokenFiles, tokenizer: Tokenizer, block_size: int
+) -> tuple[GPTDataset, GPTDataset]:
+    from nanogpt_surgery.cli.training_run import datasets
+    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+
+    if isinstance(source, str):
+        return datasets(source, tokenizer, block_size)
+    known = source.header.fingerprint()
+    try:
+        train, held_out = (
+            GPTDataset.from_ids(ids, block_size, fingerprint=f"{split} of {known}")
+            for split, ids in (("train", source.train), ("validation", source.validation))
+        )
+    except SurgeryError as error:
+        raise SurgeryError(
+            f"{source.folder}: {error.what}",
+            "prepare more text, hold more of it out (--held-out), or use a smaller --block-size",
+        ) from None
+    return train, held_out
+
+
+def say_sources(dataset: Batches, paths: tuple[str, ...], rows: int) -> None:
+    """How often a training of so many windows reads each source of a mixture."""
+    from nanogpt_surgery.data.mixture import Mixture
+
+    if isinstance(dataset, Mixture):
+        for path, share in zip(paths, dataset.passes(rows), strict=True):
+            say(f"{path}: read {share:.3g} times")

@@ -1,0 +1,52 @@
+"""The same work on many things, in several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from multiprocessing import connection, get_context, parent_process
+from typing import Any
+
+
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def in_processes(
+    function: Callable[[Any], Any],
+    tasks: Sequence[Any],
+    workers: int,
+    begin: Callable[[], None] | None = None,
+) -> Iterator[Any]:
+    """Results of a function on tasks, in any order; in this process where there is one worker."""
+    if min(workers, len(tasks)) <= 1 and begin is None:
+        yield from map(function, tasks)
+        return
+    pool = ProcessPoolExecutor(
+        min(workers, len(tasks)), get_context("spawn"), partial(_begin, begin)
+    )
+    try:
+        for future in as_completed([pool.submit(function, task) for task in tasks]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _begin(begin: Callable[[], None] | None) -> None:
+    """In a new process: leave Ctrl-C to the first one, and end with it, whatever ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    first = parent_process()
+    assert first is not None
+
+    def end_together() -> None:
+        connection.wait([first.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=end_together, daemon=True).start()
+    if begin is not None:
+        begin()

@@ -1,0 +1,138 @@
+"""`plan_training`: what a training will take, from its sizes and from a few real steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from itertools import islice
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.data.batches import Batch, Batches, documents_of
+from nanogpt_surgery.data.mixture import passes
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.checkpoint import KEPT
+from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.fit import fit
+from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
+from nanogpt_surgery.training.loss import MOST_LOGITS, apart, evaluate
+from nanogpt_surgery.training.settings import FitSettings
+
+FLOAT32, ADAMW = 4, 2  # bytes; tensors of state for each trained one
+PROBED = 4  # steps; the first, which may compile, is timed apart
+EVALUATED = 2  # batches of the held-out data
+
+
+def plan_training(
+    model: SimpleGPT,
+    dataset: Batches,
+    settings: FitSettings,
+    validation: Batches | None = None,
+) -> dict[str, Any]:
+    """Sizes in bytes, numbers, and seconds; a few steps are taken and undone to the bit.
+
+    Activations are what autograd keeps of a real batch. Nothing is written.
+
+    Raises:
+        SurgeryError: as `fit`.
+    """
+    hardware = choose_hardware(settings, operations_of(model, settings, dataset.block_size))
+    seconds = probed(model, dataset, settings)
+    trained = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    rows = settings.max_steps * settings.batch_size * settings.accumulation
+    memory = {
+        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gradient_bytes": trained,
+        "optimizer_bytes": ADAMW * trained,
+        "activation_bytes": activation_bytes(model, dataset, settings, hardware),
+        "logits_bytes": _logits_bytes(model, dataset, settings),
+    }
+    evaluations = _evaluations(settings) if validation is not None else 0
+    one = _seconds_of_evaluation(model, validation) if validation is not None else 0.0
+    steps = seconds[0] + median(seconds[1:] or seconds) * (settings.max_steps - 1)
+    return {
+        "computing_on": hardware.describe(),
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": trained // FLOAT32,
+        **memory,
+        "memory_bytes": sum(memory.values()),
+        "disk_bytes": (KEPT + 1) * (1 + 1 + ADAMW) * trained,
+        "steps": settings.max_steps,
+        "tokens": rows * dataset.block_size,
+        "epochs": ", ".join(f"{share:.3g}" for share in passes(dataset, rows)),
+        "seconds_a_step": median(seconds[1:] or seconds),
+        "evaluations": evaluations,
+        "seconds_an_evaluation": one,
+        "seconds": steps + evaluations * one,
+    }
+
+
+def probed(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> list[float]:
+    """Seconds of the first steps; the model has its bits again after them."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before, mode = [p.detach().clone() for p in trained], model.training
+    try:
+        steps = fit(model, dataset, settings, examine=False)
+        return [step.seconds for step in islice(steps, PROBED)]
+    finally:
+        with torch.no_grad():
+            for parameter, value in zip(trained, before, strict=True):
+                parameter.copy_(value)
+        model.train(mode)
+
+
+def activation_bytes(
+    model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware
+) -> int:
+    """What autograd keeps of one batch between the forward and the backward pass, in bytes."""
+    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        alive.append(tensor)  # so that no other storage takes its place
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    batch = dataset.batch(0, settings.batch_size, settings.seed)
+    device, mode = next(model.parameters()).device, model.training
+    blocks = CompiledBlocks(model.train(), False, settings.gradient_checkpointing)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with blocks.active(), hardware.seeded(0), hardware.autocast(), hooks:
+        model.hidden(batch[0].to(device), **apart(documents_of(batch)))
+    model.train(mode)
+    return sum(size for place, size in kept.items() if place not in own)
+
+
+def _logits_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
+    """The logits that are held at once, and their gradient."""
+    whole = settings.batch_size * dataset.block_size * model.config.vocab_size
+    return 2 * FLOAT32 * min(whole, MOST_LOGITS)
+
+
+def _evaluations(settings: FitSettings) -> int:
+    every = settings.evaluate_every
+    return -(-settings.max_steps // every) if every else 1
+
+
+class _Some:
+    """The first batches of held-out data."""
+
+    def __init__(self, data: Batches):
+        self.block_size = data.block_size
+        self.first = list(islice(data.whole(64), EVALUATED))
+
+    def whole(self, batch_size: int) -> Iterator[Batch]:
+        yield from self.first
+
+
+def _seconds_of_evaluation(model: SimpleGPT, validation: Batches) -> float:
+    some: Any = _Some(validation)
+    start = time.perf_counter()
+    evaluate(model, some)
+    took = time.perf_counter() - start
+    measured, whole = (sum(y.numel() for _, y, *_ in s.whole(64)) for s in (some, validation))
+    return float(took * whole / measured)

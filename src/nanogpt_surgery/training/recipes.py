@@ -1,0 +1,48 @@
+"""Recipes: an anatomy, a start and a way of training that were measured together.
+
+What a recipe sets are defaults; what is named beside it counts. This module does not load torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+Name = Literal["fast"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Values for `GPTConfig` and `FitSettings`, and whether every branch starts from zero."""
+
+    model: dict[str, Any] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    from_zero: bool = False
+
+
+RECIPES: dict[str | None, Recipe] = {
+    None: Recipe(),
+    # docs/training.md has what each of these is worth.
+    "fast": Recipe(
+        model={
+            "positions": "rotary",
+            "norm": "rmsnorm",
+            "mlp": "relu2",
+            "bias": "none",
+            "qk_norm": True,
+            "n_lags": 3,
+        },
+        training={
+            "muon": True,
+            "learning_rate": 0.02,
+            "schedule": "stable",
+            "final_learning_rate": 0.0,
+            "warmup_steps": 0,
+            "weight_decay": 0.0,
+            "beta1": 0.8,
+            "beta2": 0.95,
+            "clip": 0.0,
+        },
+        from_zero=True,
+    ),
+}

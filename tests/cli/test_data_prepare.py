@@ -1,0 +1,159 @@
+"""`surgery data prepare`, and what trains on its folders: in this process, but for the kill."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nanogpt_surgery import SurgeryError
+from nanogpt_surgery.cli.app import run
+from nanogpt_surgery.data.token_files import open_tokens
+from nanogpt_surgery.files import file_hash
+
+TEXT = "".join(f"verse {i}: to be or not to be, {i * i} times\n" for i in range(120))
+OTHER = "".join(f"rule {i} of the other text is {i % 7}\n" for i in range(90))
+SMALL = "--n-embd 16 --n-head 2 --n-layer 2 --block-size 12 --batch-size 4 --warmup-steps 1".split()
+STEPS = "--max-steps 4 --evaluate-every 2".split()
+
+
+def surgery(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[dict, str]:
+    """The JSON on stdout, and what was said."""
+    capsys.readouterr()
+    run([*map(str, arguments), "--json"])
+    out, said = capsys.readouterr()
+    return json.loads(out), said
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    with pytest.raises(SystemExit, match="1"):
+        run([*map(str, arguments)])
+    out, said = capsys.readouterr()
+    assert out == ""
+    return said
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("a.txt").write_text(TEXT)
+    Path("b.txt").write_text(OTHER)
+    return tmp_path
+
+
+@pytest.fixture
+def tokens(place: Path, capsys: pytest.CaptureFixture[str]) -> Path:
+    surgery(capsys, "data", "prepare", "a.txt", "b.txt", "--out", "tokens", "--workers", 1)
+    return place / "tokens"
+
+
+def test_prepare_says_what_it_made_and_checks_it_again(place, tokens, capsys):
+    arguments = ["data", "prepare", "a.txt", "b.txt", "--out", "tokens"]
+    report, said = surgery(capsys, *arguments)
+    assert report["dtype"] == "uint16"
+    assert report["train_tokens"] + report["validation_tokens"] == len(TEXT) + 1 + len(OTHER)
+    assert 0.07 < report["validation_tokens"] / report["train_tokens"] < 0.13
+    assert "every byte is as it was written" in said
+    data = bytearray((tokens / "train.bin").read_bytes())
+    data[100] ^= 1
+    (tokens / "train.bin").write_bytes(data)
+    assert "differs in its sha256" in refused(capsys, *arguments)
+    assert "held_out differs" in refused(capsys, *arguments, "--held-out", 0.5)
+    assert "--out FOLDER" in refused(capsys, "data", "prepare", "--out", "tokens")
+    assert "is no folder of tokens" in refused(capsys, "data", "prepare", "a.txt", "--out", ".")
+
+
+def test_training_on_ids_maps_them_and_notices_other_ones(place, tokens, capsys):
+    arguments = ["train", "tokens", "--out", "run", *SMALL, *STEPS]
+    report, _ = surgery(capsys, *arguments)
+    assert report["steps"] == 4
+    assert 0 < report["utilisation"] < 1
+    assert report["matmul_GFLOPs"] > 0
+    described = json.loads(Path("run/run.json").read_text())
+    fingerprint = open_tokens(tokens).header.fingerprint()
+    assert described["train_ids"] == f"train of {fingerprint}"
+    tuned, _ = surgery(capsys, "finetune", "run", "tokens", "--out", "adapter", *STEPS)
+    assert tuned["steps"] == 4
+    surgery(capsys, "data", "prepare", "b.txt", "a.txt", "--out", "others", "--workers", 1)
+    others = ["train", "others", *arguments[2:], "--resume"]
+    assert "train_ids was" in refused(capsys, *others)
+    assert surgery(capsys, *arguments, "--resume")[0]["steps"] == 4
+
+
+def test_ids_of_another_tokenizer_are_refused(place, tokens, capsys):
+    surgery(capsys, "train", "b.txt", "--out", "run", *SMALL, *STEPS)
+    said = refused(capsys, "finetune", "run", "tokens", "--out", "adapter", *STEPS)
+    assert "made by another tokenizer" in said
+    assert not Path("adapter").exists()
+
+
+def test_a_mixture_draws_in_proportion(place, tokens, capsys):
+    arguments = ["train", "a.txt", "b.txt", *SMALL, *STEPS, "--weights"]
+    report, said = surgery(capsys, *arguments, "3:1", "--out", "run")
+    reads = [
+        4 * 4 * share * 12 / (int(len(text) * 0.9) - 1)
+        for share, text in ((0.75, TEXT), (0.25, OTHER))
+    ]
+    assert report["epochs"] == ", ".join(f"{read:.3g}" for read in reads)
+    assert f"a.txt: read {reads[0]:.3g} times" in said
+    assert json.loads(Path("run/run.json").read_text())["train_ids"]["rows"] == [768, 256]
+    mixed = ["train", "tokens", "a.txt", *SMALL, *STEPS]
+    assert surgery(capsys, *mixed, "--weights", "1:2", "--out", "mixed")[0]["steps"] == 4
+    assert "--weights 3:1" in refused(capsys, *mixed, "--out", "no")
+    for weights, piece in (("3", "1 weights for 2"), ("3:x", "no weights"), ("3:0", "above 0")):
+        assert piece in refused(capsys, *arguments, weights, "--out", "no")
+    assert "2 weights for 0" in refused(capsys, "train", "--weights", "1:2", "--out", "no")
+    assert not Path("no").exists()
+
+
+def test_a_plan_touches_nothing(place, capsys):
+    before = {path.name for path in place.iterdir()}
+    plan, _ = surgery(capsys, "train", "a.txt", "--out", "run", *SMALL, *STEPS, "--plan")
+    assert {path.name for path in place.iterdir()} == before
+    assert plan["trained_parameters"] == plan["parameters"] > 0
+    assert plan["weights_bytes"] == plan["gradient_bytes"] == 4 * plan["parameters"]
+    assert plan["optimizer_bytes"] == 2 * plan["weights_bytes"]
+    assert plan["tokens"] == 4 * 4 * 12
+    assert plan["evaluations"] == 2
+    assert plan["seconds"] > 0
+    run(["train", "a.txt", "--out", "run", *SMALL, *STEPS])
+    less, _ = surgery(capsys, "finetune", "run", "a.txt", "--out", "x", "--plan", *STEPS)
+    assert less["trained_parameters"] < less["parameters"] / 4
+    assert not Path("x").exists()
+
+
+def start_preparing(folder: Path) -> subprocess.Popen:
+    """`surgery data prepare` in a process of its own, as soon as a part is finished."""
+    command = [sys.executable, "-m", "nanogpt_surgery", "data", "prepare", "long.txt"]
+    command += ["--out", folder.name, "--workers", "1"]
+    process = subprocess.Popen(command, cwd=folder.parent, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 100
+    while not list(folder.glob("parts/*.json")):
+        assert process.poll() is None, process.communicate()[1].decode()
+        assert time.monotonic() < deadline, "no part within the time"
+        time.sleep(0.002)
+    return process
+
+
+def test_killed_on_the_command_line_it_goes_on(place, capsys):
+    Path("long.txt").write_text(TEXT * 7000)
+    process = start_preparing(place / "cut")
+    process.kill()
+    process.communicate()
+    assert not Path("cut/tokens.json").exists(), "it was killed before the end"
+    for folder in ("cut", "whole"):
+        surgery(capsys, "data", "prepare", "long.txt", "--out", folder, "--workers", 1)
+    for name in ("tokens.json", "train.bin", "validation.bin"):
+        assert file_hash(Path("cut") / name) == file_hash(Path("whole") / name)
+    assert sorted(p.name for p in Path("cut").iterdir()) == sorted(
+        p.name for p in Path("whole").iterdir()
+    )
+
+
+def test_errors_pass_between_processes_whole():
+    error = SurgeryError("what", "hint")
+    again = error.__reduce__()[0](*error.__reduce__()[1])
+    again.__dict__.update(error.__reduce__()[2])
+    assert (str(again), again.what, again.hint) == (str(error), "what", "hint")

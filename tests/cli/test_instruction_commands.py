@@ -1,0 +1,153 @@
+"""Instruction data on the command line: told from text, counted, shown, and trained on."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_tokenizers import byte_level
+from tiny import FAMILY_CONFIGS, tiny_model
+
+from nanogpt_surgery import (
+    InstructionDataset,
+    encode_conversations,
+    evaluate,
+    load_adapter,
+    open_model,
+    read_conversations,
+    save_model,
+)
+from nanogpt_surgery.cli.app import run
+from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+
+SIZE = 96
+STEPS = ["--max-steps", "2", "--evaluate-every", "1", "--batch-size", "3", "--rank", "2"]
+STEPS += ["--precision", "float32", "--compile", "off", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small model that knows ChatML, instruction data and a text."""
+    folder = tmp_path_factory.mktemp("instructions")
+    tokenizer = PretrainedTokenizer(byte_level(), stop_ids=[2])
+    sizes = {"vocab_size": tokenizer.vocab_size, "block_size": SIZE}
+    save_model(tiny_model(replace(FAMILY_CONFIGS["llama"], **sizes)), folder / "m", tokenizer)
+    records = [{"instruction": f"Add {i}", "input": "to 1", "output": str(i + 1)} for i in range(9)]
+    records += [{"messages": [{"role": "user", "content": "?"}, assistant(i)]} for i in range(11)]
+    (folder / "a.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "text.jsonl").write_text('{"text": "to be, or not to be"}\n' * 60)
+    (folder / "a.txt").write_text("to be, or not to be\n" * 60)
+    return folder
+
+
+def assistant(number: int) -> dict[str, str]:
+    return {"role": "assistant", "content": f"No, {number}. [sic]"}
+
+
+def surgery(*words: object) -> None:
+    run([str(word) for word in words])
+
+
+def test_finetune_trains_on_answers_and_measures_on_those_held_out(place, tmp_path, capsys):
+    arguments = [place / "m", place / "a.jsonl", "--out", tmp_path / "o", *STEPS]
+    surgery("finetune", *arguments, "--json")
+    out, err = capsys.readouterr()
+    assert "part        rows  examples  tokens  trained_tokens" in err
+    assert "note:" not in err
+    model, tokenizer = open_model(place / "m")
+    load_adapter(model, tmp_path / "o")
+    examples = encode_conversations(read_conversations(place / "a.jsonl"), tokenizer)[18:]
+    held_out = InstructionDataset.for_tokenizer(examples, tokenizer, SIZE)
+    assert held_out.counts.trained < 0.5 * held_out.counts.tokens
+    found = json.loads(out)["best_validation_loss"]
+    assert found == pytest.approx(evaluate(model, held_out), rel=1e-5)
+    surgery("finetune", *arguments, "--resume")
+    assert "going on from step 2 of 2" in capsys.readouterr().err
+
+
+def counts(err: str) -> dict[str, dict[str, str]]:
+    """The table of counts on stderr, by its first column."""
+    lines = err[err.index("instruction data\n") :].splitlines()[1:4]
+    header, *rows = (line.replace("trained on", "trained").split() for line in lines)
+    return {row[0]: dict(zip(header[1:], row[-len(header) + 1 :], strict=True)) for row in rows}
+
+
+@pytest.mark.parametrize(
+    ("flags", "share", "rows"),
+    [([], (0.1, 0.5), 18), (["--pack"], (0.1, 0.5), 12), (["--no-answers-only"], (0.9, 1), 18)],
+)
+def test_flags_say_what_is_trained_on(flags, share, rows, place, tmp_path, capsys):
+    surgery("finetune", place / "m", place / "a.jsonl", "--out", tmp_path / "o", *STEPS, *flags)
+    found = counts(capsys.readouterr().err)
+    assert share[0] < float(found["trained"]["trained_share"]) < share[1]
+    assert int(found["trained"]["rows"]) <= rows
+    assert int(found["trained"]["eos_labels"]) == (36 if share[1] == 1 else 18)
+    assert (found["trained"]["examples"], found["held"]["examples"]) == ("18", "2")
+
+
+def test_data_of_which_it_is_not_clear_what_it_is_is_refused(place, tmp_path, capsys):
+    out = ["--out", tmp_path / "o", *STEPS, "--block-size", 16]
+    for data in (["a.jsonl", "a.txt"], ["text.jsonl"]):
+        with pytest.raises(SystemExit):
+            surgery("finetune", place / "m", *(place / name for name in data), *out)
+        assert "not clear" in (err := capsys.readouterr().err)
+        assert "→ --data text" in err
+        assert not (tmp_path / "o").exists()
+    with pytest.raises(SystemExit):
+        surgery("finetune", place / "m", place / "text.jsonl", *out, "--data", "instructions")
+    assert "record 1 has text" in capsys.readouterr().err
+    surgery("finetune", place / "m", place / "text.jsonl", *out, "--data", "text")
+    assert "instruction data" not in capsys.readouterr().err
+
+
+def test_answers_that_never_end_are_said(place, tmp_path, capsys):
+    record = {"prompt": "?", "completion": "and so on " * 40}
+    (tmp_path / "long.jsonl").write_text(json.dumps(record))
+    surgery("data", "preview", place / "m", tmp_path / "long.jsonl")
+    out, err = capsys.readouterr()
+    assert "note: no target ends a turn" in err
+    assert "tokens, cut off after 97\n" in out
+    assert "\ntruncated: 1\n" in out
+
+
+def test_preview_shows_what_is_trained_on_in_brackets_and_counts(place, capsys):
+    surgery("data", "preview", place / "m", place / "a.jsonl", "--examples", 2)
+    out = capsys.readouterr().out
+    assert "user\nAdd 0\n\nto 1<|im_end|>\n<|im_start|>assistant\n⟦1<|im_end|>\n⟧\nexample 2" in out
+    for line in ("examples: 20", "eos labels: 20", "truncated: 0", "dropped: 0"):
+        assert f"\n{line}\n" in out
+    alone = [place / "m" / "tokenizer.json", place / "a.jsonl", "--json", "--examples", 1]
+    surgery("data", "preview", *alone, "--block-size", 45, "--template", "plain")
+    report = json.loads(capsys.readouterr().out)
+    assert report["preview"][0] == [
+        {"text": "User: Add 0\n\nto 1\n\nAssistant: ", "trained": False},
+        {"text": "1<|im_end|>\n\n", "trained": True},
+    ]
+    assert report["trained_tokens"] < report["tokens"]
+
+
+def test_preview_colours_what_is_trained_on_on_a_terminal(place):
+    ours, theirs = pty.openpty()
+    words = ["data", "preview", place / "m", place / "a.jsonl", "--examples", "1"]
+    command = [sys.executable, "-m", "nanogpt_surgery", *map(str, words)]
+    subprocess.run(
+        command, stdout=theirs, check=True, timeout=120, env=os.environ | {"TERM": "xterm"}
+    )
+    os.close(theirs)
+    shown = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "assistant\r\n\x1b[1;32m1<|im_end|>" in shown
+    assert "⟦" not in shown
+
+
+def test_a_tokenizer_that_is_not_there_is_said(place, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        surgery("data", "preview", tmp_path / "none", place / "a.jsonl")
+    assert "no such folder" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        surgery("data", "preview", place / "m")
+    assert "no file of instruction data is named" in capsys.readouterr().err

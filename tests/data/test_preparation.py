@@ -1,0 +1,248 @@
+"""Pieces and parts: the same ids whoever made them, in however many attempts."""
+
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogpt_surgery import BPETokenizer, CharacterTokenizer, SurgeryError, read_texts
+from nanogpt_surgery.data.pieces import pieces_of, read_span, split_at_line
+from nanogpt_surgery.data.preparation import characters_of, prepare_tokens
+from nanogpt_surgery.data.token_files import open_tokens
+
+TEXT = "".join(
+    f"word {i}, größer as {i**3}\n" + "    indented\n" * (i % 3) + "\n" * (i % 5 == 0)
+    for i in range(200)
+)
+
+
+def corpus(place: Path) -> list[Path]:
+    """A long file, a folder of short ones, and an empty file."""
+    (place / "long.txt").write_text(TEXT, "utf-8")
+    (place / "short").mkdir()
+    for i in range(5):
+        (place / "short" / f"{i}.txt").write_text(f"short text {i} " * (5 * i), "utf-8")
+    return [place / "long.txt", place / "short"]
+
+
+def prepared(place: Path, pieces, tokenizer, **options) -> dict[str, bytes]:
+    place.mkdir()
+    list(prepare_tokens(pieces, place, tokenizer, **({"workers": 1} | options)))
+    return contents(place)
+
+
+def contents(place: Path) -> dict[str, bytes]:
+    names = ("tokens.json", "train.bin", "validation.bin")
+    assert {path.name for path in place.iterdir()} == {*names, "asked.json"}
+    return {name: (place / name).read_bytes() for name in names}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.text(alphabet="aé€😀 \n\t", max_size=200), st.sampled_from([4, 7, 16, 64]))
+def test_pieces_are_the_text_and_no_longer_than_twice_the_size(tmp_path_factory, text, size):
+    file = tmp_path_factory.getbasetemp() / "any.txt"
+    file.write_bytes(text.encode())
+    if not text:
+        with pytest.raises(SurgeryError, match="no text"):
+            pieces_of([file], size)
+        return
+    pieces = pieces_of([file], size)
+    assert "".join(read_span(span) for piece in pieces for span in piece) == text
+    assert all(span.end - span.start <= 2 * size for piece in pieces for span in piece)
+
+
+def test_a_piece_begins_with_a_readable_line_where_there_is_one(tmp_path):
+    corpus(tmp_path)
+    pieces = pieces_of([tmp_path / "long.txt"], 700)
+    assert len(pieces) > 5
+    data = (tmp_path / "long.txt").read_bytes()
+    for (span,) in pieces[1:]:
+        around = data[span.start - 2 : span.start + 1]
+        assert around[1:2] == b"\n"
+        assert not around[:1].isspace()
+        assert not around[2:].isspace()
+
+
+def test_short_files_share_a_piece(tmp_path):
+    pieces = pieces_of(corpus(tmp_path)[1:], 300)
+    names = [[Path(span.file).name for span in piece] for piece in pieces]
+    assert names == [["1.txt", "2.txt"], ["3.txt"], ["4.txt"]]
+
+
+def test_cuts_change_no_token(tmp_path):
+    """Byte-pair encodings join nothing across the start of a line, however small the pieces."""
+    corpus(tmp_path)
+    tokenizer = BPETokenizer.train(TEXT, 400)
+    pieces = pieces_of([tmp_path / "long.txt"], 300)
+    assert len(pieces) > 20
+    prepared(tmp_path / "out", pieces, lambda: tokenizer, held_out=0)
+    assert open_tokens(tmp_path / "out").train.tolist() == tokenizer.encode(TEXT)
+
+
+def test_documents_are_parted_by_the_end_of_text_or_a_newline(tmp_path):
+    paths = corpus(tmp_path)
+    pieces, whole = pieces_of(paths, 700), read_texts(paths)
+    characters = CharacterTokenizer.from_characters(characters_of(pieces, workers=1))
+    prepared(tmp_path / "characters", pieces, lambda: characters, held_out=0)
+    assert characters.decode(open_tokens(tmp_path / "characters").train.tolist()) == whole
+    bpe = BPETokenizer.train(TEXT, 300)
+    prepared(tmp_path / "bpe", pieces, lambda: bpe, held_out=0)
+    ids = open_tokens(tmp_path / "bpe").train.tolist()
+    assert ids.count(bpe.eos_id) == 4  # five documents that are not empty
+    parted = bpe.decode(ids).split("<|endoftext|>")
+    assert parted == [TEXT, *(f"short text {i} " * (5 * i) for i in range(1, 5))]
+
+
+def test_each_piece_holds_out_its_end(tmp_path):
+    paths = corpus(tmp_path)
+    pieces = pieces_of(paths[:1], 2000)
+    tokenizer = CharacterTokenizer(TEXT)
+    prepared(tmp_path / "out", pieces, lambda: tokenizer, held_out=0.25)
+    tokens = open_tokens(tmp_path / "out")
+    train, held_out = (tokenizer.decode(t.tolist()) for t in (tokens.train, tokens.validation))
+    assert len(tokens.header.train) == len(tokens.header.validation) == len(pieces)
+    assert 0.2 < len(held_out) / len(TEXT) < 0.3
+    start = end = 0
+    joined = []
+    for a, b in zip(tokens.header.train, tokens.header.validation, strict=True):
+        joined += [train[start : start + a.tokens], held_out[end : end + b.tokens]]
+        start, end = start + a.tokens, end + b.tokens
+        assert not joined[-1][0].isspace()
+    assert "".join(joined) == TEXT
+
+
+@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
+def test_a_text_is_split_without_loss(share):
+    for text in (TEXT, "no line at all", "x", "\n\n \n"):
+        first, second = split_at_line(text, share)
+        assert first + second == text
+        assert share or not second
+
+
+def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
+    paths = corpus(tmp_path)
+    pieces = pieces_of(paths, 700)
+    opens = partial(CharacterTokenizer.from_characters, characters_of(pieces, workers=1))
+    alone = prepared(tmp_path / "alone", pieces, opens, workers=1)
+    assert prepared(tmp_path / "two", pieces, opens, workers=2) == alone
+
+
+KILLED_EVERYWHERE = """
+import os, signal, sys
+from pathlib import Path
+from nanogpt_surgery import CharacterTokenizer
+from nanogpt_surgery.data.pieces import pieces_of
+from nanogpt_surgery.data.preparation import prepare_tokens
+
+text, place = Path(sys.argv[1]), Path(sys.argv[2])
+pieces, tokenizer = pieces_of([text], 3000), CharacterTokenizer(text.read_text("utf-8"))
+calls = {"left": 0}
+
+def fatal(function):
+    def call(*arguments, **options):
+        calls["left"] -= 1
+        if calls["left"] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **options)
+    return call
+
+os.fsync, Path.replace, Path.unlink = map(fatal, (os.fsync, Path.replace, Path.unlink))
+
+def attempt(folder, kill_at):
+    child = os.fork()
+    if child == 0:
+        calls["left"] = kill_at
+        list(prepare_tokens(pieces, folder, lambda: tokenizer, workers=1))
+        os._exit(0)
+    return os.waitpid(child, 0)[1]
+
+for kill_at in range(1, 1000, 5):
+    folder = place / f"at-{kill_at}"
+    folder.mkdir()
+    if attempt(folder, kill_at) == 0:
+        print(kill_at)
+        break
+    assert not (folder / "tokens.json").exists() or (folder / "parts").exists()
+    attempt(folder, 9)  # and once more, soon after
+    assert attempt(folder, 0) == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_kill_at_any_moment_is_made_good(tmp_path):
+    """SIGKILL before a flush, rename or deletion; then the same bytes as without it."""
+    (tmp_path / "long.txt").write_text(TEXT, "utf-8")
+    command = [sys.executable, "-c", KILLED_EVERYWHERE, tmp_path / "long.txt", tmp_path]
+    quiet = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, timeout=120, env=quiet
+    )
+    assert done.returncode == 0, done.stderr
+    unkilled = int(done.stdout)
+    assert unkilled > 30
+    wanted = contents(tmp_path / f"at-{unkilled}")
+    for kill in range(1, unkilled, 5):
+        assert contents(tmp_path / f"at-{kill}") == wanted, f"killed at call {kill}"
+
+
+def test_finished_parts_are_kept_and_others_made_anew(tmp_path):
+    paths = corpus(tmp_path)
+    pieces, tokenizer = pieces_of(paths[:1], 1500), CharacterTokenizer(TEXT)
+    whole = prepared(tmp_path / "whole", pieces, lambda: tokenizer)
+    place = tmp_path / "cut"
+    place.mkdir()
+    for done in prepare_tokens(pieces, place, lambda: tokenizer, workers=1):
+        if done == 4:
+            break
+    part = place / "parts" / "00002.train.bin"
+    part.write_bytes(part.read_bytes()[:-2])
+    first = (place / "parts" / "00000.train.bin").stat().st_mtime_ns
+    steps = prepare_tokens(pieces, place, lambda: tokenizer, workers=1)
+    assert next(steps) == 3, "three of four parts are whole"
+    assert (place / "parts" / "00000.train.bin").stat().st_mtime_ns == first
+    list(steps)
+    assert contents(place) == whole
+
+
+def test_another_corpus_or_tokenizer_is_refused_with_the_difference(tmp_path):
+    paths = corpus(tmp_path)
+    pieces, tokenizer = pieces_of(paths, 1500), CharacterTokenizer(TEXT + "short text")
+    prepared(tmp_path / "out", pieces, lambda: tokenizer)
+
+    def again(pieces=pieces, tokenizer=tokenizer, **options):
+        list(prepare_tokens(pieces, tmp_path / "out", lambda: tokenizer, workers=1, **options))
+
+    again()
+    with pytest.raises(SurgeryError, match="tokenizer differs"):
+        again(tokenizer=CharacterTokenizer(TEXT + "Ω"))
+    with pytest.raises(SurgeryError, match="held_out differs"):
+        again(held_out=0.3)
+    with pytest.raises(SurgeryError, match=r"1\.txt is new or gone"):
+        again(pieces=pieces_of([paths[0]], 1500))
+    (tmp_path / "long.txt").write_text(TEXT.upper(), "utf-8")
+    with pytest.raises(SurgeryError, match=r"long\.txt has changed"):
+        again(pieces=pieces_of(paths, 1500))
+
+
+def test_bytes_that_are_not_utf8_are_refused_with_their_position(tmp_path):
+    data = bytearray(TEXT.encode())
+    data[5000] = 0xFF
+    (tmp_path / "bad.txt").write_bytes(data)
+    (tmp_path / "out").mkdir()
+    pieces = pieces_of([tmp_path / "bad.txt"], 1000)
+    with pytest.raises(SurgeryError, match="byte 0xff at position 5000"):
+        list(prepare_tokens(pieces, tmp_path / "out", lambda: CharacterTokenizer(TEXT), workers=1))
+    assert not (tmp_path / "out" / "tokens.json").exists()
+
+
+def test_paths_that_cannot_be_cut_are_refused_all_at_once(tmp_path):
+    with pytest.raises(SurgeryError, match=r"standard input .*; .*nowhere does not exist"):
+        pieces_of(["-", tmp_path / "nowhere"])
+    with pytest.raises(SurgeryError, match="at least 0 and below 1"):
+        corpus(tmp_path)
+        prepared(tmp_path / "out", pieces_of([tmp_path / "short"]), Path, held_out=1.0)

@@ -1,0 +1,47 @@
+"""Batches that are made ahead are the batches of their steps."""
+
+import threading
+
+import pytest
+import torch
+from small_training import DATASET, SETTINGS
+
+from nanogpt_surgery.training.prefetch import batches, made_ahead
+
+
+def test_batches_are_those_of_their_steps():
+    found = list(batches(DATASET, SETTINGS, 2, torch.device("cpu")))
+    assert len(found) == 4
+    for step, batch in enumerate(found, 2):
+        wanted = DATASET.batch(step, SETTINGS.batch_size, SETTINGS.seed)
+        assert all(torch.equal(a, b) for a, b in zip(batch, wanted, strict=True))
+
+
+def test_made_ahead_in_another_thread_in_order():
+    threads = []
+
+    def make(step: int) -> tuple[int, ...]:
+        threads.append(threading.get_ident())
+        return (step,)
+
+    assert list(made_ahead(make, range(3, 9))) == [(step,) for step in range(3, 9)]
+    assert threading.get_ident() not in threads
+    assert len(threads) == 6
+    assert list(made_ahead(make, range(4, 4))) == []
+
+
+def test_one_batch_is_made_while_the_one_before_is_used():
+    made = [threading.Event() for _ in range(3)]
+    coming = made_ahead(lambda step: (made[step].set(),), range(3))
+    next(coming)
+    assert made[1].wait(10)
+    assert not made[2].is_set()
+    coming.close()
+
+
+def test_what_a_dataset_raises_arrives():
+    def make(step: int) -> tuple[int, ...]:
+        raise ValueError(f"step {step}")
+
+    with pytest.raises(ValueError, match="step 0"):
+        next(made_ahead(make, range(2)))
