@@ -76,7 +76,8 @@ def backward_from_hidden(
     """As `backward_of_loss`, from what the head reads: (B, T, C)."""
     frozen = frozen_head(model.lm_head, _precision(hidden, autocast))
     if frozen is not None:
-        return backward_of_frozen_head(frozen, hidden, targets, share, most_logits)
+        twice = 2 * most_logits  # there is one tensor of the size, below there are four
+        return backward_of_frozen_head(frozen, hidden, targets, share, twice)
     size = _positions(model, targets, most_logits)
     total = torch.zeros((), device=hidden.device)
     gradients, whole = [], n_trained(targets)
