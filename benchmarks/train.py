@@ -1,98 +1,163 @@
-"""Ours beside a plain float32 PyTorch loop of the same shape, in one run, in turns.
+"""Training beside its peers: time to a loss, tokens a second, peak memory; in turns, as ratios.
 
-    uv run benchmarks/train.py TEXT [--steps 2000]
+    uv run benchmarks/train.py TEXT --nanogpt PATH [--only loss|rate] [--steps 2000]
 
-The shape is that of nanoGPT's CPU example: 4 layers, 4 heads, width 128, block 64, batch 12. Both
-see the same number of windows of the first 90 % of the text; both are evaluated on the whole of
-the last 10 %. They take turns of 50 steps, so that what else the machine does falls on both.
+Time to loss: nanoGPT's README example for a CPU (4 layers, 4 heads, width 128, block 64, batch 12,
+2,000 steps, its estimates of the loss included), the recipe `fast` for about a fifteenth of that
+time, and the recipe `fast` for all of it. The three take turns in one process, so that what else
+the machine does falls on all. Ours is evaluated on the whole last tenth of the text, inside the
+time; no contender has more parameters than nanoGPT's 0.80 million.
+
+Rate: steps at that shape and at 6 layers × 384, block 256; each contender in a process of its own,
+in turns, with its peak memory.
 """
 
 import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import contenders
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from contenders import GPT2, MIDDLE, SMALL, Shape
 
-from nanogpt_surgery import (
-    CharacterTokenizer,
-    FitSettings,
-    GPTDataset,
-    SimpleGPT,
-    evaluate,
-    fit,
-    split_by_position,
-)
+from nanogpt_surgery import CharacterTokenizer, GPTDataset, evaluate, split_by_position
 
-LAYERS, HEADS, WIDTH, BLOCK, BATCH, TURN = 4, 4, 128, 64, 12, 50
+TURNS = 40
+SHORT = {"shape": Shape(2, 4, 128, 96, 8), "steps": 170, "n_inner": 256}
+LONG = {"shape": Shape(4, 4, 128, 128, 8), "steps": 1300, "n_inner": 384}
 
 
-class PlainGPT(nn.Module):
-    """What one writes first: PyTorch's own encoder layers with a causal mask."""
+def texts(path: Path, block: int) -> tuple[GPTDataset, GPTDataset, int]:
+    """The first nine tenths, the last, and the number of characters there are."""
+    text = path.read_text(encoding="utf-8")
+    tokenizer = CharacterTokenizer(text)
+    train, held = (GPTDataset(part, tokenizer, block) for part in split_by_position(text))
+    return train, held, tokenizer.vocab_size
 
-    def __init__(self, vocab_size: int):
-        super().__init__()
-        self.tokens = nn.Embedding(vocab_size, WIDTH)
-        self.positions = nn.Embedding(BLOCK, WIDTH)
-        layer = nn.TransformerEncoderLayer(
-            WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
+
+def time_to_loss(path: Path, nanogpt: Path, steps: int) -> None:
+    """Print seconds and losses of whole trainings that took turns."""
+    train, held, vocab_size = texts(path, SMALL.block)
+    peer, theirs = contenders.nanogpt(
+        nanogpt, SMALL, train.ids, held.ids, vocab_size, steps, "float32"
+    )
+    rows = {"nanoGPT": (peer, theirs, steps, held)}
+    for name, plan in (("ours, fast", SHORT), ("ours, long", LONG)):
+        n, shape = max(1, plan["steps"] * steps // 2000), plan["shape"]
+        own_train, own_held, _ = texts(path, shape.block)
+        model, loop = contenders.ours(
+            shape, own_train, vocab_size, n, "auto", n_inner=plan["n_inner"]
         )
-        self.layers = nn.TransformerEncoder(layer, LAYERS, nn.LayerNorm(WIDTH), False)
-        self.head = nn.Linear(WIDTH, vocab_size, bias=False)
+        rows[name] = (model, loop, n, own_held)
+    seconds, last = dict.fromkeys(rows, 0.0), {}
+    for turn in range(TURNS):
+        for name, (model, loop, n, own) in rows.items():
+            start = time.perf_counter()
+            share = islice(loop, n * (turn + 1) // TURNS - n * turn // TURNS)
+            done = [step for step in share if isinstance(step, float)]
+            if turn == TURNS - 1:
+                last[name] = done[-1] if name == "nanoGPT" and done else evaluate(model, own)
+            seconds[name] += time.perf_counter() - start
+    for name, (model, _, n, _) in rows.items():
+        size = sum(p.numel() for p in model.parameters())
+        print(
+            f"{name:11s} {n:5d} steps  {size:9,} parameters  {seconds[name]:7.1f} s  "
+            f"{seconds['nanoGPT'] / seconds[name]:6.2f} × as fast  loss {last[name]:.4f}"
+        )
+    print(f"nanoGPT on the whole last tenth: {_whole(peer, held):.4f}")
 
-    def forward(self, ids: Tensor) -> Tensor:
-        """Logits (B, T, V) for ids (B, T)."""
-        length = ids.size(1)
-        x = self.tokens(ids) + self.positions.weight[:length]
-        mask = nn.Transformer.generate_square_subsequent_mask(length)
-        return self.head(self.layers(x, mask, is_causal=True))
+
+def _whole(peer: torch.nn.Module, held: GPTDataset) -> float:
+    """The loss of nanoGPT where ours is measured: it gives all logits only beside targets."""
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.peer = peer
+
+        def forward(self, ids: torch.Tensor) -> torch.Tensor:
+            return self.peer(ids, ids)[0]
+
+    return evaluate(Logits(), held)
 
 
-def plain_steps(model: nn.Module, ids: Tensor) -> Iterator[None]:
-    """Random windows, cross-entropy, AdamW at a constant rate."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    while True:
-        starts = torch.randint(len(ids) - BLOCK - 1, (BATCH,))
-        windows = torch.stack([ids[i : i + BLOCK + 1] for i in starts]).long()
-        loss = F.cross_entropy(model(windows[:, :-1]).flatten(0, 1), windows[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield
+def child(who: str, shape: Shape, precision: str, steps: int, path: Path, nanogpt: str) -> None:
+    """Print the seconds of each step and the peak memory, as JSON."""
+    train, held, vocab_size = texts(path, shape.block)
+    data = train.ids, held.ids, vocab_size, steps, precision
+    if who == "nanoGPT":
+        _, loop = contenders.nanogpt(Path(nanogpt), shape, *data)
+    elif who == "transformers":
+        _, loop = contenders.transformers_gpt2(shape, *data)
+    else:
+        make = contenders.ours if who == "ours, fast" else contenders.plain
+        _, loop = make(shape, train, vocab_size, steps, precision)
+    seconds, start = [], time.perf_counter()
+    for _ in loop:
+        seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": peak}))
+
+
+def rates(options: argparse.Namespace, shape: Shape, precision: str, steps: int) -> None:
+    """Print the rate and the memory of every contender at a shape."""
+    who = ["ours", "ours, fast", "transformers", *(["nanoGPT"] if options.nanogpt else [])]
+    measured: dict[str, list[dict[str, float]]] = {name: [] for name in who}
+    what = json.dumps(vars(shape)), precision, str(steps), str(options.text), str(options.nanogpt)
+    for _ in range(options.turns):
+        for name, results in measured.items():
+            command = [sys.executable, __file__, "--child", name, *what]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise SystemExit(done.stderr)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+    print(f"{shape}, {precision}")
+    tokens = shape.batch * shape.block
+    base = statistics.median(r["seconds"] for r in measured[who[-1]])
+    for name, results in measured.items():
+        seconds = statistics.median(result["seconds"] for result in results)
+        peak = statistics.median(result["peak"] for result in results)
+        print(
+            f"  {name:12s} {seconds * 1000:9.1f} ms a step  {tokens / seconds:9,.0f} tokens/s  "
+            f"{base / seconds:5.2f} × {who[-1]}'s  peak {peak:5.2f} GiB",
+            flush=True,
+        )
 
 
 def main() -> None:
     """Measure and print."""
+    if sys.argv[1:2] == ["--child"]:
+        who, shape, precision, steps, path, nanogpt = sys.argv[2:]
+        child(who, Shape(**json.loads(shape)), precision, int(steps), Path(path), nanogpt)
+        return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--steps", type=int, default=FitSettings().max_steps)
-    arguments = parser.parse_args()
-    text = arguments.text.read_text(encoding="utf-8")
-    tokenizer = CharacterTokenizer(text)
-    train, held = (GPTDataset(part, tokenizer, BLOCK) for part in split_by_position(text))
-
-    torch.manual_seed(1337)
-    ours = SimpleGPT(tokenizer.vocab_size, WIDTH, HEADS, LAYERS, BLOCK)
-    plain = PlainGPT(tokenizer.vocab_size)
-    loops = {
-        "ours": fit(ours, train, batch_size=BATCH, max_steps=arguments.steps, device="cpu"),
-        "plain float32": plain_steps(plain, train.ids),
-    }
-    seconds = dict.fromkeys(loops, 0.0)
-    for done in range(0, arguments.steps, TURN):
-        for name, loop in loops.items():
-            start = time.perf_counter()
-            list(islice(loop, min(TURN, arguments.steps - done)))
-            seconds[name] += time.perf_counter() - start
-    print(f"{arguments.steps} steps of {BATCH} × {BLOCK}, {torch.get_num_threads()} threads")
-    for name, model in [("ours", ours), ("plain float32", plain)]:
-        each = seconds[name] / arguments.steps * 1000
-        loss = evaluate(model, held)
-        print(f"{name:14s} {seconds[name]:7.1f} s  {each:6.1f} ms a step  loss {loss:.4f}")
-    print(f"ours takes {seconds['ours'] / seconds['plain float32']:.2f} × the plain loop's time")
+    parser.add_argument("--nanogpt", type=Path, help="a checkout of nanoGPT")
+    parser.add_argument("--only", choices=("loss", "rate"))
+    parser.add_argument("--steps", type=int, default=2000, help="of nanoGPT, for the time to loss")
+    parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=MIDDLE.batch, help="at 6 layers × 384")
+    parser.add_argument("--dropout", type=float, default=0.0, help="at 6 layers × 384")
+    parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    if options.only != "rate":
+        if not options.nanogpt:
+            raise SystemExit("the time to loss is measured beside nanoGPT: --nanogpt PATH")
+        time_to_loss(options.text, options.nanogpt, options.steps)
+    if options.only != "loss":
+        rates(options, SMALL, options.precision, 60)
+        middle = Shape(6, 6, 384, 256, options.batch, options.dropout)
+        rates(options, middle, options.precision, 4)
+        if torch.cuda.is_available():
+            rates(options, GPT2, "bfloat16", 20)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,15 @@ def tanh_gelu(x):
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
-@pytest.mark.parametrize(("mlp", "bend"), [("gelu", exact_gelu), ("gelu_tanh", tanh_gelu)])
-def test_gelu_widens_bends_and_narrows(mlp, bend):
+def squared_relu(x):
+    return torch.where(x > 0, x * x, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("mlp", "bend"),
+    [("gelu", exact_gelu), ("gelu_tanh", tanh_gelu), ("relu2", squared_relu)],
+)
+def test_two_projections_widen_bend_and_narrow(mlp, bend):
     part = randomise(make_feed_forward(GPTConfig(31, n_embd=12, n_inner=20, mlp=mlp))).double()
     x = torch.randn(2, 5, 12, dtype=torch.float64)
     expected = F.linear(

@@ -57,3 +57,33 @@ def test_without_a_rise_the_first_step_is_at_the_peak():
     settings = FitSettings(max_steps=5, warmup_steps=0, learning_rate=3)
     assert learning_rate(0, settings) == 3
     assert learning_rate(0, FitSettings(max_steps=1, warmup_steps=0, learning_rate=3)) == 3
+
+
+def test_a_stable_schedule_holds_its_peak_then_falls_evenly():
+    settings = FitSettings(
+        max_steps=10,
+        warmup_steps=0,
+        learning_rate=2.0,
+        final_learning_rate=0.0,
+        schedule="stable",
+        cooldown=0.5,
+    )
+    assert rates(settings) == pytest.approx([2, 2, 2, 2, 2, 2, 1.6, 1.2, 0.8, 0.4], abs=0.03)
+    assert rates(settings)[-1] > 0  # the last step still learns
+    held = FitSettings(max_steps=10, warmup_steps=0, schedule="stable", cooldown=0.0)
+    assert len(set(rates(held))) == 1
+
+
+@given(st.integers(1, 60), st.floats(0.05, 1), st.floats(0, 1))
+def test_a_stable_schedule_never_rises_again(max_steps, cooldown, final):
+    settings = FitSettings(
+        max_steps=max_steps,
+        warmup_steps=0,
+        learning_rate=1,
+        final_learning_rate=final,
+        schedule="stable",
+        cooldown=cooldown,
+    )
+    assert rates(settings)[0] == 1
+    assert rates(settings) == sorted(rates(settings), reverse=True)
+    assert all(final <= rate <= 1 for rate in rates(settings))

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.console import say, show
 from nanogpt_surgery.cli.options import given, options_of
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
+from nanogpt_surgery.training.recipes import RECIPES
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ CHARACTERS = "characters"
 ModelOptions: Any = options_of(GPTConfig, "Model", leave_out=("vocab_size", "rope_scaling"))
 TrainingOptions: Any = options_of(FitSettings, "Training")
 Family: Any = Literal[*FAMILIES]
+Recipe: Any = Literal[*(name for name in RECIPES if name)]
 
 
 def train(
@@ -29,6 +31,7 @@ def train(
     plan: Annotated[bool, Parameter(negative="")] = False,
     weights: str | None = None,
     tokenizer: str = CHARACTERS,
+    recipe: Recipe | None = None,
     family: Annotated[Family | None, Parameter(group="Model")] = None,
     model: ModelOptions = None,
     training: TrainingOptions = None,
@@ -51,6 +54,9 @@ def train(
         draw from each source in proportion, as in 3:1 for two of them
     tokenizer
         a folder with a tokenizer.json, as surgery tokenizer train makes it; or characters
+    recipe
+        other defaults for model and training: fast is the lowest loss in little time
+        (docs/training.md); with a family, for the training alone; flags still count
     family
         start from this family's axes; other flags still count
     json
@@ -63,15 +69,20 @@ def train(
     from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint, vocab_size_of
     from nanogpt_surgery.formats.model_file import write_model_files
     from nanogpt_surgery.lora.report import Report
+    from nanogpt_surgery.model.initialisation import start_from_zero
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
-    settings = FitSettings(**given(training))
+    chosen = RECIPES[recipe]
+    settings = FitSettings(**(chosen.training | given(training)))
     sources = _sources(text, weights, tokenizer)
     encoder = sources.tokenizer
-    config = _config(family, given(model), vocab_size_of(encoder))
+    axes = {} if family else chosen.model
+    config = _config(family, axes | given(model), vocab_size_of(encoder))
     dataset, validation = sources.datasets(config.block_size)
     torch.manual_seed(settings.seed)
     network = SimpleGPT.from_config(config)
+    if chosen.from_zero:
+        start_from_zero(network, config)
     say(
         f"{len(dataset):,} windows to train on, {len(validation):,} held out; tokens of "
         f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"

@@ -29,9 +29,9 @@ class LaggedEmbeddings(nn.ModuleList):
 
         Positions (T,) or (B, T) count from the beginning of each text.
         """
-        start = ids.size(1) - x.size(1)
+        new = slice(ids.size(1) - x.size(1), ids.size(1))
         for lag, table in enumerate(self, 1):
-            earlier = F.pad(ids, (lag, -lag))[:, start:]  # (B, T)
+            earlier = F.pad(ids, (lag, 0))[:, new]  # (B, T)
             x = x + table(earlier) * (positions >= lag).to(x.dtype).unsqueeze(-1)  # (B, T, C)
         return x
 

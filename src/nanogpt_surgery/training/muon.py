@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-# Coefficients (a, b, c) of a x + b x³ + c x⁵, the best in turn for a smallest singular value of
-# about 0.001 (Polar Express, arXiv:2505.16932). Three bring most of them near 1; docs/training.md.
+Polynomials: TypeAlias = tuple[tuple[float, float, float], ...]
+
+# (a, b, c) of a x + b x³ + c x⁵: the first three of Polar Express (arXiv:2505.16932), each the best
+# after those before it. They bring what is above 0.003 of the norm to between 0.15 and 2, and in
+# short trainings learn as much as more rounds that come nearer to 1 (docs/training.md).
 POLYNOMIALS = (
     (8.2873, -23.5959, 17.3004),
     (4.1071, -2.9478, 0.5448),
@@ -26,12 +29,10 @@ POLYNOMIALS = (
 )
 
 
-def orthogonalised(
-    matrices: Tensor, polynomials: Iterable[tuple[float, float, float]] = POLYNOMIALS
-) -> Tensor:
+def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: (N, R, C) → (N, R, C), for R ≤ C."""
     largest = matrices.norm(dim=(-2, -1), keepdim=True)  # at least the first singular value
-    x = matrices / (1.01 * largest + 1e-7)
+    x = matrices / largest.clamp_min(1e-7)
     for a, b, c in polynomials:
         square = x @ x.mT  # (N, R, R)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -50,6 +51,7 @@ class Muon(torch.optim.Optimizer):
         lr: the learning rate.
         momentum: of the matrices.
         betas: AdamW's.
+        polynomials: see `orthogonalised`.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Muon(torch.optim.Optimizer):
         lr: float,
         momentum: float = 0.95,
         betas: tuple[float, float] = (0.9, 0.99),
+        polynomials: Polynomials = POLYNOMIALS,
     ):
+        self.polynomials = polynomials
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
         others = [group for group in self.param_groups if not group["muon"]]
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=True) if others else None
@@ -81,7 +85,7 @@ class Muon(torch.optim.Optimizer):
         gradients = torch.stack([_wide(m.grad) for m in matrices if m.grad is not None])
         buffers = torch.stack([self._buffer(matrix) for matrix in matrices])  # (N, R, C)
         buffers.lerp_(gradients, 1 - momentum)
-        moves = orthogonalised(gradients.lerp(buffers, momentum))
+        moves = orthogonalised(gradients.lerp(buffers, momentum), self.polynomials)
         for matrix, buffer, move in zip(matrices, buffers, moves, strict=True):
             self.state[matrix]["momentum"] = buffer
             rows, columns = matrix.shape

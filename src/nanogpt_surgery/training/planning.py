@@ -19,9 +19,10 @@ from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.fit import fit
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.loss import MOST_LOGITS, apart, evaluate
+from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.settings import FitSettings
 
-FLOAT32, ADAMW = 4, 2  # bytes; tensors of state for each trained one
+FLOAT32 = 4  # bytes
 PROBED = 4  # steps; the first, which may compile, is timed apart
 EVALUATED = 2  # batches of the held-out data
 
@@ -40,13 +41,14 @@ def plan_training(
         SurgeryError: as `fit`.
     """
     hardware = choose_hardware(settings, operations_of(model, settings, dataset.block_size))
-    seconds = probed(model, dataset, settings)
+    model.to(hardware.device)
+    seconds, state = probed(model, dataset, settings)
     trained = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = settings.max_steps * settings.batch_size * settings.accumulation
     memory = {
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradient_bytes": trained,
-        "optimizer_bytes": ADAMW * trained,
+        "optimizer_bytes": state,
         "activation_bytes": activation_bytes(model, dataset, settings, hardware),
         "logits_bytes": _logits_bytes(model, dataset, settings),
     }
@@ -59,7 +61,7 @@ def plan_training(
         "trained_parameters": trained // FLOAT32,
         **memory,
         "memory_bytes": sum(memory.values()),
-        "disk_bytes": (KEPT + 1) * (1 + 1 + ADAMW) * trained,
+        "disk_bytes": (KEPT + 1) * (2 * trained + state),
         "steps": settings.max_steps,
         "tokens": rows * dataset.block_size,
         "epochs": ", ".join(f"{share:.3g}" for share in passes(dataset, rows)),
@@ -70,18 +72,28 @@ def plan_training(
     }
 
 
-def probed(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> list[float]:
-    """Seconds of the first steps; the model has its bits again after them."""
+def probed(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> tuple[list[float], int]:
+    """Seconds of the first steps, and bytes of the optimizer's state after them.
+
+    The model has its bits again then.
+    """
+    optimizer = make_optimizer(model, settings)
     trained = [p for p in model.parameters() if p.requires_grad]
     before, mode = [p.detach().clone() for p in trained], model.training
     try:
-        steps = fit(model, dataset, settings, examine=False)
-        return [step.seconds for step in islice(steps, PROBED)]
+        steps = fit(model, dataset, settings, optimizer=optimizer, examine=False)
+        seconds = [step.seconds for step in islice(steps, PROBED)]
+        return seconds, _state_bytes(optimizer)
     finally:
         with torch.no_grad():
             for parameter, value in zip(trained, before, strict=True):
                 parameter.copy_(value)
         model.train(mode)
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    state = [value for values in optimizer.state.values() for value in values.values()]
+    return sum(t.numel() * t.element_size() for t in state if isinstance(t, Tensor) and t.dim())
 
 
 def activation_bytes(

@@ -34,8 +34,9 @@ RECIPES: dict[str | None, Recipe] = {
         },
         training={
             "muon": True,
-            "learning_rate": 0.02,
+            "learning_rate": 0.03,
             "schedule": "stable",
+            "cooldown": 0.7,
             "final_learning_rate": 0.0,
             "warmup_steps": 0,
             "weight_decay": 0.0,

@@ -1,0 +1,94 @@
+"""Muon beside its definition by singular values, and beside `torch.optim.Muon`."""
+
+import pytest
+import torch
+from tiny import CONFIGS, tiny_model
+
+from nanogpt_surgery import FitSettings, SurgeryError, inject_lora
+from nanogpt_surgery.training.muon import POLYNOMIALS, Muon, orthogonalised
+from nanogpt_surgery.training.optimizer import make_optimizer
+
+JORDANS = ((3.4445, -4.7750, 2.0315),) * 5  # what torch.optim.Muon applies
+SHAPES = [(5, 7), (7, 5), (6, 6), (5, 7), (3, 11)]
+
+
+def by_singular_values(matrix, polynomials):
+    """What the products must come to: the polynomials of each singular value."""
+    U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
+    S = S / S.norm()
+    for a, b, c in polynomials:
+        S = a * S + b * S**3 + c * S**5
+    return U @ torch.diag(S) @ Vh
+
+
+def test_products_alone_treat_each_singular_value_by_the_polynomials():
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 5, 8, dtype=torch.float64)
+    expected = torch.stack([by_singular_values(m, POLYNOMIALS) for m in matrices])
+    torch.testing.assert_close(orthogonalised(matrices), expected)
+
+
+def test_singular_values_come_near_one():
+    torch.manual_seed(0)
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(4, 16, 48)))
+    assert values.min() > 0.15
+    assert values.max() < 2.0
+    values = torch.linalg.svdvals(orthogonalised(torch.randn(4, 16, 48), JORDANS))
+    assert values.min() > 0.6
+    assert values.max() < 1.3
+
+
+def test_a_gradient_of_zero_moves_nothing():
+    assert not orthogonalised(torch.zeros(2, 3, 4)).any()
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.3])
+def test_steps_are_those_of_torch(weight_decay):
+    torch.manual_seed(0)
+    ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
+    group = {"params": ours, "muon": True, "weight_decay": weight_decay}
+    mine = Muon([group], lr=0.07, momentum=0.9, polynomials=JORDANS)
+    other = torch.optim.Muon(theirs, lr=0.07, momentum=0.9, weight_decay=weight_decay)
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        mine.step()
+        other.step()
+    for a, b in zip(ours, theirs, strict=True):
+        # PyTorch orthogonalises in bfloat16, so each of four moves is off by some hundredths.
+        torch.testing.assert_close(a, b, rtol=0, atol=4 * 0.07 * 0.04)
+
+
+def test_beside_the_matrices_it_is_adamw():
+    torch.manual_seed(0)
+    ours, theirs = (torch.nn.Parameter(torch.arange(12.0)) for _ in range(2))
+    group = {"params": [ours], "muon": False, "weight_decay": 0.1}
+    mine = Muon([group], lr=0.01, betas=(0.8, 0.95))
+    other = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        ours.grad = torch.randn(12)
+        theirs.grad = ours.grad.clone()
+        mine.step()
+        other.step()
+    torch.testing.assert_close(ours, theirs)
+    assert mine.state[ours].keys() == other.state[theirs].keys()
+
+
+def test_the_groups_hold_every_parameter_once_and_the_head_is_no_matrix():
+    model = tiny_model(CONFIGS["lags-relu2"])
+    optimizer = make_optimizer(model, FitSettings(muon=True))
+    names = {id(p): name for name, p in model.named_parameters()}
+    held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(names.values())
+    matrices = [names[id(p)] for g in optimizer.param_groups if g["muon"] for p in g["params"]]
+    assert len(matrices) == 2 * 6
+    assert all(name.endswith("_proj.weight") for name in matrices)
+
+
+def test_a_lora_has_no_matrix_for_it():
+    model = tiny_model(CONFIGS["llama"])
+    inject_lora(model, "all-linear")
+    with pytest.raises(SurgeryError, match="none of them can be trained"):
+        make_optimizer(model, FitSettings(muon=True))
