@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.formats.gguf_write import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
     from nanogpt_surgery.generation.batch import generate_batch
+    from nanogpt_surgery.generation.conversation import Conversation
     from nanogpt_surgery.generation.evaluation import multiple_choice, perplexity
     from nanogpt_surgery.generation.generate import generate
     from nanogpt_surgery.generation.settings import SamplingSettings
@@ -78,6 +79,7 @@ _HOMES = {
     ),
     "formats.gguf_write": ("save_gguf",),
     "generation.batch": ("generate_batch",),
+    "generation.conversation": ("Conversation",),
     "generation.evaluation": (
         "multiple_choice",
         "perplexity",
@@ -123,6 +125,7 @@ __all__ = [
     "BPETokenizer",
     "CharacterTokenizer",
     "ChatTemplate",
+    "Conversation",
     "FitSettings",
     "GPTConfig",
     "GPTDataset",

@@ -1,13 +1,14 @@
 """Folders written whole or not at all, and a manifest that notices a flipped bit.
 
 The order is: a temporary folder beside the goal, every file flushed to the disk, `MANIFEST.json`
-with the size and sha256 of each, then one rename. A reader never sees half a folder. Only where a
-folder is replaced is there a moment between two renames at which it is at neither place: a kill
-then leaves the old one beside it, under a name that begins with `.tmp-`.
+with the size and sha256 of each, then one rename; where a folder is replaced, the two change
+places. A reader sees the old folder or the new one, never half. What a kill leaves behind lies
+beside it, under a name that begins with `.tmp-`.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.exchange import exchange
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,14 +43,14 @@ def whole_folder(goal: str | Path) -> Iterator[Path]:
     """
     goal = Path(goal)
     _check_replaceable(goal)
-    temporary = _temporary_beside(goal)
+    temporary = temporary_beside(goal)
     try:
         temporary.mkdir(parents=True)
         yield temporary
         seal(temporary)
         _put_in_place(temporary, goal)
     except OSError as error:
-        raise _disk_refuses(goal, error) from error
+        raise disk_refuses(goal, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -73,7 +75,7 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         temporary.replace(goal)
         flush(goal.parent)
     except OSError as error:
-        raise _disk_refuses(goal, error) from error
+        raise disk_refuses(goal, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -85,7 +87,8 @@ def _begins_with(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def _disk_refuses(goal: Path, error: OSError) -> SurgeryError:
+def disk_refuses(goal: Path, error: OSError) -> SurgeryError:
+    """What the system said while `goal` was to be written, and how much space there is."""
     return SurgeryError(
         f"could not write {goal}: {error.strerror or error}{_free_space(goal)}; what was there "
         "before is untouched",
@@ -107,24 +110,22 @@ def _put_in_place(temporary: Path, goal: Path) -> None:
         temporary.rename(goal)
         flush(goal.parent)
         return
-    lost = {path.name for path in goal.iterdir()} - {path.name for path in temporary.iterdir()}
+    lost = _contents(goal) - _contents(temporary)
     if lost:
         raise SurgeryError(
             f"{goal} holds {', '.join(sorted(lost))}, which replacing it would lose",
             "choose a new folder",
         )
-    old = _temporary_beside(goal)
-    goal.rename(old)
-    try:
-        temporary.rename(goal)
-    except OSError:
-        old.rename(goal)
-        raise
+    exchange(temporary, goal)
     flush(goal.parent)
-    shutil.rmtree(old, ignore_errors=True)
 
 
-def _temporary_beside(path: Path) -> Path:
+def _contents(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name beside a path, of the pattern that only this module gives."""
     return path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")
 
 
@@ -133,9 +134,15 @@ def is_temporary(path: Path) -> bool:
     return path.name.startswith(_TEMPORARY)
 
 
-def remove_temporaries(folder: Path) -> None:
-    """Remove what a killed process left unfinished; for the one process that writes there."""
-    for path in folder.glob(f"{_TEMPORARY}*"):
+def remove_temporaries(folder: Path, of: str | None = None) -> None:
+    """Remove what a killed process left unfinished; for the one process that writes there.
+
+    Args:
+        folder: where to look.
+        of: only what was to become the file or folder of this name.
+    """
+    pattern = f"{_TEMPORARY}*" if of is None else f"{_TEMPORARY}{glob.escape(of)}-{'[0-9a-f]' * 8}"
+    for path in folder.glob(pattern):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
@@ -145,9 +152,9 @@ def _free_space(path: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Flush every file of a folder to the disk and write its manifest."""
+    """Flush every file of a folder to the disk and write its manifest; folders in it stay out."""
     files = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
         flush(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
     versions = {name: version(name) for name in ("nanogpt-surgery", "torch")}
@@ -216,7 +223,7 @@ def write_json(path: Path, contents: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one rename, flushed to the disk."""
-    temporary = _temporary_beside(path)
+    temporary = temporary_beside(path)
     temporary.write_text(text, encoding="utf-8")
     flush(temporary)
     temporary.replace(path)
@@ -227,7 +234,7 @@ def link_or_copy(source: Path, goal: Path) -> None:
 
     No bytes are copied where the file system can link.
     """
-    temporary = _temporary_beside(goal)
+    temporary = temporary_beside(goal)
     try:
         temporary.hardlink_to(source)
     except OSError:

@@ -151,3 +151,13 @@ def test_a_tokenizer_that_is_not_there_is_said(place, tmp_path, capsys):
     with pytest.raises(SystemExit):
         surgery("data", "preview", place / "m")
     assert "no file of instruction data is named" in capsys.readouterr().err
+
+
+def test_help_answers_without_torch():
+    program = (
+        "import sys\nfrom nanogpt_surgery.cli.app import run\n"
+        "run(['data', 'preview', '--help'])\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "surgery data preview" in done.stdout

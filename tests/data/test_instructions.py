@@ -1,6 +1,7 @@
 """Answers alone are trained on, every answer once, and packing loses nothing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,10 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small_tokenizers import byte_level
 
-from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.data.chat import ChatTemplate
+from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning
+from nanogpt_surgery.data.batches import documents_of
+from nanogpt_surgery.data.chat import ChatTemplate, template_of
 from nanogpt_surgery.data.instruction_dataset import UNTRAINED, InstructionDataset, preview
-from nanogpt_surgery.data.instructions import Example, encode_conversations, read_conversations
+from nanogpt_surgery.data.instructions import (
+    Example,
+    encode_conversations,
+    is_instruction_data,
+    read_conversations,
+)
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 
 TOKENIZER = PretrainedTokenizer(byte_level(), stop_ids=[2])
@@ -84,6 +91,50 @@ def test_a_template_that_rewrites_the_past_is_refused():
         encode_conversations([TALK[:2]], TOKENIZER)
 
 
+def test_every_token_can_be_trained_on_whatever_the_template_does():
+    rewriting = ChatTemplate("{{ messages | length }} {{ messages[0].content }}")
+    (example,) = encode_conversations([TALK], TOKENIZER, rewriting, answers_only=False)
+    assert TOKENIZER.decode(example.ids) == "5 Be brief."
+    assert all(example.trained)
+
+
+def test_a_text_that_begins_with_bos_twice_is_said():
+    tokenizer = PretrainedTokenizer(byte_level(), bos_id=0, stop_ids=[2])
+    twice = ChatTemplate(
+        "<|endoftext|><|endoftext|>{{ messages | map(attribute='content') | join }}"
+    )
+    with pytest.warns(SurgeryWarning, match="BOS twice"):
+        encode_conversations([TALK], tokenizer, twice)
+
+
+def test_answers_written_plainly_end_where_the_tokenizer_has_an_end():
+    template = replace(template_of(TOKENIZER), source="plain")
+    (example,) = encode_conversations([TALK[1:3]], TOKENIZER, template)
+    assert preview(example, TOKENIZER)[1] == ("4 😀<|im_end|>\n\n", True)
+    assert InstructionDataset.for_tokenizer([example], TOKENIZER, 99).counts.ends == 1
+    letters = CharacterTokenizer(ChatTemplate("plain").render(TALK))
+    endless = encode_conversations([TALK[1:3]], letters)
+    with pytest.warns(SurgeryWarning, match="no target ends a turn"):
+        InstructionDataset.for_tokenizer(endless, letters, 99)
+
+
+def test_instruction_data_is_told_from_text(tmp_path):
+    good, text, prose = (tmp_path / name for name in ("a.json", "b.jsonl", "c.txt"))
+    good.write_text('[{"prompt": "a", "completion": "b"}]')
+    prose.write_text('{"prompt": "a", "completion": "b"}')
+    assert is_instruction_data([good, good])
+    assert not is_instruction_data([prose, "-", tmp_path])
+    assert not is_instruction_data([])
+    with pytest.raises(SurgeryError, match=r"c\.txt is neither \.json nor \.jsonl"):
+        is_instruction_data([good, prose])
+    for contents in ('{"text": "x"}', "to be", "", "[]", "[1]"):
+        text.write_text(contents)
+        with pytest.raises(SurgeryError, match=r"b\.jsonl does not begin .*\n.*--data text"):
+            is_instruction_data([good, text])
+    with pytest.raises(SurgeryError, match="cannot read"):
+        is_instruction_data([tmp_path / "none.json"])
+
+
 def example(length, first, seed=0):
     return Example(tuple(range(seed, seed + length)), tuple(i >= first for i in range(length)))
 
@@ -116,6 +167,20 @@ def test_packing_keeps_every_example_whole_and_apart(lengths, size):
     assert found == {e.ids for e in examples}
     assert data.counts.trained == sum(lengths) - len(lengths)
     assert data.counts.rows <= len(lengths)
+
+
+def test_batches_say_which_tokens_belong_together_where_rows_are_shared():
+    examples = [example(4, 1, 100 * i) for i in range(7)]
+    alone, packed = (InstructionDataset(examples, 7, pack=pack) for pack in (False, True))
+    assert [len(batch) for batch in alone.whole(4)] == [2, 2]
+    batches = list(packed.whole(3))
+    assert torch.equal(torch.cat([documents for *_, documents in batches]), packed.documents)
+    assert torch.equal(torch.cat([inputs for inputs, *_ in batches]), packed.inputs.long())
+    rows = packed.rows_of(2, 3, 1)
+    assert torch.equal(documents_of(packed.batch(2, 3, 1)), packed.documents[rows])
+    assert documents_of(alone.batch(2, 3, 1)) is None
+    sparse = InstructionDataset(examples, 5, pack=True)  # there is room for one in each row
+    assert documents_of(sparse.batch(0, 2)) is None
 
 
 def test_a_batch_is_a_pure_function_of_seed_and_step():

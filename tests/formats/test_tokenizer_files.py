@@ -1,6 +1,8 @@
 """A folder's tokenizer opens here as in transformers, and what is written here opens there."""
 
 import json
+from dataclasses import replace
+from shutil import copyfile
 
 import pytest
 from small_tokenizers import TEXT, byte_level, sentencepiece_like
@@ -11,6 +13,8 @@ from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning, op
 from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizer import prompt_ids
+from nanogpt_surgery.formats.gguf_write import save_gguf
+from nanogpt_surgery.formats.model_file import open_tokenizer_of
 from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
 
 TOKENIZERS = {
@@ -88,3 +92,23 @@ def test_a_foreign_tokenizer_cannot_be_saved(tmp_path):
     with pytest.raises(SurgeryError, match=r"a Encoding has no tokenizer.json"):
         save_model(tiny_model(FAMILY_CONFIGS["llama"]), tmp_path / "m", foreign)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tokenizer_opens_without_the_weights_it_belongs_to(tmp_path):
+    tokenizer = TOKENIZERS["byte-level"]
+    model = tiny_model(replace(FAMILY_CONFIGS["llama"], vocab_size=tokenizer.vocab_size))
+    save_model(model, tmp_path / "m", tokenizer)
+    save_gguf(model, tmp_path / "m.gguf", tokenizer, "F32")
+    (tmp_path / "m" / "model.safetensors").unlink()
+    (tmp_path / "m" / "MANIFEST.json").unlink()
+    (tmp_path / "alone").mkdir()
+    copyfile(tmp_path / "m" / "tokenizer.json", tmp_path / "alone" / "tokenizer.json")
+    for path, context in {
+        "m": 19, "m/tokenizer.json": 19, "m.gguf": 19, "alone": None, "alone/tokenizer.json": None,
+    }.items():  # fmt: skip
+        again, found = open_tokenizer_of(tmp_path / path)
+        assert again.encode(TEXT) == tokenizer.encode(TEXT)
+        assert found == context
+    (tmp_path / "m" / "tokenizer.json").unlink()
+    with pytest.raises(SurgeryError, match="has no tokenizer"):
+        open_tokenizer_of(tmp_path / "m")

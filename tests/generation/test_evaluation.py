@@ -4,14 +4,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import FAMILY_CONFIGS, tiny_model
+from transformers import AutoModelForCausalLM
 
-from nanogpt_surgery import CharacterTokenizer, SurgeryError
+from nanogpt_surgery import CharacterTokenizer, SurgeryError, save_model
 from nanogpt_surgery.data.instruction_dataset import InstructionDataset
 from nanogpt_surgery.data.instructions import Example
+from nanogpt_surgery.generation import evaluation
 from nanogpt_surgery.generation.evaluation import (
     answer_loss,
     multiple_choice,
     perplexity,
+    scored,
     token_log_probabilities,
 )
 
@@ -90,7 +93,51 @@ def test_what_cannot_be_is_refused():
         perplexity(MODEL, [3])
     with pytest.raises(SurgeryError, match=f"stride is {BLOCK + 1}"):
         perplexity(MODEL, text(9), BLOCK + 1)
+    with pytest.raises(SurgeryError, match=f"context is {BLOCK + 1}"):
+        perplexity(MODEL, text(9), context=BLOCK + 1)
     with pytest.raises(SurgeryError, match="needs answers"):
         multiple_choice(MODEL, LETTERS, "A", ["B", ""])
     with pytest.raises(SurgeryError, match="23 tokens, the block_size is 19"):
         multiple_choice(MODEL, LETTERS, "A" * 20, ["BCD"])
+
+
+@pytest.mark.parametrize(("stride", "context"), [(5, BLOCK), (BLOCK, BLOCK), (3, 8), (1, 2)])
+def test_a_strided_window_gives_what_transformers_loss_gives(stride, context, tmp_path):
+    """The windows of transformers' guide to perplexity, its model and its loss."""
+    save_model(MODEL, tmp_path / "m")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids, total, before = text(61, 5), 0.0, 1
+    for begin in range(0, len(ids), stride):
+        window = ids[begin : begin + context + 1]
+        new = begin + len(window) - before  # labels that no window before has had
+        labels = torch.cat((torch.full((len(window) - new,), -100), window[len(window) - new :]))
+        with torch.no_grad():
+            total += float(theirs(window[None], labels=labels[None]).loss) * new
+        before += new
+        if before == len(ids):
+            break
+    found = perplexity(MODEL, ids, stride, batch_size=3, context=context)
+    assert found.tokens == before - 1 == 60
+    assert found.loss == pytest.approx(total / 60, rel=1e-5)
+
+
+def test_a_stride_of_one_gives_each_token_the_longest_context():
+    losses = []
+    ids = text(50, 8)
+    for target in range(1, 50):
+        with torch.no_grad():
+            logits = MODEL(ids[None, max(0, target - BLOCK) : target])[0, -1]
+        losses.append(F.cross_entropy(logits[None], ids[None, target]))
+    found = perplexity(MODEL, ids, stride=1)
+    assert found.loss == pytest.approx(float(torch.stack(losses).mean()), rel=1e-5)
+    assert found.loss != pytest.approx(perplexity(MODEL, ids, BLOCK).loss, rel=1e-3)
+
+
+def test_logits_in_parts_are_those_of_a_whole_pass(monkeypatch):
+    texts = [text(9, 1), text(4, 2)]
+    monkeypatch.setattr(evaluation, "POSITIONS", 3)
+    for ids, (found, likeliest) in zip(texts, scored(MODEL, texts), strict=True):
+        with torch.no_grad():
+            whole = MODEL(ids[None, :-1])[0].log_softmax(-1)
+        assert torch.allclose(found, whole.gather(-1, ids[1:, None])[:, 0], atol=1e-5)
+        assert likeliest.tolist() == (whole.argmax(-1) == ids[1:]).tolist()

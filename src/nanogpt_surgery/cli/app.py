@@ -13,9 +13,10 @@ from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = (
-    *("train", "plan", "finetune", "generate", "inspect", "merge", "export", "doctor"),
-    *("tokenizer", "data"),
+    *("train", "plan", "finetune", "generate", "chat", "eval", "inspect", "merge", "undo"),
+    *("redo", "log", "export", "tokenizer", "data", "doctor"),
 )
+FUNCTIONS = {"eval": "evaluate"}  # where a command cannot have the name that it is typed by
 GROUPS = {
     "tokenizer": ("Train a tokenizer.", ("train",)),
     "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
@@ -41,7 +42,8 @@ def make_app() -> App:
         if name in GROUPS:
             app.command(_group(name))
         else:
-            _add(app, name, f"nanogpt_surgery.cli.{name}:{name}")
+            function = FUNCTIONS.get(name, name)
+            _add(app, name, f"nanogpt_surgery.cli.{function}:{function}")
     return app
 
 

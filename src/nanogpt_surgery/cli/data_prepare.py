@@ -51,15 +51,15 @@ def prepare(
     from nanogpt_surgery.data.pieces import pieces_of
     from nanogpt_surgery.data.preparation import prepare_tokens
     from nanogpt_surgery.data.token_files import TOKENIZER, is_token_folder, verify_tokens
+    from nanogpt_surgery.formats.run_folder import LOCK, held
     from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
-    from nanogpt_surgery.training.checkpoint import locked
 
     if not text:
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
     pieces, values = pieces_of(text), given(options)
     _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    with locked(out):
+    with held(out / LOCK):
         finished = is_token_folder(out)
         _provide_tokenizer(tokenizer, out / TOKENIZER, pieces, values.get("workers", 0))
         opens = partial(open_tokenizer, out / TOKENIZER)
@@ -80,7 +80,7 @@ def _check_folder(out: Path) -> None:
     from nanogpt_surgery.data.preparation import ASKED
     from nanogpt_surgery.data.token_files import TOKENIZER
     from nanogpt_surgery.files import is_temporary
-    from nanogpt_surgery.training.checkpoint import LOCK
+    from nanogpt_surgery.formats.run_folder import LOCK
 
     if not out.exists() or (out / ASKED).is_file():
         return

@@ -1,58 +1,62 @@
-"""`surgery merge`: a model with its adapter added in."""
+"""`surgery merge`: a model with its adapter added in, in place or as a new folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.cli.options import given, options_of_function
 
-PROBE_TOKENS = 64
+MERGE = "nanogpt_surgery.formats.merging:merge_adapter"
+OWN = ("model", "adapter", "out", "probe", "keep_originals")
+MergeOptions: Any = options_of_function(MERGE, "Merge", leave_out=OWN)
 
 
 def merge(
     model: str,
     adapter: Path,
     *,
-    out: Path,
-    force: Annotated[bool, Parameter(negative="")] = False,
+    out: Path | None = None,
+    probe: Path | None = None,
+    drop_originals: Annotated[bool, Parameter(negative="")] = False,
+    plan: Annotated[bool, Parameter(negative="")] = False,
+    options: MergeOptions = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Add an adapter's ΔW to a model's weights, in float32, and write a new model folder.
+    """Add an adapter's ΔW to a model's weights, in place (surgery undo takes it back) or elsewhere.
 
     Parameters
     ----------
     model
-        a run, a model folder, a GGUF file or a hub name
+        a run or a model folder; with --out also a GGUF file or a hub name
     adapter
         an adapter folder, as finetune or peft writes it
     out
-        the model folder to make
-    force
-        write it even if the merged model's answers are not the adapted one's
+        the model folder to make; without it the model's own folder changes, in one step
+    probe
+        a text to measure the merge on, in the model's tokens; without it, random tokens
+    drop_originals
+        keep nothing of what was there: undo is then impossible
+    plan
+        say what would be written and how much of ΔW survives, and write nothing
     json
         print the report as JSON
     """
-    import torch
+    from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.formats.merging import merge_adapter, plan_merge
 
-    from nanogpt_surgery.formats.adapter_layout import load_adapter
-    from nanogpt_surgery.formats.model_file import open_model, save_model
-    from nanogpt_surgery.lora.operations import merge_lora
-
-    network, tokenizer = open_model(model)
-    load_adapter(network, adapter)
-    length = min(PROBE_TOKENS, network.config.block_size)
-    draw = torch.Generator().manual_seed(0)
-    probe = torch.randint(network.config.vocab_size, (4, length), generator=draw)
-    with torch.inference_mode():
-        adapted = network(probe)
-    report = merge_lora(network, probe=probe, force=force)
-    save_model(network, out, tokenizer)
-    with torch.inference_mode():
-        written = open_model(out)[0](probe)
-    report.summary["largest_logit"] = float(adapted.abs().max())
-    report.summary["largest_logit_error"] = float((written - adapted).abs().max())
-    show(report, json)
-    say(f"wrote {out}, read it again and compared it on {probe.numel()} random tokens")
+    text = read_texts([str(probe)]) if probe else None
+    more = given(options) | {"probe": text, "keep_originals": not drop_originals}
+    if plan:
+        show(plan_merge(model, adapter, out, **more), json)
+        return
+    show(merge_adapter(model, adapter, out, **more), json)
+    if out is not None:
+        say(f"wrote {out}, read it again and measured it; {model} is as it was")
+    elif drop_originals:
+        say(f"changed {model}, read it again and measured it; this cannot be undone")
+    else:
+        say(f"changed {model}, read it again and measured it; surgery undo {model} takes it back")

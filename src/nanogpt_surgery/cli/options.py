@@ -7,11 +7,14 @@ import dataclasses
 import inspect
 import re
 import textwrap
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_type_hints
 
 from cyclopts import Parameter
+
+from nanogpt_surgery.errors import SurgeryError
 
 
 def options_of(source: type, group: str, leave_out: tuple[str, ...] = ()) -> Any:
@@ -101,10 +104,39 @@ def _flag(argument: ast.arg, text: str, default: ast.expr | None) -> Any:
     hint = list[str] if several else eval(written, {"Literal": Literal})
     value = ast.literal_eval(default) if default is not None else "required"
     shown = " ".join(value) if isinstance(value, tuple) else value
-    parameter = Parameter(
-        help=text, show_default=lambda _: shown, negative="", consume_multiple=several
-    )
-    return Annotated[hint | None, parameter]
+    shared: dict[str, Any] = {"help": text, "show_default": lambda _: shown, "negative": ""}
+    if written.startswith("dict["):
+        pairs = Parameter(**shared, converter=_pairs, n_tokens=-1, consume_multiple=True)
+        return Annotated[hint | None, pairs]
+    return Annotated[hint | None, Parameter(**shared, consume_multiple=several)]
+
+
+def _pairs(hint: Any, tokens: Any) -> dict[str, Any]:
+    """`v_proj=4 q_proj=2` on the command line, or a table in a config file, as a dict."""
+    number = hint.__args__[1]
+    pairs = {}
+    for token in _tokens(tokens):
+        name, _, value = (
+            (".".join(token.keys), "", token.value) if token.keys else token.value.rpartition("=")
+        )
+        try:
+            pairs[name] = number(value)
+        except ValueError:
+            name = ""
+        if not name:
+            raise SurgeryError(
+                f"{token.value!r} is no layer with its number", "for example v_proj=4 q_proj=2"
+            )
+    return pairs
+
+
+def _tokens(tokens: Any) -> Iterator[Any]:
+    """The tokens in nested dicts and lists."""
+    if hasattr(tokens, "value"):
+        yield tokens
+        return
+    for inner in tokens.values() if isinstance(tokens, dict) else tokens:
+        yield from _tokens(inner)
 
 
 def _argument_texts(docstring: str) -> dict[str, str]:

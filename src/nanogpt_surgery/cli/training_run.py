@@ -49,8 +49,10 @@ def run_training(job: Job) -> dict[str, Any]:
 
     operations = operations_of(job.model, job.settings, job.dataset.block_size)
     hardware = choose_hardware(job.settings, operations)
-    with start_run(job.out, _description(job), job.resume) as run, _signals() as stop:
+    description = _description(job)
+    with start_run(job.out, description, job.resume) as run, _signals() as stop:
         job.model.to(hardware.device)
+        is_over = run.first_step == job.settings.max_steps
         optimizer = make_optimizer(job.model, job.settings)
         if run.checkpoint:
             run.restore(job.model, optimizer)
@@ -73,7 +75,10 @@ def run_training(job: Job) -> dict[str, Any]:
                 run.save(step, job.write_weights, job.model, optimizer)
             if asked:
                 _leave(job, step, asked)
-        return _finish(job, run, rate)
+        summary = _finish(job, run, rate)
+        if not is_over:
+            _record(run, description, summary)
+        return summary
 
 
 def datasets(text: str, tokenizer: Tokenizer, block_size: int) -> tuple[GPTDataset, GPTDataset]:
@@ -163,6 +168,21 @@ def _signals() -> Iterator[_Stop]:
 def _leave(job: Job, step: Step, number: int) -> None:
     say(f"saved after step {step.step:,} in {job.out}; the same command with --resume goes on")
     sys.exit(128 + number)
+
+
+def _record(run: Run, description: dict[str, Any], summary: dict[str, Any]) -> None:
+    """A line in the folder's journal, which `surgery log` shows; training is not undone."""
+    from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
+
+    entry = Entry(
+        f"{description['kind']}, {summary['steps']:,} steps",
+        description.get("base", ""),
+        {},
+        hashes_of(run.folder),
+        "none",
+        measured=summary,
+    )
+    record(run.folder, entry)
 
 
 def _operations_per_token(job: Job) -> int:

@@ -30,13 +30,24 @@ _WORKER = Path(__file__).with_name("template_worker.py")
 class ChatTemplate:
     """How conversations are written.
 
-    `source` is a template in Jinja, or the name of one of ours: "chatml" or "plain".
+    `source` is a template in Jinja, or the name of one of ours: "chatml", "plain", or "none", which
+    writes what is said and nothing else, so that the model continues it.
     """
 
     source: str
     bos_token: str = ""
     eos_token: str = ""
     seconds: int = 10
+
+    @property
+    def name(self) -> str:
+        """The name of one of ours, or "the model's own"."""
+        return self.source if self.source in OWN else "the model's own"
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer where no token does: the next speaker's name."""
+        return ("\n\nUser:", "\nUser:") if self.source == "plain" else ()
 
     def render(self, messages: Sequence[Message], ask: bool = True) -> str:
         """The text of a conversation; `ask`: up to where an answer begins.
@@ -160,4 +171,12 @@ def _plain(messages: Sequence[Message], ask: bool, end: str) -> str:
     return "".join(turns) + ("Assistant: " if ask else "")
 
 
-OWN: dict[str, Callable[[Sequence[Message], bool, str], str]] = {"chatml": _chatml, "plain": _plain}
+def _none(messages: Sequence[Message], ask: bool, end: str) -> str:
+    return "".join(m["content"] for m in messages)
+
+
+OWN: dict[str, Callable[[Sequence[Message], bool, str], str]] = {
+    "chatml": _chatml,
+    "plain": _plain,
+    "none": _none,
+}

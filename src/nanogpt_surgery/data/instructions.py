@@ -42,7 +42,7 @@ def read_conversations(path: str | Path) -> list[list[Message]]:
             them, with their number).
     """
     conversations, problems = [], []
-    for number, record in enumerate(_records(_text(Path(path)), Path(path)), 1):
+    for number, record in enumerate(read_records(path), 1):
         messages = _messages(record)
         if messages is None:
             problems.append(f"record {number} has {_keys(record)}")
@@ -90,6 +90,15 @@ def _begins_well(path: Path) -> bool:
     except SurgeryError:  # no JSON
         return False
     return _messages(first) is not None
+
+
+def read_records(path: str | Path) -> Iterable[Any]:
+    """The records of a JSON or JSONL file.
+
+    Raises:
+        SurgeryError: the file cannot be read, or is not JSON (with the line).
+    """
+    return _records(_text(Path(path)), Path(path))
 
 
 def _text(path: Path) -> str:

@@ -40,9 +40,10 @@ class PretrainedTokenizer:
         add_bos: bool | None = None,
         chat_template: str | None = None,
     ):
-        self.contents = contents | {"truncation": None, "padding": None}
+        contents = contents | {"truncation": None, "padding": None}
         try:
-            self._encoder = Encoder.from_str(json.dumps(self.contents))
+            self._written = _bytes(contents)
+            self._encoder = Encoder.from_buffer(self._written)
         except Exception as error:  # the package raises nothing narrower
             raise SurgeryError(f"this tokenizer.json cannot be read: {error}") from error
         begins = self._encoder.encode("").ids
@@ -54,7 +55,8 @@ class PretrainedTokenizer:
         self.add_bos = bos_id is not None and (bool(begins) if add_bos is None else add_bos)
         self.chat_template = chat_template
         if self.add_bos and not begins:
-            self.contents["post_processor"] = _begin_with(self.token_of(bos_id), bos_id)
+            begin = {"post_processor": _begin_with(self.token_of(bos_id), bos_id)}
+            self._written = _bytes(contents | begin)
 
     @property
     def vocab_size(self) -> int:
@@ -102,11 +104,12 @@ class PretrainedTokenizer:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of a `tokenizer.json`."""
-        return self.contents
+        contents: dict[str, Any] = json.loads(self._written)
+        return contents
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`."""
-        Path(path).write_text(json.dumps(self.contents, ensure_ascii=False), encoding="utf-8")
+        Path(path).write_bytes(self._written)
 
     def _encoding(self, text: str) -> list[int]:
         try:
@@ -117,6 +120,11 @@ class PretrainedTokenizer:
                 f"position {error.start}, which no encoding of Unicode can hold"
             ) from None
         return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def _bytes(contents: dict[str, Any]) -> bytes:
+    """A `tokenizer.json`, in which form it takes a tenth of the memory that its parts take."""
+    return json.dumps(contents, ensure_ascii=False).encode()
 
 
 def _begin_with(token: str | None, index: int | None) -> dict[str, Any]:

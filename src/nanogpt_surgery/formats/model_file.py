@@ -18,6 +18,7 @@ from nanogpt_surgery.files import (
 )
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.config_options import MODEL_TYPES
+from nanogpt_surgery.formats.folder_journal import is_operated
 from nanogpt_surgery.formats.gguf_file import is_gguf, read_gguf
 from nanogpt_surgery.formats.gguf_model import config_of, family_of_file, open_gguf
 from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
@@ -113,7 +114,8 @@ def open_model(
     family = MODEL_TYPES.get(contents["model_type"], OWN)
     table = identity(stored) if family == OWN else NAME_MAPS[family]
     names = normal_names(stored, family)
-    return build_model(config, names, table, dtype, str(folder)), open_tokenizer(folder)
+    tokenizer = open_tokenizer(folder)  # first: what it needs in passing is free again for weights
+    return build_model(config, names, table, dtype, str(folder)), tokenizer
 
 
 def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
@@ -146,10 +148,11 @@ def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
 def model_folder(path: str | Path) -> Path:
     """The model folder that a path means.
 
-    It is the path itself, the checkpoint chosen in a run folder, or the copy of a model on the hub.
+    It is the path itself, the checkpoint chosen in a run folder that was not operated on since, or
+    the copy of a model on the hub.
     """
     folder = Path(path)
-    if is_run(folder):
+    if is_run(folder) and not is_operated(folder):
         folder = chosen_checkpoint(folder)
     if (folder / ADAPTER_CONFIG).is_file():
         raise SurgeryError(

@@ -11,14 +11,17 @@ RUN/
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import MANIFEST, damage
 
-RUN, METRICS, LATEST, BEST = "run.json", "metrics.jsonl", "LATEST", "BEST"
+RUN, METRICS, LATEST, BEST, LOCK = "run.json", "metrics.jsonl", "LATEST", "BEST", "LOCK"
 _STEP = re.compile(r"step-(\d{8})")
 
 
@@ -74,3 +77,38 @@ def chosen_checkpoint(run: Path) -> Path:
     if folder is None:
         raise SurgeryError(f"{run} has no whole checkpoint yet", "surgery train --resume goes on")
     return folder
+
+
+@contextmanager
+def held(path: Path) -> Iterator[None]:
+    """Hold a lock file, or a folder, against other processes; a process that dies lets go.
+
+    Raises:
+        SurgeryError: another process holds it.
+    """
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _is_held(path) from None
+        if path.is_file():
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, str(os.getpid()).encode())
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _is_held(path: Path) -> SurgeryError:
+    owner = f" (PID {path.read_text('utf-8').strip()})" if path.is_file() else ""
+    folder = path.parent if path.is_file() else path
+    return SurgeryError(
+        f"{folder} is being written by another process{owner}",
+        "wait for it, or choose a new --out",
+    )

@@ -55,18 +55,34 @@ def open_tokenizer(folder: str | Path) -> Tokenizer | None:
 def _opened(contents: dict[str, Any], folder: Path) -> PretrainedTokenizer:
     config = _object(folder / TOKENIZER_CONFIG)
     named = {key: _written(config.get(key)) for key in ("bos_token", "eos_token")}
-    plain = PretrainedTokenizer(contents)
-    ends = [plain.id_of(named["eos_token"]) if named["eos_token"] else None]
+    ids = _ids_of(contents, [token for token in named.values() if token])
+    ends = [ids.get(named["eos_token"])]
     for file in ("generation_config.json", "config.json"):
         eos = _object(folder / file).get("eos_token_id")
         ends += eos if isinstance(eos, list) else [eos]
     return PretrainedTokenizer(
         contents,
-        bos_id=plain.id_of(named["bos_token"]) if named["bos_token"] else None,
+        bos_id=ids.get(named["bos_token"]),
         stop_ids=list(dict.fromkeys(i for i in ends if isinstance(i, int))),
         add_bos=config.get("add_bos_token"),
         chat_template=_chat_template(folder, config),
     )
+
+
+def _ids_of(contents: dict[str, Any], tokens: list[str]) -> dict[str | None, int]:
+    """The ids of a few tokens, read off the contents: an encoder made for it takes memory twice."""
+    model, added = contents.get("model"), contents.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    listed = vocab if isinstance(vocab, list) else []  # a unigram model's: token and score
+    rows: list[tuple[Any, Any]] = [
+        (row[0], i) for i, row in enumerate(listed) if isinstance(row, list) and row
+    ]
+    rows += [*vocab.items()] if isinstance(vocab, dict) else []
+    for token in added if isinstance(added, list) else []:
+        rows += [(token.get("content"), token.get("id"))] if isinstance(token, dict) else []
+    found: dict[str | None, int] = {}
+    found |= {token: i for token, i in rows if token in tokens and isinstance(i, int)}
+    return found
 
 
 def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:

@@ -7,14 +7,14 @@ continued by itself, where its window can slide.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.generate import Window, check_prompt
+from nanogpt_surgery.generation.generate import Window, check_bias, check_prompt
 from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.model.kv_cache import KVCache
@@ -44,6 +44,7 @@ def generate_batch(
     stop_ids: Collection[int] = (),
     seed: int | None = None,
     likeliest: int = 0,
+    until: Callable[[Token], bool] | None = None,
 ) -> Iterator[Token]:
     """Continue several prompts, a token for each item taken from the iterator.
 
@@ -58,6 +59,7 @@ def generate_batch(
         stop_ids: ids after which a row ends; the one met is not yielded.
         seed: of the draws; None draws differently each time.
         likeliest: how many log-probabilities to give beside the chosen one's.
+        until: called with each token as it is made; true ends the row after it.
 
     Raises:
         SurgeryError: no prompts, an empty one, or an id outside the vocabulary.
@@ -68,7 +70,10 @@ def generate_batch(
     for row in rows:
         check_prompt(model, row)
     settings = sampling or SamplingSettings()
-    lines = [_Line(i, row, settings, stop_ids, seed, likeliest) for i, row in enumerate(rows)]
+    check_bias(model, settings)
+    lines = [
+        _Line(i, row, settings, stop_ids, seed, likeliest, until) for i, row in enumerate(rows)
+    ]
     return _tokens(model, lines, max_new_tokens)
 
 
@@ -102,9 +107,10 @@ class _Line:
         stop_ids: Collection[int],
         seed: int | None,
         likeliest: int,
+        until: Callable[[Token], bool] | None,
     ):
         self.row, self.prompt, self.settings = row, prompt, settings
-        self.stop_ids, self.likeliest = stop_ids, likeliest
+        self.stop_ids, self.likeliest, self.until = stop_ids, likeliest, until
         self.answer: list[int] = []
         self.running = True
         self.generator = torch.Generator()
@@ -120,7 +126,10 @@ class _Line:
         log_probabilities = logits.float().log_softmax(-1)
         values, ids = log_probabilities.topk(min(self.likeliest, logits.numel()))
         others = dict(zip(ids.tolist(), values.tolist(), strict=True))
-        return Token(self.row, chosen, float(log_probabilities[chosen]), others)
+        token = Token(self.row, chosen, float(log_probabilities[chosen]), others)
+        if self.until is not None and self.until(token):
+            self.running = False
+        return token
 
 
 class _Together:

@@ -17,6 +17,8 @@ from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
+POSITIONS = 1024  # whose logits are held at once
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -32,32 +34,46 @@ class Perplexity:
         """Among how many equally likely tokens the model wavers, on average."""
         return math.exp(self.loss)
 
+    @property
+    def bits(self) -> float:
+        """What it takes to write the predicted tokens with the model, in bits."""
+        return self.loss * self.tokens / math.log(2)
+
 
 def perplexity(
-    model: SimpleGPT, ids: Sequence[int] | Tensor, stride: int | None = None, batch_size: int = 8
+    model: SimpleGPT,
+    ids: Sequence[int] | Tensor,
+    stride: int | None = None,
+    batch_size: int = 8,
+    context: int | None = None,
 ) -> Perplexity:
     """Predict each token of a text but the first, once.
 
-    Windows of the model's block_size begin every `stride` tokens, and of each only the tokens that
-    no window before it has predicted count: each has then at least block_size − stride tokens
-    before it. A small stride costs more and is closer to what the model knows.
+    Windows of `context` tokens begin every `stride` tokens, and of each only the tokens that no
+    window before it has predicted count: each has then at least context − stride tokens before it.
+    A small stride costs more and is closer to what the model knows.
 
     Args:
         model: left in the mode it is in; computed in eval mode.
         ids: of the text, (N,).
-        stride: half of block_size by default; block_size for windows that do not overlap.
+        stride: half of the context by default; the context for windows that do not overlap.
         batch_size: windows in a pass.
+        context: tokens in a window; the model's block_size by default.
 
     Raises:
-        SurgeryError: the text has less than two tokens, or the stride is out of range.
+        SurgeryError: the text has less than two tokens, or the stride or the context is out of
+            range.
     """
     text = torch.as_tensor(ids).flatten().long()
-    block = model.config.block_size
+    most = model.config.block_size
+    block = most if context is None else context
     stride = max(1, block // 2) if stride is None else stride
     if len(text) < 2:
         raise SurgeryError(f"the text has {len(text)} tokens; perplexity needs at least 2")
+    if not 1 <= block <= most:
+        raise SurgeryError(f"context is {block}; it must be from 1 to the block_size of {most}")
     if not 1 <= stride <= block:
-        raise SurgeryError(f"stride is {stride}; it must be from 1 to the block_size of {block}")
+        raise SurgeryError(f"stride is {stride}; it must be from 1 to the context of {block}")
     total, done = 0.0, 0
     starts = list(range(0, max(1, len(text) - 1 - block + stride), stride))
     for first in range(0, len(starts), batch_size):
@@ -76,19 +92,38 @@ def token_log_probabilities(model: SimpleGPT, texts: Sequence[Tensor]) -> list[T
 
     Shorter rows are padded on the right, where no token of theirs can see.
     """
+    return [chosen for chosen, _ in scored(model, texts)]
+
+
+def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Beside the log-probability of each token, whether it is the likeliest: (T − 1,) twice.
+
+    Logits are made for a few positions at a time, so those of all are never held at once.
+    """
     device = model.embed_tokens.weight.device
     rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(device)  # (B, T)
     training = model.training
     model.eval()
     try:
         with torch.inference_mode():
-            logits = model(rows[:, :-1])  # (B, T − 1, V)
-            targets = rows[:, 1:, None]
-            chosen = logits.gather(-1, targets)[..., 0].float()  # (B, T − 1)
-            scores = (chosen - logits.float().logsumexp(-1)).cpu()
+            hidden = model.hidden(rows[:, :-1]).flatten(0, 1)  # (B (T − 1), C)
+            parts = zip(
+                hidden.split(POSITIONS), rows[:, 1:].flatten().split(POSITIONS), strict=True
+            )
+            found = [_scores(model.lm_head(h).float(), targets) for h, targets in parts]
+            chosen, likeliest = (
+                torch.cat(part).view(len(texts), -1).cpu() for part in zip(*found, strict=True)
+            )
     finally:
         model.train(training)
-    return [row[: len(text) - 1] for row, text in zip(scores, texts, strict=True)]
+    lengths = [len(text) - 1 for text in texts]
+    return [(chosen[i, :n], likeliest[i, :n]) for i, n in enumerate(lengths)]
+
+
+def _scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Of logits (N, V): the targets' log-probabilities, and whether they are the largest, (N,)."""
+    chosen = logits.gather(-1, targets[:, None])[:, 0]
+    return chosen - logits.logsumexp(-1), logits.argmax(-1) == targets
 
 
 def answer_loss(model: SimpleGPT, examples: Sequence[Example], batch_size: int = 8) -> Perplexity:

@@ -25,6 +25,7 @@ def generate(
     sampling: SamplingSettings | None = None,
     stop_ids: Collection[int] = (),
     seed: int | None = None,
+    past: Past | None = None,
 ) -> Iterator[int]:
     """Continue a prompt, an id for each item taken from the iterator.
 
@@ -41,6 +42,8 @@ def generate(
         sampling: every setting of the draw, in the place of temperature and top_k.
         stop_ids: ids after which to stop; the one met is not yielded.
         seed: of the draw; None draws differently each time.
+        past: keys and values of the last call that was given it; where the prompt begins as that
+            text did, they are not computed again. Only for the same weights.
 
     Raises:
         SurgeryError: an empty prompt, an id outside the vocabulary, or a setting outside its range.
@@ -50,7 +53,8 @@ def generate(
     if max_new_tokens < 0:
         raise SurgeryError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
     settings = sampling or SamplingSettings(temperature, top_k)
-    return _ids(model, prompt.flatten(), max_new_tokens, settings, stop_ids, seed)
+    check_bias(model, settings)
+    return _ids(model, prompt.flatten(), max_new_tokens, settings, stop_ids, seed, past or Past())
 
 
 def check_prompt(model: SimpleGPT, prompt: Tensor) -> None:
@@ -70,6 +74,29 @@ def check_prompt(model: SimpleGPT, prompt: Tensor) -> None:
         )
 
 
+def check_bias(model: SimpleGPT, settings: SamplingSettings) -> None:
+    """Raise `SurgeryError` if a bias is on an id outside the vocabulary."""
+    vocab_size = model.config.vocab_size
+    outside = [index for index in settings.logit_bias if not 0 <= index < vocab_size]
+    if outside:
+        raise SurgeryError(
+            f"logit_bias names the id {outside[0]}; the model's vocabulary is 0 to {vocab_size - 1}"
+        )
+
+
+class Past:
+    """What a call of `generate` leaves behind for the next one."""
+
+    def __init__(self) -> None:
+        self.window: Window | None = None
+
+    def follow(self, window: Window) -> None:
+        """Give a new window what it has in common with the last one, and remember it."""
+        if self.window is not None:
+            window.take_over(self.window)
+        self.window = window
+
+
 def _ids(
     model: SimpleGPT,
     prompt: Tensor,
@@ -77,11 +104,13 @@ def _ids(
     settings: SamplingSettings,
     stop_ids: Collection[int],
     seed: int | None,
+    past: Past,
 ) -> Iterator[int]:
     draw = torch.Generator()
     draw.seed() if seed is None else draw.manual_seed(seed)
     before, answer = prompt.tolist(), list[int]()
     window = Window(model, prompt, max_new_tokens)
+    past.follow(window)
     for _ in range(max_new_tokens):
         new = choose(window.next_logits().cpu(), settings, before, answer, draw)
         if new in stop_ids:
@@ -102,6 +131,13 @@ class Window:
         room = min(self.block_size, len(prompt) + max_new_tokens)
         self.cache = KVCache(model.config, 1, room, weight.dtype, weight.device)
         self.warned = False
+
+    def take_over(self, other: Window) -> None:
+        """Copy the keys and values of the ids that both texts begin with, all but the last id."""
+        most = min(len(self.ids) - 1, other.cache.length, self.cache.max_length)
+        equal = self.ids[:most] == other.ids[:most]
+        count = int(equal.long().cumprod(0).sum())
+        self.cache.take_over(other.cache, count)
 
     def append(self, new: int) -> None:
         """Add an id to the text."""

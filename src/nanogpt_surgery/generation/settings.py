@@ -36,6 +36,7 @@ class SamplingSettings:
             "top_k": (self.top_k is None or self.top_k >= 1, "at least 1"),
             "top_p": (0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
+            "logit_bias": (not any(map(math.isnan, self.logit_bias.values())), "numbers"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0"),
         }
         found = [

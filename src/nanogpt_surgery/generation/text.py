@@ -8,7 +8,7 @@ from nanogpt_surgery.data.text_stream import TextStream
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizer import stop_ids as stop_ids_of
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.generate import generate
+from nanogpt_surgery.generation.generate import Past, generate
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -30,18 +30,36 @@ def stream_text(
     Raises:
         SurgeryError: a stop string is empty.
     """
-    if "" in stop:
-        raise SurgeryError("a stop string is empty; it would end every text at once")
-    stream, held = TextStream(tokenizer, before), ""
+    text = TextUntil(tokenizer, stop, before)
     for index in ids:
-        shown, held, found = _until(held + stream.push(index), stop)
+        shown = text.push(index)
         if shown:
             yield shown
-        if found:
+        if text.found:
             return
-    shown, held, found = _until(held + stream.finish(), stop)
-    if shown or (held and not found):
-        yield shown + ("" if found else held)
+    rest = text.finish()
+    if rest:
+        yield rest
+
+
+class TextUntil:
+    """Ids in, text out, up to the stop string that is complete first; see `stream_text`."""
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
+        if "" in stop:
+            raise SurgeryError("a stop string is empty; it would end every text at once")
+        self._stream, self._stop, self._held = TextStream(tokenizer, before), stop, ""
+        self.found = False
+
+    def push(self, index: int) -> str:
+        """The text that one more id completes; sets `found` when a stop string is complete."""
+        shown, self._held, self.found = _until(self._held + self._stream.push(index), self._stop)
+        return shown
+
+    def finish(self) -> str:
+        """What is left when no id follows."""
+        shown, held, self.found = _until(self._held + self._stream.finish(), self._stop)
+        return shown + ("" if self.found else held)
 
 
 def _until(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
@@ -69,11 +87,14 @@ def generate_text(
     stop: Sequence[str] = (),
     stop_ids: Collection[int] | None = None,
     seed: int | None = None,
+    past: Past | None = None,
 ) -> Iterator[str]:
     """Continue a prompt in pieces of text; see `generate` and `stream_text`.
 
     `stop_ids` are the tokenizer's own unless others are given.
     """
     ends = stop_ids_of(tokenizer) if stop_ids is None else stop_ids
-    ids = generate(model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed)
+    ids = generate(
+        model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed, past=past
+    )
     return stream_text(tokenizer, ids, stop, prompt)

@@ -71,29 +71,42 @@ def effect_of(
     before = logits_of(model, probe)
     change()
     effect = compare_logits(before, logits_of(model, probe))
-    if not effect["kl"] <= tolerance and not force:
+    if not force:
+        refuse_effect(effect, tolerance)
+    return effect
+
+
+def refuse_effect(effect: Mapping[str, float], tolerance: float) -> None:
+    """Raise `SurgeryError` if a KL divergence exceeds the tolerance, or is not a number."""
+    if not effect["kl"] <= tolerance:
         raise SurgeryError(
             f"the merged model is not the adapted one: its distribution is {effect['kl']:.3g} nats "
             f"a token away (tolerance {tolerance:g}), the largest logit error "
             f"{effect['largest_error']:.3g}, {effect['same_greedy']:.1%} of greedy tokens equal",
-            "merge into float32 weights (model.float()), raise the tolerance, or force=True",
+            "merge into float32 weights, raise the tolerance, or force=True (--force)",
         )
-    return effect
 
 
-def merge_rows(layers: Mapping[str, LoRALayer], kept: bool) -> list[dict[str, Any]]:
-    """For each layer what a merge into the weight's own dtype does: size, and energy that stays."""
+def merge_rows(
+    layers: Mapping[str, LoRALayer], kept: bool, precision: torch.dtype | None = None
+) -> list[dict[str, Any]]:
+    """For each layer what a merge does that rounds to a precision, the weight's own by default.
+
+    The size of ΔW, the largest error of a weight and the share of ΔW's energy that stays.
+    """
     rows = []
     for name, layer in _matrices(layers).items():
         weight = layer.original_layer.weight.detach()
         delta = layer.delta_weight()
-        rounded = (weight.float() + delta).to(weight.dtype).float() - weight.float()
+        dtype, exact = precision or weight.dtype, weight.float() + delta
+        rounded = exact.to(dtype).float()
         rows.append(
             {
                 "layer": name,
-                "dtype": str(weight.dtype).removeprefix("torch."),
+                "dtype": str(dtype).removeprefix("torch."),
                 "ΔW / W": _ratio(delta, weight.float()),
-                "energy left": energy_left(rounded, delta),
+                "largest error": float((rounded - exact).abs().max()),
+                "energy left": energy_left(rounded - weight.float(), delta),
                 "original": "kept" if kept else "dropped",
             }
         )

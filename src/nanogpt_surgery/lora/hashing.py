@@ -13,17 +13,24 @@ from torch import Tensor, nn
 UPDATES = ".updates."
 
 
-def tensor_hashes(model: nn.Module) -> dict[str, str]:
+def tensor_hashes(model: nn.Module, seen: dict[Tensor, str] | None = None) -> dict[str, str]:
     """The sha256 of every parameter and buffer, by name; a wrapped layer keeps its plain name.
 
     A tensor that several layers share appears under each of their names.
+
+    Args:
+        model: any module.
+        seen: hashes of tensors that nothing can have written to since, which are not hashed again;
+            the new ones are added. A tensor's version counter would not do: writing to `.data`, or
+            to an array that shares its memory, leaves it as it was.
     """
+    seen = {} if seen is None else seen
     named: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     named |= dict(model.named_buffers(remove_duplicate=False))
-    distinct = {id(tensor): tensor for tensor in named.values()}
+    new = list({id(tensor): tensor for tensor in named.values() if tensor not in seen}.values())
     with ThreadPoolExecutor(max_workers=max(1, torch.get_num_threads())) as pool:
-        hashes = dict(zip(distinct, pool.map(tensor_hash, distinct.values()), strict=True))
-    return {plain_name(name): hashes[id(tensor)] for name, tensor in named.items()}
+        seen.update(zip(new, pool.map(tensor_hash, new), strict=True))
+    return {plain_name(name): seen[tensor] for name, tensor in named.items()}
 
 
 def plain_name(name: str) -> str:

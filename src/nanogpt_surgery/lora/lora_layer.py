@@ -52,11 +52,15 @@ class LoRALayer(nn.Module):
         """What the updates that take part add to the weight, in its layout, float32."""
         return self.mixture.delta_weight(self)
 
-    def merged_layer(self) -> nn.Module:
-        """A new plain layer with W + ΔW, added in float32 and rounded once to W's dtype."""
+    def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
+        """A new plain layer with W + ΔW, added in float32 and rounded once.
+
+        Args:
+            precision: what to round to, W's own dtype by default; in any case it is kept in W's.
+        """
         weight = self.original_layer.weight.detach()
-        merged = (weight.float() + self.delta_weight()).to(weight.dtype).contiguous()
-        return self.with_weight(nn.Parameter(merged))
+        merged = (weight.float() + self.delta_weight()).to(precision or weight.dtype)
+        return self.with_weight(nn.Parameter(merged.to(weight.dtype).contiguous()))
 
     @property
     def update(self) -> Update:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal
 
+import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
@@ -115,6 +116,7 @@ def merge_lora(
     tolerance: float = 1e-3,
     force: bool = False,
     keep_originals: bool = True,
+    precision: torch.dtype | None = None,
 ) -> Report:
     """Put W + ΔW, added in float32, in the place of every wrapped layer.
 
@@ -130,6 +132,8 @@ def merge_lora(
         force: merge whatever the probe says.
         keep_originals: keep the original layers and the updates in memory, for `unmerge_lora` and
             `undo_lora`.
+        precision: what W + ΔW is rounded to, W's own dtype by default. The tensors stay in W's: in
+            a wider one they hold exactly what a narrower file will.
 
     Raises:
         SurgeryError: the probe shows more than the tolerance, the LoRA is disabled, or a tie would
@@ -137,10 +141,10 @@ def merge_lora(
     """
     layers = lora_layers(model)
     _check_mergeable(model, layers)
-    rows = merge_rows(layers, keep_originals)
+    rows = merge_rows(layers, keep_originals, precision)
     with operation(model, "merge"):
         before = tuple((name, layer) for name, layer in layers.items())
-        effect = effect_of(model, probe, lambda: merge_layers(model), tolerance, force)
+        effect = effect_of(model, probe, lambda: merge_layers(model, precision), tolerance, force)
         chart_of(model).merged = tuple((n, layer, model.get_submodule(n)) for n, layer in before)
     if not keep_originals:
         forget(model)

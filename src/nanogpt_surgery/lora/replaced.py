@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
@@ -60,7 +61,7 @@ class ReplacedLayer(LoRALayer):
             )
         return self.updates[found[0]]
 
-    def merged_layer(self) -> nn.Module:
-        """The module that takes part, bare."""
+    def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
+        """The module that takes part, bare; it is not rounded."""
         chosen = self.chosen()
         return chosen.module if isinstance(chosen, WholeUpdate) else chosen

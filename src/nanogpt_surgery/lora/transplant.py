@@ -128,7 +128,8 @@ def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
         if name not in state or state[name].shape != tensor.shape:
             problems.append(f"there is no tensor {name} of shape {tuple(tensor.shape)}")
     for name, copy in adapter.base_copies.items():
-        if not torch.equal(state[f"{name}.weight"].float().cpu(), copy):
+        base = state.get(f"{name}.weight")
+        if base is None or not torch.equal(base.float().cpu(), copy):
             problems.append(f"the adapter brings its own {name}, which differs from the model's")
     if problems:
         raise SurgeryError("this adapter is for another model: " + "; ".join(problems))

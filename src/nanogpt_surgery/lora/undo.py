@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.hashing import UPDATES, combined, tensor_hashes
@@ -23,9 +23,10 @@ def undo_lora(model: nn.Module) -> Report:
         SurgeryError: there is nothing to undo, or a frozen tensor is not what it was before the
             operation (all of them named; the model stays as it is then).
     """
-    before = tensor_hashes(model)
+    seen: dict[Tensor, str] = {}
+    before = tensor_hashes(model, seen)
     entry = take_back(model)
-    after = tensor_hashes(model)
+    after = tensor_hashes(model, seen)
     wanted = entry.hashes or {name: h for name, h in before.items() if name in after}
     changed = [n for n in wanted if UPDATES not in n and after.get(n) != wanted[n]]
     if changed:
@@ -44,9 +45,10 @@ def redo_lora(model: nn.Module) -> Report:
     Raises:
         SurgeryError: there is nothing to redo.
     """
-    before = tensor_hashes(model)
+    seen: dict[Tensor, str] = {}
+    before = tensor_hashes(model, seen)
     entry = do_again(model)
-    after = tensor_hashes(model)
+    after = tensor_hashes(model, seen)
     return _report(f"done again: {entry.title}", before, after, {})
 
 

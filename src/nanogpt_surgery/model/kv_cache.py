@@ -74,6 +74,13 @@ class KVCache:
         self.ids[:, self.length : end] = new
         return self.ids[:, :end]
 
+    def take_over(self, other: KVCache, count: int) -> None:
+        """Begin with copies of the first `count` tokens of another cache of the same model."""
+        assert self.length == 0, f"the cache holds {self.length} tokens already"
+        self.ids[:, :count] = other.ids[:, :count]
+        for layer, old in zip(self.layers, other.layers, strict=True):
+            layer.append(old.keys[:, :, :count], old.values[:, :, :count])
+
     def truncate(self, length: int) -> None:
         """Forget every token from position `length` on."""
         assert 0 <= length <= self.length, f"cannot truncate {self.length} tokens to {length}"

@@ -8,7 +8,6 @@ of steps. Nothing else has a state: batches, dropout and the schedule follow fro
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,21 +30,24 @@ from nanogpt_surgery.files import (
     write_json,
     write_tensors,
 )
+from nanogpt_surgery.formats.folder_journal import is_operated
 from nanogpt_surgery.formats.run_folder import (
     BEST,
     LATEST,
+    LOCK,
     METRICS,
     RUN,
     best_checkpoint,
     checkpoint_folder,
     checkpoints,
+    held,
     is_run,
     latest_checkpoint,
     step_of,
 )
 from nanogpt_surgery.training.fit import Step
 
-STATE, SUMMARY, LOCK = "training.safetensors", "training.json", "LOCK"
+STATE, SUMMARY = "training.safetensors", "training.json"
 KEPT = 2  # newest checkpoints, beside the best
 
 
@@ -164,7 +166,7 @@ def start_run(folder: Path, description: dict[str, Any], resume: bool) -> Iterat
     elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
         raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with held(folder / LOCK):
         remove_temporaries(folder)
         remove_temporaries(folder / "checkpoints")
         if not is_run(folder):
@@ -183,6 +185,11 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
     if not resume:
         raise SurgeryError(
             f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
+        )
+    if is_operated(folder):
+        raise SurgeryError(
+            f"{folder} was operated on since, and going on would write over the result",
+            f"surgery log {folder} says what was done, surgery undo {folder} takes it back",
         )
     before, now = _flat(read_json(folder / RUN)), _flat(json.loads(json.dumps(description)))
     differences = [
@@ -204,29 +211,6 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         name = f"{prefix}{key}"
         flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
     return flat
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other processes; the system lets go when a process dies."""
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    with (folder / LOCK).open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise SurgeryError(
-                f"{folder} is being written by another process (PID {file.read().strip()})",
-                "wait for it, or choose a new --out",
-            ) from None
-        file.truncate(0)
-        file.write(str(os.getpid()))
-        file.flush()
-        yield
 
 
 def _trim_metrics(path: Path, steps: int) -> None:

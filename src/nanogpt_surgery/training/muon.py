@@ -32,7 +32,7 @@ POLYNOMIALS = (
 def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: (N, R, C) → (N, R, C), for R ≤ C."""
     largest = matrices.norm(dim=(-2, -1), keepdim=True)  # at least the first singular value
-    x = matrices / largest.clamp_min(1e-7)
+    x: Tensor = matrices / largest.clamp_min(1e-7)
     for a, b, c in polynomials:
         square = x @ x.mT  # (N, R, R)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
@@ -98,7 +98,8 @@ class Muon(torch.optim.Optimizer):
         state = self.state[matrix]
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(_wide(matrix))
-        return state["momentum"]
+        momentum: Tensor = state["momentum"]
+        return momentum
 
 
 def _wide(matrix: Tensor) -> Tensor:

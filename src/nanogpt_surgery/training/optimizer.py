@@ -85,4 +85,5 @@ def _muon(model: nn.Module, trainable: list[nn.Parameter], settings: FitSettings
         {"params": rest, "rate_ratio": OTHER_RATIO},
     ]
     groups = [{"muon": False} | group for group in groups if group["params"]]
-    return Muon(groups, settings.learning_rate, betas=(settings.beta1, settings.beta2))
+    betas = (settings.beta1, settings.beta2)
+    return Muon(groups, settings.learning_rate, settings.momentum, betas)

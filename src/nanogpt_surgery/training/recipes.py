@@ -34,6 +34,7 @@ RECIPES: dict[str | None, Recipe] = {
         },
         training={
             "muon": True,
+            "momentum": 0.9,
             "learning_rate": 0.03,
             "schedule": "stable",
             "cooldown": 0.7,

@@ -29,6 +29,8 @@ class FitSettings:
     """batches whose gradients make one step, as one big batch would"""
     muon: bool = False
     """train the matrices between embedding and head by Muon instead of AdamW (arXiv:2502.16982)"""
+    momentum: float = 0.95
+    """Muon's memory of the gradient"""
     learning_rate: float = 2e-3
     """the peak of the schedule"""
     schedule: Shape = "cosine"
@@ -72,7 +74,7 @@ class FitSettings:
         ]
         found += [
             f"{name} is {getattr(self, name)}; it must be below 1"
-            for name in ("beta1", "beta2")
+            for name in ("momentum", "beta1", "beta2")
             if getattr(self, name) >= 1
         ]
         if self.cooldown > 1:
@@ -107,6 +109,7 @@ _LEAST = {
     "weight_decay": 0.0,
     "lora_plus_ratio": 0.0,
     "keep_hidden": 0.0,
+    "momentum": 0.0,
     "beta1": 0.0,
     "beta2": 0.0,
     "clip": 0.0,

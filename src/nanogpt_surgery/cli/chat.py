@@ -1,0 +1,127 @@
+"""`surgery chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.options import given, options_of
+from nanogpt_surgery.generation.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.chat import ChatTemplate
+    from nanogpt_surgery.data.tokenizer import Tokenizer
+
+SamplingOptions: Any = options_of(SamplingSettings, "Sampling", leave_out=("logit_bias",))
+_PLAIN = (
+    "this model has no chat template, so it was probably not taught to converse: messages are "
+    'written as "User: …" and "Assistant: …", and an answer ends where the next "User:" begins'
+)
+_NONE = "what you type is continued as it stands: there are no roles, and answers have no end"
+
+
+def chat(
+    model: str,
+    *,
+    system: str = "",
+    adapter: Annotated[list[str] | None, Parameter(negative="")] = None,
+    template: Literal["auto", "chatml", "plain", "none"] = "auto",
+    max_new_tokens: int = 512,
+    stop: Annotated[list[str] | None, Parameter(group="Sampling", negative="")] = None,
+    seed: Annotated[int | None, Parameter(group="Sampling")] = None,
+    sampling: SamplingOptions = None,
+) -> None:
+    """Talk with a model; answers appear as they are made, and Ctrl-C stops one.
+
+    Lines that begin with / are commands: /help lists them.
+
+    Parameters
+    ----------
+    model
+        a run, a model folder, a GGUF file or a hub name
+    system
+        what the model is told before the conversation
+    adapter
+        NAME=FOLDER, or a folder; may be given several times, the first takes part
+    template
+        how messages are written; auto: the model's own, else chatml or plain, as its tokens allow
+    max_new_tokens
+        how many tokens an answer has at most
+    stop
+        a text that ends an answer and is not shown; may be given several times
+    seed
+        of the first answer's draw, one more for each next; without it each draws differently
+    """
+    from nanogpt_surgery.cli.chat_session import Session
+    from nanogpt_surgery.cli.chat_settings import ChatSettings
+    from nanogpt_surgery.cli.opening import named_adapters, open_to_talk
+    from nanogpt_surgery.generation.conversation import Conversation
+
+    settings = ChatSettings(
+        SamplingSettings(**given(sampling)), max_new_tokens, tuple(stop or ()), seed
+    )
+    adapters = named_adapters(adapter or ())
+    network, tokenizer = open_to_talk(model, adapters)
+    conversation = Conversation(network, tokenizer, _template(tokenizer, template))
+    conversation.system = system
+    session = Session(conversation, settings)
+    _greet(conversation.template, list(adapters))
+    for line in _lines():
+        if not session.hear(line):
+            return
+
+
+def _template(tokenizer: Tokenizer, name: str) -> ChatTemplate:
+    from nanogpt_surgery.data.chat import template_of
+    from nanogpt_surgery.errors import SurgeryError
+
+    found = template_of(tokenizer)
+    if name != "auto":
+        return replace(found, source=name)
+    if found.source == "plain":
+        try:
+            tokenizer.encode("System: User: Assistant: \n")
+        except SurgeryError:  # a vocabulary of characters without these
+            return replace(found, source="none")
+    return found
+
+
+def _greet(template: ChatTemplate, adapters: list[str]) -> None:
+    note = {"plain": _PLAIN, "none": _NONE}.get(template.source)
+    if note:
+        say(f"note: {note}")
+    if adapters:
+        say(f"adapters: {', '.join(adapters)}; {adapters[0]} takes part")
+    say("/help lists the commands, /exit leaves; Ctrl-C stops an answer")
+
+
+def _lines() -> Iterator[str]:
+    """What the user types, line by line, up to the end of standard input."""
+    if not sys.stdin.isatty():
+        yield from _piped()
+        return
+    import readline  # noqa: F401 - gives input() a history and editing
+
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            say("\n/exit leaves")
+        except EOFError:
+            return
+
+
+def _piped() -> Iterator[str]:
+    while True:
+        try:
+            data = sys.stdin.buffer.readline()
+        except KeyboardInterrupt:  # between answers: nobody is there who could type /exit
+            sys.exit(130)
+        if not data:
+            return
+        yield data.decode(errors="replace").rstrip("\r\n")

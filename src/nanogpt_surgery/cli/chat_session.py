@@ -1,0 +1,230 @@
+"""What happens to a line typed into `surgery chat`: it is said to the model, or is a command."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanogpt_surgery.cli.chat_settings import ChatSettings, number
+from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.errors import SurgeryError, nearest, printable
+from nanogpt_surgery.files import write_json
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.generation.conversation import Conversation
+
+
+class Session:
+    """A conversation and its settings, driven by lines.
+
+    A method named `do_…` is the command of that name; its docstring is what /help says.
+    """
+
+    def __init__(self, conversation: Conversation, settings: ChatSettings):
+        self.conversation, self.model = conversation, conversation.model
+        self.settings = settings
+        self.own_files: set[Path] = set()
+
+    def hear(self, line: str) -> bool:
+        """Answer a line or obey it; whether to go on."""
+        if line.strip() in ("/exit", "/quit"):
+            return False
+        try:
+            if line.startswith("/") and not line.startswith("//"):
+                self._obey(line)
+            elif line.strip():
+                self._ask(line.removeprefix("/") if line.startswith("//") else line)
+        except (SurgeryError, OSError) as error:
+            say(str(error))
+        return True
+
+    def _ask(self, text: str) -> None:
+        talk, before = self.conversation, self.conversation.forgotten
+        pieces = talk.ask(
+            text,
+            self.settings.max_new_tokens,
+            self.settings.sampling,
+            stop=self.settings.stop,
+            seed=self.settings.next_seed(),
+        )
+        if talk.forgotten > before:
+            say(
+                f"note: the first {talk.forgotten} messages no longer fit the model's block_size "
+                f"of {self.model.config.block_size:,} tokens; it does not see them any more"
+            )
+        try:
+            with _asked_to_stop() as asked:
+                for piece in pieces:
+                    sys.stdout.write(printable(piece))
+                    sys.stdout.flush()
+                    if asked():
+                        say("\nstopped; what was said so far is kept (/undo takes it back)")
+                        break
+        except KeyboardInterrupt:
+            talk.weights_changed()  # it may have come in the middle of a layer
+            say("\nstopped at once")
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _obey(self, line: str) -> None:
+        name, _, rest = line[1:].partition(" ")
+        command: Callable[[str], None] | None = getattr(self, f"do_{name}", None)
+        if command is None:
+            raise SurgeryError(
+                f"there is no command /{name}", f"/{nearest(name, commands(), 1)}? /help lists them"
+            )
+        command(rest.strip())
+
+    def do_help(self, _rest: str) -> None:
+        """This list."""
+        for name in commands():
+            say(f"  /{name:10}{getattr(Session, f'do_{name}').__doc__}")
+        say("  /exit      Leave.\n  //…        Say something that begins with /.")
+
+    def do_system(self, rest: str) -> None:
+        """TEXT: what the model is told before the conversation."""
+        self.conversation.system = rest
+        say(f"the system prompt is: {rest}" if rest else "there is no system prompt")
+
+    def do_reset(self, _rest: str) -> None:
+        """Begin anew; the system prompt stays."""
+        self.conversation.reset()
+        say("nothing has been said")
+
+    def do_undo(self, _rest: str) -> None:
+        """Take the last exchange back."""
+        say(f"taken back: {self.conversation.undo()}")
+
+    def do_retry(self, _rest: str) -> None:
+        """Another answer to the last message."""
+        self._ask(self.conversation.undo())
+
+    def do_adapter(self, rest: str) -> None:
+        """NAME [WEIGHT]: let one adapter take part alone."""
+        name, _, weight = rest.partition(" ")
+        self._take_part({name: number("weight", weight) if weight else 1.0})
+
+    def do_blend(self, rest: str) -> None:
+        """NAME=WEIGHT NAME=WEIGHT …: let several adapters take part, as Σ wᵢ ΔWᵢ."""
+        pairs = [word.partition("=") for word in rest.split()]
+        if not pairs or not all(equals for _, equals, _ in pairs):
+            raise SurgeryError("a blend needs weights", "/blend formal=0.7 brief=0.3")
+        self._take_part({name: number(name, weight) for name, _, weight in pairs})
+
+    def _take_part(self, weights: dict[str, float]) -> None:
+        from nanogpt_surgery.lora.mixing import blend_lora
+        from nanogpt_surgery.lora.operations import enable_lora
+
+        blend_lora(self.model, weights)
+        enable_lora(self.model)
+        self.conversation.weights_changed()
+        self.do_adapters("")
+
+    def do_base(self, _rest: str) -> None:
+        """The model without any adapter."""
+        from nanogpt_surgery.lora.operations import disable_lora
+
+        disable_lora(self.model)
+        self.conversation.weights_changed()
+        self.do_adapters("")
+
+    def do_adapters(self, _rest: str) -> None:
+        """Which adapters there are, and which take part."""
+        from nanogpt_surgery.lora.lora_layer import adapter_names, has_lora
+
+        if not has_lora(self.model):
+            say("there are no adapters: surgery chat MODEL --adapter NAME=FOLDER loads one")
+            return
+        taking = self._taking_part()
+        for name in adapter_names(self.model):
+            say(f"  {name}: " + (f"weight {taking[name]:g}" if name in taking else "waits"))
+
+    def _taking_part(self) -> dict[str, float]:
+        from nanogpt_surgery.lora.lora_layer import active_mixture, has_lora, lora_layers
+        from nanogpt_surgery.lora.mixture import Blend
+
+        if not has_lora(self.model):
+            return {}
+        mixture = active_mixture(self.model)
+        assert isinstance(mixture, Blend), "a conversation has one row"
+        enabled = all(layer.enabled for layer in lora_layers(self.model).values())
+        return dict(mixture.weights) if enabled else {}
+
+    def do_set(self, rest: str) -> None:
+        """NAME VALUE: change a setting of the answers; alone, show them all."""
+        if rest:
+            name, _, value = rest.replace("=", " ", 1).partition(" ")
+            self.settings.change(name.replace("-", "_"), value.strip())
+        say("\n".join(f"  {name} {value}" for name, value in self.settings.to_dict().items()))
+
+    def do_save(self, rest: str) -> None:
+        """FILE: write the conversation as JSON, a record of instruction data."""
+        path = _path(rest, "/save")
+        if path.exists() and path.resolve() not in self.own_files:
+            raise SurgeryError(
+                f"{path} exists and is not of this conversation", "choose a new name"
+            )
+        if not self.conversation.messages:
+            raise SurgeryError("nothing has been said that could be saved")
+        system = self.conversation.system
+        first = [{"role": "system", "content": system}] if system else []
+        record = {
+            "messages": [*first, *self.conversation.messages],
+            "adapters": self._taking_part(),
+            "settings": self.settings.to_dict(),
+        }
+        write_json(path, [record])
+        self.own_files.add(path.resolve())
+        say(f"wrote {path}")
+
+    def do_load(self, rest: str) -> None:
+        """FILE: go on with a conversation that was saved."""
+        from nanogpt_surgery.data.chat import check_messages
+        from nanogpt_surgery.data.instructions import read_conversations
+
+        path = _path(rest, "/load")
+        found = read_conversations(path)
+        check_messages(found[0])
+        if len(found) != 1 or found[0][-1]["role"] != "assistant":
+            what = (
+                f"{len(found)} conversations" if len(found) != 1 else "one that ends in a question"
+            )
+            raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")
+        begins = found[0][0]["role"] == "system"
+        self.conversation.reset()
+        self.conversation.system = found[0][0]["content"] if begins else ""
+        self.conversation.messages = found[0][begins:]
+        self.own_files.add(path.resolve())
+        say(f"{len(self.conversation.messages)} messages; the last was:")
+        say(found[0][-1]["content"])
+
+
+def commands() -> list[str]:
+    """The names of the commands that a session obeys."""
+    return [name.removeprefix("do_") for name in vars(Session) if name.startswith("do_")]
+
+
+def _path(rest: str, command: str) -> Path:
+    if not rest:
+        raise SurgeryError(f"{command} needs a file", f"{command} talk.json")
+    return Path(rest).expanduser()
+
+
+@contextmanager
+def _asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C came since; a second one is a `KeyboardInterrupt`."""
+    came: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        came.append(number)
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: bool(came)
+    finally:
+        signal.signal(signal.SIGINT, before)

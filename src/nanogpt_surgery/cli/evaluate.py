@@ -1,0 +1,143 @@
+"""`surgery eval`: how well a model predicts a text, answers, or the right one of several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.console import say, show
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.lora.report import Report
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+LONGEST_WINDOW = 1024
+
+
+def evaluate(
+    model: str,
+    file: str,
+    *,
+    adapter: Path | None = None,
+    context: int | None = None,
+    stride: int | None = None,
+    batch_size: int = 8,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Measure a model on a file: a text, questions with choices, or instruction data.
+
+    A text gives the loss of each token, predicted once from a sliding window: nats a token, bits a
+    byte, perplexity. JSON or JSONL with prompt, choices and answer gives the share of questions
+    whose right choice is the likeliest, by its log-likelihood and by that divided by its length in
+    characters. Other JSON or JSONL is instruction data: the loss on the answers alone.
+
+    Parameters
+    ----------
+    model
+        a run, a model folder, a GGUF file or a hub name
+    file
+        a text, JSON or JSONL file; a folder of texts; or - for a text on standard input
+    adapter
+        an adapter folder, as finetune or peft writes it
+    context
+        tokens in a window over a text; the model's block_size by default, at most 1024
+    stride
+        tokens from one window to the next; half of the context by default
+    batch_size
+        rows computed together
+    json
+        print the report as JSON
+    """
+    from nanogpt_surgery.cli.opening import open_to_talk
+    from nanogpt_surgery.data.choices import has_choices
+
+    network, tokenizer = open_to_talk(model, {} if adapter is None else {"default": adapter})
+    if Path(file).suffix not in (".json", ".jsonl"):
+        window = context or min(network.config.block_size, LONGEST_WINDOW)
+        report = _text_report(network, tokenizer, file, window, stride, batch_size)
+    elif has_choices(file):
+        report = _choice_report(network, tokenizer, file)
+    else:
+        report = _answer_report(network, tokenizer, file, batch_size)
+    show(report, json)
+
+
+def _text_report(
+    model: SimpleGPT,
+    tokenizer: Tokenizer,
+    file: str,
+    context: int,
+    stride: int | None,
+    batch_size: int,
+) -> Report:
+    from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.data.tokenizer import prompt_ids
+    from nanogpt_surgery.generation.evaluation import perplexity
+    from nanogpt_surgery.lora.report import Report
+
+    text = read_texts([file])
+    ids = prompt_ids(tokenizer, text)
+    found = perplexity(model, ids, stride, batch_size, context)
+    # The first token is not predicted: where it is not a BOS, its bytes do not count.
+    first = "" if getattr(tokenizer, "add_bos", False) else tokenizer.decode(ids[:1])
+    n_bytes = len(text.encode()) - len(first.encode())
+    summary = {
+        "tokens": found.tokens,
+        "bytes": n_bytes,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits / n_bytes,
+        "context": context,
+        "stride": max(1, context // 2) if stride is None else stride,
+    }
+    return Report(f"{file}: each token from those before it (loss in nats a token)", [], summary)
+
+
+def _choice_report(model: SimpleGPT, tokenizer: Tokenizer, file: str) -> Report:
+    from nanogpt_surgery.data.choices import read_questions
+    from nanogpt_surgery.generation.evaluation import multiple_choice
+    from nanogpt_surgery.lora.report import Report
+
+    questions = read_questions(file)
+    plain, normalised = 0, 0
+    for question in questions:
+        found = multiple_choice(model, tokenizer, question.prompt, question.choices)
+        plain += question.answer == max(range(len(found)), key=lambda i: found[i].log_likelihood)
+        normalised += question.answer == max(
+            range(len(found)), key=lambda i: found[i].per_character
+        )
+    count = len(questions)
+    summary = {
+        "questions": count,
+        "accuracy": plain / count,
+        "length_normalised_accuracy": normalised / count,
+        "accuracy_by_chance": sum(1 / len(q.choices) for q in questions) / count,
+    }
+    return Report(f"{file}: the likeliest choice", [], summary)
+
+
+def _answer_report(model: SimpleGPT, tokenizer: Tokenizer, file: str, batch_size: int) -> Report:
+    from nanogpt_surgery.data.chat import template_of
+    from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
+    from nanogpt_surgery.generation.evaluation import answer_loss
+    from nanogpt_surgery.lora.report import Report
+
+    template = template_of(tokenizer)
+    examples = encode_conversations(read_conversations(file), tokenizer, template)
+    length = model.config.block_size + 1
+    cut = sum(len(example.ids) > length for example in examples)
+    if cut:
+        say(f"note: {cut} conversations are longer than the block_size; their ends do not count")
+    found = answer_loss(model, examples, batch_size)
+    summary = {
+        "conversations": len(examples),
+        "cut": cut,
+        "answer_tokens": found.tokens,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "template": template.name,
+    }
+    return Report(f"{file}: answers alone (loss in nats a token)", [], summary)

@@ -1,0 +1,53 @@
+"""What every command that puts text into a model begins with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+def open_to_talk(path: str, adapters: Mapping[str, Path]) -> tuple[SimpleGPT, Tokenizer]:
+    """A model with its tokenizer and named adapters; the first of them takes part alone.
+
+    Raises:
+        SurgeryError: one of them does not open, or there is no tokenizer.
+    """
+    from nanogpt_surgery.formats.adapter_layout import load_adapter
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.lora.mixing import swap_lora
+
+    model, tokenizer = open_model(path)
+    if tokenizer is None:
+        raise SurgeryError(f"{path} has no tokenizer, so text cannot become ids")
+    for name, folder in adapters.items():
+        load_adapter(model, folder, name=name)
+    if adapters:
+        swap_lora(model, next(iter(adapters)))
+    return model, tokenizer
+
+
+def named_adapters(written: Sequence[str]) -> dict[str, Path]:
+    """Adapters written as NAME=FOLDER, or as a folder that gives its own name.
+
+    Raises:
+        SurgeryError: two have one name.
+    """
+    found: dict[str, Path] = {}
+    for text in written:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            name, folder = Path(text).resolve().name, text
+        if name in found:
+            raise SurgeryError(
+                f"two adapters have the name {name!r}: {found[name]} and {folder}",
+                "--adapter NAME=FOLDER names them",
+            )
+        found[name] = Path(folder)
+    return found

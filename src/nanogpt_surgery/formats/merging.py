@@ -1,0 +1,247 @@
+"""A model on disk and an adapter on disk become a merged model on disk, in place or elsewhere.
+
+W + ΔW is added in float32 and rounded once, to the precision that the file will have. The merged
+model is written, read again, compared bit by bit, and measured against the adapted one; only then
+does it take its place.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files import file_hash, read_json, whole_folder, write_json
+from nanogpt_surgery.formats.adapter_layout import adapter_folder, load_adapter
+from nanogpt_surgery.formats.comparison import check_equal
+from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
+from nanogpt_surgery.formats.folder_operation import operate
+from nanogpt_surgery.formats.hub import is_hub_name
+from nanogpt_surgery.formats.huggingface import config_from_json
+from nanogpt_surgery.formats.model_file import (
+    CONFIG,
+    model_folder,
+    open_model,
+    write_model_files,
+)
+from nanogpt_surgery.lora.adapter import TENSORS
+from nanogpt_surgery.lora.examination import (
+    compare_logits,
+    logits_of,
+    merge_survival,
+    refuse_effect,
+)
+from nanogpt_surgery.lora.hashing import UPDATES, combined, tensor_hashes
+from nanogpt_surgery.lora.operations import merge_lora
+from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+PROBE_ROWS, PROBE_TOKENS = 4, 64
+
+
+@dataclass
+class Merge:
+    """A merge that is about to happen: the adapted model, and all that its report will say."""
+
+    model: SimpleGPT
+    tokenizer: Tokenizer | None
+    precision: torch.dtype
+    base: str
+    title: str
+    probe: Tensor
+    probed_on: str
+
+    def planned(self) -> dict[str, Any]:
+        """The sizes to expect."""
+        own = [p.numel() for n, p in self.model.named_parameters() if UPDATES not in n]
+        name = str(self.precision).removeprefix("torch.")
+        return {"dtype": name, "model_bytes": sum(own) * self.precision.itemsize}
+
+
+def prepare(
+    model: str | Path,
+    adapter: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    probe: str | None = None,
+    force: bool = False,
+) -> Merge:
+    """Open a model with an adapter on it, in float32; arguments as in `merge_adapter`."""
+    network, tokenizer = open_model(model)
+    stored = network.lm_head.weight.dtype
+    network.float()
+    base = combined(tensor_hashes(network).values())
+    load_adapter(network, adapter, force=force)
+    ids, probed_on = _probe(network, tokenizer, probe)
+    precision = stored if dtype is None else getattr(torch, dtype)
+    return Merge(network, tokenizer, precision, base, f"merge {adapter}", ids, probed_on)
+
+
+def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> tuple[Tensor, str]:
+    """Ids (B, T) to measure on, and what they are in words."""
+    length = min(PROBE_TOKENS, model.config.block_size)
+    if text is None:
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.vocab_size, (PROBE_ROWS, length), generator=draw)
+        return ids, f"{ids.numel()} random tokens"
+    if tokenizer is None:
+        raise SurgeryError("the model has no tokenizer, so a probe text cannot become ids",
+                           "without --probe it is measured on random tokens")  # fmt: skip
+    encoded = list(tokenizer.encode(text[: 64 * PROBE_ROWS * PROBE_TOKENS]))
+    rows = min(PROBE_ROWS, len(encoded) // length)
+    if not rows:
+        raise SurgeryError(f"the probe text has {len(encoded)} tokens, fewer than {length}",
+                           "give a longer one, or none: then it is random tokens")  # fmt: skip
+    ids = torch.tensor(encoded[: rows * length]).view(rows, length)
+    return ids, f"{ids.numel()} tokens of the text given"
+
+
+def plan_merge(
+    model: str | Path, adapter: str | Path, out: str | Path | None = None, **options: Any
+) -> Report:
+    """What `merge_adapter` would do, while nothing is written.
+
+    How much of ΔW survives each precision in each layer, and the sizes to expect; the arguments are
+    those of `merge_adapter`.
+    """
+    keep = options.pop("keep_originals", True)
+    options.pop("tolerance", None)
+    merge = prepare(model, adapter, **options)
+    survival = merge_survival(merge.model)
+    goal = _in_place(model) if out is None else Path(out)
+    there = next(place for place in [goal, *goal.absolute().parents] if place.is_dir())
+    old = sum(p.stat().st_size for p in goal.glob("*.safetensors")) if out is None else 0
+    sizes = {
+        "written_to": f"{goal}{', in place' if out is None else ''}",
+        "kept_originals_bytes": old if keep else 0,
+        "free_bytes": shutil.disk_usage(there).free,
+    }
+    return Report("merge planned", survival.rows, survival.summary | merge.planned() | sizes)
+
+
+def merge_adapter(
+    model: str | Path,
+    adapter: str | Path,
+    out: str | Path | None = None,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    tolerance: float = 1e-3,
+    force: bool = False,
+    keep_originals: bool = True,
+    probe: str | None = None,
+) -> Report:
+    """Merge an adapter folder into a model, in float32, rounded once; read again and measured.
+
+    Without `out` the model's own folder is operated on: it changes in one step, what was there is
+    kept in it, and `undo_folder` brings every byte back.
+
+    Args:
+        model: a run or a model folder; with `out` whatever `open_model` opens.
+        adapter: an adapter folder, as finetune or peft writes it.
+        out: the model folder to make.
+        dtype: of the weights to write; the model's by default.
+        tolerance: largest mean KL divergence from the adapted model to the merged one, in nats a
+            token.
+        force: merge whatever was measured, and although the adapter was made for another base.
+        keep_originals: keep what was there, so that an operation in place can be undone.
+        probe: a text to measure on; random tokens if None.
+
+    Returns:
+        A row for each layer; the largest and the mean error of the logits, KL and the share of
+        equal greedy tokens; and what was measured on.
+
+    Raises:
+        SurgeryError: one of the parts cannot be opened, they do not fit, the merged model is not
+            the adapted one, or the disk refuses. What was there is untouched then.
+    """
+    goal = _in_place(model) if out is None else None
+    merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force)
+    planned, adapted = merge.planned(), logits_of(merge.model, merge.probe)
+    facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / TENSORS)}
+    entry = Entry(merge.title, merge.base, {}, {}, planned=planned | facts)
+    report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
+    merge.model.to(merge.precision)
+    measured = _Measured(merge, adapted, None if force else tolerance)
+    if goal is not None:
+        config = read_json(model_folder(goal) / CONFIG)
+        entry = operate(goal, lambda new: measured.write(new, entry, config), keep_originals)
+    else:
+        goal = Path(str(out))
+        with whole_folder(goal) as temporary:
+            entry = measured.write(
+                temporary, replace(entry, operation=f"{merge.title} into {model}")
+            )
+            entry = replace(entry, after=hashes_of(temporary), originals="none")
+            record(temporary, entry)
+    return _report(report, merge, entry, goal)
+
+
+@dataclass
+class _Measured:
+    """Writing a merged model and measuring what was written."""
+
+    merge: Merge
+    adapted: Tensor
+    tolerance: float | None
+
+    def write(self, new: Path, entry: Entry, config: dict[str, Any] | None = None) -> Entry:
+        """Write the files, read them again; beside an old config only what it must say anew."""
+        tokenizer = None if config is not None else self.merge.tokenizer
+        write_model_files(self.merge.model, new, tokenizer)
+        again, tokenizer_again = open_model(new)
+        check_equal(self.merge.model, again, tokenizer, tokenizer_again)
+        if config is not None:
+            _say_anew(new / CONFIG, config)
+        effect: dict[str, Any] = dict(
+            compare_logits(self.adapted, logits_of(again.float(), self.merge.probe))
+        )
+        if self.tolerance is not None:
+            refuse_effect(effect, self.tolerance)
+        effect |= {"largest_logit": float(self.adapted.abs().max())}
+        return replace(entry, measured=effect | {"measured_on": self.merge.probed_on})
+
+
+def _say_anew(path: Path, old: dict[str, Any]) -> None:
+    """Keep an old config, but for the dtype and whether the head is tied, where these changed."""
+    new = read_json(path)
+    changed: dict[str, Any] = {}
+    if config_from_json(old).tie_head != config_from_json(new).tie_head:
+        changed |= {key: new[key] for key in ("tie_word_embeddings", "tie_head") if key in new}
+    changed |= {key: new["dtype"] for key in ("dtype", "torch_dtype") if key in old}
+    path.unlink()
+    if any(old.get(key) != value for key, value in changed.items()):
+        write_json(path, old | changed)
+
+
+def _in_place(model: str | Path) -> Path:
+    """The folder that an operation without `out` changes.
+
+    Raises:
+        SurgeryError: it is a file, or a model on the hub, whose copies others read too.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    kind = "a model on the hub" if not folder.exists() and is_hub_name(str(model)) else "no folder"
+    raise SurgeryError(f"{model} is {kind}, so it cannot be merged into in place",
+                       "add --out FOLDER")  # fmt: skip
+
+
+def _report(report: Report, merge: Merge, entry: Entry, goal: Path) -> Report:
+    rows = [{k: v for k, v in row.items() if k != "original"} for row in report.rows]
+    summary = {
+        "folder": str(goal),
+        "layers": len(rows),
+        "base": merge.base,
+        "dtype": entry.planned["dtype"],
+        **entry.measured,
+        "originals": entry.originals,
+        "sha256": entry.changes(),
+    }
+    return Report(f"merged: {merge.title}", rows, summary)

@@ -1,0 +1,136 @@
+"""A conversation with a model: what was said, what still fits its context, and the next answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from nanogpt_surgery.data.chat import (
+    OWN,
+    ChatTemplate,
+    Message,
+    template_of,
+    warn_of_two_bos,
+)
+from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.generation.generate import Past
+from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.text import generate_text
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+class Conversation:
+    """Messages, and a model that answers them.
+
+    All that was said is kept. What no longer fits the model's block_size beside the room for an
+    answer is left out of the prompt, the oldest exchanges first and never the system prompt;
+    `forgotten` says how many messages that is.
+
+    Args:
+        model: answers; in eval mode whatever mode it is in.
+        tokenizer: the model's.
+        template: how messages are written; the tokenizer's own by default.
+    """
+
+    def __init__(
+        self, model: SimpleGPT, tokenizer: Tokenizer, template: ChatTemplate | None = None
+    ):
+        self.model, self.tokenizer = model, tokenizer
+        self.template = template or template_of(tokenizer)
+        self.system = ""
+        self.messages: list[Message] = []
+        self.forgotten = 0
+        self.past = Past()
+
+    def ask(
+        self,
+        text: str,
+        max_new_tokens: int,
+        sampling: SamplingSettings | None = None,
+        *,
+        stop: tuple[str, ...] = (),
+        seed: int | None = None,
+    ) -> Iterator[str]:
+        """Say something; the pieces of the answer, which is remembered as far as it was taken.
+
+        Args:
+            text: what is said.
+            max_new_tokens: of the answer, at most; it also ends where the context is full.
+            sampling: how tokens are chosen.
+            stop: strings that end the answer, beside the template's own.
+            seed: of the draw.
+
+        Raises:
+            SurgeryError: the text is too long for the context, or the template refuses it. Nothing
+                was said then.
+        """
+        said = [*self.messages, {"role": "user", "content": text}]
+        room = min(max_new_tokens, max(1, self.model.config.block_size // 2))
+        ids, self.forgotten = self._fitting(said, room)
+        answer: Message = {"role": "assistant", "content": ""}
+        pieces = generate_text(
+            self.model,
+            self.tokenizer,
+            ids,
+            min(max_new_tokens, self.model.config.block_size - len(ids)),
+            sampling,
+            stop=(*self.template.stop, *stop),
+            seed=seed,
+            past=self.past,
+        )
+        self.messages = [*said, answer]
+        return _remembered(pieces, answer)
+
+    def _fitting(self, said: list[Message], room: int) -> tuple[list[int], int]:
+        """The ids of the newest messages that fit beside an answer, and how many do not."""
+        block = self.model.config.block_size
+        [ids] = self._ids([said])
+        if len(ids) + room <= block:
+            return ids, 0
+        later = [i for i, message in enumerate(said) if message["role"] == "user"][1:]
+        for first, ids in zip(later, self._ids([said[i:] for i in later]), strict=True):
+            if len(ids) + room <= block:
+                return ids, first
+        raise SurgeryError(
+            f"the message has {len(ids):,} tokens with all that belongs to it; the model's "
+            f"block_size is {block:,}, of which {room:,} are kept for the answer",
+            "say it in fewer words, or ask for a shorter answer with max_new_tokens",
+        )
+
+    def _ids(self, talks: list[list[Message]]) -> list[list[int]]:
+        """The ids of conversations up to where an answer begins, each after the system prompt."""
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+        texts = self.template.render_many([([*system, *talk], True) for talk in talks])
+        # The model's own template writes every special token itself.
+        ours = self.template.source in OWN
+        found = [prompt_ids(self.tokenizer, t) if ours else self.tokenizer.encode(t) for t in texts]
+        for ids in found:
+            warn_of_two_bos(self.tokenizer, ids)
+        return found
+
+    def undo(self) -> str:
+        """Take the last exchange back; what the user had said in it.
+
+        Raises:
+            SurgeryError: nothing has been said.
+        """
+        if not self.messages:
+            raise SurgeryError("nothing has been said that could be taken back")
+        last = max(i for i, m in enumerate(self.messages) if m["role"] == "user")
+        said = self.messages[last]["content"]
+        self.messages = self.messages[:last]
+        return said
+
+    def reset(self) -> None:
+        """Forget what was said; the system prompt stays."""
+        self.messages, self.forgotten = [], 0
+
+    def weights_changed(self) -> None:
+        """Keys and values of before are of no use: call it after any change of the model."""
+        self.past = Past()
+
+
+def _remembered(pieces: Iterator[str], answer: Message) -> Iterator[str]:
+    for piece in pieces:
+        answer["content"] += piece
+        yield piece

@@ -1,0 +1,182 @@
+"""A model as lm-evaluation-harness sees one; needs the extra `lm-eval`.
+
+import lm_eval
+from nanogpt_surgery import open_model
+from nanogpt_surgery.generation.harness import HarnessModel
+
+results = lm_eval.simple_evaluate(HarnessModel(*open_model("runs/english")), tasks=["piqa"])
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import LM
+
+from nanogpt_surgery.data.chat import Message, template_of
+from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids, stop_ids
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.generation.batch_text import continue_texts
+from nanogpt_surgery.generation.evaluation import scored
+from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+ANSWER = 256  # tokens, where a task does not say
+_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+
+
+class HarnessModel(LM):  # type: ignore[misc]
+    """Log-likelihoods and answers of a `SimpleGPT`, an adapter on it included.
+
+    A text begins after the tokenizer's BOS, or else its EOS. A tokenizer with neither, as of
+    characters, leaves the first token of a text without context unscored. What is longer than the
+    model's block_size loses its beginning, with a warning.
+
+    Args:
+        model: in eval mode whatever mode it is in.
+        tokenizer: the model's.
+        batch_size: rows computed together.
+        seed: of draws, where a task asks for them.
+    """
+
+    def __init__(
+        self, model: SimpleGPT, tokenizer: Tokenizer | None, batch_size: int = 8, seed: int = 0
+    ):
+        super().__init__()
+        if tokenizer is None:
+            raise SurgeryError("the model has no tokenizer, so a task's text cannot become ids")
+        self.model, self.tokenizer = model, tokenizer
+        self.batch_size, self.seed = batch_size, seed
+        begin = getattr(tokenizer, "bos_id", None)
+        begin = getattr(tokenizer, "eos_id", None) if begin is None else begin
+        self.prefix: list[int] = [] if begin is None else [begin]
+
+    def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        """For each (context, continuation): Σ log p, and whether greedy decoding writes it."""
+        pairs = [self._pair(*request.args) for request in requests]
+        found = self._scored(pairs)
+        for request, answer in zip(requests, found, strict=True):
+            self.cache_hook.add_partial("loglikelihood", request.args, answer)
+        return found
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
+        """For each (text,): Σ log p of all its tokens, each predicted once.
+
+        Windows of block_size do not overlap, but for the last, which is as long as the others.
+        """
+        answers = []
+        for request in requests:
+            [text] = request.args
+            ids = self.prefix + self.tokenizer.encode(text)
+            total = sum(score for score, _ in self._scored(self._windows(ids)))
+            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
+            answers.append(total)
+        return answers
+
+    def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
+        """For each (context, arguments): what the model writes up to a stop string."""
+        return [self._answer(*request.args) for request in requests]
+
+    def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
+        """The ids of both, and how many of them are scored: the harness's own way to cut."""
+        spaces = len(context) - len(context.rstrip())
+        if spaces:
+            context, continuation = context[:-spaces], context[-spaces:] + continuation
+        if context:
+            ids = prompt_ids(self.tokenizer, context + continuation)
+            return ids, len(ids) - len(prompt_ids(self.tokenizer, context))
+        ids = self.tokenizer.encode(continuation)
+        ids = ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
+        return ids, len(ids) - 1
+
+    def _windows(self, ids: list[int]) -> list[tuple[list[int], int]]:
+        block = self.model.config.block_size
+        ends = [min(first + block, len(ids) - 1) for first in range(0, len(ids) - 1, block)]
+        firsts = range(0, len(ids) - 1, block)
+        return [
+            (ids[max(0, end - block) : end + 1], end - first)
+            for first, end in zip(firsts, ends, strict=True)
+        ]
+
+    def _scored(self, pairs: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        """For ids and how many at their end count: Σ log p, and whether each was the likeliest."""
+        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
+        answers = [(0.0, True)] * len(pairs)
+        for first in range(0, len(order), self.batch_size):
+            chunk = [i for i in order[first : first + self.batch_size] if pairs[i][1] > 0]
+            if not chunk:
+                continue
+            texts = [torch.tensor(self._cut(pairs[i][0], pairs[i][1])) for i in chunk]
+            for i, (scores, likeliest) in zip(chunk, scored(self.model, texts), strict=True):
+                count = pairs[i][1]
+                answers[i] = float(scores[-count:].double().sum()), bool(likeliest[-count:].all())
+        return answers
+
+    def _cut(self, ids: list[int], needed: int) -> list[int]:
+        most = self.model.config.block_size + 1
+        if needed >= most:
+            raise SurgeryError(
+                f"a continuation has {needed} tokens; with one before it the model's block_size of "
+                f"{most - 1} holds {most - 1}"
+            )
+        if len(ids) > most:
+            self._warn(len(ids), most)
+        return ids[-most:]
+
+    def _warn(self, length: int, most: int) -> None:
+        warnings.warn(
+            f"a text of {length} tokens loses its beginning: {most} fit",
+            SurgeryWarning,
+            stacklevel=5,
+        )
+
+    def _answer(self, context: str, arguments: dict[str, Any]) -> str:
+        arguments = dict(arguments)
+        stop = arguments.pop("until", None) or []
+        length = int(arguments.pop("max_gen_toks", ANSWER))
+        if not arguments.pop("do_sample", False):
+            arguments["temperature"] = 0.0
+        unknown = sorted(arguments.keys() - set(_SAMPLING))
+        if unknown:
+            raise SurgeryError(
+                f"a task asks for settings that we do not have: {', '.join(unknown)}"
+            )
+        ids = prompt_ids(self.tokenizer, context) or self.prefix
+        room = self.model.config.block_size - length
+        if room < 1:
+            raise SurgeryError(
+                f"a task asks for answers of {length} tokens; the model's block_size is "
+                f"{self.model.config.block_size}"
+            )
+        if len(ids) > room:
+            self._warn(len(ids), room)
+        [found] = continue_texts(
+            self.model,
+            self.tokenizer,
+            [ids[-room:]],
+            length,
+            SamplingSettings(**arguments),
+            stop=[stop] if isinstance(stop, str) else stop,
+            seed=self.seed,
+        )
+        text = found.text
+        self.cache_hook.add_partial("generate_until", (context, arguments), text)
+        return text
+
+    @property
+    def tokenizer_name(self) -> str:
+        """A name under which the harness keeps what was tokenised."""
+        return f"{type(self.tokenizer).__name__} {sorted(stop_ids(self.tokenizer))}"
+
+    def chat_template(self, chat_template: bool | str = False) -> str:
+        """The source of the template that `apply_chat_template` uses."""
+        return template_of(self.tokenizer).source
+
+    def apply_chat_template(
+        self, chat_history: list[Message], add_generation_prompt: bool = True
+    ) -> str:
+        """A conversation as the model was trained to see it."""
+        return template_of(self.tokenizer).render(chat_history, add_generation_prompt)

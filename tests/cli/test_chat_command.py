@@ -1,0 +1,244 @@
+"""A conversation as a user has it: lines on standard input, answers on standard output."""
+
+import io
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typed import called, surgery, write_adapter, write_model
+
+from nanogpt_surgery import (
+    CharacterTokenizer,
+    SimpleGPT,
+    generate,
+    open_model,
+    read_conversations,
+    save_model,
+)
+from nanogpt_surgery.errors import printable
+
+FEW = ["--max-new-tokens", 8, "--seed", 3, "--template", "none"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("chat")
+    model = write_model(place / "m")
+    write_adapter(model, place / "first", 1)
+    write_adapter(model, place / "second", 2)
+    return place
+
+
+@pytest.fixture
+def talk(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """Lines typed → what the model said, line by line, and what the program said."""
+    monkeypatch.chdir(folder)
+
+    def typed(lines: str, *arguments: object, few: list[object] = FEW) -> tuple[list[str], str]:
+        data = io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", data)
+        out, errors = called("chat", "m", *few, *arguments)
+        return out.removesuffix("\n").split("\n") if out else [], errors
+
+    return typed
+
+
+def continued(folder: Path, text: str, seed: int = 3, count: int = 8) -> str:
+    model, tokenizer = open_model(folder / "m")
+    return printable(
+        tokenizer.decode(list(generate(model, tokenizer.encode(text), count, seed=seed)))
+    )
+
+
+def flat(lines: list[str]) -> str:
+    return "\n".join(lines)
+
+
+def test_a_conversation_through_a_pipe(folder: Path) -> None:
+    done = surgery("chat", "m", *FEW, input="abc\n/reset\nabc\n/exit\nnot heard\n", cwd=folder)
+    expected = [continued(folder, "abc", seed) for seed in (3, 4)]
+    assert done.stdout == "".join(f"{answer}\n" for answer in expected)
+    assert "what you type is continued" in done.stderr
+    assert "nothing has been said" in done.stderr
+
+
+def test_history_undo_retry_and_reset(folder: Path, talk) -> None:
+    fixed = "/set seed 3\n"
+    out, errors = talk(f"abc\n{fixed}def\n/undo\n{fixed}def\n{fixed}/retry\n/reset\n{fixed}abc\n")
+    first = continued(folder, "abc")
+    second = continued(folder, f"abc{first}def")
+    assert flat(out) == "\n".join([first, second, second, second, first])
+    assert "taken back: def" in errors
+
+
+def test_a_line_with_two_slashes_is_said(folder: Path, talk) -> None:
+    out, _ = talk("//set\n")
+    assert flat(out) == continued(folder, "/set")
+
+
+def test_the_system_prompt_comes_first_and_can_be_changed(folder: Path, talk) -> None:
+    out, _ = talk("abc\n/reset\n/system xyz\n/set seed 3\nabc\n", "--system", "Be")
+    assert flat(out) == continued(folder, "Beabc") + "\n" + continued(folder, "xyzabc")
+
+
+def test_adapters_are_switched_and_blended_in_mid_conversation(folder: Path, talk) -> None:
+    adapters = ["--adapter", "one=first", "--adapter", "second"]
+    anew = "/reset\n/set seed 3\nabc\n"
+    lines = f"abc\n/adapter second\n{anew}/base\n{anew}/blend one=0.5 second=-1\n{anew}"
+    out, errors = talk(f"{lines}/adapter one 1\n{anew}/adapters\n", *adapters)
+    answers = flat(out)
+    base = continued(folder, "abc")
+    one = called("generate", "m", "--adapter", "first", "--prompt", "abc", *FEW[:4])[0][3:-1]
+    two = called("generate", "m", "--adapter", "second", "--prompt", "abc", *FEW[:4])[0][3:-1]
+    assert len({one, two, base}) == 3
+    assert answers.startswith("\n".join([one, two, base]) + "\n")
+    assert answers.endswith("\n" + one)
+    assert answers != "\n".join([one, two, base, base, one])
+    assert "  one: weight 0.5\n  second: weight -1\n" in errors
+    assert errors.endswith("  one: weight 1\n  second: waits\n")
+
+
+def test_a_switch_in_mid_conversation_equals_a_conversation_anew(folder: Path, talk) -> None:
+    """Keys and values of the adapter before must not be used again."""
+    adapters = ["--adapter", "one=first", "--adapter", "two=second"]
+    out, _ = talk("abc\n/save s.json\n/adapter two\n/set seed 3\ndef\n", *adapters)
+    (folder / "copy.json").write_bytes((folder / "s.json").read_bytes())
+    (folder / "s.json").unlink()
+    anew, _ = talk("/adapter two\n/load copy.json\ndef\n", *adapters)
+    assert out[-1] == anew[-1]
+    other, _ = talk("/load copy.json\ndef\n", *adapters)
+    assert other[-1] != anew[-1]
+
+
+def test_settings_are_changed_and_bad_ones_refused(folder: Path, talk) -> None:
+    out, errors = talk(
+        "/set temperature 0\n/set top-k=5\n/set max_new_tokens 3\n/set top_k none\n"
+        "/set temperature -1\n/set temprature 1\n/set top_p x\n/set max_new_tokens 1.5\nabc\n"
+    )
+    model, tokenizer = open_model(folder / "m")
+    greedy = tokenizer.decode(list(generate(model, tokenizer.encode("abc"), 3, 0)))
+    assert flat(out) == printable(greedy)
+    for piece in (
+        "  temperature 0.0\n",
+        "  top_k 5\n",
+        "temperature is -1.0; it must be",
+        "'temprature' cannot be set",
+        "top_p is 'x', which is not a number",
+        "max_new_tokens is 1.5; it must be a whole number",
+    ):
+        assert piece in errors
+    assert "Traceback" not in errors
+
+
+def test_a_conversation_is_saved_as_instruction_data_and_gone_on_with(folder: Path, talk) -> None:
+    out, errors = talk(
+        "abc\n/save talk.json\n/save talk.json\n/set seed 3\ndef\n", "--system", "Be"
+    )
+    [messages] = read_conversations(folder / "talk.json")
+    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
+    assert errors.count("wrote talk.json") == 2
+    again, _ = talk("/load talk.json\ndef\n")
+    assert flat(again) == flat(out)[len(flat(out)) - len(flat(again)) :]
+    assert len(flat(again)) > 3
+
+
+def test_nothing_is_lost_by_save_or_load(folder: Path, talk) -> None:
+    (folder / "diary.txt").write_text("mine")
+    (folder / "question.json").write_text('[{"messages": [{"role": "user", "content": "?"}]}]')
+    out, errors = talk(
+        "abc\n/save diary.txt\n/load diary.txt\n/load question.json\n/save\n/save no/where.json\n"
+        "/reset\n/save new.json\n"
+    )
+    assert (folder / "diary.txt").read_text() == "mine"
+    for piece in (
+        "diary.txt exists and is not of this conversation",
+        "diary.txt, line 1, is not JSON",
+        "question.json holds one that ends in a question",
+        "/save needs a file",
+        "where.json",
+        "nothing has been said that could be saved",
+    ):
+        assert piece in errors
+    assert "Traceback" not in errors
+    assert len(flat(out)) >= 8
+
+
+def test_help_names_every_command_and_a_wrong_one_is_told_the_nearest(talk) -> None:
+    _, errors = talk("/help\n/rest\n/blend one\n/adapter one\n/base\n/adapters\n\n")
+    for (
+        name
+    ) in "help system reset undo retry adapter blend base adapters set save load exit".split():
+        assert f"  /{name}" in errors
+    for piece in ("no command /rest", "/reset?", "a blend needs weights", "--adapter NAME=FOLDER"):
+        assert piece in errors
+    assert "Traceback" not in errors
+
+
+def test_what_no_longer_fits_is_said_and_a_message_too_long_refused(talk) -> None:
+    out, errors = talk("a" * 100 + "\n" + "b" * 100 + "\n" + "c" * 300 + "\n")
+    assert "the first 2 messages no longer fit the model's block_size of 200 tokens" in errors
+    assert "the message has 300 tokens" in errors
+    assert len(flat(out)) > 0
+
+
+def test_a_model_without_a_template_is_talked_to_in_plain_and_says_so(folder: Path, talk) -> None:
+    out, errors = talk("abc\n", few=FEW[:4])
+    assert flat(out) == continued(folder, "User: abc\n\nAssistant: ")
+    assert "no chat template" in errors
+    assert '"User: …"' in errors
+
+
+def test_a_vocabulary_without_names_and_colons_is_continued(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its one character is ESC, which must not reach the terminal as it is."""
+    save_model(SimpleGPT(1, 8, 2, 1, 30), tmp_path / "m", CharacterTokenizer("\x1b"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\x1b\n"), encoding="utf-8"))
+    out, errors = called("chat", tmp_path / "m", *FEW[:4])
+    assert out == "\\u001b" * 8 + "\n"
+    assert "\x1b" not in errors
+    assert "what you type is continued" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        (["nowhere"], ["nowhere", "no such folder"]),
+        (["m", "--adapter", "a=nowhere"], ["nowhere"]),
+        (
+            ["m", "--adapter", "a=first", "--adapter", "a=second"],
+            ["two adapters have the name 'a'"],
+        ),
+        (["m", "--temperature", "-1"], ["temperature is -1"]),
+        (["m", "--max-new-tokens", "0"], ["max_new_tokens is 0"]),
+    ],
+)
+def test_errors_are_sentences(folder: Path, monkeypatch, arguments, pieces) -> None:
+    monkeypatch.chdir(folder)
+    out, errors = called("chat", *arguments, check=1)
+    for piece in pieces:
+        assert piece in errors
+    assert out == ""
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
+    write_model(tmp_path / "m", block_size=8192)
+    command = [sys.executable, "-m", "nanogpt_surgery", "chat", "m", "--max-new-tokens", "8000"]
+    process = subprocess.Popen(
+        [*command, "--template", "none", "--seed", "1"],
+        cwd=tmp_path,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdin.write(b"abc\n")
+    process.stdin.flush()
+    begun = process.stdout.read(5)
+    process.send_signal(signal.SIGINT)
+    rest, errors = process.communicate(b"/set max_new_tokens 4\ndef\n/exit\n", timeout=120)
+    assert process.returncode == 0, errors.decode()
+    assert b"stopped; what was said so far is kept" in errors
+    assert len(begun + rest) < 7000, "the answer would have 8,000 characters"
+    assert b"Traceback" not in errors

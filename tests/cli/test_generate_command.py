@@ -1,0 +1,115 @@
+"""`surgery generate` on many prompts, several times each, with log-probabilities."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typed import called, surgery, write_model
+
+from nanogpt_surgery import generate, open_model
+
+FEW = ["--max-new-tokens", 6, "--seed", 3]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("generate")
+    write_model(place / "m")
+    (place / "prompts.txt").write_text("abc\n\nThe fox\nx\n")
+    (place / "prompts.jsonl").write_text('{"prompt": "abc"}\n"The fox"\n{"prompt": "x"}\n')
+    return place
+
+
+def records(folder: Path, *arguments: object) -> list[dict]:
+    out, _ = called("generate", folder / "m", *arguments, "--json")
+    return [json.loads(line) for line in out.splitlines()]
+
+
+def alone(folder: Path, prompt: str, seed: int) -> str:
+    model, tokenizer = open_model(folder / "m")
+    return tokenizer.decode(list(generate(model, tokenizer.encode(prompt), 6, seed=seed)))
+
+
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+def test_a_file_of_prompts_is_continued_as_each_alone(folder: Path, name: str) -> None:
+    few = [*FEW, "--samples", 2, "--batch-size", 4]
+    found = records(folder, "--prompts", folder / name, *few)
+    expected = [(text, sample) for text in ("abc", "The fox", "x") for sample in (0, 1)]
+    assert [(r["prompt"], r["sample"]) for r in found] == expected
+    assert [r["text"] for r in found] == [
+        alone(folder, r["prompt"], 3 + i) for i, r in enumerate(found)
+    ]
+    assert {r["ended"] for r in found} == {"length"}
+    assert len({r["text"] for r in found}) == 6
+
+
+def test_log_probabilities_are_those_of_a_plain_pass(folder: Path) -> None:
+    [found] = records(folder, "--prompt", "abc", *FEW, "--logprobs", 2)
+    model, tokenizer = open_model(folder / "m")
+    text = "abc"
+    for token in found["tokens"]:
+        with torch.no_grad():
+            plain = model(torch.tensor([tokenizer.encode(text)]))[0, -1].log_softmax(-1)
+        assert token["logprob"] == pytest.approx(float(plain[token["id"]]), abs=1e-4)
+        assert [other["id"] for other in token["likeliest"]] == plain.topk(2).indices.tolist()
+        text += token["text"]
+    assert text == "abc" + found["text"]
+
+
+def test_for_people(folder: Path) -> None:
+    done = surgery(
+        "generate", "m", "--prompt", "abc", *FEW, "--samples", 2, "--logprobs", 1, cwd=folder
+    )
+    assert done.stdout.startswith("--- sample 1\nabc")
+    assert done.stdout.count("--- sample") == 2
+    assert len(done.stdout.splitlines()) >= 2 * 2 + 2 * 6
+
+
+def test_a_bias_bans_and_forces(folder: Path) -> None:
+    _, tokenizer = open_model(folder / "m")
+    [index] = tokenizer.encode("q")
+    forced, _ = called(
+        "generate", folder / "m", "--prompt", "a", *FEW, "--logit-bias", f"{index}=1e4"
+    )
+    assert forced == "aqqqqqq\n"
+    banned = [
+        word for i in range(tokenizer.vocab_size - 1) for word in ("--logit-bias", f"{i}=-inf")
+    ]
+    only, _ = called("generate", folder / "m", "--prompt", "a", *FEW, *banned)
+    assert only == "a" + tokenizer.decode([tokenizer.vocab_size - 1]) * 6 + "\n"
+
+
+def test_a_stop_string_ends_one_row_and_not_the_others(folder: Path) -> None:
+    free = records(folder, "--prompts", folder / "prompts.txt", *FEW)
+    cut = free[1]["text"][2:4]
+    found = records(
+        folder, "--prompts", folder / "prompts.txt", *FEW, "--stop", cut, "--logprobs", 0
+    )
+    assert found[1]["text"] == free[1]["text"].partition(cut)[0]
+    assert found[1]["ended"] == "stop"
+    assert len(found[1]["tokens"]) == free[1]["text"].index(cut) + 2, "it ends with the stop string"
+    for i in (0, 2):
+        assert found[i]["text"] == free[i]["text"].partition(cut)[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        (["--logit-bias", "x"], ["--logit-bias x is not ID=BIAS"]),
+        (["--logit-bias", "1=nan"], ["logit_bias"]),
+        (["--logit-bias", "999=1"], ["999", "0 to 95"]),
+        (["--samples", "0", "--logprobs", "-1"], ["samples is 0", "logprobs is -1"]),
+        (["--prompts", "no.txt"], ["no.txt"]),
+        (["--prompts", "bad.jsonl"], ["bad.jsonl", "record 2 has no prompt"]),
+        (["--prompts", "empty.txt"], ["empty.txt", "there are none"]),
+    ],
+)
+def test_errors_are_sentences(folder: Path, monkeypatch, arguments, pieces) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompts": "a"}\n')
+    (folder / "empty.txt").write_text("\n")
+    out, errors = called("generate", "m", *arguments, check=1)
+    for piece in pieces:
+        assert piece in errors
+    assert out == ""

@@ -1,0 +1,134 @@
+"""Every kind of LoRA from the command line: planned, trained, merged in place, taken back."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+
+from nanogpt_surgery import CharacterTokenizer, GPTConfig, save_model
+from nanogpt_surgery.cli.app import run as surgery
+from nanogpt_surgery.files import file_hash
+
+TEXT = "to be, or not to be: that is the question.\n" * 40
+STEPS = "--max-steps 2 --evaluate-every 2 --batch-size 4 --warmup-steps 1 --device cpu".split()
+SIZES = {"n_embd": 16, "n_head": 2, "n_layer": 2, "block_size": 12}
+
+# Each kind: its flags, what its adapter_config.json says, and flags that only a training takes.
+KINDS = {
+    "plain": ("--rank 3 --alpha 5", {"r": 3, "lora_alpha": 5}, ""),
+    "rslora": ("--rslora", {"use_rslora": True}, ""),
+    "dora": ("--dora", {"use_dora": True}, ""),
+    "pissa": ("--pissa --rank 2", {"r": 4}, ""),
+    "dora-pissa-rslora": ("--dora --pissa --rslora --rank 2", {"use_dora": True}, ""),
+    "lora-plus": ("", {}, "--lora-plus-ratio 16"),
+    "rank-pattern": (
+        "--rank 2 --rank-pattern layers.1.self_attn.v_proj=4 q_proj=3",
+        {"r": 3},  # what most layers have; the others are its pattern
+        "",
+    ),
+    "alpha-pattern": ("--alpha-pattern v_proj=2.5", {}, ""),
+    "dropout": ("--dropout 0.1", {"lora_dropout": 0.1}, ""),
+    "all-linear": ("--targets all-linear", {}, ""),
+    "expression": (r"--targets layers\.[01]\.mlp\..*", {}, ""),
+    "embedding": ("--targets embed_tokens v_proj", {}, ""),
+    "head": ("--targets lm_head", {}, ""),
+    "untie": ("--targets lm_head --tied untie", {}, ""),
+    "both": ("--targets lm_head --tied both", {}, ""),
+    "both-rslora": ("--targets embed_tokens --tied both --rslora", {"use_rslora": True}, ""),
+}
+TIED = {"untie", "both", "both-rslora"}
+
+
+def bytes_of(folder: Path) -> dict[str, str]:
+    files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "LOCK"]
+    return {str(p.relative_to(folder)): file_hash(p) for p in files if "operations" not in p.parts}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("kinds")
+    (place / "text.txt").write_text(TEXT)
+    tokenizer = CharacterTokenizer(TEXT)
+    for name in ("llama", "tied"):
+        config = GPTConfig.for_family(
+            "llama", vocab_size=tokenizer.vocab_size, tie_head=name == "tied", **SIZES
+        )
+        save_model(tiny_model(config), place / name, tokenizer)
+    return place
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_planned_trained_merged_and_undone(
+    kind: str, bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags, config, training = KINDS[kind]
+    base, adapter = str(tmp_path / "base"), str(tmp_path / "adapter")
+    shutil.copytree(bases / ("tied" if kind in TIED else "llama"), base)
+    first = bytes_of(Path(base))
+    capsys.readouterr()
+    surgery(["plan", base, *flags.split(), "--json"])
+    planned = json.loads(capsys.readouterr().out)
+    words = [*flags.split(), *training.split(), *STEPS, "--learning-rate", "0.05", "--json"]
+    surgery(["finetune", base, str(bases / "text.txt"), "--out", adapter, *words])
+    trained = json.loads(capsys.readouterr().out)
+    assert trained["trained_parameters"] == planned["trainable_parameters"]
+    written = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    for key, value in config.items():
+        assert written[key] == value, key
+    surgery(["log", adapter, "--json"])
+    assert json.loads(capsys.readouterr().out)["rows"][0]["operation"] == "finetune, 2 steps"
+
+    surgery(["merge", base, adapter, "--json"])
+    merged = json.loads(capsys.readouterr().out)
+    assert merged["kl"] < 1e-9
+    assert max(row["ΔW / W"] for row in merged["rows"]) > 1e-4, "it has learned something"
+    assert merged["largest_error"] <= 1e-5 * merged["largest_logit"]
+    surgery(["undo", base])
+    assert bytes_of(Path(base)) == first
+
+
+def test_the_ratio_of_lora_plus_reaches_the_matrices(bases: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    moved = []
+    for name, ratio in (("once", "1"), ("more", "16")):
+        words = [*STEPS, "--learning-rate", "0.001", "--lora-plus-ratio", ratio]
+        text, out = str(bases / "text.txt"), tmp_path / name
+        surgery(["finetune", str(bases / "llama"), text, "--out", str(out), *words])
+        tensors = load_file(out / "adapter_model.safetensors")
+        b = [t for n, t in tensors.items() if "lora_B" in n]
+        moved.append(torch.stack([t.abs().max() for t in b]).mean())
+    assert moved[1] > 10 * moved[0]
+
+
+def test_a_pattern_in_a_config_file_is_a_table(
+    bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text('rank = 2\n[rank_pattern]\n"layers.1.self_attn.v_proj" = 4\nq_proj = 3\n')
+    capsys.readouterr()
+    surgery(["plan", str(bases / "llama"), "--config", str(file), "--json"])
+    ranks = {row["layer"][7:]: row["rank"] for row in json.loads(capsys.readouterr().out)["rows"]}
+    assert ranks["1.self_attn.v_proj"] == 4
+    assert ranks["0.self_attn.v_proj"] == 2
+    assert ranks["0.self_attn.q_proj"] == ranks["1.self_attn.q_proj"] == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "piece"),
+    [
+        ("--rank-pattern v_proj=four", "'v_proj=four' is no layer with its number"),
+        ("--rank-pattern v_proj", "'v_proj' is no layer with its number"),
+        ("--rank-pattern o_proj=4", "no target matches 'o_proj'"),
+        ("--targets lm_head", "share one weight"),
+    ],
+)
+def test_what_is_wrong_is_said(
+    flags: str, piece: str, bases: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        surgery(["plan", str(bases / "tied"), *flags.split()])
+    assert piece in capsys.readouterr().err

@@ -1,0 +1,161 @@
+"""A conversation remembers everything, shows the model what fits, and computes nothing twice."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from small_tokenizers import byte_level
+from tiny import CONFIGS, FAMILY_CONFIGS, tiny_model
+from typed import LETTERS
+
+from nanogpt_surgery import CharacterTokenizer, GPTConfig, SimpleGPT, SurgeryError, generate
+from nanogpt_surgery.data.chat import ChatTemplate
+from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.generation.conversation import Conversation
+from nanogpt_surgery.generation.generate import Past
+
+TOKENIZER = CharacterTokenizer(LETTERS)
+CONFIG = GPTConfig.for_family(
+    "llama", vocab_size=96, n_embd=24, n_head=6, n_kv_head=2, n_layer=2, block_size=120
+)
+SEED = 5
+
+
+def conversation(template="plain", seed=0):
+    return Conversation(tiny_model(CONFIG, seed), TOKENIZER, ChatTemplate(template))
+
+
+def continued(model, text, tokens):
+    return TOKENIZER.decode(list(generate(model, TOKENIZER.encode(text), tokens, seed=SEED)))
+
+
+def said(talk, text, tokens=6, **more):
+    return "".join(talk.ask(text, tokens, seed=SEED, **more))
+
+
+LAGGED = replace(CONFIGS["learned-rmsnorm-swiglu"], n_lags=2)
+
+
+@pytest.mark.parametrize("config", [*CONFIGS.values(), LAGGED], ids=[*CONFIGS, "lagged"])
+def test_with_a_past_the_ids_are_those_without(config):
+    model = tiny_model(config)
+    past, text = Past(), [3, 1, 4]
+    for new in ([1, 5], [9], [2, 6, 5]):
+        text = text + new
+        with_past = list(generate(model, text, 3, seed=SEED, past=past))
+        assert with_past == list(generate(model, text, 3, seed=SEED))
+        text = text + with_past
+    other = [*text[:4], 7, 7]
+    assert list(generate(model, other, 3, seed=SEED, past=past)) == list(
+        generate(model, other, 3, seed=SEED)
+    )
+    same = [list(generate(model, other, 3, seed=SEED, past=past)) for _ in range(2)]
+    assert same[0] == same[1] == list(generate(model, other, 3, seed=SEED))
+
+
+def test_what_both_texts_begin_with_is_not_computed_again(monkeypatch):
+    model, widths, hidden = tiny_model(FAMILY_CONFIGS["llama"]), [], SimpleGPT.hidden
+    monkeypatch.setattr(
+        SimpleGPT,
+        "hidden",
+        lambda self, ids, *a: widths.append(ids.size(1)) or hidden(self, ids, *a),
+    )
+    past = Past()
+    first = list(generate(model, [1, 2, 3, 4], 2, 0, past=past))
+    list(generate(model, [1, 2, 3, 4, *first, 8, 9], 1, 0, past=past))
+    assert widths == [4, 1, 3], "of the second prompt only what the first pass had not computed"
+    list(generate(model, [1, 2, 7, 7], 1, 0, past=past))
+    assert widths[3:] == [2]
+
+
+def test_answers_are_those_of_the_whole_text_written_out():
+    talk = conversation()
+    talk.system = "Be"
+    first = said(talk, "ab")
+    second = said(talk, "cd")
+    text = f"System: Be\n\nUser: ab\n\nAssistant: {first}\n\nUser: cd\n\nAssistant: "
+    assert second == continued(talk.model, text, 6)
+    assert [m["content"] for m in talk.messages] == ["ab", first, "cd", second]
+
+
+def test_the_oldest_exchanges_are_left_out_when_the_context_is_full_and_the_system_prompt_stays():
+    talk = conversation("none")
+    talk.system = "S" * 20
+    for n, forgotten in enumerate([0, 0, 2, 4]):
+        answer = said(talk, str(n) * 30, tokens=10)
+        assert talk.forgotten == forgotten
+    shown = talk.system + "".join(m["content"] for m in talk.messages[4:-1])
+    assert len(shown) + 10 <= 120
+    assert answer == continued(talk.model, shown, 10)
+    assert len(talk.messages) == 8, "nothing is lost"
+    assert said(talk, "x", tokens=2) is not None
+
+
+def test_a_message_too_long_for_the_context_is_refused_and_not_said():
+    talk = conversation()
+    said(talk, "ab")
+    before = list(talk.messages)
+    with pytest.raises(SurgeryError, match=r"has 225 tokens.*block_size is 120, of which 6"):
+        talk.ask("x" * 206, 6)
+    assert talk.messages == before
+
+
+def test_an_answer_ends_where_the_context_is_full():
+    talk = conversation("none")
+    assert len(said(talk, "x" * 50, tokens=1000)) == 70
+
+
+def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came():
+    talk = conversation("none")
+    pieces = talk.ask("ab", 50, seed=SEED)
+    assert talk.messages[-1]["content"] == ""
+    taken = next(pieces) + next(pieces)
+    assert talk.messages[-1]["content"] == taken
+    with_past = said(talk, "cd")
+    assert with_past == continued(talk.model, f"ab{taken}cd", 6)
+
+
+def test_undo_takes_one_exchange_back_and_reset_all():
+    talk = conversation("none")
+    first = said(talk, "ab")
+    assert said(talk, "ab") != first
+    assert talk.undo() == "ab"
+    assert talk.undo() == "ab"
+    assert talk.messages == []
+    with pytest.raises(SurgeryError, match="nothing has been said"):
+        talk.undo()
+    assert said(talk, "ab") == first
+    talk.reset()
+    assert said(talk, "ab") == first
+
+
+def test_a_plain_answer_ends_before_the_next_speaker():
+    """The model is made to write what a user would say next."""
+    talk = conversation()
+    script = TOKENIZER.encode(" fine.\n\nUser: and")
+    begin = len(TOKENIZER.encode("User: ab\n\nAssistant: "))
+
+    def scripted(hidden):
+        place = talk.past.window.ids.numel() - begin
+        return torch.nn.functional.one_hot(torch.tensor(script[place]), 96) * 1e4
+
+    talk.model.lm_head.forward = scripted
+    assert said(talk, "ab", 16) == " fine."
+    assert talk.messages[-1]["content"] == " fine."
+
+
+def test_a_models_own_template_is_used_and_bos_comes_once():
+    source = (
+        "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m['role'] }}:{{ m['content'] }}"
+        "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant:{% endif %}"
+    )
+    tokenizer = PretrainedTokenizer(byte_level(), bos_id=0, stop_ids=[2], chat_template=source)
+    config = GPTConfig.for_family(
+        "llama", vocab_size=300, n_embd=24, n_head=6, n_kv_head=2, n_layer=1, block_size=120
+    )
+    talk = Conversation(tiny_model(config), tokenizer)
+    said(talk, "hello")
+    text = "<|endoftext|><|im_start|>user:hello<|im_end|><|im_start|>assistant:"
+    prompt = talk.past.window.ids.tolist()[: len(tokenizer.encode(text))]
+    assert prompt == tokenizer.encode(text)
+    assert prompt.count(0) == 1

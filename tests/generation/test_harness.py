@@ -1,0 +1,129 @@
+"""Through lm-evaluation-harness itself, on tasks of our own; needs the extra `lm-eval`."""
+
+import pytest
+import torch
+
+lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: it is an extra")
+
+from lm_eval.api.instance import Instance  # noqa: E402
+from small_tokenizers import byte_level  # noqa: E402
+from tiny import tiny_model  # noqa: E402
+from typed import LETTERS  # noqa: E402
+
+from nanogpt_surgery import (  # noqa: E402
+    CharacterTokenizer,
+    GPTConfig,
+    SurgeryError,
+    SurgeryWarning,
+    generate,
+)
+from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer  # noqa: E402
+from nanogpt_surgery.generation.harness import HarnessModel  # noqa: E402
+
+SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 30}
+MODEL = tiny_model(GPTConfig.for_family("llama", vocab_size=300, **SIZES))
+TOKENIZER = PretrainedTokenizer(byte_level(), bos_id=0, stop_ids=[2], add_bos=True)
+HARNESS = HarnessModel(MODEL, TOKENIZER, batch_size=2)
+QUESTIONS = [
+    {"q": "The quick", "choices": ["brown fox", "lazy"], "answer": 0},
+    {"q": "over", "choices": ["dogs", "12", "the"], "answer": 2},
+]
+
+
+def plain(ids):
+    with torch.no_grad():
+        return MODEL(torch.tensor([ids[:-1]]))[0].log_softmax(-1)
+
+
+def asked(method, *arguments):
+    kind = "generate_until" if method == "generate_until" else "loglikelihood"
+    requests = [Instance(kind, {}, args, i) for i, args in enumerate(arguments)]
+    return getattr(HARNESS, method)(requests)
+
+
+def test_log_likelihoods_are_those_of_a_plain_pass():
+    pairs = [("The quick", " brown fox"), ("The ", "quick"), ("", "lazy dogs"), ("x", "y")]
+    for (context, text), (found, greedy) in zip(pairs, asked("loglikelihood", *pairs), strict=True):
+        whole = [0, *TOKENIZER.encode(context + text)]
+        start = len([0, *TOKENIZER.encode(context.rstrip())])
+        scores = plain(whole)
+        expected = sum(float(scores[i - 1, whole[i]]) for i in range(start, len(whole)))
+        assert found == pytest.approx(expected, rel=1e-5)
+        assert greedy == all(scores[i - 1].argmax() == whole[i] for i in range(start, len(whole)))
+
+
+def test_what_greedy_decoding_writes_is_called_greedy():
+    ids = list(generate(MODEL, [0, *TOKENIZER.encode("The")], 3, 0))
+    written = TOKENIZER.decode(ids)
+    if TOKENIZER.encode("The" + written) == TOKENIZER.encode("The") + ids:
+        assert asked("loglikelihood", ("The", written))[0][1]
+
+
+@pytest.mark.parametrize("length", [5, 29, 30, 31, 60, 75])
+def test_a_rolling_text_is_predicted_once_with_the_windows_of_the_harness(length):
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+    text = TOKENIZER.decode((TOKENIZER.encode("The quick brown fox, naïve — jumps! ") * 9)[:length])
+    ids = TOKENIZER.encode(text)
+    windows = get_rolling_token_windows(ids, 0, max_seq_len=30, context_len=1)
+    total = 0.0
+    for before, new in map(make_disjoint_window, windows):
+        whole = before + new
+        scores = plain(whole)
+        total += sum(float(scores[i - 1, whole[i]]) for i in range(len(before), len(whole)))
+    assert asked("loglikelihood_rolling", (text,)) == [pytest.approx(total, rel=1e-5)]
+
+
+def test_answers_are_greedy_and_end_at_a_stop_string():
+    ids = [0, *TOKENIZER.encode("The quick")]
+    free = TOKENIZER.decode(list(generate(MODEL, ids, 9, 0, stop_ids=[2])))
+    assert asked("generate_until", ("The quick", {"max_gen_toks": 9})) == [free]
+    until = {"until": [free[3:5]], "max_gen_toks": 9, "do_sample": False, "temperature": 0.7}
+    assert asked("generate_until", ("The quick", until)) == [free.partition(free[3:5])[0]]
+    with pytest.raises(SurgeryError, match="settings that we do not have: num_beams"):
+        asked("generate_until", ("a", {"num_beams": 4}))
+    with pytest.raises(SurgeryError, match="answers of 30 tokens"):
+        asked("generate_until", ("a", {"max_gen_toks": 30}))
+
+
+def test_what_is_too_long_loses_its_beginning_and_says_so():
+    context = "The quick brown fox jumps over 12345 lazy dogs. " * 3
+    with pytest.warns(SurgeryWarning, match="loses its beginning: 31 fit"):
+        [(found, _)] = asked("loglikelihood", (context.rstrip(), " The"))
+    whole = TOKENIZER.encode(context + "The")[-31:]
+    new = len(TOKENIZER.encode(context + "The")) - len(TOKENIZER.encode(context.rstrip()))
+    scores = plain(whole)
+    expected = sum(float(scores[i - 1, whole[i]]) for i in range(31 - new, 31))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_tokenizer_of_characters_has_no_beginning():
+    letters = CharacterTokenizer(LETTERS)
+    harness = HarnessModel(tiny_model(GPTConfig(96, 12, 2, 1, 30)), letters)
+    [(found, _)] = harness.loglikelihood([Instance("loglikelihood", {}, ("", "abc"), 0)])
+    with torch.no_grad():
+        scores = harness.model(torch.tensor([letters.encode("ab")]))[0].log_softmax(-1)
+    expected = sum(float(scores[i, j]) for i, j in enumerate(letters.encode("bc")))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_harness_runs_a_task_with_it():
+    import datasets
+
+    task = {
+        "task": "ours",
+        "custom_dataset": lambda **_: {"test": datasets.Dataset.from_list(QUESTIONS)},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{q}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "{{answer}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    found = lm_eval.simple_evaluate(HARNESS, tasks=[task], bootstrap_iters=0, verbosity="ERROR")
+    right = 0
+    for question in QUESTIONS:
+        pairs = [(question["q"], f" {choice}") for choice in question["choices"]]
+        scores = [score for score, _ in asked("loglikelihood", *pairs)]
+        right += scores.index(max(scores)) == question["answer"]
+    assert found["results"]["ours"]["acc,none"] == right / 2

@@ -1,0 +1,57 @@
+from pathlib import Path
+
+import pytest
+
+from nanogpt_surgery.exchange import exchange
+
+IN_ONE_STEP = "nanogpt_surgery.exchange._in_one_step"
+
+
+@pytest.fixture
+def pair(tmp_path):
+    for name in ("new", "old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "what").write_text(name)
+    return tmp_path / "new", tmp_path / "old"
+
+
+def contents(pair):
+    return [(path / "what").read_text() for path in pair]
+
+
+@pytest.mark.parametrize("by_renames", [False, True])
+def test_two_folders_change_places(pair, by_renames, monkeypatch):
+    if by_renames:
+        monkeypatch.setattr(IN_ONE_STEP, lambda *_: False)
+    exchange(*pair)
+    assert contents(pair) == ["old", "new"]
+    assert len(list(pair[0].parent.iterdir())) == 2
+
+
+def test_in_one_step_where_this_system_can(pair, monkeypatch):
+    monkeypatch.setattr(Path, "rename", None)  # not one of ours is needed
+    exchange(*pair)
+    assert contents(pair) == ["old", "new"]
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_refused_rename_leaves_both_where_they_were(pair, failing, monkeypatch):
+    monkeypatch.setattr(IN_ONE_STEP, lambda *_: False)
+    renames, rename = [], Path.rename
+
+    def refusing(path, goal):
+        renames.append(path)
+        if len(renames) == failing + 1:
+            raise OSError(5, "injected")
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(OSError, match="injected"):
+        exchange(*pair)
+    assert contents(pair) == ["new", "old"]
+
+
+def test_what_the_system_says_is_told(pair):
+    with pytest.raises(FileNotFoundError):
+        exchange(pair[0] / "nowhere", pair[1])
+    assert contents(pair) == ["new", "old"]
