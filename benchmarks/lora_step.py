@@ -1,23 +1,30 @@
 """A step of LoRA training: ours beside transformers + peft, in turns, each in its own process.
 
-    uv run benchmarks/lora_step.py [--shape smollm2|gpt2] [--precision …] [--compile on|off]
+    uv run benchmarks/lora_step.py [--shape smollm2|gpt2] [--precision …] [--targets …] [--turns 2]
 
 Random weights in the shape of SmolLM2-135M or GPT-2, batch 4 × 256, rank 8; adapters on q and v, on
-all Linears, and on the head alone. A training of more than some forty steps is compiled by default,
-so ours is here; the first steps do not count. Prints the median seconds of the later steps, tokens
-a second as a ratio, and peak memory. The data is two batches, so that from the third step on the
-states before the head are known, as they are from the second epoch on.
+all Linears, and on the head alone. The precision is that of the stored weights. peft computes in
+it; ours in what `fit` chooses for the processor: float32 where it has no bfloat16 arithmetic.
+A long training of ours is compiled, so ours is here, where there is a C++ compiler. The data is two
+batches, so that from the third step on the states before the head are known, as they are from the
+second epoch on: three steps of ours do not count. One of peft's does not, but for a step of over 30
+seconds, which needs no warming up. Then steps count until `--seconds` are over, at most 8.
+
+Prints for each row both times of a step (medians over the turns), the ratios of tokens a second and
+of peak memory, and the rate at which each side does the products it cannot do without, as a share
+of the rate of a float32 matrix product measured in the same run.
 """
 
 import argparse
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
 
-BATCH, TOKENS, RANK, STEPS = 4, 256, 8, 8
+BATCH, TOKENS, RANK, MOST_STEPS = 4, 256, 8, 8
 SHAPES = {
     "smollm2": {
         "family": "llama",
@@ -42,8 +49,8 @@ SHAPES = {
 TARGETS = {"q,v": ["q_proj", "v_proj"], "all-linear": "all-linear", "head": ["lm_head"]}
 
 
-def ours(shape: str, targets: str, precision: str, compiled: str) -> list[float]:
-    """Seconds of each step of `fit`."""
+def ours(shape: str, targets: str, precision: str, seconds: float) -> list[float]:
+    """Seconds of each step of `fit` that counts."""
     import torch
 
     from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, fit, inject_lora
@@ -54,13 +61,15 @@ def ours(shape: str, targets: str, precision: str, compiled: str) -> list[float]
     inject_lora(model, TARGETS[targets], rank=RANK, tied="untie")
     ids = torch.randint(model.config.vocab_size, (2 * BATCH * TOKENS + 1,))
     dataset = GPTDataset.from_ids(ids, TOKENS, stride=TOKENS)
-    options = {"batch_size": BATCH, "precision": precision, "device": "cpu", "compile": compiled}
-    steps = fit(model, dataset, max_steps=STEPS, **options)
-    return [step.seconds for step in steps]
+    compiled = "on" if shutil.which("c++") and targets != "head" else "off"
+    steps = fit(model, dataset, max_steps=1000, batch_size=BATCH, device="cpu", compile=compiled)
+    for _ in range(3):
+        next(steps)
+    return counted(lambda: next(steps), seconds)
 
 
-def theirs(shape: str, targets: str, precision: str, _: str) -> list[float]:
-    """Seconds of each step of a plain loop around peft's model, with its defaults."""
+def theirs(shape: str, targets: str, precision: str, seconds: float) -> list[float]:
+    """Seconds of each step that counts of a plain loop around peft's model, with its defaults."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -76,56 +85,112 @@ def theirs(shape: str, targets: str, precision: str, _: str) -> list[float]:
     names = ["c_attn"] if (shape, targets) == ("gpt2", "q,v") else TARGETS[targets]
     model = get_peft_model(model, LoraConfig(r=RANK, target_modules=names))
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    batches = torch.randint(own.vocab_size, (2, BATCH, TOKENS))
-    seconds = []
-    for step in range(STEPS):
-        start, ids = time.perf_counter(), batches[step % 2]
+    ids = torch.randint(own.vocab_size, (BATCH, TOKENS))
+
+    def step() -> None:
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return seconds
+
+    (first,) = counted(step, 0)
+    return [first] if first > 30 else counted(step, seconds)
+
+
+def counted(step, seconds: float) -> list[float]:
+    """Times of a step, taken until so many seconds are over."""
+    times: list[float] = []
+    while not times or (sum(times) < seconds and len(times) < MOST_STEPS):
+        start = time.perf_counter()
+        step()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def needed(shape: str, targets: str, who: str) -> float:
+    """GFLOP of the matrix products a step cannot do without, attention's and the thin ones apart.
+
+    Forwards all of them, and the same again backwards where a gradient has to go on to the input;
+    the head's own LoRA needs none, and with the states before it known, the head's product alone.
+    """
+    from nanogpt_surgery import GPTConfig
+
+    config = GPTConfig.for_family(**SHAPES[shape])
+    whole, head = config.flops_per_token(context=0), 2 * config.vocab_size * config.n_embd
+    flops = {"ours": head, "peft": whole}[who] if targets == "head" else 2 * whole
+    return flops * BATCH * TOKENS / 1e9
+
+
+def matmul_rate() -> float:
+    """GFLOP/s of a float32 product of the feed-forward's shape, the best of 30."""
+    import torch
+
+    x, w = torch.randn(1024, 576), torch.randn(576, 1536)
+    times = []
+    for _ in range(30):
+        start = time.perf_counter()
+        torch.mm(x, w)
+        times.append(time.perf_counter() - start)
+    return 2 * 1024 * 576 * 1536 / min(times) / 1e9
 
 
 def measure(who: str, *what: str) -> tuple[float, float]:
-    """Median seconds of the later steps, and peak memory in GiB, in a new process."""
+    """Median seconds of the steps that count, and peak memory in GiB, in a new process."""
     command = [sys.executable, __file__, "--child", who, *what]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
     result = json.loads(done.stdout.splitlines()[-1])
-    return statistics.median(result["seconds"][STEPS // 2 :]), result["peak"] / 2**20
+    return statistics.median(result["seconds"]), result["peak"] / 2**20
+
+
+def row(shape: str, targets: str, precision: str, options: argparse.Namespace, rate: float) -> None:
+    """Measure one row in turns, and print it."""
+    rows: dict[str, list[tuple[float, float]]] = {"ours": [], "peft": []}
+    for _ in range(options.turns):
+        for who, results in rows.items():
+            results.append(measure(who, shape, targets, precision, str(options.seconds)))
+    (mine, my_peak), (other, other_peak) = (
+        map(statistics.median, zip(*results, strict=True)) for results in rows.values()
+    )
+    shares = [
+        needed(shape, targets, who) / seconds / rate
+        for who, seconds in (("ours", mine), ("peft", other))
+    ]
+    print(
+        f"| {targets} | {precision} | {mine:.2f} s | {other:.2f} s | {other / mine:.2f} | "
+        f"{my_peak:.2f} GiB | {other_peak:.2f} GiB | {my_peak / other_peak:.2f} | "
+        f"{shares[0]:.0%} | {shares[1]:.0%} |",
+        flush=True,
+    )
 
 
 def main() -> None:
     """Measure and print a table."""
     if sys.argv[1:2] == ["--child"]:
-        who, *what = sys.argv[2:]
-        seconds = {"ours": ours, "peft": theirs}[who](*what)
+        who, shape, targets, precision, length = sys.argv[2:]
+        seconds = {"ours": ours, "peft": theirs}[who](shape, targets, precision, float(length))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         print(json.dumps({"seconds": seconds, "peak": peak}))
         return
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=SHAPES, default="smollm2")
-    parser.add_argument("--precision", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--compile", choices=("on", "off"), default="on", help="of ours")
+    parser.add_argument("--precision", choices=("bfloat16", "float32"), nargs="+")
+    parser.add_argument("--targets", choices=TARGETS, nargs="+")
     parser.add_argument("--turns", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=20, help="of steps that count, about")
     options = parser.parse_args()
-    print(f"{options.shape}, {options.precision}: s a step and peak GiB, ours and peft")
-    for targets in TARGETS:
-        rows: dict[str, list[tuple[float, float]]] = {"ours": [], "peft": []}
-        for _ in range(options.turns):
-            for who, results in rows.items():
-                what = options.shape, targets, options.precision, options.compile
-                results.append(measure(who, *what))
-        (mine, my_peak), (other, other_peak) = (
-            map(statistics.median, zip(*results, strict=True)) for results in rows.values()
-        )
-        print(
-            f"{targets:11s} {mine:6.3f} {other:6.3f}  {other / mine:5.2f} × the tokens/s   "
-            f"{my_peak:5.2f} {other_peak:5.2f}  {my_peak / other_peak:4.2f} × the memory",
-            flush=True,
-        )
+
+    import torch
+
+    rate = matmul_rate()
+    print(
+        f"{options.shape}: {torch.get_num_threads()} threads, float32 products {rate:.0f} GFLOP/s"
+    )
+    print("| targets | weights | ours | peft | × tokens/s | ours | peft | × memory | ours | peft |")
+    print("|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    for precision in options.precision or ("float32", "bfloat16"):
+        for targets in options.targets or TARGETS:
+            row(options.shape, targets, precision, options, rate)
 
 
 if __name__ == "__main__":

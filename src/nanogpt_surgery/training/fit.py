@@ -21,6 +21,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
+from nanogpt_surgery.training.frozen_products import QuickProducts
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.loss import (
     backward_from_hidden,
@@ -131,6 +132,7 @@ def _steps(
 ) -> Iterator[Step]:
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     blocks = CompiledBlocks(model, hardware.compile, settings.gradient_checkpointing)
+    products = QuickProducts(model, hardware.precision)
     optimizer.zero_grad()  # what the caller's own backward passes may have left
     coming = batches(dataset, settings, first_step, hardware.device)
     for step in range(first_step, settings.max_steps):
@@ -138,7 +140,7 @@ def _steps(
         if not model.training:  # at the start, or after a look at the model between two steps
             model.train()
         rate = learning_rate(step, settings)
-        with blocks.active():
+        with products.active(), blocks.active():
             loss = _accumulate(model, next(coming), settings, step, prefix, hardware)
         if examiner is not None:
             examiner.after_backward(step)

@@ -21,6 +21,7 @@ from nanogpt_surgery.data.batches import Batch, Batches, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
 
 MOST_LOGITS = 2**23  # 32 MiB in float32
 
@@ -73,6 +74,10 @@ def backward_from_hidden(
     most_logits: int = MOST_LOGITS,
 ) -> float:
     """As `backward_of_loss`, from what the head reads: (B, T, C)."""
+    frozen = frozen_head(model.lm_head, _precision(hidden, autocast))
+    if frozen is not None:
+        twice = 2 * most_logits  # there is one tensor of the size, below there are four
+        return backward_of_frozen_head(frozen, hidden, targets, share, twice)
     size = _positions(model, targets, most_logits)
     total = torch.zeros((), device=hidden.device)
     gradients, whole = [], n_trained(targets)
@@ -88,6 +93,15 @@ def backward_from_hidden(
     if hidden.requires_grad:
         hidden.backward(torch.cat(gradients, 1))
     return total.item()
+
+
+def _precision(
+    hidden: Tensor, autocast: Callable[[], AbstractContextManager[object]]
+) -> torch.dtype:
+    """What products with hidden states are computed in."""
+    kind = hidden.device.type
+    with autocast():
+        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
 def n_trained(targets: Tensor) -> int:
