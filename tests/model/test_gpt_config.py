@@ -121,7 +121,7 @@ CONTRADICTIONS = [
     ({"rope_scaling": SCALING}, ["rope_scaling", "'rotary'", "'learned'"]),
     ({"positions": "alibi"}, ["positions is 'alibi'", "learned, rotary"]),
     ({"norm": "batchnorm"}, ["norm is 'batchnorm'", "layernorm, rmsnorm"]),
-    ({"mlp": "relu"}, ["mlp is 'relu'", "gelu, gelu_tanh, swiglu"]),
+    ({"mlp": "relu"}, ["mlp is 'relu'", "gelu, gelu_tanh, relu2, swiglu"]),
     ({"bias": True}, ["bias is True", "all, qkv, attention, none"]),
     ({"dropout": 1.0}, ["dropout is 1.0", "below 1"]),
     ({"dropout": -0.1}, ["dropout is -0.1"]),

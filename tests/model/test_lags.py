@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from tiny import CONFIGS, randomise
 
-from nanogpt_surgery import GPTConfig
+from nanogpt_surgery import GPTConfig, SimpleGPT
 from nanogpt_surgery.model.lags import make_lags
 from nanogpt_surgery.model.layout import Layout
 
@@ -60,4 +60,4 @@ def test_without_lags_nothing_is_added():
     part = make_lags(CONFIGS["llama"])
     x = torch.randn(2, 3, 6)
     assert part(x, random_ids(2, 3), torch.arange(3)) is x
-    assert not list(part.parameters())
+    assert "embed_lags" not in dict(SimpleGPT.from_config(CONFIGS["llama"]).named_children())

@@ -55,7 +55,7 @@ class SimpleGPT(nn.Module):
         config = GPTConfig(vocab_size, n_embd, n_head, n_layer, block_size, **axes)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embed_lags = make_lags(config)
+        self.embed_lags: Any = make_lags(config)
         self.embed_positions = make_positions(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerEncoderLayer(config) for _ in range(config.n_layer))

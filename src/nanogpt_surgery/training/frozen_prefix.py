@@ -111,7 +111,7 @@ def first_that_learns(model: SimpleGPT) -> int | None:
 
     Their number if none has (the head alone learns), and None if the embedding learns.
     """
-    if any(map(_learns, (model.embed_tokens, model.embed_lags, model.embed_positions))):
+    if any(p.requires_grad for name, p in model.named_parameters() if name.startswith("embed_")):
         return None
     stages = [*model.layers, model.norm]
     return next((i for i, stage in enumerate(stages) if _learns(stage)), len(stages))

@@ -182,14 +182,15 @@ class QuickProducts:
     """
 
     def __init__(self, model: nn.Module, precision: torch.dtype):
-        self.classes = quick_classes(model, precision)
+        self.model, self.precision = model, precision
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Within, the products are done the quick way."""
-        plain = {module: type(module) for module in self.classes}
+        """Within, the products are done the quick way; what takes part may change between steps."""
+        classes = quick_classes(self.model, self.precision)
+        plain = {module: type(module) for module in classes}
         try:
-            for module, quick in self.classes.items():
+            for module, quick in classes.items():
                 module.__class__ = quick
             yield
         finally:
