@@ -376,3 +376,25 @@ def test_from_the_command_line(place, capsys):
     assert "no operation to undo" in capsys.readouterr().err
     surgery(["merge", model, str(place / "adapter"), "--drop-originals"])
     assert "cannot be undone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("out", ["model", "other/../model", "link"])
+def test_merging_over_the_model_itself_is_refused_since_it_has_no_undo(place, out):
+    (place / "other").mkdir()
+    (place / "link").symlink_to(place / "model")
+    before = bytes_of(place / "model")
+    for merging in (plan_merge, merge_adapter):
+        with pytest.raises(SurgeryError, match=r"(?s)the model itself.*leave out --out"):
+            merging(place / "model", place / "adapter", place / out)
+    assert bytes_of(place / "model") == before
+
+
+def test_a_journal_is_split_at_line_ends_alone_and_one_in_latin_1_is_refused(place):
+    adapter = place / "a\u2028b\x85c"
+    (place / "adapter").rename(adapter)
+    merge_adapter(place / "model", adapter)
+    assert str(adapter) in folder_log(place / "model").rows[-1]["operation"]
+    journal = place / "model" / "operations" / "journal.jsonl"
+    journal.write_bytes("é".encode("latin-1") + journal.read_bytes())
+    with pytest.raises(SurgeryError, match=r"journal\.jsonl is not UTF-8 at byte 0"):
+        read_journal(place / "model")

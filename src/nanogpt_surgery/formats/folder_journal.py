@@ -143,14 +143,21 @@ def read_journal(folder: Path) -> FolderJournal:
     """The journal of a folder; an empty one where there is none.
 
     Raises:
-        SurgeryError: a line cannot be read (its number).
+        SurgeryError: it is not UTF-8, or a line cannot be read (its number).
     """
     journal, path = FolderJournal(), folder / OPERATIONS / JOURNAL
     if not path.is_file():
         return journal
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise SurgeryError(
+            f"{path} is not UTF-8 at byte {error.start}", "restore it from a copy"
+        ) from None
+    for number, line in enumerate(lines, 1):
         try:
-            journal._play(json.loads(line))
+            if line:
+                journal._play(json.loads(line))
         except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
             raise SurgeryError(
                 f"{path}, line {number}, cannot be read: {error}", "restore it from a copy"

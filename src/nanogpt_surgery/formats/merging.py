@@ -110,6 +110,7 @@ def plan_merge(
     How much of ΔW survives each precision in each layer, and the sizes to expect; the arguments are
     those of `merge_adapter`.
     """
+    _refuse_own_folder(model, out)
     keep = options.pop("keep_originals", True)
     options.pop("tolerance", None)
     merge = prepare(model, adapter, **options)
@@ -157,9 +158,11 @@ def merge_adapter(
         equal greedy tokens; and what was measured on.
 
     Raises:
-        SurgeryError: one of the parts cannot be opened, they do not fit, the merged model is not
-            the adapted one, or the disk refuses. What was there is untouched then.
+        SurgeryError: one of the parts cannot be opened, they do not fit, `out` is the model
+            itself, the merged model is not the adapted one, or the disk refuses. What was there is
+            untouched then.
     """
+    _refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else None
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force)
     planned, adapted = merge.planned(), logits_of(merge.model, merge.probe)
@@ -217,6 +220,15 @@ def _say_anew(path: Path, old: dict[str, Any]) -> None:
     path.unlink()
     if any(old.get(key) != value for key, value in changed.items()):
         write_json(path, old | changed)
+
+
+def _refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
+    """Raise `SurgeryError` if `out` is the model itself, which could not be brought back then."""
+    if out is None or not Path(model).is_dir():
+        return
+    if Path(out).resolve() in (Path(model).resolve(), model_folder(model).resolve()):
+        raise SurgeryError(f"{out} is the model itself, and writing over it has no undo",
+                           "leave out --out to merge in place, with undo")  # fmt: skip
 
 
 def _in_place(model: str | Path) -> Path:
