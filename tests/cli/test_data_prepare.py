@@ -1,6 +1,9 @@
 """`surgery data prepare`, and what trains on its folders: in this process, but for the kill."""
 
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +13,8 @@ import pytest
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.cli.app import run
+from nanogpt_surgery.data import preparation, token_files
+from nanogpt_surgery.data.processes import in_processes
 from nanogpt_surgery.data.token_files import open_tokens
 from nanogpt_surgery.files import file_hash
 
@@ -157,3 +162,49 @@ def test_errors_pass_between_processes_whole():
     again = error.__reduce__()[0](*error.__reduce__()[1])
     again.__dict__.update(error.__reduce__()[2])
     assert (str(again), again.what, again.hint) == (str(error), "what", "hint")
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_half_written(place, capsys):
+    Path("long.txt").write_text(TEXT * 400)
+    arguments = ["data", "prepare", "long.txt", "--out", "tokens", "--workers", 1]
+    surgery(capsys, *arguments[:-3], "other", "--workers", 1)
+    whole = Path("other/train.bin").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (whole // 2, before[1]))
+    try:
+        said = refused(capsys, *arguments)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "could not write" in said
+    assert "bytes free there" in said
+    assert not list(Path("tokens").rglob(".tmp-*"))
+    surgery(capsys, *arguments)
+    for name in ("tokens.json", "train.bin", "validation.bin"):
+        assert file_hash(Path("tokens") / name) == file_hash(Path("other") / name)
+
+
+@pytest.mark.parametrize("name", ["verify_tokens", "characters_of"])
+def test_ctrl_c_at_any_moment_says_that_the_same_command_goes_on(place, capsys, monkeypatch, name):
+    arguments = ["data", "prepare", "a.txt", "--out", "tokens", "--workers", 1]
+    if name == "verify_tokens":
+        surgery(capsys, *arguments)
+    module = token_files if name == "verify_tokens" else preparation
+    monkeypatch.setattr(module, name, lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(SystemExit, match="130"):
+        run(list(map(str, arguments)))
+    assert "stopped; the same command goes on with tokens" in capsys.readouterr().err
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    assert surgery(capsys, *arguments)[0]["train_tokens"] > 0
+
+
+def test_parts_that_a_kill_left_behind_go(place, tokens, capsys):
+    (tokens / "parts").mkdir()
+    (tokens / "parts" / "00000.json").write_text("{}")
+    surgery(capsys, "data", "prepare", "a.txt", "b.txt", "--out", "tokens")
+    assert not (tokens / "parts").exists()
+
+
+def test_a_process_that_is_ended_from_outside_is_said():
+    with pytest.raises(SurgeryError, match=r"one of 2 processes was ended.*\n.*fewer --workers"):
+        list(in_processes(os._exit, [1, 1], 2))

@@ -1,6 +1,7 @@
 """Pieces and parts: the same ids whoever made them, in however many attempts."""
 
 import os
+import resource
 import subprocess
 import sys
 from functools import partial
@@ -246,3 +247,20 @@ def test_paths_that_cannot_be_cut_are_refused_all_at_once(tmp_path):
     with pytest.raises(SurgeryError, match="at least 0 and below 1"):
         corpus(tmp_path)
         prepared(tmp_path / "out", pieces_of([tmp_path / "short"]), Path, held_out=1.0)
+
+
+def test_a_disk_that_is_full_while_parts_are_joined_is_said_and_can_be_gone_on_from(tmp_path):
+    """Each part has room, all together do not; a limit for files stands for the disk."""
+    paths, letters = corpus(tmp_path), CharacterTokenizer(TEXT + "short text 01234")
+    pieces = pieces_of(paths, 700)
+    whole = prepared(tmp_path / "whole", pieces, lambda: letters)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole["train.bin"]) // 2, before[1]))
+    try:
+        with pytest.raises(SurgeryError, match=r"could not write .*train\.bin: File too large"):
+            prepared(tmp_path / "full", pieces, lambda: letters)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (tmp_path / "full" / "parts").exists()
+    list(prepare_tokens(pieces, tmp_path / "full", lambda: letters, workers=1))
+    assert contents(tmp_path / "full") == whole

@@ -49,30 +49,36 @@ def prepare(
         print the result as JSON
     """
     from nanogpt_surgery.data.pieces import pieces_of
-    from nanogpt_surgery.data.preparation import prepare_tokens
-    from nanogpt_surgery.data.token_files import TOKENIZER, is_token_folder, verify_tokens
     from nanogpt_surgery.formats.run_folder import LOCK, held
-    from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
 
     if not text:
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
-    pieces, values = pieces_of(text), given(options)
+    pieces = pieces_of(text)
     _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
-    with held(out / LOCK):
-        finished = is_token_folder(out)
-        _provide_tokenizer(tokenizer, out / TOKENIZER, pieces, values.get("workers", 0))
-        opens = partial(open_tokenizer, out / TOKENIZER)
-        try:
-            _watch(prepare_tokens(pieces, out, opens, **values), len(pieces))
-        except KeyboardInterrupt:
-            say(f"stopped; the same command goes on with {out}")
-            sys.exit(130)
-        if finished:
-            verify_tokens(out)
-            say(f"{out} was finished before: every byte is as it was written")
+    try:
+        with held(out / LOCK):
+            _prepare(pieces, out, tokenizer, given(options))
+    except KeyboardInterrupt:
+        say(f"stopped; the same command goes on with {out}")
+        sys.exit(130)
     show(_report(out), json)
     say(f"surgery train {out} --out … trains on it")
+
+
+def _prepare(pieces: list[Piece], out: Path, tokenizer: str, values: dict[str, Any]) -> None:
+    """Everything that is done while the folder is held."""
+    from nanogpt_surgery.data.preparation import prepare_tokens
+    from nanogpt_surgery.data.token_files import TOKENIZER, is_token_folder, verify_tokens
+    from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
+
+    finished = is_token_folder(out)
+    _provide_tokenizer(tokenizer, out / TOKENIZER, pieces, values.get("workers", 0))
+    opens = partial(open_tokenizer, out / TOKENIZER)
+    _watch(prepare_tokens(pieces, out, opens, **values), len(pieces))
+    if finished:
+        verify_tokens(out)
+        say(f"{out} was finished before: every byte is as it was written")
 
 
 def _check_folder(out: Path) -> None:

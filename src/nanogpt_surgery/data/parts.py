@@ -22,7 +22,7 @@ from nanogpt_surgery.data.pieces import Piece, read_span, split_at_line
 from nanogpt_surgery.data.token_files import DTYPES, SPLITS, Shard
 from nanogpt_surgery.data.tokenizer import Tokenizer, encode_to_array
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import flush, read_json, write_json
+from nanogpt_surgery.files import disk_refuses, flush, read_json, write_json
 
 PARTS = "parts"
 Ids = NDArray[Any]
@@ -69,15 +69,24 @@ def _shard(work: Work, number: int, split: str) -> Shard:
 
 
 def encode_piece(work: Work, tokenizer: Tokenizer, number: int) -> int:
-    """Write the part of a piece: ids first, then their sizes and hashes, each in one rename."""
+    """Write the part of a piece: ids first, then their sizes and hashes, each in one rename.
+
+    Raises:
+        SurgeryError: the disk refuses, or the text is not UTF-8 or not in the vocabulary.
+    """
     sizes = {}
     for split, ids in zip(SPLITS, _ids_of(work, tokenizer, number), strict=True):
         data = ids.astype(np.dtype(work.dtype).newbyteorder("<")).tobytes()
         goal = work.part(number, f"{split}.bin")
         temporary = goal.with_name(f".tmp-{os.getpid()}-{goal.name}")
-        temporary.write_bytes(data)
-        flush(temporary)
-        temporary.replace(goal)
+        try:
+            temporary.write_bytes(data)
+            flush(temporary)
+            temporary.replace(goal)
+        except OSError as error:
+            raise disk_refuses(goal, error) from error
+        finally:
+            temporary.unlink(missing_ok=True)
         sizes[split] = {"tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
     write_json(work.part(number, "json"), sizes)
     return number
@@ -115,7 +124,11 @@ def _joined_ids(tokenizer: Tokenizer, documents: list[tuple[str, bool]]) -> Ids:
 
 
 def join_parts(work: Work, split: str) -> tuple[Shard, ...]:
-    """Join the parts of a split into its file; each part is deleted when it is safely in."""
+    """Join the parts of a split into its file; each part is deleted when it is safely in.
+
+    Raises:
+        SurgeryError: the file has lost parts that went into it, or the disk refuses.
+    """
     numbers = range(len(work.pieces))
     shards = [_shard(work, number, split) for number in numbers]
     paths = [work.part(number, f"{split}.bin") for number in numbers]
@@ -129,13 +142,20 @@ def join_parts(work: Work, split: str) -> tuple[Shard, ...]:
             f"{place:,}",
             f"delete {work.folder} and prepare it anew",
         )
+    try:
+        _append(goal, place, paths[first:])
+    except OSError as error:
+        raise disk_refuses(goal, error) from error
+    return tuple(shards)
+
+
+def _append(goal: Path, place: int, paths: list[Path]) -> None:
     with goal.open("r+b") as file:
         file.truncate(place)
         file.seek(place)
-        for path in paths[first:]:
+        for path in paths:
             with path.open("rb") as part:
                 shutil.copyfileobj(part, file)
             file.flush()
             os.fsync(file.fileno())
             path.unlink()
-    return tuple(shards)

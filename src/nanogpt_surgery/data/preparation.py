@@ -65,7 +65,7 @@ def prepare_tokens(
 
     Raises:
         SurgeryError: the folder was begun for another purpose (all differences), a text is not
-            UTF-8, or a character is not in the vocabulary.
+            UTF-8, a character is not in the vocabulary, the disk refuses, or a process died.
     """
     held_out = _held_out(pieces, held_out)
     tokenizer = tokenizer_of()
@@ -74,6 +74,7 @@ def prepare_tokens(
     work = Work(folder, tuple(pieces), tokenizer_of, held_out, dtype_for(vocab_size))
     _check_asked(folder, _asked(work, fingerprint))
     if is_token_folder(folder):
+        shutil.rmtree(folder / PARTS, ignore_errors=True)  # a kill may have left it
         yield len(pieces)
         return
     (folder / PARTS).mkdir(exist_ok=True)

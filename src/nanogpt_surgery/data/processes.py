@@ -7,9 +7,12 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from multiprocessing import connection, get_context, parent_process
 from typing import Any
+
+from nanogpt_surgery.errors import SurgeryError
 
 
 def cores() -> int:
@@ -23,7 +26,11 @@ def in_processes(
     workers: int,
     begin: Callable[[], None] | None = None,
 ) -> Iterator[Any]:
-    """Results of a function on tasks, in any order; in this process where there is one worker."""
+    """Results of a function on tasks, in any order; in this process where there is one worker.
+
+    Raises:
+        SurgeryError: a process was ended from outside.
+    """
     if min(workers, len(tasks)) <= 1 and begin is None:
         yield from map(function, tasks)
         return
@@ -33,6 +40,12 @@ def in_processes(
     try:
         for future in as_completed([pool.submit(function, task) for task in tasks]):
             yield future.result()
+    except BrokenProcessPool:
+        raise SurgeryError(
+            f"one of {min(workers, len(tasks))} processes was ended from outside, as the system "
+            "does where memory runs out",
+            "give fewer --workers; what is finished is kept",
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
