@@ -1,14 +1,18 @@
 """Templates give transformers' text; hostile ones give our own error within their limits."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from small_tokenizers import byte_level, sentencepiece_like
+from tiny import tiny_model
 from transformers import PreTrainedTokenizerFast
 
-from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning
-from nanogpt_surgery.data.chat import ChatTemplate, chat_ids, template_of
+from nanogpt_surgery import CharacterTokenizer, GPTConfig, SurgeryError, SurgeryWarning
+from nanogpt_surgery.data.chat import ChatTemplate, chat_ids, end_ids, template_of
+from nanogpt_surgery.data.instructions import encode_conversations
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.generation.conversation import Conversation
 
 CHATML = """{% for message in messages %}
 {% if loop.first and message['role'] != 'system' %}
@@ -104,3 +108,32 @@ def test_messages_that_are_none_are_named_at_once(messages, message):
 def test_a_refusal_of_the_template_is_told():
     with pytest.raises(SurgeryError, match="no system"):
         ChatTemplate(LLAMA).render([{"role": "system", "content": "x"}])
+
+
+def test_chatml_ends_an_answer_also_where_the_tokenizer_has_another_end():
+    base = PretrainedTokenizer(byte_level(), stop_ids=[0])
+    assert template_of(base).stop == ("<|im_end|>",)
+    own = PretrainedTokenizer(byte_level(), stop_ids=[0], chat_template=CHATML)
+    assert template_of(own).stop == ("<|im_end|>",)
+    assert ChatTemplate(LLAMA).stop == ()
+    assert end_ids(base) == {0, base.id_of("<|im_end|>")}
+    assert end_ids(CharacterTokenizer("abc")) == set()
+
+
+@pytest.mark.parametrize("name", ["plain", "chatml"])
+def test_training_and_chat_begin_alike(name):
+    """A tokenizer that begins a text with BOS does so before our templates, everywhere."""
+    tokenizer = PretrainedTokenizer(byte_level(), bos_id=0, stop_ids=[2], add_bos=True)
+    template = replace(template_of(tokenizer), source=name)
+    config = GPTConfig.for_family(
+        "llama", vocab_size=300, n_embd=24, n_head=6, n_kv_head=2, n_layer=1, block_size=200
+    )
+    talk = Conversation(tiny_model(config), tokenizer, template)
+    next(talk.ask(TALK[0]["content"], 3, seed=0))
+    asked = chat_ids(tokenizer, TALK[:1], template)
+    assert asked[0] == 0
+    assert talk.past.window.ids.tolist()[: len(asked)] == asked
+    for answers_only in (True, False):
+        [example] = encode_conversations([TALK[:2]], tokenizer, template, answers_only=answers_only)
+        assert list(example.ids[: len(asked)]) == asked
+        assert example.ids.count(0) == 1

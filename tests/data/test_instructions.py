@@ -188,3 +188,17 @@ def test_a_batch_is_a_pure_function_of_seed_and_step():
     assert torch.equal(data.batch(3, 2, 1)[0], data.batch(3, 2, 1)[0])
     epoch = torch.cat([data.rows_of(step, 1, 5) for step in range(7)])
     assert sorted(epoch.tolist()) == list(range(7))
+
+
+def test_lines_end_at_line_ends_alone(tmp_path):
+    path, answer = tmp_path / "a.jsonl", "one\u2028two\u2029three\x85four"
+    record = {"prompt": "a", "completion": answer}
+    path.write_text(json.dumps(record, ensure_ascii=False) + "\r\n\n", encoding="utf-8")
+    [talk] = read_conversations(path)
+    assert talk[1]["content"] == answer
+
+
+def test_chatmls_end_counts_where_the_tokenizer_stops_at_another_token():
+    base = PretrainedTokenizer(byte_level(), stop_ids=[0])
+    examples = encode_conversations([TALK], base, ChatTemplate("chatml"))
+    assert InstructionDataset.for_tokenizer(examples, base, 99).counts.ends == 2

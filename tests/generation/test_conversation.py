@@ -88,7 +88,9 @@ def test_the_oldest_exchanges_are_left_out_when_the_context_is_full_and_the_syst
     assert len(shown) + 10 <= 120
     assert answer == continued(talk.model, shown, 10)
     assert len(talk.messages) == 8, "nothing is lost"
-    assert said(talk, "x", tokens=2) is not None
+    shown = talk.system + "".join(m["content"] for m in talk.messages[4:]) + "x"
+    assert said(talk, "x", tokens=2) == continued(talk.model, shown, 2)
+    assert talk.forgotten == 4, "there is room again for the same exchanges"
 
 
 def test_a_message_too_long_for_the_context_is_refused_and_not_said():
@@ -159,3 +161,53 @@ def test_a_models_own_template_is_used_and_bos_comes_once():
     prompt = talk.past.window.ids.tolist()[: len(tokenizer.encode(text))]
     assert prompt == tokenizer.encode(text)
     assert prompt.count(0) == 1
+
+
+def test_a_chatml_answer_ends_at_its_end_where_the_tokenizer_stops_at_another_token():
+    tokenizer = PretrainedTokenizer(byte_level(), stop_ids=[0])
+    config = GPTConfig.for_family(
+        "llama", vocab_size=300, n_embd=24, n_head=6, n_kv_head=2, n_layer=1, block_size=120
+    )
+    talk = Conversation(tiny_model(config), tokenizer)
+    script = tokenizer.encode(" fine.<|im_end|>\n<|im_start|>user")
+    begin = len(tokenizer.encode(talk.template.render([{"role": "user", "content": "ab"}])))
+
+    def scripted(hidden):
+        place = talk.past.window.ids.numel() - begin
+        return torch.nn.functional.one_hot(torch.tensor(script[place]), 300) * 1e4
+
+    talk.model.lm_head.forward = scripted
+    assert said(talk, "ab", len(script)) == " fine."
+
+
+def test_an_empty_stop_string_is_refused_before_anything_is_said():
+    talk = conversation()
+    with pytest.raises(SurgeryError, match="a stop string is empty"):
+        talk.ask("ab", 6, stop=("",))
+    assert talk.messages == []
+
+
+def test_the_search_for_what_fits_begins_where_the_last_one_ended(monkeypatch):
+    """And finds what a search from the beginning finds, whatever happened in between."""
+    written, render = [], ChatTemplate.render_many
+
+    def counted(self, renders):
+        written.append(sum(len(messages) for messages, _ in renders))
+        return render(self, renders)
+
+    monkeypatch.setattr(ChatTemplate, "render_many", counted)
+    talk = conversation("none")
+    for n in range(24):
+        said(talk, str(n) * 9, tokens=10)
+    assert talk.forgotten > 30
+    written.clear()
+    said(talk, "x" * 20, tokens=10)
+    assert sum(written) < 40, "of 49 messages in all"
+    for _ in range(20):
+        talk.undo()
+    said(talk, "y", tokens=10)
+    anew = conversation("none")
+    anew.messages = talk.messages[:-2]
+    said(anew, "y", tokens=10)
+    assert talk.forgotten == anew.forgotten
+    assert talk.messages == anew.messages

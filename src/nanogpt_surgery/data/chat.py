@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 
 Message: TypeAlias = dict[str, str]  # role and content
@@ -23,6 +23,7 @@ Render: TypeAlias = tuple[Sequence[Message], bool]  # and whether the text asks 
 
 ROLES = ("system", "user", "assistant", "tool")
 LONGEST = 1 << 20  # characters of one conversation
+_END = "<|im_end|>"  # ChatML's
 _WORKER = Path(__file__).with_name("template_worker.py")
 
 
@@ -46,8 +47,13 @@ class ChatTemplate:
 
     @property
     def stop(self) -> tuple[str, ...]:
-        """Texts that end an answer where no token does: the next speaker's name."""
-        return ("\n\nUser:", "\nUser:") if self.source == "plain" else ()
+        """Texts that end an answer where no token does: the next speaker's name, or ChatML's end.
+
+        A base model's `stop_ids` are often without that end, also where its own template writes it.
+        """
+        if self.source == "plain":
+            return ("\n\nUser:", "\nUser:")
+        return (_END,) if self.source == "chatml" or _END in self.source else ()
 
     def render(self, messages: Sequence[Message], ask: bool = True) -> str:
         """The text of a conversation; `ask`: up to where an answer begins.
@@ -126,13 +132,27 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate:
 def chat_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], template: ChatTemplate | None = None
 ) -> list[int]:
-    """The ids of a conversation up to where the model's answer begins.
-
-    The template writes every special token itself, so none is added: BOS comes once.
-    """
-    ids = tokenizer.encode((template or template_of(tokenizer)).render(messages))
+    """The ids of a conversation up to where the model's answer begins; BOS comes once."""
+    template = template or template_of(tokenizer)
+    ids = ids_of(tokenizer, template, template.render(messages))
     warn_of_two_bos(tokenizer, ids)
     return ids
+
+
+def ids_of(tokenizer: Tokenizer, template: ChatTemplate, text: str) -> list[int]:
+    """The ids of a text that a template wrote, from the beginning of a conversation.
+
+    A model's own template writes every special token itself; before ours comes what the tokenizer
+    puts before a text (BOS). Training, chat and evaluation all ask here.
+    """
+    return prompt_ids(tokenizer, text) if template.source in OWN else tokenizer.encode(text)
+
+
+def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a turn: the tokenizer's own, and ChatML's end where it has it."""
+    id_of: Callable[[str], int | None] = getattr(tokenizer, "id_of", lambda _: None)
+    end = id_of(_END)
+    return stop_ids(tokenizer) | (set() if end is None else {end})
 
 
 def warn_of_two_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
@@ -159,7 +179,7 @@ def check_messages(messages: Sequence[Message]) -> None:
 
 
 def _chatml(messages: Sequence[Message], ask: bool, _end: str) -> str:
-    turns = [f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages]
+    turns = [f"<|im_start|>{m['role']}\n{m['content']}{_END}\n" for m in messages]
     return "".join(turns) + ("<|im_start|>assistant\n" if ask else "")
 
 

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from nanogpt_surgery.data.batches import Batch
+from nanogpt_surgery.data.chat import end_ids
 from nanogpt_surgery.data.gpt_dataset import rows_of, visited
 from nanogpt_surgery.data.instructions import Example
-from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
+from nanogpt_surgery.data.text_stream import TextStream
+from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 
 UNTRAINED = -100  # what cross-entropy passes over
@@ -92,7 +94,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         cls, examples: Sequence[Example], tokenizer: Tokenizer, block_size: int, pack: bool = False
     ) -> InstructionDataset:
         """With the tokenizer's own ends of turns; warns if no target is one."""
-        dataset = cls(examples, block_size, pack, sorted(stop_ids(tokenizer)))
+        dataset = cls(examples, block_size, pack, sorted(end_ids(tokenizer)))
         if not dataset.counts.ends:
             warnings.warn(
                 "no target ends a turn, so the model will not learn to stop: the template writes "
@@ -167,3 +169,15 @@ def preview(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
             pieces.append((text, example.trained[start]))
             start = end
     return pieces
+
+
+def preview_tokens(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
+    """The text of each token of an example, with whether it is trained on.
+
+    Tokens that share a character have it with the last of them, and nothing before.
+    """
+    stream = TextStream(tokenizer)
+    texts = [stream.push(index) for index in example.ids]
+    if texts:
+        texts[-1] += stream.finish()
+    return list(zip(texts, example.trained, strict=True))

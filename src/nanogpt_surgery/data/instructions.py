@@ -15,7 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.data.chat import ChatTemplate, Message, template_of, warn_of_two_bos
+from nanogpt_surgery.data.chat import (
+    ChatTemplate,
+    Message,
+    ids_of,
+    template_of,
+    warn_of_two_bos,
+)
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 
@@ -112,7 +118,7 @@ def _records(text: str, path: Path) -> Iterable[Any]:
     if text.lstrip().startswith("["):
         yield from _parsed(text, path, 1)
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             yield _parsed(line, path, number)
 
@@ -169,7 +175,7 @@ def encode_conversations(
         examples = _with_answers(conversations, tokenizer, template)
     else:
         texts = template.render_many([(messages, False) for messages in conversations])
-        ids = [tuple(tokenizer.encode(text)) for text in texts]
+        ids = [tuple(ids_of(tokenizer, template, text)) for text in texts]
         examples = [Example(row, (True,) * len(row)) for row in ids]
     for example in examples:
         warn_of_two_bos(tokenizer, example.ids)
@@ -191,7 +197,7 @@ def _with_answers(
     ]
     texts = iter(template.render_many(renders))
     return [
-        _example([(next(texts), next(texts)) for _ in found], tokenizer, number)
+        _example([(next(texts), next(texts)) for _ in found], tokenizer, template, number)
         for number, found in enumerate(ends, 1)
     ]
 
@@ -202,7 +208,9 @@ def _answers(messages: Sequence[Message]) -> list[int]:
     ]
 
 
-def _example(texts: list[tuple[str, str]], tokenizer: Tokenizer, number: int) -> Example:
+def _example(
+    texts: list[tuple[str, str]], tokenizer: Tokenizer, template: ChatTemplate, number: int
+) -> Example:
     ids: list[int] = []
     trained: list[bool] = []
     written = ""
@@ -214,7 +222,7 @@ def _example(texts: list[tuple[str, str]], tokenizer: Tokenizer, number: int) ->
                 "use the template chatml or plain, or train on every token (answers_only=False)",
             )
         for part, is_answer in ((question[len(written) :], False), (whole[len(question) :], True)):
-            new = tokenizer.encode(part)
+            new = tokenizer.encode(part) if ids else ids_of(tokenizer, template, part)
             ids += new
             trained += [is_answer] * len(new)
         written = whole

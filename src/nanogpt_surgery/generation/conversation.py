@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator
 
 from nanogpt_surgery.data.chat import (
-    OWN,
     ChatTemplate,
     Message,
+    chat_ids,
     template_of,
-    warn_of_two_bos,
 )
-from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids
+from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.generate import Past
 from nanogpt_surgery.generation.settings import SamplingSettings
@@ -82,31 +82,39 @@ class Conversation:
         return _remembered(pieces, answer)
 
     def _fitting(self, said: list[Message], room: int) -> tuple[list[int], int]:
-        """The ids of the newest messages that fit beside an answer, and how many do not."""
+        """The ids of the newest messages that fit beside an answer, and how many do not.
+
+        The search begins where the last one ended, so a long talk is not written out anew.
+        """
         block = self.model.config.block_size
-        [ids] = self._ids([said])
-        if len(ids) + room <= block:
-            return ids, 0
-        later = [i for i, message in enumerate(said) if message["role"] == "user"][1:]
-        for first, ids in zip(later, self._ids([said[i:] for i in later]), strict=True):
-            if len(ids) + room <= block:
-                return ids, first
+        found: dict[int, list[int]] = {}
+
+        def fits(first: int) -> bool:
+            if first not in found:
+                found[first] = self._ids(said[first:])
+            return len(found[first]) + room <= block
+
+        asked = [i for i, message in enumerate(said) if message["role"] == "user"]
+        firsts = [0, *asked[1:]]
+        near = bisect_left(firsts, self.forgotten)
+        if near and fits(firsts[near - 1]):
+            place = bisect_left(firsts, True, hi=near - 1, key=fits)
+        else:
+            place = bisect_left(firsts, True, lo=near, key=fits)
+        if place < len(firsts):
+            assert fits(firsts[place])
+            return found[firsts[place]], firsts[place]
+        ids = found[firsts[-1]]
         raise SurgeryError(
             f"the message has {len(ids):,} tokens with all that belongs to it; the model's "
             f"block_size is {block:,}, of which {room:,} are kept for the answer",
             "say it in fewer words, or ask for a shorter answer with max_new_tokens",
         )
 
-    def _ids(self, talks: list[list[Message]]) -> list[list[int]]:
-        """The ids of conversations up to where an answer begins, each after the system prompt."""
+    def _ids(self, talk: list[Message]) -> list[int]:
+        """The ids of messages, after the system prompt, up to where an answer begins."""
         system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        texts = self.template.render_many([([*system, *talk], True) for talk in talks])
-        # The model's own template writes every special token itself.
-        ours = self.template.source in OWN
-        found = [prompt_ids(self.tokenizer, t) if ours else self.tokenizer.encode(t) for t in texts]
-        for ids in found:
-            warn_of_two_bos(self.tokenizer, ids)
-        return found
+        return chat_ids(self.tokenizer, [*system, *talk], self.template)
 
     def undo(self) -> str:
         """Take the last exchange back; what the user had said in it.
