@@ -1,6 +1,8 @@
 """A conversation as a user has it: lines on standard input, answers on standard output."""
 
 import io
+import json
+import os
 import signal
 import subprocess
 import sys
@@ -17,7 +19,9 @@ from nanogpt_surgery import (
     read_conversations,
     save_model,
 )
+from nanogpt_surgery.cli import chat_session
 from nanogpt_surgery.errors import printable
+from nanogpt_surgery.generation.conversation import Conversation
 
 FEW = ["--max-new-tokens", 8, "--seed", 3, "--template", "none"]
 
@@ -176,11 +180,12 @@ def test_help_names_every_command_and_a_wrong_one_is_told_the_nearest(talk) -> N
     assert "Traceback" not in errors
 
 
-def test_what_no_longer_fits_is_said_and_a_message_too_long_refused(talk) -> None:
+def test_what_no_longer_fits_is_said_and_a_message_too_long_refused(folder: Path, talk) -> None:
     out, errors = talk("a" * 100 + "\n" + "b" * 100 + "\n" + "c" * 300 + "\n")
     assert "the first 2 messages no longer fit the model's block_size of 200 tokens" in errors
     assert "the message has 300 tokens" in errors
-    assert len(flat(out)) > 0
+    first = continued(folder, "a" * 100)
+    assert out == [*first.split("\n"), *continued(folder, "b" * 100, seed=4).split("\n")]
 
 
 def test_a_model_without_a_template_is_talked_to_in_plain_and_says_so(folder: Path, talk) -> None:
@@ -211,8 +216,10 @@ def test_a_vocabulary_without_names_and_colons_is_continued(
             ["m", "--adapter", "a=first", "--adapter", "a=second"],
             ["two adapters have the name 'a'"],
         ),
+        (["m", "--adapter", "first.v1"], ["the name 'first.v1'", "--adapter first-v1=first.v1"]),
         (["m", "--temperature", "-1"], ["temperature is -1"]),
         (["m", "--max-new-tokens", "0"], ["max_new_tokens is 0"]),
+        (["m", "--stop", ""], ["a stop string is empty"]),
     ],
 )
 def test_errors_are_sentences(folder: Path, monkeypatch, arguments, pieces) -> None:
@@ -242,3 +249,74 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     assert b"stopped; what was said so far is kept" in errors
     assert len(begun + rest) < 7000, "the answer would have 8,000 characters"
     assert b"Traceback" not in errors
+
+
+def test_a_retry_that_is_refused_loses_nothing(folder: Path, talk) -> None:
+    out, errors = talk(f"abc\n/system {'x' * 300}\n/retry\n/system\n/save kept.json\n")
+    assert "the message has 303 tokens" in errors
+    [messages] = read_conversations(folder / "kept.json")
+    assert [m["content"] for m in messages[:1]] == ["abc"]
+    assert printable(messages[1]["content"]) == flat(out)
+
+
+def test_what_load_cannot_go_on_with_is_said_and_what_it_read_is_not_overwritten(
+    folder: Path, talk
+) -> None:
+    answer = {"role": "assistant", "content": "hello"}
+    records = {"empty": [], "alone": [answer], "fine": [{"role": "user", "content": "q"}, answer]}
+    for name, messages in records.items():
+        (folder / f"{name}.json").write_text(json.dumps([{"messages": messages, "mine": 1}]))
+    before = (folder / "fine.json").read_bytes()
+    _, errors = talk(
+        "/load empty.json\n/load alone.json\n/undo\n/load fine.json\n/save fine.json\n/exit\n"
+    )
+    for name in ("empty", "alone"):
+        assert f"{name}.json holds one in which no user says anything" in errors
+    assert "nothing has been said that could be taken back" in errors
+    assert "fine.json exists and is not of this conversation" in errors
+    assert (folder / "fine.json").read_bytes() == before
+
+
+def test_ctrl_c_at_any_moment_keeps_the_conversation(folder: Path, talk, monkeypatch) -> None:
+    def interrupt_once(owner: object, name: str) -> None:
+        function = getattr(owner, name)
+
+        def first(*arguments: object) -> object:
+            monkeypatch.setattr(owner, name, function)
+            signal.raise_signal(signal.SIGINT)
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, first)
+
+    interrupt_once(Conversation, "_fitting")
+    out, errors = talk("abc\n/save one.json\n")
+    assert "stopped; what was said so far is kept" in errors
+    [messages] = read_conversations(folder / "one.json")
+    assert len(messages[1]["content"]) == 1
+    interrupt_once(chat_session, "write_json")
+    out, errors = talk("abc\n/save two.json\n/save two.json\n")
+    assert "stopped at once" in errors
+    assert "wrote two.json" in errors
+    assert flat(out) == continued(folder, "abc")
+
+
+def test_an_answer_that_nobody_reads_ends_the_program(folder: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "nanogpt_surgery", "chat", "m", *map(str, FEW)]
+    with os.fdopen(writer, "wb") as closed:
+        done = subprocess.run(
+            command, input=b"abc\ndef\n", stdout=closed, stderr=subprocess.PIPE, cwd=folder
+        )
+    assert done.returncode == 141, done.stderr.decode()
+    assert b"Broken pipe" not in done.stderr
+
+
+def test_a_folder_with_an_equals_sign_is_a_folder(folder: Path, talk) -> None:
+    (folder / "lr=1e-3").mkdir()
+    (folder / "first").rename(folder / "lr=1e-3" / "first")
+    try:
+        _, errors = talk("/adapters\n", "--adapter", "lr=1e-3/first", "--adapter", "b=second")
+    finally:
+        (folder / "lr=1e-3" / "first").rename(folder / "first")
+    assert "  first: weight 1\n  b: waits\n" in errors

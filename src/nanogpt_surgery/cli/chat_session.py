@@ -15,6 +15,7 @@ from nanogpt_surgery.errors import SurgeryError, nearest, printable
 from nanogpt_surgery.files import write_json
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.data.chat import Message
     from nanogpt_surgery.generation.conversation import Conversation
 
 
@@ -38,37 +39,32 @@ class Session:
                 self._obey(line)
             elif line.strip():
                 self._ask(line.removeprefix("/") if line.startswith("//") else line)
+        except BrokenPipeError:  # nobody reads the answers any more
+            raise
         except (SurgeryError, OSError) as error:
             say(str(error))
+        except KeyboardInterrupt:
+            self.conversation.weights_changed()  # it may have come in the middle of a layer
+            say("stopped at once")
         return True
 
     def _ask(self, text: str) -> None:
         talk, before = self.conversation, self.conversation.forgotten
-        pieces = talk.ask(
-            text,
-            self.settings.max_new_tokens,
-            self.settings.sampling,
-            stop=self.settings.stop,
-            seed=self.settings.next_seed(),
-        )
-        if talk.forgotten > before:
-            say(
-                f"note: the first {talk.forgotten} messages no longer fit the model's block_size "
-                f"of {self.model.config.block_size:,} tokens; it does not see them any more"
+        with _asked_to_stop() as asked:
+            pieces = talk.ask(
+                text,
+                self.settings.max_new_tokens,
+                self.settings.sampling,
+                stop=self.settings.stop,
+                seed=self.settings.next_seed(),
             )
-        try:
-            with _asked_to_stop() as asked:
-                for piece in pieces:
-                    sys.stdout.write(printable(piece))
-                    sys.stdout.flush()
-                    if asked():
-                        say("\nstopped; what was said so far is kept (/undo takes it back)")
-                        break
-        except KeyboardInterrupt:
-            talk.weights_changed()  # it may have come in the middle of a layer
-            say("\nstopped at once")
-        sys.stdout.write("\n")
-        sys.stdout.flush()
+            if talk.forgotten > before:
+                say(
+                    f"note: the first {talk.forgotten} messages no longer fit the model's "
+                    f"block_size of {self.model.config.block_size:,} tokens; it does not see them "
+                    "any more"
+                )
+            _write(pieces, asked)
 
     def _obey(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
@@ -101,7 +97,14 @@ class Session:
 
     def do_retry(self, _rest: str) -> None:
         """Another answer to the last message."""
-        self._ask(self.conversation.undo())
+        before = self.conversation.messages
+        said = self.conversation.undo()
+        left = self.conversation.messages
+        try:
+            self._ask(said)
+        finally:
+            if self.conversation.messages is left:  # there was no new attempt
+                self.conversation.messages = before
 
     def do_adapter(self, rest: str) -> None:
         """NAME [WEIGHT]: let one adapter take part alone."""
@@ -183,29 +186,50 @@ class Session:
 
     def do_load(self, rest: str) -> None:
         """FILE: go on with a conversation that was saved."""
-        from nanogpt_surgery.data.chat import check_messages
-        from nanogpt_surgery.data.instructions import read_conversations
-
-        path = _path(rest, "/load")
-        found = read_conversations(path)
-        check_messages(found[0])
-        if len(found) != 1 or found[0][-1]["role"] != "assistant":
-            what = (
-                f"{len(found)} conversations" if len(found) != 1 else "one that ends in a question"
-            )
-            raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")
-        begins = found[0][0]["role"] == "system"
+        messages = _one_to_go_on_with(_path(rest, "/load"))
+        begins = messages[0]["role"] == "system"
         self.conversation.reset()
-        self.conversation.system = found[0][0]["content"] if begins else ""
-        self.conversation.messages = found[0][begins:]
-        self.own_files.add(path.resolve())
+        self.conversation.system = messages[0]["content"] if begins else ""
+        self.conversation.messages = messages[begins:]
         say(f"{len(self.conversation.messages)} messages; the last was:")
-        say(found[0][-1]["content"])
+        say(messages[-1]["content"])
 
 
 def commands() -> list[str]:
     """The names of the commands that a session obeys."""
     return [name.removeprefix("do_") for name in vars(Session) if name.startswith("do_")]
+
+
+def _write(pieces: Iterator[str], asked: Callable[[], bool]) -> None:
+    try:
+        for piece in pieces:
+            sys.stdout.write(printable(piece))
+            sys.stdout.flush()
+            if asked():
+                say("\nstopped; what was said so far is kept (/undo takes it back)")
+                break
+    finally:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+
+def _one_to_go_on_with(path: Path) -> list[Message]:
+    """The messages of a file that holds one conversation, in which the model spoke last."""
+    from nanogpt_surgery.data.chat import check_messages
+    from nanogpt_surgery.data.instructions import read_conversations
+
+    found = read_conversations(path)
+    check_messages(found[0])
+    roles = [message["role"] for message in found[0]]
+    if len(found) != 1:
+        what = f"{len(found)} conversations"
+    elif "user" not in roles:
+        what = "one in which no user says anything"
+    elif roles[-1] != "assistant":
+        what = "one that ends in a question"
+    else:
+        return found[0]
+    raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")
 
 
 def _path(rest: str, command: str) -> Path:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.settings import SamplingSettings, check_stop
 
 _OFF = ("none", "off")
 
@@ -23,6 +23,7 @@ class ChatSettings:
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:
             raise SurgeryError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_stop(self.stop)
 
     def next_seed(self) -> int | None:
         """The seed of the next answer, which is one more for each."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,14 +37,16 @@ def open_to_talk(path: str, adapters: Mapping[str, Path]) -> tuple[SimpleGPT, To
 def named_adapters(written: Sequence[str]) -> dict[str, Path]:
     """Adapters written as NAME=FOLDER, or as a folder that gives its own name.
 
+    A text that names a folder is that folder, also where it has a = in it.
+
     Raises:
-        SurgeryError: two have one name.
+        SurgeryError: two have one name, or a folder's name cannot be an adapter's.
     """
     found: dict[str, Path] = {}
     for text in written:
         name, equals, folder = text.partition("=")
-        if not equals:
-            name, folder = Path(text).resolve().name, text
+        if not equals or Path(text).is_dir():
+            name, folder = _own_name(text), text
         if name in found:
             raise SurgeryError(
                 f"two adapters have the name {name!r}: {found[name]} and {folder}",
@@ -51,3 +54,15 @@ def named_adapters(written: Sequence[str]) -> dict[str, Path]:
             )
         found[name] = Path(folder)
     return found
+
+
+def _own_name(folder: str) -> str:
+    name = Path(folder).resolve().name
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    if plain != name:
+        raise SurgeryError(
+            f"{folder} cannot give its adapter the name {name!r}: a name has letters, digits, - "
+            "and _",
+            f"name it: --adapter {plain}={folder}",
+        )
+    return name

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from nanogpt_surgery.errors import SurgeryError
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raise `SurgeryError` if a string that is to end a text is empty."""
+    if "" in stop:
+        raise SurgeryError("a stop string is empty; it would end every text at once")
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from nanogpt_surgery.data.text_stream import TextStream
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizer import stop_ids as stop_ids_of
-from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.generate import Past, generate
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.settings import SamplingSettings, check_stop
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -30,7 +29,10 @@ def stream_text(
     Raises:
         SurgeryError: a stop string is empty.
     """
-    text = TextUntil(tokenizer, stop, before)
+    return _stream(TextUntil(tokenizer, stop, before), ids)
+
+
+def _stream(text: TextUntil, ids: Iterable[int]) -> Iterator[str]:
     for index in ids:
         shown = text.push(index)
         if shown:
@@ -46,8 +48,7 @@ class TextUntil:
     """Ids in, text out, up to the stop string that is complete first; see `stream_text`."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
-        if "" in stop:
-            raise SurgeryError("a stop string is empty; it would end every text at once")
+        check_stop(stop)
         self._stream, self._stop, self._held = TextStream(tokenizer, before), stop, ""
         self.found = False
 
@@ -91,7 +92,8 @@ def generate_text(
 ) -> Iterator[str]:
     """Continue a prompt in pieces of text; see `generate` and `stream_text`.
 
-    `stop_ids` are the tokenizer's own unless others are given.
+    `stop_ids` are the tokenizer's own unless others are given. What is wrong with the arguments is
+    a `SurgeryError` at the call, before anything is generated.
     """
     ends = stop_ids_of(tokenizer) if stop_ids is None else stop_ids
     ids = generate(
