@@ -7,9 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from small_tokenizers import byte_level
 from typed import called, surgery, write_adapter, write_model
 
-from nanogpt_surgery import BPETokenizer, SimpleGPT, open_model, save_model
+from nanogpt_surgery import BPETokenizer, SimpleGPT, open_model, read_conversations, save_model
+from nanogpt_surgery.data.chat import ChatTemplate
+from nanogpt_surgery.data.instructions import encode_conversations
+from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizer import bytes_of_first
 
 TEXT = "The quick brown fox jumps over the lazy dog, and over it again; then it rests.\n" * 6
 QUESTIONS = [
@@ -139,6 +144,51 @@ def test_errors_are_sentences(folder: Path, tmp_path: Path, name, text, pieces) 
 
 
 def test_ranges_are_told(folder: Path) -> None:
-    for flag, value in (("--context", 61), ("--stride", 0)):
-        _, errors = called("eval", folder / "m", folder / "text.txt", flag, value, check=1)
-        assert f"{flag[2:]} is {value}" in errors
+    wrong = [("context", 61), ("context", 0), ("stride", 0), ("batch-size", 0), ("batch-size", -1)]
+    for flag, value in wrong:
+        _, errors = called("eval", folder / "m", folder / "text.txt", f"--{flag}", value, check=1)
+        assert f"{flag.replace('-', '_')} is {value}" in errors
+    for value in (0, -1):
+        few = ["--batch-size", value]
+        _, errors = called("eval", folder / "m", folder / "instructions.json", *few, check=1)
+        assert f"batch_size is {value}; it must be at least 1" in errors
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_first_token_that_is_part_of_a_character_counts_with_its_own_bytes(
+    tmp_path: Path, ours: bool
+) -> None:
+    """The text is one character of three bytes, and a token has one of them."""
+    tokenizer = BPETokenizer.train(TEXT, 280) if ours else PretrainedTokenizer(byte_level())
+    save_model(SimpleGPT(tokenizer.vocab_size, 8, 2, 1, 40), tmp_path / "m", tokenizer)
+    (tmp_path / "t.txt").write_text("鱻", encoding="utf-8")
+    found = report(tmp_path, tmp_path / "t.txt")
+    assert found["tokens"] == found["bytes"] == 2
+    assert found["bits_per_byte"] == pytest.approx(found["loss"] / math.log(2))
+
+
+@pytest.mark.parametrize(
+    ("token", "bytes_"),
+    [("<0xE9>", 1), ("é±", 2), ("▁x", 3)],
+    ids=["fallback", "alphabet", "other"],
+)
+def test_a_token_counts_with_the_bytes_that_it_is_written_with(token: str, bytes_: int) -> None:
+    class Written:
+        def encode(self, text: str) -> list[int]:
+            return [7]
+
+        def decode(self, ids: list[int]) -> str:
+            return "\ufffd"
+
+        def token_of(self, index: int) -> str:
+            return token
+
+    assert bytes_of_first(Written(), "鱻", 7) == bytes_
+
+
+def test_instruction_data_is_written_as_is_asked(folder: Path) -> None:
+    found = report(folder, folder / "instructions.json", "--template", "chatml")
+    assert found["template"] == "chatml"
+    talks, tokenizer = read_conversations(folder / "instructions.json"), open_model(folder / "m")[1]
+    examples = encode_conversations(talks, tokenizer, ChatTemplate("chatml"))
+    assert found["answer_tokens"] == sum(sum(example.cut(61).trained) for example in examples)

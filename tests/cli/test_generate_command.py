@@ -1,13 +1,15 @@
 """`surgery generate` on many prompts, several times each, with log-probabilities."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from typed import called, surgery, write_model
 
-from nanogpt_surgery import generate, open_model
+from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
 
 FEW = ["--max-new-tokens", 6, "--seed", 3]
 
@@ -103,13 +105,32 @@ def test_a_stop_string_ends_one_row_and_not_the_others(folder: Path) -> None:
         (["--prompts", "no.txt"], ["no.txt"]),
         (["--prompts", "bad.jsonl"], ["bad.jsonl", "record 2 has no prompt"]),
         (["--prompts", "empty.txt"], ["empty.txt", "there are none"]),
+        (["--prompts", "latin1.txt"], ["latin1.txt is not UTF-8: byte 0xe9 at position 3"]),
+        (["--samples", "2", "--max-new-tokens", "-10"], ["max_new_tokens is -10"]),
+        (["--stop", ""], ["a stop string is empty"]),
     ],
 )
 def test_errors_are_sentences(folder: Path, monkeypatch, arguments, pieces) -> None:
     monkeypatch.chdir(folder)
     (folder / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompts": "a"}\n')
     (folder / "empty.txt").write_text("\n")
+    (folder / "latin1.txt").write_bytes(b"caf\xe9\n")
     out, errors = called("generate", "m", *arguments, check=1)
     for piece in pieces:
         assert piece in errors
     assert out == ""
+
+
+def test_prompts_are_split_at_line_ends_alone(folder: Path, tmp_path: Path) -> None:
+    texts = ["a\u2028b", "c\x85d\u2029e"]
+    letters = CharacterTokenizer("".join(texts))
+    save_model(SimpleGPT(letters.vocab_size, 8, 2, 1, 30), tmp_path / "m", letters)
+    (tmp_path / "p.txt").write_bytes("\r\n".join([*texts, ""]).encode())
+    out, _ = called("generate", tmp_path / "m", "--prompts", tmp_path / "p.txt", *FEW, "--json")
+    assert [json.loads(line)["prompt"] for line in out.splitlines()] == texts
+
+
+def test_a_prompt_on_standard_input_that_is_not_utf_8_is_refused(folder: Path, monkeypatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
+    _, errors = called("generate", folder / "m", "--prompt=-", check=1)
+    assert "standard input is not UTF-8: byte 0xe9 at position 3" in errors

@@ -127,3 +127,24 @@ def test_the_harness_runs_a_task_with_it():
         scores = [score for score, _ in asked("loglikelihood", *pairs)]
         right += scores.index(max(scores)) == question["answer"]
     assert found["results"]["ours"]["acc,none"] == right / 2
+
+
+def test_answers_are_cached_under_the_very_request():
+    stored = []
+
+    class Hook:
+        def add_partial(self, *entry):
+            stored.append(entry)
+
+    harness = HarnessModel(MODEL, TOKENIZER)
+    harness.set_cache_hook(Hook())
+    request = ("The quick", {"until": ["x"], "max_gen_toks": 4})
+    [answer] = harness.generate_until([Instance("generate_until", {}, request, 0)])
+    assert stored == [("generate_until", request, answer)]
+
+
+def test_two_tokenizers_of_one_kind_have_two_names():
+    names = {HarnessModel(MODEL, CharacterTokenizer(text)).tokenizer_name for text in ("ab", "abc")}
+    assert len(names) == 2
+    with pytest.raises(SurgeryError, match="batch_size is 0"):
+        HarnessModel(MODEL, TOKENIZER, batch_size=0)

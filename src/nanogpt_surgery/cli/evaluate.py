@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.data.instruction_settings import TemplateName
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizer import Tokenizer
@@ -25,6 +27,7 @@ def evaluate(
     context: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
+    template: TemplateName = "model",
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Measure a model on a file: a text, questions with choices, or instruction data.
@@ -48,6 +51,8 @@ def evaluate(
         tokens from one window to the next; half of the context by default
     batch_size
         rows computed together
+    template
+        how instruction data is written: as the model's own template does, or as one of ours
     json
         print the report as JSON
     """
@@ -56,12 +61,13 @@ def evaluate(
 
     network, tokenizer = open_to_talk(model, {} if adapter is None else {"default": adapter})
     if Path(file).suffix not in (".json", ".jsonl"):
-        window = context or min(network.config.block_size, LONGEST_WINDOW)
+        most = min(network.config.block_size, LONGEST_WINDOW)
+        window = most if context is None else context
         report = _text_report(network, tokenizer, file, window, stride, batch_size)
     elif has_choices(file):
         report = _choice_report(network, tokenizer, file)
     else:
-        report = _answer_report(network, tokenizer, file, batch_size)
+        report = _answer_report(network, tokenizer, file, template, batch_size)
     show(report, json)
 
 
@@ -74,7 +80,7 @@ def _text_report(
     batch_size: int,
 ) -> Report:
     from nanogpt_surgery.data.corpus import read_texts
-    from nanogpt_surgery.data.tokenizer import prompt_ids
+    from nanogpt_surgery.data.tokenizer import bytes_of_first, prompt_ids
     from nanogpt_surgery.generation.evaluation import perplexity
     from nanogpt_surgery.lora.report import Report
 
@@ -82,8 +88,8 @@ def _text_report(
     ids = prompt_ids(tokenizer, text)
     found = perplexity(model, ids, stride, batch_size, context)
     # The first token is not predicted: where it is not a BOS, its bytes do not count.
-    first = "" if getattr(tokenizer, "add_bos", False) else tokenizer.decode(ids[:1])
-    n_bytes = len(text.encode()) - len(first.encode())
+    begins = getattr(tokenizer, "add_bos", False)
+    n_bytes = len(text.encode()) - (0 if begins else bytes_of_first(tokenizer, text, ids[0]))
     summary = {
         "tokens": found.tokens,
         "bytes": n_bytes,
@@ -119,13 +125,17 @@ def _choice_report(model: SimpleGPT, tokenizer: Tokenizer, file: str) -> Report:
     return Report(f"{file}: the likeliest choice", [], summary)
 
 
-def _answer_report(model: SimpleGPT, tokenizer: Tokenizer, file: str, batch_size: int) -> Report:
+def _answer_report(
+    model: SimpleGPT, tokenizer: Tokenizer, file: str, name: TemplateName, batch_size: int
+) -> Report:
     from nanogpt_surgery.data.chat import template_of
     from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
     from nanogpt_surgery.generation.evaluation import answer_loss
     from nanogpt_surgery.lora.report import Report
 
     template = template_of(tokenizer)
+    if name != "model":
+        template = replace(template, source=name)
     examples = encode_conversations(read_conversations(file), tokenizer, template)
     length = model.config.block_size + 1
     cut = sum(len(example.ids) > length for example in examples)

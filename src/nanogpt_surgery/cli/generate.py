@@ -101,14 +101,16 @@ def generate(
 
 
 def _prompts(prompt: str, file: Path | None) -> list[str]:
+    from nanogpt_surgery.data.corpus import read_texts
     from nanogpt_surgery.data.instructions import read_records
 
     if file is None:
-        return [sys.stdin.read() if prompt == "-" else prompt]
+        return [read_texts(["-"]).replace("\r\n", "\n") if prompt == "-" else prompt]
     if file.suffix in (".json", ".jsonl"):
         found = [r.get("prompt") if isinstance(r, dict) else r for r in read_records(file)]
     else:
-        found = list(filter(None, file.read_text(encoding="utf-8-sig").splitlines()))
+        lines = read_texts([file]).replace("\r\n", "\n").split("\n")
+        found = list(filter(None, lines))
     wrong = [number for number, text in enumerate(found, 1) if not isinstance(text, str)]
     if wrong or not found:
         what = f"record {wrong[0]} has no prompt" if wrong else "there are none"

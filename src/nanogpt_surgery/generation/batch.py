@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.generate import Window, check_bias, check_prompt
+from nanogpt_surgery.generation.generate import Window, check_bias, check_count, check_prompt
 from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.model.kv_cache import KVCache
@@ -62,13 +62,15 @@ def generate_batch(
         until: called with each token as it is made; true ends the row after it.
 
     Raises:
-        SurgeryError: no prompts, an empty one, or an id outside the vocabulary.
+        SurgeryError: no prompts, an empty one, an id outside the vocabulary, or a setting outside
+            its range.
     """
     if not prompts:
         raise SurgeryError("there are no prompts")
     rows = [torch.as_tensor(prompt, dtype=torch.long).flatten() for prompt in prompts]
     for row in rows:
         check_prompt(model, row)
+    check_count(max_new_tokens)
     settings = sampling or SamplingSettings()
     check_bias(model, settings)
     lines = [

@@ -61,9 +61,10 @@ def perplexity(
         context: tokens in a window; the model's block_size by default.
 
     Raises:
-        SurgeryError: the text has less than two tokens, or the stride or the context is out of
-            range.
+        SurgeryError: the text has less than two tokens, or the stride, the context or the
+            batch_size is out of range.
     """
+    check_batch_size(batch_size)
     text = torch.as_tensor(ids).flatten().long()
     most = model.config.block_size
     block = most if context is None else context
@@ -85,6 +86,12 @@ def perplexity(
             done += new
     assert done == len(text) - 1, f"{done} of {len(text) - 1} tokens were predicted"
     return Perplexity(total / done, done)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """Raise `SurgeryError` unless a pass has a row."""
+    if batch_size < 1:
+        raise SurgeryError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def token_log_probabilities(model: SimpleGPT, texts: Sequence[Tensor]) -> list[Tensor]:
@@ -130,8 +137,9 @@ def answer_loss(model: SimpleGPT, examples: Sequence[Example], batch_size: int =
     """How well the trained tokens of conversations are predicted, those within the block_size.
 
     Raises:
-        SurgeryError: none of them lies within the block_size.
+        SurgeryError: none of them lies within the block_size, or the batch_size is out of range.
     """
+    check_batch_size(batch_size)
     total, count, length = 0.0, 0, model.config.block_size + 1
     for first in range(0, len(examples), batch_size):
         chunk = examples[first : first + batch_size]

@@ -50,8 +50,7 @@ def generate(
     """
     prompt = torch.as_tensor(ids, dtype=torch.long)
     check_prompt(model, prompt)
-    if max_new_tokens < 0:
-        raise SurgeryError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
+    check_count(max_new_tokens)
     settings = sampling or SamplingSettings(temperature, top_k)
     check_bias(model, settings)
     return _ids(model, prompt.flatten(), max_new_tokens, settings, stop_ids, seed, past or Past())
@@ -72,6 +71,12 @@ def check_prompt(model: SimpleGPT, prompt: Tensor) -> None:
             f"the prompt has ids from {int(prompt.min())} to {int(prompt.max())}; the model's "
             f"vocabulary is 0 to {vocab_size - 1}"
         )
+
+
+def check_count(max_new_tokens: int) -> None:
+    """Raise `SurgeryError` if a number of tokens to generate is negative."""
+    if max_new_tokens < 0:
+        raise SurgeryError(f"max_new_tokens is {max_new_tokens}; it must be at least 0")
 
 
 def check_bias(model: SimpleGPT, settings: SamplingSettings) -> None:

@@ -17,10 +17,10 @@ import torch
 from lm_eval.api.model import LM
 
 from nanogpt_surgery.data.chat import Message, template_of
-from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids, stop_ids
+from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids, tokenizer_fingerprint
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.generation.batch_text import continue_texts
-from nanogpt_surgery.generation.evaluation import scored
+from nanogpt_surgery.generation.evaluation import check_batch_size, scored
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -48,6 +48,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         super().__init__()
         if tokenizer is None:
             raise SurgeryError("the model has no tokenizer, so a task's text cannot become ids")
+        check_batch_size(batch_size)
         self.model, self.tokenizer = model, tokenizer
         self.batch_size, self.seed = batch_size, seed
         begin = getattr(tokenizer, "bos_id", None)
@@ -78,7 +79,11 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """For each (context, arguments): what the model writes up to a stop string."""
-        return [self._answer(*request.args) for request in requests]
+        answers = []
+        for request in requests:
+            answers.append(self._answer(*request.args))
+            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
+        return answers
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """The ids of both, and how many of them are scored: the harness's own way to cut."""
@@ -162,14 +167,12 @@ class HarnessModel(LM):  # type: ignore[misc]
             stop=[stop] if isinstance(stop, str) else stop,
             seed=self.seed,
         )
-        text = found.text
-        self.cache_hook.add_partial("generate_until", (context, arguments), text)
-        return text
+        return found.text
 
     @property
     def tokenizer_name(self) -> str:
         """A name under which the harness keeps what was tokenised."""
-        return f"{type(self.tokenizer).__name__} {sorted(stop_ids(self.tokenizer))}"
+        return tokenizer_fingerprint(self.tokenizer)
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The source of the template that `apply_chat_template` uses."""
