@@ -151,6 +151,9 @@ def test_a_tokenizer_that_is_not_there_is_said(place, tmp_path, capsys):
     with pytest.raises(SystemExit):
         surgery("data", "preview", place / "m")
     assert "no file of instruction data is named" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        surgery("data", "preview", place / "m", place / "a.jsonl", "--block-size", 0)
+    assert "block_size is 0; it must be at least 1" in capsys.readouterr().err
 
 
 def test_help_answers_without_torch():
@@ -161,3 +164,21 @@ def test_help_answers_without_torch():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "surgery data preview" in done.stdout
+
+
+def test_preview_shows_each_token_by_itself(place, tmp_path, capsys):
+    record = {"prompt": "a 鱻", "completion": "b"}
+    (tmp_path / "t.jsonl").write_text(json.dumps(record))
+    few = [place / "m", tmp_path / "t.jsonl", "--tokens"]
+    surgery("data", "preview", *few, "--json")
+    _, tokenizer = open_model(place / "m")
+    [example] = encode_conversations(read_conversations(tmp_path / "t.jsonl"), tokenizer)
+    found = json.loads(capsys.readouterr().out)["preview"][0]
+    assert len(found) == len(example.ids)
+    assert [token["trained"] for token in found] == list(example.trained)
+    assert "".join(token["text"] for token in found) == tokenizer.decode(example.ids)
+    texts = [token["text"] for token in found]
+    place_of = texts.index("鱻")
+    assert texts[place_of - 3 : place_of] == [" ", "", ""]
+    surgery("data", "preview", *few)
+    assert "⟦b⟧│⟦<|im_end|>⟧│⟦\n⟧│" in capsys.readouterr().out

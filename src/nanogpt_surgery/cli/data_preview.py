@@ -21,6 +21,7 @@ def preview(
     *data: str,
     examples: int = 3,
     block_size: int | None = None,
+    tokens: Annotated[bool, Parameter(negative="")] = False,
     instructions: InstructionOptions = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -38,12 +39,14 @@ def preview(
         how many to show
     block_size
         tokens in a row; the model's own by default, at most 256
+    tokens
+        show each token by itself, with a │ after it
     json
         print it as JSON
     """
     from nanogpt_surgery.cli.instruction_data import counts_in, read_examples, window
-    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
-    from nanogpt_surgery.data.instruction_dataset import preview as pieces_of
+    from nanogpt_surgery.data.instruction_dataset import InstructionDataset, preview_tokens
+    from nanogpt_surgery.data.instruction_dataset import preview as preview_stretches
     from nanogpt_surgery.formats.model_file import open_tokenizer_of
     from nanogpt_surgery.lora.report import Report
 
@@ -51,20 +54,21 @@ def preview(
     length = window(block_size, context)
     found = read_examples(data, tokenizer, InstructionSettings(**given(instructions)))
     dataset = InstructionDataset.for_tokenizer(found, tokenizer, length)
+    pieces_of = preview_tokens if tokens else preview_stretches
     shown = [pieces_of(example.cut(length + 1), tokenizer) for example in found[:examples]]
     summary = counts_in(dataset)
     if json:
         rows = [[{"text": text, "trained": trained} for text, trained in p] for p in shown]
         summary |= {"block_size": length, "preview": rows}
     for number, pieces in enumerate([] if json else shown):
-        tokens = len(found[number].ids)
-        cut = f", cut off after {length + 1}" if tokens > length + 1 else ""
-        print(f"example {number + 1}: {tokens} tokens{cut}")
-        _print(pieces)
+        count = len(found[number].ids)
+        cut = f", cut off after {length + 1}" if count > length + 1 else ""
+        print(f"example {number + 1}: {count} tokens{cut}")
+        _print(pieces, "│" if tokens else "")
     show(Report("instruction data", [], summary), json)
 
 
-def _print(pieces: list[tuple[str, bool]]) -> None:
+def _print(pieces: list[tuple[str, bool]], border: str) -> None:
     """A text with what is trained on coloured, or in brackets where there are no colours."""
     from rich.console import Console
     from rich.text import Text
@@ -76,4 +80,5 @@ def _print(pieces: list[tuple[str, bool]]) -> None:
             text.append(before + printable(piece) + after, style="bold green")
         else:
             text.append(printable(piece))
+        text.append(border, style="dim")
     console.print(text)

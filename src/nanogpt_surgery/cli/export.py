@@ -9,7 +9,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
 
-Form = Literal["F32", "F16", "BF16", "Q8_0", "lora-gguf", "mlx"]
+Form = Literal["F32", "F16", "BF16", "Q8_0", "huggingface", "lora-gguf", "mlx"]
 
 
 def export(
@@ -20,18 +20,19 @@ def export(
     adapter: Path | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
-    """Write a GGUF file for llama.cpp, or an adapter for llama.cpp or MLX; read again and compared.
+    """Write a model or an adapter for other programs; it is read again and compared.
 
-    With an adapter, a GGUF file holds the merged model.
+    A model becomes a GGUF file for llama.cpp, or a Hugging Face folder; an adapter a file for
+    llama.cpp, or a folder for MLX. With an adapter, a model's file or folder holds the merged one.
 
     Parameters
     ----------
     model
         a run, a model folder, a GGUF file or a hub name
     out
-        the file to make; for mlx the folder
+        the file to make; for huggingface and mlx the folder
     form
-        the type of a GGUF's matrices; or the adapter alone, as lora-gguf or mlx
+        the type of a GGUF's matrices, or huggingface; or the adapter alone, as lora-gguf or mlx
     adapter
         an adapter folder, as finetune or peft writes it
     json
@@ -41,7 +42,7 @@ def export(
     from nanogpt_surgery.formats.adapter_export import save_lora_gguf, save_mlx_adapter
     from nanogpt_surgery.formats.adapter_layout import load_adapter
     from nanogpt_surgery.formats.gguf_write import save_gguf
-    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.formats.model_file import open_model, save_model
     from nanogpt_surgery.lora.operations import merge_lora
 
     network, tokenizer = open_model(model)
@@ -53,8 +54,10 @@ def export(
         save_lora_gguf(network, out)
     elif form == "mlx":
         save_mlx_adapter(network, out)
-    else:
-        if adapter is not None:
-            merge_lora(network)
+    elif adapter is not None:
+        merge_lora(network, keep_originals=False)
+    if form == "huggingface":
+        save_model(network, out, tokenizer)
+    elif form not in ("lora-gguf", "mlx"):
         show(save_gguf(network, out, tokenizer, form), json)
     say(f"wrote {out}, and read it again")

@@ -19,8 +19,16 @@ LONGEST_WINDOW = 256
 
 
 def window(asked: int | None, context: int | None) -> int:
-    """Tokens in a window or row: what is asked for, else the model's context, at most 256."""
-    return asked or min(context or LONGEST_WINDOW, LONGEST_WINDOW)
+    """Tokens in a window or row: what is asked for, else the model's context, at most 256.
+
+    Raises:
+        SurgeryError: less than one is asked for.
+    """
+    if asked is None:
+        return LONGEST_WINDOW if context is None else min(context, LONGEST_WINDOW)
+    if asked < 1:
+        raise SurgeryError(f"block_size is {asked}; it must be at least 1")
+    return asked
 
 
 def is_instructions(paths: Sequence[str], settings: InstructionSettings) -> bool:
