@@ -13,11 +13,16 @@ Name = Literal["fast"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Values for `GPTConfig` and `FitSettings`, and whether every branch starts from zero."""
+    """What `surgery train` does unless it is told otherwise."""
 
     model: dict[str, Any] = field(default_factory=dict)
+    """values for `GPTConfig`"""
     training: dict[str, Any] = field(default_factory=dict)
+    """values for `FitSettings`"""
     from_zero: bool = False
+    """every branch starts from zero (model/initialisation.py)"""
+    growing: bool = False
+    """windows are short at first (data/growing_context.py)"""
 
 
 RECIPES: dict[str | None, Recipe] = {
@@ -46,5 +51,6 @@ RECIPES: dict[str | None, Recipe] = {
             "clip": 0.0,
         },
         from_zero=True,
+        growing=True,
     ),
 }
