@@ -16,7 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, fit
-from nanogpt_surgery.data.growing_context import growing
 from nanogpt_surgery.model.initialisation import start_from_zero
 from nanogpt_surgery.training.recipes import RECIPES
 
@@ -59,7 +58,7 @@ def ours(
     )
     start_from_zero(model, model.config)
     settings = recipe.training | {"batch_size": shape.batch, "max_steps": steps, **options}
-    return model, fit(model, growing(train, steps), precision=precision, seed=1, **settings)
+    return model, fit(model, train, precision=precision, seed=1, **settings)
 
 
 def plain(

@@ -66,7 +66,6 @@ def train(
 
     from nanogpt_surgery.cli.sources import say_sources
     from nanogpt_surgery.cli.training_run import Job, planned, run_training
-    from nanogpt_surgery.data.growing_context import growing
     from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint, vocab_size_of
     from nanogpt_surgery.formats.model_file import write_model_files
     from nanogpt_surgery.lora.report import Report
@@ -93,7 +92,7 @@ def train(
         out=out,
         resume=resume,
         model=network,
-        dataset=growing(dataset, settings.max_steps) if chosen.growing else dataset,
+        dataset=dataset,
         validation=validation,
         settings=settings,
         description={

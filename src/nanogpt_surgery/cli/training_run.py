@@ -119,11 +119,8 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def _data_fingerprint(data: Batches) -> Any:
     """What tells data from other data: a hash, known already of files, or those of the sources."""
-    from nanogpt_surgery.data.growing_context import GrowingContext
     from nanogpt_surgery.data.mixture import Mixture
 
-    if isinstance(data, GrowingContext):
-        return _data_fingerprint(data.datasets[-1])
     if isinstance(data, Mixture):
         return {"rows": data.counts, "sources": [_data_fingerprint(s) for s in data.sources]}
     known = getattr(data, "fingerprint", None)

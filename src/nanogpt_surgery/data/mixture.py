@@ -48,10 +48,6 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
-    def resized(self, block_size: int) -> Mixture:
-        """The same sources, in the same proportions, in windows of another length."""
-        return Mixture([source.resized(block_size) for source in self.sources], self.counts)
-
     def passes(self, rows: int) -> list[float]:
         """How often a training of so many rows reads each source's tokens: its epochs."""
         share = rows / sum(self.counts)

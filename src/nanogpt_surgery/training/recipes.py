@@ -21,8 +21,6 @@ class Recipe:
     """values for `FitSettings`"""
     from_zero: bool = False
     """every branch starts from zero (model/initialisation.py)"""
-    growing: bool = False
-    """windows are short at first (data/growing_context.py)"""
 
 
 RECIPES: dict[str | None, Recipe] = {
@@ -51,6 +49,5 @@ RECIPES: dict[str | None, Recipe] = {
             "clip": 0.0,
         },
         from_zero=True,
-        growing=True,
     ),
 }
