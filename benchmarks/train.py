@@ -77,7 +77,7 @@ def time_to_loss(path: Path, nanogpt: Path, steps: int) -> None:
 
 def child(who: str, shape: Shape, precision: str, steps: int, path: Path, nanogpt: str) -> None:
     """Print the seconds of each step, the peak memory and the utilisation, as JSON."""
-    train, held, vocab_size = texts(path, min(shape.block, 256))
+    train, held, vocab_size = texts(path, shape.block)
     if shape.vocab_size:
         vocab_size = shape.vocab_size
         ids = torch.randint(vocab_size, (shape.batch * shape.block * 8,))
@@ -89,7 +89,7 @@ def child(who: str, shape: Shape, precision: str, steps: int, path: Path, nanogp
         model, loop = contenders.transformers_gpt2(shape, *data)
     else:
         make = contenders.ours if who == "ours, fast" else contenders.plain
-        model, loop = make(shape, train.resized(shape.block), vocab_size, steps, precision)
+        model, loop = make(shape, train, vocab_size, steps, precision)
     seconds, start = [], time.perf_counter()
     for _ in loop:
         if torch.cuda.is_available():

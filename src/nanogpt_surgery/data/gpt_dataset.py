@@ -54,10 +54,6 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         dataset.fingerprint = fingerprint
         return dataset
 
-    def resized(self, block_size: int) -> GPTDataset:
-        """The same ids in windows of another length."""
-        return GPTDataset.from_ids(self.ids, block_size, self.stride, self.fingerprint)
-
     def _set_ids(self, ids: Tensor, block_size: int, stride: int) -> None:
         if block_size < 1 or stride < 1:
             raise SurgeryError(f"block_size {block_size} and stride {stride} must be at least 1")
