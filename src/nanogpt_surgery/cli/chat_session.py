@@ -59,11 +59,9 @@ class Session:
                 seed=self.settings.next_seed(),
             )
             if talk.forgotten > before:
-                say(
-                    f"note: the first {talk.forgotten} messages no longer fit the model's "
-                    f"block_size of {self.model.config.block_size:,} tokens; it does not see them "
-                    "any more"
-                )
+                block = self.model.config.block_size
+                say(f"note: the first {talk.forgotten} messages no longer fit the model's "
+                    f"block_size of {block:,} tokens; it does not see them any more")  # fmt: skip
             _write(pieces, asked)
 
     def _obey(self, line: str) -> None:
@@ -191,8 +189,7 @@ class Session:
         self.conversation.reset()
         self.conversation.system = messages[0]["content"] if begins else ""
         self.conversation.messages = messages[begins:]
-        say(f"{len(self.conversation.messages)} messages; the last was:")
-        say(messages[-1]["content"])
+        say(f"{len(messages) - begins} messages; the last was:\n{messages[-1]['content']}")
 
 
 def commands() -> list[str]:

@@ -54,10 +54,11 @@ def export(
         save_lora_gguf(network, out)
     elif form == "mlx":
         save_mlx_adapter(network, out)
-    elif adapter is not None:
-        merge_lora(network, keep_originals=False)
-    if form == "huggingface":
-        save_model(network, out, tokenizer)
-    elif form not in ("lora-gguf", "mlx"):
-        show(save_gguf(network, out, tokenizer, form), json)
+    else:
+        if adapter is not None:
+            merge_lora(network, keep_originals=False)
+        if form == "huggingface":
+            save_model(network, out, tokenizer)
+        else:
+            show(save_gguf(network, out, tokenizer, form), json)
     say(f"wrote {out}, and read it again")
