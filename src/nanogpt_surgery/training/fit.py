@@ -79,7 +79,7 @@ def fit(
         dataset: the windows, or rows, to learn from; documents that share a row are kept apart.
         settings: see `FitSettings`; its defaults if None.
         validation: evaluated whole every `evaluate_every` steps and at the end.
-        optimizer: to go on with; if None a new one, AdamW or Muon. The schedule sets its learning rate.
+        optimizer: to go on with; if None a new one, AdamW or Muon. The schedule sets its rates.
         first_step: steps done already.
         examine: check that the optimizer holds every trainable parameter, after the first and the
             last step that each update of a LoRA got a gradient and has moved, and at the end that
