@@ -1,12 +1,15 @@
 """Muon beside its definition by singular values, and beside `torch.optim.Muon`."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
+from small_training import DATASET, SETTINGS, hashes, model_of
 from tiny import CONFIGS, tiny_model
 
-from nanogpt_surgery import FitSettings, SurgeryError, inject_lora
+from nanogpt_surgery import FitSettings, SurgeryError, fit, inject_lora
+from nanogpt_surgery.training.checkpoint import Run, training_state
 from nanogpt_surgery.training.muon import POLYNOMIALS, Muon, orthogonalised
 from nanogpt_surgery.training.optimizer import make_optimizer
 
@@ -112,6 +115,25 @@ def test_a_state_that_was_loaded_is_gone_on_from_to_the_bit():
     for a, b in zip(whole, again, strict=True):
         assert torch.equal(a, b)
     assert fresh.state[again[1]]["step"] == 6
+
+
+def test_a_run_with_muon_is_resumed_to_the_bit(tmp_path):
+    def steps(model, optimizer, first, last):
+        settings = {"muon": True, "max_steps": last, "first_step": first, "optimizer": optimizer}
+        return list(fit(model, DATASET, SETTINGS, **settings))
+
+    whole = model_of(0.1)
+    optimizer = make_optimizer(whole, replace(SETTINGS, muon=True))
+    done = steps(whole, optimizer, 0, 3)[-1]
+    run = Run(tmp_path)
+    run.save(done, lambda folder: None, whole, optimizer)
+    steps(whole, optimizer, 3, 6)
+    again = model_of(0.1, seed=1)
+    fresh = make_optimizer(again, replace(SETTINGS, muon=True))
+    Run(tmp_path, run.checkpoint).restore(again, fresh)
+    steps(again, fresh, 3, 6)
+    assert hashes(again) == hashes(whole)
+    assert training_state(again, fresh).keys() == training_state(whole, optimizer).keys()
 
 
 def test_a_closure_is_called_with_gradients_and_its_loss_comes_back():
