@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery import GPTDataset, SimpleGPT, fit
+from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, fit
 from nanogpt_surgery.model.initialisation import start_from_zero
 from nanogpt_surgery.training.recipes import RECIPES
 
@@ -30,12 +30,14 @@ class Shape:
     block: int
     batch: int
     dropout: float = 0.0
+    vocab_size: int = 0
+    """of random ids; 0: the text's characters"""
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Shape(4, 4, 128, 64, 12)
 MIDDLE = Shape(6, 6, 384, 256, 64)
-GPT2 = Shape(12, 12, 768, 1024, 8)
+GPT2 = Shape(12, 12, 768, 1024, 8, vocab_size=50257)
 
 
 def ours(
@@ -125,12 +127,29 @@ def transformers_gpt2(
     return model, _loop(model, mean_loss, optimizer, shape, ids, held, steps)
 
 
-def _loop(model, mean_loss, optimizer, shape, ids, held, steps) -> Iterator[float | None]:
-    """A step an item: its estimate of the loss on `held` where one was made, else None."""
+class Logits(nn.Module):
+    """The logits of nanoGPT, which gives all of them only beside targets."""
+
+    def __init__(self, peer: nn.Module):
+        super().__init__()
+        self.peer = peer
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """(B, T) → (B, T, V)."""
+        return self.peer(ids, ids)[0]
+
+
+def flops(shape: Shape, vocab_size: int) -> float:
+    """The matrix products of a step of GPT-2's anatomy at this shape."""
+    config = GPTConfig(vocab_size, shape.width, shape.heads, shape.layers, shape.block)
+    return 3.0 * config.flops_per_token() * shape.batch * shape.block
+
+
+def _loop(model, mean_loss, optimizer, shape, ids, held, steps) -> Iterator[None]:
+    """A step an item, every 250 steps with an estimate of the losses before it."""
     for step in range(steps):
-        estimate = None
         if step % 250 == 0 and step:
-            estimate = _estimate(model, mean_loss, shape, ids, held)
+            _estimate(model, mean_loss, shape, ids, held)
         x, y = _random_batch(ids, shape)
         loss = mean_loss(x, y)
         loss.backward()
@@ -140,17 +159,18 @@ def _loop(model, mean_loss, optimizer, shape, ids, held, steps) -> Iterator[floa
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if step == steps - 1 and steps >= 250:
-            estimate = _estimate(model, mean_loss, shape, ids, held)
-        yield estimate
+            _estimate(model, mean_loss, shape, ids, held)
+        yield
 
 
-def _estimate(model, mean_loss, shape, *texts: Tensor) -> float:
-    """The loss on 20 random batches of each text; that of the last is returned."""
+def _estimate(model, mean_loss, shape, *texts: Tensor) -> None:
+    """What nanoGPT measures on the way: the loss on 20 random batches of each text."""
     model.eval()
     with torch.no_grad():
-        losses = [[float(mean_loss(*_random_batch(t, shape))) for _ in range(20)] for t in texts]
+        for text in texts:
+            for _ in range(20):
+                mean_loss(*_random_batch(text, shape)).item()
     model.train()
-    return sum(losses[-1]) / 20
 
 
 def _random_batch(ids: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:

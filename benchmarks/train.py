@@ -27,10 +27,11 @@ import torch
 from contenders import GPT2, MIDDLE, SMALL, Shape
 
 from nanogpt_surgery import CharacterTokenizer, GPTDataset, evaluate, split_by_position
+from nanogpt_surgery.training.hardware import matmul_rate
 
 TURNS = 40
 SHORT = {"shape": Shape(2, 4, 128, 96, 8), "steps": 170, "n_inner": 256}
-LONG = {"shape": Shape(4, 4, 128, 128, 8), "steps": 1300, "n_inner": 384}
+LONG = {"shape": Shape(4, 4, 128, 256, 4), "steps": 1150, "n_inner": 448}
 
 
 def texts(path: Path, block: int) -> tuple[GPTDataset, GPTDataset, int]:
@@ -47,63 +48,62 @@ def time_to_loss(path: Path, nanogpt: Path, steps: int) -> None:
     peer, theirs = contenders.nanogpt(
         nanogpt, SMALL, train.ids, held.ids, vocab_size, steps, "float32"
     )
-    rows = {"nanoGPT": (peer, theirs, steps, held)}
+    # For each: the model, its steps, how many, and what it is measured on within the time.
+    rows = {"nanoGPT": (peer, theirs, steps, None)}
     for name, plan in (("ours, fast", SHORT), ("ours, long", LONG)):
         n, shape = max(1, plan["steps"] * steps // 2000), plan["shape"]
         own_train, own_held, _ = texts(path, shape.block)
         model, loop = contenders.ours(
-            shape, own_train, vocab_size, n, "auto", n_inner=plan["n_inner"]
+            shape, own_train, vocab_size, n, "auto", n_inner=plan["n_inner"], evaluate_every=0
         )
         rows[name] = (model, loop, n, own_held)
-    seconds, last = dict.fromkeys(rows, 0.0), {}
+    seconds, losses = dict.fromkeys(rows, 0.0), {}
     for turn in range(TURNS):
         for name, (model, loop, n, own) in rows.items():
             start = time.perf_counter()
-            share = islice(loop, n * (turn + 1) // TURNS - n * turn // TURNS)
-            done = [step for step in share if isinstance(step, float)]
-            if turn == TURNS - 1:
-                last[name] = done[-1] if name == "nanoGPT" and done else evaluate(model, own)
+            for _ in islice(loop, n * (turn + 1) // TURNS - n * turn // TURNS):
+                pass
+            if turn == TURNS - 1 and own is not None:
+                losses[name] = evaluate(model, own)
             seconds[name] += time.perf_counter() - start
+    losses["nanoGPT"] = evaluate(contenders.Logits(peer), held)
     for name, (model, _, n, _) in rows.items():
         size = sum(p.numel() for p in model.parameters())
         print(
             f"{name:11s} {n:5d} steps  {size:9,} parameters  {seconds[name]:7.1f} s  "
-            f"{seconds['nanoGPT'] / seconds[name]:6.2f} × as fast  loss {last[name]:.4f}"
+            f"{seconds['nanoGPT'] / seconds[name]:6.2f} × as fast  loss {losses[name]:.4f}"
         )
-    print(f"nanoGPT on the whole last tenth: {_whole(peer, held):.4f}")
-
-
-def _whole(peer: torch.nn.Module, held: GPTDataset) -> float:
-    """The loss of nanoGPT where ours is measured: it gives all logits only beside targets."""
-
-    class Logits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.peer = peer
-
-        def forward(self, ids: torch.Tensor) -> torch.Tensor:
-            return self.peer(ids, ids)[0]
-
-    return evaluate(Logits(), held)
 
 
 def child(who: str, shape: Shape, precision: str, steps: int, path: Path, nanogpt: str) -> None:
-    """Print the seconds of each step and the peak memory, as JSON."""
+    """Print the seconds of each step, the peak memory and the utilisation, as JSON."""
     train, held, vocab_size = texts(path, shape.block)
+    if shape.vocab_size:
+        vocab_size = shape.vocab_size
+        ids = torch.randint(vocab_size, (shape.batch * shape.block * 8,))
+        train = held = GPTDataset.from_ids(ids, shape.block)
     data = train.ids, held.ids, vocab_size, steps, precision
     if who == "nanoGPT":
-        _, loop = contenders.nanogpt(Path(nanogpt), shape, *data)
+        model, loop = contenders.nanogpt(Path(nanogpt), shape, *data)
     elif who == "transformers":
-        _, loop = contenders.transformers_gpt2(shape, *data)
+        model, loop = contenders.transformers_gpt2(shape, *data)
     else:
         make = contenders.ours if who == "ours, fast" else contenders.plain
-        _, loop = make(shape, train, vocab_size, steps, precision)
+        model, loop = make(shape, train, vocab_size, steps, precision)
     seconds, start = [], time.perf_counter()
     for _ in loop:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
         start = time.perf_counter()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(json.dumps({"seconds": statistics.median(seconds[1:]), "peak": peak}))
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    device = next(model.parameters()).device
+    dtype = getattr(torch, precision)
+    step = statistics.median(seconds[1:])
+    share = contenders.flops(shape, vocab_size) / step / matmul_rate(device, dtype)
+    print(json.dumps({"seconds": step, "peak": peak, "utilisation": share}))
 
 
 def rates(options: argparse.Namespace, shape: Shape, precision: str, steps: int) -> None:
@@ -119,14 +119,16 @@ def rates(options: argparse.Namespace, shape: Shape, precision: str, steps: int)
                 raise SystemExit(done.stderr)
             results.append(json.loads(done.stdout.splitlines()[-1]))
     print(f"{shape}, {precision}")
-    tokens = shape.batch * shape.block
-    base = statistics.median(r["seconds"] for r in measured[who[-1]])
-    for name, results in measured.items():
-        seconds = statistics.median(result["seconds"] for result in results)
-        peak = statistics.median(result["peak"] for result in results)
+    middle = {
+        name: {key: statistics.median(r[key] for r in results) for key in results[0]}
+        for name, results in measured.items()
+    }
+    for name, row in middle.items():
         print(
-            f"  {name:12s} {seconds * 1000:9.1f} ms a step  {tokens / seconds:9,.0f} tokens/s  "
-            f"{base / seconds:5.2f} × {who[-1]}'s  peak {peak:5.2f} GiB",
+            f"  {name:12s} {row['seconds'] * 1000:9.1f} ms a step  "
+            f"{shape.batch * shape.block / row['seconds']:9,.0f} tokens/s  "
+            f"{middle[who[-1]]['seconds'] / row['seconds']:5.2f} × {who[-1]}'s  "
+            f"{row['utilisation']:4.0%} of the matmul rate  peak {row['peak']:5.2f} GiB",
             flush=True,
         )
 

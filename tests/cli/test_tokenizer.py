@@ -72,7 +72,7 @@ def test_a_model_trained_with_it_carries_it_and_resumes_with_it_alone(
     [
         (["tokenizer", "train", "t.txt", "--out", "o", "--vocab-size", "99"], ["99", "257"]),
         (["tokenizer", "train", "t.txt", "--out", "full", "--vocab-size", "300"], ["full"]),
-        (["tokenizer", "train", "t.txt", "--out", "o"], ["--vocab-size", "tokenizer --help"]),
+        (["tokenizer", "train", "t.txt", "--out", "o"], ["--vocab-size", "tokenizer train --help"]),
         (["train", "t.txt", "--out", "o", "--tokenizer", "full"], ["holds no tokenizer.json"]),
         (
             ["train", "t.txt", "--out", "o", "--tokenizer", "no"],

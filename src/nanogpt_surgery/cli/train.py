@@ -97,6 +97,7 @@ def train(
         settings=settings,
         description={
             "kind": "train",
+            "recipe": recipe,
             "model": config.to_dict(),
             "tokenizer": tokenizer_fingerprint(encoder),
         },

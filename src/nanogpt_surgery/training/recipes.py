@@ -13,11 +13,14 @@ Name = Literal["fast"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """Values for `GPTConfig` and `FitSettings`, and whether every branch starts from zero."""
+    """What `surgery train` does unless it is told otherwise."""
 
     model: dict[str, Any] = field(default_factory=dict)
+    """values for `GPTConfig`"""
     training: dict[str, Any] = field(default_factory=dict)
+    """values for `FitSettings`"""
     from_zero: bool = False
+    """every branch starts from zero (model/initialisation.py)"""
 
 
 RECIPES: dict[str | None, Recipe] = {
