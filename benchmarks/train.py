@@ -30,8 +30,15 @@ from nanogpt_surgery import CharacterTokenizer, GPTDataset, evaluate, split_by_p
 from nanogpt_surgery.training.hardware import matmul_rate
 
 TURNS = 40
-SHORT = {"shape": Shape(2, 4, 128, 96, 8), "steps": 170, "n_inner": 256}
-LONG = {"shape": Shape(4, 4, 128, 256, 4), "steps": 1150, "n_inner": 448}
+SHORT = {"shape": Shape(2, 4, 128, 96, 8), "steps": 165, "n_inner": 256}
+LONG = {
+    "shape": Shape(4, 4, 128, 256, 4),
+    "steps": 1060,
+    "n_inner": 448,
+    "momentum": 0.95,
+    "learning_rate": 0.025,
+    "cooldown": 0.8,
+}
 
 
 def texts(path: Path, block: int) -> tuple[GPTDataset, GPTDataset, int]:
@@ -52,9 +59,10 @@ def time_to_loss(path: Path, nanogpt: Path, steps: int) -> None:
     rows = {"nanoGPT": (peer, theirs, steps, None)}
     for name, plan in (("ours, fast", SHORT), ("ours, long", LONG)):
         n, shape = max(1, plan["steps"] * steps // 2000), plan["shape"]
+        options = {key: value for key, value in plan.items() if key not in ("steps", "shape")}
         own_train, own_held, _ = texts(path, shape.block)
         model, loop = contenders.ours(
-            shape, own_train, vocab_size, n, "auto", n_inner=plan["n_inner"], evaluate_every=0
+            shape, own_train, vocab_size, n, "auto", evaluate_every=0, **options
         )
         rows[name] = (model, loop, n, own_held)
     seconds, losses = dict.fromkeys(rows, 0.0), {}
