@@ -2,7 +2,10 @@ from pathlib import Path
 
 import pytest
 
-from nanogpt_surgery.exchange import exchange
+from nanogpt_surgery import SurgeryError
+from nanogpt_surgery.exchange import exchange, set_aside
+from nanogpt_surgery.files import remove_temporaries
+from nanogpt_surgery.formats.folder_operation import undo_folder
 
 IN_ONE_STEP = "nanogpt_surgery.exchange._in_one_step"
 
@@ -49,6 +52,27 @@ def test_a_refused_rename_leaves_both_where_they_were(pair, failing, monkeypatch
     with pytest.raises(OSError, match="injected"):
         exchange(*pair)
     assert contents(pair) == ["new", "old"]
+
+
+def test_a_kill_between_two_renames_leaves_the_old_one_where_nobody_cleans_up(pair, monkeypatch):
+    monkeypatch.setattr(IN_ONE_STEP, lambda *_: False)
+    renames, rename = [], Path.rename
+
+    def killed(path, goal):
+        renames.append(path)
+        if len(renames) == 2:
+            raise KeyboardInterrupt
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", killed)
+    with pytest.raises(KeyboardInterrupt):
+        exchange(*pair)
+    remove_temporaries(pair[1].parent, of="old")
+    remove_temporaries(pair[1].parent)
+    (aside,) = set_aside(pair[1])
+    assert (aside / "what").read_text() == "old"
+    with pytest.raises(SurgeryError, match=rf"a kill left it as {aside}[\s\S]*mv {aside}"):
+        undo_folder(pair[1])
 
 
 def test_what_the_system_says_is_told(pair):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import sys
 import uuid
@@ -12,6 +13,7 @@ from typing import Any
 
 _HERE = -100  # AT_FDCWD: paths are as the process sees them
 _EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
+_ASIDE = ".old-"
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
@@ -19,13 +21,13 @@ def exchange(one: Path, other: Path) -> None:
     """Let two folders of one file system change places.
 
     Linux and macOS do it in one step. Elsewhere, and on file systems that cannot, it takes three
-    renames: a kill between them leaves `other` under a name that begins with `.tmp-`.
+    renames: a kill between them leaves `other` where `set_aside` finds it.
 
     Raises:
         OSError: the system refuses; both are where they were.
     """
     if not _in_one_step(one, other):
-        aside = other.with_name(f".tmp-{other.name}-{uuid.uuid4().hex[:8]}")
+        aside = other.with_name(f"{_ASIDE}{other.name}-{uuid.uuid4().hex[:8]}")
         other.rename(aside)
         try:
             one.rename(other)
@@ -33,6 +35,12 @@ def exchange(one: Path, other: Path) -> None:
             aside.rename(other)
             raise
         aside.rename(one)
+
+
+def set_aside(path: Path) -> list[Path]:
+    """What a kill in the middle of an exchange left of a folder, under names nobody cleans up."""
+    pattern = f"{_ASIDE}{glob.escape(path.name)}-{'[0-9a-f]' * 8}"
+    return sorted(path.parent.glob(pattern))
 
 
 def _in_one_step(one: Path, other: Path) -> bool:

@@ -113,8 +113,25 @@ def test_each_piece_holds_out_its_end(tmp_path):
     for a, b in zip(tokens.header.train, tokens.header.validation, strict=True):
         joined += [train[start : start + a.tokens], held_out[end : end + b.tokens]]
         start, end = start + a.tokens, end + b.tokens
-        assert not joined[-1][0].isspace()
-    assert "".join(joined) == TEXT
+    assert len(joined) > 4
+    assert all(stretch[0] == "\n" for stretch in joined[2:]), "what does not follow is parted"
+    stretches = [*joined[:2], *(stretch[1:] for stretch in joined[2:])]
+    assert not any(stretch[0].isspace() for stretch in stretches)
+    assert "".join(stretches) == TEXT
+
+
+def test_no_separator_stands_where_nothing_follows_it(tmp_path):
+    """One document fills the share to train on, and the next is held out from its start."""
+    (tmp_path / "a.txt").write_text("x" * 90, "utf-8")
+    (tmp_path / "b.txt").write_text("y" * 90, "utf-8")
+    pieces = pieces_of([tmp_path / "a.txt", tmp_path / "b.txt"], 300)
+    tokenizer = BPETokenizer.train("x y\n" * 50, 260)
+    prepared(tmp_path / "out", pieces, lambda: tokenizer, held_out=0.5)
+    tokens = open_tokens(tmp_path / "out")
+    for split in (tokens.train, tokens.validation):
+        text = tokenizer.decode(split.tolist())
+        assert not text.startswith("<|endoftext|>")
+        assert not text.endswith("<|endoftext|>")
 
 
 @pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])

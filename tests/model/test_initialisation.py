@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import random_ids
 
 from nanogpt_surgery import FAMILIES, GPTConfig, SimpleGPT
-from nanogpt_surgery.model.initialisation import initialise
+from nanogpt_surgery.model.initialisation import initialise, start_from_zero
 
 # Ending of the name → deviation, for 3 layers of width 64 and an untied head.
 DEVIATIONS = {
@@ -72,6 +72,41 @@ def test_nothing_of_the_old_weights_stays():
             parameter.fill_(math.nan)
     initialise(model, model.config)
     assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+FROM_ZERO = DEVIATIONS | {
+    "embed_tokens.weight": 1.0,
+    "embed_positions.weight": 1.0,
+    "embed_lags": 0.5,
+    "o_proj.weight": 0.0,
+    "down_proj.weight": 0.0,
+    "lm_head.weight": 0.0,
+}
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_start_from_zero_is_drawn_as_the_second_table_says(tied, positions):
+    torch.manual_seed(0)
+    config = GPTConfig(
+        97, n_embd=64, n_head=4, n_layer=3, block_size=60, n_lags=2, positions=positions,
+        tie_head=tied,
+    )  # fmt: skip
+    model = SimpleGPT.from_config(config)
+    start_from_zero(model, config)
+    deviations = dict(FROM_ZERO)
+    if tied:
+        deviations |= {k: 0.02 for k in deviations if k.startswith("embed_")}
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            assert not parameter.any(), name
+        elif parameter.dim() == 1:
+            assert (parameter == 1).all(), name
+        elif deviation := deviations[next(k for k in deviations if k in name)]:
+            assert_drawn_from_normal(parameter, deviation)
+        else:
+            assert not parameter.any(), name
+    assert (model.lm_head.weight is model.embed_tokens.weight) == tied
 
 
 @pytest.mark.parametrize("tied", [False, True])

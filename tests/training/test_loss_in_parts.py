@@ -56,7 +56,7 @@ def test_the_logits_are_never_all_there(monkeypatch):
     shapes = []
     model.lm_head.register_forward_hook(lambda _m, _i, out: shapes.append(tuple(out.shape)))
     backward_of_loss(model, inputs, targets, most_logits=4 * 3 * 53)
-    assert shapes == [(3, 4, 53), (3, 4, 53), (3, 3, 53)]
+    assert shapes == [(1, 12, 53), (1, 12, 53), (1, 9, 53)]
     shapes.clear()
     monkeypatch.setattr(loss_module, "MOST_LOGITS", 2 * 2 * 53)
     data = GPTDataset.from_ids(random_ids(model.config, 1, 23)[0], block_size=11)
@@ -64,6 +64,46 @@ def test_the_logits_are_never_all_there(monkeypatch):
     assert max(shape[0] * shape[1] for shape in shapes) <= 4
     monkeypatch.setattr(loss_module, "MOST_LOGITS", 2**23)
     assert evaluate(model, data) == pytest.approx(found, rel=1e-6)
+
+
+def masked(targets: Tensor, share: float) -> Tensor:
+    """Targets of which a share, scattered over all rows, is not trained on."""
+    draw = torch.Generator().manual_seed(1)
+    return targets.masked_fill(torch.rand(targets.shape, generator=draw) < share, -100)
+
+
+@pytest.mark.parametrize("prepare", trainings().values(), ids=trainings())
+@pytest.mark.parametrize("share", [0.3, 0.9])
+def test_where_nothing_is_trained_on_no_logits_are_made(prepare, share):
+    model, inputs, targets = prepared("llama", prepare)
+    targets = masked(targets, share)
+    whole = 0.5 * cross_entropy(model(inputs), targets)
+    whole.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    made = []
+    model.lm_head.register_forward_hook(lambda _m, _i, out: made.append(out.shape[:-1].numel()))
+    found = backward_of_loss(model, inputs, targets, 0.5, most_logits=7 * 53)
+    assert sum(made) == (targets != -100).sum() < targets.numel()
+    assert found == pytest.approx(whole.item(), rel=1e-6)
+    assert gradients(model).keys() == wanted.keys()
+    for key, gradient in gradients(model).items():
+        torch.testing.assert_close(gradient, wanted[key], rtol=1e-4, atol=1e-6)
+
+
+def test_an_evaluation_makes_no_logits_that_do_not_count():
+    model, inputs, targets = prepared("llama", lambda model: None)
+    targets = masked(targets, 0.6)
+    wanted, made = cross_entropy(model(inputs), targets).item(), []
+    model.lm_head.register_forward_hook(lambda _m, _i, out: made.append(out.shape[:-1].numel()))
+    found = loss_module._summed_loss(model, (inputs, targets)).item()
+    assert sum(made) == (targets != -100).sum()
+    assert found / sum(made) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_window_without_a_target_adds_nothing():
+    model, inputs, targets = prepared("llama", lambda model: None)
+    assert loss_module._summed_loss(model, (inputs, masked(targets, 2.0))) == 0
 
 
 def test_gradients_are_added_to_those_that_are_there():

@@ -1,14 +1,20 @@
 """Muon beside its definition by singular values, and beside `torch.optim.Muon`."""
 
+import copy
+from dataclasses import replace
+
 import pytest
 import torch
+from small_training import DATASET, SETTINGS, hashes, model_of
 from tiny import CONFIGS, tiny_model
 
-from nanogpt_surgery import FitSettings, SurgeryError, inject_lora
+from nanogpt_surgery import FitSettings, SurgeryError, fit, inject_lora
+from nanogpt_surgery.training.checkpoint import Run, training_state
 from nanogpt_surgery.training.muon import POLYNOMIALS, Muon, orthogonalised
 from nanogpt_surgery.training.optimizer import make_optimizer
 
 JORDANS = ((3.4445, -4.7750, 2.0315),) * 5  # what torch.optim.Muon applies
+BETAS = (0.8, 0.95)
 SHAPES = [(5, 7), (7, 5), (6, 6), (5, 7), (3, 11)]
 
 
@@ -48,7 +54,7 @@ def test_steps_are_those_of_torch(weight_decay):
     ours = [torch.nn.Parameter(torch.randn(shape)) for shape in SHAPES]
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     group = {"params": ours, "muon": True, "weight_decay": weight_decay}
-    mine = Muon([group], lr=0.07, momentum=0.9, polynomials=JORDANS)
+    mine = Muon([group], lr=0.07, momentum=0.9, betas=BETAS, polynomials=JORDANS)
     other = torch.optim.Muon(theirs, lr=0.07, momentum=0.9, weight_decay=weight_decay)
     for _ in range(4):
         for a, b in zip(ours, theirs, strict=True):
@@ -65,7 +71,7 @@ def test_beside_the_matrices_it_is_adamw():
     torch.manual_seed(0)
     ours, theirs = (torch.nn.Parameter(torch.arange(12.0)) for _ in range(2))
     group = {"params": [ours], "muon": False, "weight_decay": 0.1}
-    mine = Muon([group], lr=0.01, betas=(0.8, 0.95))
+    mine = Muon([group], lr=0.01, momentum=0.9, betas=(0.8, 0.95))
     other = torch.optim.AdamW([theirs], lr=0.01, betas=(0.8, 0.95), weight_decay=0.1)
     for _ in range(3):
         ours.grad = torch.randn(12)
@@ -74,6 +80,78 @@ def test_beside_the_matrices_it_is_adamw():
         other.step()
     torch.testing.assert_close(ours, theirs)
     assert mine.state[ours].keys() == other.state[theirs].keys()
+
+
+def matrix_and_vector():
+    """A matrix that Muon trains, a vector that AdamW trains, and their optimizer."""
+    torch.manual_seed(0)
+    both = [torch.nn.Parameter(torch.randn(3, 5)), torch.nn.Parameter(torch.randn(4))]
+    groups = [
+        {"params": [p], "muon": p.dim() == 2, "weight_decay": 0.1, "rate_ratio": 0.5} for p in both
+    ]
+    return both, Muon(groups, lr=0.01, momentum=0.9, betas=BETAS)
+
+
+def step_with_gradients(parameters, optimizer, seeds):
+    for seed in seeds:
+        draw = torch.Generator().manual_seed(seed)
+        for parameter in parameters:
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 * (1 + seed)
+        optimizer.step()
+
+
+def test_a_state_that_was_loaded_is_gone_on_from_to_the_bit():
+    whole, optimizer = matrix_and_vector()
+    step_with_gradients(whole, optimizer, range(3))
+    state = copy.deepcopy(optimizer.state_dict())
+    again, fresh = matrix_and_vector()
+    for parameter, value in zip(again, whole, strict=True):
+        parameter.data.copy_(value)
+    fresh.load_state_dict(state)
+    step_with_gradients(whole, optimizer, range(3, 6))
+    step_with_gradients(again, fresh, range(3, 6))
+    for a, b in zip(whole, again, strict=True):
+        assert torch.equal(a, b)
+    assert fresh.state[again[1]]["step"] == 6
+
+
+def test_a_run_with_muon_is_resumed_to_the_bit(tmp_path):
+    def steps(model, optimizer, first, last):
+        settings = {"muon": True, "max_steps": last, "first_step": first, "optimizer": optimizer}
+        return list(fit(model, DATASET, SETTINGS, **settings))
+
+    whole = model_of(0.1)
+    optimizer = make_optimizer(whole, replace(SETTINGS, muon=True))
+    done = steps(whole, optimizer, 0, 3)[-1]
+    run = Run(tmp_path)
+    run.save(done, lambda folder: None, whole, optimizer)
+    steps(whole, optimizer, 3, 6)
+    again = model_of(0.1, seed=1)
+    fresh = make_optimizer(again, replace(SETTINGS, muon=True))
+    Run(tmp_path, run.checkpoint).restore(again, fresh)
+    steps(again, fresh, 3, 6)
+    assert hashes(again) == hashes(whole)
+    assert training_state(again, fresh).keys() == training_state(whole, optimizer).keys()
+
+
+def test_a_closure_is_called_with_gradients_and_its_loss_comes_back():
+    parameters, optimizer = matrix_and_vector()
+    before = [p.detach().clone() for p in parameters]
+
+    def closure():
+        loss = sum(p.square().sum() for p in parameters)
+        loss.backward()
+        return loss.item()
+
+    assert optimizer.step(closure) == pytest.approx(sum(float(b.square().sum()) for b in before))
+    assert not any(torch.equal(a, b) for a, b in zip(before, parameters, strict=True))
+
+
+def test_lora_plus_beside_muon_is_refused():
+    with pytest.raises(SurgeryError, match=r"lora_plus_ratio is 4\.0, and Muon"):
+        FitSettings(muon=True, lora_plus_ratio=4.0)
 
 
 def test_the_groups_hold_every_parameter_once_and_the_head_is_no_matrix():

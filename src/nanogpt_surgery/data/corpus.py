@@ -9,7 +9,8 @@ from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
 
-TRAIN_SHARE = 0.9
+HELD_OUT = 0.1
+TRAIN_SHARE = 1 - HELD_OUT
 
 _SOURCE_MODULES = """
     argparse ast calendar collections configparser contextlib copy csv dataclasses datetime

@@ -95,8 +95,9 @@ def encode_piece(work: Work, tokenizer: Tokenizer, number: int) -> int:
 def _ids_of(work: Work, tokenizer: Tokenizer, number: int) -> tuple[Ids, Ids]:
     """The ids of a piece: those to train on, and those held out."""
     documents = [(read_span(span), span.first) for span in work.pieces[number]]
-    if number == 0:  # nothing lies before the first document
-        documents[0] = (documents[0][0], False)
+    # Before the first document lies nothing; before another piece, what was held out of the last.
+    apart = number > 0
+    documents[0] = (documents[0][0], apart and (documents[0][1] or work.held_out > 0))
     left = int(sum(len(text) for text, _ in documents) * (1 - work.held_out))
     train: list[tuple[str, bool]] = []
     while documents and len(documents[0][0]) <= left:
@@ -105,8 +106,9 @@ def _ids_of(work: Work, tokenizer: Tokenizer, number: int) -> tuple[Ids, Ids]:
     if documents and work.held_out:
         text, first = documents[0]
         before, after = split_at_line(text, 1 - left / len(text))
-        train.append((before, first))
-        documents[0] = (after, False)
+        if before:
+            train.append((before, first))
+        documents[0] = (after, apart)
     elif documents:
         train, documents = train + documents, []
     return _joined_ids(tokenizer, train), _joined_ids(tokenizer, documents)

@@ -2,8 +2,7 @@
 
 Long files are cut about every so many bytes, between two lines that a single newline parts: there
 byte-pair encodings join no token. Without such a place near by it is the start of a line, or of a
-character. Short files share a piece. Where the
-cuts lie follows from the files alone.
+character. Short files share a piece. Where the cuts lie follows from the files alone.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from nanogpt_surgery.data.corpus import HELD_OUT
 from nanogpt_surgery.data.parts import PARTS, Work, encode_piece, is_done, join_parts
 from nanogpt_surgery.data.pieces import Piece, read_span
 from nanogpt_surgery.data.processes import cores, in_processes
@@ -50,8 +51,9 @@ def prepare_tokens(
 ) -> Iterator[int]:
     """Encode pieces into a token folder, or go on where an earlier attempt was stopped.
 
-    Documents are parted by the tokenizer's end of text, where it has one, else by a newline. The
-    last part of each piece is held out for validation.
+    Documents are parted by the tokenizer's end of text, where it has one, else by a newline; so are
+    stretches that do not follow each other in the text, as the last part of each piece is held out
+    for validation.
 
     Args:
         pieces: from `pieces_of`.
@@ -105,7 +107,7 @@ def _characters(piece: Piece) -> set[str]:
 def _held_out(pieces: Sequence[Piece], share: float | None) -> float:
     if share is None:
         size = sum(span.end - span.start for piece in pieces for span in piece)
-        return min(0.1, MOST_HELD_OUT / size)
+        return min(HELD_OUT, MOST_HELD_OUT / size)
     if not 0 <= share < 1:
         raise SurgeryError(f"held_out is {share}; it must be at least 0 and below 1")
     return share

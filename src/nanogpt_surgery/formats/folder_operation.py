@@ -10,13 +10,13 @@ operation.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.exchange import exchange
+from nanogpt_surgery.exchange import exchange, set_aside
 from nanogpt_surgery.files import (
     MANIFEST,
     disk_refuses,
@@ -43,14 +43,20 @@ from nanogpt_surgery.lora.report import Report
 NEW = ".new"
 
 
-def operate(folder: Path, write: Callable[[Path], Entry], keep_originals: bool = True) -> Entry:
+def operate(
+    folder: Path,
+    write: Callable[[Path], Entry],
+    keep_originals: bool = True,
+    gone: Collection[str] = (),
+) -> Entry:
     """Replace files of a folder, in one step, with a line in its journal.
 
     Args:
         folder: a run or a model folder.
         write: gets an empty folder and writes the new files into it; returns the entry without
-            hashes. Tensors that it leaves out are gone afterwards, other files stay.
+            hashes.
         keep_originals: so that it can be undone. Without, nothing before it can be either.
+        gone: names of files that the new ones stand for, whatever their names; others stay.
 
     Raises:
         SurgeryError: the folder was changed by other hands since its last operation, holds links to
@@ -63,10 +69,8 @@ def operate(folder: Path, write: Callable[[Path], Entry], keep_originals: bool =
         new.mkdir()
         entry = write(new)
         written = {path.name for path in new.iterdir()}
-        for name in before:
-            replaced = name in written or name.endswith((".safetensors", ".safetensors.index.json"))
-            if replaced or name == MANIFEST:
-                _put_by(twin, name, before[name])
+        for name in before.keys() & {*written, *gone, MANIFEST}:
+            _put_by(twin, name, before[name])
         for name in written:
             (new / name).rename(twin / name)
         new.rmdir()
@@ -170,8 +174,12 @@ def _twin(folder: Path) -> Iterator[tuple[Path, FolderJournal]]:
 
 def _check_place(folder: Path) -> None:
     if not folder.is_dir():
+        aside = ", ".join(str(path) for path in set_aside(folder))
         raise SurgeryError(
-            f"there is no folder {folder}", "an operation in place needs a run or a model folder"
+            f"there is no folder {folder}" + (f"; a kill left it as {aside}" if aside else ""),
+            f"mv {aside} {folder}"
+            if aside
+            else "an operation in place needs a run or a model folder",
         )
     if Path.cwd().is_relative_to(folder.resolve()):
         raise SurgeryError(

@@ -17,20 +17,17 @@ from torch import Tensor
 
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import file_hash, read_json, whole_folder, write_json
+from nanogpt_surgery.files import file_hash, whole_folder
 from nanogpt_surgery.formats.adapter_layout import adapter_folder, load_adapter
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
 from nanogpt_surgery.formats.folder_operation import operate
 from nanogpt_surgery.formats.hub import is_hub_name
-from nanogpt_surgery.formats.huggingface import config_from_json
-from nanogpt_surgery.formats.model_file import (
-    CONFIG,
-    model_folder,
-    open_model,
-    write_model_files,
-)
-from nanogpt_surgery.lora.adapter import TENSORS
+from nanogpt_surgery.formats.in_place import keep_config, leave_away
+from nanogpt_surgery.formats.model_file import open_model, write_model_files
+from nanogpt_surgery.formats.run_folder import is_run
+from nanogpt_surgery.formats.safetensors_file import weight_files
+from nanogpt_surgery.lora.adapter import TENSORS as ADAPTER_TENSORS
 from nanogpt_surgery.lora.examination import (
     compare_logits,
     logits_of,
@@ -117,7 +114,7 @@ def plan_merge(
     survival = merge_survival(merge.model)
     goal = _in_place(model) if out is None else Path(out)
     there = next(place for place in [goal, *goal.absolute().parents] if place.is_dir())
-    old = sum(p.stat().st_size for p in goal.glob("*.safetensors")) if out is None else 0
+    old = sum((goal / name).stat().st_size for name in weight_files(goal)) if out is None else 0
     sizes = {
         "written_to": f"{goal}{', in place' if out is None else ''}",
         "kept_originals_bytes": old if keep else 0,
@@ -166,14 +163,14 @@ def merge_adapter(
     goal = _in_place(model) if out is None else None
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force)
     planned, adapted = merge.planned(), logits_of(merge.model, merge.probe)
-    facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / TENSORS)}
+    facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
     entry = Entry(merge.title, merge.base, {}, {}, planned=planned | facts)
     report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
     merge.model.to(merge.precision)
     measured = _Measured(merge, adapted, None if force else tolerance)
     if goal is not None:
-        config = read_json(model_folder(goal) / CONFIG)
-        entry = operate(goal, lambda new: measured.write(new, entry, config), keep_originals)
+        place, gone = goal, weight_files(goal)
+        entry = operate(goal, lambda new: measured.write(new, entry, place), keep_originals, gone)
     else:
         goal = Path(str(out))
         with whole_folder(goal) as temporary:
@@ -193,14 +190,16 @@ class _Measured:
     adapted: Tensor
     tolerance: float | None
 
-    def write(self, new: Path, entry: Entry, config: dict[str, Any] | None = None) -> Entry:
-        """Write the files, read them again; beside an old config only what it must say anew."""
-        tokenizer = None if config is not None else self.merge.tokenizer
+    def write(self, new: Path, entry: Entry, place: Path | None = None) -> Entry:
+        """Write the files, read them again; in place, without those there already."""
+        tokenizer = self.merge.tokenizer if place is None or is_run(place) else None
         write_model_files(self.merge.model, new, tokenizer)
+        if place is not None:
+            keep_config(new, place)
         again, tokenizer_again = open_model(new)
         check_equal(self.merge.model, again, tokenizer, tokenizer_again)
-        if config is not None:
-            _say_anew(new / CONFIG, config)
+        if place is not None:
+            leave_away(new, place)
         effect: dict[str, Any] = dict(
             compare_logits(self.adapted, logits_of(again.float(), self.merge.probe))
         )
@@ -210,25 +209,15 @@ class _Measured:
         return replace(entry, measured=effect | {"measured_on": self.merge.probed_on})
 
 
-def _say_anew(path: Path, old: dict[str, Any]) -> None:
-    """Keep an old config, but for the dtype and whether the head is tied, where these changed."""
-    new = read_json(path)
-    changed: dict[str, Any] = {}
-    if config_from_json(old).tie_head != config_from_json(new).tie_head:
-        changed |= {key: new[key] for key in ("tie_word_embeddings", "tie_head") if key in new}
-    changed |= {key: new["dtype"] for key in ("dtype", "torch_dtype") if key in old}
-    path.unlink()
-    if any(old.get(key) != value for key, value in changed.items()):
-        write_json(path, old | changed)
-
-
 def _refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
     """Raise `SurgeryError` if `out` is the model itself, which could not be brought back then."""
     if out is None or not Path(model).is_dir():
         return
     if Path(out).resolve() in (Path(model).resolve(), model_folder(model).resolve()):
-        raise SurgeryError(f"{out} is the model itself, and writing over it has no undo",
-                           "leave out --out to merge in place, with undo")  # fmt: skip
+        raise SurgeryError(
+            f"{out} is the model itself, and writing over it has no undo",
+            "leave out --out to merge in place, with undo",
+        )
 
 
 def _in_place(model: str | Path) -> Path:

@@ -58,7 +58,30 @@ def stored_tensors(folder: Path, file_name: str = "model.safetensors") -> dict[s
     raise SurgeryError(f"{folder / file_name} is missing")
 
 
+def weight_files(folder: Path, file_name: str = "model.safetensors") -> set[str]:
+    """The names of the files that a model folder's tensors lie in, the index among them.
+
+    Raises:
+        SurgeryError: the index says what cannot be.
+    """
+    index = {INDEX, *_places(folder).values()} if (folder / INDEX).is_file() else set()
+    return {name for name in {file_name, *index} if (folder / name).is_file()}
+
+
 def _sharded(folder: Path) -> dict[str, PlainTensor]:
+    places = _places(folder)
+    shards = {name: read_header(folder / name) for name in sorted(set(places.values()))}
+    missing = [name for name, file in places.items() if name not in shards[file]]
+    if missing:
+        raise SurgeryError(
+            f"{folder / INDEX} promises {missing[0]!r} in {places[missing[0]]}, which has no such "
+            f"tensor ({len(missing)} missing in all)"
+        )
+    return {name: shards[file][name] for name, file in places.items()}
+
+
+def _places(folder: Path) -> dict[str, str]:
+    """The file of each tensor, as the index has it."""
     index = read_json(folder / INDEX)
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
@@ -67,14 +90,7 @@ def _sharded(folder: Path) -> dict[str, PlainTensor]:
     strange = [name for name in files if Path(name).name != name or name in (".", "..")]
     if strange:
         raise SurgeryError(f"{folder / INDEX} names files outside its folder: {strange[0]!r}")
-    shards = {name: read_header(folder / name) for name in files}
-    missing = [name for name, file in places.items() if name not in shards[file]]
-    if missing:
-        raise SurgeryError(
-            f"{folder / INDEX} promises {missing[0]!r} in {places[missing[0]]}, which has no such "
-            f"tensor ({len(missing)} missing in all)"
-        )
-    return {name: shards[file][name] for name, file in places.items()}
+    return places
 
 
 def read_header(path: Path) -> dict[str, PlainTensor]:

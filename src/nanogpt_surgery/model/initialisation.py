@@ -20,6 +20,8 @@ the residual stream, and every branch and the head add nothing until they have l
 | embeddings of tokens, positions           | normal, deviation 1                                 |
 | embeddings of lags                        | normal, deviation 0.5                               |
 | `o_proj`, `down_proj`, an untied head     | 0                                                   |
+| all embeddings, where the head is tied    | as above: with one of deviation 1 for a head the    |
+|                                           | first loss would be far over ln V                   |
 | the rest                                  | as above                                            |
 """
 

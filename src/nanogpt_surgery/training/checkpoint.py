@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from nanogpt_surgery.files import (
     write_json,
     write_tensors,
 )
-from nanogpt_surgery.formats.folder_journal import is_operated
+from nanogpt_surgery.formats.folder_journal import Entry, is_operated, read_journal, record
 from nanogpt_surgery.formats.run_folder import (
     BEST,
     LATEST,
@@ -45,7 +46,9 @@ from nanogpt_surgery.formats.run_folder import (
     latest_checkpoint,
     step_of,
 )
+from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.training.fit import Step
+from nanogpt_surgery.training.settings import FitSettings
 
 STATE, SUMMARY = "training.safetensors", "training.json"
 KEPT = 2  # newest checkpoints, beside the best
@@ -103,7 +106,12 @@ class Run:
         return goal
 
     def _publish(self, checkpoint: Path) -> None:
-        """Show a checkpoint's weights at the top of the run folder, where other programs look."""
+        """Show a checkpoint's weights at the top of the run folder, where other programs look.
+
+        A journal that says which files should be there is told that they change from here on.
+        """
+        if read_journal(self.folder).files:
+            record(self.folder, Entry("training went on", "", {}, {}, "none"))
         for file in checkpoint.iterdir():
             if file.name not in (STATE, SUMMARY, MANIFEST):
                 link_or_copy(file, self.folder / file.name)
@@ -187,11 +195,14 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
             f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
         )
     if is_operated(folder):
+        lasting = any(entry.originals != "none" for entry in read_journal(folder).settled)
+        way = "choose a new --out" if lasting else f"surgery undo {folder} takes it back"
         raise SurgeryError(
             f"{folder} was operated on since, and going on would write over the result",
-            f"surgery log {folder} says what was done, surgery undo {folder} takes it back",
+            f"surgery log {folder} says what was done; {way}",
         )
-    before, now = _flat(read_json(folder / RUN)), _flat(json.loads(json.dumps(description)))
+    before = _flat(_with_defaults(read_json(folder / RUN)))
+    now = _flat(json.loads(json.dumps(description)))
     differences = [
         f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
         for key in sorted(before.keys() | now.keys())
@@ -202,6 +213,17 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
             f"this is not the run that {folder} holds: " + "; ".join(differences),
             "resume with the settings it was started with, or choose a new --out",
         )
+
+
+def _with_defaults(description: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of settings that did not exist yet when the run was begun."""
+    filled = {
+        key: {f.name: f.default for f in fields(kind) if f.default is not MISSING}
+        | description[key]
+        for key, kind in (("model", GPTConfig), ("settings", FitSettings))
+        if key in description
+    }
+    return description | filled
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

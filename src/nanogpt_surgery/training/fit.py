@@ -79,7 +79,7 @@ def fit(
         dataset: the windows, or rows, to learn from; documents that share a row are kept apart.
         settings: see `FitSettings`; its defaults if None.
         validation: evaluated whole every `evaluate_every` steps and at the end.
-        optimizer: to go on with; a new AdamW if None. The schedule sets its learning rate.
+        optimizer: to go on with; if None a new one, AdamW or Muon. The schedule sets its rates.
         first_step: steps done already.
         examine: check that the optimizer holds every trainable parameter, after the first and the
             last step that each update of a LoRA got a gradient and has moved, and at the end that
@@ -173,7 +173,7 @@ def _accumulate(
     total, whole = 0.0, n_trained(batch[1])
     for part, piece in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
         if counted := n_trained(piece[1]):
-            piece = tuple(tensor.to(hardware.device, non_blocking=True) for tensor in piece)
+            piece = tuple(hardware.taken(tensor) for tensor in piece)
             with hardware.seeded(hash((settings.seed, step, part))):
                 total += _backward(model, piece, counted / whole, prefix, hardware)
     return total

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.settings import FitSettings
 
 
@@ -33,6 +34,10 @@ class Hardware:
             name = self.device.type
         how = "compiled blocks" if self.compile else "not compiled"
         return f"{name}, {str(self.precision).removeprefix('torch.')}, {how}"
+
+    def taken(self, tensor: Tensor) -> Tensor:
+        """A tensor on the device; only CUDA's own order keeps what is still on its way apart."""
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which a forward pass computes in the chosen precision."""
@@ -68,8 +73,13 @@ def choose_hardware(settings: FitSettings, operations: float = 0) -> Hardware:
 
 
 def operations_of(model: nn.Module, settings: FitSettings, block_size: int) -> float:
-    """About how many operations a training takes: 6 for each parameter and token."""
+    """About how many operations a training takes, if all of the model learns.
+
+    Three times those of a `SimpleGPT`'s forward pass, else 6 for each parameter and token.
+    """
     tokens = settings.max_steps * settings.batch_size * settings.accumulation * block_size
+    if isinstance(model, SimpleGPT):
+        return 3.0 * model.config.flops_per_token(block_size) * tokens
     return 6.0 * sum(p.numel() for p in model.parameters()) * tokens
 
 

@@ -2,9 +2,9 @@
 
 With a large vocabulary the logits are the largest tensor of a training step by far, so a
 `SimpleGPT`'s are made for some positions at a time, turned into a loss and a gradient, and
-forgotten.
+forgotten; where nothing is trained on, none are made.
 
-Legend: B windows in a batch, T tokens, C width, V vocabulary.
+Legend: B windows in a batch, T tokens, N of them trained on, C width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batch, Batches, documents_of
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.mixture import Rows
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
@@ -78,21 +79,35 @@ def backward_from_hidden(
     if frozen is not None:
         twice = 2 * most_logits  # there is one tensor of the size, below there are four
         return backward_of_frozen_head(frozen, hidden, targets, share, twice)
-    size = _positions(model, targets, most_logits)
+    read, wanted_of, places = _counted(model, hidden.detach(), targets)
+    size = _positions(model, wanted_of, most_logits)
     total = torch.zeros((), device=hidden.device)
     gradients, whole = [], n_trained(targets)
-    for part, wanted in zip(hidden.split(size, 1), targets.split(size, 1), strict=True):
-        leaf = part.detach().requires_grad_(hidden.requires_grad)  # (B, t, C)
+    for part, wanted in zip(read.split(size, 1), wanted_of.split(size, 1), strict=True):
+        leaf = part.detach().requires_grad_(hidden.requires_grad)  # (1, n, C)
         if counted := n_trained(wanted):
             with autocast():
-                logits = model.lm_head(leaf)  # (B, t, V)
+                logits = model.lm_head(leaf)  # (1, n, V)
             loss = cross_entropy(logits, wanted) * (share * counted / whole)
             loss.backward()
             total += loss.detach()
         gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     if hidden.requires_grad:
-        hidden.backward(torch.cat(gradients, 1))
+        gradient = torch.zeros_like(hidden).flatten(0, 1)
+        gradient[places] = torch.cat(gradients, 1).flatten(0, 1)
+        hidden.backward(gradient.view_as(hidden))
     return total.item()
+
+
+def _counted(model: SimpleGPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the loss is made of: hidden states (1, N, C), targets (1, N), and their places (N).
+
+    Rows with adapters of their own stay rows: (B, T, C), (B, T) and (B · T).
+    """
+    if isinstance(getattr(model.lm_head, "mixture", None), Rows):
+        return hidden, targets, torch.arange(targets.numel(), device=targets.device)
+    places = (targets.flatten() != -100).nonzero().squeeze(1)
+    return hidden.flatten(0, 1)[None, places], targets.flatten()[None, places], places
 
 
 def _precision(
@@ -135,7 +150,8 @@ def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     if not isinstance(model, SimpleGPT):
         return _sum_of(model(inputs), targets)
     hidden = model.hidden(inputs, **apart(documents_of(batch)))  # (B, T, C)
-    size = _positions(model, inputs, MOST_LOGITS)
+    hidden, targets, _ = _counted(model, hidden, targets)
+    size = _positions(model, targets, MOST_LOGITS)
     parts = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)
     return torch.stack([_sum_of(model.lm_head(h), y) for h, y in parts]).sum()
 

@@ -11,7 +11,7 @@ Legend: N matrices of one shape, R rows, C columns, R ≤ C.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -58,27 +58,38 @@ class Muon(torch.optim.Optimizer):
         self,
         groups: list[dict[str, Any]],
         lr: float,
-        momentum: float = 0.95,
-        betas: tuple[float, float] = (0.9, 0.99),
+        momentum: float,
+        betas: tuple[float, float],
         polynomials: Polynomials = POLYNOMIALS,
     ):
         self.polynomials = polynomials
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
         others = [group for group in self.param_groups if not group["muon"]]
         self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=True) if others else None
-        if self.adamw is not None:  # one truth: the rates and states are those of this optimizer
-            self.adamw.param_groups = others
-            self.adamw.state = self.state
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One update of every parameter that has a gradient."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """One update of every parameter that has a gradient.
+
+        Args:
+            closure: called first: computes the gradients, and returns the loss.
+
+        Returns:
+            What `closure` returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             if group["muon"]:
                 for matrices in _by_size(group["params"]).values():
                     self._update(matrices, group)
-        if self.adamw is not None:
+        if self.adamw is not None:  # rates and states are this optimizer's, also after a load
+            self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
+            self.adamw.state = self.state
             self.adamw.step()
+        return loss
 
     def _update(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> None:
         momentum, rate = group["momentum"], group["lr"]

@@ -23,7 +23,8 @@ EMBEDDING_RATIO, OTHER_RATIO = 1.5, 0.5
 def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101), or Muon with AdamW beside it, over what can be trained.
 
-    AdamW is fused where the device has it; biases and norms do not decay. With LoRA+
+    AdamW is fused where the device has it. Its matrices decay, biases and norms do not; beside Muon
+    only Muon's matrices decay: neither the embeddings nor the head do. With LoRA+
     (arXiv:2402.12354) the B of each Linear's update is in a group of its own, which learns
     `settings.lora_plus_ratio` times faster.
 

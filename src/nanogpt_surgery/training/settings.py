@@ -42,7 +42,7 @@ class FitSettings:
     warmup_steps: int = 100
     """steps over which the rate rises from 0, at most a tenth of all"""
     weight_decay: float = 0.1
-    """decay, on matrices only"""
+    """decay, on matrices only; with muon, only on those that Muon trains"""
     lora_plus_ratio: float = 1.0
     """how many times faster a LoRA's B learns than the rest (LoRA+, arXiv:2402.12354)"""
     beta1: float = 0.9
@@ -77,6 +77,11 @@ class FitSettings:
             for name in ("momentum", "beta1", "beta2")
             if getattr(self, name) >= 1
         ]
+        if self.muon and self.lora_plus_ratio != 1:
+            found.append(
+                f"lora_plus_ratio is {self.lora_plus_ratio}, and Muon trains no B of a LoRA; it "
+                "must be 1 with muon"
+            )
         if self.cooldown > 1:
             found.append(f"cooldown is {self.cooldown}; it must be at most 1")
         found += [
