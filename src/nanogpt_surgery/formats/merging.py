@@ -24,7 +24,7 @@ from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
 from nanogpt_surgery.formats.folder_operation import operate
 from nanogpt_surgery.formats.hub import is_hub_name
 from nanogpt_surgery.formats.in_place import keep_config, leave_away
-from nanogpt_surgery.formats.model_file import open_model, write_model_files
+from nanogpt_surgery.formats.model_file import model_folder, open_model, write_model_files
 from nanogpt_surgery.formats.run_folder import is_run
 from nanogpt_surgery.formats.safetensors_file import weight_files
 from nanogpt_surgery.lora.adapter import TENSORS as ADAPTER_TENSORS
