@@ -1,0 +1,23 @@
+"""`surgery train --recipe fast`: its defaults are used, and flags beside it still count."""
+
+import json
+import math
+from pathlib import Path
+
+from typed import surgery
+
+
+def test_the_recipe_trains_what_it_says_and_generates(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("to be, or not to be, that is the question\n" * 40)
+    small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 4".split()
+    flags = [*small, "--recipe", "fast", "--momentum", "0.8"]
+    surgery("train", "text.txt", "--out", "run", *flags, cwd=tmp_path)
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["recipe"] == "fast"
+    assert (run["settings"]["muon"], run["settings"]["momentum"]) == (True, 0.8)
+    assert (run["model"]["n_lags"], run["model"]["mlp"]) == (3, "relu2")
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
+    kinds = run["model"]["vocab_size"]
+    assert abs(first["loss"] - math.log(kinds)) < 1e-4  # a head of zeros knows nothing
+    words = ["--prompt", "to ", "--max-new-tokens", "20"]
+    assert surgery("generate", "run", *words, cwd=tmp_path).stdout.startswith("to ")
