@@ -100,6 +100,7 @@ def test_main_py_uses_the_public_names_alone():
         "nanogpt_surgery.model.config",
         "nanogpt_surgery.training.settings",
         "nanogpt_surgery.files",
+        "nanogpt_surgery.lora.settings",
     ],
 )
 def test_torch_is_not_loaded_by(module):

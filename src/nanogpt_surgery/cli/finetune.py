@@ -11,10 +11,12 @@ from nanogpt_surgery.cli.console import say, show
 from nanogpt_surgery.cli.options import given, options_of, options_of_function
 from nanogpt_surgery.data.instruction_settings import InstructionSettings
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.training.settings import FitSettings
 
 INJECT = "nanogpt_surgery.lora.operations:inject_lora"
-LoraOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model",))
+TargetOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "settings"))
+LoraOptions: Any = options_of(LoRASettings, "LoRA")
 InstructionOptions: Any = options_of(InstructionSettings, "Instructions")
 TrainingOptions: Any = options_of(FitSettings, "Training")
 
@@ -32,6 +34,7 @@ def finetune(
     weights: str | None = None,
     block_size: int | None = None,
     instructions: InstructionOptions = None,
+    target: TargetOptions = None,
     lora: LoraOptions = None,
     training: TrainingOptions = None,
     json: Annotated[bool, Parameter(negative="")] = False,
@@ -71,7 +74,7 @@ def finetune(
     from nanogpt_surgery.lora.operations import inject_lora
     from nanogpt_surgery.lora.report import Report
 
-    settings = FitSettings(**given(training))
+    settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
     network, tokenizer = open_model(model, torch.float32)  # computed in what `fit` chooses
     if tokenizer is None:
         raise SurgeryError(f"{model} has no tokenizer.json, so text cannot become ids")
@@ -81,7 +84,7 @@ def finetune(
     say_sources(dataset, text, settings.max_steps * settings.batch_size * settings.accumulation)
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
-    report = inject_lora(network, **given(lora))
+    report = inject_lora(network, **given(target), settings=adapter)
     say(str(report))
     job = Job(
         out=out,
@@ -90,7 +93,12 @@ def finetune(
         dataset=dataset,
         validation=validation,
         settings=settings,
-        description={"kind": "finetune", "base": base, "lora": report.to_dict()},
+        description={
+            "kind": "finetune",
+            "base": base,
+            "lora": report.to_dict(),
+            "adapter": adapter.to_dict(),
+        },
         write_weights=lambda folder: write_adapter_files(network, folder, str(model)),
     )
     if plan:
