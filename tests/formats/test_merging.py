@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from operated import adapted
+from operated import adapted, train_updates
 from operated_folders import bytes_of, model_and_adapter
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS
@@ -12,7 +12,10 @@ from tiny import CONFIGS
 from nanogpt_surgery import (
     SurgeryError,
     SurgeryWarning,
+    inject_lora,
     open_model,
+    save_adapter,
+    save_model,
 )
 from nanogpt_surgery.cli.app import run as surgery
 from nanogpt_surgery.files import MANIFEST, write_json
@@ -79,6 +82,25 @@ def test_the_precision_is_chosen_and_its_loss_is_told(place):
         merge_adapter(model, place / "adapter", dtype="bfloat16", tolerance=1e-9)
     assert bytes_of(model) == first
     assert folder_log(place / "half").rows[0]["state"] == "done, cannot be undone"
+
+
+def test_a_merge_that_would_change_no_weight_is_refused(place):
+    """An adapter that was never trained, and one that rounding swallows, whose KL is small."""
+    save_model(open_model(place / "model")[0].bfloat16(), place / "half")
+    for base, name, size in (("model", "newborn", 0.0), ("half", "faint", 3e-5)):
+        model = open_model(place / base)[0].float()
+        inject_lora(model, "q_proj", rank=2)
+        train_updates(model, size)
+        save_adapter(model, place / name)
+    first = bytes_of(place)
+    with pytest.raises(SurgeryError, match="newborn would change no weight: ΔW is 0 in all 2"):
+        merge_adapter(place / "model", place / "newborn")
+    with pytest.raises(SurgeryError, match=r"lost in the rounding to bfloat16[\s\S]*float32"):
+        merge_adapter(place / "half", place / "faint")
+    assert bytes_of(place) == first
+    merge_adapter(place / "model", place / "newborn", place / "same", force=True)
+    report = merge_adapter(place / "half", place / "faint", place / "other", dtype="float32")
+    assert all(0 < row["weights changed"] <= 1 for row in report.rows)
 
 
 def test_a_plan_says_what_survives_and_writes_nothing(place):

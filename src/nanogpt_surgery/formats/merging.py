@@ -82,8 +82,7 @@ def merge_adapter(
         adapter: an adapter folder, as finetune or peft writes it.
         out: the model folder to make.
         dtype: of the weights to write; the model's by default.
-        tolerance: largest mean KL divergence from the adapted model to the merged one, in nats a
-            token.
+        tolerance: largest mean KL divergence, adapted model to merged one, in nats a token.
         force: merge whatever was measured, and although the adapter was made for another base.
         keep_originals: keep what was there, so that an operation in place can be undone.
         probe: a text to measure on; random tokens if None.
@@ -94,8 +93,8 @@ def merge_adapter(
 
     Raises:
         SurgeryError: one of the parts cannot be opened, they do not fit, `out` is the model
-            itself, the merged model is not the adapted one, or the disk refuses. What was there is
-            untouched then.
+            itself, the adapter would change no weight, the merged model is not the adapted one, or
+            the disk refuses. What was there is untouched then.
     """
     _refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
@@ -104,6 +103,7 @@ def merge_adapter(
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
     writing = _Writing(merge, logits_of(merge.model, merge.probe), None if force else tolerance)
     report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
+    _refuse_no_change(report, adapter, force)
     merge.model.to(merge.precision)
     if out is None:
         entry = writing.in_place(goal, entry, keep_originals)
@@ -150,6 +150,20 @@ class _Writing:
             refuse_effect(effect, self.tolerance)
         effect |= {"largest_logit": float(self.adapted.abs().max())}
         return replace(entry, measured=effect | {"measured_on": self.merge.probed_on})
+
+
+def _refuse_no_change(report: Report, adapter: str | Path, force: bool) -> None:
+    """Raise `SurgeryError` if every weight would be the number that it is without the adapter."""
+    if force or not report.rows or any(row["weights changed"] for row in report.rows):
+        return
+    lost = any(row["ΔW / W"] for row in report.rows)
+    dtype = report.rows[0]["dtype"]
+    raise SurgeryError(
+        f"{adapter} would change no weight: ΔW is "
+        + (f"lost in the rounding to {dtype}" if lost else "0")
+        + f" in all {len(report.rows)} layers",
+        "merge into --dtype float32" if lost else "train the adapter first, or --force",
+    )
 
 
 def _refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
