@@ -38,11 +38,12 @@ from nanogpt_surgery import (
 from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate
 
 TURNS = 40
-SHORT = {"shape": Shape(2, 4, 128, 96, 8), "steps": 165, "n_inner": 256}
+SHORT = {"shape": Shape(2, 4, 128, 96, 8), "steps": 175, "n_inner": 256}
 LONG = {
-    "shape": Shape(4, 4, 128, 256, 4),
-    "steps": 1300,
-    "n_inner": 448,
+    "shape": Shape(2, 2, 128, 256, 4),
+    "steps": 2000,
+    "n_inner": 512,
+    "n_kv_head": 1,
     "momentum": 0.95,
     "learning_rate": 0.025,
     "cooldown": 0.8,
