@@ -20,13 +20,13 @@ def open_to_talk(path: str, adapters: Mapping[str, Path]) -> tuple[SimpleGPT, To
     Raises:
         SurgeryError: one of them does not open, or there is no tokenizer.
     """
+    from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.adapter_layout import load_adapter
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.mixing import swap_lora
 
     model, tokenizer = open_model(path)
-    if tokenizer is None:
-        raise SurgeryError(f"{path} has no tokenizer, so text cannot become ids")
+    tokenizer = required_tokenizer(tokenizer, path)
     for name, folder in adapters.items():
         load_adapter(model, folder, name=name)
     if adapters:

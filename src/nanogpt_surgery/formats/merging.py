@@ -12,18 +12,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import file_hash, whole_folder
-from nanogpt_surgery.formats.adapter_layout import adapter_folder, load_adapter
+from nanogpt_surgery.files import file_hash
+from nanogpt_surgery.formats.adapter_layout import adapter_folder
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
 from nanogpt_surgery.formats.folder_operation import operate
 from nanogpt_surgery.formats.hub import is_hub_name
 from nanogpt_surgery.formats.in_place import keep_config, leave_away
+from nanogpt_surgery.formats.merge_preparation import Merge, prepare
 from nanogpt_surgery.formats.model_file import model_folder, open_model, write_model_files
 from nanogpt_surgery.formats.run_folder import is_run
 from nanogpt_surgery.formats.safetensors_file import weight_files
@@ -34,69 +34,8 @@ from nanogpt_surgery.lora.examination import (
     merge_survival,
     refuse_effect,
 )
-from nanogpt_surgery.lora.hashing import UPDATES, combined, tensor_hashes
 from nanogpt_surgery.lora.operations import merge_lora
 from nanogpt_surgery.lora.report import Report
-from nanogpt_surgery.model.simple_gpt import SimpleGPT
-
-PROBE_ROWS, PROBE_TOKENS = 4, 64
-
-
-@dataclass
-class Merge:
-    """A merge that is about to happen: the adapted model, and all that its report will say."""
-
-    model: SimpleGPT
-    tokenizer: Tokenizer | None
-    precision: torch.dtype
-    base: str
-    title: str
-    probe: Tensor
-    probed_on: str
-
-    def planned(self) -> dict[str, Any]:
-        """The sizes to expect."""
-        own = [p.numel() for n, p in self.model.named_parameters() if UPDATES not in n]
-        name = str(self.precision).removeprefix("torch.")
-        return {"dtype": name, "model_bytes": sum(own) * self.precision.itemsize}
-
-
-def prepare(
-    model: str | Path,
-    adapter: str | Path,
-    *,
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-    probe: str | None = None,
-    force: bool = False,
-) -> Merge:
-    """Open a model with an adapter on it, in float32; arguments as in `merge_adapter`."""
-    network, tokenizer = open_model(model)
-    stored = network.lm_head.weight.dtype
-    network.float()
-    base = combined(tensor_hashes(network).values())
-    load_adapter(network, adapter, force=force)
-    ids, probed_on = _probe(network, tokenizer, probe)
-    precision = stored if dtype is None else getattr(torch, dtype)
-    return Merge(network, tokenizer, precision, base, f"merge {adapter}", ids, probed_on)
-
-
-def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> tuple[Tensor, str]:
-    """Ids (B, T) to measure on, and what they are in words."""
-    length = min(PROBE_TOKENS, model.config.block_size)
-    if text is None:
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (PROBE_ROWS, length), generator=draw)
-        return ids, f"{ids.numel()} random tokens"
-    if tokenizer is None:
-        raise SurgeryError("the model has no tokenizer, so a probe text cannot become ids",
-                           "without --probe it is measured on random tokens")  # fmt: skip
-    encoded = list(tokenizer.encode(text[: 64 * PROBE_ROWS * PROBE_TOKENS]))
-    rows = min(PROBE_ROWS, len(encoded) // length)
-    if not rows:
-        raise SurgeryError(f"the probe text has {len(encoded)} tokens, fewer than {length}",
-                           "give a longer one, or none: then it is random tokens")  # fmt: skip
-    ids = torch.tensor(encoded[: rows * length]).view(rows, length)
-    return ids, f"{ids.numel()} tokens of the text given"
 
 
 def plan_merge(
@@ -160,7 +99,7 @@ def merge_adapter(
             untouched then.
     """
     _refuse_own_folder(model, out)
-    goal = _in_place(model) if out is None else None
+    goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force)
     planned, adapted = merge.planned(), logits_of(merge.model, merge.probe)
     facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
@@ -168,18 +107,11 @@ def merge_adapter(
     report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
     merge.model.to(merge.precision)
     measured = _Measured(merge, adapted, None if force else tolerance)
-    if goal is not None:
-        place, gone = goal, weight_files(goal)
-        entry = operate(goal, lambda new: measured.write(new, entry, place), keep_originals, gone)
+    if out is None:
+        done = measured.in_place(goal, entry, keep_originals)
     else:
-        goal = Path(str(out))
-        with whole_folder(goal) as temporary:
-            entry = measured.write(
-                temporary, replace(entry, operation=f"{merge.title} into {model}")
-            )
-            entry = replace(entry, after=hashes_of(temporary), originals="none")
-            record(temporary, entry)
-    return _report(report, merge, entry, goal)
+        done = measured.elsewhere(goal, replace(entry, operation=f"{merge.title} into {model}"))
+    return _report(report, merge, done, goal)
 
 
 @dataclass
@@ -189,6 +121,19 @@ class _Measured:
     merge: Merge
     adapted: Tensor
     tolerance: float | None
+
+    def in_place(self, goal: Path, entry: Entry, keep_originals: bool) -> Entry:
+        """Change the model's own folder, in one step."""
+        gone = weight_files(goal)
+        return operate(goal, lambda new: self.write(new, entry, goal), keep_originals, gone)
+
+    def elsewhere(self, goal: Path, entry: Entry) -> Entry:
+        """Make a new folder."""
+        with whole_folder(goal) as temporary:
+            entry = self.write(temporary, entry)
+            entry = replace(entry, after=hashes_of(temporary), originals="none")
+            record(temporary, entry)
+        return entry
 
     def write(self, new: Path, entry: Entry, place: Path | None = None) -> Entry:
         """Write the files, read them again; in place, without those there already."""
