@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.opening import Dtype, named_adapters, open_to_talk
 from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ def chat(
     adapter: Annotated[list[str] | None, Parameter(negative="")] = None,
     template: Literal["auto", "chatml", "plain", "none"] = "auto",
     max_new_tokens: int = 512,
+    dtype: Dtype = None,
     sampling: SamplingOptions = AS_USUAL,
 ) -> None:
     """Talk with a model; answers appear as they are made, and Ctrl-C stops one.
@@ -51,12 +53,11 @@ def chat(
     """
     from nanogpt_surgery.cli.chat_session import Session
     from nanogpt_surgery.cli.chat_settings import ChatSettings
-    from nanogpt_surgery.cli.opening import named_adapters, open_to_talk
     from nanogpt_surgery.generation.conversation import Conversation
 
     settings = ChatSettings(sampling.settings(), max_new_tokens, sampling.stop, sampling.seed)
     adapters = named_adapters(adapter or ())
-    network, tokenizer = open_to_talk(model, adapters)
+    network, tokenizer = open_to_talk(model, adapters, dtype)
     conversation = Conversation(network, tokenizer, _template(tokenizer, template))
     conversation.system = system
     session = Session(conversation, settings)

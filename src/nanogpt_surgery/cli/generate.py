@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from nanogpt_surgery.cli.opening import Dtype, open_to_talk
 from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 from nanogpt_surgery.errors import SurgeryError, printable
 
@@ -56,6 +57,7 @@ def generate(
     prompts: Path | None = None,
     adapter: Path | None = None,
     max_new_tokens: int = 300,
+    dtype: Dtype = None,
     sampling: SamplingOptions = AS_USUAL,
     many: ManyOptions = ONE,
 ) -> None:
@@ -74,12 +76,11 @@ def generate(
     max_new_tokens
         how many tokens at most
     """
-    from nanogpt_surgery.cli.opening import open_to_talk
-
     sampling.settings()  # what is out of its range is refused before the model is opened
     many.check()
     texts = _prompts(prompt, prompts)
-    network, tokenizer = open_to_talk(model, {} if adapter is None else {"default": adapter})
+    adapters = {} if adapter is None else {"default": adapter}
+    network, tokenizer = open_to_talk(model, adapters, dtype)
     if len(texts) == many.samples == 1 and many.logprobs is None and not many.json:
         pieces = _as_it_is_made(network, tokenizer, texts[0], max_new_tokens, sampling)
     else:
