@@ -27,11 +27,22 @@ def by_singular_values(matrix, polynomials):
     return U @ torch.diag(S) @ Vh
 
 
-def test_products_alone_treat_each_singular_value_by_the_polynomials():
+@pytest.mark.parametrize("shape", [(5, 8), (8, 5), (6, 6)])
+@pytest.mark.parametrize("polynomials", [POLYNOMIALS, JORDANS, POLYNOMIALS[:1]])
+def test_products_alone_treat_each_singular_value_by_the_polynomials(shape, polynomials):
     torch.manual_seed(0)
-    matrices = torch.randn(3, 5, 8, dtype=torch.float64)
-    expected = torch.stack([by_singular_values(m, POLYNOMIALS) for m in matrices])
-    torch.testing.assert_close(orthogonalised(matrices), expected)
+    matrices = torch.randn(3, *shape, dtype=torch.float64)
+    expected = torch.stack([by_singular_values(m, polynomials) for m in matrices])
+    torch.testing.assert_close(orthogonalised(matrices, polynomials), expected)
+
+
+def test_singular_values_a_thousand_times_smaller_are_no_less_exact():
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(32, 32, dtype=torch.float64))
+    matrix = U @ torch.diag(torch.logspace(0, -4, 32, dtype=torch.float64)) @ Vh
+    expected = by_singular_values(matrix, POLYNOMIALS)
+    found = orthogonalised(matrix.float()[None])[0]
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_singular_values_come_near_one():

@@ -11,6 +11,7 @@ Legend: B batch, T new tokens, S keys (past and new), C width, H heads, G KV hea
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.dropout import attention_with_dropout
 from nanogpt_surgery.model.kv_cache import LayerCache
 from nanogpt_surgery.model.norm import RMSNorm
 from nanogpt_surgery.model.positions import leave, rotate
@@ -77,27 +79,33 @@ def causal_attention(
 
     Query t sees keys 0 … S − T + t, or what a mask (B, 1, T, S) lets it see. `is_causal` and no
     mask at all keep the fast kernels; only several tokens after a filled cache need it written out.
+    No kernel of a CPU has dropout.
     """
     new, keys = q.size(2), k.size(2)
     if q.size(1) != k.size(1):
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, D)
-    if mask is None and (new == keys or new == 1):
-        return _kernel(q, k, v, dropout_p=dropout, is_causal=new > 1)
-    if mask is None:
+    if mask is None and not (new == keys or new == 1):
         mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)
-    return _kernel(q, k, v, attn_mask=mask, dropout_p=dropout)
+    attend: Any = F.scaled_dot_product_attention
+    attend = partial(attend, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and new > 1)
+    if dropout and q.device.type == "cpu":
+        attend = partial(attention_with_dropout, probability=dropout, mask=mask)
+    return _in_float32(attend, q, k, v)
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
-    """PyTorch's kernel; in training on a CPU what is bfloat16 goes through it in float32.
+def _in_float32(attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """In training on a CPU what is bfloat16 goes through attention in float32.
 
-    The backward pass of its bfloat16 kernel takes up to three times as long there (docs/log.md).
+    The backward pass of PyTorch's bfloat16 kernel takes up to three times as long there
+    (docs/log.md).
     """
     training = q.requires_grad or k.requires_grad or v.requires_grad
     # Under autocast a rotation or a norm leaves q and k in float32: v tells what is computed in.
+    y: Tensor
     if q.device.type != "cpu" or not training or v.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(q, k, v, **options)
+        y = attend(q, k, v)
+        return y
     with torch.autocast("cpu", enabled=False):
-        y = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
+        y = attend(q.float(), k.float(), v.float())
     return y.to(v.dtype)

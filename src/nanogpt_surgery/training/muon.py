@@ -5,7 +5,7 @@ takes a matrix as a map: of the momentum M = U S Vᵀ it keeps U Vᵀ, so that e
 the matrix can act moves equally far, the rare ones too. U Vᵀ is found by products alone (Newton and
 Schulz): an odd polynomial of M, applied again and again, sends every singular value towards 1.
 
-Legend: N matrices of one shape, R rows, C columns, R ≤ C.
+Legend: N matrices of one shape, R rows, C columns.
 """
 
 from __future__ import annotations
@@ -30,13 +30,24 @@ POLYNOMIALS = (
 
 
 def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> Tensor:
-    """About U Vᵀ of each matrix U S Vᵀ: (N, R, C) → (N, R, C), for R ≤ C."""
-    largest = matrices.norm(dim=(-2, -1), keepdim=True)  # at least the first singular value
-    x: Tensor = matrices / largest.clamp_min(1e-7)
-    for a, b, c in polynomials:
-        square = x @ x.mT  # (N, R, R)
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x
+    """About U Vᵀ of each matrix U S Vᵀ: (N, R, C) → (N, R, C).
+
+    What the polynomials do to a matrix X they do through its Gram matrix G = X Xᵀ (Xᵀ X where that
+    is smaller): a X + b G X + c G² X = (a + b G + c G²) X, and then G becomes P G P. So all rounds
+    are on the short side, and X takes part in two products alone.
+    """
+    tall = matrices.size(-2) > matrices.size(-1)
+    gram = matrices.mT @ matrices if tall else matrices @ matrices.mT  # (N, R, R), R the shorter
+    squared_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-14)[:, None, None]
+    gram = gram / squared_norm
+    product = squared_norm.rsqrt()  # of the steps of all rounds; as yet the scale alone
+    step = gram
+    for number, (a, b, c) in enumerate(polynomials):
+        gram = step @ gram @ step if number else gram
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        step.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = step @ product if number else step * product
+    return matrices @ product if tall else product @ matrices
 
 
 class Muon(torch.optim.Optimizer):
@@ -83,7 +94,7 @@ class Muon(torch.optim.Optimizer):
                 loss = closure()
         for group in self.param_groups:
             if group["muon"]:
-                for matrices in _by_size(group["params"]).values():
+                for matrices in _by_shape(group["params"]).values():
                     self._update(matrices, group)
         if self.adamw is not None:  # rates and states are this optimizer's, also after a load
             self.adamw.param_groups = [group for group in self.param_groups if not group["muon"]]
@@ -93,34 +104,26 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> None:
         momentum, rate = group["momentum"], group["lr"]
-        gradients = torch.stack([_wide(m.grad) for m in matrices if m.grad is not None])
-        buffers = torch.stack([self._buffer(matrix) for matrix in matrices])  # (N, R, C)
-        buffers.lerp_(gradients, 1 - momentum)
-        moves = orthogonalised(gradients.lerp(buffers, momentum), self.polynomials)
-        for matrix, buffer, move in zip(matrices, buffers, moves, strict=True):
-            self.state[matrix]["momentum"] = buffer
-            rows, columns = matrix.shape
-            matrix.mul_(1 - rate * group["weight_decay"])
-            move = move if rows <= columns else move.mT
-            matrix.add_(move, alpha=-rate * math.sqrt(max(1.0, rows / columns)))
+        moves = torch.stack([self._momentum(matrix, momentum) for matrix in matrices])  # (N, R, C)
+        rows, columns = matrices[0].shape
+        scale = -rate * math.sqrt(max(1.0, rows / columns))
+        for matrix, move in zip(matrices, orthogonalised(moves, self.polynomials), strict=True):
+            matrix.mul_(1 - rate * group["weight_decay"]).add_(move, alpha=scale)
 
-    def _buffer(self, matrix: nn.Parameter) -> Tensor:
-        """The momentum of a matrix, lying on its long side, (R, C)."""
+    def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
+        """The gradient taken into the momentum, and looked ahead from there (Nesterov), (R, C)."""
+        assert matrix.grad is not None
         state = self.state[matrix]
         if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(_wide(matrix))
-        momentum: Tensor = state["momentum"]
-        return momentum
+            state["momentum"] = torch.zeros_like(matrix)
+        buffer: Tensor = state["momentum"].lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(buffer, momentum)
 
 
-def _wide(matrix: Tensor) -> Tensor:
-    return matrix if matrix.size(0) <= matrix.size(1) else matrix.mT
-
-
-def _by_size(matrices: Iterable[nn.Parameter]) -> dict[tuple[int, ...], list[nn.Parameter]]:
-    """Matrices with a gradient, by their shorter and longer side."""
-    sizes: dict[tuple[int, ...], list[nn.Parameter]] = {}
+def _by_shape(matrices: Iterable[nn.Parameter]) -> dict[torch.Size, list[nn.Parameter]]:
+    """Matrices with a gradient, by shape."""
+    shapes: dict[torch.Size, list[nn.Parameter]] = {}
     for matrix in matrices:
         if matrix.grad is not None:
-            sizes.setdefault(tuple(sorted(matrix.shape)), []).append(matrix)
-    return sizes
+            shapes.setdefault(matrix.shape, []).append(matrix)
+    return shapes
