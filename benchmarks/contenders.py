@@ -43,8 +43,9 @@ GPT2 = Shape(12, 12, 768, 1024, 8, vocab_size=50257)
 def ours(
     shape: Shape, train: GPTDataset, vocab_size: int, steps: int, precision: str, **options: object
 ) -> tuple[nn.Module, Iterator[object]]:
-    """The recipe `fast`; `options` are other settings of `fit`, `n_inner` the feed-forward's."""
-    recipe, n_inner = RECIPES["fast"], options.pop("n_inner", 0)
+    """The recipe `fast`; `options` are other sizes of the model, and other settings of `fit`."""
+    recipe = RECIPES["fast"]
+    sizes = {size: options.pop(size) for size in ("n_inner", "n_kv_head") if size in options}
     torch.manual_seed(1)
     model = SimpleGPT(
         vocab_size,
@@ -52,13 +53,13 @@ def ours(
         shape.heads,
         shape.layers,
         shape.block,
-        n_inner=n_inner,
         dropout=shape.dropout,
+        **sizes,
         **recipe.model,
     )
     start_from_zero(model, model.config)
     settings = recipe.training | {"batch_size": shape.batch, "max_steps": steps, **options}
-    return model, fit(model, train, precision=precision, seed=1, **settings)
+    return model, fit(model, train, precision=own(precision), seed=1, **settings)
 
 
 def plain(
@@ -69,7 +70,7 @@ def plain(
     sizes = shape.width, shape.heads, shape.layers, shape.block
     model = SimpleGPT(vocab_size, *sizes, dropout=shape.dropout)
     settings = {"batch_size": shape.batch, "max_steps": steps, **options}
-    return model, fit(model, train, precision=precision, seed=1, **settings)
+    return model, fit(model, train, precision=own(precision), seed=1, **settings)
 
 
 def nanogpt(
@@ -184,6 +185,11 @@ def _rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 100) -> float
         return peak * (step + 1) / (warmup + 1)
     share = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
     return peak * (0.1 + 0.9 * share)
+
+
+def own(precision: str) -> str:
+    """Where peers compute in bfloat16, ours does so if the processor has arithmetic for it."""
+    return "auto" if precision == "bfloat16" else precision
 
 
 def _autocast(precision: str) -> torch.autocast:

@@ -28,8 +28,14 @@ import contenders
 import torch
 from contenders import GPT2, MIDDLE, SMALL, Shape
 
-from nanogpt_surgery import CharacterTokenizer, GPTDataset, evaluate, split_by_position
-from nanogpt_surgery.training.hardware import matmul_rate
+from nanogpt_surgery import (
+    CharacterTokenizer,
+    FitSettings,
+    GPTDataset,
+    evaluate,
+    split_by_position,
+)
+from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate
 
 TURNS = 40
 SHORT = {"shape": Shape(2, 4, 128, 96, 8), "steps": 165, "n_inner": 256}
@@ -99,8 +105,9 @@ def child(who: str, shape: Shape, precision: str, steps: int, path: Path, nanogp
     elif who == "transformers":
         model, loop = contenders.transformers_gpt2(shape, *data)
     else:
-        make = contenders.ours if who == "ours, fast" else contenders.plain
-        model, loop = make(shape, train, vocab_size, steps, precision)
+        make = contenders.ours if "fast" in who else contenders.plain
+        compiled = "on" if "compiled" in who else "off"
+        model, loop = make(shape, train, vocab_size, steps, precision, compile=compiled)
     seconds, start = [], time.perf_counter()
     for _ in loop:
         if torch.cuda.is_available():
@@ -112,6 +119,8 @@ def child(who: str, shape: Shape, precision: str, steps: int, path: Path, nanogp
         peak = torch.cuda.max_memory_allocated() / 2**30
     device = next(model.parameters()).device
     dtype = getattr(torch, precision)
+    if who.startswith("ours"):
+        dtype = choose_hardware(FitSettings(precision=contenders.own(precision))).precision
     step = statistics.median(seconds[1:])
     share = contenders.flops(shape, vocab_size) / step / matmul_rate(device, dtype)
     print(json.dumps({"seconds": step, "peak": peak, "utilisation": share}))
@@ -119,7 +128,8 @@ def child(who: str, shape: Shape, precision: str, steps: int, path: Path, nanogp
 
 def rates(options: argparse.Namespace, shape: Shape, precision: str, steps: int) -> None:
     """Print the rate and the memory of every contender at a shape."""
-    who = ["ours", "ours, fast", "transformers", *(["nanoGPT"] if options.nanogpt else [])]
+    who = ["ours", "ours, compiled", "ours, fast, compiled", "transformers"]
+    who += ["nanoGPT"] if options.nanogpt else []
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in who}
     what = json.dumps(vars(shape)), precision, str(steps), str(options.text), str(options.nanogpt)
     for _ in range(options.turns):
@@ -136,7 +146,7 @@ def rates(options: argparse.Namespace, shape: Shape, precision: str, steps: int)
     }
     for name, row in middle.items():
         print(
-            f"  {name:12s} {row['seconds'] * 1000:9.1f} ms a step  "
+            f"  {name:20s} {row['seconds'] * 1000:9.1f} ms a step  "
             f"{shape.batch * shape.block / row['seconds']:9,.0f} tokens/s  "
             f"{middle[who[-1]]['seconds'] / row['seconds']:5.2f} × {who[-1]}'s  "
             f"{row['utilisation']:4.0%} of the matmul rate  peak {row['peak']:5.2f} GiB",
