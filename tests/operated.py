@@ -27,7 +27,7 @@ def adapted(
 ) -> SimpleGPT:
     """A tiny model that carries a trained LoRA."""
     model = tiny_model(config)
-    inject_lora(model, targets, rank, alpha, tied="untie")
+    inject_lora(model, targets, rank=rank, alpha=alpha, tied="untie")
     train_updates(model, size=0.2)
     return model
 

@@ -1,10 +1,11 @@
+import itertools
 from pathlib import Path
 
 import pytest
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.exchange import exchange, set_aside
-from nanogpt_surgery.files import remove_temporaries
+from nanogpt_surgery.exchange import SetAsideError, exchange, set_aside
+from nanogpt_surgery.files import disk_refuses, remove_temporaries
 from nanogpt_surgery.formats.folder_operation import undo_folder
 
 IN_ONE_STEP = "nanogpt_surgery.exchange._in_one_step"
@@ -37,7 +38,7 @@ def test_in_one_step_where_this_system_can(pair, monkeypatch):
     assert contents(pair) == ["old", "new"]
 
 
-@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("failing", [0, 1, 2])
 def test_a_refused_rename_leaves_both_where_they_were(pair, failing, monkeypatch):
     monkeypatch.setattr(IN_ONE_STEP, lambda *_: False)
     renames, rename = [], Path.rename
@@ -79,3 +80,27 @@ def test_what_the_system_says_is_told(pair):
     with pytest.raises(FileNotFoundError):
         exchange(pair[0] / "nowhere", pair[1])
     assert contents(pair) == ["new", "old"]
+
+
+@pytest.mark.parametrize("failing", [{1, 2}, {2, 3}, {2, 4}])
+def test_a_folder_that_cannot_be_put_back_is_named_with_where_it_lies(pair, failing, monkeypatch):
+    """The second or third rename is refused, and so is one that would bring the old state back."""
+    monkeypatch.setattr(IN_ONE_STEP, lambda *_: False)
+    calls, rename = itertools.count(), Path.rename
+
+    def refusing(path, goal):
+        if next(calls) in failing:
+            raise OSError(5, "injected")
+        return rename(path, goal)
+
+    monkeypatch.setattr(Path, "rename", refusing)
+    with pytest.raises(SetAsideError, match="injected") as caught:
+        exchange(*pair)
+    monkeypatch.undo()
+    (aside,) = set_aside(pair[1])
+    assert caught.value.aside == aside
+    assert (aside / "what").read_text() == "old"
+    told = disk_refuses(pair[1], caught.value)
+    assert f"untouched, at {aside}" in told.what
+    assert told.hint.endswith(f"mv {aside} {pair[1]}")
+    assert told.hint.startswith("mv") != pair[1].exists()

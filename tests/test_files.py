@@ -16,6 +16,7 @@ from nanogpt_surgery.files import (
     refuse_damage,
     remove_temporaries,
     replace_text,
+    seal,
     write_json,
 )
 
@@ -229,3 +230,10 @@ def test_json_that_cannot_be_read_says_where(data, message, tmp_path):
 def test_json_that_is_missing_says_so(tmp_path):
     with pytest.raises(SurgeryError, match=r"x\.json is missing"):
         read_json(tmp_path / "x.json")
+
+
+def test_other_folders_of_ours_are_sealed_without_the_folders_in_them(tmp_path):
+    (tmp_path / "deeper").mkdir()
+    (tmp_path / "a.txt").write_text("a")
+    seal(tmp_path)
+    assert list(json.loads((tmp_path / MANIFEST).read_text())["files"]) == ["a.txt"]

@@ -51,6 +51,7 @@ if TYPE_CHECKING:
         remove_lora,
         unmerge_lora,
     )
+    from nanogpt_surgery.lora.settings import LoRASettings
     from nanogpt_surgery.lora.undo import lora_log, redo_lora, undo_lora
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
     from nanogpt_surgery.model.kv_cache import KVCache
@@ -109,6 +110,7 @@ _HOMES = {
         "remove_lora",
         "unmerge_lora",
     ),
+    "lora.settings": ("LoRASettings",),
     "lora.undo": ("lora_log", "redo_lora", "undo_lora"),
     "model.config": ("FAMILIES", "GPTConfig", "RopeScaling"),
     "model.kv_cache": ("KVCache",),
@@ -133,6 +135,7 @@ __all__ = [
     "KVCache",
     "LoRAEmbedding",
     "LoRALinear",
+    "LoRASettings",
     "Mixture",
     "PretrainedTokenizer",
     "RopeScaling",

@@ -17,6 +17,14 @@ _ASIDE = ".old-"
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
 
 
+class SetAsideError(OSError):
+    """A folder could not be put back where it was; `aside` is where it lies, untouched."""
+
+    def __init__(self, error: OSError, aside: Path):
+        super().__init__(error.errno, error.strerror or str(error))
+        self.aside = aside
+
+
 def exchange(one: Path, other: Path) -> None:
     """Let two folders of one file system change places.
 
@@ -25,16 +33,28 @@ def exchange(one: Path, other: Path) -> None:
 
     Raises:
         OSError: the system refuses; both are where they were.
+        SetAsideError: it refuses, and then refuses to put `other` back as well.
     """
     if not _in_one_step(one, other):
-        aside = other.with_name(f"{_ASIDE}{other.name}-{uuid.uuid4().hex[:8]}")
-        other.rename(aside)
+        _by_renames(one, other)
+
+
+def _by_renames(one: Path, other: Path) -> None:
+    aside = other.with_name(f"{_ASIDE}{other.name}-{uuid.uuid4().hex[:8]}")
+    other.rename(aside)
+    try:
+        one.rename(other)
         try:
-            one.rename(other)
+            aside.rename(one)
         except OSError:
-            aside.rename(other)
+            other.rename(one)
             raise
-        aside.rename(one)
+    except OSError as error:
+        try:
+            aside.rename(other)
+        except OSError:
+            raise SetAsideError(error, aside) from error
+        raise
 
 
 def set_aside(path: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.exchange import SetAsideError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,12 @@ _TEMPORARY = ".tmp-"
 
 def disk_refuses(goal: Path, error: OSError) -> SurgeryError:
     """What the system said while `goal` was to be written, and how much space there is."""
+    if isinstance(error, SetAsideError):
+        return SurgeryError(
+            f"could not write {goal}: {error.strerror}; what was there before could not be put "
+            f"back and lies, untouched, at {error.aside}",
+            f"{'move the new state away, then ' if goal.exists() else ''}mv {error.aside} {goal}",
+        )
     return SurgeryError(
         f"could not write {goal}: {error.strerror or error}{_free_space(goal)}; what was there "
         "before is untouched",

@@ -132,3 +132,37 @@ def test_what_is_wrong_is_said(
     with pytest.raises(SystemExit):
         surgery(["plan", str(bases / "tied"), *flags.split()])
     assert piece in capsys.readouterr().err
+
+
+def test_a_run_is_resumed_with_the_adapter_that_it_has(
+    bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also what no shape and no report shows; of an old run it is not known."""
+    run = tmp_path / "run"
+    words = ["finetune", str(bases / "llama"), str(bases / "text.txt"), "--out", str(run), *STEPS]
+    surgery([*words, "--rslora", "--dropout", "0.1"])
+    written = json.loads((run / "run.json").read_text())
+    assert written["adapter"]["rslora"]
+    assert written["adapter"]["dropout"] == 0.1
+    with pytest.raises(SystemExit):
+        surgery([*words, "--resume"])
+    said = capsys.readouterr().err
+    assert "adapter.dropout was 0.1 and is now 0.0; adapter.rslora was True" in said
+    surgery([*words, "--rslora", "--dropout", "0.1", "--resume"])
+    del written["adapter"]
+    (run / "run.json").write_text(json.dumps(written))
+    surgery([*words, "--rslora", "--dropout", "0.1", "--resume"])
+
+
+def test_a_flag_counts_over_the_file(
+    bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "plan.toml"
+    file.write_text("dora = true\nrank = 2\n")
+    counts = []
+    for more in ([], ["--no-dora"], ["--no-dora", "--rank", "4"]):
+        capsys.readouterr()
+        surgery(["plan", str(bases / "llama"), "--config", str(file), *more, "--json"])
+        counts.append(json.loads(capsys.readouterr().out)["trainable_parameters"])
+    assert counts[2] == 2 * counts[1]
+    assert counts[0] > counts[1]

@@ -1,7 +1,8 @@
 """Run as a program: kill an operation on a folder before every call that changes a directory.
 
-Prints, for each operation, how often the folder was found in its old and in its new state; anything
-else ends the program. It loads no torch, so that forking is cheap and safe.
+Prints, for each operation, how often the folder was found in its old state, in its new one, and set
+aside in its old one, as the error then says; anything else ends the program. With "renames" the two
+folders change places by three of them. It loads no torch, so that forking is cheap and safe.
 """
 
 import itertools
@@ -11,6 +12,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from nanogpt_surgery import exchange
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import damage, seal
 from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, read_journal
 from nanogpt_surgery.formats.folder_operation import operate, redo_folder, undo_folder
@@ -56,6 +59,18 @@ def status_when_killed_at(call: int, action) -> int:
     os._exit(0)
 
 
+def brought_back(folder: Path) -> bool:
+    """Whether a kill left the folder under another name; it has its own again."""
+    if folder.exists():
+        return False
+    try:
+        undo_folder(folder)
+    except SurgeryError as error:
+        _, aside, goal = error.hint.split()
+    Path(aside).rename(goal)
+    return True
+
+
 def state(folder: Path) -> tuple:
     assert damage(folder) is None, damage(folder)
     assert (folder / "deeper" / "notes.md").read_text() == "years of work"
@@ -70,7 +85,7 @@ def kill_everywhere(place: Path, steps: list, action) -> dict:
     old = state(goal)
     action(goal)
     new = state(goal)
-    found = {"old": 0, "new": 0}
+    found = {"old": 0, "new": 0, "aside": 0}
     for call in itertools.count():
         here = place / "here"
         shutil.copytree(start, here)
@@ -78,22 +93,29 @@ def kill_everywhere(place: Path, steps: list, action) -> dict:
         if status == 0:
             break
         assert status == KILLED, status
+        was_aside = brought_back(here)
         now = state(here)
         assert now in (old, new), f"half a state at call {call}"
-        found["old" if now == old else "new"] += 1
+        found["aside" if was_aside else "old" if now == old else "new"] += 1
         following = action if now == old else redo_folder if action is undo_folder else undo_folder
         following(here)
         assert not list(place.glob(".tmp-*")), "what was left behind is removed"
+        for old_state in exchange.set_aside(here):  # the kill came when the new one was there
+            assert now == new
+            shutil.rmtree(old_state)
         shutil.rmtree(here)
     return found
 
 
 if __name__ == "__main__":
     os.fsync = lambda _: None  # a kill leaves what the system holds; this is not a power cut
+    if sys.argv[2:] == ["renames"]:
+        exchange._in_one_step = lambda *_: False
     results = {}
     for name, (steps, action) in {
         "merge": ([merge], merge),
         "undo": ([merge], undo_folder),
+        "redo": ([merge, undo_folder], redo_folder),
     }.items():
         place = Path(sys.argv[1]) / name
         place.mkdir()

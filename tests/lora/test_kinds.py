@@ -6,8 +6,15 @@ import torch.nn.functional as F
 from patients import PATIENTS, TABLES, close, logits, some_ids, train_a_little
 from torch import nn
 
-from nanogpt_surgery import LoRAEmbedding, LoRALinear, SurgeryError, inject_lora, merge_lora
-from nanogpt_surgery.lora.kinds import DoRAUpdate, PiSSAUpdate, Recipe, principal_factors
+from nanogpt_surgery import (
+    LoRAEmbedding,
+    LoRALinear,
+    LoRASettings,
+    SurgeryError,
+    inject_lora,
+    merge_lora,
+)
+from nanogpt_surgery.lora.kinds import DoRAUpdate, PiSSAUpdate, new_update, principal_factors
 from nanogpt_surgery.lora.lora_layer import lora_layers
 
 KINDS = {
@@ -28,10 +35,12 @@ def linear(bias: bool = True) -> nn.Linear:
     return layer
 
 
-def wrapped(layer: nn.Module, recipe: Recipe, size: float = 0.3) -> LoRALinear | LoRAEmbedding:
+def wrapped(
+    layer: nn.Module, settings: LoRASettings, size: float = 0.3
+) -> LoRALinear | LoRAEmbedding:
     around = LoRAEmbedding.around if isinstance(layer, nn.Embedding) else LoRALinear.around
     whole = around(layer)
-    update = recipe.update_for(layer)
+    update = new_update(layer, settings)
     for parameter in update.trained():
         parameter.data += size * torch.randn(parameter.shape)
     whole.updates["default"] = update
@@ -63,7 +72,7 @@ def test_merged_is_adapted(kind, patient):
 
 @EVERY_KIND
 def test_only_what_the_kind_learns_gets_a_gradient(kind):
-    layer = wrapped(linear(), Recipe(rank=2, **kind))
+    layer = wrapped(linear(), LoRASettings(rank=2, **kind))
     layer(torch.randn(4, 7)).square().sum().backward()
     learns = {id(parameter) for parameter in layer.update.trained()}
     for name, parameter in layer.named_parameters():
@@ -71,13 +80,13 @@ def test_only_what_the_kind_learns_gets_a_gradient(kind):
 
 
 def test_rslora_scales_by_the_root_of_the_rank():
-    assert Recipe(rank=9, alpha=6, rslora=True).update_for(linear()).scaling == 2
-    assert Recipe(rank=9, alpha=6).update_for(linear()).scaling == pytest.approx(6 / 9)
+    assert new_update(linear(), LoRASettings(rank=9, alpha=6, rslora=True)).scaling == 2
+    assert new_update(linear(), LoRASettings(rank=9, alpha=6)).scaling == pytest.approx(6 / 9)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_dora_gives_each_row_the_length_it_learned(bias):
-    layer = wrapped(linear(bias), Recipe(rank=2, dora=True))
+    layer = wrapped(linear(bias), LoRASettings(rank=2, dora=True))
     update = layer.update
     assert isinstance(update, DoRAUpdate)
     direction = layer.original_layer.weight + update.inner.product()
@@ -89,7 +98,7 @@ def test_dora_gives_each_row_the_length_it_learned(bias):
 
 
 def test_dora_of_an_embedding_has_a_length_for_each_feature():
-    layer = wrapped(nn.Embedding(11, 6), Recipe(rank=2, dora=True))
+    layer = wrapped(nn.Embedding(11, 6), LoRASettings(rank=2, dora=True))
     update = layer.update
     assert update.lora_magnitude.shape == (6,)
     direction = layer.original_layer.weight + update.inner.product().t()
@@ -99,7 +108,7 @@ def test_dora_of_an_embedding_has_a_length_for_each_feature():
 
 
 def test_dora_takes_no_gradient_through_the_norm():
-    layer = wrapped(linear(bias=False), Recipe(rank=2, dora=True))
+    layer = wrapped(linear(bias=False), LoRASettings(rank=2, dora=True))
     update, x = layer.update, torch.randn(4, 7)
     layer(x).sum().backward()
     gain = (update.lora_magnitude / update.lengths(layer.original_layer)).detach()
@@ -121,7 +130,7 @@ def test_principal_factors_are_the_best_approximation(shape):
 
 
 def test_pissa_is_a_plain_update_of_twice_the_rank():
-    layer = wrapped(linear(), Recipe(rank=2, pissa=True))
+    layer = wrapped(linear(), LoRASettings(rank=2, pissa=True))
     update = layer.update
     assert isinstance(update, PiSSAUpdate)
     a, b = update.factors()
@@ -133,7 +142,7 @@ def test_pissa_is_a_plain_update_of_twice_the_rank():
 
 
 def test_pissa_trains_as_if_the_base_were_its_residue():
-    layer = wrapped(linear(bias=False), Recipe(rank=2, pissa=True), size=0.0)
+    layer = wrapped(linear(bias=False), LoRASettings(rank=2, pissa=True), size=0.0)
     update, x = layer.update, torch.randn(6, 7)
     residue = layer.original_layer.weight - update.birth.product()
     layer(x).square().sum().backward()
@@ -146,7 +155,7 @@ def test_pissa_trains_as_if_the_base_were_its_residue():
 
 def test_pissa_refuses_more_directions_than_there_are():
     with pytest.raises(SurgeryError, match=r"rank 6 on a matrix of \(5, 7\)"):
-        Recipe(rank=6, pissa=True).update_for(linear())
+        new_update(linear(), LoRASettings(rank=6, pissa=True))
 
 
 def test_ranks_and_alphas_follow_their_patterns():
@@ -170,7 +179,7 @@ def test_a_pattern_of_ranks_that_meets_no_target_is_refused():
 
 
 def test_dropout_zeroes_inputs_in_training_alone():
-    layer = wrapped(linear(), Recipe(rank=2, dropout=0.5))
+    layer = wrapped(linear(), LoRASettings(rank=2, dropout=0.5))
     x = torch.ones(200, 7)
     torch.testing.assert_close(layer.eval()(x)[0], layer(x)[1])
     spread = layer.train()(x).std(0)
@@ -178,7 +187,7 @@ def test_dropout_zeroes_inputs_in_training_alone():
 
 
 def test_dropout_of_an_embedding_drops_whole_ids():
-    layer = wrapped(nn.Embedding(11, 6), Recipe(rank=3, dropout=0.25)).train()
+    layer = wrapped(nn.Embedding(11, 6), LoRASettings(rank=3, dropout=0.25)).train()
     ids = torch.full((4000,), 7)
     added = layer(ids) - layer.original_layer(ids)
     full = layer.eval()(ids[:1]) - layer.original_layer(ids[:1])
@@ -192,7 +201,7 @@ def test_the_scale_of_a_large_rank_stays_with_rslora():
     sizes = {}
     for rslora in (False, True):
         for rank in (1, 64):
-            update = Recipe(rank, 1, rslora=rslora).update_for(nn.Linear(80, 80))
+            update = new_update(nn.Linear(80, 80), LoRASettings(rank, 1, rslora=rslora))
             update.lora_A.data.normal_(), update.lora_B.data.normal_()
             sizes[rslora, rank] = float(update.product().std())
     assert sizes[True, 64] == pytest.approx(sizes[True, 1], rel=0.3)

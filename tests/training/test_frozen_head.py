@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery import LoRALinear
-from nanogpt_surgery.lora.kinds import Recipe
+from nanogpt_surgery import LoRALinear, LoRASettings
+from nanogpt_surgery.lora.kinds import new_update
 from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
 
 BATCH, TOKENS, WIDTH, VOCABULARY = 3, 5, 7, 11
@@ -90,5 +90,5 @@ def test_a_head_that_is_more_is_left_to_autograd():
     assert frozen_head(layer, torch.float32) is None  # somebody watches
     handle.remove()
     for changes in ({"dora": True}, {"pissa": True}, {"dropout": 0.1}):
-        layer.updates["default"] = Recipe(rank=2, **changes).update_for(bare)
+        layer.updates["default"] = new_update(bare, LoRASettings(rank=2, **changes))
         assert frozen_head(layer, torch.float32) is None

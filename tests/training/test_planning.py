@@ -1,10 +1,16 @@
 """A plan counts what there is, and leaves every bit where it was."""
 
+import math
+from dataclasses import replace
+
+import pytest
 import torch
 from small_training import DATASET, SETTINGS, VALIDATION, hashes, model_of
 
-from nanogpt_surgery import inject_lora
+from nanogpt_surgery import GPTDataset, inject_lora
+from nanogpt_surgery.training.frozen_prefix import prefix_for
 from nanogpt_surgery.training.planning import plan_training
+from nanogpt_surgery.training.probing import AGAIN, NEW, Pace, probed
 
 
 def test_a_plan_undoes_its_steps_to_the_bit():
@@ -18,10 +24,12 @@ def test_a_plan_undoes_its_steps_to_the_bit():
     assert plan["parameters"] == plan["trained_parameters"] == parameters
     assert plan["weights_bytes"] == plan["gradient_bytes"] == 4 * parameters
     assert plan["optimizer_bytes"] == 8 * parameters  # AdamW keeps two numbers for each
-    parts = ("weights", "gradient", "optimizer", "activation", "logits")
+    parts = ("weights", "gradient", "optimizer", "activation", "logits", "hidden_states")
     assert plan["memory_bytes"] == sum(plan[f"{part}_bytes"] for part in parts)
     assert plan["tokens"] == 6 * 5 * 9
     assert plan["evaluations"] == 1
+    assert plan["hidden_states_bytes"] == 0
+    assert "first_pass_steps" not in plan, "all steps are alike"
 
 
 def test_what_is_frozen_or_computed_again_takes_less():
@@ -29,7 +37,7 @@ def test_what_is_frozen_or_computed_again_takes_less():
     again = plan_training(
         model_of(),
         DATASET,
-        SETTINGS.__class__(**(SETTINGS.to_dict() | {"gradient_checkpointing": True})),
+        replace(SETTINGS, gradient_checkpointing=True),
     )
     assert again["activation_bytes"] < plain["activation_bytes"] / 2
     tuned = model_of()
@@ -37,5 +45,52 @@ def test_what_is_frozen_or_computed_again_takes_less():
     head = plan_training(tuned, DATASET, SETTINGS)
     assert head["activation_bytes"] == 0
     assert head["optimizer_bytes"] == 8 * head["trained_parameters"]
-    assert "evaluations" in head
     assert head["evaluations"] == 0
+
+
+WINDOWS = GPTDataset.from_ids(torch.arange(60) % 13, 9, stride=3)  # 17, the last ones known
+LONGER = replace(SETTINGS, max_steps=40)
+
+
+def tuned(dtype: torch.dtype = torch.float32):
+    model = model_of().to(dtype)
+    inject_lora(model, "lm_head", rank=2)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_kept_hidden_states_are_counted(dtype):
+    model = tuned(dtype)
+    plan = plan_training(model, WINDOWS, LONGER)
+    assert plan["hidden_states_bytes"] == 17 * 9 * 16 * dtype.itemsize
+    prefix = prefix_for(model, WINDOWS, LONGER)
+    prefix.hidden(WINDOWS.batch(0, 5)[0])
+    assert prefix.kept.nbytes == plan["hidden_states_bytes"]
+    less = plan_training(
+        model, WINDOWS, replace(LONGER, keep_hidden=4 * 9 * 16 * dtype.itemsize / 2**30)
+    )
+    assert less["hidden_states_bytes"] == 4 * 9 * 16 * dtype.itemsize
+    none = plan_training(model, WINDOWS, replace(LONGER, keep_hidden=0.0))
+    assert none["hidden_states_bytes"] == 0
+    assert plan["memory_bytes"] - none["memory_bytes"] == plan["hidden_states_bytes"]
+
+
+def test_the_first_pass_and_what_comes_after_are_probed_apart():
+    model, computed = tuned(), []
+    model.layers[0].register_forward_hook(lambda _m, inputs, _o: computed.append(len(inputs[0])))
+    pace, _ = probed(model, WINDOWS, LONGER)
+    batches = [WINDOWS.batch(step, 5, LONGER.seed)[0] for step in range(NEW)]
+    assert sum(computed) == len(torch.cat(batches).unique(dim=0)), "of the first steps alone"
+    assert pace.first_pass_steps == math.ceil(17 / 5)
+    plan = plan_training(model, WINDOWS, LONGER)
+    assert plan["first_pass_steps"] == pace.first_pass_steps
+    assert {"seconds_a_step", "seconds_a_step_of_the_first_pass"} <= plan.keys()
+    computed.clear()
+    probed(model, WINDOWS, replace(LONGER, keep_hidden=0.0))
+    assert sum(computed) == 5 * (NEW + AGAIN)
+
+
+def test_the_time_is_that_of_both_phases():
+    assert Pace(10.0, 4.0, 1.0, first_pass_steps=3).seconds(100) == 10 + 2 * 4 + 97 * 1
+    assert Pace(10.0, 4.0, 1.0, first_pass_steps=3).seconds(2) == 10 + 4
+    assert Pace(10.0, 4.0, 4.0).seconds(100) == 10 + 99 * 4

@@ -9,10 +9,12 @@ from nanogpt_surgery.cli.options import given, options_of, options_of_function
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.data.instruction_settings import InstructionSettings
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.training.settings import FitSettings
 
 INJECT = "nanogpt_surgery.lora.operations:inject_lora"
-LoraOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model",))
+TargetOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "settings"))
+LoraOptions: Any = options_of(LoRASettings, "LoRA")
 InstructionOptions: Any = options_of(InstructionSettings, "Instructions")
 TrainingOptions: Any = options_of(FitSettings, "Training")
 
@@ -30,6 +32,7 @@ def finetune(
     weights: str | None = None,
     block_size: int | None = None,
     instructions: InstructionOptions = None,
+    target: TargetOptions = None,
     lora: LoraOptions = None,
     training: TrainingOptions = None,
 ) -> None:
@@ -58,13 +61,13 @@ def finetune(
     from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
 
-    settings = FitSettings(**given(training))
+    settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
     network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
     tokenizer = required_tokenizer(found, model)
     length = window(block_size, network.config.block_size)
     data = _data(text, weights, tokenizer, length, InstructionSettings(**given(instructions)))
     say_sources(data[0], text, settings.windows)
-    carry_out(_job(run, model, network, data, settings, lora), "fine-tuned")
+    carry_out(_job(run, model, network, data, settings, adapter, given(target)), "fine-tuned")
     if not run.plan:
         say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
 
@@ -75,7 +78,8 @@ def _job(
     network: SimpleGPT,
     data: tuple[Batches, Batches],
     settings: FitSettings,
-    lora: Any,
+    adapter: LoRASettings,
+    targets: dict[str, Any],
 ) -> Job:
     """The training of a LoRA, whose weights follow from the seed, in an opened model."""
     import torch
@@ -86,7 +90,7 @@ def _job(
 
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
-    report = inject_lora(network, **given(lora))
+    report = inject_lora(network, **targets, settings=adapter)
     say(str(report))
     return Job(
         options=run,
@@ -94,7 +98,12 @@ def _job(
         dataset=data[0],
         validation=data[1],
         settings=settings,
-        description={"kind": "finetune", "base": base, "lora": report.to_dict()},
+        description={
+            "kind": "finetune",
+            "base": base,
+            "lora": report.to_dict(),
+            "adapter": adapter.to_dict(),
+        },
         write_weights=lambda folder: write_adapter_files(network, folder, model),
     )
 

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
@@ -46,7 +46,10 @@ def given(options: Any) -> dict[str, Any]:
 
 def _annotated(hint: Any, text: str, field: dataclasses.Field[Any]) -> Any:
     default = "the model's" if field.default is dataclasses.MISSING else field.default
-    return Annotated[hint | None, Parameter(help=text, show_default=lambda _: default)]
+    parameter = Parameter(help=text, show_default=lambda _: default)
+    if any(get_origin(kind) is dict for kind in get_args(hint)):
+        parameter = Parameter.combine(parameter, PAIRS)
+    return Annotated[hint | None, parameter]
 
 
 def _none() -> Any:
@@ -104,11 +107,10 @@ def _flag(argument: ast.arg, text: str, default: ast.expr | None) -> Any:
     hint = list[str] if several else eval(written, {"Literal": Literal})
     value = ast.literal_eval(default) if default is not None else "required"
     shown = " ".join(value) if isinstance(value, tuple) else value
-    shared: dict[str, Any] = {"help": text, "show_default": lambda _: shown, "negative": ""}
-    if written.startswith("dict["):
-        pairs = Parameter(**shared, converter=_pairs, n_tokens=-1, consume_multiple=True)
-        return Annotated[hint | None, pairs]
-    return Annotated[hint | None, Parameter(**shared, consume_multiple=several)]
+    parameter = Parameter(
+        help=text, show_default=lambda _: shown, negative="", consume_multiple=several
+    )
+    return Annotated[hint | None, parameter]
 
 
 def _pairs(hint: Any, tokens: Any) -> dict[str, Any]:
@@ -128,6 +130,9 @@ def _pairs(hint: Any, tokens: Any) -> dict[str, Any]:
                 f"{token.value!r} is no layer with its number", "for example v_proj=4 q_proj=2"
             )
     return pairs
+
+
+PAIRS = Parameter(converter=_pairs, n_tokens=-1, consume_multiple=True, negative="")
 
 
 def _tokens(tokens: Any) -> Iterator[Any]:

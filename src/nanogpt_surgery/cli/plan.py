@@ -7,15 +7,18 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import show
-from nanogpt_surgery.cli.options import given, options_of_function
+from nanogpt_surgery.cli.options import given, options_of, options_of_function
+from nanogpt_surgery.lora.settings import LoRASettings
 
 INJECT = "nanogpt_surgery.lora.operations:inject_lora"
-LoraOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "name"))
+TargetOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "settings"))
+LoraOptions: Any = options_of(LoRASettings, "LoRA", leave_out=("name",))
 
 
 def plan(
     model: str,
     *,
+    target: TargetOptions = None,
     lora: LoraOptions = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -31,4 +34,4 @@ def plan(
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.forecast import plan_lora
 
-    show(plan_lora(open_model(model)[0], **given(lora)), json)
+    show(plan_lora(open_model(model)[0], **given(target), **given(lora)), json)

@@ -23,8 +23,8 @@ from nanogpt_surgery.lora.adapter import read_stored, write_stored
 from nanogpt_surgery.lora.hashing import tensor_hash
 from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored import StoredAdapter, Updates
-from nanogpt_surgery.lora.ties import Tied
 from nanogpt_surgery.lora.transplant import check_fit, compare_fingerprint, put_on, take_off
 from nanogpt_surgery.lora.update import as_matrix
 from nanogpt_surgery.lora.wrapping import bare, report_on

@@ -1,4 +1,4 @@
-"""What a merge begins with: the adapted model in float32, and the ids that it is measured on."""
+"""A model on disk with an adapter on it, ready to be merged, and the ids to measure on."""
 
 from __future__ import annotations
 

@@ -83,8 +83,7 @@ def merge_adapter(
         adapter: an adapter folder, as finetune or peft writes it.
         out: the model folder to make.
         dtype: of the weights to write; the model's by default.
-        tolerance: largest mean KL divergence from the adapted model to the merged one, in nats a
-            token.
+        tolerance: largest mean KL divergence, adapted model to merged one, in nats a token.
         force: merge whatever was measured, and although the adapter was made for another base.
         keep_originals: keep what was there, so that an operation in place can be undone.
         probe: a text to measure on; random tokens if None.
@@ -95,47 +94,47 @@ def merge_adapter(
 
     Raises:
         SurgeryError: one of the parts cannot be opened, they do not fit, `out` is the model
-            itself, the merged model is not the adapted one, or the disk refuses. What was there is
-            untouched then.
+            itself, the adapter would change no weight, the merged model is not the adapted one, or
+            the disk refuses. What was there is untouched then.
     """
     _refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force)
-    planned, adapted = merge.planned(), logits_of(merge.model, merge.probe)
     facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
-    entry = Entry(merge.title, merge.base, {}, {}, planned=planned | facts)
+    entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
+    writing = _Writing(merge, logits_of(merge.model, merge.probe), None if force else tolerance)
     report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
+    _refuse_no_change(report, adapter, force)
     merge.model.to(merge.precision)
-    measured = _Measured(merge, adapted, None if force else tolerance)
     if out is None:
-        done = measured.in_place(goal, entry, keep_originals)
+        entry = writing.in_place(goal, entry, keep_originals)
     else:
-        done = measured.elsewhere(goal, replace(entry, operation=f"{merge.title} into {model}"))
-    return _report(report, merge, done, goal)
+        entry = writing.elsewhere(goal, replace(entry, operation=f"{merge.title} into {model}"))
+    return _report(report, merge, entry, goal)
 
 
 @dataclass
-class _Measured:
-    """Writing a merged model and measuring what was written."""
+class _Writing:
+    """Writing a merged model, and measuring what was written against the adapted one's logits."""
 
     merge: Merge
     adapted: Tensor
     tolerance: float | None
 
     def in_place(self, goal: Path, entry: Entry, keep_originals: bool) -> Entry:
-        """Change the model's own folder, in one step."""
+        """Operate on the model's own folder."""
         gone = weight_files(goal)
-        return operate(goal, lambda new: self.write(new, entry, goal), keep_originals, gone)
+        return operate(goal, lambda new: self._files(new, entry, goal), keep_originals, gone)
 
     def elsewhere(self, goal: Path, entry: Entry) -> Entry:
-        """Make a new folder."""
-        with whole_folder(goal) as temporary:
-            entry = self.write(temporary, entry)
-            entry = replace(entry, after=hashes_of(temporary), originals="none")
-            record(temporary, entry)
+        """Make a folder, whose journal begins with the merge."""
+        with whole_folder(goal) as new:
+            entry = self._files(new, entry)
+            entry = replace(entry, after=hashes_of(new), originals="none")
+            record(new, entry)
         return entry
 
-    def write(self, new: Path, entry: Entry, place: Path | None = None) -> Entry:
+    def _files(self, new: Path, entry: Entry, place: Path | None = None) -> Entry:
         """Write the files, read them again; in place, without those there already."""
         tokenizer = self.merge.tokenizer if place is None or is_run(place) else None
         write_model_files(self.merge.model, new, tokenizer)
@@ -152,6 +151,20 @@ class _Measured:
             refuse_effect(effect, self.tolerance)
         effect |= {"largest_logit": float(self.adapted.abs().max())}
         return replace(entry, measured=effect | {"measured_on": self.merge.probed_on})
+
+
+def _refuse_no_change(report: Report, adapter: str | Path, force: bool) -> None:
+    """Raise `SurgeryError` if every weight would be the number that it is without the adapter."""
+    if force or not report.rows or any(row["weights changed"] for row in report.rows):
+        return
+    lost = any(row["ΔW / W"] for row in report.rows)
+    dtype = report.rows[0]["dtype"]
+    raise SurgeryError(
+        f"{adapter} would change no weight: ΔW is "
+        + (f"lost in the rounding to {dtype}" if lost else "0")
+        + f" in all {len(report.rows)} layers",
+        "merge into --dtype float32" if lost else "train the adapter first, or --force",
+    )
 
 
 def _refuse_own_folder(model: str | Path, out: str | Path | None) -> None:

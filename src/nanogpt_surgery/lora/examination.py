@@ -92,7 +92,8 @@ def merge_rows(
 ) -> list[dict[str, Any]]:
     """For each layer what a merge does that rounds to a precision, the weight's own by default.
 
-    The size of ΔW, the largest error of a weight and the share of ΔW's energy that stays.
+    The size of ΔW, the largest error of a weight, the share of ΔW's energy that stays and that of
+    the weights that are other numbers than without ΔW.
     """
     rows = []
     for name, layer in _matrices(layers).items():
@@ -107,6 +108,7 @@ def merge_rows(
                 "ΔW / W": _ratio(delta, weight.float()),
                 "largest error": float((rounded - exact).abs().max()),
                 "energy left": energy_left(rounded - weight.float(), delta),
+                "weights changed": float((rounded != weight.to(dtype).float()).double().mean()),
                 "original": "kept" if kept else "dropped",
             }
         )

@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.errors import chosen
 from nanogpt_surgery.lora.journal import CHART
-from nanogpt_surgery.lora.kinds import Recipe
 from nanogpt_surgery.lora.planning import Plan, make_plan
 from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.targets import adaptable_layers
 from nanogpt_surgery.lora.wrapping import attach
 
@@ -29,35 +30,19 @@ HEADER = 160  # bytes in a safetensors header for each tensor, about
 def plan_lora(
     model: nn.Module,
     targets: str | Iterable[str] = ("q_proj", "v_proj"),
-    rank: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
+    settings: LoRASettings | None = None,
     *,
-    name: str = "default",
-    rslora: bool = False,
-    dora: bool = False,
-    pissa: bool = False,
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
-    tied: Literal["refuse", "untie", "both"] = "refuse",
     probe: Tensor | None = None,
+    **changes: Any,
 ) -> Report:
     """Say what `inject_lora` with the same arguments would do; nothing is touched.
 
     Args:
         model: any module.
-        targets: and the others up to `tied`: as in `inject_lora`.
-        rank: see there.
-        alpha: see there.
-        dropout: see there.
-        name: see there.
-        rslora: see there.
-        dora: see there.
-        pissa: see there.
-        rank_pattern: see there.
-        alpha_pattern: see there.
-        tied: see there.
+        targets: as in `inject_lora`.
+        settings: as there.
         probe: ids (B, T) of a training batch; with them the activations are counted too.
+        **changes: as there.
 
     Returns:
         A row for each layer and the patterns that mean it, with shapes and parameters; trainable
@@ -67,22 +52,9 @@ def plan_lora(
     Raises:
         SurgeryError: as `inject_lora`.
     """
-    plan = make_plan(
-        model,
-        targets,
-        rank,
-        alpha,
-        dropout,
-        name=name,
-        rslora=rslora,
-        dora=dora,
-        pissa=pissa,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        tied=tied,
-    )
+    plan = make_plan(model, targets, chosen(LoRASettings, settings, changes))
     layers: dict[str, Any] = adaptable_layers(model)
-    rows = [_row(plan, path, recipe, layers[path]) for path, recipe in plan.recipes.items()]
+    rows = [_row(plan, path, layers[path]) for path in plan.settings]
     trainable = sum(row["parameters"] for row in rows)
     summary: dict[str, Any] = {
         "layers": len(rows),
@@ -99,20 +71,21 @@ def plan_lora(
     return Report("LoRA planned", rows, summary)
 
 
-def _row(plan: Plan, path: str, recipe: Recipe, layer: Any) -> dict[str, Any]:
+def _row(plan: Plan, path: str, layer: Any) -> dict[str, Any]:
+    settings = plan.settings[path]
     shape = layer.weight.shape
     out_features, in_features = shape[::-1] if isinstance(layer, nn.Embedding) else shape
-    lengths = out_features if recipe.dora else 0
-    parameters = recipe.rank * (in_features + out_features) + lengths
-    stored = (2 if recipe.pissa else 1) * (parameters - lengths) + lengths
+    lengths = out_features if settings.dora else 0
+    parameters = settings.rank * (in_features + out_features) + lengths
+    stored = (2 if settings.pissa else 1) * (parameters - lengths) + lengths
     copies = 1 + len(plan.followers.get(path, []))
     return {
         "layer": path,
         "pattern": ", ".join(p for p, found in plan.matches.items() if path in found),
         "shape": f"{shape[0]}×{shape[1]}",
-        "rank": recipe.rank,
+        "rank": settings.rank,
         "parameters": parameters,
-        "bytes": copies * (FLOAT32 * stored + (3 if recipe.dora else 2) * HEADER),
+        "bytes": copies * (FLOAT32 * stored + (3 if settings.dora else 2) * HEADER),
         "tied to": ", ".join(plan.followers.get(path, [])) or None,
     }
 
@@ -124,8 +97,7 @@ def activation_bytes(model: nn.Module, plan: Plan, probe: Tensor) -> int:
     keeps is not.
     """
     twin = without_memory(model)
-    makers = {path: recipe.update_for for path, recipe in plan.recipes.items()}
-    attach(twin, plan.name, makers, plan.followers, plan.unties)
+    attach(twin, plan.name, plan.makers(), plan.followers, plan.unties)
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.lora_embedding import LoRAEmbeddingUpdate, TiedEmbeddingUpdate
 from nanogpt_surgery.lora.lora_linear import LoRAUpdate
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.update import Update, as_laid_out, as_matrix
 
 
@@ -144,30 +145,19 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     return (v * root).t().contiguous(), (u * root).contiguous()
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What kind of update a layer gets."""
-
-    rank: int = 8
-    alpha: float = 16
-    dropout: float = 0.0
-    rslora: bool = False
-    dora: bool = False
-    pissa: bool = False
-
-    def update_for(self, layer: nn.Module) -> Update:
-        """A newborn update for a Linear or an Embedding."""
-        kind = LoRAEmbeddingUpdate if isinstance(layer, nn.Embedding) else LoRAUpdate
-        update: Update = kind(layer, self.rank, self.alpha, self.dropout)  # type: ignore[arg-type]
-        if self.rslora:
-            update.scaling = self.alpha / math.sqrt(self.rank)
-        if self.pissa:
-            a, b = principal_factors(as_matrix(layer), self.rank, update.scaling)
-            update.lora_A.data, update.lora_B.data = a, b
-            update = PiSSAUpdate(update)
-        if self.dora:
-            update = DoRAUpdate(update, layer)
-        return update
+def new_update(layer: nn.Module, settings: LoRASettings) -> Update:
+    """A newborn update for a Linear or an Embedding; the patterns in the settings count no more."""
+    kind: Any = LoRAEmbeddingUpdate if isinstance(layer, nn.Embedding) else LoRAUpdate
+    update: Update = kind(layer, settings.rank, settings.alpha, settings.dropout)
+    if settings.rslora:
+        update.scaling = settings.alpha / math.sqrt(settings.rank)
+    if settings.pissa:
+        a, b = principal_factors(as_matrix(layer), settings.rank, update.scaling)
+        update.lora_A.data, update.lora_B.data = a, b
+        update = PiSSAUpdate(update)
+    if settings.dora:
+        update = DoRAUpdate(update, layer)
+    return update
 
 
 def seen_from(update: Update, partner: nn.Module) -> Update:

@@ -22,7 +22,7 @@ from nanogpt_surgery.lora.update import Update
 class LoRAEmbeddingUpdate(Update):
     """ΔE = (s · B A)ᵀ; the arguments are those of `LoRAUpdate`."""
 
-    def __init__(self, layer: nn.Embedding, rank: int = 8, alpha: float = 16, dropout: float = 0.0):
+    def __init__(self, layer: nn.Embedding, rank: int, alpha: float, dropout: float):
         super().__init__(rank, alpha, dropout)
         ids, width = layer.weight.shape
         self.lora_A = nn.Parameter(torch.zeros(rank, ids, device=layer.weight.device))

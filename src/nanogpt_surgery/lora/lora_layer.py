@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.mixture import Blend, Mixture
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.update import Update
 
-DEFAULT = "default"
+DEFAULT = LoRASettings.name
 
 
 class LoRALayer(nn.Module):

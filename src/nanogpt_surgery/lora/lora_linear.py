@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.lora_layer import DEFAULT, LoRALayer
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.update import Update
 
 
@@ -32,7 +33,7 @@ class LoRAUpdate(Update):
         dropout: probability of zeroing an input of the update in training.
     """
 
-    def __init__(self, layer: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0):
+    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float):
         super().__init__(rank, alpha, dropout)
         out_features, in_features = layer.weight.shape
         self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=layer.weight.device))
@@ -61,7 +62,11 @@ class LoRALinear(LoRALayer):
     """
 
     def __init__(
-        self, original_layer: nn.Linear, rank: int = 8, alpha: float = 16, dropout: float = 0.0
+        self,
+        original_layer: nn.Linear,
+        rank: int = LoRASettings.rank,
+        alpha: float = LoRASettings.alpha,
+        dropout: float = LoRASettings.dropout,
     ):
         if not isinstance(original_layer, nn.Linear):
             raise SurgeryError(

@@ -7,12 +7,12 @@ the model's journal (`undo_lora` takes it back), and leaves the model as it was 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import nn
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, chosen
 from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows
 from nanogpt_surgery.lora.journal import chart_of, forget, operation
 from nanogpt_surgery.lora.lora_layer import (
@@ -25,6 +25,7 @@ from nanogpt_surgery.lora.lora_layer import (
 from nanogpt_surgery.lora.mixture import Blend, Mixture
 from nanogpt_surgery.lora.planning import make_plan
 from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.ties import refuse_undecided
 from nanogpt_surgery.lora.wrapping import (
     attach,
@@ -51,17 +52,8 @@ __all__ = [
 def inject_lora(
     model: nn.Module,
     targets: str | Iterable[str] = ("q_proj", "v_proj"),
-    rank: int = 8,
-    alpha: float = 16,
-    dropout: float = 0.0,
-    *,
-    name: str = "default",
-    rslora: bool = False,
-    dora: bool = False,
-    pissa: bool = False,
-    rank_pattern: dict[str, int] | None = None,
-    alpha_pattern: dict[str, float] | None = None,
-    tied: Literal["refuse", "untie", "both"] = "refuse",
+    settings: LoRASettings | None = None,
+    **changes: Any,
 ) -> Report:
     """Freeze the whole model and put an update beside every Linear and Embedding that matches.
 
@@ -69,18 +61,9 @@ def inject_lora(
 
     Args:
         model: any module; changed in place.
-        targets: patterns as PEFT's, see `find_targets`.
-        rank: rank of each update.
-        alpha: each update is scaled by alpha / rank.
-        dropout: on the input of each update, in training.
-        name: of the adapter.
-        rslora: scale by alpha / √rank instead.
-        dora: learn the length of each output's row of the weight too.
-        pissa: start at the weight's principal directions instead of at random.
-        rank_pattern: other ranks, by layer name or its ending.
-        alpha_pattern: other alphas, by layer name or its ending.
-        tied: what to do with a target that shares its weight: refuse, let a merge untie it, or
-            adapt both.
+        targets: names of layers or their endings, regular expressions, or all-linear.
+        settings: see `LoRASettings`; its defaults if None.
+        **changes: fields of `LoRASettings` by name, over those of `settings`.
 
     Returns:
         A report with a row for each wrapped layer, and trainable and total parameters.
@@ -89,23 +72,9 @@ def inject_lora(
         SurgeryError: a pattern matches nothing, a target is tied, or the model carries an adapter
             of this name. The model is untouched then.
     """
-    plan = make_plan(
-        model,
-        targets,
-        rank,
-        alpha,
-        dropout,
-        name=name,
-        rslora=rslora,
-        dora=dora,
-        pissa=pissa,
-        rank_pattern=rank_pattern,
-        alpha_pattern=alpha_pattern,
-        tied=tied,
-    )
-    with operation(model, f"inject {name}"):
-        makers = {layer: recipe.update_for for layer, recipe in plan.recipes.items()}
-        attach(model, name, makers, plan.followers, plan.unties)
+    plan = make_plan(model, targets, chosen(LoRASettings, settings, changes))
+    with operation(model, f"inject {plan.name}"):
+        attach(model, plan.name, plan.makers(), plan.followers, plan.unties)
     return report_on(model, "LoRA injected")
 
 

@@ -3,87 +3,79 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.kinds import Recipe
+from nanogpt_surgery.lora.kinds import new_update
 from nanogpt_surgery.lora.lora_layer import adapter_names, lora_layers
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.targets import adaptable_layers, by_pattern, find_targets
-from nanogpt_surgery.lora.ties import Tied, choose
+from nanogpt_surgery.lora.ties import choose
+from nanogpt_surgery.lora.wrapping import Maker
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An adapter's name, the recipe of each layer, and what follows from ties.
+    """An adapter's name, the settings of each layer, and what follows from ties.
 
     Attributes:
         name: of the adapter.
         matches: the layers each pattern means.
-        recipes: by the layer's name; the matches in the model's order.
+        settings: by the layer's name; the matches in the model's order.
         followers: tied layers that get the same A and B, by the target they follow.
         unties: a merge may break ties.
     """
 
     name: str
     matches: dict[str, list[str]]
-    recipes: dict[str, Recipe]
+    settings: dict[str, LoRASettings]
     followers: dict[str, list[str]]
     unties: bool
 
+    def makers(self) -> dict[str, Maker]:
+        """For each layer what makes its update from the bare layer."""
+        return {path: partial(new_update, settings=s) for path, s in self.settings.items()}
 
-def make_plan(
-    model: nn.Module,
-    targets: str | Iterable[str],
-    rank: int,
-    alpha: float,
-    dropout: float,
-    *,
-    name: str,
-    rslora: bool,
-    dora: bool,
-    pissa: bool,
-    rank_pattern: Mapping[str, int] | None,
-    alpha_pattern: Mapping[str, float] | None,
-    tied: Tied,
-) -> Plan:
-    """Check everything and say what goes where; the arguments are those of `inject_lora`.
+
+def make_plan(model: nn.Module, targets: str | Iterable[str], settings: LoRASettings) -> Plan:
+    """Check everything and say what goes where.
 
     Raises:
         SurgeryError: as `inject_lora`.
     """
-    check_new_name(model, name)
+    check_new_name(model, settings.name)
     matches = find_targets(model, targets)
     matched = {layer for found in matches.values() for layer in found}
     names = [layer for layer in adaptable_layers(model) if layer in matched]
-    _check_patterns({**(rank_pattern or {}), **(alpha_pattern or {})}, names)
-    recipes = {
-        layer: Recipe(
-            by_pattern(rank_pattern, layer, rank),
-            by_pattern(alpha_pattern, layer, alpha),
-            dropout,
-            rslora,
-            dora,
-            pissa,
-        )
-        for layer in names
-    }
-    followers = choose(model, names, tied)
-    return Plan(name, matches, _leaders(recipes, followers, model), followers, tied == "untie")
+    _check_patterns({**(settings.rank_pattern or {}), **(settings.alpha_pattern or {})}, names)
+    by_layer = {layer: _settings_of(layer, settings) for layer in names}
+    followers = choose(model, names, settings.tied)
+    leaders = _leaders(by_layer, followers, model)
+    return Plan(settings.name, matches, leaders, followers, settings.tied == "untie")
+
+
+def _settings_of(layer: str, settings: LoRASettings) -> LoRASettings:
+    return replace(
+        settings,
+        rank=by_pattern(settings.rank_pattern, layer, settings.rank),
+        alpha=by_pattern(settings.alpha_pattern, layer, settings.alpha),
+    )
 
 
 def _leaders(
-    recipes: dict[str, Recipe], followers: dict[str, list[str]], model: nn.Module
-) -> dict[str, Recipe]:
-    """The recipes less those of layers that follow another one; a Linear leads an Embedding."""
+    by_layer: dict[str, LoRASettings], followers: dict[str, list[str]], model: nn.Module
+) -> dict[str, LoRASettings]:
+    """The settings less those of layers that follow another one; a Linear leads an Embedding."""
     layers = adaptable_layers(model)
-    left = dict(recipes)
-    for name in list(recipes):
+    left = dict(by_layer)
+    for name in list(by_layer):
         if name not in left or name not in followers:
             continue
         group = [name, *followers.pop(name)]
@@ -94,11 +86,11 @@ def _leaders(
                 "tied='untie'",
             )
         leader = min(group, key=lambda other: isinstance(layers[other], nn.Embedding))
-        recipe = left[name]
+        settings = left[name]
         for other in group:
             left.pop(other, None)
             followers.pop(other, None)
-        left[leader] = recipe
+        left[leader] = settings
         followers[leader] = [other for other in group if other != leader]
     return left
 

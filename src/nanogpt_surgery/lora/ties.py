@@ -8,14 +8,13 @@ another model. So whoever touches a tied weight says what is meant.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal, TypeAlias
 
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.lora_layer import LoRALayer
+from nanogpt_surgery.lora.settings import Tied
 
-Tied: TypeAlias = Literal["refuse", "untie", "both"]
 _INNER = ".original_layer"
 
 

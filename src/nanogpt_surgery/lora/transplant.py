@@ -22,9 +22,10 @@ from nanogpt_surgery.lora.lora_layer import (
 from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
 from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, restore, store
 from nanogpt_surgery.lora.targets import adaptable_layers, why_not
-from nanogpt_surgery.lora.ties import Tied, choose, partners
+from nanogpt_surgery.lora.ties import choose, partners
 from nanogpt_surgery.lora.update import Update
 from nanogpt_surgery.lora.wrapping import Maker, attach, report_on
 

@@ -11,7 +11,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -46,9 +45,8 @@ from nanogpt_surgery.formats.run_folder import (
     latest_checkpoint,
     step_of,
 )
-from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.training.description import differences
 from nanogpt_surgery.training.fit import Step
-from nanogpt_surgery.training.settings import FitSettings
 
 STATE, SUMMARY = "training.safetensors", "training.json"
 KEPT = 2  # newest checkpoints, beside the best
@@ -201,38 +199,12 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
             f"{folder} was operated on since, and going on would write over the result",
             f"surgery log {folder} says what was done; {way}",
         )
-    before = _flat(_with_defaults(read_json(folder / RUN)))
-    now = _flat(json.loads(json.dumps(description)))
-    differences = [
-        f"{key} was {before.get(key)!r} and is now {now.get(key)!r}"
-        for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key)
-    ]
-    if differences:
+    found = differences(read_json(folder / RUN), json.loads(json.dumps(description)))
+    if found:
         raise SurgeryError(
-            f"this is not the run that {folder} holds: " + "; ".join(differences),
+            f"this is not the run that {folder} holds: " + "; ".join(found),
             "resume with the settings it was started with, or choose a new --out",
         )
-
-
-def _with_defaults(description: dict[str, Any]) -> dict[str, Any]:
-    """With the defaults of settings that did not exist yet when the run was begun."""
-    filled = {
-        key: {f.name: f.default for f in fields(kind) if f.default is not MISSING}
-        | description[key]
-        for key, kind in (("model", GPTConfig), ("settings", FitSettings))
-        if key in description
-    }
-    return description | filled
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
 
 
 def _trim_metrics(path: Path, steps: int) -> None:

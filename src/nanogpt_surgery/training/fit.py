@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.data.batches import Batch, Batches, documents_of
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, chosen
 from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
@@ -95,7 +95,7 @@ def fit(
             model is no `SimpleGPT`, a gradient is not finite (it changes no weight), or a part of
             a LoRA does not learn (its name).
     """
-    settings = replace(settings or FitSettings(), **changes)
+    settings = chosen(FitSettings, settings, changes)
     _refuse_float16(model)
     refuse_packed(model, dataset)
     operations = operations_of(model, settings, dataset.block_size)

@@ -133,6 +133,11 @@ def prefix_for(
     first = first_that_learns(model)
     if not first or settings.windows < LEAST_VISITS * len(dataset):
         return None
-    size = 4 * dataset.block_size * model.config.n_embd
-    windows = min(len(dataset), int(settings.keep_hidden * GIB) // size)
+    room = int(settings.keep_hidden * GIB) // bytes_of_window(model, dataset.block_size)
+    windows = min(len(dataset), room)
     return FrozenPrefix(model, windows, folder) if windows else None
+
+
+def bytes_of_window(model: SimpleGPT, tokens: int) -> int:
+    """What the hidden states of one window (T, C) take, in the dtype that the embedding gives."""
+    return tokens * model.config.n_embd * model.embed_tokens.weight.element_size()

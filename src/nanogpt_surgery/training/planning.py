@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from itertools import islice
-from statistics import median
 from typing import Any
 
 import torch
@@ -16,14 +15,13 @@ from nanogpt_surgery.data.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.checkpoint import KEPT
 from nanogpt_surgery.training.compilation import CompiledBlocks
-from nanogpt_surgery.training.fit import fit
+from nanogpt_surgery.training.frozen_prefix import bytes_of_window, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.loss import MOST_LOGITS, apart, evaluate
-from nanogpt_surgery.training.optimizer import make_optimizer
+from nanogpt_surgery.training.probing import probed
 from nanogpt_surgery.training.settings import FitSettings
 
 FLOAT32 = 4  # bytes
-PROBED = 4  # steps; the first, which may compile, is timed apart
 EVALUATED = 2  # batches of the held-out data
 
 
@@ -35,14 +33,16 @@ def plan_training(
 ) -> dict[str, Any]:
     """Sizes in bytes, numbers, and seconds; a few steps are taken and undone to the bit.
 
-    Activations are what autograd keeps of a real batch. Nothing is written.
+    Activations are what autograd keeps of a real batch. Where hidden states before the first part
+    that learns are kept, the first pass over the windows, which computes them, is timed apart.
+    Nothing is written.
 
     Raises:
         SurgeryError: as `fit`.
     """
     hardware = choose_hardware(settings, operations_of(model, settings, dataset.block_size))
     model.to(hardware.device)
-    seconds, state = probed(model, dataset, settings)
+    pace, state = probed(model, dataset, settings)
     trained = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows = settings.max_steps * settings.batch_size * settings.accumulation
     memory = {
@@ -51,10 +51,10 @@ def plan_training(
         "optimizer_bytes": state,
         "activation_bytes": activation_bytes(model, dataset, settings, hardware),
         "logits_bytes": _logits_bytes(model, dataset, settings),
+        "hidden_states_bytes": _hidden_states_bytes(model, dataset, settings),
     }
     evaluations = _evaluations(settings) if validation is not None else 0
     one = _seconds_of_evaluation(model, validation) if validation is not None else 0.0
-    steps = seconds[0] + median(seconds[1:] or seconds) * (settings.max_steps - 1)
     return {
         "computing_on": hardware.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -65,35 +65,11 @@ def plan_training(
         "steps": settings.max_steps,
         "tokens": rows * dataset.block_size,
         "epochs": ", ".join(f"{share:.3g}" for share in passes(dataset, rows)),
-        "seconds_a_step": median(seconds[1:] or seconds),
+        **pace.to_dict(),
         "evaluations": evaluations,
         "seconds_an_evaluation": one,
-        "seconds": steps + evaluations * one,
+        "seconds": pace.seconds(settings.max_steps) + evaluations * one,
     }
-
-
-def probed(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> tuple[list[float], int]:
-    """Seconds of the first steps, and bytes of the optimizer's state after them.
-
-    The model has its bits again then.
-    """
-    optimizer = make_optimizer(model, settings)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    before, mode = [p.detach().clone() for p in trained], model.training
-    try:
-        steps = fit(model, dataset, settings, optimizer=optimizer, examine=False)
-        seconds = [step.seconds for step in islice(steps, PROBED)]
-        return seconds, _state_bytes(optimizer)
-    finally:
-        with torch.no_grad():
-            for parameter, value in zip(trained, before, strict=True):
-                parameter.copy_(value)
-        model.train(mode)
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    state = [value for values in optimizer.state.values() for value in values.values()]
-    return sum(t.numel() * t.element_size() for t in state if isinstance(t, Tensor) and t.dim())
 
 
 def activation_bytes(
@@ -123,6 +99,12 @@ def _logits_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> 
     """The logits that are held at once, and their gradient."""
     whole = settings.batch_size * dataset.block_size * model.config.vocab_size
     return 2 * FLOAT32 * min(whole, MOST_LOGITS)
+
+
+def _hidden_states_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
+    """The hidden states that will be kept, at most: windows that are alike are kept once."""
+    prefix = prefix_for(model, dataset, settings)
+    return prefix.windows * bytes_of_window(model, dataset.block_size) if prefix else 0
 
 
 def _evaluations(settings: FitSettings) -> int:

@@ -1,0 +1,100 @@
+import math
+
+import pytest
+import torch
+from patients import PATIENTS
+
+from nanogpt_surgery import (
+    GPTDataset,
+    LoRALinear,
+    LoRASettings,
+    SurgeryError,
+    fit,
+    inject_lora,
+    plan_lora,
+    tensor_hashes,
+)
+from nanogpt_surgery.cli.options import options_of
+from nanogpt_surgery.lora.lora_layer import lora_layers
+
+
+def test_settings_that_contradict_are_told_all_at_once():
+    with pytest.raises(SurgeryError) as caught:
+        LoRASettings(
+            rank=0,
+            alpha=math.nan,
+            dropout=1.0,
+            rank_pattern={"q_proj": -1, "v_proj": 1},
+            alpha_pattern={"v_proj": 0},
+            tied="loose",
+        )
+    message = str(caught.value)
+    for part in (
+        "rank is 0; it must be at least 1",
+        "rank_pattern of 'q_proj' is -1",
+        "alpha is nan; it must be above 0",
+        "alpha_pattern of 'v_proj' is 0",
+        "dropout is 1.0",
+        "tied is 'loose'; it must be one of refuse, untie, both",
+    ):
+        assert part in message
+    assert "'v_proj' is 1" not in message
+
+
+def test_settings_and_changes_say_the_same_in_three_ways():
+    ways = (
+        {"rank": 3, "alpha": 5, "rslora": True, "rank_pattern": {"v_proj": 2}},
+        {"settings": LoRASettings(3, 5, rslora=True), "rank_pattern": {"v_proj": 2}},
+        {"settings": LoRASettings(3, 9, rslora=True, rank_pattern={"v_proj": 2}), "alpha": 5},
+    )
+    found = []
+    for way in ways:
+        model = PATIENTS["SimpleGPT"]()
+        plan = plan_lora(model, **way)
+        report = inject_lora(model, **way)
+        assert plan.summary["trainable_parameters"] == report.summary["trainable_parameters"]
+        scales = {path: layer.scaling for path, layer in lora_layers(model).items()}
+        found.append((plan.to_dict(), report.to_dict(), scales))
+    assert found[0] == found[1] == found[2]
+    assert set(found[0][2].values()) == {5 / math.sqrt(3), 5 / math.sqrt(2)}
+
+
+def test_one_source_for_each_default():
+    settings, model = LoRASettings(), PATIENTS["SimpleGPT"]()
+    inject_lora(model)
+    for layer in [LoRALinear(model.lm_head), *lora_layers(model).values()]:
+        assert list(layer.updates) == [settings.name]
+        assert (layer.rank, layer.alpha) == (settings.rank, settings.alpha)
+        assert layer.updates[settings.name].dropout.p == settings.dropout
+
+
+@pytest.mark.parametrize("verb", [inject_lora, plan_lora])
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rnk": 4}, r"LoRASettings have no rnk\n.*rank"),
+        ({"r": 4, "lora_alpha": 8}, r"no r, lora_alpha\n.*; alpha"),
+        ({"settings": 4}, r"4 stands where LoRASettings belong\n.*rank=4"),
+    ],
+)
+def test_a_setting_that_is_none_is_refused_with_the_nearest(verb, wrong, message):
+    model = PATIENTS["SimpleGPT"]()
+    before, modules = tensor_hashes(model), dict(model.named_modules())
+    with pytest.raises(SurgeryError, match=message):
+        verb(model, "q_proj", **wrong)
+    assert tensor_hashes(model) == before
+    assert dict(model.named_modules()) == modules
+
+
+def test_a_training_refuses_in_the_same_way():
+    model = PATIENTS["SimpleGPT"]()
+    with pytest.raises(SurgeryError, match=r"FitSettings have no learnig_rate\n.*learning_rate"):
+        fit(model, GPTDataset.from_ids(torch.arange(40), 10), learnig_rate=1.0)
+
+
+def test_every_setting_has_a_flag_with_its_words():
+    flags = options_of(LoRASettings, "LoRA").__dataclass_fields__
+    assert list(flags) == list(LoRASettings().to_dict())
+    helps = {name: flag.type.__metadata__[0].help for name, flag in flags.items()}
+    assert all(helps.values())
+    assert helps["rank"] == "rank of each update"
