@@ -5,6 +5,7 @@ import sys
 import pytest
 
 from nanogpt_surgery import SurgeryError
+from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.files import (
     MANIFEST,
     damage,
@@ -16,7 +17,6 @@ from nanogpt_surgery.files import (
     remove_temporaries,
     replace_text,
     seal,
-    whole_folder,
     write_json,
 )
 
@@ -128,7 +128,7 @@ def test_a_full_disk_is_named_and_the_old_folder_stays(tmp_path):
     goal = written(tmp_path / "goal", **{"old.txt": "old"})
     code = """
 import resource, sys
-from nanogpt_surgery.files import whole_folder
+from nanogpt_surgery.atomic import whole_folder
 # A write beyond the limit fails, as on a full disk.
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 with whole_folder(sys.argv[1]) as folder:

@@ -8,9 +8,14 @@ import pytest
 from nanogpt_surgery import FAMILIES
 from nanogpt_surgery.model.config import AXES
 
-PACKAGE = Path(__file__).parents[2] / "src" / "nanogpt_surgery"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "src" / "nanogpt_surgery"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 ANATOMY = sorted((PACKAGE / "model").glob("*.py"))
+
+ROOMS = ("src", "tests", "benchmarks")
+OURS = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+FILE, FUNCTION = 250, 50  # lines that a file stays under, and that a function has at most
 
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 UNSAFE_CALLS = {"torch.load", "torch.save"}
@@ -89,3 +94,19 @@ def test_no_exception_is_swallowed(path):
         if isinstance(node, ast.ExceptHandler):
             assert node.type is not None, "a bare except"
             assert not all(isinstance(line, ast.Pass) for line in node.body), "an empty except"
+
+
+def test_files_and_functions_are_read_in_one_sitting():
+    long = {path.name: lines_of(path) for path in OURS if lines_of(path) >= FILE}
+    long |= {
+        node.name: count
+        for path in OURS
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (count := node.end_lineno - node.lineno + 1) > FUNCTION
+    }
+    assert not long
+
+
+def lines_of(path):
+    return len(path.read_text(encoding="utf-8").splitlines())

@@ -1,7 +1,6 @@
 """A conversation as a user has it: lines on standard input, answers on standard output."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -9,7 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from typed import called, surgery, write_adapter, write_model
+from talking import FEW, continued, flat
+from typed import called, surgery, write_model
 
 from nanogpt_surgery import (
     CharacterTokenizer,
@@ -19,45 +19,9 @@ from nanogpt_surgery import (
     read_conversations,
     save_model,
 )
-from nanogpt_surgery.cli import chat_session
+from nanogpt_surgery.cli import chat_files
 from nanogpt_surgery.errors import printable
 from nanogpt_surgery.generation.conversation import Conversation
-
-FEW = ["--max-new-tokens", 8, "--seed", 3, "--template", "none"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    place = tmp_path_factory.mktemp("chat")
-    model = write_model(place / "m")
-    write_adapter(model, place / "first", 1)
-    write_adapter(model, place / "second", 2)
-    return place
-
-
-@pytest.fixture
-def talk(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """Lines typed → what the model said, line by line, and what the program said."""
-    monkeypatch.chdir(folder)
-
-    def typed(lines: str, *arguments: object, few: list[object] = FEW) -> tuple[list[str], str]:
-        data = io.TextIOWrapper(io.BytesIO(lines.encode()), encoding="utf-8")
-        monkeypatch.setattr(sys, "stdin", data)
-        out, errors = called("chat", "m", *few, *arguments)
-        return out.removesuffix("\n").split("\n") if out else [], errors
-
-    return typed
-
-
-def continued(folder: Path, text: str, seed: int = 3, count: int = 8) -> str:
-    model, tokenizer = open_model(folder / "m")
-    return printable(
-        tokenizer.decode(list(generate(model, tokenizer.encode(text), count, seed=seed)))
-    )
-
-
-def flat(lines: list[str]) -> str:
-    return "\n".join(lines)
 
 
 def test_a_conversation_through_a_pipe(folder: Path) -> None:
@@ -134,39 +98,6 @@ def test_settings_are_changed_and_bad_ones_refused(folder: Path, talk) -> None:
     ):
         assert piece in errors
     assert "Traceback" not in errors
-
-
-def test_a_conversation_is_saved_as_instruction_data_and_gone_on_with(folder: Path, talk) -> None:
-    out, errors = talk(
-        "abc\n/save talk.json\n/save talk.json\n/set seed 3\ndef\n", "--system", "Be"
-    )
-    [messages] = read_conversations(folder / "talk.json")
-    assert [m["role"] for m in messages] == ["system", "user", "assistant"]
-    assert errors.count("wrote talk.json") == 2
-    again, _ = talk("/load talk.json\ndef\n")
-    assert flat(again) == flat(out)[len(flat(out)) - len(flat(again)) :]
-    assert len(flat(again)) > 3
-
-
-def test_nothing_is_lost_by_save_or_load(folder: Path, talk) -> None:
-    (folder / "diary.txt").write_text("mine")
-    (folder / "question.json").write_text('[{"messages": [{"role": "user", "content": "?"}]}]')
-    out, errors = talk(
-        "abc\n/save diary.txt\n/load diary.txt\n/load question.json\n/save\n/save no/where.json\n"
-        "/reset\n/save new.json\n"
-    )
-    assert (folder / "diary.txt").read_text() == "mine"
-    for piece in (
-        "diary.txt exists and is not of this conversation",
-        "diary.txt, line 1, is not JSON",
-        "question.json holds one that ends in a question",
-        "/save needs a file",
-        "where.json",
-        "nothing has been said that could be saved",
-    ):
-        assert piece in errors
-    assert "Traceback" not in errors
-    assert len(flat(out)) >= 8
 
 
 def test_help_names_every_command_and_a_wrong_one_is_told_the_nearest(talk) -> None:
@@ -251,32 +182,6 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path: Path) -> None:
     assert b"Traceback" not in errors
 
 
-def test_a_retry_that_is_refused_loses_nothing(folder: Path, talk) -> None:
-    out, errors = talk(f"abc\n/system {'x' * 300}\n/retry\n/system\n/save kept.json\n")
-    assert "the message has 303 tokens" in errors
-    [messages] = read_conversations(folder / "kept.json")
-    assert [m["content"] for m in messages[:1]] == ["abc"]
-    assert printable(messages[1]["content"]) == flat(out)
-
-
-def test_what_load_cannot_go_on_with_is_said_and_what_it_read_is_not_overwritten(
-    folder: Path, talk
-) -> None:
-    answer = {"role": "assistant", "content": "hello"}
-    records = {"empty": [], "alone": [answer], "fine": [{"role": "user", "content": "q"}, answer]}
-    for name, messages in records.items():
-        (folder / f"{name}.json").write_text(json.dumps([{"messages": messages, "mine": 1}]))
-    before = (folder / "fine.json").read_bytes()
-    _, errors = talk(
-        "/load empty.json\n/load alone.json\n/undo\n/load fine.json\n/save fine.json\n/exit\n"
-    )
-    for name in ("empty", "alone"):
-        assert f"{name}.json holds one in which no user says anything" in errors
-    assert "nothing has been said that could be taken back" in errors
-    assert "fine.json exists and is not of this conversation" in errors
-    assert (folder / "fine.json").read_bytes() == before
-
-
 def test_ctrl_c_at_any_moment_keeps_the_conversation(folder: Path, talk, monkeypatch) -> None:
     def interrupt_once(owner: object, name: str) -> None:
         function = getattr(owner, name)
@@ -293,7 +198,7 @@ def test_ctrl_c_at_any_moment_keeps_the_conversation(folder: Path, talk, monkeyp
     assert "stopped; what was said so far is kept" in errors
     [messages] = read_conversations(folder / "one.json")
     assert len(messages[1]["content"]) == 1
-    interrupt_once(chat_session, "write_json")
+    interrupt_once(chat_files, "write_json")
     out, errors = talk("abc\n/save two.json\n/save two.json\n")
     assert "stopped at once" in errors
     assert "wrote two.json" in errors

@@ -1,29 +1,17 @@
 """The commands as a user types them, in processes of their own."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from typed import surgery
 
 from nanogpt_surgery import generate, inject_lora, open_model, save_adapter
-from nanogpt_surgery.cli.app import COMMANDS
 from nanogpt_surgery.files import file_hash
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SMALL = "--n-embd 16 --n-head 2 --n-layer 2 --block-size 12 --batch-size 4 --warmup-steps 1".split()
 STEPS = "--max-steps 6 --evaluate-every 3".split()
-
-
-def surgery(*arguments: object, check: int = 0, **options: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "nanogpt_surgery", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
-    assert done.returncode == check, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -138,76 +126,6 @@ def test_doctor() -> None:
     assert "threads" in report["training_would_use"] or report["training_would_use"]
 
 
-def test_help_answers_for_every_command_without_torch() -> None:
-    program = (
-        "import sys\nfrom nanogpt_surgery.cli.app import run\n"
-        "for words in (['--help'], *([c, '--help'] for c in sys.argv[1:])):\n    run(words)\n"
-        "heavy = {'torch', 'numpy', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    commands = [*COMMANDS]
-    done = subprocess.run(
-        [sys.executable, "-c", program, *commands], capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 0, done.stderr
-    for command in commands:
-        assert f"surgery {command}" in done.stdout
-
-
-def test_defaults_in_the_help_are_the_librarys() -> None:
-    from nanogpt_surgery import FitSettings, GPTConfig
-
-    text = " ".join(surgery("train", "--help", env=os.environ | {"COLUMNS": "300"}).stdout.split())
-    assert f"optimizer steps in all [default: {FitSettings().max_steps}]" in text
-    assert f"[default: {GPTConfig(1).n_embd}]" in text
-
-
-def test_a_config_file_has_the_same_keys(folder: Path, tmp_path: Path) -> None:
-    config = tmp_path / "small.toml"
-    config.write_text(
-        f'out = "{tmp_path}/run"\nn_embd = 16\nn_head = 2\nn_layer = 1\nblock_size = 12\n'
-        "max_steps = 2\npositions = 'rotary'\n"
-    )
-    arguments = ["--config", config, "--max-steps", 3]
-    surgery("train", folder / "text.txt", *arguments)
-    written = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert written["model"]["positions"] == "rotary"
-    assert written["settings"]["max_steps"] == 3, "the command line counts over the file"
-
-
-def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
-    config = tmp_path / "wrong.toml"
-    config.write_text("max_steps = 3\n\nn_embed = 16\n")
-    done = surgery("train", "--out", tmp_path / "run", "--config", config, check=1)
-    assert "n_embed" in done.stderr
-    assert "n_embd" in done.stderr
-    assert "line 3" in done.stderr
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "pieces"),
-    [
-        (["generate", "nowhere"], ["nowhere", "no such folder", "→ surgery train"]),
-        (["train", "nowhere.txt", "--out", "r"], ["nowhere.txt does not exist"]),
-        (["train", "--out", "r", "--n-embd", "10", "--n-head", "4"], ["10", "4", "multiple"]),
-        (["train", "--out", "r", "--n-embed", "10"], ["Did you mean --n-embd?"]),
-        (["finetune", "nowhere", "--out", "a"], ["nowhere"]),
-        (["inspect", "."], ["neither a run nor a model folder"]),
-        (["--config"], ["--config needs a file"]),
-        (["train", "short.txt", "--out", "r"], ["last tenth", "257", "--block-size"]),
-        (["train", "short.txt", "--out", "/proc/r", "--block-size", "2"], ["/proc/r"]),
-    ],
-)
-def test_errors_are_sentences(arguments: list[str], pieces: list[str], tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text(TEXT[:500])
-    done = surgery(*arguments, check=1, cwd=tmp_path)
-    assert "Traceback" not in done.stderr
-    for piece in pieces:
-        assert piece in done.stderr
-    assert done.stdout == ""
-
-
 def test_an_unknown_character_is_refused_before_anything_is_printed(folder: Path) -> None:
     done = surgery("generate", "run", "--prompt", "to bé", check=1, cwd=folder)
     assert "U+00E9" in done.stderr
@@ -226,70 +144,12 @@ def test_merging_over_its_own_parts_is_refused(folder: Path) -> None:
     assert file_hash(folder / "run" / "model.safetensors") == before
 
 
-def test_debug_shows_the_traceback(tmp_path: Path) -> None:
-    done = surgery("inspect", "nowhere", "--debug", check=1, cwd=tmp_path)
-    assert "Traceback" in done.stderr
-
-
 def test_a_pattern_without_a_match_lists_the_nearest(folder: Path, tmp_path: Path) -> None:
     arguments = ["run", "text.txt", "--out", tmp_path / "a", "--targets", "q_prj"]
     done = surgery("finetune", *arguments, check=1, cwd=folder)
     assert "q_prj" in done.stderr
     assert "nearest: q_proj" in done.stderr
     assert not (tmp_path / "a").exists()
-
-
-def test_escapes_in_names_do_not_reach_the_terminal(folder: Path, tmp_path: Path) -> None:
-    done = surgery("inspect", tmp_path / "a\x1b[31mb", check=1)
-    assert "\x1b" not in done.stderr
-    assert "\\u001b" in done.stderr
-
-
-LONG = [*SMALL, "--max-steps", 400, "--evaluate-every", 10]
-
-
-def start_training(folder: Path, out: Path) -> subprocess.Popen:
-    command = [sys.executable, "-m", "nanogpt_surgery", "train", "text.txt", "--out", out, *LONG]
-    process = subprocess.Popen(
-        list(map(str, command)), cwd=folder, stderr=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    deadline = time.monotonic() + 60
-    while not list(out.glob("checkpoints/step-*")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline, "no checkpoint within a minute"
-        time.sleep(0.02)
-    return process
-
-
-def test_a_killed_training_resumes_to_the_same_bits(folder: Path, tmp_path: Path) -> None:
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    surgery("train", "text.txt", "--out", whole, *LONG, cwd=folder)
-    process = start_training(folder, cut)
-    process.kill()
-    process.communicate()
-    assert not (cut / "loss.png").exists(), "it was killed before the end"
-    surgery("train", "text.txt", "--out", cut, *LONG, "--resume", cwd=folder)
-    for name in ("model.safetensors", "training.safetensors"):
-        place = f"checkpoints/step-00000400/{name}"
-        assert file_hash(cut / place) == file_hash(whole / place)
-    assert losses(cut) == losses(whole)
-
-
-def losses(run: Path) -> list[float]:
-    return [json.loads(row)["loss"] for row in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_leaves(
-    folder: Path, tmp_path: Path, number: signal.Signals, status: int
-) -> None:
-    process = start_training(folder, tmp_path / "run")
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors.decode()
-    assert b"--resume goes on" in errors
-    steps = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
-    assert (tmp_path / "run" / "LATEST").read_text() == f"step-{steps:08d}\n"
 
 
 def test_finetune_resumes(folder: Path, tmp_path: Path) -> None:

@@ -8,27 +8,12 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from corpora import TEXT, corpus
 
 from nanogpt_surgery import BPETokenizer, CharacterTokenizer, SurgeryError, read_texts
-from nanogpt_surgery.data.pieces import pieces_of, read_span, split_at_line
+from nanogpt_surgery.data.pieces import pieces_of
 from nanogpt_surgery.data.preparation import characters_of, prepare_tokens
 from nanogpt_surgery.data.token_files import open_tokens
-
-TEXT = "".join(
-    f"word {i}, größer as {i**3}\n" + "    indented\n" * (i % 3) + "\n" * (i % 5 == 0)
-    for i in range(200)
-)
-
-
-def corpus(place: Path) -> list[Path]:
-    """A long file, a folder of short ones, and an empty file."""
-    (place / "long.txt").write_text(TEXT, "utf-8")
-    (place / "short").mkdir()
-    for i in range(5):
-        (place / "short" / f"{i}.txt").write_text(f"short text {i} " * (5 * i), "utf-8")
-    return [place / "long.txt", place / "short"]
 
 
 def prepared(place: Path, pieces, tokenizer, **options) -> dict[str, bytes]:
@@ -41,38 +26,6 @@ def contents(place: Path) -> dict[str, bytes]:
     names = ("tokens.json", "train.bin", "validation.bin")
     assert {path.name for path in place.iterdir()} == {*names, "asked.json"}
     return {name: (place / name).read_bytes() for name in names}
-
-
-@settings(max_examples=60, deadline=None)
-@given(st.text(alphabet="aé€😀 \n\t", max_size=200), st.sampled_from([4, 7, 16, 64]))
-def test_pieces_are_the_text_and_no_longer_than_twice_the_size(tmp_path_factory, text, size):
-    file = tmp_path_factory.getbasetemp() / "any.txt"
-    file.write_bytes(text.encode())
-    if not text:
-        with pytest.raises(SurgeryError, match="no text"):
-            pieces_of([file], size)
-        return
-    pieces = pieces_of([file], size)
-    assert "".join(read_span(span) for piece in pieces for span in piece) == text
-    assert all(span.end - span.start <= 2 * size for piece in pieces for span in piece)
-
-
-def test_a_piece_begins_with_a_readable_line_where_there_is_one(tmp_path):
-    corpus(tmp_path)
-    pieces = pieces_of([tmp_path / "long.txt"], 700)
-    assert len(pieces) > 5
-    data = (tmp_path / "long.txt").read_bytes()
-    for (span,) in pieces[1:]:
-        around = data[span.start - 2 : span.start + 1]
-        assert around[1:2] == b"\n"
-        assert not around[:1].isspace()
-        assert not around[2:].isspace()
-
-
-def test_short_files_share_a_piece(tmp_path):
-    pieces = pieces_of(corpus(tmp_path)[1:], 300)
-    names = [[Path(span.file).name for span in piece] for piece in pieces]
-    assert names == [["1.txt", "2.txt"], ["3.txt"], ["4.txt"]]
 
 
 def test_cuts_change_no_token(tmp_path):
@@ -132,14 +85,6 @@ def test_no_separator_stands_where_nothing_follows_it(tmp_path):
         text = tokenizer.decode(split.tolist())
         assert not text.startswith("<|endoftext|>")
         assert not text.endswith("<|endoftext|>")
-
-
-@pytest.mark.parametrize("share", [0, 0.1, 0.5, 0.99])
-def test_a_text_is_split_without_loss(share):
-    for text in (TEXT, "no line at all", "x", "\n\n \n"):
-        first, second = split_at_line(text, share)
-        assert first + second == text
-        assert share or not second
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(tmp_path):
@@ -258,11 +203,9 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_position(tmp_path):
     assert not (tmp_path / "out" / "tokens.json").exists()
 
 
-def test_paths_that_cannot_be_cut_are_refused_all_at_once(tmp_path):
-    with pytest.raises(SurgeryError, match=r"standard input .*; .*nowhere does not exist"):
-        pieces_of(["-", tmp_path / "nowhere"])
+def test_a_share_beyond_all_is_refused(tmp_path):
+    corpus(tmp_path)
     with pytest.raises(SurgeryError, match="at least 0 and below 1"):
-        corpus(tmp_path)
         prepared(tmp_path / "out", pieces_of([tmp_path / "short"]), Path, held_out=1.0)
 
 

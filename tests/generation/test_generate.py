@@ -242,9 +242,3 @@ def test_an_update_takes_part():
     expected = greedy(model, prompt, 12)
     assert expected != before
     assert list(generate(model, prompt, 12, temperature=0)) == expected
-
-
-def test_a_bfloat16_model_generates():
-    model = tiny_model(LLAMA).bfloat16()
-    ids = list(generate(model, prompt_for(model, 5), 10, temperature=0.8, top_k=5, seed=1))
-    assert len(ids) == 10

@@ -17,8 +17,11 @@ from nanogpt_surgery import (  # noqa: E402
     SurgeryWarning,
     generate,
 )
+from nanogpt_surgery.data.chat import chat_ids  # noqa: E402
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer  # noqa: E402
+from nanogpt_surgery.generation.conversation import Conversation  # noqa: E402
 from nanogpt_surgery.generation.harness import HarnessModel  # noqa: E402
+from nanogpt_surgery.generation.settings import SamplingSettings  # noqa: E402
 
 SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 30}
 MODEL = tiny_model(GPTConfig.for_family("llama", vocab_size=300, **SIZES))
@@ -148,3 +151,57 @@ def test_two_tokenizers_of_one_kind_have_two_names():
     assert len(names) == 2
     with pytest.raises(SurgeryError, match="batch_size is 0"):
         HarnessModel(MODEL, TOKENIZER, batch_size=0)
+
+
+WITHOUT_BOS = "{% for m in messages %}{{ m['role'] }}:{{ m['content'] }}<|im_end|>{% endfor %}"
+TEMPLATES = {
+    "its own": WITHOUT_BOS + "{% if add_generation_prompt %}assistant:{% endif %}",
+    "its own, with BOS": "{{ bos_token }}" + WITHOUT_BOS + "assistant:",
+    "ours": None,
+}
+
+
+@pytest.mark.parametrize("source", TEMPLATES.values(), ids=TEMPLATES)
+def test_a_conversation_is_read_and_answered_as_in_a_chat(source):
+    model = tiny_model(GPTConfig.for_family("llama", vocab_size=300, **SIZES | {"block_size": 160}))
+    tokenizer = PretrainedTokenizer(
+        byte_level(), bos_id=0, stop_ids=[2], add_bos=True, chat_template=source
+    )
+    harness = HarnessModel(model, tokenizer)
+    said = [{"role": "user", "content": "The quick brown fox?"}]
+    context = harness.apply_chat_template(said)
+    ids = chat_ids(tokenizer, said)
+    assert ids.count(0) == (0 if source == TEMPLATES["its own"] else 1)
+    [answer] = harness.generate_until(
+        [Instance("generate_until", {}, (context, {"max_gen_toks": 12}), 0)]
+    )
+    talk = Conversation(model, tokenizer)
+    greedy = SamplingSettings(temperature=0)
+    assert answer == "".join(talk.ask("The quick brown fox?", 12, greedy))
+    pairs = [(context, " jumps"), (context + "Well,", " it")]  # a task may add to the context
+    for before, after in pairs:
+        [(found, _)] = harness.loglikelihood([Instance("loglikelihood", {}, (before, after), 0)])
+        kept = tokenizer.encode(before.rstrip())  # the harness counts spaces before an answer to it
+        start = len(kept) + (ids[:1] == [0] != kept[:1])
+        whole = torch.tensor([ids + tokenizer.encode(before[len(context) :] + after)])
+        with torch.no_grad():
+            scores = model(whole[:, :-1])[0].log_softmax(-1)
+        expected = sum(float(scores[i - 1, whole[0, i]]) for i in range(start, whole.size(1)))
+        assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_an_answer_in_a_conversation_ends_where_its_template_ends_one():
+    model = tiny_model(GPTConfig.for_family("llama", vocab_size=300, **SIZES | {"block_size": 160}))
+    tokenizer = PretrainedTokenizer(byte_level(), stop_ids=[0])
+    harness = HarnessModel(model, tokenizer)
+    script = iter(tokenizer.encode(" fine.<|im_end|>\nmore") * 2)
+
+    def scripted(hidden):
+        chosen = torch.nn.functional.one_hot(torch.tensor(next(script)), 300) * 1e4
+        return chosen.expand(*hidden.shape[:-1], 300)
+
+    model.lm_head.forward = scripted
+    context = harness.apply_chat_template([{"role": "user", "content": "ab"}])
+    arguments = {"until": "never", "max_gen_toks": 40}
+    request = Instance("generate_until", {}, (context, arguments), 0)
+    assert harness.generate_until([request]) == [" fine."]

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -218,30 +216,6 @@ def test_a_torn_manifest_is_passed_over(tmp_path: Path) -> None:
     with pytest.warns(SurgeryWarning, match=r"MANIFEST\.json cannot be read"):
         found = latest_checkpoint(tmp_path / "run")
     assert found and found.name == "step-00000002"
-
-
-def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
-    program = (
-        "import sys\nfrom pathlib import Path\n"
-        "from nanogpt_surgery.training.checkpoint import start_run\n"
-        "with start_run(Path(sys.argv[1]), {}, False): print('held', flush=True); sys.stdin.read()"
-    )
-    holder = subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "run")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert holder.stdout and holder.stdout.readline() == "held\n"
-    with (
-        pytest.raises(SurgeryError, match=f"PID {holder.pid}"),
-        start_run(tmp_path / "run", {}, resume=True),
-    ):
-        pass
-    holder.kill()
-    holder.communicate()
-    with start_run(tmp_path / "run", {}, resume=True):
-        pass  # the lock of a dead process is no lock
 
 
 def test_the_training_state_is_named_by_parameter() -> None:

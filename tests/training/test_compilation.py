@@ -1,10 +1,14 @@
 """Compiled blocks compute what the blocks compute, and are gone afterwards."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
 from nanogpt_surgery import CharacterTokenizer, FitSettings, GPTDataset, SimpleGPT, fit
+from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
+from nanogpt_surgery.training.loss import backward_of_loss
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 
@@ -25,6 +29,36 @@ def test_compiled_equals_eager() -> None:
     model, compiled = losses("on")
     assert compiled == pytest.approx(eager, rel=1e-5)
     assert all(block._compiled_call_impl is None for block in model.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_blocks_that_are_computed_again_have_the_same_gradients() -> None:
+    """And of each block only what goes into it is kept."""
+    model = SimpleGPT(11, n_embd=32, n_head=2, n_layer=3, block_size=20).train()
+    ids, targets = torch.randint(11, (2, 4, 20))
+    found, kept = {}, {}
+    for quick in (False, True):
+        model.zero_grad()
+        blocks = CompiledBlocks(model, wanted=quick, checkpointed=quick)
+        saved: list[torch.Tensor] = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(noting(saved), lambda tensor: tensor)
+        with blocks.active(), hooks:
+            backward_of_loss(model, ids, targets)
+        kept[quick] = sum({t.untyped_storage().data_ptr(): t.nbytes for t in saved}.values())
+        found[quick] = {name: p.grad.clone() for name, p in model.named_parameters()}
+    for name, gradient in found[False].items():
+        torch.testing.assert_close(found[True][name], gradient, rtol=1e-4, atol=1e-6)
+        assert gradient.abs().sum() > 0 or "k_proj.bias" in name
+    assert 2 * kept[True] < kept[False]
+
+
+def noting(saved: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved.append(tensor)
+        return tensor
+
+    return pack
 
 
 def test_long_trainings_are_compiled_and_short_ones_are_not() -> None:

@@ -6,6 +6,7 @@ from tiny import FAMILY_CONFIGS, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, evaluate, inject_lora
+from nanogpt_surgery.training import loss as loss_module
 from nanogpt_surgery.training.loss import cross_entropy
 
 LLAMA = FAMILY_CONFIGS["llama"]
@@ -108,3 +109,16 @@ def test_any_model_that_gives_logits_is_evaluated():
     log_probabilities = torch.log_softmax(model.weight.detach(), -1)[ids[:-1], ids[1:]]
     expected = float(-log_probabilities.mean())
     assert evaluate(model, GPTDataset.from_ids(ids, 4)) == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_bfloat16_weights_are_cast_where_the_processor_cannot_multiply_them(family, monkeypatch):
+    model = tiny_model(FAMILY_CONFIGS[family]).bfloat16()
+    data = GPTDataset.from_ids(random_ids(model.config, 1, 200)[0], 11)
+    found = {}
+    for has_bfloat16 in (True, False):
+        monkeypatch.setattr(loss_module, "cpu_has_bfloat16", lambda has=has_bfloat16: has)
+        found[has_bfloat16] = evaluate(model, data)
+    assert found[False] != found[True] == pytest.approx(found[False], rel=1e-2)
+    assert type(model.lm_head) is nn.Linear
+    assert found[False] == pytest.approx(evaluate(model.float(), data), rel=1e-6)

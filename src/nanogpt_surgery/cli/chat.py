@@ -5,19 +5,18 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say
-from nanogpt_surgery.cli.options import given, options_of
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.cli.opening import Dtype, named_adapters, open_to_talk
+from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.chat import ChatTemplate
     from nanogpt_surgery.data.tokenizer import Tokenizer
 
-SamplingOptions: Any = options_of(SamplingSettings, "Sampling", leave_out=("logit_bias",))
 _PLAIN = (
     "this model has no chat template, so it was probably not taught to converse: messages are "
     'written as "User: …" and "Assistant: …", and an answer ends where the next "User:" begins'
@@ -32,9 +31,8 @@ def chat(
     adapter: Annotated[list[str] | None, Parameter(negative="")] = None,
     template: Literal["auto", "chatml", "plain", "none"] = "auto",
     max_new_tokens: int = 512,
-    stop: Annotated[list[str] | None, Parameter(group="Sampling", negative="")] = None,
-    seed: Annotated[int | None, Parameter(group="Sampling")] = None,
-    sampling: SamplingOptions = None,
+    dtype: Dtype = None,
+    sampling: SamplingOptions = AS_USUAL,
 ) -> None:
     """Talk with a model; answers appear as they are made, and Ctrl-C stops one.
 
@@ -52,21 +50,14 @@ def chat(
         how messages are written; auto: the model's own, else chatml or plain, as its tokens allow
     max_new_tokens
         how many tokens an answer has at most
-    stop
-        a text that ends an answer and is not shown; may be given several times
-    seed
-        of the first answer's draw, one more for each next; without it each draws differently
     """
     from nanogpt_surgery.cli.chat_session import Session
     from nanogpt_surgery.cli.chat_settings import ChatSettings
-    from nanogpt_surgery.cli.opening import named_adapters, open_to_talk
     from nanogpt_surgery.generation.conversation import Conversation
 
-    settings = ChatSettings(
-        SamplingSettings(**given(sampling)), max_new_tokens, tuple(stop or ()), seed
-    )
+    settings = ChatSettings(sampling.settings(), max_new_tokens, sampling.stop, sampling.seed)
     adapters = named_adapters(adapter or ())
-    network, tokenizer = open_to_talk(model, adapters)
+    network, tokenizer = open_to_talk(model, adapters, dtype)
     conversation = Conversation(network, tokenizer, _template(tokenizer, template))
     conversation.system = system
     session = Session(conversation, settings)

@@ -6,16 +6,14 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nanogpt_surgery.cli.chat_files import ChatFiles, file_named
 from nanogpt_surgery.cli.chat_settings import ChatSettings, number
 from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.errors import SurgeryError, nearest, printable
-from nanogpt_surgery.files import write_json
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.chat import Message
     from nanogpt_surgery.generation.conversation import Conversation
 
 
@@ -28,7 +26,7 @@ class Session:
     def __init__(self, conversation: Conversation, settings: ChatSettings):
         self.conversation, self.model = conversation, conversation.model
         self.settings = settings
-        self.own_files: set[Path] = set()
+        self.files = ChatFiles()
 
     def hear(self, line: str) -> bool:
         """Answer a line or obey it; whether to go on."""
@@ -87,6 +85,7 @@ class Session:
     def do_reset(self, _rest: str) -> None:
         """Begin anew; the system prompt stays."""
         self.conversation.reset()
+        self.files.forget()
         say("nothing has been said")
 
     def do_undo(self, _rest: str) -> None:
@@ -164,11 +163,7 @@ class Session:
 
     def do_save(self, rest: str) -> None:
         """FILE: write the conversation as JSON, a record of instruction data."""
-        path = _path(rest, "/save")
-        if path.exists() and path.resolve() not in self.own_files:
-            raise SurgeryError(
-                f"{path} exists and is not of this conversation", "choose a new name"
-            )
+        path = file_named(rest, "/save")
         if not self.conversation.messages:
             raise SurgeryError("nothing has been said that could be saved")
         system = self.conversation.system
@@ -178,13 +173,12 @@ class Session:
             "adapters": self._taking_part(),
             "settings": self.settings.to_dict(),
         }
-        write_json(path, [record])
-        self.own_files.add(path.resolve())
+        self.files.save(path, record)
         say(f"wrote {path}")
 
     def do_load(self, rest: str) -> None:
         """FILE: go on with a conversation that was saved."""
-        messages = _one_to_go_on_with(_path(rest, "/load"))
+        messages = self.files.load(file_named(rest, "/load"))
         begins = messages[0]["role"] == "system"
         self.conversation.reset()
         self.conversation.system = messages[0]["content"] if begins else ""
@@ -208,31 +202,6 @@ def _write(pieces: Iterator[str], asked: Callable[[], bool]) -> None:
     finally:
         sys.stdout.write("\n")
         sys.stdout.flush()
-
-
-def _one_to_go_on_with(path: Path) -> list[Message]:
-    """The messages of a file that holds one conversation, in which the model spoke last."""
-    from nanogpt_surgery.data.chat import check_messages
-    from nanogpt_surgery.data.instructions import read_conversations
-
-    found = read_conversations(path)
-    check_messages(found[0])
-    roles = [message["role"] for message in found[0]]
-    if len(found) != 1:
-        what = f"{len(found)} conversations"
-    elif "user" not in roles:
-        what = "one in which no user says anything"
-    elif roles[-1] != "assistant":
-        what = "one that ends in a question"
-    else:
-        return found[0]
-    raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")
-
-
-def _path(rest: str, command: str) -> Path:
-    if not rest:
-        raise SurgeryError(f"{command} needs a file", f"{command} talk.json")
-    return Path(rest).expanduser()
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.cli.opening import Dtype, open_to_talk
 from nanogpt_surgery.data.instruction_settings import TemplateName
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 8,
     template: TemplateName = "model",
+    dtype: Dtype = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Measure a model on a file: a text, questions with choices, or instruction data.
@@ -56,14 +58,12 @@ def evaluate(
     json
         print the report as JSON
     """
-    from nanogpt_surgery.cli.opening import open_to_talk
     from nanogpt_surgery.data.choices import has_choices
 
-    network, tokenizer = open_to_talk(model, {} if adapter is None else {"default": adapter})
+    adapters = {} if adapter is None else {"default": adapter}
+    network, tokenizer = open_to_talk(model, adapters, dtype)
     if Path(file).suffix not in (".json", ".jsonl"):
-        most = min(network.config.block_size, LONGEST_WINDOW)
-        window = most if context is None else context
-        report = _text_report(network, tokenizer, file, window, stride, batch_size)
+        report = _text_report(network, tokenizer, file, context, stride, batch_size)
     elif has_choices(file):
         report = _choice_report(network, tokenizer, file)
     else:
@@ -75,7 +75,7 @@ def _text_report(
     model: SimpleGPT,
     tokenizer: Tokenizer,
     file: str,
-    context: int,
+    context: int | None,
     stride: int | None,
     batch_size: int,
 ) -> Report:
@@ -84,6 +84,8 @@ def _text_report(
     from nanogpt_surgery.generation.evaluation import perplexity
     from nanogpt_surgery.lora.report import Report
 
+    if context is None:
+        context = min(model.config.block_size, LONGEST_WINDOW)
     text = read_texts([file])
     ids = prompt_ids(tokenizer, text)
     found = perplexity(model, ids, stride, batch_size, context)

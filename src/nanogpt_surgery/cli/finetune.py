@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.cli.options import given, options_of, options_of_function
+from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.data.instruction_settings import InstructionSettings
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import LoRASettings
@@ -21,23 +19,22 @@ InstructionOptions: Any = options_of(InstructionSettings, "Instructions")
 TrainingOptions: Any = options_of(FitSettings, "Training")
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.cli.training_run import Job
     from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
 def finetune(
     model: str,
     *text: str,
-    out: Path,
-    resume: bool = False,
-    plan: Annotated[bool, Parameter(negative="")] = False,
+    run: RunOptions,
     weights: str | None = None,
     block_size: int | None = None,
     instructions: InstructionOptions = None,
     target: TargetOptions = None,
     lora: LoraOptions = None,
     training: TrainingOptions = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Fine-tune a model on text, or on answers, with LoRA into an adapter folder that peft reads.
 
@@ -51,47 +48,55 @@ def finetune(
     text
         files, folders, or - for standard input; without any, the standard library's source;
         or JSON and JSONL files of instruction data; or a folder that surgery data prepare made
-    out
-        the adapter folder: the adapter, checkpoints, metrics.jsonl, loss.png
-    resume
-        go on with the run that is there
-    plan
-        say what it will take, by a few real steps, and touch nothing
     weights
         draw from each source of text in proportion, as in 3:1 for two of them
     block_size
         tokens in a window, or in a row of conversations; the model's own by default, at most 256
-    json
-        print the result as JSON
     """
     import torch
 
     from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.cli.sources import say_sources
-    from nanogpt_surgery.cli.training_run import Job, fingerprint, planned, run_training
-    from nanogpt_surgery.formats.adapter_layout import write_adapter_files
+    from nanogpt_surgery.cli.training_run import carry_out
+    from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.lora.operations import inject_lora
-    from nanogpt_surgery.lora.report import Report
 
     settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
-    network, tokenizer = open_model(model, torch.float32)  # computed in what `fit` chooses
-    if tokenizer is None:
-        raise SurgeryError(f"{model} has no tokenizer.json, so text cannot become ids")
+    network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
+    tokenizer = required_tokenizer(found, model)
     length = window(block_size, network.config.block_size)
-    settings_of_data = InstructionSettings(**given(instructions))
-    dataset, validation = _data(text, weights, tokenizer, length, settings_of_data)
-    say_sources(dataset, text, settings.max_steps * settings.batch_size * settings.accumulation)
+    data = _data(text, weights, tokenizer, length, InstructionSettings(**given(instructions)))
+    say_sources(data[0], text, settings.windows)
+    carry_out(_job(run, model, network, data, settings, adapter, given(target)), "fine-tuned")
+    if not run.plan:
+        say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
+
+
+def _job(
+    run: RunOptions,
+    model: str,
+    network: SimpleGPT,
+    data: tuple[Batches, Batches],
+    settings: FitSettings,
+    adapter: LoRASettings,
+    targets: dict[str, Any],
+) -> Job:
+    """The training of a LoRA, whose weights follow from the seed, in an opened model."""
+    import torch
+
+    from nanogpt_surgery.cli.training_run import Job, fingerprint
+    from nanogpt_surgery.formats.adapter_layout import write_adapter_files
+    from nanogpt_surgery.lora.operations import inject_lora
+
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
-    report = inject_lora(network, **given(target), settings=adapter)
+    report = inject_lora(network, **targets, settings=adapter)
     say(str(report))
-    job = Job(
-        out=out,
-        resume=resume,
+    return Job(
+        options=run,
         model=network,
-        dataset=dataset,
-        validation=validation,
+        dataset=data[0],
+        validation=data[1],
         settings=settings,
         description={
             "kind": "finetune",
@@ -99,13 +104,8 @@ def finetune(
             "lora": report.to_dict(),
             "adapter": adapter.to_dict(),
         },
-        write_weights=lambda folder: write_adapter_files(network, folder, str(model)),
+        write_weights=lambda folder: write_adapter_files(network, folder, model),
     )
-    if plan:
-        show(planned(job), json)
-        return
-    show(Report("fine-tuned", [], run_training(job)), json)
-    say(f"surgery generate {model} --adapter {out} --prompt … continues a text with it")
 
 
 def _data(
@@ -117,14 +117,13 @@ def _data(
 ) -> tuple[Batches, Batches]:
     """What to train on and what is held out: windows of text, or rows of conversations."""
     from nanogpt_surgery.cli import instruction_data
-    from nanogpt_surgery.cli.sources import open_sources
-    from nanogpt_surgery.cli.training_run import datasets
+    from nanogpt_surgery.cli.sources import open_sources, text_datasets
     from nanogpt_surgery.data.corpus import python_source
 
     if not instruction_data.is_instructions(paths, settings):
         if paths or weights is not None:
             return open_sources(paths, weights, tokenizer).datasets(length)
-        return datasets(python_source(), tokenizer, length)
+        return text_datasets(python_source(), tokenizer, length)
     if weights is not None:
         raise SurgeryError("--weights mixes texts, not instruction data", "name all files without")
     examples = instruction_data.read_examples(paths, tokenizer, settings)

@@ -3,20 +3,51 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.options import given, options_of
+from nanogpt_surgery.cli.opening import Dtype, open_to_talk
+from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 from nanogpt_surgery.errors import SurgeryError, printable
-from nanogpt_surgery.generation.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.generation.batch_text import Continuation
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
-SamplingOptions: Any = options_of(SamplingSettings, "Sampling", leave_out=("logit_bias",))
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ManyOptions:
+    """How many continuations are made, and what is shown of them."""
+
+    samples: int = 1
+    """how many continuations of each prompt"""
+    logprobs: int | None = None
+    """show the log-probability of each token, and so many of the likeliest beside it"""
+    batch_size: int = 8
+    """how many continuations are computed together"""
+    json: Annotated[bool, Parameter(negative="")] = False
+    """print a JSON object a line: prompt, sample, text, ended, and tokens with --logprobs"""
+
+    def check(self) -> None:
+        """Raise `SurgeryError` for what is out of its range, all at once."""
+        least = {"samples": 1, "batch_size": 1, "logprobs": 0}
+        numbers = {name: getattr(self, name) or 0 for name in least}
+        wrong = [
+            f"{name} is {n}; it must be at least {least[name]}"
+            for name, n in numbers.items()
+            if n < least[name]
+        ]
+        if wrong:
+            raise SurgeryError("; ".join(wrong))
+
+
+ONE = ManyOptions()
 
 
 def generate(
@@ -26,14 +57,9 @@ def generate(
     prompts: Path | None = None,
     adapter: Path | None = None,
     max_new_tokens: int = 300,
-    samples: int = 1,
-    logprobs: int | None = None,
-    batch_size: int = 8,
-    stop: Annotated[list[str] | None, Parameter(group="Sampling", negative="")] = None,
-    logit_bias: Annotated[list[str] | None, Parameter(group="Sampling", negative="")] = None,
-    seed: Annotated[int | None, Parameter(group="Sampling")] = None,
-    sampling: SamplingOptions = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    dtype: Dtype = None,
+    sampling: SamplingOptions = AS_USUAL,
+    many: ManyOptions = ONE,
 ) -> None:
     """Continue a prompt, on standard output as it is made; or many, several times each.
 
@@ -49,55 +75,74 @@ def generate(
         an adapter folder, as finetune or peft writes it
     max_new_tokens
         how many tokens at most
-    samples
-        how many continuations of each prompt
-    logprobs
-        show the log-probability of each token, and so many of the likeliest beside it
-    batch_size
-        how many continuations are computed together
-    stop
-        a text that ends the answer and is not shown; may be given several times
-    logit_bias
-        ID=BIAS, added to the logit of an id; -inf bans it; may be given several times
-    seed
-        of the draw, one more for each next; without it each call draws differently
-    json
-        print a JSON object a line: prompt, sample, text, ended, and tokens with --logprobs
     """
-    from nanogpt_surgery.cli.opening import open_to_talk
+    sampling.settings()  # what is out of its range is refused before the model is opened
+    many.check()
+    texts = _prompts(prompt, prompts)
+    adapters = {} if adapter is None else {"default": adapter}
+    network, tokenizer = open_to_talk(model, adapters, dtype)
+    if len(texts) == many.samples == 1 and many.logprobs is None and not many.json:
+        pieces = _as_it_is_made(network, tokenizer, texts[0], max_new_tokens, sampling)
+    else:
+        pieces = _one_by_one(network, tokenizer, texts, max_new_tokens, sampling, many)
+    for piece in pieces:
+        sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
+        sys.stdout.flush()
+
+
+def _as_it_is_made(
+    model: SimpleGPT,
+    tokenizer: Tokenizer,
+    text: str,
+    max_new_tokens: int,
+    sampling: SamplingOptions,
+) -> Iterator[str]:
+    """A text, and the pieces of its continuation; what is refused is so before the text comes."""
     from nanogpt_surgery.data.tokenizer import prompt_ids
-    from nanogpt_surgery.generation.batch_text import continue_texts
     from nanogpt_surgery.generation.text import generate_text
 
-    settings = SamplingSettings(**given(sampling), logit_bias=_biases(logit_bias or ()))
-    _check_counts(samples, batch_size, logprobs)
-    texts = _prompts(prompt, prompts)
-    network, tokenizer = open_to_talk(model, {} if adapter is None else {"default": adapter})
-    ids = [prompt_ids(tokenizer, text) for text in texts]
-    if len(texts) == samples == 1 and logprobs is None and not json:
-        pieces = generate_text(
-            network, tokenizer, ids[0], max_new_tokens, settings, stop=stop or (), seed=seed
-        )
-        _write(texts[0])
-        for piece in pieces:
-            _write(piece)
-        _write("\n")
-        return
-    rows = [(text, sample) for text in texts for sample in range(samples)]
-    found = continue_texts(
-        network,
+    pieces = generate_text(
+        model,
         tokenizer,
-        [one for one in ids for _ in range(samples)],
+        prompt_ids(tokenizer, text),
         max_new_tokens,
-        settings,
-        stop=stop or (),
-        seed=seed,
-        likeliest=logprobs or 0,
-        batch_size=batch_size,
+        sampling.settings(),
+        stop=sampling.stop,
+        seed=sampling.seed,
     )
+    yield text
+    yield from pieces
+    yield "\n"
+
+
+def _one_by_one(
+    model: SimpleGPT,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    max_new_tokens: int,
+    sampling: SamplingOptions,
+    many: ManyOptions,
+) -> Iterator[str]:
+    """Each continuation as it is shown, in the order of the prompts."""
+    from nanogpt_surgery.data.tokenizer import prompt_ids
+    from nanogpt_surgery.generation.batch_text import continue_texts
+
+    ids = [prompt_ids(tokenizer, text) for text in texts]
+    found = continue_texts(
+        model,
+        tokenizer,
+        [one for one in ids for _ in range(many.samples)],
+        max_new_tokens,
+        sampling.settings(),
+        stop=sampling.stop,
+        seed=sampling.seed,
+        likeliest=many.logprobs or 0,
+        batch_size=many.batch_size,
+    )
+    rows = [(text, sample) for text in texts for sample in range(many.samples)]
     for (text, sample), continuation in zip(rows, found, strict=True):
-        record = _record(text, sample, continuation, tokenizer, logprobs is not None)
-        _write(_json_line(record) if json else _block(record))
+        record = _record(text, sample, continuation, tokenizer, many.logprobs is not None)
+        yield _json_line(record) if many.json else _block(record)
 
 
 def _prompts(prompt: str, file: Path | None) -> list[str]:
@@ -118,28 +163,6 @@ def _prompts(prompt: str, file: Path | None) -> list[str]:
             f"{file} does not hold prompts: {what}", 'a line each, or {"prompt": "Once"} in JSONL'
         )
     return [str(text) for text in found]
-
-
-def _biases(written: Any) -> dict[int, float]:
-    biases = {}
-    for text in written:
-        index, _, bias = text.partition("=")
-        try:
-            biases[int(index)] = float(bias)
-        except ValueError:
-            raise SurgeryError(
-                f"--logit-bias {text} is not ID=BIAS", "--logit-bias 42=-inf bans the id 42"
-            ) from None
-    return biases
-
-
-def _check_counts(samples: int, batch_size: int, logprobs: int | None) -> None:
-    least = {"samples": (samples, 1), "batch_size": (batch_size, 1), "logprobs": (logprobs or 0, 0)}
-    wrong = [
-        f"{name} is {n}; it must be at least {low}" for name, (n, low) in least.items() if n < low
-    ]
-    if wrong:
-        raise SurgeryError("; ".join(wrong))
 
 
 def _record(
@@ -172,8 +195,3 @@ def _block(record: dict[str, Any]) -> str:
         others = "  ".join(f"{t['text']!r} {t['logprob']:.3f}" for t in token["likeliest"])
         lines.append(f"  {token['logprob']:8.3f}  {token['text']!r:16}  {others}".rstrip())
     return "\n".join(lines) + "\n"
-
-
-def _write(text: str) -> None:
-    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
-    sys.stdout.flush()

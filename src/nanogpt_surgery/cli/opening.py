@@ -5,33 +5,69 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
+OF_THE_WEIGHTS = (
+    "of the weights, and so of all that is computed; by default as they are stored, or float32 "
+    "where the processor has no bfloat16 arithmetic"
+)
+Dtype: TypeAlias = Annotated[Literal["float32", "bfloat16"] | None, Parameter(help=OF_THE_WEIGHTS)]
 
-def open_to_talk(path: str, adapters: Mapping[str, Path]) -> tuple[SimpleGPT, Tokenizer]:
+
+def open_to_talk(
+    path: str, adapters: Mapping[str, Path], dtype: Dtype = None
+) -> tuple[SimpleGPT, Tokenizer]:
     """A model with its tokenizer and named adapters; the first of them takes part alone.
+
+    Args:
+        path: whatever `open_model` opens.
+        adapters: folders by name.
+        dtype: of the weights; None: as stored, or float32 where bfloat16 would be slow.
 
     Raises:
         SurgeryError: one of them does not open, or there is no tokenizer.
     """
+    import torch
+
+    from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.adapter_layout import load_adapter
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.mixing import swap_lora
 
-    model, tokenizer = open_model(path)
-    if tokenizer is None:
-        raise SurgeryError(f"{path} has no tokenizer, so text cannot become ids")
+    model, found = open_model(path, None if dtype is None else getattr(torch, dtype))
+    tokenizer = required_tokenizer(found, path)
+    if dtype is None:
+        _leave_slow_bfloat16(model)
     for name, folder in adapters.items():
         load_adapter(model, folder, name=name)
     if adapters:
         swap_lora(model, next(iter(adapters)))
     return model, tokenizer
+
+
+def _leave_slow_bfloat16(model: SimpleGPT) -> None:
+    """Make weights in bfloat16 float32 where the processor would multiply them one by one."""
+    import torch
+
+    from nanogpt_surgery.training.hardware import cpu_has_bfloat16
+
+    if model.lm_head.weight.dtype != torch.bfloat16 or cpu_has_bfloat16():
+        return
+    model.float()
+    say(
+        "note: the weights are bfloat16, which this processor has no arithmetic for: computing in "
+        f"float32, with {4 * model.n_parameters / 2**20:,.0f} MiB of weights instead of half of "
+        "that; --dtype bfloat16 leaves them"
+    )
 
 
 def named_adapters(written: Sequence[str]) -> dict[str, Path]:

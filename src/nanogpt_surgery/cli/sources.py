@@ -119,11 +119,10 @@ def _check_tokenizer(tokenizer: Tokenizer, opened: list[str | TokenFiles]) -> No
 def _pair(
     source: str | TokenFiles, tokenizer: Tokenizer, block_size: int
 ) -> tuple[GPTDataset, GPTDataset]:
-    from nanogpt_surgery.cli.training_run import datasets
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
 
     if isinstance(source, str):
-        return datasets(source, tokenizer, block_size)
+        return text_datasets(source, tokenizer, block_size)
     known = source.header.fingerprint()
     try:
         train, held_out = (
@@ -136,6 +135,31 @@ def _pair(
             "prepare more text, hold more of it out (--held-out), or use a smaller --block-size",
         ) from None
     return train, held_out
+
+
+def text_datasets(
+    text: str, tokenizer: Tokenizer, block_size: int
+) -> tuple[GPTDataset, GPTDataset]:
+    """Windows of the first nine tenths of a text, to train on, and of the last, to validate.
+
+    Raises:
+        SurgeryError: the last tenth is shorter than a window.
+    """
+    from nanogpt_surgery.data.corpus import split_by_position
+    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.tokenizer import encode_text
+
+    train, validation = split_by_position(text)
+    held_out_ids = encode_text(tokenizer, validation)
+    try:
+        held_out = GPTDataset.from_ids(held_out_ids, block_size)
+    except SurgeryError as error:
+        raise SurgeryError(
+            f"the last tenth of the text, which is held out for validation, is too short: "
+            f"{error.what}",
+            "give a longer text, or a smaller --block-size",
+        ) from None
+    return GPTDataset(train, tokenizer, block_size), held_out
 
 
 def say_sources(dataset: Batches, paths: tuple[str, ...], rows: int) -> None:

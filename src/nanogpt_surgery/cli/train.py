@@ -7,14 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.cli.options import given, options_of
+from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
 from nanogpt_surgery.training.recipes import RECIPES
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
     from nanogpt_surgery.cli.sources import Sources
+    from nanogpt_surgery.cli.training_run import Job
     from nanogpt_surgery.data.tokenizer import Tokenizer
 
 CHARACTERS = "characters"
@@ -26,16 +28,13 @@ Recipe: Any = Literal[*(name for name in RECIPES if name)]
 
 def train(
     *text: str,
-    out: Path,
-    resume: bool = False,
-    plan: Annotated[bool, Parameter(negative="")] = False,
+    run: RunOptions,
     weights: str | None = None,
     tokenizer: str = CHARACTERS,
     recipe: Recipe | None = None,
     family: Annotated[Family | None, Parameter(group="Model")] = None,
     model: ModelOptions = None,
     training: TrainingOptions = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Train a GPT on text, into a run folder.
 
@@ -44,12 +43,6 @@ def train(
     text
         files, folders, or - for standard input; without any, Python's own reference;
         or a folder that surgery data prepare made
-    out
-        the run folder: checkpoints, metrics.jsonl, loss.png
-    resume
-        go on with the run that is there
-    plan
-        say what it will take, by a few real steps, and touch nothing
     weights
         draw from each source in proportion, as in 3:1 for two of them
     tokenizer
@@ -59,55 +52,63 @@ def train(
         (docs/training.md); with a family, for the training alone; flags still count
     family
         start from this family's axes; other flags still count
-    json
-        print the result as JSON
     """
-    import torch
-
     from nanogpt_surgery.cli.sources import say_sources
-    from nanogpt_surgery.cli.training_run import Job, planned, run_training
-    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint, vocab_size_of
-    from nanogpt_surgery.formats.model_file import write_model_files
-    from nanogpt_surgery.lora.report import Report
-    from nanogpt_surgery.model.initialisation import start_from_zero
-    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.cli.training_run import carry_out
+    from nanogpt_surgery.data.tokenizer import vocab_size_of
 
     chosen = RECIPES[recipe]
     settings = FitSettings(**(chosen.training | given(training)))
     sources = _sources(text, weights, tokenizer)
-    encoder = sources.tokenizer
-    axes = {} if family else chosen.model
-    config = _config(family, axes | given(model), vocab_size_of(encoder))
+    axes = ({} if family else chosen.model) | given(model)
+    config = _config(family, axes, vocab_size_of(sources.tokenizer))
+    job = _job(run, sources, config, settings, recipe)
+    say_sources(job.dataset, text, settings.windows)
+    carry_out(job, "trained")
+    if not run.plan:
+        say(f"surgery generate {run.out} --prompt … continues a text with it")
+
+
+def _job(
+    run: RunOptions,
+    sources: Sources,
+    config: GPTConfig,
+    settings: FitSettings,
+    recipe: str | None,
+) -> Job:
+    """The training of a new model, whose weights follow from the seed."""
+    import torch
+
+    from nanogpt_surgery.cli.training_run import Job
+    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint
+    from nanogpt_surgery.formats.model_file import write_model_files
+    from nanogpt_surgery.model.initialisation import start_from_zero
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
     dataset, validation = sources.datasets(config.block_size)
     torch.manual_seed(settings.seed)
     network = SimpleGPT.from_config(config)
-    if chosen.from_zero:
+    if RECIPES[recipe].from_zero:
         start_from_zero(network, config)
     say(
         f"{len(dataset):,} windows to train on, {len(validation):,} held out; tokens of "
         f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
     )
-    say_sources(dataset, text, settings.max_steps * settings.batch_size * settings.accumulation)
-    job = Job(
-        out=out,
-        resume=resume,
+    description = {
+        "kind": "train",
+        "recipe": recipe,
+        "model": config.to_dict(),
+        "tokenizer": tokenizer_fingerprint(sources.tokenizer),
+    }
+    return Job(
+        options=run,
         model=network,
         dataset=dataset,
         validation=validation,
         settings=settings,
-        description={
-            "kind": "train",
-            "recipe": recipe,
-            "model": config.to_dict(),
-            "tokenizer": tokenizer_fingerprint(encoder),
-        },
-        write_weights=lambda folder: write_model_files(network, folder, encoder),
+        description=description,
+        write_weights=lambda folder: write_model_files(network, folder, sources.tokenizer),
     )
-    if plan:
-        show(planned(job), json)
-        return
-    show(Report("trained", [], run_training(job)), json)
-    say(f"surgery generate {out} --prompt … continues a text with it")
 
 
 def _config(family: str | None, values: dict[str, Any], vocab_size: int) -> GPTConfig:

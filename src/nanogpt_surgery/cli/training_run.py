@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.console import say, watched
+from nanogpt_surgery.cli.console import say, show, watched
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from nanogpt_surgery.cli.run_options import RunOptions
     from nanogpt_surgery.data.batches import Batches
-    from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.training.checkpoint import Run
     from nanogpt_surgery.training.fit import Step
@@ -28,8 +27,7 @@ if TYPE_CHECKING:
 class Job:
     """One training, from its parts to its folder."""
 
-    out: Path
-    resume: bool
+    options: RunOptions
     model: nn.Module
     dataset: Batches
     validation: Batches
@@ -40,7 +38,15 @@ class Job:
     """write the files that others read: a model folder's or an adapter folder's"""
 
 
-def run_training(job: Job) -> dict[str, Any]:
+def carry_out(job: Job, done: str) -> None:
+    """Train and show the report under what was `done`, or, with --plan, show what it will take."""
+    from nanogpt_surgery.lora.report import Report
+
+    report = _planned(job) if job.options.plan else Report(done, [], _trained(job))
+    show(report, job.options.json)
+
+
+def _trained(job: Job) -> dict[str, Any]:
     """Train to the end, or to a signal; returns the summary for the report."""
     from nanogpt_surgery.training.checkpoint import start_run
     from nanogpt_surgery.training.fit import fit
@@ -50,7 +56,7 @@ def run_training(job: Job) -> dict[str, Any]:
     operations = operations_of(job.model, job.settings, job.dataset.block_size)
     hardware = choose_hardware(job.settings, operations)
     description = _description(job)
-    with start_run(job.out, description, job.resume) as run, _signals() as stop:
+    with start_run(job.options.out, description, job.options.resume) as run, _signals() as stop:
         job.model.to(hardware.device)
         is_over = run.first_step == job.settings.max_steps
         optimizer = make_optimizer(job.model, job.settings)
@@ -79,30 +85,6 @@ def run_training(job: Job) -> dict[str, Any]:
         if not is_over:
             _record(run, description, summary)
         return summary
-
-
-def datasets(text: str, tokenizer: Tokenizer, block_size: int) -> tuple[GPTDataset, GPTDataset]:
-    """Windows of the first nine tenths of a text, to train on, and of the last, to validate.
-
-    Raises:
-        SurgeryError: the last tenth is shorter than a window.
-    """
-    from nanogpt_surgery.data.corpus import split_by_position
-    from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.data.tokenizer import encode_text
-    from nanogpt_surgery.errors import SurgeryError
-
-    train, validation = split_by_position(text)
-    held_out_ids = encode_text(tokenizer, validation)
-    try:
-        held_out = GPTDataset.from_ids(held_out_ids, block_size)
-    except SurgeryError as error:
-        raise SurgeryError(
-            f"the last tenth of the text, which is held out for validation, is too short: "
-            f"{error.what}",
-            "give a longer text, or a smaller --block-size",
-        ) from None
-    return GPTDataset(train, tokenizer, block_size), held_out
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -166,7 +148,8 @@ def _signals() -> Iterator[_Stop]:
 
 
 def _leave(job: Job, step: Step, number: int) -> None:
-    say(f"saved after step {step.step:,} in {job.out}; the same command with --resume goes on")
+    place = job.options.out
+    say(f"saved after step {step.step:,} in {place}; the same command with --resume goes on")
     sys.exit(128 + number)
 
 
@@ -195,7 +178,7 @@ def _operations_per_token(job: Job) -> int:
     return training_flops_per_token(job.model, job.dataset.block_size, kept)
 
 
-def planned(job: Job) -> Report:
+def _planned(job: Job) -> Report:
     """What the training will take; no folder is touched."""
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -211,13 +194,13 @@ def _finish(job: Job, run: Run, matmul_rate: float) -> dict[str, Any]:
     from nanogpt_surgery.report.loss_plot import plot_losses, read_metrics
 
     metrics = read_metrics(run.folder / "metrics.jsonl")
-    plot_losses(metrics, run.folder / "loss.png", title=str(job.out))
+    plot_losses(metrics, run.folder / "loss.png", title=str(job.options.out))
     losses = [row["validation_loss"] for row in metrics if row["validation_loss"] is not None]
     seconds = sum(row["seconds"] for row in metrics)
     rows = len(metrics) * job.settings.batch_size * job.settings.accumulation
     tokens = sum(row["tokens"] for row in metrics)
     return {
-        "folder": str(job.out),
+        "folder": str(job.options.out),
         "steps": len(metrics),
         "trained_parameters": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
         "tokens": tokens,

@@ -58,6 +58,17 @@ def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     return encode(text)
 
 
+def required_tokenizer(tokenizer: Tokenizer | None, whose: str, hint: str = "") -> Tokenizer:
+    """The tokenizer of a model that text goes into.
+
+    Raises:
+        SurgeryError: there is none.
+    """
+    if tokenizer is None:
+        raise SurgeryError(f"{whose} has no tokenizer, so text cannot become ids", hint)
+    return tokenizer
+
+
 def stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens after which a text or a turn is over, where the tokenizer has any."""
     return frozenset(getattr(tokenizer, "stop_ids", ()))

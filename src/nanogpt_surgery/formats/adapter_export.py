@@ -14,8 +14,9 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nanogpt_surgery.atomic import whole_file, whole_folder
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import whole_file, whole_folder, write_json
+from nanogpt_surgery.files import write_json
 from nanogpt_surgery.formats.gguf_file import read_gguf
 from nanogpt_surgery.formats.gguf_names import table
 from nanogpt_surgery.formats.huggingface import OWN, family_of

@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import whole_folder
 from nanogpt_surgery.formats.fused_update import fuse, split
 from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs

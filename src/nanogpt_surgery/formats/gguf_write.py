@@ -19,9 +19,9 @@ from gguf.quants import quantize
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanogpt_surgery.atomic import whole_file
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import whole_file
 from nanogpt_surgery.formats.comparison import compare
 from nanogpt_surgery.formats.gguf_model import SCALING_KEY, open_gguf, rope_factors
 from nanogpt_surgery.formats.gguf_names import FIELDS, ROPE_FACTORS, table

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.adapter_layout import load_adapter
 from nanogpt_surgery.formats.model_file import open_model
@@ -64,9 +64,8 @@ def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> t
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (PROBE_ROWS, length), generator=draw)
         return ids, f"{ids.numel()} random tokens"
-    if tokenizer is None:
-        raise SurgeryError("the model has no tokenizer, so a probe text cannot become ids",
-                           "without --probe it is measured on random tokens")  # fmt: skip
+    hint = "without --probe it is measured on random tokens"
+    tokenizer = required_tokenizer(tokenizer, "the model", hint)
     encoded = list(tokenizer.encode(text[: 64 * PROBE_ROWS * PROBE_TOKENS]))
     rows = min(PROBE_ROWS, len(encoded) // length)
     if not rows:

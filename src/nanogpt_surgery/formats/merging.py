@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import file_hash, whole_folder
+from nanogpt_surgery.files import file_hash
 from nanogpt_surgery.formats.adapter_layout import adapter_folder
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record

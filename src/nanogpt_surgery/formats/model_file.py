@@ -7,15 +7,10 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.atomic import whole_folder
+from nanogpt_surgery.data.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files import (
-    read_json,
-    refuse_damage,
-    whole_folder,
-    write_json,
-    write_tensors,
-)
+from nanogpt_surgery.files import read_json, refuse_damage, write_json, write_tensors
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.config_options import MODEL_TYPES
 from nanogpt_surgery.formats.folder_journal import is_operated
@@ -140,9 +135,7 @@ def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
         folder = model_folder(alone if alone.is_dir() else path)
         tokenizer = open_tokenizer(folder)
         context = config_from_json(read_json(folder / CONFIG)).block_size
-    if tokenizer is None:
-        raise SurgeryError(f"{path} has no tokenizer, so text cannot become ids")
-    return tokenizer, context
+    return required_tokenizer(tokenizer, str(path)), context
 
 
 def model_folder(path: str | Path) -> Path:

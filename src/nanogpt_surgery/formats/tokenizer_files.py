@@ -15,13 +15,14 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
 from nanogpt_surgery.data.bpe_tokenizer import is_ours as is_bpe
 from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files import read_json, whole_folder, write_json
+from nanogpt_surgery.files import read_json, write_json
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"

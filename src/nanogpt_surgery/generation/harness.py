@@ -10,14 +10,20 @@ results = lm_eval.simple_evaluate(HarnessModel(*open_model("runs/english")), tas
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from lm_eval.api.model import LM
 
-from nanogpt_surgery.data.chat import Message, template_of
-from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids, tokenizer_fingerprint
+from nanogpt_surgery.data.chat import Message, ids_of, template_of
+from nanogpt_surgery.data.tokenizer import (
+    Tokenizer,
+    prompt_ids,
+    required_tokenizer,
+    tokenizer_fingerprint,
+)
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.generation.batch_text import continue_texts
 from nanogpt_surgery.generation.evaluation import check_batch_size, scored
@@ -32,7 +38,8 @@ class HarnessModel(LM):  # type: ignore[misc]
     """Log-likelihoods and answers of a `SimpleGPT`, an adapter on it included.
 
     A text begins after the tokenizer's BOS, or else its EOS. A tokenizer with neither, as of
-    characters, leaves the first token of a text without context unscored. What is longer than the
+    characters, leaves the first token of a text without context unscored. A conversation that
+    `apply_chat_template` wrote is encoded, and ends, as in `surgery chat`. What is longer than the
     model's block_size loses its beginning, with a warning.
 
     Args:
@@ -46,11 +53,11 @@ class HarnessModel(LM):  # type: ignore[misc]
         self, model: SimpleGPT, tokenizer: Tokenizer | None, batch_size: int = 8, seed: int = 0
     ):
         super().__init__()
-        if tokenizer is None:
-            raise SurgeryError("the model has no tokenizer, so a task's text cannot become ids")
         check_batch_size(batch_size)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer = model, required_tokenizer(tokenizer, "the model")
         self.batch_size, self.seed = batch_size, seed
+        self.template = template_of(self.tokenizer)
+        self._conversations: dict[int, set[str]] = {}  # those that the template wrote, by length
         begin = getattr(tokenizer, "bos_id", None)
         begin = getattr(tokenizer, "eos_id", None) if begin is None else begin
         self.prefix: list[int] = [] if begin is None else [begin]
@@ -87,15 +94,25 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """The ids of both, and how many of them are scored: the harness's own way to cut."""
-        spaces = len(context) - len(context.rstrip())
-        if spaces:
-            context, continuation = context[:-spaces], context[-spaces:] + continuation
-        if context:
-            ids = prompt_ids(self.tokenizer, context + continuation)
-            return ids, len(ids) - len(prompt_ids(self.tokenizer, context))
+        before = context.rstrip()
+        continuation = context[len(before) :] + continuation
+        if before:
+            encoded = self._encoder(context)
+            ids = encoded(before + continuation)
+            return ids, len(ids) - len(encoded(before))
         ids = self.tokenizer.encode(continuation)
         ids = ids if ids[: len(self.prefix)] == self.prefix else self.prefix + ids
         return ids, len(ids) - 1
+
+    def _encoder(self, context: str) -> Callable[[str], list[int]]:
+        """What encodes texts that begin with a context: a conversation is encoded as in a chat."""
+        if self._is_conversation(context):
+            return partial(ids_of, self.tokenizer, self.template)
+        return partial(prompt_ids, self.tokenizer)
+
+    def _is_conversation(self, context: str) -> bool:
+        """Whether `apply_chat_template` wrote a context, to which the task may have added."""
+        return any(context[:size] in texts for size, texts in self._conversations.items())
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], int]]:
         block = self.model.config.block_size
@@ -149,7 +166,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             raise SurgeryError(
                 f"a task asks for settings that we do not have: {', '.join(unknown)}"
             )
-        ids = prompt_ids(self.tokenizer, context) or self.prefix
+        ids = self._encoder(context)(context) or self.prefix
         room = self.model.config.block_size - length
         if room < 1:
             raise SurgeryError(
@@ -164,10 +181,15 @@ class HarnessModel(LM):  # type: ignore[misc]
             [ids[-room:]],
             length,
             SamplingSettings(**arguments),
-            stop=[stop] if isinstance(stop, str) else stop,
+            stop=self._stop(context, stop),
             seed=self.seed,
         )
         return found.text
+
+    def _stop(self, context: str, wanted: str | Sequence[str]) -> list[str]:
+        """What ends an answer: what the task says, and in a conversation what the template does."""
+        said = [wanted] if isinstance(wanted, str) else list(wanted)
+        return said + list(self.template.stop if self._is_conversation(context) else ())
 
     @property
     def tokenizer_name(self) -> str:
@@ -176,10 +198,12 @@ class HarnessModel(LM):  # type: ignore[misc]
 
     def chat_template(self, chat_template: bool | str = False) -> str:
         """The source of the template that `apply_chat_template` uses."""
-        return template_of(self.tokenizer).source
+        return self.template.source
 
     def apply_chat_template(
         self, chat_history: list[Message], add_generation_prompt: bool = True
     ) -> str:
         """A conversation as the model was trained to see it."""
-        return template_of(self.tokenizer).render(chat_history, add_generation_prompt)
+        text = self.template.render(chat_history, add_generation_prompt)
+        self._conversations.setdefault(len(text), set()).add(text)
+        return text

@@ -7,11 +7,20 @@ Qwen3 is a row of `FAMILIES`. This module does not load torch, so the command li
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.model.values import (
+    FACTOR,
+    POSITIVE,
+    SHARE,
+    SIZE,
+    SIZE_OR_0,
+    SWITCH,
+    raise_all,
+    wrong,
+)
 
 Positions = Literal["learned", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
@@ -24,29 +33,6 @@ AXES: dict[str, tuple[str, ...]] = {
     "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu"),
     "bias": ("all", "qkv", "attention", "none"),
 }
-
-
-# What a value must be, in words and as a test.
-_SIZE = ("a positive integer", lambda x: type(x) is int and x > 0)
-_SIZE_OR_0 = ("a positive integer, or 0", lambda x: type(x) is int and x >= 0)
-_POSITIVE = ("a number above 0", lambda x: type(x) in (int, float) and x > 0)
-_FACTOR = ("a number of at least 1", lambda x: type(x) in (int, float) and x >= 1)
-_SHARE = ("a number of at least 0 and below 1", lambda x: type(x) in (int, float) and 0 <= x < 1)
-_SWITCH = ("true or false", lambda x: type(x) is bool)
-
-
-def _wrong(config: Any, kind: tuple[str, Callable[[Any], bool]], *names: str) -> list[str]:
-    wanted, holds = kind
-    return [
-        f"{name} is {value!r}; it must be {wanted}"
-        for name in names
-        if not holds(value := getattr(config, name))
-    ]
-
-
-def _raise_all(what: str, problems: list[str]) -> None:
-    if problems:
-        raise SurgeryError(f"{what}: " + "; ".join(problems))
 
 
 @dataclass(frozen=True)
@@ -64,13 +50,13 @@ class RopeScaling:
     original_max_position_embeddings: int
 
     def __post_init__(self) -> None:
-        problems = _wrong(self, _FACTOR, "factor")
-        problems += _wrong(self, _POSITIVE, "low_freq_factor", "high_freq_factor")
-        problems += _wrong(self, _SIZE, "original_max_position_embeddings")
+        problems = wrong(self, FACTOR, "factor")
+        problems += wrong(self, POSITIVE, "low_freq_factor", "high_freq_factor")
+        problems += wrong(self, SIZE, "original_max_position_embeddings")
         low, high = self.low_freq_factor, self.high_freq_factor
         if not problems and low >= high:
             problems = [f"low_freq_factor {low} must be below high_freq_factor {high}"]
-        _raise_all("this rope_scaling is impossible", problems)
+        raise_all("this rope_scaling is impossible", problems)
 
 
 @dataclass(frozen=True)
@@ -121,11 +107,11 @@ class GPTConfig:
     """probability of zeroing an activation in training"""
 
     def __post_init__(self) -> None:
-        problems = _wrong(self, _SIZE, "vocab_size", "n_embd", "n_head", "n_layer", "block_size")
-        problems += _wrong(self, _SIZE_OR_0, "n_kv_head", "head_dim", "n_inner", "n_lags")
+        problems = wrong(self, SIZE, "vocab_size", "n_embd", "n_head", "n_layer", "block_size")
+        problems += wrong(self, SIZE_OR_0, "n_kv_head", "head_dim", "n_inner", "n_lags")
         sizes = {} if problems else self._derived_sizes()
         problems += self._wrong_values() + (self._contradictions(sizes) if sizes else [])
-        _raise_all("this model cannot be built", problems)
+        raise_all("this model cannot be built", problems)
         for name, value in sizes.items():
             object.__setattr__(self, name, value)
 
@@ -143,9 +129,9 @@ class GPTConfig:
             for axis, values in AXES.items()
             if getattr(self, axis) not in values
         ]
-        found += _wrong(self, _POSITIVE, "norm_eps", "rope_theta")
-        found += _wrong(self, _SHARE, "dropout")
-        found += _wrong(self, _SWITCH, "qk_norm", "tie_head")
+        found += wrong(self, POSITIVE, "norm_eps", "rope_theta")
+        found += wrong(self, SHARE, "dropout")
+        found += wrong(self, SWITCH, "qk_norm", "tie_head")
         if self.rope_scaling and self.positions != "rotary":
             found.append(f"rope_scaling needs positions 'rotary', not {self.positions!r}")
         return found

@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import (
     MANIFEST,
@@ -26,7 +27,6 @@ from nanogpt_surgery.files import (
     read_json,
     remove_temporaries,
     replace_text,
-    whole_folder,
     write_json,
     write_tensors,
 )

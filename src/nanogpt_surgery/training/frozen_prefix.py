@@ -131,8 +131,7 @@ def prefix_for(
     if not isinstance(model, SimpleGPT) or model.config.dropout > 0:
         return None
     first = first_that_learns(model)
-    drawn = settings.max_steps * settings.batch_size * settings.accumulation
-    if not first or drawn < LEAST_VISITS * len(dataset):
+    if not first or settings.windows < LEAST_VISITS * len(dataset):
         return None
     room = int(settings.keep_hidden * GIB) // bytes_of_window(model, dataset.block_size)
     windows = min(len(dataset), room)

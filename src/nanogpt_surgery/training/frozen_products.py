@@ -168,9 +168,13 @@ def quick_classes(model: nn.Module, precision: torch.dtype) -> dict[nn.Module, t
 
 
 def stored_in_bfloat16(model: nn.Module) -> bool:
-    """Whether frozen parameters are in bfloat16, and all that learn in float32."""
-    frozen = {p.dtype for p in model.parameters() if not p.requires_grad}
-    learning = {p.dtype for p in model.parameters() if p.requires_grad}
+    """Whether frozen parameters are in bfloat16, and all that learn in float32.
+
+    Where gradients are off, nothing learns.
+    """
+    learns = torch.is_grad_enabled()
+    frozen = {p.dtype for p in model.parameters() if not (learns and p.requires_grad)}
+    learning = {p.dtype for p in model.parameters() if learns and p.requires_grad}
     return torch.bfloat16 in frozen and learning <= {torch.float32}
 
 

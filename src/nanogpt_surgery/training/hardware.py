@@ -77,7 +77,7 @@ def operations_of(model: nn.Module, settings: FitSettings, block_size: int) -> f
 
     Three times those of a `SimpleGPT`'s forward pass, else 6 for each parameter and token.
     """
-    tokens = settings.max_steps * settings.batch_size * settings.accumulation * block_size
+    tokens = settings.windows * block_size
     if isinstance(model, SimpleGPT):
         return 3.0 * model.config.flops_per_token(block_size) * tokens
     return 6.0 * sum(p.numel() for p in model.parameters()) * tokens

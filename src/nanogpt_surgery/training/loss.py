@@ -23,6 +23,8 @@ from nanogpt_surgery.lora.mixture import Rows
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
+from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
+from nanogpt_surgery.training.hardware import cpu_has_bfloat16
 
 MOST_LOGITS = 2**23  # 32 MiB in float32
 
@@ -165,7 +167,8 @@ def evaluate(model: nn.Module, dataset: Batches, batch_size: int = 64) -> float:
 
     A text is cut into windows that do not overlap, the last one shorter, so each token but the
     first is predicted once; of conversations only what is trained on counts. Computed in the
-    model's own precision, in eval mode, on its device.
+    model's own precision, in eval mode, on its device; weights in bfloat16 are cast for their
+    products on a processor that has no bfloat16 arithmetic.
 
     Raises:
         SurgeryError: rows hold several documents, and the model is no `SimpleGPT`.
@@ -173,11 +176,18 @@ def evaluate(model: nn.Module, dataset: Batches, batch_size: int = 64) -> float:
     refuse_packed(model, dataset)
     device = next(model.parameters()).device
     total, count = 0.0, 0
-    with eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.inference_mode(), _quick_products(model, device):
         for batch in dataset.whole(batch_size):
             total += _summed_loss(model, tuple(t.to(device) for t in batch)).item()
             count += n_trained(batch[1])
     return total / count
+
+
+def _quick_products(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
+    """Products in float32 with weights in bfloat16, where that is quicker."""
+    if device.type != "cpu" or cpu_has_bfloat16() or not stored_in_bfloat16(model):
+        return nullcontext()
+    return QuickProducts(model, torch.float32).active()
 
 
 @contextmanager

@@ -92,6 +92,11 @@ class FitSettings:
         if found:
             raise SurgeryError("this training cannot be run: " + "; ".join(found))
 
+    @property
+    def windows(self) -> int:
+        """How many windows, or rows, a training reads in all."""
+        return self.max_steps * self.batch_size * self.accumulation
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
         return asdict(self)

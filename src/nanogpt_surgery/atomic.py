@@ -1,0 +1,102 @@
+"""Folders and files written whole or not at all.
+
+The order is: a temporary folder beside the goal, every file flushed to the disk, `MANIFEST.json`
+with the size and sha256 of each, then one rename; where a folder is replaced, the two change
+places. A reader sees the old folder or the new one, never half. What a kill leaves behind lies
+beside it, under a name that begins with `.tmp-`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.exchange import exchange
+from nanogpt_surgery.files import MANIFEST, disk_refuses, flush, seal, temporary_beside
+
+
+@contextmanager
+def whole_folder(goal: str | Path) -> Iterator[Path]:
+    """A temporary folder to write into, which becomes `goal` if the block ends without an error.
+
+    A folder at `goal` is replaced if it carries our manifest and every file in it is written anew;
+    nothing is lost that way.
+
+    Raises:
+        SurgeryError: `goal` holds something else, or the disk refuses (its name and free space).
+    """
+    goal = Path(goal)
+    _check_replaceable(goal)
+    temporary = temporary_beside(goal)
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        seal(temporary)
+        _put_in_place(temporary, goal)
+    except OSError as error:
+        raise disk_refuses(goal, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
+    """A temporary file to write into, which becomes `goal` if the block ends without an error.
+
+    A file at `goal` is replaced if it begins with `magic`; anything else is refused.
+
+    Raises:
+        SurgeryError: `goal` is something else, or the disk refuses (its name and free space).
+    """
+    goal = Path(goal)
+    if goal.exists() and not _begins_with(goal, magic):
+        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_beside(goal)
+    try:
+        yield temporary
+        flush(temporary)
+        temporary.replace(goal)
+        flush(goal.parent)
+    except OSError as error:
+        raise disk_refuses(goal, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def _check_replaceable(goal: Path) -> None:
+    if not goal.exists() or (goal / MANIFEST).is_file():
+        return
+    if not goal.is_dir() or any(goal.iterdir()):
+        raise SurgeryError(
+            f"{goal} exists and was not written by this program", "choose a new folder"
+        )
+
+
+def _put_in_place(temporary: Path, goal: Path) -> None:
+    if not goal.exists():
+        temporary.rename(goal)
+        flush(goal.parent)
+        return
+    lost = _contents(goal) - _contents(temporary)
+    if lost:
+        raise SurgeryError(
+            f"{goal} holds {', '.join(sorted(lost))}, which replacing it would lose",
+            "choose a new folder",
+        )
+    exchange(temporary, goal)
+    flush(goal.parent)
+
+
+def _contents(folder: Path) -> set[str]:
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}

@@ -1,0 +1,24 @@
+"""The flags that `train` and `finetune` share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from cyclopts import Parameter
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a training goes, and whether it begins."""
+
+    out: Path
+    """the folder to make: what was trained, checkpoints, metrics.jsonl, loss.png"""
+    resume: bool = False
+    """go on with the run that is there"""
+    plan: Annotated[bool, Parameter(negative="")] = False
+    """say what it will take, by a few real steps, and touch nothing"""
+    json: Annotated[bool, Parameter(negative="")] = False
+    """print the result as JSON"""

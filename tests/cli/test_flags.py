@@ -1,0 +1,96 @@
+"""Flags, their help, a file in their place, and what is said of wrong ones."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typed import surgery
+
+from nanogpt_surgery.cli.app import COMMANDS
+
+TEXT = "to be, or not to be: that is the question.\n" * 40
+
+
+def test_help_answers_for_every_command_without_torch() -> None:
+    program = (
+        "import sys\nfrom nanogpt_surgery.cli.app import run\n"
+        "for words in (['--help'], *([c, '--help'] for c in sys.argv[1:])):\n    run(words)\n"
+        "heavy = {'torch', 'numpy', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    commands = [*COMMANDS]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *commands], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    for command in commands:
+        assert f"surgery {command}" in done.stdout
+
+
+def test_defaults_in_the_help_are_the_librarys() -> None:
+    from nanogpt_surgery import FitSettings, GPTConfig
+
+    text = " ".join(surgery("train", "--help", env=os.environ | {"COLUMNS": "300"}).stdout.split())
+    assert f"optimizer steps in all [default: {FitSettings().max_steps}]" in text
+    assert f"[default: {GPTConfig(1).n_embd}]" in text
+
+
+def test_a_config_file_has_the_same_keys(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT)
+    config = tmp_path / "small.toml"
+    config.write_text(
+        f'out = "{tmp_path}/run"\nn_embd = 16\nn_head = 2\nn_layer = 1\nblock_size = 12\n'
+        "max_steps = 2\npositions = 'rotary'\n"
+    )
+    arguments = ["--config", config, "--max-steps", 3]
+    surgery("train", tmp_path / "text.txt", *arguments)
+    written = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert written["model"]["positions"] == "rotary"
+    assert written["settings"]["max_steps"] == 3, "the command line counts over the file"
+
+
+def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
+    config = tmp_path / "wrong.toml"
+    config.write_text("max_steps = 3\n\nn_embed = 16\n")
+    done = surgery("train", "--out", tmp_path / "run", "--config", config, check=1)
+    assert "n_embed" in done.stderr
+    assert "n_embd" in done.stderr
+    assert "line 3" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pieces"),
+    [
+        (["generate", "nowhere"], ["nowhere", "no such folder", "→ surgery train"]),
+        (["train", "nowhere.txt", "--out", "r"], ["nowhere.txt does not exist"]),
+        (["train", "--out", "r", "--n-embd", "10", "--n-head", "4"], ["10", "4", "multiple"]),
+        (["train", "--out", "r", "--n-embed", "10"], ["Did you mean --n-embd?"]),
+        (["finetune", "nowhere", "--out", "a"], ["nowhere"]),
+        (["inspect", "."], ["neither a run nor a model folder"]),
+        (["--config"], ["--config needs a file"]),
+        (["train", "short.txt", "--out", "r"], ["last tenth", "257", "--block-size"]),
+        (["train", "short.txt", "--out", "/proc/r", "--block-size", "2"], ["/proc/r"]),
+    ],
+)
+def test_errors_are_sentences(arguments: list[str], pieces: list[str], tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text(TEXT[:500])
+    done = surgery(*arguments, check=1, cwd=tmp_path)
+    assert "Traceback" not in done.stderr
+    for piece in pieces:
+        assert piece in done.stderr
+    assert done.stdout == ""
+
+
+def test_debug_shows_the_traceback(tmp_path: Path) -> None:
+    done = surgery("inspect", "nowhere", "--debug", check=1, cwd=tmp_path)
+    assert "Traceback" in done.stderr
+
+
+def test_escapes_in_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    done = surgery("inspect", tmp_path / "a\x1b[31mb", check=1)
+    assert "\x1b" not in done.stderr
+    assert "\\u001b" in done.stderr

@@ -1,0 +1,71 @@
+"""A training that is killed, or asked to stop, goes on where it was."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typed import surgery
+
+from nanogpt_surgery.files import file_hash
+
+TEXT = "to be, or not to be: that is the question.\n" * 40
+LONG = (
+    "--n-embd 16 --n-head 2 --n-layer 2 --block-size 12 --batch-size 4 --warmup-steps 1 "
+    "--max-steps 400 --evaluate-every 10"
+).split()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path
+
+
+def start_training(folder: Path, out: Path, *flags: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "nanogpt_surgery", "train", "text.txt", "--out", out]
+    process = subprocess.Popen(
+        [*map(str, command), *LONG, *flags],
+        cwd=folder,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    deadline = time.monotonic() + 60
+    while not list(out.glob("checkpoints/step-*")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline, "no checkpoint within a minute"
+        time.sleep(0.02)
+    return process
+
+
+@pytest.mark.parametrize("flags", [(), ("--recipe", "fast")], ids=["plain", "fast"])
+def test_a_killed_training_resumes_to_the_same_bits(folder: Path, flags: tuple[str, ...]) -> None:
+    whole, cut = folder / "whole", folder / "cut"
+    surgery("train", "text.txt", "--out", whole, *LONG, *flags, cwd=folder)
+    process = start_training(folder, cut, *flags)
+    process.kill()
+    process.communicate()
+    assert not (cut / "loss.png").exists(), "it was killed before the end"
+    surgery("train", "text.txt", "--out", cut, *LONG, *flags, "--resume", cwd=folder)
+    for name in ("model.safetensors", "training.safetensors"):
+        place = f"checkpoints/step-00000400/{name}"
+        assert file_hash(cut / place) == file_hash(whole / place)
+    assert losses(cut) == losses(whole)
+
+
+def losses(run: Path) -> list[float]:
+    return [json.loads(row)["loss"] for row in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_leaves(folder: Path, number: signal.Signals, status: int) -> None:
+    process = start_training(folder, folder / "run")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors.decode()
+    assert b"--resume goes on" in errors
+    steps = len((folder / "run" / "metrics.jsonl").read_text().splitlines())
+    assert (folder / "run" / "LATEST").read_text() == f"step-{steps:08d}\n"

@@ -1,0 +1,67 @@
+"""Models stored in bfloat16, where the processor has no arithmetic for it, and where it has."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import assert_equal_in_bfloat16, random_ids, tiny_model
+from typed import LETTERS, called
+
+from nanogpt_surgery import CharacterTokenizer, GPTConfig, open_model, save_model
+from nanogpt_surgery.cli.opening import open_to_talk
+
+NOTE = "computing in float32, with 0 MiB of weights instead of half of that; --dtype bfloat16"
+SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 60}
+CONFIG = GPTConfig.for_family("llama", vocab_size=96, tie_head=True, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stored") / "m"
+    save_model(tiny_model(CONFIG).bfloat16(), folder, CharacterTokenizer(LETTERS))
+    return folder
+
+
+def processor(monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool) -> None:
+    monkeypatch.setattr("nanogpt_surgery.training.hardware.cpu_has_bfloat16", lambda: has_bfloat16)
+
+
+def test_without_bfloat16_arithmetic_it_is_computed_in_float32(stored, monkeypatch) -> None:
+    processor(monkeypatch, False)
+    model, _ = open_to_talk(str(stored), {})
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert model.lm_head.weight is model.embed_tokens.weight
+    as_stored, _ = open_model(stored)
+    ids = random_ids(CONFIG, 2, 40)
+    with torch.no_grad():
+        assert_equal_in_bfloat16(as_stored(ids), model(ids))
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "asked", "expected"),
+    [
+        (True, None, torch.bfloat16),
+        (True, "float32", torch.float32),
+        (False, "bfloat16", torch.bfloat16),
+    ],
+)
+def test_what_is_asked_for_counts(
+    stored, monkeypatch, capsys, has_bfloat16, asked, expected
+) -> None:
+    processor(monkeypatch, has_bfloat16)
+    model, _ = open_to_talk(str(stored), {}, asked)
+    assert model.lm_head.weight.dtype == expected
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "eval"])
+def test_the_commands_say_so(stored, monkeypatch, tmp_path, command) -> None:
+    processor(monkeypatch, False)
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "text.txt").write_text("to be or not to be")
+    arguments = {"generate": ["--max-new-tokens", 2], "chat": [], "eval": [tmp_path / "text.txt"]}
+    with (tmp_path / "empty").open() as nothing:
+        monkeypatch.setattr("sys.stdin", nothing)
+        assert NOTE in called(command, stored, *arguments[command])[1]
+        more = ["--dtype", "bfloat16"]
+        assert "float32" not in called(command, stored, *arguments[command], *more)[1]
