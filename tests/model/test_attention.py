@@ -32,6 +32,17 @@ def test_attention_is_the_weighted_mean_of_what_a_query_may_see(heads, kv_heads,
     torch.testing.assert_close(causal_attention(q, k, v), naive(q, k, v), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize(("new", "keys"), [(7, 7), (1, 7), (3, 7)])
+def test_with_dropout_the_mean_over_many_draws_is_the_same(new, keys):
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, new, 5).expand(5000, 4, new, 5)
+    k, v = (torch.randn(1, 2, keys, 5).expand(5000, 2, keys, 5) for _ in range(2))
+    many = causal_attention(q, k, v, dropout=0.1)
+    error = (many.mean(0) - naive(q[:1], k[:1], v[:1])[0]).abs() / (many.std(0) / 5000**0.5)
+    assert error.max() < 5
+    assert many.std(0).min() > 0
+
+
 def test_dropout_is_for_training_alone():
     layer = tiny_model(CONFIGS["gpt2"]).layers[0].self_attn
     layer.dropout = 0.5

@@ -13,10 +13,10 @@ from nanogpt_surgery.training.loss import backward_of_loss
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 
 
-def losses(compile_: str) -> tuple[SimpleGPT, list[float]]:
+def losses(compile_: str, dropout: float = 0.0) -> tuple[SimpleGPT, list[float]]:
     torch.manual_seed(0)
     tokenizer = CharacterTokenizer(TEXT)
-    model = SimpleGPT(tokenizer.vocab_size, 24, 3, 3, 10)
+    model = SimpleGPT(tokenizer.vocab_size, 24, 3, 3, 10, dropout=dropout)
     settings = FitSettings(max_steps=4, compile=compile_, device="cpu", precision="float32")
     steps = fit(model, GPTDataset(TEXT, tokenizer, 7), settings)
     return model, [step.loss for step in steps]
@@ -29,6 +29,17 @@ def test_compiled_equals_eager() -> None:
     model, compiled = losses("on")
     assert compiled == pytest.approx(eager, rel=1e-5)
     assert all(block._compiled_call_impl is None for block in model.layers)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_compiled_dropout_is_drawn_for_each_step() -> None:
+    _, first = losses("on", 0.3)
+    _, again = losses("on", 0.3)
+    _, without = losses("on")
+    assert first == again
+    assert all(abs(a - b) > 1e-4 for a, b in zip(first, without, strict=True))
+    assert first == pytest.approx(without, rel=0.1)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from nanogpt_surgery.training.optimizer import make_optimizer
 
 JORDANS = ((3.4445, -4.7750, 2.0315),) * 5  # what torch.optim.Muon applies
 BETAS = (0.8, 0.95)
-SHAPES = [(5, 7), (7, 5), (6, 6), (5, 7), (3, 11)]
+SHAPES = [(5, 7), (7, 5), (6, 6), (5, 7), (3, 11), (48, 4)]
 
 
 def by_singular_values(matrix, polynomials):
@@ -43,6 +43,18 @@ def test_singular_values_a_thousand_times_smaller_are_no_less_exact():
     expected = by_singular_values(matrix, POLYNOMIALS)
     found = orthogonalised(matrix.float()[None])[0]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_matrices_in_bfloat16_lose_nothing_but_their_last_bits():
+    torch.manual_seed(0)
+    U, _, Vh = torch.linalg.svd(torch.randn(48, 96, dtype=torch.float64), full_matrices=False)
+    values = torch.full((48,), 0.03, dtype=torch.float64)
+    values[0] = 1
+    stored = (U @ torch.diag(values) @ Vh).bfloat16()
+    expected = by_singular_values(stored.double(), POLYNOMIALS)
+    found = orthogonalised(stored[None])[0]
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - expected).norm() < 0.005 * expected.norm()
 
 
 def test_singular_values_come_near_one():
@@ -145,6 +157,18 @@ def test_a_run_with_muon_is_resumed_to_the_bit(tmp_path):
     steps(again, fresh, 3, 6)
     assert hashes(again) == hashes(whole)
     assert training_state(again, fresh).keys() == training_state(whole, optimizer).keys()
+
+
+def test_a_run_whose_momentum_lies_another_way_is_refused(tmp_path):
+    model = model_of(0.1)
+    optimizer = make_optimizer(model, replace(SETTINGS, muon=True))
+    [done] = fit(model, DATASET, SETTINGS, muon=True, max_steps=1, optimizer=optimizer)
+    tall = next(p for p in optimizer.param_groups[0]["params"] if p.size(0) > p.size(1))
+    optimizer.state[tall]["momentum"] = optimizer.state[tall]["momentum"].mT
+    run = Run(tmp_path)
+    run.save(done, lambda folder: None, model, optimizer)
+    with pytest.raises(SurgeryError, match=r"the momentum of .* begun by an earlier one"):
+        Run(tmp_path, run.checkpoint).restore(model, optimizer)
 
 
 def test_a_closure_is_called_with_gradients_and_its_loss_comes_back():

@@ -26,7 +26,7 @@ from nanogpt_surgery.model.positions import leave, rotate
 
 
 class CausalSelfAttention(nn.Module):
-    """Four projections with Hugging Face's names around `scaled_dot_product_attention`."""
+    """Four projections with Hugging Face's names around `causal_attention`."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -85,12 +85,12 @@ def causal_attention(
     if q.size(1) != k.size(1):
         groups = q.size(1) // k.size(1)
         k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, D)
+    if dropout and q.device.type == "cpu":
+        return _in_float32(partial(attention_with_dropout, probability=dropout, mask=mask), q, k, v)
     if mask is None and not (new == keys or new == 1):
         mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)
     attend: Any = F.scaled_dot_product_attention
     attend = partial(attend, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and new > 1)
-    if dropout and q.device.type == "cpu":
-        attend = partial(attention_with_dropout, probability=dropout, mask=mask)
     return _in_float32(attend, q, k, v)
 
 

@@ -121,7 +121,11 @@ class Run:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give what is trained and its optimizer the state of the checkpoint to go on from."""
+        """Give what is trained and its optimizer the state of the checkpoint to go on from.
+
+        Raises:
+            SurgeryError: another version's optimizer kept its state in another shape.
+        """
         assert self.checkpoint is not None, "there is no checkpoint to go on from"
         tensors = load_file(self.checkpoint / STATE)
         for name, parameter in _trained(model, optimizer).items():
@@ -131,6 +135,7 @@ class Run:
             }
             value = state.pop("value")
             assert value.shape == parameter.shape, f"{name} is {value.shape} in {self.checkpoint}"
+            _check_state(name, parameter, state)
             with torch.no_grad():
                 parameter.copy_(value)
             # Copies: the tensors lie in the file's memory, and the file may be deleted.
@@ -138,6 +143,16 @@ class Run:
                 key: tensor.to(parameter.device, copy=True) for key, tensor in state.items()
             }
         assert not tensors, f"{self.checkpoint} trains what this model does not: {[*tensors]}"
+
+
+def _check_state(name: str, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+    for key, tensor in state.items():
+        if tensor.dim() and tensor.shape != parameter.shape:
+            raise SurgeryError(
+                f"the {key} of {name} is {tuple(tensor.shape)} in the checkpoint, and of this "
+                f"version's optimizer {tuple(parameter.shape)}: the run was begun by an earlier one",
+                "begin it anew, in another --out",
+            )
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -34,8 +34,13 @@ def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> 
 
     What the polynomials do to a matrix X they do through its Gram matrix G = X Xᵀ (Xᵀ X where that
     is smaller): a X + b G X + c G² X = (a + b G + c G²) X, and then G becomes P G P. So all rounds
-    are on the short side, and X takes part in two products alone.
+    are on the short side, and X takes part in two products alone. They need float32: in bfloat16
+    the square of a singular value under a tenth of the largest is lost beside that of the largest.
     """
+    dtype, matrices = (
+        matrices.dtype,
+        matrices.to(torch.promote_types(matrices.dtype, torch.float32)),
+    )
     tall = matrices.size(-2) > matrices.size(-1)
     gram = matrices.mT @ matrices if tall else matrices @ matrices.mT  # (N, R, R), R the shorter
     squared_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-14)[:, None, None]
@@ -47,7 +52,7 @@ def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> 
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step @ product if number else step * product
-    return matrices @ product if tall else product @ matrices
+    return (matrices @ product if tall else product @ matrices).to(dtype)
 
 
 class Muon(torch.optim.Optimizer):
