@@ -150,7 +150,7 @@ def _check_state(name: str, parameter: nn.Parameter, state: dict[str, Tensor]) -
         if tensor.dim() and tensor.shape != parameter.shape:
             raise SurgeryError(
                 f"the {key} of {name} is {tuple(tensor.shape)} in the checkpoint, and of this "
-                f"version's optimizer {tuple(parameter.shape)}: the run was begun by an earlier one",
+                f"version's {tuple(parameter.shape)}: the run was begun by an earlier one",
                 "begin it anew, in another --out",
             )
 
