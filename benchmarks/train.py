@@ -23,6 +23,7 @@ import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import contenders
 import torch
@@ -124,14 +125,15 @@ def child(who: str, shape: Shape, precision: str, steps: int, path: Path, nanogp
         dtype = choose_hardware(FitSettings(precision=contenders.own(precision))).precision
     step = statistics.median(seconds[1:])
     share = contenders.flops(shape, vocab_size) / step / matmul_rate(device, dtype)
-    print(json.dumps({"seconds": step, "peak": peak, "utilisation": share}))
+    kind = str(dtype).removeprefix("torch.")
+    print(json.dumps({"seconds": step, "peak": peak, "utilisation": share, "precision": kind}))
 
 
 def rates(options: argparse.Namespace, shape: Shape, precision: str, steps: int) -> None:
     """Print the rate and the memory of every contender at a shape."""
     who = ["ours", "ours, compiled", "ours, fast, compiled", "transformers"]
     who += ["nanoGPT"] if options.nanogpt else []
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in who}
+    measured: dict[str, list[dict[str, Any]]] = {name: [] for name in who}
     what = json.dumps(vars(shape)), precision, str(steps), str(options.text), str(options.nanogpt)
     for _ in range(options.turns):
         for name, results in measured.items():
@@ -140,14 +142,17 @@ def rates(options: argparse.Namespace, shape: Shape, precision: str, steps: int)
             if done.returncode:
                 raise SystemExit(done.stderr)
             results.append(json.loads(done.stdout.splitlines()[-1]))
-    print(f"{shape}, {precision}")
+    print(f"{shape}")
     middle = {
-        name: {key: statistics.median(r[key] for r in results) for key in results[0]}
+        name: {
+            key: statistics.median(r[key] for r in results)
+            for key in ("seconds", "peak", "utilisation")
+        }
         for name, results in measured.items()
     }
     for name, row in middle.items():
         print(
-            f"  {name:20s} {row['seconds'] * 1000:9.1f} ms a step  "
+            f"  {name:20s} {measured[name][0]['precision']:8s} {row['seconds'] * 1000:9.1f} ms a step  "
             f"{shape.batch * shape.block / row['seconds']:9,.0f} tokens/s  "
             f"{middle[who[-1]]['seconds'] / row['seconds']:5.2f} × {who[-1]}'s  "
             f"{row['utilisation']:4.0%} of the matmul rate  peak {row['peak']:5.2f} GiB",
