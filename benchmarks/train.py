@@ -152,7 +152,8 @@ def rates(options: argparse.Namespace, shape: Shape, precision: str, steps: int)
     }
     for name, row in middle.items():
         print(
-            f"  {name:20s} {measured[name][0]['precision']:8s} {row['seconds'] * 1000:9.1f} ms a step  "
+            f"  {name:20s} {measured[name][0]['precision']:8s} "
+            f"{row['seconds'] * 1000:9.1f} ms a step  "
             f"{shape.batch * shape.block / row['seconds']:9,.0f} tokens/s  "
             f"{middle[who[-1]]['seconds'] / row['seconds']:5.2f} × {who[-1]}'s  "
             f"{row['utilisation']:4.0%} of the matmul rate  peak {row['peak']:5.2f} GiB",
