@@ -1,12 +1,15 @@
 """Settings that every test shares."""
 
 import os
+import signal
 
 from hypothesis import settings
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or peft is imported: no network
 # Tests run side by side, one on each core: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts what runs in its background deaf to Ctrl-C, which tests send.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("ours", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("ours")
