@@ -129,7 +129,7 @@ def transformers_gpt2(
 
 
 class Logits(nn.Module):
-    """The logits of nanoGPT, which gives all of them only beside targets."""
+    """The logits of a peer; nanoGPT gives all of them only beside targets."""
 
     def __init__(self, peer: nn.Module):
         super().__init__()
@@ -137,6 +137,8 @@ class Logits(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, T) → (B, T, V)."""
+        if hasattr(self.peer, "generation_config"):
+            return self.peer(input_ids=ids, use_cache=False).logits
         return self.peer(ids, ids)[0]
 
 

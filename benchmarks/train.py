@@ -3,10 +3,10 @@
     uv run benchmarks/train.py TEXT --nanogpt PATH [--only loss|rate] [--steps 2000]
 
 Time to loss: nanoGPT's README example for a CPU (4 layers, 4 heads, width 128, block 64, batch 12,
-2,000 steps, its estimates of the loss included), the recipe `fast` for about a fifteenth of that
-time, and the recipe `fast` for all of it. The three take turns in one process, so that what else
-the machine does falls on all. Ours is evaluated on the whole last tenth of the text, inside the
-time; no contender has more parameters than nanoGPT's 0.80 million.
+2,000 steps, its estimates of the loss included), transformers' GPT-2 by the same loop, the recipe
+`fast` for about a fifteenth of nanoGPT's time, and the recipe `fast` for all of it. They take turns
+in one process, so that what else the machine does falls on all. Ours is evaluated on the whole last
+tenth of the text, inside the time; it has no more parameters than nanoGPT's 0.80 million.
 
 Rate: steps at that shape and at 6 layers × 384, block 256; each contender in a process of its own,
 in turns, with its peak memory.
@@ -66,8 +66,14 @@ def time_to_loss(path: Path, nanogpt: Path, steps: int) -> None:
     peer, theirs = contenders.nanogpt(
         nanogpt, SMALL, train.ids, held.ids, vocab_size, steps, "float32"
     )
+    second, their_loop = contenders.transformers_gpt2(
+        SMALL, train.ids, held.ids, vocab_size, steps, "float32"
+    )
     # For each: the model, its steps, how many, and what it is measured on within the time.
-    rows = {"nanoGPT": (peer, theirs, steps, None)}
+    rows = {
+        "nanoGPT": (peer, theirs, steps, None),
+        "transformers": (second, their_loop, steps, None),
+    }
     for name, plan in (("ours, fast", SHORT), ("ours, long", LONG)):
         n, shape = max(1, plan["steps"] * steps // 2000), plan["shape"]
         options = {key: value for key, value in plan.items() if key not in ("steps", "shape")}
@@ -85,11 +91,12 @@ def time_to_loss(path: Path, nanogpt: Path, steps: int) -> None:
             if turn == TURNS - 1 and own is not None:
                 losses[name] = evaluate(model, own)
             seconds[name] += time.perf_counter() - start
-    losses["nanoGPT"] = evaluate(contenders.Logits(peer), held)
+    for name, model in (("nanoGPT", peer), ("transformers", second)):
+        losses[name] = evaluate(contenders.Logits(model), held)
     for name, (model, _, n, _) in rows.items():
         size = sum(p.numel() for p in model.parameters())
         print(
-            f"{name:11s} {n:5d} steps  {size:9,} parameters  {seconds[name]:7.1f} s  "
+            f"{name:12s} {n:5d} steps  {size:9,} parameters  {seconds[name]:7.1f} s  "
             f"{seconds['nanoGPT'] / seconds[name]:6.2f} × as fast  loss {losses[name]:.4f}"
         )
 
