@@ -34,7 +34,9 @@ from nanogpt_surgery.lora.examination import (
     merge_survival,
     refuse_effect,
 )
+from nanogpt_surgery.lora.lora_layer import lora_layers
 from nanogpt_surgery.lora.operations import merge_lora
+from nanogpt_surgery.lora.replaced import ReplacedLayer
 from nanogpt_surgery.lora.report import Report
 
 
@@ -103,8 +105,10 @@ def merge_adapter(
     facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
     writing = _Writing(merge, logits_of(merge.model, merge.probe), None if force else tolerance)
+    whole = any(isinstance(layer, ReplacedLayer) for layer in lora_layers(merge.model).values())
     report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
-    _refuse_no_change(report, adapter, force)
+    if not (force or whole):
+        _refuse_no_change(report, adapter)
     merge.model.to(merge.precision)
     if out is None:
         entry = writing.in_place(goal, entry, keep_originals)
@@ -153,9 +157,9 @@ class _Writing:
         return replace(entry, measured=effect | {"measured_on": self.merge.probed_on})
 
 
-def _refuse_no_change(report: Report, adapter: str | Path, force: bool) -> None:
+def _refuse_no_change(report: Report, adapter: str | Path) -> None:
     """Raise `SurgeryError` if every weight would be the number that it is without the adapter."""
-    if force or not report.rows or any(row["weights changed"] for row in report.rows):
+    if any(row["weights changed"] for row in report.rows):
         return
     lost = any(row["ΔW / W"] for row in report.rows)
     dtype = report.rows[0]["dtype"]
