@@ -34,7 +34,6 @@ from nanogpt_surgery.lora.examination import (
     merge_survival,
     refuse_effect,
 )
-from nanogpt_surgery.lora.lora_layer import lora_layers
 from nanogpt_surgery.lora.operations import merge_lora
 from nanogpt_surgery.lora.replaced import ReplacedLayer
 from nanogpt_surgery.lora.report import Report
@@ -105,10 +104,9 @@ def merge_adapter(
     facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
     writing = _Writing(merge, logits_of(merge.model, merge.probe), None if force else tolerance)
-    whole = any(isinstance(layer, ReplacedLayer) for layer in lora_layers(merge.model).values())
+    changes = force or any(isinstance(part, ReplacedLayer) for part in merge.model.modules())
     report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
-    if not (force or whole):
-        _refuse_no_change(report, adapter)
+    _refuse_no_change(report, adapter, changes)
     merge.model.to(merge.precision)
     if out is None:
         entry = writing.in_place(goal, entry, keep_originals)
@@ -157,9 +155,12 @@ class _Writing:
         return replace(entry, measured=effect | {"measured_on": self.merge.probed_on})
 
 
-def _refuse_no_change(report: Report, adapter: str | Path) -> None:
-    """Raise `SurgeryError` if every weight would be the number that it is without the adapter."""
-    if any(row["weights changed"] for row in report.rows):
+def _refuse_no_change(report: Report, adapter: str | Path, changes: bool) -> None:
+    """Raise `SurgeryError` if every weight would be the number that it is without the adapter.
+
+    `changes`: it is known, or said, to change the model apart from its ΔW.
+    """
+    if changes or any(row["weights changed"] for row in report.rows):
         return
     lost = any(row["ΔW / W"] for row in report.rows)
     dtype = report.rows[0]["dtype"]
