@@ -1,12 +1,15 @@
 import itertools
+import os
 from pathlib import Path
 
 import pytest
 
 from nanogpt_surgery import SurgeryError
+from nanogpt_surgery.atomic import whole_file, whole_folder
 from nanogpt_surgery.exchange import SetAsideError, exchange, set_aside
 from nanogpt_surgery.files import disk_refuses, remove_temporaries
-from nanogpt_surgery.formats.folder_operation import undo_folder
+from nanogpt_surgery.formats.folder_journal import Entry
+from nanogpt_surgery.formats.folder_operation import operate, undo_folder
 
 IN_ONE_STEP = "nanogpt_surgery.exchange._in_one_step"
 
@@ -104,3 +107,42 @@ def test_a_folder_that_cannot_be_put_back_is_named_with_where_it_lies(pair, fail
     assert f"untouched, at {aside}" in told.what
     assert told.hint.endswith(f"mv {aside} {pair[1]}")
     assert told.hint.startswith("mv") != pair[1].exists()
+
+
+def write_folder(goal):
+    with whole_folder(goal) as folder:
+        (folder / "what").write_text("newer")
+
+
+def write_file(goal):
+    with whole_file(goal / "what", magic=b"old") as path:
+        path.write_text("newer")
+
+
+def operate_on_folder(goal):
+    def write(new):
+        (new / "what").write_text("newer")
+        return Entry("write", "base", {}, {})
+
+    operate(goal, write)
+
+
+@pytest.mark.parametrize("write", [write_folder, write_file, operate_on_folder])
+def test_a_new_state_whose_name_cannot_be_flushed_is_there_and_that_is_said(
+    write, tmp_path, monkeypatch
+):
+    goal = tmp_path / "goal"
+    with whole_folder(goal) as folder:
+        (folder / "what").write_text("old")
+    parent, fsync = (goal if write is write_file else tmp_path).stat().st_ino, os.fsync
+
+    def refusing(descriptor):
+        if os.fstat(descriptor).st_ino == parent:
+            raise OSError(5, "injected")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", refusing)
+    with pytest.raises(SurgeryError, match=r"in its place, but .* injected"):
+        write(goal)
+    assert (goal / "what").read_text() == "newer"
+    assert list(tmp_path.iterdir()) == [goal]

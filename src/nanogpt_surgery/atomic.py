@@ -15,7 +15,14 @@ from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.exchange import exchange
-from nanogpt_surgery.files import MANIFEST, disk_refuses, flush, seal, temporary_beside
+from nanogpt_surgery.files import (
+    MANIFEST,
+    disk_refuses,
+    flush,
+    flush_place,
+    seal,
+    temporary_beside,
+)
 
 
 @contextmanager
@@ -60,7 +67,7 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         yield temporary
         flush(temporary)
         temporary.replace(goal)
-        flush(goal.parent)
+        flush_place(goal)
     except OSError as error:
         raise disk_refuses(goal, error) from error
     finally:
@@ -86,7 +93,7 @@ def _check_replaceable(goal: Path) -> None:
 def _put_in_place(temporary: Path, goal: Path) -> None:
     if not goal.exists():
         temporary.rename(goal)
-        flush(goal.parent)
+        flush_place(goal)
         return
     lost = _contents(goal) - _contents(temporary)
     if lost:
@@ -95,7 +102,7 @@ def _put_in_place(temporary: Path, goal: Path) -> None:
             "choose a new folder",
         )
     exchange(temporary, goal)
-    flush(goal.parent)
+    flush_place(goal)
 
 
 def _contents(folder: Path) -> set[str]:

@@ -123,6 +123,23 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def flush_place(goal: Path) -> None:
+    """Ask the system to keep the place that a file or folder has just taken.
+
+    Raises:
+        SurgeryError: it refuses; the new state is in its place all the same.
+    """
+    try:
+        flush(goal.parent)
+    except OSError as error:
+        raise SurgeryError(
+            f"{goal} is written whole and in its place, but {goal.parent} could not be flushed to "
+            f"the disk: {error.strerror or error}; a power cut may bring back what was there "
+            "before",
+            "look after the disk, and whether the new state is still there",
+        ) from error
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file; what the disk refuses is an `OSError`."""
     from safetensors import SafetensorError

@@ -74,7 +74,7 @@ def test_what_load_cannot_go_on_with_is_said(folder: Path, talk) -> None:
 
 def test_a_conversation_that_was_loaded_is_saved_where_it_lay(folder: Path, talk) -> None:
     (folder / "link.json").symlink_to("lain.json")
-    write(folder / "lain.json", {"messages": ASKED, "settings": {"top_k": 3}})
+    write(folder / "lain.json", {"messages": ASKED, "adapters": {}})
     out, errors = talk("/load lain.json\nabc\n/save link.json\n/save lain.json\n")
     assert errors.count("wrote ") == 2
     assert (folder / "link.json").is_symlink()
@@ -89,6 +89,8 @@ def test_a_conversation_that_was_loaded_is_saved_where_it_lay(folder: Path, talk
         ({"messages": ASKED, "mine": 1}, "mine"),
         ({"messages": [ASKED[0] | {"name": "Ada"}, ANSWER], "id": 7}, "id, name"),
         ({"prompt": "q", "completion": "hello"}, "completion, prompt"),
+        ({"messages": ASKED, "settings": {"top_k": 3}}, "settings"),
+        ({"messages": ASKED, "adapters": {"first": 0.5}, "settings": 3}, "adapters, settings"),
     ],
 )
 def test_what_save_would_not_write_again_is_not_replaced(folder, talk, record, lost) -> None:
@@ -96,6 +98,19 @@ def test_what_save_would_not_write_again_is_not_replaced(folder, talk, record, l
     _, errors = talk("/load rich.json\n/save rich.json\n")
     assert f"holds more than the conversation, which would be lost: {lost}\n" in errors
     assert (folder / "rich.json").read_bytes() == before
+
+
+def test_what_load_does_not_take_over_is_not_replaced(folder: Path, talk) -> None:
+    """The adapters and settings of a saved conversation, unless they are those of now."""
+    talk("abc\n/save own.json\n", "--adapter", "first")
+    before = (folder / "own.json").read_bytes()
+    _, errors = talk("/load own.json\ndef\n/save own.json\n")
+    assert "which would be lost: adapters\n" in errors
+    _, errors = talk("/load own.json\n/set top_k 3\n/save own.json\n", "--adapter", "first")
+    assert "which would be lost: settings\n" in errors
+    assert (folder / "own.json").read_bytes() == before
+    _, errors = talk("/load own.json\ndef\n/save own.json\n", "--adapter", "first")
+    assert "wrote own.json" in errors
 
 
 def test_a_file_of_another_conversation_is_not_replaced(folder: Path, talk) -> None:

@@ -1,14 +1,25 @@
 """Models stored in bfloat16, where the processor has no arithmetic for it, and where it has."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from operated import adapted
 from tiny import assert_equal_in_bfloat16, random_ids, tiny_model
 from typed import LETTERS, called
 
-from nanogpt_surgery import CharacterTokenizer, GPTConfig, open_model, save_model
+from nanogpt_surgery import (
+    CharacterTokenizer,
+    GPTConfig,
+    open_model,
+    remove_lora,
+    save_adapter,
+    save_model,
+)
 from nanogpt_surgery.cli.opening import open_to_talk
+from nanogpt_surgery.lora.transplant import put_on, take_off
+from nanogpt_surgery.lora.update import Update
 
 NOTE = "computing in float32, with 0 MiB of weights instead of half of that; --dtype bfloat16"
 SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 60}
@@ -52,6 +63,32 @@ def test_what_is_asked_for_counts(
     model, _ = open_to_talk(str(stored), {}, asked)
     assert model.lm_head.weight.dtype == expected
     assert capsys.readouterr().err == ""
+
+
+@pytest.fixture(scope="module")
+def operated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in float32, and its adapter, which also replaces the last norm."""
+    place = tmp_path_factory.mktemp("operated")
+    save_model(tiny_model(CONFIG), place / "m", CharacterTokenizer(LETTERS))
+    model = adapted(CONFIG, ["q_proj", "lm_head"])
+    adapter = replace(take_off(model), whole={"norm.weight": torch.linspace(0.5, 2, 24)})
+    remove_lora(model)
+    put_on(model, adapter)
+    save_adapter(model, place / "a")
+    return place
+
+
+def test_an_adapter_sits_on_its_base_in_bfloat16(operated) -> None:
+    adapters = {"a": operated / "a"}
+    exact, _ = open_to_talk(str(operated / "m"), adapters)
+    model, _ = open_to_talk(str(operated / "m"), adapters, "bfloat16")
+    updates = [module for module in model.modules() if isinstance(module, Update)]
+    thin = {parameter for update in updates for parameter in update.parameters()}
+    assert {p.dtype for p in thin} == {torch.float32}
+    assert {p.dtype for p in model.parameters() if p not in thin} == {torch.bfloat16}
+    ids = random_ids(CONFIG, 2, 40)
+    with torch.no_grad():
+        assert_equal_in_bfloat16(model(ids), exact(ids))
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "eval"])

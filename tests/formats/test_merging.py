@@ -1,6 +1,7 @@
 """A model folder and an adapter folder become a merged one: planned, measured, in which files."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from nanogpt_surgery import (
     SurgeryWarning,
     inject_lora,
     open_model,
+    remove_lora,
     save_adapter,
     save_model,
 )
@@ -23,6 +25,7 @@ from nanogpt_surgery.formats.folder_journal import folder_log
 from nanogpt_surgery.formats.folder_operation import undo_folder
 from nanogpt_surgery.formats.merging import merge_adapter, plan_merge
 from nanogpt_surgery.lora.lora_layer import lora_layers
+from nanogpt_surgery.lora.transplant import put_on, take_off
 
 
 @pytest.fixture
@@ -101,6 +104,20 @@ def test_a_merge_that_would_change_no_weight_is_refused(place):
     merge_adapter(place / "model", place / "newborn", place / "same", force=True)
     report = merge_adapter(place / "half", place / "faint", place / "other", dtype="float32")
     assert all(0 < row["weights changed"] <= 1 for row in report.rows)
+
+
+def test_a_module_replaced_whole_is_a_change(place):
+    """The adapter's B is 0, and its head is another one."""
+    model, _ = open_model(place / "model")
+    inject_lora(model, "q_proj", rank=2)
+    head = {"lm_head.weight": torch.randn(model.lm_head.weight.shape)}
+    adapter = replace(take_off(model), whole=head, tied="untie")
+    remove_lora(model)
+    put_on(model, adapter)
+    save_adapter(model, place / "head")
+    merge_adapter(place / "model", place / "head", place / "merged")
+    merged, _ = open_model(place / "merged")
+    assert torch.equal(merged.lm_head.weight, head["lm_head.weight"])
 
 
 def test_a_plan_says_what_survives_and_writes_nothing(place):

@@ -106,3 +106,11 @@ def test_a_conv1d_is_refused_with_the_way_out(tmp_path):
     save_adapter(ours, tmp_path / "adapter")
     with pytest.raises(SurgeryError, match=r"c_attn' \(it is a Conv1D.*open_model"):
         load_adapter(model, tmp_path / "adapter")
+
+
+def test_what_the_memory_leaves_out_is_said():
+    model = PATIENTS["SimpleGPT"]()
+    plan = plan_lora(model, "q_proj")
+    assert plan.summary["not_counted"].startswith("activations;")
+    assert "not counted: activations; surgery finetune --plan" in str(plan)
+    assert "not_counted" not in plan_lora(model, "q_proj", probe=some_ids()).summary

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,8 @@ from nanogpt_surgery.files import file_hash, write_json
 if TYPE_CHECKING:
     from nanogpt_surgery.data.chat import Message
 
-RECORD, MESSAGE = {"messages", "adapters", "settings"}, {"role", "content"}
+OF_THE_SESSION = {"adapters", "settings"}
+RECORD, MESSAGE = {"messages"} | OF_THE_SESSION, {"role", "content"}
 
 
 @dataclass(frozen=True)
@@ -20,8 +22,15 @@ class _Known:
     """A file as this conversation read or wrote it."""
 
     sha256: str
-    beside: str = ""
-    """what it holds that /save would not write again, in words"""
+    beside: frozenset[str] = frozenset()
+    """what it holds that /save would not write again"""
+    read: Mapping[str, Any] = field(default_factory=dict)
+    """the record as /load read it, which leaves the session's adapters and settings as they are"""
+
+    def lost(self, record: Mapping[str, Any]) -> str:
+        """What of it would be gone, were a record written over it, in words."""
+        other = {k for k in OF_THE_SESSION if self.read.get(k, record[k]) != record[k]}
+        return ", ".join(sorted(self.beside | other))
 
 
 class ChatFiles:
@@ -42,16 +51,16 @@ class ChatFiles:
         """
         goal = path.resolve()
         if goal.exists():
-            self._refuse_loss(path, goal)
+            self._refuse_loss(path, goal, record)
         write_json(goal, [record])
         self._known[goal] = _Known(file_hash(goal))
 
-    def _refuse_loss(self, path: Path, goal: Path) -> None:
+    def _refuse_loss(self, path: Path, goal: Path, record: dict[str, Any]) -> None:
         known = self._known.get(goal)
         if known is None:
             what = "is not of this conversation"
-        elif known.beside:
-            what = f"holds more than the conversation, which would be lost: {known.beside}"
+        elif lost := known.lost(record):
+            what = f"holds more than the conversation, which would be lost: {lost}"
         elif not goal.is_file() or file_hash(goal) != known.sha256:
             what = "was changed since by another program"
         else:
@@ -70,7 +79,7 @@ class ChatFiles:
         messages = _one_to_go_on_with(path, read_conversations(path))
         [record] = read_records(path)
         more = [set(record) - RECORD, *(set(message) - MESSAGE for message in messages)]
-        self._known = {path.resolve(): _Known(sha256, ", ".join(sorted(set().union(*more))))}
+        self._known = {path.resolve(): _Known(sha256, frozenset().union(*more), record)}
         return messages
 
 

@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.console import say
-from nanogpt_surgery.cli.options import given, options_of, options_of_function
+from nanogpt_surgery.cli.options import TargetOptions, given, options_of
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.data.instruction_settings import InstructionSettings
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.training.settings import FitSettings
 
-INJECT = "nanogpt_surgery.lora.operations:inject_lora"
-TargetOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "settings"))
 LoraOptions: Any = options_of(LoRASettings, "LoRA")
 InstructionOptions: Any = options_of(InstructionSettings, "Instructions")
 TrainingOptions: Any = options_of(FitSettings, "Training")

@@ -43,15 +43,31 @@ def open_to_talk(
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.mixing import swap_lora
 
-    model, found = open_model(path, None if dtype is None else getattr(torch, dtype))
+    rounded = bool(adapters) and dtype == "bfloat16"  # adapters know their base as it is stored
+    model, found = open_model(path, None if dtype is None or rounded else getattr(torch, dtype))
     tokenizer = required_tokenizer(found, path)
     if dtype is None:
         _leave_slow_bfloat16(model)
     for name, folder in adapters.items():
         load_adapter(model, folder, name=name)
+    if rounded:
+        _round_base(model)
     if adapters:
         swap_lora(model, next(iter(adapters)))
     return model, tokenizer
+
+
+def _round_base(model: SimpleGPT) -> None:
+    """Round all but the updates to bfloat16: A and B stay in float32, as on any such base."""
+    import torch
+
+    from nanogpt_surgery.lora.update import Update
+
+    updates = [module for module in model.modules() if isinstance(module, Update)]
+    kept = {parameter for update in updates for parameter in update.parameters()}
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _leave_slow_bfloat16(model: SimpleGPT) -> None:

@@ -150,3 +150,7 @@ def _argument_texts(docstring: str) -> dict[str, str]:
     body = re.split(r"\n\n", rest, maxsplit=1)[0]
     found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", body, re.MULTILINE | re.DOTALL)
     return {name: " ".join(text.split()) for name, text in found}
+
+
+INJECT = "nanogpt_surgery.lora.operations:inject_lora"
+TargetOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "settings"))

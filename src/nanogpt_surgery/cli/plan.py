@@ -7,11 +7,9 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import show
-from nanogpt_surgery.cli.options import given, options_of, options_of_function
+from nanogpt_surgery.cli.options import TargetOptions, given, options_of
 from nanogpt_surgery.lora.settings import LoRASettings
 
-INJECT = "nanogpt_surgery.lora.operations:inject_lora"
-TargetOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "settings"))
 LoraOptions: Any = options_of(LoRASettings, "LoRA", leave_out=("name",))
 
 

@@ -21,6 +21,7 @@ from nanogpt_surgery.files import (
     MANIFEST,
     disk_refuses,
     flush,
+    flush_place,
     link_or_copy,
     remove_temporaries,
     seal,
@@ -165,7 +166,7 @@ def _twin(folder: Path) -> Iterator[tuple[Path, FolderJournal]]:
             yield twin, journal
             _flush_all(twin)
             exchange(twin, folder)
-            flush(folder.parent)
+            flush_place(folder)
         except OSError as error:
             raise disk_refuses(folder, error) from error
         finally:

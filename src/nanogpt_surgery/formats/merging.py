@@ -35,6 +35,7 @@ from nanogpt_surgery.lora.examination import (
     refuse_effect,
 )
 from nanogpt_surgery.lora.operations import merge_lora
+from nanogpt_surgery.lora.replaced import ReplacedLayer
 from nanogpt_surgery.lora.report import Report
 
 
@@ -103,8 +104,9 @@ def merge_adapter(
     facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
     writing = _Writing(merge, logits_of(merge.model, merge.probe), None if force else tolerance)
+    changes = force or any(isinstance(part, ReplacedLayer) for part in merge.model.modules())
     report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
-    _refuse_no_change(report, adapter, force)
+    _refuse_no_change(report, adapter, changes)
     merge.model.to(merge.precision)
     if out is None:
         entry = writing.in_place(goal, entry, keep_originals)
@@ -153,9 +155,12 @@ class _Writing:
         return replace(entry, measured=effect | {"measured_on": self.merge.probed_on})
 
 
-def _refuse_no_change(report: Report, adapter: str | Path, force: bool) -> None:
-    """Raise `SurgeryError` if every weight would be the number that it is without the adapter."""
-    if force or not report.rows or any(row["weights changed"] for row in report.rows):
+def _refuse_no_change(report: Report, adapter: str | Path, changes: bool) -> None:
+    """Raise `SurgeryError` if every weight would be the number that it is without the adapter.
+
+    `changes`: it is known, or said, to change the model apart from its ΔW.
+    """
+    if changes or any(row["weights changed"] for row in report.rows):
         return
     lost = any(row["ΔW / W"] for row in report.rows)
     dtype = report.rows[0]["dtype"]

@@ -68,6 +68,8 @@ def plan_lora(
         summary["activation_bytes"] = activation_bytes(model, plan, probe)
     parts = ("weights_bytes", "adapter_training_bytes", "activation_bytes")
     summary["training_bytes"] = sum(summary.get(part, 0) for part in parts)
+    if probe is None:
+        summary["not_counted"] = "activations; surgery finetune --plan counts those of a real step"
     return Report("LoRA planned", rows, summary)
 
 
