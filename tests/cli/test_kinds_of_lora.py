@@ -11,6 +11,7 @@ from tiny import tiny_model
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, save_model
 from nanogpt_surgery.cli.app import run as surgery
 from nanogpt_surgery.files import file_hash
+from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 STEPS = "--max-steps 2 --evaluate-every 2 --batch-size 4 --warmup-steps 1 --device cpu".split()
@@ -166,3 +167,22 @@ def test_a_flag_counts_over_the_file(
         counts.append(json.loads(capsys.readouterr().out)["trainable_parameters"])
     assert counts[2] == 2 * counts[1]
     assert counts[0] > counts[1]
+
+
+def test_kept_states_in_a_folder_train_the_same(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, made = tmp_path / "short.txt", []
+    text.write_text(TEXT[:180])
+    room = FrozenPrefix._room
+    monkeypatch.setattr(FrozenPrefix, "_room", lambda s, x: made.append(s.folder) or room(s, x))
+    adapters = []
+    for name, place in (("memory", []), ("disk", ["--keep-in", str(tmp_path / "kept")])):
+        words = [*"--targets lm_head --max-steps 5 --batch-size 60 --device cpu".split(), *place]
+        surgery(
+            ["finetune", str(bases / "llama"), str(text), "--out", str(tmp_path / name), *words]
+        )
+        adapters.append(file_hash(tmp_path / name / "adapter_model.safetensors"))
+    assert adapters[0] == adapters[1]
+    assert made == [None, tmp_path / "kept"]
+    assert not list((tmp_path / "kept").iterdir())

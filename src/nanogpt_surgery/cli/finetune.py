@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.console import say
@@ -29,6 +31,7 @@ def finetune(
     run: RunOptions,
     weights: str | None = None,
     block_size: int | None = None,
+    keep_in: Path | None = None,
     instructions: InstructionOptions = None,
     target: TargetOptions = None,
     lora: LoraOptions = None,
@@ -50,6 +53,8 @@ def finetune(
         draw from each source of text in proportion, as in 3:1 for two of them
     block_size
         tokens in a window, or in a row of conversations; the model's own by default, at most 256
+    keep_in
+        a folder for the hidden states that are kept (--keep-hidden), instead of memory
     """
     import torch
 
@@ -65,7 +70,8 @@ def finetune(
     length = window(block_size, network.config.block_size)
     data = _data(text, weights, tokenizer, length, InstructionSettings(**given(instructions)))
     say_sources(data[0], text, settings.windows)
-    carry_out(_job(run, model, network, data, settings, adapter, given(target)), "fine-tuned")
+    job = _job(run, model, network, data, settings, adapter, given(target))
+    carry_out(replace(job, keep_in=keep_in), "fine-tuned")
     if not run.plan:
         say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
 

@@ -36,6 +36,8 @@ class Job:
     """what determines the run, beside settings and data"""
     write_weights: Callable[[Path], None]
     """write the files that others read: a model folder's or an adapter folder's"""
+    keep_in: Path | None = None
+    """where hidden states are kept, if not in memory"""
 
 
 def carry_out(job: Job, done: str) -> None:
@@ -64,6 +66,8 @@ def _trained(job: Job) -> dict[str, Any]:
             run.restore(job.model, optimizer)
             say(f"going on from step {run.first_step:,} of {job.settings.max_steps:,}")
         say(f"computing on {hardware.describe()}")
+        if job.keep_in:
+            job.keep_in.mkdir(parents=True, exist_ok=True)
         steps = fit(
             job.model,
             job.dataset,
@@ -71,6 +75,7 @@ def _trained(job: Job) -> dict[str, Any]:
             validation=job.validation,
             optimizer=optimizer,
             first_step=run.first_step,
+            keep_in=job.keep_in,
         )
         rate = matmul_rate(hardware.device, hardware.precision)
         full_rate = rate / _operations_per_token(job)
