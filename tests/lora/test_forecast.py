@@ -59,6 +59,40 @@ def test_activations_are_those_that_autograd_keeps():
     assert first == four * rows * (4 + 2 + 6 + 5)  # the same, and tanh
 
 
+def kept_by_autograd(model: nn.Module, ids: torch.Tensor) -> int:
+    """What a real forward pass keeps for its backward pass, and the logits, in bytes."""
+    kept, alive = {}, []
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        alive.append(tensor)  # so that no other storage takes its place
+        return tensor
+
+    own = {t.untyped_storage().data_ptr() for t in [*model.parameters(), *model.buffers()]}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model.train()(ids)
+    return sum(size for place, size in kept.items() if place not in own) + logits.nbytes
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [{}, {"dropout": 0.1, "dora": True}, {"pissa": True}])
+def test_they_are_those_of_a_real_pass_attention_s_too(family, dropout, kind):
+    """T is large enough that a T×T matrix, which the CPU's kernel does not keep, would show."""
+    config = GPTConfig.for_family(
+        family, vocab_size=31, n_embd=16, n_head=2, n_layer=2, block_size=128, dropout=dropout,
+        tie_head=False,
+    )  # fmt: skip
+    model, ids = SimpleGPT.from_config(config), torch.randint(31, (3, 128))
+    before, state = tensor_hashes(model), torch.get_rng_state()
+    planned = plan_lora(model, "q_proj", rank=3, **kind, probe=ids).summary["activation_bytes"]
+    assert tensor_hashes(model) == before
+    assert torch.equal(torch.get_rng_state(), state)
+    inject_lora(model, "q_proj", rank=3, **kind)
+    assert planned == kept_by_autograd(model, ids)
+
+
 def test_memory_is_the_sum_of_its_parts():
     model = PATIENTS["SimpleGPT"]()
     summary = plan_lora(model, "q_proj", rank=2, probe=some_ids()).summary

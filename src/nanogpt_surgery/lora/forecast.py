@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt_surgery.errors import chosen
 from nanogpt_surgery.lora.journal import CHART
@@ -95,11 +97,14 @@ def _row(plan: Plan, path: str, layer: Any) -> dict[str, Any]:
 def activation_bytes(model: nn.Module, plan: Plan, probe: Tensor) -> int:
     """The bytes that autograd keeps between the forward and the backward pass of a probe.
 
-    The logits' gradient is counted too, as a loss over all of them needs it; what the loss itself
-    keeps is not.
+    Kernels, such as attention's, are those that the model's device would choose. The logits'
+    gradient is counted too, as a loss over all of them needs it; what the loss itself keeps is not.
     """
-    twin = without_memory(model)
-    attach(twin, plan.name, plan.makers(), plan.followers, plan.unties)
+    plain = {path: replace(s, pissa=False) for path, s in plan.settings.items()}
+    born_plain = replace(plan, settings=plain)  # no contents to decompose; A and B are as large
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    twin = without_memory(model, mode)
+    ids = mode.from_tensor(probe.to(next(model.parameters()).device))
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -109,19 +114,20 @@ def activation_bytes(model: nn.Module, plan: Plan, probe: Tensor) -> int:
         return tensor
 
     alive: list[Tensor] = []
-    own = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out: Any = twin.train()(probe.to("meta"))
+    with mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        attach(twin, plan.name, born_plain.makers(), plan.followers, plan.unties)
+        own = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
+        out: Any = twin.train()(ids)
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     saved = sum(size for storage, size in kept.items() if storage not in own)
     return saved + logits.numel() * logits.element_size()
 
 
-def without_memory(model: nn.Module) -> nn.Module:
-    """A copy of a model whose tensors have shapes but no contents."""
+def without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """A copy of a model whose tensors have shapes and a device but no contents."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
-        bare = tensor.detach().to("meta")
+        bare = mode.from_tensor(tensor.detach())
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if is_parameter else bare
     chart = model.__dict__.pop(CHART, None)

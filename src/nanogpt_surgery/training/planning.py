@@ -44,7 +44,7 @@ def plan_training(
     model.to(hardware.device)
     pace, state = probed(model, dataset, settings)
     trained = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
-    rows = settings.max_steps * settings.batch_size * settings.accumulation
+    rows = settings.windows
     memory = {
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradient_bytes": trained,
