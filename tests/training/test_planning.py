@@ -7,8 +7,8 @@ import pytest
 import torch
 from small_training import DATASET, SETTINGS, VALIDATION, hashes, model_of
 
-from nanogpt_surgery import GPTDataset, inject_lora
-from nanogpt_surgery.training.frozen_prefix import prefix_for
+from nanogpt_surgery import GPTDataset, fit, inject_lora
+from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
 from nanogpt_surgery.training.planning import plan_training
 from nanogpt_surgery.training.probing import AGAIN, NEW, Pace, probed
 
@@ -59,19 +59,27 @@ def tuned(dtype: torch.dtype = torch.float32):
     return model
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_kept_hidden_states_are_counted(dtype):
-    model = tuned(dtype)
-    plan = plan_training(model, WINDOWS, LONGER)
-    assert plan["hidden_states_bytes"] == 39 * 9 * 16 * dtype.itemsize
-    prefix = prefix_for(model, WINDOWS, LONGER)
-    prefix.hidden(WINDOWS.batch(0, 5)[0])
-    assert prefix.kept.nbytes == plan["hidden_states_bytes"]
-    less = plan_training(
-        model, WINDOWS, replace(LONGER, keep_hidden=4 * 9 * 16 * dtype.itemsize / 2**30)
-    )
-    assert less["hidden_states_bytes"] == 4 * 9 * 16 * dtype.itemsize
-    none = plan_training(model, WINDOWS, replace(LONGER, keep_hidden=0.0))
+@pytest.mark.parametrize(
+    ("dtype", "precision", "size"),
+    [
+        (torch.float32, "float32", 4),
+        (torch.bfloat16, "float32", 4),  # cast for its products
+        (torch.bfloat16, "bfloat16", 2),
+    ],
+)
+def test_the_kept_hidden_states_are_counted(dtype, precision, size, monkeypatch):
+    rooms, room = [], FrozenPrefix._room
+    monkeypatch.setattr(FrozenPrefix, "_room", lambda s, x: rooms.append(room(s, x)) or rooms[-1])
+    longer, model = replace(LONGER, precision=precision, device="cpu"), tuned(dtype)
+    plan = plan_training(model, WINDOWS, longer)
+    assert plan["hidden_states_bytes"] == 39 * 9 * 16 * size
+    next(fit(tuned(dtype), WINDOWS, longer))
+    assert rooms[-1].nbytes == plan["hidden_states_bytes"]
+    four = replace(longer, keep_hidden=4 * 9 * 16 * size / 2**30)
+    assert plan_training(model, WINDOWS, four)["hidden_states_bytes"] == 4 * 9 * 16 * size
+    next(fit(tuned(dtype), WINDOWS, four))
+    assert rooms[-1].nbytes == 4 * 9 * 16 * size
+    none = plan_training(model, WINDOWS, replace(longer, keep_hidden=0.0))
     assert none["hidden_states_bytes"] == 0
     assert plan["memory_bytes"] - none["memory_bytes"] == plan["hidden_states_bytes"]
 

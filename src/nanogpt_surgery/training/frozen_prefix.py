@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from nanogpt_surgery.data.batches import Batches
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.frozen_products import stored_in_bfloat16
+from nanogpt_surgery.training.hardware import choose_hardware
 from nanogpt_surgery.training.settings import FitSettings
 
 GIB = 2**30
@@ -133,11 +135,14 @@ def prefix_for(
     first = first_that_learns(model)
     if not first or settings.windows < LEAST_VISITS * len(dataset):
         return None
-    room = int(settings.keep_hidden * GIB) // bytes_of_window(model, dataset.block_size)
+    room = int(settings.keep_hidden * GIB) // bytes_of_window(model, dataset.block_size, settings)
     windows = min(len(dataset), room)
     return FrozenPrefix(model, windows, folder) if windows else None
 
 
-def bytes_of_window(model: SimpleGPT, tokens: int) -> int:
-    """What the hidden states of one window (T, C) take, in the dtype that the embedding gives."""
-    return tokens * model.config.n_embd * model.embed_tokens.weight.element_size()
+def bytes_of_window(model: SimpleGPT, tokens: int, settings: FitSettings) -> int:
+    """What the hidden states of one window (T, C) take, in what `fit` reads the embedding in."""
+    size = model.embed_tokens.weight.element_size()
+    if stored_in_bfloat16(model) and choose_hardware(settings).precision == torch.float32:
+        size = torch.float32.itemsize
+    return tokens * model.config.n_embd * size

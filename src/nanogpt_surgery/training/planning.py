@@ -104,7 +104,8 @@ def _logits_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> 
 def _hidden_states_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
     """The hidden states that will be kept, at most: windows that are alike are kept once."""
     prefix = prefix_for(model, dataset, settings)
-    return prefix.windows * bytes_of_window(model, dataset.block_size) if prefix else 0
+    one = bytes_of_window(model, dataset.block_size, settings)
+    return prefix.windows * one if prefix else 0
 
 
 def _evaluations(settings: FitSettings) -> int:

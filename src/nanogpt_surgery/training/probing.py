@@ -75,7 +75,7 @@ def _pace(
 ) -> Pace:
     rows = settings.batch_size * settings.accumulation
     prefix = prefix_for(model, dataset, settings)
-    new = min(NEW, max(1, len(dataset) // rows)) if prefix else NEW + AGAIN
+    new = min(NEW, max(1, prefix.windows // rows)) if prefix else NEW + AGAIN
     steps = fit(model, _Again(dataset, new), settings, optimizer=optimizer, examine=False)
     seconds = [step.seconds for step in islice(steps, NEW + AGAIN)]
     filling = median(seconds[1:new] or seconds[:1])
