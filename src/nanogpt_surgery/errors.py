@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Mapping
-from dataclasses import fields, replace
-from typing import Any, TypeVar
-
-Settings = TypeVar("Settings")
+from collections.abc import Iterable
 
 
 class SurgeryError(Exception):
@@ -49,25 +45,3 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     known = list(known)
     close = difflib.get_close_matches(name, known, n=count, cutoff=0.5)
     return ", ".join(close or known)
-
-
-def chosen(kind: type[Settings], settings: Settings | None, changes: Mapping[str, Any]) -> Settings:
-    """Settings (of a dataclass `kind`; its defaults if None), some of them changed by name.
-
-    Raises:
-        SurgeryError: there is no setting of a name (with the nearest), or `settings` are none.
-    """
-    known = [field.name for field in fields(kind)]  # type: ignore[arg-type]
-    settings = kind() if settings is None else settings
-    if not isinstance(settings, kind):
-        raise SurgeryError(
-            f"{settings!r} stands where {kind.__name__} belong",
-            f"a single setting is given by its name, as in {known[0]}={settings!r}",
-        )
-    unknown = [name for name in changes if name not in known]
-    if unknown:
-        raise SurgeryError(
-            f"{kind.__name__} have no {', '.join(unknown)}",
-            f"the nearest: {'; '.join(nearest(name, known) for name in unknown)}",
-        )
-    return replace(settings, **changes)  # type: ignore[type-var]

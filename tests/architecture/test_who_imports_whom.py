@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "nanogpt_surgery"
 
-ANYONE = {"errors", "files"}
+ANYONE = {"errors", "files", "values"}
 EVERYTHING = {"model", "data", "lora", "formats", "generation", "training", "report", "serving"}
 MAY_IMPORT = {
     "errors": set(),
+    "values": {"errors"},
     "exchange": set(),
     "files": {"errors", "exchange"},
     "atomic": {"errors", "files", "exchange"},

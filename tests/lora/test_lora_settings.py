@@ -30,15 +30,34 @@ def test_settings_that_contradict_are_told_all_at_once():
         )
     message = str(caught.value)
     for part in (
-        "rank is 0; it must be at least 1",
+        "rank is 0; it must be a positive integer",
         "rank_pattern of 'q_proj' is -1",
-        "alpha is nan; it must be above 0",
+        "alpha is nan; it must be a number above 0",
         "alpha_pattern of 'v_proj' is 0",
         "dropout is 1.0",
         "tied is 'loose'; it must be one of refuse, untie, both",
     ):
         assert part in message
     assert "'v_proj' is 1" not in message
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rank": "8"}, "rank is '8'; it must be a positive integer"),
+        ({"rank": 2.5}, "rank is 2.5; it must be a positive integer"),
+        ({"rank": True}, "rank is True; it must be a positive integer"),
+        ({"alpha": "16"}, "alpha is '16'; it must be a number above 0"),
+        ({"dropout": "0.1"}, "dropout is '0.1'; it must be a number"),
+        ({"rank_pattern": 4}, "rank_pattern is 4; it must be a table"),
+        ({"rank_pattern": {"q_proj": "2"}}, "rank_pattern of 'q_proj' is '2'"),
+        ({"dora": "yes"}, "dora is 'yes'; it must be true or false"),
+    ],
+)
+def test_a_value_of_another_type_is_answered_in_a_sentence(wrong, said):
+    with pytest.raises(SurgeryError) as caught:
+        LoRASettings(**wrong)
+    assert said in str(caught.value)
 
 
 def test_settings_and_changes_say_the_same_in_three_ways():

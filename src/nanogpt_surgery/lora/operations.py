@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanogpt_surgery.errors import SurgeryError, chosen
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows
 from nanogpt_surgery.lora.journal import chart_of, forget, operation
 from nanogpt_surgery.lora.lora_layer import (
@@ -36,6 +36,7 @@ from nanogpt_surgery.lora.wrapping import (
     set_mixture,
     thaw_rest,
 )
+from nanogpt_surgery.values import chosen
 
 __all__ = [
     "disable_lora",

@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.values import (
+    POSITIVE,
+    SHARE,
+    SIZE,
+    SWITCH,
+    TABLE,
+    raise_all,
+    wrong,
+    wrong_values,
+)
 
 Tied: TypeAlias = Literal["refuse", "untie", "both"]
 
@@ -40,28 +49,21 @@ class LoRASettings:
     """a target that shares its weight: refuse it, let a merge untie it, or adapt both"""
 
     def __post_init__(self) -> None:
-        found = [
-            f"{name} is {value}; it must be at least 1"
-            for name, value in _values("rank", self.rank, self.rank_pattern)
-            if not value >= 1
-        ]
-        found += [
-            f"{name} is {value}; it must be above 0"
-            for name, value in _values("alpha", self.alpha, self.alpha_pattern)
-            if not value > 0
-        ]
-        if not 0 <= self.dropout < 1:
-            found.append(f"dropout is {self.dropout}; it must be at least 0 and below 1")
+        found = wrong(self, TABLE, "rank_pattern", "alpha_pattern")
+        if not found:
+            found = wrong_values(SIZE, _values("rank", self.rank, self.rank_pattern))
+            found += wrong_values(POSITIVE, _values("alpha", self.alpha, self.alpha_pattern))
+        found += wrong(self, SHARE, "dropout")
+        found += wrong(self, SWITCH, "rslora", "dora", "pissa")
         if self.tied not in get_args(Tied):
             found.append(f"tied is {self.tied!r}; it must be one of {', '.join(get_args(Tied))}")
-        if found:
-            raise SurgeryError("there is no such LoRA: " + "; ".join(found))
+        raise_all("there is no such LoRA", found)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
         return asdict(self)
 
 
-def _values(name: str, value: float, pattern: dict[str, Any] | None) -> list[tuple[str, float]]:
+def _values(name: str, value: Any, pattern: dict[str, Any] | None) -> dict[str, Any]:
     """A setting and its exceptions, each under the name that says where it stands."""
-    return [(name, value), *((f"{name}_pattern of {k!r}", v) for k, v in (pattern or {}).items())]
+    return {name: value} | {f"{name}_pattern of {k!r}": v for k, v in (pattern or {}).items()}

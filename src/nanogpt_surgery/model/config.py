@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.model.values import (
+from nanogpt_surgery.values import (
     FACTOR,
     POSITIVE,
     SHARE,

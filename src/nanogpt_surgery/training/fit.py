@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.data.batches import Batch, Batches, documents_of
-from nanogpt_surgery.errors import SurgeryError, chosen
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
@@ -34,6 +34,7 @@ from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.prefetch import batches
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
+from nanogpt_surgery.values import chosen
 
 
 @dataclass(frozen=True)
