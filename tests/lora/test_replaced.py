@@ -75,6 +75,14 @@ def test_it_is_merged_removed_and_undone():
     assert tensor_hashes(model) == tensor_hashes(PATIENTS["SimpleGPT"]())
 
 
+def test_without_any_matrix_no_share_of_a_change_is_given():
+    model = PATIENTS["SimpleGPT"]()
+    put_on(model, StoredAdapter({}, whole=NEW), "whole")
+    report = merge_survival(model)
+    assert report.rows == []
+    assert report.summary == {"layers": 0}
+
+
 def test_it_is_taken_off_as_it_was_put_on():
     model, _ = model_with_another_norm()
     stored = take_off(model, "whole")

@@ -150,7 +150,7 @@ def merge_survival(model: nn.Module) -> Report:
             for precision, rounded in ROUNDINGS.items()
         }
         rows.append({"layer": name, "ΔW / W": _ratio(delta, weight), **left})
-    lowest = {f"lowest_{name}": min(row[name] for row in rows) for name in ROUNDINGS}
+    lowest = {f"lowest_{name}": min(row[name] for row in rows) for name in ROUNDINGS if rows}
     return Report("share of ΔW's energy left after rounding", rows, {"layers": len(rows), **lowest})
 
 
