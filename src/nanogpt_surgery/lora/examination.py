@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.lora_layer import LoRALayer, lora_layers
-from nanogpt_surgery.lora.replaced import ReplacedLayer
+from nanogpt_surgery.lora.lora_layer import LoRALayer, MatrixLayer, lora_layers
 from nanogpt_surgery.lora.report import Report
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
@@ -115,9 +114,9 @@ def merge_rows(
     return rows
 
 
-def _matrices(layers: Mapping[str, LoRALayer]) -> dict[str, LoRALayer]:
+def _matrices(layers: Mapping[str, LoRALayer]) -> dict[str, MatrixLayer]:
     """The layers that have a ΔW: all but modules replaced whole."""
-    return {n: layer for n, layer in layers.items() if not isinstance(layer, ReplacedLayer)}
+    return {n: layer for n, layer in layers.items() if isinstance(layer, MatrixLayer)}
 
 
 def _ratio(delta: Tensor, weight: Tensor) -> float:

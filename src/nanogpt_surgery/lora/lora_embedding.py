@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.lora.lora_layer import LoRALayer
+from nanogpt_surgery.lora.lora_layer import MatrixLayer
 from nanogpt_surgery.lora.lora_linear import LoRAUpdate
 from nanogpt_surgery.lora.update import Update
 
@@ -63,7 +63,7 @@ class TiedEmbeddingUpdate(LoRAEmbeddingUpdate):
         return Update.moved(self)
 
 
-class LoRAEmbedding(LoRALayer):
+class LoRAEmbedding(MatrixLayer):
     """Wraps an `nn.Embedding`, which it freezes and leaves as it is."""
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from nanogpt_surgery.lora.update import Update
 DEFAULT = LoRASettings.name
 
 
-class LoRALayer(nn.Module):
-    """What `LoRALinear` and `LoRAEmbedding` share.
+class LoRALayer(nn.Module, ABC):
+    """What all wrappers share: those around a matrix, and of modules that are replaced whole.
 
     Attributes:
         original_layer: frozen, and never written to.
@@ -41,27 +42,9 @@ class LoRALayer(nn.Module):
         LoRALayer.__init__(layer, original_layer)
         return layer.train(original_layer.training)
 
-    def down_by_row(self, x: Tensor, a: Tensor, index: Tensor) -> Tensor:
-        """Each row of a batch times the A of its own adapter."""
-        raise NotImplementedError
-
-    def with_weight(self, weight: nn.Parameter) -> nn.Module:
-        """A plain layer like the original, with another weight."""
-        raise NotImplementedError
-
-    def delta_weight(self) -> Tensor:
-        """What the updates that take part add to the weight, in its layout, float32."""
-        return self.mixture.delta_weight(self)
-
+    @abstractmethod
     def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
-        """A new plain layer with W + ΔW, added in float32 and rounded once.
-
-        Args:
-            precision: what to round to, W's own dtype by default; in any case it is kept in W's.
-        """
-        weight = self.original_layer.weight.detach()
-        merged = (weight.float() + self.delta_weight()).to(precision or weight.dtype)
-        return self.with_weight(nn.Parameter(merged.to(weight.dtype).contiguous()))
+        """A new plain module with what takes part in it; `precision` is what to round to."""
 
     @property
     def update(self) -> Update:
@@ -111,6 +94,32 @@ class LoRALayer(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.mixture}" + ("" if self.enabled else ", disabled")
+
+
+class MatrixLayer(LoRALayer):
+    """What `LoRALinear` and `LoRAEmbedding` share: a weight W, to which updates add ΔW."""
+
+    @abstractmethod
+    def down_by_row(self, x: Tensor, a: Tensor, index: Tensor) -> Tensor:
+        """Each row of a batch times the A of its own adapter."""
+
+    @abstractmethod
+    def with_weight(self, weight: nn.Parameter) -> nn.Module:
+        """A plain layer like the original, with another weight."""
+
+    def delta_weight(self) -> Tensor:
+        """What the updates that take part add to the weight, in its layout, float32."""
+        return self.mixture.delta_weight(self)
+
+    def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
+        """A new plain layer with W + ΔW, added in float32 and rounded once.
+
+        Args:
+            precision: what to round to, W's own dtype by default; in any case it is kept in W's.
+        """
+        weight = self.original_layer.weight.detach()
+        merged = (weight.float() + self.delta_weight()).to(precision or weight.dtype)
+        return self.with_weight(nn.Parameter(merged.to(weight.dtype).contiguous()))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:

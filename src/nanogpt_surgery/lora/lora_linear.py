@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.lora_layer import DEFAULT, LoRALayer
+from nanogpt_surgery.lora.lora_layer import DEFAULT, MatrixLayer
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.update import Update
 
@@ -47,7 +47,7 @@ class LoRAUpdate(Update):
         return self.scaling * F.linear(down, b.to(x.dtype))  # (…, R) → (…, out)
 
 
-class LoRALinear(LoRALayer):
+class LoRALinear(MatrixLayer):
     """Wraps an `nn.Linear`, which it freezes and leaves as it is.
 
     Args:

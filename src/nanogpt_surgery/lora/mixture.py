@@ -19,19 +19,19 @@ from torch import Tensor
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.lora.lora_layer import LoRALayer
+    from nanogpt_surgery.lora.lora_layer import MatrixLayer
 
 
 class Mixture(Protocol):
     """How a layer's updates are put together."""
 
-    def __call__(self, layer: LoRALayer, x: Any, y: Tensor) -> Tensor:
+    def __call__(self, layer: MatrixLayer, x: Any, y: Tensor) -> Tensor:
         """The layer's output with the updates in it."""
 
     def adapters(self) -> list[str]:
         """The names of the adapters that take part."""
 
-    def delta_weight(self, layer: LoRALayer) -> Tensor:
+    def delta_weight(self, layer: MatrixLayer) -> Tensor:
         """What they add to the layer's weight."""
 
 
@@ -41,7 +41,7 @@ class Blend:
 
     weights: Mapping[str, float]
 
-    def __call__(self, layer: LoRALayer, x: Any, y: Tensor) -> Tensor:
+    def __call__(self, layer: MatrixLayer, x: Any, y: Tensor) -> Tensor:
         """Y plus the weighted changes."""
         out = y
         for name, weight in self.weights.items():
@@ -54,7 +54,7 @@ class Blend:
         """The names in the blend."""
         return list(self.weights)
 
-    def delta_weight(self, layer: LoRALayer) -> Tensor:
+    def delta_weight(self, layer: MatrixLayer) -> Tensor:
         """Σ wᵢ ΔWᵢ in the layout of the weight, float32."""
         total = torch.zeros_like(layer.original_layer.weight, dtype=torch.float32)
         for name, weight in self.weights.items():
@@ -77,7 +77,7 @@ class Rows:
 
     names: tuple[str | None, ...]
 
-    def __call__(self, layer: LoRALayer, x: Tensor, y: Tensor) -> Tensor:
+    def __call__(self, layer: MatrixLayer, x: Tensor, y: Tensor) -> Tensor:
         """Y plus each row's change."""
         present = [name for name in self.adapters() if name in layer.updates]
         if not present:
@@ -95,14 +95,14 @@ class Rows:
         """The names in use, each once."""
         return list(dict.fromkeys(name for name in self.names if name is not None))
 
-    def delta_weight(self, layer: LoRALayer) -> Tensor:
+    def delta_weight(self, layer: MatrixLayer) -> Tensor:
         """There is no single ΔW."""
         raise SurgeryError(
             "each row of the batch has its own adapter, so there is no one ΔW",
             "leave the block of lora_rows(model, …) first",
         )
 
-    def _check(self, layer: LoRALayer, x: Tensor, present: list[str]) -> None:
+    def _check(self, layer: MatrixLayer, x: Tensor, present: list[str]) -> None:
         if x.size(0) != len(self.names):
             raise SurgeryError(
                 f"a layer was called with {x.size(0)} rows, but adapters were given for "
@@ -119,7 +119,7 @@ class Rows:
         return "by row: " + ", ".join(name or "none" for name in self.names)
 
 
-def _stack(layer: LoRALayer, names: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _stack(layer: MatrixLayer, names: list[str]) -> tuple[Tensor, Tensor, Tensor | None]:
     """A, s · B and the gains of some adapters, padded to one rank, and a last one of zeros."""
     updates: list[Any] = [layer.updates[name] for name in names]
     pairs = [update.factors() for update in updates]
@@ -139,7 +139,7 @@ def _stack(layer: LoRALayer, names: list[str]) -> tuple[Tensor, Tensor, Tensor |
 
 
 def _scaled(
-    layer: LoRALayer, y: Tensor, change: Tensor, gain: Tensor | None, index: Tensor
+    layer: MatrixLayer, y: Tensor, change: Tensor, gain: Tensor | None, index: Tensor
 ) -> Tensor:
     if gain is None:
         return y + change
