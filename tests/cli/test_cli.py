@@ -99,6 +99,18 @@ def test_plan_says_what_finetune_would_train(folder: Path) -> None:
     assert [row["layer"] for row in report["rows"]] == [row["layer"] for row in trained["rows"]]
 
 
+def test_plan_counts_the_activations_of_a_batch(folder: Path) -> None:
+    sizes = [["--batch-size", 2], ["--batch-size", 4], ["--batch-size", 4, "--block-size", 3]]
+    found = [
+        json.loads(surgery("plan", "run", *more, "--json", cwd=folder).stdout) for more in sizes
+    ]
+    two, four, short = (report["activation_bytes"] for report in found)
+    assert four == 2 * two
+    assert 0 < short < four
+    assert all("not_counted" not in report for report in found)
+    assert "it must be" in surgery("plan", "run", "--batch-size", 0, cwd=folder, check=1).stderr
+
+
 def test_export_writes_what_opens_again(folder: Path, tmp_path: Path) -> None:
     tanh = ["--out", "tanh", "--mlp", "gelu_tanh"]
     surgery("train", "text.txt", *tanh, *SMALL, *STEPS, cwd=folder)

@@ -146,5 +146,5 @@ def test_what_the_memory_leaves_out_is_said():
     model = PATIENTS["SimpleGPT"]()
     plan = plan_lora(model, "q_proj")
     assert plan.summary["not_counted"].startswith("activations;")
-    assert "not counted: activations; surgery finetune --plan" in str(plan)
+    assert "not counted: activations; those of a training batch are, with probe=" in str(plan)
     assert "not_counted" not in plan_lora(model, "q_proj", probe=some_ids()).summary

@@ -7,7 +7,7 @@ import torch
 from formulas import KINDS, inject, merged_by_formula
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patients import HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
+from patients import BUILDS, HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -90,7 +90,7 @@ def operations(model: nn.Module) -> int:
 @given(data=st.data())
 @settings(max_examples=15)
 def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
-    model = PATIENTS[kind](tied=data.draw(st.booleans()))
+    model = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS))
     ids, first = some_ids(), tensor_hashes(model)
     plain = logits(model, ids)
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -134,7 +134,7 @@ def is_tied(model: nn.Module, kind: str) -> bool:
 @given(data=st.data())
 @settings(max_examples=20)
 def test_merged_is_adapted_and_undone_is_adapted_again(kind, data):
-    model, ids = PATIENTS[kind](tied=data.draw(st.booleans())), some_ids()
+    model, ids = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS)), some_ids()
     begin(model, kind, data)
     for _ in range(data.draw(st.integers(0, 5))):
         try:

@@ -21,10 +21,12 @@ OF_THE_WEIGHTS = (
     "where the processor has no bfloat16 arithmetic"
 )
 Dtype: TypeAlias = Annotated[Literal["float32", "bfloat16"] | None, Parameter(help=OF_THE_WEIGHTS)]
+OTHER_BASE = "take an adapter that was made for another base, with a warning"
+Force: TypeAlias = Annotated[bool, Parameter(negative="", help=OTHER_BASE)]
 
 
 def open_to_talk(
-    path: str, adapters: Mapping[str, Path], dtype: Dtype = None
+    path: str, adapters: Mapping[str, Path], dtype: Dtype = None, force: Force = False
 ) -> tuple[SimpleGPT, Tokenizer]:
     """A model with its tokenizer and named adapters; the first of them takes part alone.
 
@@ -32,6 +34,7 @@ def open_to_talk(
         path: whatever `open_model` opens.
         adapters: folders by name.
         dtype: of the weights; None: as stored, or float32 where bfloat16 would be slow.
+        force: warn, instead of refusing, when an adapter was made for another base.
 
     Raises:
         SurgeryError: one of them does not open, or there is no tokenizer.
@@ -49,7 +52,7 @@ def open_to_talk(
     if dtype is None:
         _leave_slow_bfloat16(model)
     for name, folder in adapters.items():
-        load_adapter(model, folder, name=name)
+        load_adapter(model, folder, name=name, force=force)
     if rounded:
         _round_base(model)
     if adapters:

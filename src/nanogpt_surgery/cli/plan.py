@@ -9,6 +9,7 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.console import show
 from nanogpt_surgery.cli.options import TargetOptions, given, options_of
 from nanogpt_surgery.lora.settings import LoRASettings
+from nanogpt_surgery.training.settings import FitSettings
 
 LoraOptions: Any = options_of(LoRASettings, "LoRA", leave_out=("name",))
 
@@ -18,18 +19,33 @@ def plan(
     *,
     target: TargetOptions = None,
     lora: LoraOptions = None,
+    batch_size: int = FitSettings.batch_size,
+    block_size: int | None = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Say which layers a LoRA would adapt, with its parameters, its file and its memory.
+
+    The memory is that of a plain training in float32, which needs the gradient of all logits at
+    once; surgery finetune --plan measures what a training here takes.
 
     Parameters
     ----------
     model
         a run, a model folder, a GGUF file or a hub name
+    batch_size
+        windows in a batch of the training
+    block_size
+        tokens in a window; the model's own by default, at most 256
     json
         print it as JSON
     """
+    import torch
+
+    from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.forecast import plan_lora
 
-    show(plan_lora(open_model(model)[0], **given(target), **given(lora)), json)
+    rows = FitSettings(batch_size=batch_size).batch_size  # refuses what fit would
+    network = open_model(model, torch.float32)[0]  # as finetune opens it
+    probe = torch.zeros(rows, window(block_size, network.config.block_size), dtype=torch.long)
+    show(plan_lora(network, probe=probe, **given(target), **given(lora)), json)

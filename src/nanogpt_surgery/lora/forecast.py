@@ -71,7 +71,7 @@ def plan_lora(
     parts = ("weights_bytes", "adapter_training_bytes", "activation_bytes")
     summary["training_bytes"] = sum(summary.get(part, 0) for part in parts)
     if probe is None:
-        summary["not_counted"] = "activations; surgery finetune --plan counts those of a real step"
+        summary["not_counted"] = "activations; those of a training batch are, with probe=its ids"
     return Report("LoRA planned", rows, summary)
 
 

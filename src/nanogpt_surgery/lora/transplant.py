@@ -201,5 +201,5 @@ def compare_fingerprint(stored: Mapping[str, str], actual: Mapping[str, str], fo
         f"sits on differ ({', '.join(other[:4])}{', …' if other[4:] else ''})"
     )
     if not force:
-        raise SurgeryError(what, "open the base it was trained on, or force=True")
+        raise SurgeryError(what, "open the base it was trained on, or force=True (--force)")
     warnings.warn(what, SurgeryWarning, stacklevel=3)
