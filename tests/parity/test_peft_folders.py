@@ -115,3 +115,10 @@ def test_refused_in_words_and_the_next_step_leads_on(case, tmp_path):
     merged = peft.PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload()
     merged.save_pretrained(tmp_path / "folder")
     assert_equal_logits(open_model(tmp_path / "folder")[0](ids), wanted)
+
+
+def test_a_module_that_peft_wraps_within_another_is_not_read_as_if_it_were_whole(tmp_path):
+    """PEFT takes `c_attn` for an `attn` too; it cannot read what it wrote either."""
+    saved_by_peft("gpt2", tmp_path, target_modules=["c_fc"], modules_to_save=["attn"])
+    with pytest.raises(SurgeryError, match=r"c_attn\.\w+ by attn.* only one of the two"):
+        load_adapter(tiny_model(FAMILY_CONFIGS["gpt2"]), tmp_path / "adapter")

@@ -172,11 +172,16 @@ def _take_whole(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str,
     """Take the tensors of the modules_to_save, each of which may hold others."""
     names = config.get("modules_to_save") or []
     whole = {
-        key: tensors.pop(key)
-        for key in list(tensors)
-        if any(_is_within(key, name) for name in names)
+        key: tensors.pop(key) for key in list(tensors) if any(_holders(key, name) for name in names)
     }
-    absent = [name for name in names if not any(_is_within(key, name) for key in whole)]
+    twice = [f"{key} by {n}" for key in whole for n in names if len(_holders(key, n)) > 1]
+    if twice:
+        raise SurgeryError(
+            f"PEFT has wrapped a module and one within it, {twice[0]}, and written only one of "
+            "the two copies",
+            "train it again with a name in modules_to_save that ends one of them alone",
+        )
+    absent = [name for name in names if not any(_holders(key, name) for key in whole)]
     if absent:
         raise SurgeryError(
             f"it lacks the modules_to_save {', '.join(absent)}", "restore the file from a copy"
@@ -184,10 +189,11 @@ def _take_whole(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str,
     return whole
 
 
-def _is_within(key: str, name: str) -> bool:
-    """Whether a tensor belongs to a module of this name; PEFT matches the end of its path."""
+def _holders(key: str, name: str) -> list[str]:
+    """The modules of this name that a tensor lies in; PEFT matches the end of their paths."""
     steps = key.split(".")[:-1]
-    return any(".".join(steps[: i + 1]).endswith(name) for i in range(len(steps)))
+    paths = [".".join(steps[: i + 1]) for i in range(len(steps))]
+    return [path for path in paths if path.endswith(name)]
 
 
 def _take_twins(tensors: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
