@@ -99,7 +99,7 @@ def activation_bytes(
 def _logits_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
     """The logits that are held at once, their logarithms, and the gradients of both."""
     whole = settings.batch_size * dataset.block_size * model.config.vocab_size
-    return 4 * FLOAT32 * min(whole, most_logits_on(model.lm_head.weight.device))
+    return 4 * FLOAT32 * min(whole, most_logits_on(next(model.parameters()).device))
 
 
 def _hidden_states_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
