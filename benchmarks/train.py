@@ -38,7 +38,7 @@ from nanogpt_surgery import (
 from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate
 
 TURNS = 40
-SHORT = {"shape": Shape(2, 4, 128, 96, 8), "steps": 175, "n_inner": 256}
+SHORT = {"shape": Shape(2, 2, 128, 96, 8), "steps": 200, "n_inner": 256, "n_kv_head": 1}
 LONG = {
     "shape": Shape(2, 2, 128, 256, 4),
     "steps": 2000,
