@@ -6,6 +6,9 @@ from pathlib import Path
 
 from typed import called, surgery
 
+from nanogpt_surgery import FitSettings
+from nanogpt_surgery.training.recipes import MUON
+
 
 def test_the_recipe_trains_what_it_says_and_generates(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("to be, or not to be, that is the question\n" * 40)
@@ -21,6 +24,24 @@ def test_the_recipe_trains_what_it_says_and_generates(tmp_path: Path) -> None:
     assert abs(first["loss"] - math.log(kinds)) < 1e-4  # a head of zeros knows nothing
     words = ["--prompt", "to ", "--max-new-tokens", "20"]
     assert surgery("generate", "run", *words, cwd=tmp_path).stdout.startswith("to ")
+
+
+def test_without_a_recipe_muon_trains_and_without_muon_adamw_s_defaults_count(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text("to be, or not to be, that is the question\n" * 40)
+    small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 2".split()
+    words = ["train", tmp_path / "text.txt", *small]
+    _, said = called(*words, "--out", tmp_path / "muon", "--clip", 2)
+    assert f"trained by Muon, at a learning rate of {MUON['learning_rate']:g}" in said
+    _, said = called(*words, "--out", tmp_path / "adamw", "--no-muon", "--clip", 2)
+    assert "Muon" not in said
+    wanted = {"muon": FitSettings(**(MUON | {"max_steps": 2, "clip": 2.0}))}
+    wanted["adamw"] = FitSettings(max_steps=2, clip=2.0)
+    for name, settings in wanted.items():
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert run["settings"] == settings.to_dict()
+        assert run["model"]["positions"] == "learned"
 
 
 def test_tables_that_outgrow_the_model_are_said(tmp_path: Path) -> None:
