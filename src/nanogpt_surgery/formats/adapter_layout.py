@@ -22,6 +22,7 @@ from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.lora.adapter import read_stored, write_stored
 from nanogpt_surgery.lora.hashing import tensor_hash
+from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import Tied
@@ -179,7 +180,8 @@ def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> S
     whole, stranger = to_ours(adapter.whole, family, layers)
     if strange or stranger:
         raise SurgeryError(
-            f"this adapter is for another model: a {family} has no {', '.join(strange + stranger)}"
+            f"this adapter is for another model: a {family} has no {', '.join(strange + stranger)}",
+            MERGE_IN_PEFT,
         )
     return replace(
         adapter,
@@ -199,6 +201,7 @@ def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
     if left:
         raise SurgeryError(
             f"this adapter is for another model: a {family} of {model.config.n_layer} layers has "
-            f"no {', '.join(sorted(left))}"
+            f"no {', '.join(sorted(left))}",
+            f"open the base that its {CONFIG} names (base_model_name_or_path)",
         )
     return converted

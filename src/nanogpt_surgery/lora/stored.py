@@ -14,6 +14,9 @@ from nanogpt_surgery.lora.lora_embedding import LoRAEmbeddingUpdate
 from nanogpt_surgery.lora.lora_linear import LoRAUpdate
 from nanogpt_surgery.lora.update import Update
 
+Birth: TypeAlias = tuple[int, float]  # rank and alpha
+Pieces: TypeAlias = tuple[tuple[int, float, Birth | None] | None, ...]
+
 
 @dataclass(frozen=True)
 class LowRankUpdate:
@@ -41,8 +44,8 @@ class LowRankUpdate:
     magnitude: Tensor | None = None
     embedding: bool = False
     dropout: float = 0.0
-    birth: tuple[int, float] | None = None
-    pieces: tuple[tuple[int, float, tuple[int, float] | None] | None, ...] | None = None
+    birth: Birth | None = None
+    pieces: Pieces | None = None
 
     @property
     def rank(self) -> int:
