@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from typed import surgery
+from typed import called, surgery
 
 
 def test_the_recipe_trains_what_it_says_and_generates(tmp_path: Path) -> None:
@@ -21,3 +21,14 @@ def test_the_recipe_trains_what_it_says_and_generates(tmp_path: Path) -> None:
     assert abs(first["loss"] - math.log(kinds)) < 1e-4  # a head of zeros knows nothing
     words = ["--prompt", "to ", "--max-new-tokens", "20"]
     assert surgery("generate", "run", *words, cwd=tmp_path).stdout.startswith("to ")
+
+
+def test_tables_that_outgrow_the_model_are_said(tmp_path: Path) -> None:
+    """Three for each kind of token: with 32,000 kinds they would be most of any small model."""
+    (tmp_path / "text.txt").write_text("".join(map(chr, range(0x4E00, 0x5200))) * 2)
+    small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 2 --plan".split()
+    words = ["train", tmp_path / "text.txt", "--out", tmp_path / "run", "--recipe", "fast", *small]
+    _, said = called(*words)
+    assert "note: 49,152 of them are lag tables" in said
+    _, said = called(*words, "--n-lags", 0)
+    assert "lag tables" not in said

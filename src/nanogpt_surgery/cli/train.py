@@ -94,6 +94,9 @@ def _job(
         f"{len(dataset):,} windows to train on, {len(validation):,} held out; tokens of "
         f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
     )
+    tables = config.n_lags * config.vocab_size * config.n_embd
+    if 2 * tables > network.n_parameters:
+        say(f"note: {tables:,} of them are lag tables, for so many kinds; --n-lags 0 is without")
     description = {
         "kind": "train",
         "recipe": recipe,

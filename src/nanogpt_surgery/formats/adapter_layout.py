@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -68,6 +69,16 @@ def write_adapter_files(
         )
     adapter = replace(adapter, fingerprint=base_fingerprint(model, adapter.updates))
     write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2")
+
+
+def refuse_unsavable(model: nn.Module) -> None:
+    """Write a model's adapter into a temporary folder, as a training will, and remove it.
+
+    Raises:
+        SurgeryError: it cannot be saved, so that training it would be in vain.
+    """
+    with TemporaryDirectory() as place, whole_folder(Path(place) / "adapter") as folder:
+        write_adapter_files(model, folder)
 
 
 def load_adapter(

@@ -27,6 +27,7 @@ def fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankUp
     """
     present = [part for part in parts if part is not None]
     scale, rslora = present[0].scaling, present[0].rslora
+    assert all(part.rslora == rslora for part in present), "an adapter writes its scales one way"
     rank = sum(part.rank for part in present)
     blocks, start = [], 0
     for matrix, part in zip(matrices, parts, strict=True):

@@ -48,7 +48,10 @@ def write_stored(
     write_tensors(_tensors(adapter), folder / TENSORS)
     difference = differences(adapter, read_stored(folder))
     if difference:
-        raise SurgeryError(f"what was written to {folder} reads differently: {difference[0]}")
+        raise SurgeryError(
+            f"what was written to {folder} reads differently: {', '.join(difference)}",
+            "this is a fault of the program, not yours: please report it with what you typed",
+        )
 
 
 def _tensors(adapter: StoredAdapter) -> dict[str, Tensor]:

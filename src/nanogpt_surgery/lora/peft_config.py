@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.stored import Updates
 
 CONFIG = "adapter_config.json"
@@ -19,6 +20,7 @@ _CHANGE_THE_RESULT = """
     lora_bias layer_replication target_parameters trainable_token_indices alora_invocation_tokens
     arrow_config use_qalora velora_config use_bdlora kasa_config monteclora_config
 """.split()
+_NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter without any update
 # How A and B were born is past, unless the birth changed the base, as PEFT's "pissa" does.
 _HARMLESS_BIRTHS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -29,8 +31,8 @@ def config_for(
     """The contents of the file for these updates, and modules replaced whole."""
     ranks = {name: update.rank for name, update in updates.items()}
     alphas = {name: update.alpha for name, update in updates.items()}
-    rank, rank_pattern = _usual(ranks)
-    alpha, alpha_pattern = _usual(alphas)
+    rank, rank_pattern = _usual(ranks, LoRASettings.rank)
+    alpha, alpha_pattern = _usual(alphas, LoRASettings.alpha)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -39,7 +41,7 @@ def config_for(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max((update.dropout for update in updates.values()), default=0.0),
-        "target_modules": sorted(updates),
+        "target_modules": sorted(updates) or _NO_TARGETS,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
@@ -52,10 +54,16 @@ def config_for(
     }
 
 
-def _usual(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and a pattern for each name that has another."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    return usual, {re.escape(name): v for name, v in values.items() if v != usual}
+def _usual(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, or the default of none, and a pattern for each name with another."""
+    usual = Counter(values.values()).most_common(1)[0][0] if values else default
+    return usual, {_pattern(name, values): v for name, v in values.items() if v != usual}
+
+
+def _pattern(name: str, names: Iterable[str]) -> str:
+    """The expression that is for this name alone: PEFT's match endings, the first one counts."""
+    ends_another = any(other.endswith(f".{name}") for other in names)
+    return f"^{re.escape(name)}" if ends_another else re.escape(name)
 
 
 def refuse_unknown(config: dict[str, Any], folder: Path) -> None:

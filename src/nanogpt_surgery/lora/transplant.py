@@ -23,7 +23,14 @@ from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import Tied
-from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, restore, store
+from nanogpt_surgery.lora.stored import (
+    LowRankUpdate,
+    StoredAdapter,
+    Updates,
+    is_rslora,
+    restore,
+    store,
+)
 from nanogpt_surgery.lora.targets import adaptable_layers, why_not
 from nanogpt_surgery.lora.ties import choose, partners
 from nanogpt_surgery.lora.update import Update
@@ -47,12 +54,19 @@ def the_adapter(model: nn.Module, name: str | None = None) -> str:
 
 
 def updates_of(model: nn.Module, name: str | None = None) -> Updates:
-    """Copies of an adapter's updates, by the name of the layer."""
-    name = the_adapter(model, name)
-    return {
-        path: store(update, layer.original_layer)
-        for path, layer in lora_layers(model).items()
+    """Copies of an adapter's updates, by the name of the layer, all with rsLoRA's scale or none.
+
+    A file has room for one choice: it is rsLoRA's if any of the scales is.
+    """
+    name, layers = the_adapter(model, name), lora_layers(model)
+    updates = {
+        path: update
+        for path, layer in layers.items()
         if isinstance(update := dict(layer.updates).get(name), Update)
+    }
+    rslora = any(is_rslora(update) for update in updates.values())
+    return {
+        path: store(update, layers[path].original_layer, rslora) for path, update in updates.items()
     }
 
 
