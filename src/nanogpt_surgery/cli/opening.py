@@ -102,6 +102,11 @@ def _dtype_here(model: SimpleGPT) -> torch.dtype:
     return torch.float32
 
 
+def one_adapter(folder: Path | None) -> dict[str, Path]:
+    """The adapter of a command that takes one at most, under the usual name."""
+    return {} if folder is None else {"default": folder}
+
+
 def named_adapters(written: Sequence[str]) -> dict[str, Path]:
     """Adapters written as NAME=FOLDER, or as a folder that gives its own name.
 

@@ -85,8 +85,7 @@ def merge_adapter(
         force: merge whatever was measured, and although the adapter was made for another base.
         keep_originals: keep what was there, so that an operation in place can be undone.
         probe: a text to measure on; random tokens if None.
-        tied: what to do where the adapter changes a weight that layers share: "refuse", "untie" or
-            "both"; by default what it was made with.
+        tied: what to do with weights that layers share; by default what the adapter was made with.
 
     Returns:
         A row for each layer; the largest and the mean error of the logits, KL and the share of
