@@ -16,6 +16,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from cyclopts import Parameter
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.settings import Tied
 
 
 def options_of(
@@ -118,7 +119,7 @@ def _flag(argument: ast.arg, text: str, default: ast.expr | None) -> Any:
     written = ast.unparse(argument.annotation)
     # On the command line several patterns are several words.
     several = written == "str | Iterable[str]"
-    hint = list[str] if several else eval(written, {"Literal": Literal})
+    hint = list[str] if several else eval(written, {"Literal": Literal, "Tied": Tied})
     value = ast.literal_eval(default) if default is not None else "required"
     shown = " ".join(value) if isinstance(value, tuple) else value
     parameter = Parameter(
