@@ -200,7 +200,7 @@ def _check_mirrored(updates: Updates, followers: Mapping[str, list[str]]) -> dic
             raise SurgeryError(
                 f"{name} shares its weight with {', '.join(wrong)}, and the adapter changes them "
                 "differently",
-                "tied='untie'",
+                "tied='untie' (--tied untie)",
             )
         led[name] = others
     return led
