@@ -17,6 +17,7 @@ from torch import nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.hashing import tensor_hashes
 from nanogpt_surgery.lora.lora_layer import LoRALayer, device_of
+from nanogpt_surgery.lora.mixture import Rows
 
 CHART = "_surgery_chart"
 _TIE = "tie_word_embeddings"
@@ -109,7 +110,11 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
         model: what is operated on.
         title: for the log.
         hashed: hash every tensor first. An operation that replaces no tensor does without.
+
+    Raises:
+        SurgeryError: each row of a batch has its own adapter for now.
     """
+    refuse_in_rows(model)
     chart = chart_of(model)
     before = {key: (place, place.get()) for key, place in _places(model).items()}
     hashes = tensor_hashes(model) if hashed else None
@@ -120,6 +125,15 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
         raise
     chart.done.append(Entry(title, _differences(model, before), hashes))
     chart.undone.clear()
+
+
+def refuse_in_rows(model: nn.Module) -> None:
+    """Raise `SurgeryError` inside a block of `lora_rows`: what it changed would end with it."""
+    if any(isinstance(m.mixture, Rows) for m in model.modules() if isinstance(m, LoRALayer)):
+        raise SurgeryError(
+            "the model is in a block of lora_rows, which gives each row its own adapter",
+            "leave the block first",
+        )
 
 
 def _differences(
@@ -163,6 +177,7 @@ def take_back(model: nn.Module) -> Entry:
     Raises:
         SurgeryError: there is none, or something else has changed those places since.
     """
+    refuse_in_rows(model)
     chart = chart_of(model)
     if not chart.done:
         because = "; the originals were dropped by a merge" if chart.forgotten else ""
@@ -182,6 +197,7 @@ def do_again(model: nn.Module) -> Entry:
     Raises:
         SurgeryError: there is none, or something else has changed those places since.
     """
+    refuse_in_rows(model)
     chart = chart_of(model)
     if not chart.undone:
         raise SurgeryError("there is no operation to redo")
