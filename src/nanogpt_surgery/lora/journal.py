@@ -16,8 +16,7 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.hashing import tensor_hashes
-from nanogpt_surgery.lora.lora_layer import LoRALayer, device_of
-from nanogpt_surgery.lora.mixture import Rows
+from nanogpt_surgery.lora.lora_layer import LoRALayer, device_of, refuse_in_rows
 
 CHART = "_surgery_chart"
 _TIE = "tie_word_embeddings"
@@ -40,7 +39,27 @@ class Chart:
     undone: list[Entry] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     thaw: tuple[nn.Parameter, ...] | None = None
-    merged: tuple[tuple[str, nn.Module, nn.Module], ...] = ()
+    merged: Merge | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The last merge: the layers it replaced, each with what came there, and what it used up."""
+
+    layers: tuple[tuple[str, nn.Module, nn.Module], ...]
+    thaw: tuple[nn.Parameter, ...] | None
+    tied: bool | None
+
+
+def says_tied(model: nn.Module) -> bool | None:
+    """What a config says of the tie of head and embedding, None if it says nothing."""
+    return getattr(getattr(model, "config", None), _TIE, None)
+
+
+def say_tied(model: nn.Module, tied: bool | None) -> None:
+    """Let a config that has a word on it say so."""
+    if says_tied(model) is not None:
+        setattr(model.config, _TIE, tied)
 
 
 def chart_of(model: nn.Module) -> Chart:
@@ -91,9 +110,8 @@ def _places(model: nn.Module) -> dict[tuple[int, str], Place]:
     """Every place of a model that an operation may change."""
     chart = chart_of(model)
     found = [Place(chart, "thaw"), Place(chart, "merged")]
-    config = getattr(model, "config", None)
-    if hasattr(config, _TIE):
-        found.append(Place(config, _TIE))
+    if says_tied(model) is not None:
+        found.append(Place(model.config, _TIE))
     for module in model.modules():
         found += [Place(module, name, child=True) for name in module._modules]
         if isinstance(module, LoRALayer):
@@ -125,15 +143,6 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
         raise
     chart.done.append(Entry(title, _differences(model, before), hashes))
     chart.undone.clear()
-
-
-def refuse_in_rows(model: nn.Module) -> None:
-    """Raise `SurgeryError` inside a block of `lora_rows`: what it changed would end with it."""
-    if any(isinstance(m.mixture, Rows) for m in model.modules() if isinstance(m, LoRALayer)):
-        raise SurgeryError(
-            "the model is in a block of lora_rows, which gives each row its own adapter",
-            "leave the block first",
-        )
 
 
 def _differences(
@@ -229,4 +238,4 @@ def forget(model: nn.Module) -> None:
     chart.forgotten += [entry.title for entry in chart.done]
     chart.done.clear()
     chart.undone.clear()
-    chart.merged = ()
+    chart.merged = None

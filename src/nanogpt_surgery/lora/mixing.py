@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.journal import operation, refuse_in_rows
-from nanogpt_surgery.lora.lora_layer import active_mixture, lora_layers
+from nanogpt_surgery.lora.journal import operation
+from nanogpt_surgery.lora.lora_layer import active_mixture, lora_layers, refuse_in_rows
 from nanogpt_surgery.lora.mixture import Blend, Mixture, Rows
 from nanogpt_surgery.lora.operations import check_name
 from nanogpt_surgery.lora.report import Report

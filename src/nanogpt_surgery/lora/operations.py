@@ -14,7 +14,7 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows
-from nanogpt_surgery.lora.journal import chart_of, forget, operation
+from nanogpt_surgery.lora.journal import Merge, chart_of, forget, operation, say_tied, says_tied
 from nanogpt_surgery.lora.lora_layer import (
     LoRALayer,
     active_mixture,
@@ -113,9 +113,10 @@ def merge_lora(
     _check_mergeable(model, layers)
     rows = merge_rows(layers, keep_originals, precision)
     with operation(model, "merge"):
-        before = tuple((name, layer) for name, layer in layers.items())
+        thaw, tied = chart_of(model).thaw, says_tied(model)
         effect = effect_of(model, probe, lambda: merge_layers(model, precision), tolerance, force)
-        chart_of(model).merged = tuple((n, layer, model.get_submodule(n)) for n, layer in before)
+        replaced = tuple((n, layer, model.get_submodule(n)) for n, layer in layers.items())
+        chart_of(model).merged = Merge(replaced, thaw, tied)
     if not keep_originals:
         forget(model)
     summary = {"layers": len(rows), "originals": "kept" if keep_originals else "dropped"}
@@ -132,6 +133,8 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
 def unmerge_lora(model: nn.Module) -> Report:
     """Take the last merge out again: the wrappers come back with the original bits beneath.
 
+    As before it, `remove_lora` lets train what could be trained before the first injection.
+
     Raises:
         SurgeryError: nothing is merged, the originals were dropped, or a merged layer has been
             operated on since.
@@ -142,15 +145,16 @@ def unmerge_lora(model: nn.Module) -> Report:
         raise SurgeryError(
             "there is nothing to unmerge" + (": the originals were dropped" if dropped else "")
         )
-    changed = [name for name, _, now in merged if model.get_submodule(name) is not now]
+    changed = [name for name, _, now in merged.layers if model.get_submodule(name) is not now]
     if changed:
         raise SurgeryError(
             f"{', '.join(changed[:8])} changed after the merge", "undo_lora goes back step by step"
         )
     with operation(model, "unmerge"):
-        for name, layer, _ in merged:
+        for name, layer, _ in merged.layers:
             replace(model, name, layer)
-        chart_of(model).merged = ()
+        chart_of(model).merged, chart_of(model).thaw = None, merged.thaw
+        say_tied(model, merged.tied)
         model.requires_grad_(False)
         let_train(model)
     return report_on(model, "LoRA unmerged")

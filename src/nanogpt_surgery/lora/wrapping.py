@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.journal import chart_of
+from nanogpt_surgery.lora.journal import chart_of, say_tied, says_tied
 from nanogpt_surgery.lora.kinds import seen_from
 from nanogpt_surgery.lora.lora_embedding import LoRAEmbedding
 from nanogpt_surgery.lora.lora_layer import LoRALayer, active_mixture, lora_layers
@@ -154,13 +154,12 @@ def thaw_rest(model: nn.Module) -> None:
 
 
 def _say_untied(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
+    if not says_tied(model):
         return
     ends = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
     weights = [getattr(end(), "weight", None) for end in ends if end is not None]
     if len(weights) == 2 and weights[0] is not weights[1]:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        say_tied(model, False)
 
 
 def report_on(model: nn.Module, title: str) -> Report:
