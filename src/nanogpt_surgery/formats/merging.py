@@ -105,7 +105,9 @@ def merge_adapter(
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
     writing = _Writing(merge, logits_of(merge.model, merge.probe), None if force else tolerance)
     changes = force or any(isinstance(part, ReplacedLayer) for part in merge.model.modules())
-    report = merge_lora(merge.model, precision=merge.precision, keep_originals=False)
+    report = merge_lora(
+        merge.model, precision=merge.precision, keep_originals=False, force=True
+    )  # what changes is judged here, and on what was written
     _refuse_no_change(report, adapter, changes)
     merge.model.to(merge.precision)
     if out is None:
