@@ -7,6 +7,7 @@ windows, AdamW, clipping, a cosine, and every 250 steps an estimate of both loss
 import importlib.util
 import math
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,12 +33,14 @@ class Shape:
     dropout: float = 0.0
     vocab_size: int = 0
     """of random ids; 0: the text's characters"""
+    tie_head: bool = False
+    """of ours; the peers' are always tied"""
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Shape(4, 4, 128, 64, 12)
 MIDDLE = Shape(6, 6, 384, 256, 64)
-GPT2 = Shape(12, 12, 768, 1024, 8, vocab_size=50257)
+GPT2 = Shape(12, 12, 768, 1024, 8, vocab_size=50304, tie_head=True)  # padded, as nanoGPT's is
 
 
 def ours(
@@ -68,7 +71,7 @@ def plain(
     """GPT-2's anatomy and AdamW: what `surgery train` does without a recipe."""
     torch.manual_seed(1)
     sizes = shape.width, shape.heads, shape.layers, shape.block
-    model = SimpleGPT(vocab_size, *sizes, dropout=shape.dropout)
+    model = SimpleGPT(vocab_size, *sizes, dropout=shape.dropout, tie_head=shape.tie_head)
     settings = {"batch_size": shape.batch, "max_steps": steps, **options}
     return model, fit(model, train, precision=own(precision), seed=1, **settings)
 
@@ -88,7 +91,7 @@ def nanogpt(
         dropout=shape.dropout,
         bias=False,
     )
-    model = module.GPT(config).to(DEVICE)
+    model = on_device(module.GPT(config))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.99), DEVICE)
 
     def mean_loss(x: Tensor, y: Tensor) -> Tensor:
@@ -117,8 +120,8 @@ def transformers_gpt2(
         bos_token_id=None,
         eos_token_id=None,
     )
-    model = GPT2LMHeadModel(config).to(DEVICE)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99))
+    model = on_device(GPT2LMHeadModel(config))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.99), fused=True)
 
     def mean_loss(x: Tensor, y: Tensor) -> Tensor:
         with _autocast(precision):
@@ -126,6 +129,21 @@ def transformers_gpt2(
         return F.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
 
     return model, _loop(model, mean_loss, optimizer, shape, ids, held, steps)
+
+
+def on_device(peer: nn.Module) -> nn.Module:
+    """A peer where it computes; compiled on a GPU, as nanoGPT is there by default."""
+    peer.to(DEVICE)
+    if DEVICE == "cuda":
+        peer.compile()
+    return peer
+
+
+def waited() -> float:
+    """The clock, when all that was asked of the device is done."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 class Logits(nn.Module):
@@ -179,7 +197,10 @@ def _estimate(model, mean_loss, shape, *texts: Tensor) -> None:
 def _random_batch(ids: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     starts = torch.randint(len(ids) - shape.block - 1, (shape.batch,))
     windows = ids[starts[:, None] + torch.arange(shape.block + 1)].long()
-    return windows[:, :-1].contiguous().to(DEVICE), windows[:, 1:].contiguous().to(DEVICE)
+    parts = windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+    if DEVICE == "cuda":
+        return tuple(part.pin_memory().to(DEVICE, non_blocking=True) for part in parts)
+    return parts
 
 
 def _rate(step: int, steps: int, peak: float = 1e-3, warmup: int = 100) -> float:

@@ -208,3 +208,18 @@ def test_parts_that_a_kill_left_behind_go(place, tokens, capsys):
 def test_a_process_that_is_ended_from_outside_is_said():
     with pytest.raises(SurgeryError, match=r"one of 2 processes was ended.*\n.*fewer --workers"):
         list(in_processes(os._exit, [1, 1], 2))
+
+
+def test_a_folder_inside_the_corpus_is_refused(place, capsys):
+    (place / "corpus").mkdir()
+    (place / "a.txt").rename(place / "corpus" / "a.txt")
+    said = refused(capsys, "data", "prepare", "corpus", "--out", "corpus/tokens")
+    assert "corpus/tokens lies in corpus, all of which is to be encoded" in said
+    assert not (place / "corpus" / "tokens").exists()
+
+
+def test_a_lost_tokenizer_and_a_negative_number_of_workers_are_said(place, tokens, capsys):
+    words = ["data", "prepare", "a.txt", "b.txt", "--out"]
+    assert "workers is -1" in refused(capsys, *words, "other", "--workers", -1)
+    (tokens / "tokenizer" / "tokenizer.json").unlink()
+    assert "holds no tokenizer.json" in refused(capsys, *words, "tokens")

@@ -11,6 +11,8 @@ from tiny import tiny_model
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, save_model
 from nanogpt_surgery.cli.app import run as surgery
 from nanogpt_surgery.files import file_hash
+from nanogpt_surgery.lora import adapter
+from nanogpt_surgery.lora.peft_config import config_for
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -176,6 +178,26 @@ def test_a_run_is_resumed_with_the_adapter_that_it_has(
     del written["adapter"]
     (run / "run.json").write_text(json.dumps(written))
     surgery([*words, "--rslora", "--dropout", "0.1", "--resume"])
+
+
+@pytest.mark.parametrize("flags", [[], ["--plan"]], ids=["trained", "planned"])
+def test_what_cannot_be_saved_is_refused_before_the_training(
+    flags: list[str],
+    bases: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(  # a fault in the writer, such as there were
+        adapter, "config_for", lambda *parts: {**config_for(*parts), "lora_alpha": 999}
+    )
+    words = ["finetune", str(bases / "llama"), str(bases / "text.txt"), *STEPS, *flags]
+    with pytest.raises(SystemExit):
+        surgery([*words, "--out", str(tmp_path / "run")])
+    said = capsys.readouterr().err
+    assert "reads differently: model.layers.0.self_attn.q_proj" in said
+    assert "please report it" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_flag_counts_over_the_file(

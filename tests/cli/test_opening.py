@@ -12,6 +12,7 @@ from typed import LETTERS, called
 from nanogpt_surgery import (
     CharacterTokenizer,
     GPTConfig,
+    inject_lora,
     open_model,
     remove_lora,
     save_adapter,
@@ -89,6 +90,23 @@ def test_an_adapter_sits_on_its_base_in_bfloat16(operated) -> None:
     ids = random_ids(CONFIG, 2, 40)
     with torch.no_grad():
         assert_equal_in_bfloat16(model(ids), exact(ids))
+
+
+def test_an_adapter_knows_a_base_of_mixed_dtypes(operated, tmp_path, monkeypatch) -> None:
+    """Its head is float32 and most of it bfloat16, in which it computes."""
+    processor(monkeypatch, True)
+    model, tokenizer = open_model(operated / "m")
+    for layer in model.layers:
+        layer.bfloat16()
+    save_model(model, tmp_path / "m", tokenizer)
+    inject_lora(model, ["v_proj", "lm_head"], rank=2, tied="untie")
+    save_adapter(model, tmp_path / "a")
+    opened, _ = open_to_talk(str(tmp_path / "m"), {"a": tmp_path / "a"})
+    head = opened.lm_head.original_layer.weight
+    assert head.dtype == torch.bfloat16 == opened.layers[1].self_attn.k_proj.weight.dtype
+    assert torch.equal(head, model.lm_head.original_layer.weight.bfloat16())
+    with torch.no_grad():
+        opened(random_ids(CONFIG, 2, 40))
 
 
 @pytest.mark.parametrize("command", ["generate", "chat", "eval"])

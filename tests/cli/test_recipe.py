@@ -4,7 +4,10 @@ import json
 import math
 from pathlib import Path
 
-from typed import surgery
+from typed import called, surgery
+
+from nanogpt_surgery import FitSettings
+from nanogpt_surgery.training.recipes import MUON
 
 
 def test_the_recipe_trains_what_it_says_and_generates(tmp_path: Path) -> None:
@@ -21,3 +24,32 @@ def test_the_recipe_trains_what_it_says_and_generates(tmp_path: Path) -> None:
     assert abs(first["loss"] - math.log(kinds)) < 1e-4  # a head of zeros knows nothing
     words = ["--prompt", "to ", "--max-new-tokens", "20"]
     assert surgery("generate", "run", *words, cwd=tmp_path).stdout.startswith("to ")
+
+
+def test_without_a_recipe_muon_trains_and_without_muon_adamw_s_defaults_count(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "text.txt").write_text("to be, or not to be, that is the question\n" * 40)
+    small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 2".split()
+    words = ["train", tmp_path / "text.txt", *small]
+    _, said = called(*words, "--out", tmp_path / "muon", "--clip", 2)
+    assert f"trained by Muon, at a learning rate of {MUON['learning_rate']:g}" in said
+    _, said = called(*words, "--out", tmp_path / "adamw", "--no-muon", "--clip", 2)
+    assert "Muon" not in said
+    wanted = {"muon": FitSettings(**(MUON | {"max_steps": 2, "clip": 2.0}))}
+    wanted["adamw"] = FitSettings(max_steps=2, clip=2.0)
+    for name, settings in wanted.items():
+        run = json.loads((tmp_path / name / "run.json").read_text())
+        assert run["settings"] == settings.to_dict()
+        assert run["model"]["positions"] == "learned"
+
+
+def test_tables_that_outgrow_the_model_are_said(tmp_path: Path) -> None:
+    """Three for each kind of token: with 32,000 kinds they would be most of any small model."""
+    (tmp_path / "text.txt").write_text("".join(map(chr, range(0x4E00, 0x5200))) * 2)
+    small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 2 --plan".split()
+    words = ["train", tmp_path / "text.txt", "--out", tmp_path / "run", "--recipe", "fast", *small]
+    _, said = called(*words)
+    assert "note: 49,152 of them are lag tables" in said
+    _, said = called(*words, "--n-lags", 0)
+    assert "lag tables" not in said

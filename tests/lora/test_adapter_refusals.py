@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,18 +151,11 @@ def test_a_model_that_carries_a_lora_is_refused(tmp_path):
     assert_refused(tmp_path / "adapter", "carries a LoRA already", model)
 
 
-@pytest.mark.parametrize(
-    "contents",
-    [
-        [],
-        {"fingerprint": 5},
-        {"births": {"model.layers.0.self_attn.q_proj": [3, 5]}},
-        {"pieces": {"model.layers.0.self_attn.q_proj": [[2, 5, None], None]}},
-    ],
-)
-def test_a_damaged_file_of_ours_is_refused_and_a_missing_one_is_not(contents, tmp_path):
+def test_a_convolution_s_lora_is_called_that(tmp_path):
     save_adapter(adapted(LLAMA), tmp_path / "adapter")
-    (unsealed(tmp_path / "adapter") / "surgery.json").write_text(json.dumps(contents), "utf-8")
-    assert_refused(tmp_path / "adapter", "surgery.json")
-    (tmp_path / "adapter" / "surgery.json").unlink()
-    load_adapter(tiny_model(LLAMA), tmp_path / "adapter")
+    a, b = torch.randn(2, 24, 3, 3), torch.randn(60, 2, 1, 1)
+    change_tensors(
+        unsealed(tmp_path / "adapter"),
+        lambda t: t.update({f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}),
+    )
+    assert "merge_and_unload" in assert_refused(tmp_path / "adapter", "a convolution's LoRA")

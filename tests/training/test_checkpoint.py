@@ -224,3 +224,12 @@ def test_the_training_state_is_named_by_parameter() -> None:
     next(fit(model, dataset, SETTINGS, optimizer=optimizer))
     names = {name.partition(":")[0] for name in training_state(model, optimizer)}
     assert names == {name for name, _ in model.named_parameters()}
+
+
+def test_lost_metrics_are_said_before_anything_is_done(tmp_path):
+    train(tmp_path / "run", stop_after=2)
+    (tmp_path / "run" / "metrics.jsonl").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SurgeryError, match=r"metrics\.jsonl is gone"):
+        train(tmp_path / "run", resume=True)
+    assert sorted(tmp_path.rglob("*")) == before

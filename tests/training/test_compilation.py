@@ -5,7 +5,14 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from nanogpt_surgery import CharacterTokenizer, FitSettings, GPTDataset, SimpleGPT, fit
+from nanogpt_surgery import (
+    CharacterTokenizer,
+    FitSettings,
+    GPTDataset,
+    SimpleGPT,
+    SurgeryError,
+    fit,
+)
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
 from nanogpt_surgery.training.loss import backward_of_loss
@@ -70,6 +77,13 @@ def noting(saved: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
         return tensor
 
     return pack
+
+
+def test_without_a_compiler_nothing_is_compiled(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert not choose_hardware(FitSettings(device="cpu"), 1e30).compile
+    with pytest.raises(SurgeryError, match=r"there is no C\+\+ compiler"):
+        choose_hardware(FitSettings(device="cpu", compile="on"))
 
 
 def test_long_trainings_are_compiled_and_short_ones_are_not() -> None:

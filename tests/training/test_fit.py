@@ -64,7 +64,7 @@ def test_a_step_says_what_was_done():
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
     settings = FitSettings(max_steps=6, learning_rate=1e-2, warmup_steps=2)
     assert [step.learning_rate for step in steps] == [learning_rate(i, settings) for i in range(6)]
-    assert all(step.tokens == 5 * 2 * 9 for step in steps)
+    assert all(step.tokens == step.trained_tokens == 5 * 2 * 9 for step in steps)
     assert all(step.seconds > 0 and step.gradient_norm > 0 for step in steps)
     assert all(step.validation_loss is None for step in steps)
     assert steps[0].loss == pytest.approx(first, rel=1e-5)

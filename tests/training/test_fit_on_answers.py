@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nanogpt_surgery import (
+    FitSettings,
     InstructionDataset,
     SimpleGPT,
     SurgeryError,
@@ -75,6 +76,14 @@ def test_float16_is_refused_before_anything_is_computed(adapted: bool) -> None:
         inject_lora(network, "q_proj")
     with pytest.raises(SurgeryError, match=r"float16.*\n.*model\.float\(\)"):
         fit(network, InstructionDataset(examples(), 11), precision="bfloat16")
+
+
+def test_a_step_tells_what_is_trained_on_from_what_is_read() -> None:
+    dataset = InstructionDataset(examples(), 11)
+    [step] = fit(model(), dataset, max_steps=1, batch_size=3, device="cpu", compile="off")
+    assert step.tokens == 3 * 11
+    assert step.trained_tokens == int((dataset.batch(0, 3, FitSettings().seed)[1] != -100).sum())
+    assert 0 < step.trained_tokens < step.tokens
 
 
 @pytest.mark.parametrize("pack", [False, True])

@@ -1,9 +1,18 @@
+import errno
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 
-from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, fit, inject_lora
-from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, first_that_learns, prefix_for
+from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, SurgeryError, fit, inject_lora
+from nanogpt_surgery.training.frozen_prefix import (
+    FrozenPrefix,
+    first_that_learns,
+    mapped_file,
+    prefix_for,
+)
 from nanogpt_surgery.training.settings import FitSettings
 
 SETTINGS = FitSettings(
@@ -77,6 +86,53 @@ def test_training_is_the_same_with_what_is_kept(name, targets, tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     for one, other in zip(kept.parameters(), on_disk.parameters(), strict=True):
         assert torch.equal(one, other)
+
+
+@pytest.fixture(params=["by the system", "no such call", "not on this file system"])
+def reserving(request, monkeypatch):
+    """Each way to get a file's bytes from the disk."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if request.param == "no such call":
+        monkeypatch.delattr("os.posix_fallocate", raising=False)
+    elif request.param == "not on this file system":
+        monkeypatch.setattr("os.posix_fallocate", refuse, raising=False)
+
+
+@pytest.mark.usefixtures("reserving")
+def test_a_full_disk_refuses_in_words_and_nothing_stays(tmp_path):
+    needed = 3 * 7 * 24 * 4
+    model = adapted("llama")
+    ids = random_ids(model.config, 2, 7)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (needed - 1, limits[1]))
+    try:
+        with pytest.raises(SurgeryError, match=rf"need {needed:,} bytes: .*bytes free") as caught:
+            FrozenPrefix(model, 3, tmp_path).hidden(ids)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(tmp_path) in caught.value.what
+    assert "--keep-hidden" in caught.value.hint
+    assert not list(tmp_path.iterdir())
+    assert_equal_logits(FrozenPrefix(model, 3, tmp_path).hidden(ids), model.hidden(ids))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("reserving")
+def test_the_disk_has_given_the_whole_file_before_it_is_mapped(tmp_path, monkeypatch):
+    """A write into a mapped byte that a full disk has not given kills the process."""
+    given, from_file = [], torch.from_file
+
+    def measured(name: str, **options: object) -> torch.Tensor:
+        given.append(512 * Path(name).stat().st_blocks)
+        return from_file(name, **options)
+
+    monkeypatch.setattr(torch, "from_file", measured)
+    room = mapped_file(tmp_path, 700_001, torch.float32)
+    assert given[0] >= room.nbytes == 4 * 700_001
+    assert not room.any()
 
 
 def test_the_frozen_part_is_run_once_for_each_window():

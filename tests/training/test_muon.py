@@ -10,7 +10,7 @@ from tiny import CONFIGS, tiny_model
 
 from nanogpt_surgery import FitSettings, SurgeryError, fit, inject_lora
 from nanogpt_surgery.training.checkpoint import Run, training_state
-from nanogpt_surgery.training.muon import POLYNOMIALS, Muon, orthogonalised
+from nanogpt_surgery.training.muon import MARGIN, POLYNOMIALS, Muon, in_bfloat16, orthogonalised
 from nanogpt_surgery.training.optimizer import make_optimizer
 
 JORDANS = ((3.4445, -4.7750, 2.0315),) * 5  # what torch.optim.Muon applies
@@ -18,10 +18,10 @@ BETAS = (0.8, 0.95)
 SHAPES = [(5, 7), (7, 5), (6, 6), (5, 7), (3, 11), (48, 4)]
 
 
-def by_singular_values(matrix, polynomials):
+def by_singular_values(matrix, polynomials, margin=1.0):
     """What the products must come to: the polynomials of each singular value."""
     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
-    S = S / S.norm()
+    S = S / (margin * S.norm())
     for a, b, c in polynomials:
         S = a * S + b * S**3 + c * S**5
     return U @ torch.diag(S) @ Vh
@@ -69,6 +69,27 @@ def test_singular_values_come_near_one():
 
 def test_a_gradient_of_zero_moves_nothing():
     assert not orthogonalised(torch.zeros(2, 3, 4)).any()
+    assert not in_bfloat16(torch.zeros(2, 3, 4), POLYNOMIALS).any()
+
+
+@pytest.mark.parametrize("shape", [(5, 8), (24, 24), (16, 48)])
+@pytest.mark.parametrize("polynomials", [POLYNOMIALS, JORDANS])
+def test_a_gpu_s_rounds_in_bfloat16_come_to_the_same(shape, polynomials):
+    torch.manual_seed(0)
+    matrices = torch.randn(3, *shape)
+    exact = torch.stack([by_singular_values(m.double(), polynomials, MARGIN) for m in matrices])
+    found = in_bfloat16(matrices, polynomials)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - exact).norm() < 0.05 * exact.norm()
+
+
+def test_in_bfloat16_a_single_direction_does_not_blow_up():
+    """There the largest singular value is the norm, from which rounding can only go beyond 1."""
+    torch.manual_seed(0)
+    lines = torch.randn(64, 24, 1) @ torch.randn(64, 1, 48)
+    values = torch.linalg.svdvals(in_bfloat16(lines, POLYNOMIALS).float())
+    assert values[:, 0].min() > 0.8
+    assert values.max() < 2.1
 
 
 @pytest.mark.parametrize("weight_decay", [0.0, 0.3])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_training import DATASET, SETTINGS
 
-from nanogpt_surgery.training.prefetch import batches, made_ahead
+from nanogpt_surgery.training.prefetch import batches, made_ahead, pinned
 
 
 def test_batches_are_those_of_their_steps():
@@ -45,3 +45,13 @@ def test_what_a_dataset_raises_arrives():
 
     with pytest.raises(ValueError, match="step 0"):
         next(made_ahead(make, range(2)))
+
+
+def test_what_is_pinned_is_dense(monkeypatch):
+    """A GPU's copy of a strided tensor is first made dense in memory that is not pinned."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a GPU
+    batch = DATASET.batch(0, 3)
+    assert not batch[0].is_contiguous()
+    for part, dense in zip(batch, pinned(batch), strict=True):
+        assert dense.is_contiguous()
+        assert torch.equal(part, dense)

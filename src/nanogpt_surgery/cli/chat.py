@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say
-from nanogpt_surgery.cli.opening import Dtype, Force, named_adapters, open_to_talk
+from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, named_adapters, open_to_talk
 from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ def chat(
     template: Literal["auto", "chatml", "plain", "none"] = "auto",
     max_new_tokens: int = 512,
     dtype: Dtype = None,
+    tied: OnTied = None,
     force: Force = False,
     sampling: SamplingOptions = AS_USUAL,
 ) -> None:
@@ -58,7 +59,7 @@ def chat(
 
     settings = ChatSettings(sampling.settings(), max_new_tokens, sampling.stop, sampling.seed)
     adapters = named_adapters(adapter or ())
-    network, tokenizer = open_to_talk(model, adapters, dtype, force)
+    network, tokenizer = open_to_talk(model, adapters, dtype, tied, force)
     conversation = Conversation(network, tokenizer, _template(tokenizer, template))
     conversation.system = system
     session = Session(conversation, settings)

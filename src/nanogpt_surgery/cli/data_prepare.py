@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from time import monotonic
@@ -53,8 +53,8 @@ def prepare(
 
     if not text:
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
+    _check_folder(out, text)
     pieces = pieces_of(text)
-    _check_folder(out)
     out.mkdir(parents=True, exist_ok=True)
     try:
         with held(out / LOCK):
@@ -81,13 +81,24 @@ def _prepare(pieces: list[Piece], out: Path, tokenizer: str, values: dict[str, A
         say(f"{out} was finished before: every byte is as it was written")
 
 
-def _check_folder(out: Path) -> None:
-    """Refuse a folder that holds anything but what a preparation leaves, stopped at any moment."""
+def _check_folder(out: Path, text: Sequence[str]) -> None:
+    """Refuse a folder that holds anything but what a preparation leaves, stopped at any moment.
+
+    Raises:
+        SurgeryError: it holds something else, or lies in the corpus, which it would become part of.
+    """
     from nanogpt_surgery.data.preparation import ASKED
     from nanogpt_surgery.data.token_files import TOKENIZER
     from nanogpt_surgery.files import is_temporary
     from nanogpt_surgery.formats.run_folder import LOCK
 
+    inside = [
+        p for p in text if Path(p).is_dir() and out.resolve().is_relative_to(Path(p).resolve())
+    ]
+    if inside:
+        raise SurgeryError(
+            f"{out} lies in {inside[0]}, all of which is to be encoded", "choose an --out outside"
+        )
     if not out.exists() or (out / ASKED).is_file():
         return
     ours = (LOCK, TOKENIZER)
@@ -111,7 +122,11 @@ def _provide_tokenizer(named: str, folder: Path, pieces: list[Piece], workers: i
         save_tokenizer(wanted or _of_characters(pieces, workers), folder)
         return
     there = open_tokenizer(folder)
-    assert there is not None
+    if there is None:
+        raise SurgeryError(
+            f"{folder} holds no tokenizer.json, by which the ids were made",
+            "put it back, or choose a new --out",
+        )
     if wanted is None and isinstance(there, CharacterTokenizer):
         return
     if wanted is None or tokenizer_fingerprint(there) != tokenizer_fingerprint(wanted):

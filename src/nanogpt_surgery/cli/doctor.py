@@ -27,10 +27,16 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
     import torch
 
     from nanogpt_surgery.lora.report import Report
-    from nanogpt_surgery.training.hardware import choose_hardware, cpu_has_bfloat16, matmul_rate
+    from nanogpt_surgery.training.hardware import (
+        choose_hardware,
+        cpu_has_bfloat16,
+        lacking_to_compile,
+        matmul_rate,
+    )
     from nanogpt_surgery.training.settings import FitSettings
 
     hardware = choose_hardware(FitSettings())
+    lacking = lacking_to_compile(hardware.device)
     summary: dict[str, Any] = {
         "python": f"{platform.python_version()} at {sys.executable}",
         "system": platform.platform(),
@@ -39,7 +45,7 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "cores": os.cpu_count(),
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16": cpu_has_bfloat16(),
-        "compiler": shutil.which("c++") or "none: torch.compile cannot work on the CPU",
+        "torch_compile": f"cannot work: there is no {lacking}" if lacking else "can work",
         "free_disk_GB": round(shutil.disk_usage(".").free / 1e9, 1),
         "float32_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.float32) / 1e9),
         "bfloat16_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.bfloat16) / 1e9),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
-from nanogpt_surgery.cli.opening import Dtype, Force, open_to_talk
+from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, one_adapter, open_to_talk
 from nanogpt_surgery.data.instruction_settings import TemplateName
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ def evaluate(
     batch_size: int = 8,
     template: TemplateName = "model",
     dtype: Dtype = None,
+    tied: OnTied = None,
     force: Force = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
@@ -61,8 +62,7 @@ def evaluate(
     """
     from nanogpt_surgery.data.choices import has_choices
 
-    adapters = {} if adapter is None else {"default": adapter}
-    network, tokenizer = open_to_talk(model, adapters, dtype, force)
+    network, tokenizer = open_to_talk(model, one_adapter(adapter), dtype, tied, force)
     if Path(file).suffix not in (".json", ".jsonl"):
         report = _text_report(network, tokenizer, file, context, stride, batch_size)
     elif has_choices(file):

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
-from nanogpt_surgery.cli.opening import Force
+from nanogpt_surgery.cli.options import given, options_of_function
+from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.tokenizer import Tokenizer
-    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.lora.report import Report
 
-Form = Literal["F32", "F16", "BF16", "Q8_0", "huggingface", "lora-gguf", "mlx"]
+ModelForm = Literal["F32", "F16", "BF16", "Q8_0", "huggingface"]
+Form = Literal[ModelForm, "lora-gguf", "mlx"]
+MERGE = "nanogpt_surgery.formats.merged_gguf:merge_into_gguf"
+OWN = ("model", "adapter", "path", "kind", "probe")
+MergeOptions: Any = options_of_function(MERGE, "With an adapter", leave_out=OWN)
 
 
 def export(
@@ -23,13 +27,15 @@ def export(
     out: Path,
     form: Form = "F16",
     adapter: Path | None = None,
-    force: Force = False,
+    probe: Path | None = None,
+    options: MergeOptions = None,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Write a model or an adapter for other programs; it is read again and compared.
 
     A model becomes a GGUF file for llama.cpp, or a Hugging Face folder; an adapter a file for
-    llama.cpp, or a folder for MLX. With an adapter, a model's file or folder holds the merged one.
+    llama.cpp, or a folder for MLX. With an adapter, a model's file or folder holds the merged one,
+    measured as surgery merge does; a folder's weights keep the precision they are stored in.
 
     Parameters
     ----------
@@ -41,39 +47,60 @@ def export(
         the type of a GGUF's matrices, or huggingface; or the adapter alone, as lora-gguf or mlx
     adapter
         an adapter folder, as finetune or peft writes it
+    probe
+        a text to measure a merge on, in the model's tokens; without it, random tokens
     json
         print the report as JSON
     """
-    from nanogpt_surgery.formats.adapter_export import save_lora_gguf, save_mlx_adapter
-    from nanogpt_surgery.formats.gguf_write import save_gguf
-    from nanogpt_surgery.formats.model_file import save_model
-
-    network, tokenizer = _opened(model, adapter, form in ("lora-gguf", "mlx"), force)
-    if form == "lora-gguf":
-        save_lora_gguf(network, out)
-    elif form == "mlx":
-        save_mlx_adapter(network, out)
-    elif form == "huggingface":
-        save_model(network, out, tokenizer)
+    if form == "lora-gguf" or form == "mlx":
+        _write_adapter(model, adapter, out, form, given(options))
+    elif adapter is None:
+        _write_model(model, out, form, json)
     else:
-        show(save_gguf(network, out, tokenizer, form), json)
+        show(_write_merged(model, adapter, out, form, probe, given(options)), json)
     say(f"wrote {out}, and read it again")
 
 
-def _opened(
-    model: str, adapter: Path | None, alone: bool, force: bool
-) -> tuple[SimpleGPT, Tokenizer | None]:
-    """A model with its tokenizer; its adapter is merged in, unless that is to be written alone."""
-    from nanogpt_surgery.errors import SurgeryError
+def _write_adapter(
+    model: str, adapter: Path | None, out: Path, form: str, options: dict[str, Any]
+) -> None:
+    from nanogpt_surgery.formats.adapter_export import save_lora_gguf, save_mlx_adapter
     from nanogpt_surgery.formats.adapter_layout import load_adapter
     from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.lora.operations import merge_lora
+
+    if adapter is None:
+        raise SurgeryError("this form is an adapter's, and none was named", "add --adapter FOLDER")
+    network, _ = open_model(model)
+    options.pop("tolerance", None)  # nothing is rounded
+    load_adapter(network, adapter, **options)
+    save = save_lora_gguf if form == "lora-gguf" else save_mlx_adapter
+    save(network, out)
+
+
+def _write_model(model: str, out: Path, form: ModelForm, json: bool) -> None:
+    from nanogpt_surgery.formats.gguf_write import save_gguf
+    from nanogpt_surgery.formats.model_file import open_model, save_model
 
     network, tokenizer = open_model(model)
-    if adapter is None and alone:
-        raise SurgeryError("this form is an adapter's, and none was named", "add --adapter FOLDER")
-    if adapter is not None:
-        load_adapter(network, adapter, force=force)
-        if not alone:
-            merge_lora(network, keep_originals=False)
-    return network, tokenizer
+    if form == "huggingface":
+        save_model(network, out, tokenizer)
+    else:
+        show(save_gguf(network, out, tokenizer, form), json)
+
+
+def _write_merged(
+    model: str,
+    adapter: Path,
+    out: Path,
+    form: ModelForm,
+    probe: Path | None,
+    options: dict[str, Any],
+) -> Report:
+    from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.formats.merged_gguf import merge_into_gguf
+    from nanogpt_surgery.formats.merging import merge_adapter
+
+    text = read_texts([str(probe)]) if probe else None
+    if form == "huggingface":
+        return merge_adapter(model, adapter, out, probe=text, **options)
+    return merge_into_gguf(model, adapter, out, form, probe=text, **options)

@@ -89,13 +89,14 @@ def _job(
     import torch
 
     from nanogpt_surgery.cli.training_run import Job, fingerprint
-    from nanogpt_surgery.formats.adapter_layout import write_adapter_files
+    from nanogpt_surgery.formats.adapter_layout import refuse_unsavable, write_adapter_files
     from nanogpt_surgery.lora.operations import inject_lora
 
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
     report = inject_lora(network, **targets, settings=adapter)
     say(str(report))
+    refuse_unsavable(network)
     return Job(
         options=run,
         model=network,

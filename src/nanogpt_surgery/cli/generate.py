@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.opening import Dtype, Force, open_to_talk
+from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, one_adapter, open_to_talk
 from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 from nanogpt_surgery.errors import SurgeryError, printable
 
@@ -58,6 +58,7 @@ def generate(
     adapter: Path | None = None,
     max_new_tokens: int = 300,
     dtype: Dtype = None,
+    tied: OnTied = None,
     force: Force = False,
     sampling: SamplingOptions = AS_USUAL,
     many: ManyOptions = ONE,
@@ -80,8 +81,7 @@ def generate(
     sampling.settings()  # what is out of its range is refused before the model is opened
     many.check()
     texts = _prompts(prompt, prompts)
-    adapters = {} if adapter is None else {"default": adapter}
-    network, tokenizer = open_to_talk(model, adapters, dtype, force)
+    network, tokenizer = open_to_talk(model, one_adapter(adapter), dtype, tied, force)
     if len(texts) == many.samples == 1 and many.logprobs is None and not many.json:
         pieces = _as_it_is_made(network, tokenizer, texts[0], max_new_tokens, sampling)
     else:

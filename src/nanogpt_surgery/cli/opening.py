@@ -11,8 +11,11 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.settings import Tied
 
 if TYPE_CHECKING:
+    import torch
+
     from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -23,10 +26,19 @@ OF_THE_WEIGHTS = (
 Dtype: TypeAlias = Annotated[Literal["float32", "bfloat16"] | None, Parameter(help=OF_THE_WEIGHTS)]
 OTHER_BASE = "take an adapter that was made for another base, with a warning"
 Force: TypeAlias = Annotated[bool, Parameter(negative="", help=OTHER_BASE)]
+SHARED_WEIGHT = (
+    "what to do where an adapter changes a weight that layers share: refuse it, let that layer "
+    "have one of its own, or adapt both; by default what the adapter was made with"
+)
+OnTied: TypeAlias = Annotated[Tied | None, Parameter(help=SHARED_WEIGHT)]
 
 
 def open_to_talk(
-    path: str, adapters: Mapping[str, Path], dtype: Dtype = None, force: Force = False
+    path: str,
+    adapters: Mapping[str, Path],
+    dtype: Dtype = None,
+    tied: OnTied = None,
+    force: Force = False,
 ) -> tuple[SimpleGPT, Tokenizer]:
     """A model with its tokenizer and named adapters; the first of them takes part alone.
 
@@ -34,6 +46,7 @@ def open_to_talk(
         path: whatever `open_model` opens.
         adapters: folders by name.
         dtype: of the weights; None: as stored, or float32 where bfloat16 would be slow.
+        tied: what to do with layers that share a weight; None: what the adapter was made with.
         force: warn, instead of refusing, when an adapter was made for another base.
 
     Raises:
@@ -46,47 +59,52 @@ def open_to_talk(
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.mixing import swap_lora
 
-    rounded = bool(adapters) and dtype == "bfloat16"  # adapters know their base as it is stored
-    model, found = open_model(path, None if dtype is None or rounded else getattr(torch, dtype))
+    wanted = None if dtype is None else getattr(torch, dtype)
+    model, found = open_model(path, "each" if adapters else wanted)  # they know it as it is stored
     tokenizer = required_tokenizer(found, path)
-    if dtype is None:
-        _leave_slow_bfloat16(model)
+    wanted = wanted or _dtype_here(model)
+    if wanted == torch.float32:
+        model.float()
     for name, folder in adapters.items():
-        load_adapter(model, folder, name=name, force=force)
-    if rounded:
-        _round_base(model)
+        load_adapter(model, folder, name=name, tied=tied, force=force)
+    _give(model, wanted)
     if adapters:
         swap_lora(model, next(iter(adapters)))
     return model, tokenizer
 
 
-def _round_base(model: SimpleGPT) -> None:
-    """Round all but the updates to bfloat16: A and B stay in float32, as on any such base."""
-    import torch
-
+def _give(model: SimpleGPT, dtype: torch.dtype) -> None:
+    """Give all but the updates a dtype: A and B stay in float32."""
     from nanogpt_surgery.lora.update import Update
 
     updates = [module for module in model.modules() if isinstance(module, Update)]
     kept = {parameter for update in updates for parameter in update.parameters()}
     for parameter in model.parameters():
         if parameter not in kept:
-            parameter.data = parameter.data.to(torch.bfloat16)
+            parameter.data = parameter.data.to(dtype)
 
 
-def _leave_slow_bfloat16(model: SimpleGPT) -> None:
-    """Make weights in bfloat16 float32 where the processor would multiply them one by one."""
+def _dtype_here(model: SimpleGPT) -> torch.dtype:
+    """That of most weights; float32 for bfloat16 where the processor would multiply one by one."""
     import torch
 
+    from nanogpt_surgery.formats.placing import usual_dtype
     from nanogpt_surgery.training.hardware import cpu_has_bfloat16
 
-    if model.lm_head.weight.dtype != torch.bfloat16 or cpu_has_bfloat16():
-        return
-    model.float()
+    usual = usual_dtype((weight.dtype, weight.numel()) for weight in model.parameters())
+    if usual != torch.bfloat16 or cpu_has_bfloat16():
+        return usual
     say(
         "note: the weights are bfloat16, which this processor has no arithmetic for: computing in "
         f"float32, with {4 * model.n_parameters / 2**20:,.0f} MiB of weights instead of half of "
         "that; --dtype bfloat16 leaves them"
     )
+    return torch.float32
+
+
+def one_adapter(folder: Path | None) -> dict[str, Path]:
+    """The adapter of a command that takes one at most, under the usual name."""
+    return {} if folder is None else {"default": folder}
 
 
 def named_adapters(written: Sequence[str]) -> dict[str, Path]:

@@ -7,24 +7,36 @@ import dataclasses
 import inspect
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.settings import Tied
 
 
-def options_of(source: type, group: str, leave_out: tuple[str, ...] = ()) -> Any:
+def options_of(
+    source: type,
+    group: str,
+    leave_out: tuple[str, ...] = (),
+    defaults: Mapping[str, Any] = MappingProxyType({}),
+) -> Any:
     """A dataclass with the fields of `source`, each None unless given on the command line.
 
-    The help of a flag is the string under its field; the default shown is the field's own.
+    The help of a flag is the string under its field; the default shown is the field's own, if
+    `defaults` has no other.
     """
     hints, texts = get_type_hints(source), _field_texts(source)
     fields = [
-        (field.name, _annotated(hints[field.name], texts[field.name], field), _none())
+        (
+            field.name,
+            _annotated(hints[field.name], texts[field.name], field, defaults),
+            _none(),
+        )
         for field in dataclasses.fields(source)
         if field.name not in leave_out
     ]
@@ -44,8 +56,11 @@ def given(options: Any) -> dict[str, Any]:
     return {name: value for name, value in vars(options).items() if value is not None}
 
 
-def _annotated(hint: Any, text: str, field: dataclasses.Field[Any]) -> Any:
-    default = "the model's" if field.default is dataclasses.MISSING else field.default
+def _annotated(
+    hint: Any, text: str, field: dataclasses.Field[Any], defaults: Mapping[str, Any]
+) -> Any:
+    own = "the model's" if field.default is dataclasses.MISSING else field.default
+    default = defaults.get(field.name, own)
     parameter = Parameter(help=text, show_default=lambda _: default)
     if any(get_origin(kind) is dict for kind in get_args(hint)):
         parameter = Parameter.combine(parameter, PAIRS)
@@ -104,7 +119,7 @@ def _flag(argument: ast.arg, text: str, default: ast.expr | None) -> Any:
     written = ast.unparse(argument.annotation)
     # On the command line several patterns are several words.
     several = written == "str | Iterable[str]"
-    hint = list[str] if several else eval(written, {"Literal": Literal})
+    hint = list[str] if several else eval(written, {"Literal": Literal, "Tied": Tied})
     value = ast.literal_eval(default) if default is not None else "required"
     shown = " ".join(value) if isinstance(value, tuple) else value
     parameter = Parameter(

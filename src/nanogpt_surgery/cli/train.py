@@ -11,7 +11,7 @@ from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.cli.options import given, options_of
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
-from nanogpt_surgery.training.recipes import RECIPES
+from nanogpt_surgery.training.recipes import MUON, RECIPES, training_values
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 CHARACTERS = "characters"
 ModelOptions: Any = options_of(GPTConfig, "Model", leave_out=("vocab_size", "rope_scaling"))
-TrainingOptions: Any = options_of(FitSettings, "Training")
+TrainingOptions: Any = options_of(FitSettings, "Training", defaults=MUON)
 Family: Any = Literal[*FAMILIES]
 Recipe: Any = Literal[*(name for name in RECIPES if name)]
 
@@ -37,6 +37,9 @@ def train(
     training: TrainingOptions = None,
 ) -> None:
     """Train a GPT on text, into a run folder.
+
+    Muon trains its matrices, at a learning rate that suits it; with --no-muon AdamW trains all,
+    and the defaults of other flags are AdamW's, those of fit and finetune.
 
     Parameters
     ----------
@@ -57,13 +60,14 @@ def train(
     from nanogpt_surgery.cli.training_run import carry_out
     from nanogpt_surgery.data.tokenizer import vocab_size_of
 
-    chosen = RECIPES[recipe]
-    settings = FitSettings(**(chosen.training | given(training)))
+    settings = FitSettings(**training_values(recipe, given(training)))
     sources = _sources(text, weights, tokenizer)
-    axes = ({} if family else chosen.model) | given(model)
+    axes = ({} if family else RECIPES[recipe].model) | given(model)
     config = _config(family, axes, vocab_size_of(sources.tokenizer))
     job = _job(run, sources, config, settings, recipe)
     say_sources(job.dataset, text, settings.windows)
+    if settings.muon:
+        say(f"trained by Muon, at a learning rate of {settings.learning_rate:g} (--no-muon: AdamW)")
     carry_out(job, "trained")
     if not run.plan:
         say(f"surgery generate {run.out} --prompt … continues a text with it")
@@ -94,6 +98,9 @@ def _job(
         f"{len(dataset):,} windows to train on, {len(validation):,} held out; tokens of "
         f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
     )
+    tables = config.n_lags * config.vocab_size * config.n_embd
+    if 2 * tables > network.n_parameters:
+        say(f"note: {tables:,} of them are lag tables, for so many kinds; --n-lags 0 is without")
     description = {
         "kind": "train",
         "recipe": recipe,

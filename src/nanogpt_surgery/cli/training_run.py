@@ -66,6 +66,7 @@ def _trained(job: Job) -> dict[str, Any]:
             run.restore(job.model, optimizer)
             say(f"going on from step {run.first_step:,} of {job.settings.max_steps:,}")
         say(f"computing on {hardware.describe()}")
+        _say_what_is_measured(job)
         if job.keep_in:
             job.keep_in.mkdir(parents=True, exist_ok=True)
         steps = fit(
@@ -90,6 +91,17 @@ def _trained(job: Job) -> dict[str, Any]:
         if not is_over:
             _record(run, description, summary)
         return summary
+
+
+def _say_what_is_measured(job: Job) -> None:
+    from nanogpt_surgery.data.batches import Spread, held_out
+
+    held = held_out(job.validation, job.settings.evaluate_tokens)
+    if isinstance(held, Spread):
+        say(
+            f"an evaluation reads one in {held.share} of the held-out tokens, the same each time; "
+            "--evaluate-tokens 0 reads all"
+        )
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:
@@ -209,6 +221,7 @@ def _finish(job: Job, run: Run, matmul_rate: float) -> dict[str, Any]:
         "steps": len(metrics),
         "trained_parameters": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
         "tokens": tokens,
+        "trained_tokens": sum(row.get("trained_tokens", row["tokens"]) for row in metrics),
         "seconds": round(seconds, 2),
         "tokens_per_second": round(tokens / seconds),
         "matmul_GFLOPs": round(matmul_rate / 1e9),

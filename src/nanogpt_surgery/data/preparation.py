@@ -70,6 +70,8 @@ def prepare_tokens(
             UTF-8, a character is not in the vocabulary, the disk refuses, or a process died.
     """
     held_out = _held_out(pieces, held_out)
+    if workers < 0:
+        raise SurgeryError(f"workers is {workers}; it must be at least 0 (one for each core)")
     tokenizer = tokenizer_of()
     assert tokenizer is not None
     vocab_size, fingerprint = vocab_size_of(tokenizer), tokenizer_fingerprint(tokenizer)

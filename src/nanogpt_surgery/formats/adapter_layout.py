@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.lora.adapter import read_stored, write_stored
 from nanogpt_surgery.lora.hashing import tensor_hash
+from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import Tied
@@ -68,6 +70,16 @@ def write_adapter_files(
         )
     adapter = replace(adapter, fingerprint=base_fingerprint(model, adapter.updates))
     write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2")
+
+
+def refuse_unsavable(model: nn.Module) -> None:
+    """Write a model's adapter into a temporary folder, as a training will, and remove it.
+
+    Raises:
+        SurgeryError: it cannot be saved, so that training it would be in vain.
+    """
+    with TemporaryDirectory() as place, whole_folder(Path(place) / "adapter") as folder:
+        write_adapter_files(model, folder)
 
 
 def load_adapter(
@@ -168,7 +180,8 @@ def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> S
     whole, stranger = to_ours(adapter.whole, family, layers)
     if strange or stranger:
         raise SurgeryError(
-            f"this adapter is for another model: a {family} has no {', '.join(strange + stranger)}"
+            f"this adapter is for another model: a {family} has no {', '.join(strange + stranger)}",
+            MERGE_IN_PEFT,
         )
     return replace(
         adapter,
@@ -188,6 +201,7 @@ def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
     if left:
         raise SurgeryError(
             f"this adapter is for another model: a {family} of {model.config.n_layer} layers has "
-            f"no {', '.join(sorted(left))}"
+            f"no {', '.join(sorted(left))}",
+            f"open the base that its {CONFIG} names (base_model_name_or_path)",
         )
     return converted

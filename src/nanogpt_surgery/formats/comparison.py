@@ -49,7 +49,7 @@ def compare(
         warnings.warn(
             "no tokenizer was written: whoever opens the file must bring ids",
             SurgeryWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     check_tokenizer(tokenizer, tokenizer_again)
     return Report(title, rows, _logits(model, again))

@@ -15,6 +15,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.stored import LowRankUpdate, Updates, alpha_for
 
 
@@ -27,6 +28,7 @@ def fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankUp
     """
     present = [part for part in parts if part is not None]
     scale, rslora = present[0].scaling, present[0].rslora
+    assert all(part.rslora == rslora for part in present), "an adapter writes its scales one way"
     rank = sum(part.rank for part in present)
     blocks, start = [], 0
     for matrix, part in zip(matrices, parts, strict=True):
@@ -67,6 +69,12 @@ def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
             name: _share(update, b, m) for name, b, m in zip(names, rows_of_b, lengths, strict=True)
         }
         return {name: share for name, share in shares.items() if share is not None}
+    if len(update.pieces) != count:
+        raise SurgeryError(
+            f"the adapter's surgery.json says that a matrix of {count} parts ({', '.join(names)}) "
+            f"was put together from {len(update.pieces)}",
+            "delete that surgery.json",
+        )
     parts: Updates = {}
     start = 0
     for name, b, m, piece in zip(names, rows_of_b, lengths, update.pieces, strict=True):
@@ -94,4 +102,6 @@ def _share(update: LowRankUpdate, b: Tensor, magnitude: Tensor | None) -> LowRan
     if not own.any():
         return None
     alpha = alpha_for(update.scaling, int(own.sum()), update.rslora)
-    return replace(update, A=update.A[own], B=b[:, own].clone(), alpha=alpha, magnitude=magnitude)
+    return replace(
+        update, A=update.A[own], B=b[:, own].clone(), alpha=alpha, magnitude=magnitude, birth=None
+    )

@@ -16,7 +16,7 @@ from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.formats.gguf_file import GGUFFile, read_gguf
 from nanogpt_surgery.formats.gguf_names import FIELDS, ROPE_FACTORS, table
 from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
-from nanogpt_surgery.formats.placing import build_model
+from nanogpt_surgery.formats.placing import Dtype, build_model
 from nanogpt_surgery.formats.stored_tensor import Stored
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.positions import rotary_frequencies, stretch
@@ -41,7 +41,7 @@ _INERT: dict[str, tuple[Any, ...]] = {
 SCALING_KEY = "nanogpt_surgery.rope_scaling."
 
 
-def open_gguf(path: str | Path, dtype: torch.dtype | None) -> tuple[SimpleGPT, Tokenizer | None]:
+def open_gguf(path: str | Path, dtype: Dtype) -> tuple[SimpleGPT, Tokenizer | None]:
     """The model and the tokenizer of a GGUF file; see `open_model`."""
     file = read_gguf(path)
     family = family_of_file(file)

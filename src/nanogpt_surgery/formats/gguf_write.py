@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from gguf import GGUFWriter
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from nanogpt_surgery.formats.gguf_tokenizer import write_tokenizer
 from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import Row, each_layer
 from nanogpt_surgery.formats.placing import side_by_side
+from nanogpt_surgery.lora.examination import Rounding
 from nanogpt_surgery.lora.operations import has_lora
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.model.config import GPTConfig
@@ -41,7 +42,8 @@ _FILE_TYPES = {
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
-_KEPT_FLOAT32 = ("position_embd.weight", ROPE_FACTORS)
+_POSITIONS = "position_embd.weight"
+_KEPT_FLOAT32 = (_POSITIONS, ROPE_FACTORS)
 
 
 def save_gguf(
@@ -62,14 +64,26 @@ def save_gguf(
         SurgeryError: llama.cpp has no such model or tokenizer, or what was written does not read
             back as it should. There is no new file then.
     """
+    with whole_file(path) as temporary:
+        return write_gguf_file(model, temporary, tokenizer, kind, f"GGUF written: {path}")[1]
+
+
+def write_gguf_file(
+    model: SimpleGPT, path: Path, tokenizer: Tokenizer | None, kind: GGUFType, title: str
+) -> tuple[SimpleGPT, Report]:
+    """Write a file that is being made; what it holds, in float32, and how far that is off."""
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
-    family = _family(model)
-    with whole_file(path) as temporary:
-        kinds = _write(model, family, temporary, tokenizer, kind)
-        again, tokenizer_again = open_gguf(temporary, torch.float32)
-        report = compare(model, again, tokenizer, tokenizer_again, kinds, f"GGUF written: {path}")
-    return report
+    kinds = _write(model, _family(model), path, tokenizer, kind)
+    again, tokenizer_again = open_gguf(path, torch.float32)
+    return again, compare(model, again, tokenizer, tokenizer_again, kinds, title)
+
+
+def rounding_of(layer: str, weight: Tensor, kind: GGUFType) -> tuple[str, Rounding]:
+    """The type that a file of a kind stores a layer's matrix in, and what it makes of numbers."""
+    name = _POSITIONS if layer == "embed_positions" else f"{layer}.weight"
+    chosen = _kind_of(name, weight, kind)
+    return chosen.name, lambda matrix: torch.from_numpy(dequantize(_packed(matrix, chosen), chosen))
 
 
 def _family(model: SimpleGPT) -> str:

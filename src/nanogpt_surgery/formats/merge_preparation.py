@@ -13,7 +13,8 @@ from nanogpt_surgery.data.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.adapter_layout import load_adapter
 from nanogpt_surgery.formats.model_file import open_model
-from nanogpt_surgery.lora.hashing import UPDATES, combined, tensor_hashes
+from nanogpt_surgery.lora.hashing import UPDATES, combined, plain_name, tensor_hashes
+from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
@@ -21,21 +22,40 @@ PROBE_ROWS, PROBE_TOKENS = 4, 64
 
 @dataclass
 class Merge:
-    """A merge that is about to happen: the adapted model, and all that its report will say."""
+    """A merge that is about to happen: the adapted model, and all that its report will say.
+
+    The model is float32; `dtypes` says what each of its tensors is to be written in.
+    """
 
     model: SimpleGPT
     tokenizer: Tokenizer | None
-    precision: torch.dtype
+    dtypes: dict[str, torch.dtype]
     base: str
-    title: str
+    adapter: str
     probe: Tensor
     probed_on: str
 
+    @property
+    def title(self) -> str:
+        """What happens, in words."""
+        return f"merge {self.adapter}"
+
     def planned(self) -> dict[str, Any]:
         """The sizes to expect."""
-        own = [p.numel() for n, p in self.model.named_parameters() if UPDATES not in n]
-        name = str(self.precision).removeprefix("torch.")
-        return {"dtype": name, "model_bytes": sum(own) * self.precision.itemsize}
+        own = [(plain_name(n), p) for n, p in self.model.named_parameters() if UPDATES not in n]
+        size = sum(p.numel() * self.dtypes[name].itemsize for name, p in own)
+        names = sorted({dtype_name(self.dtypes[name]) for name, _ in own})
+        return {"dtype": " and ".join(names), "model_bytes": size}
+
+    def round(self) -> None:
+        """Give each weight of the merged model the dtype that it is to be written in."""
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(self.dtypes[name])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files write it: "float32"."""
+    return str(dtype).removeprefix("torch.")
 
 
 def prepare(
@@ -45,16 +65,30 @@ def prepare(
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
     probe: str | None = None,
     force: bool = False,
+    tied: Tied | None = None,
 ) -> Merge:
     """Open a model with an adapter on it, in float32; arguments as in `merge_adapter`."""
-    network, tokenizer = open_model(model)
-    stored = network.lm_head.weight.dtype
+    network, tokenizer = open_model(model, "each")
+    stored = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    if dtype is None:
+        _refuse_wider(stored, str(model))
+    dtypes = stored if dtype is None else dict.fromkeys(stored, getattr(torch, dtype))
     network.float()
     base = combined(tensor_hashes(network).values())
-    load_adapter(network, adapter, force=force)
+    load_adapter(network, adapter, tied=tied, force=force)
     ids, probed_on = _probe(network, tokenizer, probe)
-    precision = stored if dtype is None else getattr(torch, dtype)
-    return Merge(network, tokenizer, precision, base, f"merge {adapter}", ids, probed_on)
+    return Merge(network, tokenizer, dtypes, base, str(adapter), ids, probed_on)
+
+
+def _refuse_wider(stored: dict[str, torch.dtype], where: str) -> None:
+    """Raise `SurgeryError` for tensors that float32 would round, merged or not."""
+    wide = [name for name, dtype in stored.items() if dtype == torch.float64]
+    if wide:
+        raise SurgeryError(
+            f"{where} holds {len(wide)} tensors in float64 ({', '.join(wide[:4])}), and a merge "
+            "computes in float32",
+            "--dtype float32 writes them so",
+        )
 
 
 def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> tuple[Tensor, str]:

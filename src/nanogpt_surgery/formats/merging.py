@@ -1,14 +1,15 @@
 """A model on disk and an adapter on disk become a merged model on disk, in place or elsewhere.
 
-W + ΔW is added in float32 and rounded once, to the precision that the file will have. The merged
-model is written, read again, compared bit by bit, and measured against the adapted one; only then
-does it take its place.
+W + ΔW is added in float32 and rounded once, to the dtype that W is stored in; weights without a ΔW
+keep their bits. The merged model is written, read again, compared bit by bit, and measured against
+the adapted one; only then does it take its place.
 """
 
 from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,20 +24,15 @@ from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
 from nanogpt_surgery.formats.folder_operation import operate
 from nanogpt_surgery.formats.hub import is_hub_name
 from nanogpt_surgery.formats.in_place import keep_config, leave_away
-from nanogpt_surgery.formats.merge_preparation import Merge, prepare
+from nanogpt_surgery.formats.measured_merge import Merged, add_in
+from nanogpt_surgery.formats.merge_preparation import Merge, dtype_name, prepare
 from nanogpt_surgery.formats.model_file import model_folder, open_model, write_model_files
 from nanogpt_surgery.formats.run_folder import is_run
 from nanogpt_surgery.formats.safetensors_file import weight_files
 from nanogpt_surgery.lora.adapter import TENSORS as ADAPTER_TENSORS
-from nanogpt_surgery.lora.examination import (
-    compare_logits,
-    logits_of,
-    merge_survival,
-    refuse_effect,
-)
-from nanogpt_surgery.lora.operations import merge_lora
-from nanogpt_surgery.lora.replaced import ReplacedLayer
+from nanogpt_surgery.lora.examination import Rounding, merge_survival, round_to
 from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.settings import Tied
 
 
 def plan_merge(
@@ -73,6 +69,7 @@ def merge_adapter(
     force: bool = False,
     keep_originals: bool = True,
     probe: str | None = None,
+    tied: Tied | None = None,
 ) -> Report:
     """Merge an adapter folder into a model, in float32, rounded once; read again and measured.
 
@@ -83,11 +80,12 @@ def merge_adapter(
         model: a run or a model folder; with `out` whatever `open_model` opens.
         adapter: an adapter folder, as finetune or peft writes it.
         out: the model folder to make.
-        dtype: of the weights to write; the model's by default.
+        dtype: of all weights to write; by default each keeps the one that it is stored in.
         tolerance: largest mean KL divergence, adapted model to merged one, in nats a token.
         force: merge whatever was measured, and although the adapter was made for another base.
         keep_originals: keep what was there, so that an operation in place can be undone.
         probe: a text to measure on; random tokens if None.
+        tied: what to do with weights that layers share; by default what the adapter was made with.
 
     Returns:
         A row for each layer; the largest and the mean error of the logits, KL and the share of
@@ -100,30 +98,31 @@ def merge_adapter(
     """
     _refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
-    merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force)
+    merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
     facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
-    writing = _Writing(merge, logits_of(merge.model, merge.probe), None if force else tolerance)
-    changes = force or any(isinstance(part, ReplacedLayer) for part in merge.model.modules())
-    report = merge_lora(
-        merge.model, precision=merge.precision, keep_originals=False, force=True
-    )  # what changes is judged here, and on what was written
-    _refuse_no_change(report, adapter, changes)
-    merge.model.to(merge.precision)
+    merged = add_in(merge, partial(_rounding, merge), tolerance, force)
+    merge.round()
+    writing = _Writing(merge, merged)
     if out is None:
         entry = writing.in_place(goal, entry, keep_originals)
     else:
         entry = writing.elsewhere(goal, replace(entry, operation=f"{merge.title} into {model}"))
-    return _report(report, merge, entry, goal)
+    return _report(merged, merge, entry, goal)
+
+
+def _rounding(merge: Merge, layer: str, _weight: Tensor) -> tuple[str, Rounding]:
+    """The dtype that a layer's weight is written in."""
+    dtype = merge.dtypes[f"{layer}.weight"]
+    return dtype_name(dtype), partial(round_to, dtype=dtype)
 
 
 @dataclass
 class _Writing:
-    """Writing a merged model, and measuring what was written against the adapted one's logits."""
+    """Writing a merged model, and measuring what was written against the adapted one."""
 
     merge: Merge
-    adapted: Tensor
-    tolerance: float | None
+    merged: Merged
 
     def in_place(self, goal: Path, entry: Entry, keep_originals: bool) -> Entry:
         """Operate on the model's own folder."""
@@ -144,34 +143,11 @@ class _Writing:
         write_model_files(self.merge.model, new, tokenizer)
         if place is not None:
             keep_config(new, place)
-        again, tokenizer_again = open_model(new)
+        again, tokenizer_again = open_model(new, "each")
         check_equal(self.merge.model, again, tokenizer, tokenizer_again)
         if place is not None:
             leave_away(new, place)
-        effect: dict[str, Any] = dict(
-            compare_logits(self.adapted, logits_of(again.float(), self.merge.probe))
-        )
-        if self.tolerance is not None:
-            refuse_effect(effect, self.tolerance)
-        effect |= {"largest_logit": float(self.adapted.abs().max())}
-        return replace(entry, measured=effect | {"measured_on": self.merge.probed_on})
-
-
-def _refuse_no_change(report: Report, adapter: str | Path, changes: bool) -> None:
-    """Raise `SurgeryError` if every weight would be the number that it is without the adapter.
-
-    `changes`: it is known, or said, to change the model apart from its ΔW.
-    """
-    if changes or any(row["weights changed"] for row in report.rows):
-        return
-    lost = any(row["ΔW / W"] for row in report.rows)
-    dtype = report.rows[0]["dtype"]
-    raise SurgeryError(
-        f"{adapter} would change no weight: ΔW is "
-        + (f"lost in the rounding to {dtype}" if lost else "0")
-        + f" in all {len(report.rows)} layers",
-        "merge into --dtype float32" if lost else "train the adapter first, or --force",
-    )
+        return replace(entry, measured=self.merged.measure(again))
 
 
 def _refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
@@ -199,15 +175,14 @@ def _in_place(model: str | Path) -> Path:
                        "add --out FOLDER")  # fmt: skip
 
 
-def _report(report: Report, merge: Merge, entry: Entry, goal: Path) -> Report:
-    rows = [{k: v for k, v in row.items() if k != "original"} for row in report.rows]
+def _report(merged: Merged, merge: Merge, entry: Entry, goal: Path) -> Report:
     summary = {
         "folder": str(goal),
-        "layers": len(rows),
+        "layers": len(merged.rows),
         "base": merge.base,
         "dtype": entry.planned["dtype"],
         **entry.measured,
         "originals": entry.originals,
         "sha256": entry.changes(),
     }
-    return Report(f"merged: {merge.title}", rows, summary)
+    return Report(f"merged: {merge.title}", merged.rows, summary)

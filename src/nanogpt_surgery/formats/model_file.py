@@ -5,8 +5,6 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-import torch
-
 from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.data.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
@@ -20,7 +18,7 @@ from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
 from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
 from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
 from nanogpt_surgery.formats.name_map import NAME_MAPS, identity, normal_names, to_theirs
-from nanogpt_surgery.formats.placing import build_model
+from nanogpt_surgery.formats.placing import Dtype, build_model, usual_dtype
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.formats.safetensors_file import stored_tensors
 from nanogpt_surgery.formats.tokenizer_files import (
@@ -49,7 +47,7 @@ def save_model(model: SimpleGPT, folder: str | Path, tokenizer: Tokenizer | None
     """
     with whole_folder(folder) as temporary:
         write_model_files(model, temporary, tokenizer)
-        again, tokenizer_again = open_model(temporary)
+        again, tokenizer_again = open_model(temporary, "each")
         check_equal(model, again, tokenizer, tokenizer_again)
 
 
@@ -65,7 +63,8 @@ def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | Non
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if tied:
         del tensors["lm_head.weight"]
-    contents = config_to_json(model.config, tied, str(weight.dtype).removeprefix("torch."))
+    dtype = usual_dtype((tensor.dtype, tensor.numel()) for tensor in tensors.values())
+    contents = config_to_json(model.config, tied, str(dtype).removeprefix("torch."))
     if contents["model_type"] != OWN:
         tensors = to_theirs(tensors, contents["model_type"], model.config.n_layer)
     write_json(folder / CONFIG, contents | special_ids(tokenizer))
@@ -74,9 +73,7 @@ def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | Non
         write_tokenizer_files(tokenizer, folder, model.config.block_size)
 
 
-def open_model(
-    path: str | Path, dtype: torch.dtype | None = None
-) -> tuple[SimpleGPT, Tokenizer | None]:
+def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokenizer | None]:
     """Open whatever a path holds, in eval mode on the CPU.
 
     Weights are mapped where the file holds them as the model needs them, and otherwise read piece
@@ -85,7 +82,9 @@ def open_model(
     Args:
         path: a model folder in Hugging Face's form, a run folder (its best checkpoint), a GGUF
             file, or a name on the Hugging Face hub ("HuggingFaceTB/SmolLM2-135M").
-        dtype: of the weights; None: as most of them are stored, float32 if they are quantised.
+        dtype: of the weights; None: as most of them are stored, float32 if they are quantised;
+            "each": every tensor in its own, to be written again: a model of several dtypes does
+            not compute.
 
     Returns:
         The model, and its tokenizer if there is one.

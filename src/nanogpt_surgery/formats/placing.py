@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from nanogpt_surgery.formats.name_map import Row, each_layer
 from nanogpt_surgery.formats.stored_tensor import Stored
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+Dtype: TypeAlias = torch.dtype | Literal["each"] | None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ def build_model(
     config: GPTConfig,
     stored: Mapping[str, Stored],
     table: Iterable[Row],
-    dtype: torch.dtype | None,
+    dtype: Dtype,
     where: str,
 ) -> SimpleGPT:
     """A model of stored weights, in eval mode on the CPU.
@@ -95,7 +97,7 @@ def build_model(
         stored: its tensors, by the name in the file.
         table: which of them is which of ours; rows with a `*` stand for every layer.
         dtype: of the weights; None: the one that most numbers are stored in, float32 if any are
-            quantised.
+            quantised; "each": every tensor's own, or float32 for all if any are quantised.
         where: names the file in an error.
 
     Raises:
@@ -108,10 +110,9 @@ def build_model(
     with torch.device("meta"), _NoDraws():
         model = SimpleGPT.from_config(config)
     _check_shapes(model, config, placements, unknown, where)
-    dtype = dtype or _stored_dtype(placements)
     tensors: dict[str, Tensor] = {}
-    for placement in placements:
-        tensors |= placement.load(dtype)
+    for placement, chosen in zip(placements, _dtypes(placements, dtype), strict=True):
+        tensors |= placement.load(chosen)
     if config.tie_head:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
         _check_tie(heads, tensors["embed_tokens.weight"], where)
@@ -152,13 +153,22 @@ def _heads(table: Iterable[Row]) -> list[str]:
     return [f"{row.theirs}.weight" for row in table if row.ours == ("lm_head",)]
 
 
-def _stored_dtype(placements: list[Placement]) -> torch.dtype:
+def _dtypes(placements: list[Placement], dtype: Dtype) -> list[torch.dtype]:
+    """What each is loaded in."""
+    stored = [p.stored.dtype or torch.float32 for p in placements]
+    if any(p.stored.dtype is None for p in placements):
+        stored = [torch.float32] * len(stored)
+    if dtype == "each":
+        return stored
+    sizes = (math.prod(p.shape) for p in placements)
+    return [dtype or usual_dtype(zip(stored, sizes, strict=True))] * len(stored)
+
+
+def usual_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
+    """The dtype of most numbers, from the dtype and the size of each tensor."""
     numbers: Counter[torch.dtype] = Counter()
-    for placement in placements:
-        dtype = placement.stored.dtype
-        if dtype is None:
-            return torch.float32
-        numbers[dtype] += math.prod(placement.shape)
+    for dtype, size in tensors:
+        numbers[dtype] += size
     return numbers.most_common(1)[0][0]
 
 

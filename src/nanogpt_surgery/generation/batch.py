@@ -138,7 +138,7 @@ class _Together:
     """Rows that share a cache; each step is one pass over all of them."""
 
     def __init__(self, model: SimpleGPT, lines: list[_Line], max_new_tokens: int):
-        weight = model.embed_tokens.weight
+        weight = next(model.parameters())  # the embedding, which surgery may have wrapped
         longest = max(len(line.prompt) for line in lines)
         self.model, self.lines = model, lines
         self.padding = torch.tensor(

@@ -107,7 +107,7 @@ def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tens
 
     Logits are made for a few positions at a time, so those of all are never held at once.
     """
-    device = model.embed_tokens.weight.device
+    device = next(model.parameters()).device
     rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(device)  # (B, T)
     training = model.training
     model.eval()

@@ -129,7 +129,7 @@ class Window:
     """The last `block_size` ids, and the cache of all but those not yet computed."""
 
     def __init__(self, model: SimpleGPT, prompt: Tensor, max_new_tokens: int):
-        weight = model.embed_tokens.weight
+        weight = next(model.parameters())  # the embedding, which surgery may have wrapped
         self.model = model
         self.ids = prompt.to(weight.device)
         self.block_size = model.config.block_size

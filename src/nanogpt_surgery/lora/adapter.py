@@ -1,9 +1,6 @@
 """The adapter folder, in PEFT's own format: `adapter_config.json` and `adapter_model.safetensors`.
 
-What PEFT has no place for lies beside them in `surgery.json`, where its readers do not look: the
-fingerprint of the base, what was chosen for tied weights, and what fused matrices and PiSSA's
-updates were put together from. A folder without it is an adapter all the same. (As metadata in the
-safetensors file it would not do: its order, and with it the hash, changes from writing to writing.)
+What PEFT has no place for lies beside them in `surgery.json`.
 """
 
 from __future__ import annotations
@@ -16,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import read_json, refuse_damage, write_json, write_tensors
-from nanogpt_surgery.lora.peft_config import CONFIG, config_for, refuse_unknown
+from nanogpt_surgery.files import refuse_damage, write_json, write_tensors
+from nanogpt_surgery.lora.extras import EXTRAS, extras_of, parts_of, read_extras
+from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT, config_for, read_config
 from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, same
 from nanogpt_surgery.lora.targets import by_pattern
 
-TENSORS, EXTRAS = "adapter_model.safetensors", "surgery.json"
+TENSORS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
@@ -44,11 +42,14 @@ def write_stored(
     """
     modules = {name.rpartition(".")[0] for name in adapter.whole}
     write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out))
-    write_json(folder / EXTRAS, _extras(adapter))
+    write_json(folder / EXTRAS, extras_of(adapter))
     write_tensors(_tensors(adapter), folder / TENSORS)
     difference = differences(adapter, read_stored(folder))
     if difference:
-        raise SurgeryError(f"what was written to {folder} reads differently: {difference[0]}")
+        raise SurgeryError(
+            f"what was written to {folder} reads differently: {', '.join(difference)}",
+            "this is a fault of the program, not yours: please report it with what you typed",
+        )
 
 
 def _tensors(adapter: StoredAdapter) -> dict[str, Tensor]:
@@ -61,16 +62,6 @@ def _tensors(adapter: StoredAdapter) -> dict[str, Tensor]:
             tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = update.magnitude.contiguous()
     whole = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.whole.items()}
     return tensors | whole
-
-
-def _extras(adapter: StoredAdapter) -> dict[str, Any]:
-    updates = adapter.updates
-    return {
-        "fingerprint": adapter.fingerprint,
-        "tied": adapter.tied,
-        "births": {name: u.birth for name, u in updates.items() if u.birth},
-        "pieces": {name: u.pieces for name, u in updates.items() if u.pieces},
-    }
 
 
 def differences(one: StoredAdapter, other: StoredAdapter) -> list[str]:
@@ -100,36 +91,35 @@ def read_stored(folder: Path) -> StoredAdapter:
             change the result and that is not understood, or holds a tensor without its partner.
     """
     refuse_damage(folder)
-    config = read_json(folder / CONFIG)
-    refuse_unknown(config, folder)
-    extras = _read_extras(folder / EXTRAS)
+    config, extras = read_config(folder), read_extras(folder / EXTRAS)
     tensors = _read_tensors(folder / TENSORS)
     tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
-    updates = {}
-    for keys in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B)):
-        for key in [key for key in tensors if key.endswith(keys[0])]:
-            name = key.removesuffix(keys[0])
-            try:
-                updates[name] = _take(tensors, name, keys, config, extras)
-            except SurgeryError as error:
-                raise SurgeryError(f"{folder / TENSORS}: {error.what}") from None
-    copies = {
-        key.removesuffix(_BASE): tensors.pop(key) for key in list(tensors) if key.endswith(_BASE)
+    try:
+        updates = _take_updates(tensors, config, extras)
+        copies = _take_copies(tensors, _BASE)
+        whole = _take_whole(tensors, config)
+        twins = _take_twins(tensors, whole) if config.get("ensure_weight_tying") else {}
+        copies |= _take_copies(tensors, ".weight")
+        if tensors or not (updates or whole):
+            extra = ", ".join(sorted(tensors)) or "no LoRA at all"
+            raise SurgeryError(f"it holds what is not understood: {extra}", MERGE_IN_PEFT)
+    except SurgeryError as error:
+        raise SurgeryError(f"{folder / TENSORS}: {error.what}", error.hint) from None
+    tied = extras.get("tied")
+    if tied is None and config.get("ensure_weight_tying"):
+        tied = "untie" if twins else "both"  # copies of whole modules are kept apart, though equal
+    return StoredAdapter(updates, whole | twins, copies, extras.get("fingerprint") or {}, tied)
+
+
+def _take_updates(
+    tensors: dict[str, Tensor], config: dict[str, Any], extras: dict[str, Any]
+) -> Updates:
+    """Take every layer's A, B and lengths out of the tensors of a file."""
+    return {
+        key.removesuffix(keys[0]): _take(tensors, key.removesuffix(keys[0]), keys, config, extras)
+        for keys in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B))
+        for key in [key for key in tensors if key.endswith(keys[0])]
     }
-    whole = {key: tensors.pop(key) for key in list(tensors) if _is_whole(key, config)}
-    absent = [
-        name
-        for name in config.get("modules_to_save") or []
-        if not any(_is_whole(key, {"modules_to_save": [name]}) for key in whole)
-    ]
-    if absent:
-        raise SurgeryError(f"{folder / TENSORS} lacks the modules_to_save {', '.join(absent)}")
-    if tensors or not (updates or whole):
-        extra = ", ".join(sorted(tensors)) or "no LoRA at all"
-        raise SurgeryError(f"{folder / TENSORS} holds what is not understood: {extra}")
-    return StoredAdapter(
-        updates, whole, copies, extras.get("fingerprint", {}), extras.get("tied")
-    )  # fmt: skip
 
 
 def _take(
@@ -141,15 +131,24 @@ def _take(
 ) -> LowRankUpdate:
     """Take one layer's tensors out of those of a file."""
     a, b = tensors.pop(name + keys[0]), tensors.pop(name + keys[1], None)
-    if b is None or a.dim() != 2 or b.dim() != 2 or a.size(0) != b.size(1):
-        raise SurgeryError(f"lora_A of {name} has no lora_B of its rank")
+    if a.dim() > 2:
+        raise SurgeryError(
+            f"lora_A of {name} is {tuple(a.shape)}: a convolution's LoRA, and here only Linears "
+            "and Embeddings are adapted",
+            MERGE_IN_PEFT,
+        )
+    if b is None or a.dim() != 2 or b.dim() != 2 or a.size(0) != b.size(1) or not a.numel():
+        raise SurgeryError(
+            f"lora_A of {name} has no lora_B of its rank", "restore the file from a copy"
+        )
     dora = bool(config.get("use_dora"))
     magnitude = tensors.pop(name + _MAGNITUDE, None) if dora else None
     if dora and (magnitude is None or magnitude.shape != b.shape[:1]):
-        raise SurgeryError(f"{name} has no lora_magnitude_vector of length {b.size(0)}")
-    birth = extras.get("births", {}).get(name)
-    pieces = extras.get("pieces", {}).get(name)
-    _check_parts(name, a.size(0), birth, pieces)
+        raise SurgeryError(
+            f"{name} has no lora_magnitude_vector of length {b.size(0)}",
+            "restore the file from a copy",
+        )
+    birth, pieces = parts_of(extras, name, a.size(0))
     return LowRankUpdate(
         a,
         b,
@@ -158,50 +157,58 @@ def _take(
         magnitude=magnitude,
         embedding=keys[0] == _EMBEDDING_A,
         dropout=float(config.get("lora_dropout") or 0.0),
-        birth=_birth(birth),
-        pieces=tuple(p and (p[0], p[1], _birth(p[2])) for p in pieces) if pieces else None,
+        birth=birth,
+        pieces=pieces,
     )
 
 
-def _check_parts(name: str, rank: int, birth: Any, pieces: Any) -> None:
-    """Raise `SurgeryError` if what an update is said to be made of does not add up to its rank."""
-    found = [piece for piece in pieces or [] if piece is not None]
-    births = [(rank, birth), *((piece[0], piece[2]) for piece in found)]
-    adds_up = not pieces or sum(piece[0] for piece in found) == rank
-    if not adds_up or any(b is not None and not 0 < b[0] < whole for whole, b in births):
-        raise SurgeryError(f"{EXTRAS} and the rank {rank} of {name} do not agree", "delete it")
+def _take_copies(tensors: dict[str, Tensor], ending: str) -> dict[str, Tensor]:
+    """Take the base's own tensors, which PEFT writes beside an embedding's update, or unasked."""
+    keys = [key for key in tensors if key.endswith(ending) and ".lora_" not in key]
+    return {key.removesuffix(ending): tensors.pop(key) for key in keys}
 
 
-def _birth(value: list[Any] | None) -> tuple[int, float] | None:
-    return None if value is None else (int(value[0]), float(value[1]))
+def _take_whole(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
+    """Take the tensors of the modules_to_save, each of which may hold others."""
+    names = config.get("modules_to_save") or []
+    whole = {
+        key: tensors.pop(key)
+        for key in list(tensors)
+        if any(_is_within(key, name) for name in names)
+    }
+    absent = [name for name in names if not any(_is_within(key, name) for key in whole)]
+    if absent:
+        raise SurgeryError(
+            f"it lacks the modules_to_save {', '.join(absent)}", "restore the file from a copy"
+        )
+    return whole
 
 
-def _read_extras(path: Path) -> dict[str, Any]:
-    """Our own file, or nothing where there is none."""
-    extras = read_json(path) if path.is_file() else {}
-    kinds = {"fingerprint": dict, "births": dict, "pieces": dict, "tied": str | None}
-    wrong = [
-        key
-        for key, kind in kinds.items()
-        if not isinstance(extras, dict) or (key in extras and not isinstance(extras[key], kind))
+def _is_within(key: str, name: str) -> bool:
+    """Whether a tensor belongs to a module of this name; PEFT matches the end of its path."""
+    steps = key.split(".")[:-1]
+    return any(".".join(steps[: i + 1]).endswith(name) for i in range(len(steps)))
+
+
+def _take_twins(tensors: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Take what a tied module's tensors are written as once more, under its partner's name."""
+    twins = [
+        k for k, t in tensors.items() if any(torch.equal(t, other) for other in whole.values())
     ]
-    if wrong:
-        raise SurgeryError(f"{path} is damaged: {', '.join(wrong)} cannot be read", "delete it")
-    return extras
-
-
-def _is_whole(key: str, config: dict[str, Any]) -> bool:
-    """Whether a tensor belongs to one of the modules_to_save; PEFT matches the end of the name."""
-    module = key.rpartition(".")[0]
-    return any(module.endswith(name) for name in config.get("modules_to_save") or [])
+    return {key: tensors.pop(key) for key in twins}
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of a file in float32."""
     if not path.is_file():
-        raise SurgeryError(f"{path} is missing", "an adapter is a folder as PEFT writes it")
+        raise SurgeryError(
+            f"{path} is missing",
+            "an adapter is a folder as PEFT writes it, by default with safe_serialization=True",
+        )
     try:
         with safe_open(path, "pt") as file:
             return {key: file.get_tensor(key).to(torch.float32) for key in file.keys()}  # noqa: SIM118
     except SafetensorError as error:
-        raise SurgeryError(f"{path} is not a safetensors file: {error}") from None
+        raise SurgeryError(
+            f"{path} is not a safetensors file: {error}", "restore it from a copy"
+        ) from None

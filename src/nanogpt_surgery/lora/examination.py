@@ -7,6 +7,7 @@ that gives logits (…, V).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -18,6 +19,7 @@ from nanogpt_surgery.lora.lora_layer import LoRALayer, MatrixLayer, lora_layers
 from nanogpt_surgery.lora.report import Report
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
+Rounding: TypeAlias = Callable[[Tensor], Tensor]  # a float32 matrix, to fewer bits and back
 BLOCK = 32  # weights that share a scale at 4 bits
 
 
@@ -111,26 +113,28 @@ def merge_rows(
     the weights that are other numbers than without ΔW.
     """
     rows = []
-    for name, layer in _matrices(layers).items():
-        weight = layer.original_layer.weight.detach()
-        delta = layer.delta_weight()
-        dtype, exact = precision or weight.dtype, weight.float() + delta
-        rounded = exact.to(dtype).float()
-        rows.append(
-            {
-                "layer": name,
-                "dtype": str(dtype).removeprefix("torch."),
-                "ΔW / W": _ratio(delta, weight.float()),
-                "largest error": float((rounded - exact).abs().max()),
-                "energy left": energy_left(rounded - weight.float(), delta),
-                "weights changed": float((rounded != weight.to(dtype).float()).double().mean()),
-                "original": "kept" if kept else "dropped",
-            }
-        )
+    for name, layer in matrix_layers(layers).items():
+        dtype = precision or layer.original_layer.weight.dtype
+        about = {"layer": name, "dtype": str(dtype).removeprefix("torch.")}
+        arrived = what_arrives(layer, partial(round_to, dtype=dtype))
+        rows.append({**about, **arrived, "original": "kept" if kept else "dropped"})
     return rows
 
 
-def _matrices(layers: Mapping[str, LoRALayer]) -> dict[str, MatrixLayer]:
+def what_arrives(layer: MatrixLayer, rounded: Rounding) -> dict[str, float]:
+    """What a merge does to a layer's weight that is rounded after it, in numbers."""
+    weight, delta = layer.original_layer.weight.detach().float(), layer.delta_weight()
+    exact = weight + delta
+    before, after = rounded(weight), rounded(exact)
+    return {
+        "ΔW / W": _ratio(delta, weight),
+        "largest error": float((after - exact).abs().max()),
+        "energy left": energy_left(after - before, delta),
+        "weights changed": float((after != before).double().mean()),
+    }
+
+
+def matrix_layers(layers: Mapping[str, LoRALayer]) -> dict[str, MatrixLayer]:
     """The layers that have a ΔW: all but modules replaced whole."""
     return {n: layer for n, layer in layers.items() if isinstance(layer, MatrixLayer)}
 
@@ -158,7 +162,7 @@ def merge_survival(model: nn.Module) -> Report:
         SurgeryError: the model carries no LoRA.
     """
     rows: list[dict[str, Any]] = []
-    for name, layer in _matrices(lora_layers(model)).items():
+    for name, layer in matrix_layers(lora_layers(model)).items():
         weight, delta = layer.original_layer.weight.detach().float(), layer.delta_weight()
         left = {
             precision: energy_left(rounded(weight + delta) - rounded(weight), delta)
@@ -167,6 +171,11 @@ def merge_survival(model: nn.Module) -> Report:
         rows.append({"layer": name, "ΔW / W": _ratio(delta, weight), **left})
     lowest = {f"lowest_{name}": min(row[name] for row in rows) for name in ROUNDINGS if rows}
     return Report("share of ΔW's energy left after rounding", rows, {"layers": len(rows), **lowest})
+
+
+def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """To a dtype and back."""
+    return weight.to(dtype).float()
 
 
 def round_int8(weight: Tensor) -> Tensor:
@@ -184,9 +193,9 @@ def round_int4(weight: Tensor) -> Tensor:
     return rounded.flatten(1)[:, : weight.size(1)]
 
 
-ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
-    "bfloat16": lambda weight: weight.bfloat16().float(),
-    "float16": lambda weight: weight.half().float(),
+ROUNDINGS: dict[str, Rounding] = {
+    "bfloat16": partial(round_to, dtype=torch.bfloat16),
+    "float16": partial(round_to, dtype=torch.float16),
     "int8": round_int8,
     "int4": round_int4,
 }

@@ -9,9 +9,19 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files import read_json
+from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.stored import Updates
+from nanogpt_surgery.lora.targets import by_pattern
+from nanogpt_surgery.values import NOT_0, SHARE, SWITCH, TABLE, Kind, wrong_values
 
 CONFIG = "adapter_config.json"
+MERGE_IN_PEFT = (
+    "merge it in peft, PeftModel.from_pretrained(base, adapter).merge_and_unload()"
+    ".save_pretrained(folder), after base.resize_token_embeddings(n) if the vocabulary was "
+    "resized, and open that folder"
+)
+_SAVE_AGAIN = "restore it from a copy, or save the adapter again where it was made"
 
 # Options that change the result and that we do not have; unset, they say nothing. Which layers were
 # chosen (layers_to_transform, exclude_modules, …) shows in the tensors.
@@ -19,6 +29,7 @@ _CHANGE_THE_RESULT = """
     lora_bias layer_replication target_parameters trainable_token_indices alora_invocation_tokens
     arrow_config use_qalora velora_config use_bdlora kasa_config monteclora_config
 """.split()
+_NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter without any update
 # How A and B were born is past, unless the birth changed the base, as PEFT's "pissa" does.
 _HARMLESS_BIRTHS = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -29,8 +40,8 @@ def config_for(
     """The contents of the file for these updates, and modules replaced whole."""
     ranks = {name: update.rank for name, update in updates.items()}
     alphas = {name: update.alpha for name, update in updates.items()}
-    rank, rank_pattern = _usual(ranks)
-    alpha, alpha_pattern = _usual(alphas)
+    rank, rank_pattern = _usual(ranks, LoRASettings.rank)
+    alpha, alpha_pattern = _usual(alphas, LoRASettings.alpha)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -39,7 +50,7 @@ def config_for(
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": max((update.dropout for update in updates.values()), default=0.0),
-        "target_modules": sorted(updates),
+        "target_modules": sorted(updates) or _NO_TARGETS,
         "rank_pattern": rank_pattern,
         "alpha_pattern": alpha_pattern,
         "bias": "none",
@@ -52,17 +63,74 @@ def config_for(
     }
 
 
-def _usual(values: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """The commonest value, and a pattern for each name that has another."""
-    usual = Counter(values.values()).most_common(1)[0][0]
-    return usual, {re.escape(name): v for name, v in values.items() if v != usual}
+def _usual(values: dict[str, Any], default: Any) -> tuple[Any, dict[str, Any]]:
+    """The commonest value, or the default of none, and a pattern for each name with another."""
+    usual = Counter(values.values()).most_common(1)[0][0] if values else default
+    return usual, {_pattern(name, values): v for name, v in values.items() if v != usual}
 
 
-def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
+def _pattern(name: str, names: Iterable[str]) -> str:
+    """The expression that is for this name alone: PEFT's match endings, the first one counts."""
+    ends_another = any(other.endswith(f".{name}") for other in names)
+    return f"^{re.escape(name)}" if ends_another else re.escape(name)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of an adapter folder's config.
+
+    Raises:
+        SurgeryError: it is missing or not a LORA's, sets what we do not have, or a value that we
+            read is not of its kind (all of them at once).
+    """
+    path = folder / CONFIG
+    if not path.is_file():
+        raise SurgeryError(f"{path} is missing", "an adapter is a folder as PEFT writes it")
+    config = read_json(path)
+    if not isinstance(config, dict):
+        raise SurgeryError(f"{path} is damaged: it holds no table", _SAVE_AGAIN)
+    _refuse_unknown(config, folder)
+    if problems := _wrong(config):
+        raise SurgeryError(f"{path} is damaged: {'; '.join(problems)}", _SAVE_AGAIN)
+    return config
+
+
+def _wrong(config: dict[str, Any]) -> list[str]:
+    """For each value that we read and that is not of its kind, a sentence."""
+    patterns = config.get("alpha_pattern")
+    problems = wrong_values(TABLE, {"alpha_pattern": patterns})
+    patterns = {} if problems or not patterns else patterns
+    problems += wrong_values(
+        _PATTERN, {f"the key {key!r} of alpha_pattern": key for key in patterns}
+    )
+    alphas = {f"alpha_pattern of {key!r}": value for key, value in patterns.items()}
+    problems += wrong_values(NOT_0, {"lora_alpha": config.get("lora_alpha", 8), **alphas})
+    problems += wrong_values(SHARE, {"lora_dropout": config.get("lora_dropout") or 0})
+    switches = ("use_rslora", "use_dora", "ensure_weight_tying")
+    problems += wrong_values(SWITCH, {key: config.get(key) or False for key in switches})
+    return problems + wrong_values(_NAMES, {"modules_to_save": config.get("modules_to_save")})
+
+
+def _is_pattern(key: str) -> bool:
+    try:
+        by_pattern({key: None}, "", None)
+    except (re.error, OverflowError, RecursionError):
+        return False
+    return True
+
+
+_PATTERN: Kind = ("a regular expression", _is_pattern)
+_NAMES: Kind = (
+    "null or a list of names",
+    lambda x: x is None or (isinstance(x, list) and all(n and isinstance(n, str) for n in x)),
+)
+
+
+def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     """Raise `SurgeryError`, with all their names, if options are set that we do not have."""
     if config.get("peft_type") != "LORA":
         raise SurgeryError(
-            f"{folder} is a {config.get('peft_type', 'folder without peft_type')}, not a LORA"
+            f"{folder} is a {config.get('peft_type', 'folder without peft_type')}, not a LORA",
+            f"if its kind can be merged, {MERGE_IN_PEFT}",
         )
     found = [key for key in _CHANGE_THE_RESULT if config.get(key)]
     if config.get("bias", "none") != "none":
@@ -72,5 +140,6 @@ def refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     if found:
         raise SurgeryError(
             f"{folder / CONFIG} sets {', '.join(found)}, which would change the result and "
-            "is not supported"
+            "is not supported",
+            MERGE_IN_PEFT,
         )

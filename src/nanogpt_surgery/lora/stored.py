@@ -14,6 +14,9 @@ from nanogpt_surgery.lora.lora_embedding import LoRAEmbeddingUpdate
 from nanogpt_surgery.lora.lora_linear import LoRAUpdate
 from nanogpt_surgery.lora.update import Update
 
+Birth: TypeAlias = tuple[int, float]  # rank and alpha
+Pieces: TypeAlias = tuple[tuple[int, float, Birth | None] | None, ...]
+
 
 @dataclass(frozen=True)
 class LowRankUpdate:
@@ -41,8 +44,8 @@ class LowRankUpdate:
     magnitude: Tensor | None = None
     embedding: bool = False
     dropout: float = 0.0
-    birth: tuple[int, float] | None = None
-    pieces: tuple[tuple[int, float, tuple[int, float] | None] | None, ...] | None = None
+    birth: Birth | None = None
+    pieces: Pieces | None = None
 
     @property
     def rank(self) -> int:
@@ -95,14 +98,13 @@ def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
     return scaling * (math.sqrt(rank) if rslora else rank)
 
 
-def store(update: Update, layer: nn.Module) -> LowRankUpdate:
-    """A copy of an update as plain tensors."""
+def store(update: Update, layer: nn.Module, rslora: bool) -> LowRankUpdate:
+    """A copy of an update as plain tensors; `rslora` says how its adapter writes scales."""
     plain: Any = update.inner if isinstance(update, DoRAUpdate) else update
     a, b = (_copy(factor) for factor in plain.factors())
-    rslora = _is_rslora(update)
     birth, alpha = None, update.alpha
     if not math.isclose(alpha_for(update.scaling, update.rank, rslora), alpha, rel_tol=1e-12):
-        alpha = alpha_for(update.scaling, update.rank, rslora)  # someone set the scale by hand
+        alpha = alpha_for(update.scaling, update.rank, rslora)  # not how this one was made
     if isinstance(plain, PiSSAUpdate):
         birth, alpha = (update.rank, alpha), alpha_for(update.scaling, a.size(0), rslora)
     return LowRankUpdate(
@@ -117,7 +119,8 @@ def store(update: Update, layer: nn.Module) -> LowRankUpdate:
     )
 
 
-def _is_rslora(update: Update) -> bool:
+def is_rslora(update: Update) -> bool:
+    """Whether the scale is alpha / √R and not alpha / R, which at rank 1 is the same."""
     return update.rank > 1 and math.isclose(update.scaling, update.alpha / math.sqrt(update.rank))
 
 

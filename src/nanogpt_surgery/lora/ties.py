@@ -52,8 +52,8 @@ def choose(model: nn.Module, names: Iterable[str], tied: Tied) -> dict[str, list
         raise SurgeryError(
             f"these layers share one weight: {shown}. Merged, an update of one of them breaks the "
             "tie",
-            "tied='untie' lets it: the adapted layer gets a weight of its own when merged; "
-            "tied='both' adapts both by the same ΔW, so that they stay tied",
+            "tied='untie' (--tied untie) lets it: the adapted layer gets a weight of its own when "
+            "merged; tied='both' (--tied both) adapts both by the same ΔW, so that they stay tied",
         )
     return ties if tied == "both" else {}
 

@@ -19,12 +19,20 @@ from nanogpt_surgery.lora.lora_layer import (
     adapter_names,
     lora_layers,
 )
+from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import Tied
-from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, restore, store
-from nanogpt_surgery.lora.targets import adaptable_layers, why_not
+from nanogpt_surgery.lora.stored import (
+    LowRankUpdate,
+    StoredAdapter,
+    Updates,
+    is_rslora,
+    restore,
+    store,
+)
+from nanogpt_surgery.lora.targets import adaptable_layers, output_layer, why_not
 from nanogpt_surgery.lora.ties import choose, partners
 from nanogpt_surgery.lora.update import Update
 from nanogpt_surgery.lora.wrapping import Maker, attach, report_on
@@ -47,12 +55,19 @@ def the_adapter(model: nn.Module, name: str | None = None) -> str:
 
 
 def updates_of(model: nn.Module, name: str | None = None) -> Updates:
-    """Copies of an adapter's updates, by the name of the layer."""
-    name = the_adapter(model, name)
-    return {
-        path: store(update, layer.original_layer)
-        for path, layer in lora_layers(model).items()
+    """Copies of an adapter's updates, by the name of the layer, all with rsLoRA's scale or none.
+
+    A file has room for one choice: it is rsLoRA's if any of the scales is.
+    """
+    name, layers = the_adapter(model, name), lora_layers(model)
+    updates = {
+        path: update
+        for path, layer in layers.items()
         if isinstance(update := dict(layer.updates).get(name), Update)
+    }
+    rslora = any(is_rslora(update) for update in updates.values())
+    return {
+        path: store(update, layers[path].original_layer, rslora) for path, update in updates.items()
     }
 
 
@@ -125,15 +140,30 @@ def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
             actual = tuple(layer.weight.shape)
             problems.append(f"{name} is {actual} in the model and {wanted} in the adapter")
     state = _base_state(model)
+    hint = f"open the base that its {CONFIG} names (base_model_name_or_path)"
     for name, tensor in adapter.whole.items():
         if name not in state or state[name].shape != tensor.shape:
-            problems.append(f"there is no tensor {name} of shape {tuple(tensor.shape)}")
+            resized = _resized(model, name.rpartition(".")[0], tensor)
+            problems.append(resized or f"there is no tensor {name} of shape {tuple(tensor.shape)}")
+            hint = MERGE_IN_PEFT if resized else hint
     for name, copy in adapter.base_copies.items():
         base = state.get(f"{name}.weight")
         if base is None or not torch.equal(base.float().cpu(), copy):
-            problems.append(f"the adapter brings its own {name}, which differs from the model's")
+            differs = f"the adapter brings its own {name}, which differs from the model's"
+            problems.append(_resized(model, name, copy) or differs)
+            hint = MERGE_IN_PEFT
     if problems:
-        raise SurgeryError("this adapter is for another model: " + "; ".join(problems))
+        raise SurgeryError("this adapter is for another model: " + "; ".join(problems), hint)
+
+
+def _resized(model: nn.Module, name: str, weight: Tensor) -> str | None:
+    """What to say of an embedding's or the output layer's weight that has rows for other ids."""
+    layer: Any = adaptable_layers(model).get(name)
+    is_vocabulary = isinstance(layer, nn.Embedding) or (layer and name == output_layer(model))
+    if not is_vocabulary or layer.weight.shape[1:] != weight.shape[1:]:
+        return None
+    before, now = len(layer.weight), len(weight)
+    return None if before == now else f"the vocabulary was resized from {before} to {now} ({name})"
 
 
 def _instead(model: nn.Module, name: str) -> str:
@@ -170,7 +200,7 @@ def _check_mirrored(updates: Updates, followers: Mapping[str, list[str]]) -> dic
             raise SurgeryError(
                 f"{name} shares its weight with {', '.join(wrong)}, and the adapter changes them "
                 "differently",
-                "tied='untie'",
+                "tied='untie' (--tied untie)",
             )
         led[name] = others
     return led

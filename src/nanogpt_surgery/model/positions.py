@@ -40,13 +40,16 @@ class RotaryPositions(nn.Module):
         super().__init__()
         # A plain attribute: `.to(bfloat16)` must not round it, nor a meta device swallow it.
         self.frequencies = rotary_frequencies(config)
+        self._there: dict[torch.device, Tensor] = {}  # copied once: each copy makes a GPU wait
 
     def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
         """(B, T, C) embeddings and positions → (B, T, C) and the rotation, in x's dtype.
 
         Positions (T,) are those of every row; those of (B, T) are each row's own.
         """
-        angles = positions.float()[..., None] * self.frequencies.to(x.device)  # (T, D/2)
+        if x.device not in self._there:
+            self._there[x.device] = self.frequencies.to(x.device)
+        angles = positions.float()[..., None] * self._there[x.device]  # (T, D/2)
         angles = torch.cat((angles, angles), dim=-1)  # (T, D)
         if positions.dim() == 2:
             angles = angles[:, None]  # (B, 1, T, D), the same for every head

@@ -214,6 +214,11 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
             f"{folder} was operated on since, and going on would write over the result",
             f"surgery log {folder} says what was done; {way}",
         )
+    if latest_checkpoint(folder) and not (folder / METRICS).is_file():
+        raise SurgeryError(
+            f"{folder / METRICS} is gone, where the losses of the run's steps stood",
+            "put it back, or begin anew in another --out",
+        )
     found = differences(read_json(folder / RUN), json.loads(json.dumps(description)))
     if found:
         raise SurgeryError(

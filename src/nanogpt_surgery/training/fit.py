@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, documents_of
+from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of, held_out
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
@@ -49,11 +49,13 @@ class Step:
     gradient_norm: float
     """before clipping"""
     tokens: int
-    """targets in the step"""
+    """in the step's windows or rows, those that are not trained on included"""
     seconds: float
     """wall time of the step, its evaluation apart"""
     validation_loss: float | None = None
-    """in nats a token, over the whole validation text, after the update"""
+    """in nats a token, over `evaluate_tokens` of the validation data, after the update"""
+    trained_tokens: int = 0
+    """of them those whose prediction is trained on"""
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for a line of metrics."""
@@ -79,7 +81,8 @@ def fit(
             `settings` choose.
         dataset: the windows, or rows, to learn from; documents that share a row are kept apart.
         settings: see `FitSettings`; its defaults if None.
-        validation: evaluated whole every `evaluate_every` steps and at the end.
+        validation: evaluated every `evaluate_every` steps and at the end, on the same
+            `evaluate_tokens` of it.
         optimizer: to go on with; if None a new one, AdamW or Muon. The schedule sets its rates.
         first_step: steps done already.
         examine: check that the optimizer holds every trainable parameter, after the first and the
@@ -105,9 +108,8 @@ def fit(
     optimizer = optimizer or make_optimizer(model, settings)
     examiner = Examiner(model, optimizer, first_step, settings.max_steps - 1) if examine else None
     prefix = prefix_for(model, dataset, settings, keep_in)
-    return _steps(
-        model, dataset, settings, validation, optimizer, first_step, examiner, prefix, hardware
-    )
+    held = None if validation is None else held_out(validation, settings.evaluate_tokens)
+    return _steps(model, dataset, settings, held, optimizer, first_step, examiner, prefix, hardware)
 
 
 def _refuse_float16(model: nn.Module) -> None:
@@ -124,7 +126,7 @@ def _steps(
     model: nn.Module,
     dataset: Batches,
     settings: FitSettings,
-    validation: Batches | None,
+    validation: Measured | None,
     optimizer: torch.optim.Optimizer,
     first_step: int,
     examiner: Examiner | None,
@@ -142,7 +144,8 @@ def _steps(
             model.train()
         rate = learning_rate(step, settings)
         with products.active(), blocks.active():
-            loss = _accumulate(model, next(coming), settings, step, prefix, hardware)
+            batch = next(coming)
+            loss = _accumulate(model, batch, settings, step, prefix, hardware)
         if examiner is not None:
             examiner.after_backward(step)
         norm = _update(trained, optimizer, rate, settings.clip, step)
@@ -153,11 +156,13 @@ def _steps(
             loss=loss,
             learning_rate=rate,
             gradient_norm=norm,
-            tokens=settings.batch_size * settings.accumulation * dataset.block_size,
+            tokens=batch[1].numel(),
+            trained_tokens=n_trained(batch[1]),
             seconds=time.perf_counter() - start,
         )
         if validation is not None and _evaluates(step + 1, settings):
-            done = replace(done, validation_loss=evaluate(model, validation))
+            with hardware.evaluating():
+                done = replace(done, validation_loss=evaluate(model, validation))
         yield done
 
 

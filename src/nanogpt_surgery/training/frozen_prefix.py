@@ -12,20 +12,25 @@ Legend: B windows in a batch, T tokens, C width, N windows that there is room fo
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batches
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files import disk_refuses
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.frozen_products import stored_in_bfloat16
 from nanogpt_surgery.training.hardware import choose_hardware
 from nanogpt_surgery.training.settings import FitSettings
 
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 LEAST_VISITS = 1.5  # of each window in a training, on average, for keeping it to pay
 
 
@@ -77,15 +82,11 @@ class FrozenPrefix:
         self.kept[self.places[key]] = x
 
     def _room(self, x: Tensor) -> Tensor:
-        """Room for N windows; the system gives memory, or disk, only to what is written."""
+        """Room for N windows; the system gives memory only to what is written, a disk all of it."""
         shape = (self.windows, *x.shape)
         if self.folder is None:
             return torch.empty(shape, dtype=x.dtype, device=x.device)
-        path = self.folder / "hidden-states.tmp"
-        size = self.windows * x.numel()
-        flat = torch.from_file(str(path), shared=True, size=size, dtype=x.dtype)
-        path.unlink()  # the mapping stays until the tensor goes
-        return flat.view(shape)
+        return mapped_file(self.folder, self.windows * x.numel(), x.dtype).view(shape)
 
     def _embedded(self, ids: Tensor, documents: Tensor | None) -> Tensor:
         positions, _ = _layout(ids, documents)
@@ -98,6 +99,43 @@ class FrozenPrefix:
         for index, stage in enumerate(self.stages[start:end], start):
             x = stage(x) if index == len(self.stages) - 1 else stage(x, rotation, None, mask)
         return x
+
+
+def mapped_file(folder: Path, size: int, dtype: torch.dtype) -> Tensor:
+    """A tensor (size,) of zeros in a file that has no name any more; it goes with the tensor.
+
+    The disk has given every byte of it: a write into the mapping of one that it has not, once the
+    disk is full, is no error but the end of the process.
+
+    Raises:
+        SurgeryError: the disk refuses (what is needed and what is free). Nothing is left behind.
+    """
+    needed = size * dtype.itemsize
+    try:
+        with NamedTemporaryFile(dir=folder, prefix="hidden-states-", suffix=".tmp") as file:
+            _reserve(file.fileno(), needed)
+            return torch.from_file(file.name, shared=True, size=size, dtype=dtype)
+    except OSError as error:
+        refused = disk_refuses(folder / "hidden-states.tmp", error)
+        raise SurgeryError(
+            f"the hidden states that are kept need {needed:,} bytes: {refused.what}",
+            "keep fewer (--keep-hidden, in GiB), or keep them elsewhere (--keep-in) or in memory",
+        ) from error
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Let the disk give an empty file so many bytes, now."""
+    try:
+        os.posix_fallocate(descriptor, 0, size)
+        return
+    except AttributeError:  # not every system has the call,
+        pass
+    except OSError as error:  # and not every file system
+        if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
+            raise
+    written = 0
+    while written < size:
+        written += os.write(descriptor, bytes(min(MIB, size - written)))
 
 
 def _layout(ids: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | None]:

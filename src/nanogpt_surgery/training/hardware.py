@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,9 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.settings import FitSettings
+
+# Operations of a training from which on compiling is earned back (docs/log.md).
+_COMPILING_PAYS = {"cpu": 3e13, "cuda": 1e15, "mps": math.inf}
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,10 @@ class Hardware:
             return nullcontext()
         return torch.autocast(self.device.type, self.precision)
 
+    def evaluating(self) -> AbstractContextManager[object]:
+        """The context of an evaluation: a GPU's precision; a CPU's is the model's own."""
+        return self.autocast() if self.device.type == "cuda" else nullcontext()
+
     @contextmanager
     def seeded(self, seed: int) -> Iterator[None]:
         """A context in which dropout follows `seed`; the user's generators go on after it."""
@@ -63,11 +72,17 @@ def choose_hardware(settings: FitSettings, operations: float = 0) -> Hardware:
     by a clock, so that a resumed run computes the same bits.
 
     Raises:
-        SurgeryError: a device is asked for that is not there.
+        SurgeryError: a device, or compiling, is asked for, and what it needs is not there.
     """
     device = _device(settings.device)
+    lacking = lacking_to_compile(device)
+    if settings.compile == "on" and lacking:
+        raise SurgeryError(
+            f"torch.compile cannot work here: there is no {lacking}",
+            f"install {lacking}, or leave compile at auto",
+        )
     compiled = settings.compile == "on" or (
-        settings.compile == "auto" and _compiling_pays(device, operations)
+        settings.compile == "auto" and not lacking and operations > _COMPILING_PAYS[device.type]
     )
     return Hardware(device, _precision(settings.precision, device), compiled)
 
@@ -88,6 +103,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
 
     The best of square matrices, each side twice the one before, as long as there is time.
     """
+    _timed_product(*torch.randn(2, 128, 128, device=device).to(dtype))  # libraries load here
     best, side, end = 0.0, 128, time.perf_counter() + seconds
     while side <= 8192:
         a, b = torch.randn(2, side, side, device=device).to(dtype)
@@ -122,7 +138,8 @@ def _precision(wanted: str, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+        there = torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if there else torch.float32
     return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
 
 
@@ -131,8 +148,10 @@ def cpu_has_bfloat16() -> bool:
     return any(torch.cpu.get_capabilities().get(flag) for flag in ("avx512_bf16", "amx_bf16"))
 
 
-def _compiling_pays(device: torch.device, operations: float) -> bool:
-    """Whether a training is long enough; both figures from docs/log.md."""
-    if device.type == "cuda":
-        return operations > 1e15
-    return device.type == "cpu" and operations > 3e13 and shutil.which("c++") is not None
+def lacking_to_compile(device: torch.device) -> str:
+    """What `torch.compile` needs on a device and is not there; "" if nothing."""
+    if device.type == "cpu":
+        return "" if shutil.which("c++") else "C++ compiler (c++)"
+    if device.type == "cuda" and not find_spec("triton"):
+        return "triton"
+    return "" if shutil.which("cc") or shutil.which("gcc") else "C compiler (cc)"

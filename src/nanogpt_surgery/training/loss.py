@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, documents_of
+from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.mixture import Rows
 from nanogpt_surgery.model.layout import Layout
@@ -26,7 +26,13 @@ from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen
 from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
 from nanogpt_surgery.training.hardware import cpu_has_bfloat16
 
-MOST_LOGITS = 2**23  # 32 MiB in float32
+# Logits held at once: 32 MiB in float32, which a CPU's caches like; a GPU wants large products.
+MOST_LOGITS, MOST_ON_GPU = 2**23, 2**27
+
+
+def most_logits_on(device: torch.device) -> int:
+    """How many numbers of logits are held at once on a device, about."""
+    return MOST_ON_GPU if device.type == "cuda" else MOST_LOGITS
 
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
@@ -40,7 +46,7 @@ def backward_of_loss(
     targets: Tensor,
     share: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-    most_logits: int = MOST_LOGITS,
+    most_logits: int | None = None,
     documents: Tensor | None = None,
 ) -> float:
     """Add the gradients of `share` times the mean loss to those that are there.
@@ -51,12 +57,14 @@ def backward_of_loss(
         targets: the ids that came, (B, T).
         share: what the loss is multiplied with.
         autocast: a context for the forward pass.
-        most_logits: numbers in the logits that are held at once, about.
+        most_logits: numbers in the logits that are held at once, about; by default what suits the
+            device.
         documents: which tokens of a `SimpleGPT`'s rows belong together, (B, T).
 
     Returns:
         The loss times `share`.
     """
+    most_logits = most_logits or most_logits_on(inputs.device)
     if not isinstance(model, SimpleGPT) or _positions(model, inputs, most_logits) >= inputs.size(1):
         with autocast():
             logits = model(inputs, **apart(documents))
@@ -74,9 +82,10 @@ def backward_from_hidden(
     targets: Tensor,
     share: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-    most_logits: int = MOST_LOGITS,
+    most_logits: int | None = None,
 ) -> float:
     """As `backward_of_loss`, from what the head reads: (B, T, C)."""
+    most_logits = most_logits or most_logits_on(hidden.device)
     frozen = frozen_head(model.lm_head, _precision(hidden, autocast))
     if frozen is not None:
         twice = 2 * most_logits  # there is one tensor of the size, below there are four
@@ -84,15 +93,14 @@ def backward_from_hidden(
     read, wanted_of, places = _counted(model, hidden.detach(), targets)
     size = _positions(model, wanted_of, most_logits)
     total = torch.zeros((), device=hidden.device)
-    gradients, whole = [], n_trained(targets)
+    gradients, share = [], share / n_trained(targets)
     for part, wanted in zip(read.split(size, 1), wanted_of.split(size, 1), strict=True):
         leaf = part.detach().requires_grad_(hidden.requires_grad)  # (1, n, C)
-        if counted := n_trained(wanted):
-            with autocast():
-                logits = model.lm_head(leaf)  # (1, n, V)
-            loss = cross_entropy(logits, wanted) * (share * counted / whole)
-            loss.backward()
-            total += loss.detach()
+        with autocast():
+            logits = model.lm_head(leaf)  # (1, n, V)
+        loss = _sum_of(logits, wanted) * share
+        loss.backward()
+        total += loss.detach()
         gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
     if hidden.requires_grad:
         gradient = torch.zeros_like(hidden).flatten(0, 1)
@@ -133,7 +141,11 @@ def _positions(model: SimpleGPT, ids: Tensor, most_logits: int) -> int:
 
 def refuse_packed(model: nn.Module, data: Batches) -> None:
     """Raise `SurgeryError` where documents share rows and the model cannot keep them apart."""
-    if not isinstance(model, SimpleGPT) and documents_of(data.batch(0, 1)) is not None:
+    _refuse_documents(model, data.batch(0, 1))
+
+
+def _refuse_documents(model: nn.Module, batch: Batch) -> None:
+    if not isinstance(model, SimpleGPT) and documents_of(batch) is not None:
         raise SurgeryError(
             "the dataset packs several documents into a row, and a model that is no SimpleGPT "
             "would let them see each other",
@@ -153,7 +165,7 @@ def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
         return _sum_of(model(inputs), targets)
     hidden = model.hidden(inputs, **apart(documents_of(batch)))  # (B, T, C)
     hidden, targets, _ = _counted(model, hidden, targets)
-    size = _positions(model, targets, MOST_LOGITS)
+    size = _positions(model, targets, most_logits_on(targets.device))
     parts = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)
     return torch.stack([_sum_of(model.lm_head(h), y) for h, y in parts]).sum()
 
@@ -162,7 +174,7 @@ def _sum_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
 
 
-def evaluate(model: nn.Module, dataset: Batches, batch_size: int = 64) -> float:
+def evaluate(model: nn.Module, dataset: Measured, batch_size: int = 64) -> float:
     """The mean loss over every target of a dataset that counts, in nats a token.
 
     A text is cut into windows that do not overlap, the last one shorter, so each token but the
@@ -173,11 +185,11 @@ def evaluate(model: nn.Module, dataset: Batches, batch_size: int = 64) -> float:
     Raises:
         SurgeryError: rows hold several documents, and the model is no `SimpleGPT`.
     """
-    refuse_packed(model, dataset)
     device = next(model.parameters()).device
     total, count = 0.0, 0
     with eval_mode(model), torch.inference_mode(), _quick_products(model, device):
         for batch in dataset.whole(batch_size):
+            _refuse_documents(model, batch)
             total += _summed_loss(model, tuple(t.to(device) for t in batch)).item()
             count += n_trained(batch[1])
     return total / count

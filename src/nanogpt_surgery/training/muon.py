@@ -27,22 +27,27 @@ POLYNOMIALS = (
     (4.1071, -2.9478, 0.5448),
     (3.9487, -2.9089, 0.5518),
 )
+MARGIN = 1.02  # of the norm in bfloat16
 
 
 def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> Tensor:
-    """About U Vᵀ of each matrix U S Vᵀ: (N, R, C) → (N, R, C).
+    """About U Vᵀ of each matrix U S Vᵀ: (N, R, C) → (N, R, C), of the same dtype."""
+    shorter_first = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
+    apply = in_bfloat16 if matrices.is_cuda else by_gram
+    found = apply(shorter_first, polynomials).to(matrices.dtype)
+    return found if shorter_first is matrices else found.mT
 
-    What the polynomials do to a matrix X they do through its Gram matrix G = X Xᵀ (Xᵀ X where that
-    is smaller): a X + b G X + c G² X = (a + b G + c G²) X, and then G becomes P G P. So all rounds
-    are on the short side, and X takes part in two products alone. They need float32: in bfloat16
-    the square of a singular value under a tenth of the largest is lost beside that of the largest.
+
+def by_gram(matrices: Tensor, polynomials: Polynomials) -> Tensor:
+    """The rounds on the Gram matrix: (N, R, C) with R ≤ C → the same in float32, or wider.
+
+    What the polynomials do to a matrix X they do through G = X Xᵀ: a X + b G X + c G² X =
+    (a + b G + c G²) X = P X, and then G becomes P G P. So all rounds are on the short side, and X
+    takes part in two products alone. They need float32: in bfloat16 the square of a singular value
+    under a tenth of the largest is lost beside that of the largest.
     """
-    dtype, matrices = (
-        matrices.dtype,
-        matrices.to(torch.promote_types(matrices.dtype, torch.float32)),
-    )
-    tall = matrices.size(-2) > matrices.size(-1)
-    gram = matrices.mT @ matrices if tall else matrices @ matrices.mT  # (N, R, R), R the shorter
+    matrices = matrices.to(torch.promote_types(matrices.dtype, torch.float32))
+    gram = matrices @ matrices.mT  # (N, R, R)
     squared_norm = gram.diagonal(dim1=-2, dim2=-1).sum(-1).clamp_min(1e-14)[:, None, None]
     gram = gram / squared_norm
     product = squared_norm.rsqrt()  # of the steps of all rounds; as yet the scale alone
@@ -52,7 +57,21 @@ def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> 
         step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         step.diagonal(dim1=-2, dim2=-1).add_(a)
         product = step @ product if number else step * product
-    return (matrices @ product if tall else product @ matrices).to(dtype)
+    return product @ matrices
+
+
+def in_bfloat16(matrices: Tensor, polynomials: Polynomials) -> Tensor:
+    """The rounds on the matrix itself, for a GPU: its bfloat16 is many times its float32.
+
+    The first two polynomials are steep beyond 1, which rounding must not reach: hence `MARGIN`.
+    """
+    norm = MARGIN * matrices.float().norm(dim=(-2, -1), keepdim=True) + 1e-7
+    x: Tensor = (matrices / norm).bfloat16()  # (N, R, C)
+    for a, b, c in polynomials:
+        gram = x @ x.mT  # (N, R, R)
+        step = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        x = torch.baddbmm(x, step, x, beta=a)
+    return x
 
 
 class Muon(torch.optim.Optimizer):
@@ -108,21 +127,22 @@ class Muon(torch.optim.Optimizer):
         return loss
 
     def _update(self, matrices: list[nn.Parameter], group: dict[str, Any]) -> None:
-        momentum, rate = group["momentum"], group["lr"]
-        moves = torch.stack([self._momentum(matrix, momentum) for matrix in matrices])  # (N, R, C)
-        rows, columns = matrices[0].shape
+        weights: list[Tensor] = [matrix.detach() for matrix in matrices]
+        rate, (rows, columns) = group["lr"], matrices[0].shape
+        moves = torch.stack(self._looked_ahead(matrices, group["momentum"]))  # (N, R, C)
         scale = -rate * math.sqrt(max(1.0, rows / columns))
-        for matrix, move in zip(matrices, orthogonalised(moves, self.polynomials), strict=True):
-            matrix.mul_(1 - rate * group["weight_decay"]).add_(move, alpha=scale)
+        torch._foreach_mul_(weights, 1 - rate * group["weight_decay"])
+        torch._foreach_add_(weights, orthogonalised(moves, self.polynomials).unbind(), alpha=scale)
 
-    def _momentum(self, matrix: nn.Parameter, momentum: float) -> Tensor:
-        """The gradient taken into the momentum, and looked ahead from there (Nesterov), (R, C)."""
-        assert matrix.grad is not None
-        state = self.state[matrix]
-        if "momentum" not in state:
-            state["momentum"] = torch.zeros_like(matrix)
-        buffer: Tensor = state["momentum"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(buffer, momentum)
+    def _looked_ahead(self, matrices: list[nn.Parameter], momentum: float) -> list[Tensor]:
+        """The gradients taken into the momenta, and looked ahead from there (Nesterov), (R, C)."""
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        for matrix in matrices:
+            if "momentum" not in self.state[matrix]:
+                self.state[matrix]["momentum"] = torch.zeros_like(matrix)
+        momenta = [self.state[matrix]["momentum"] for matrix in matrices]
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, momenta, momentum))
 
 
 def _by_shape(matrices: Iterable[nn.Parameter]) -> dict[torch.Size, list[nn.Parameter]]:

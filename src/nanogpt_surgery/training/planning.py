@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.batches import Batch, Batches, documents_of
+from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of, held_out
 from nanogpt_surgery.data.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.checkpoint import KEPT
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.frozen_prefix import bytes_of_window, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
-from nanogpt_surgery.training.loss import MOST_LOGITS, apart, evaluate
+from nanogpt_surgery.training.loss import apart, evaluate, most_logits_on
 from nanogpt_surgery.training.probing import probed
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -53,15 +53,16 @@ def plan_training(
         "logits_bytes": _logits_bytes(model, dataset, settings),
         "hidden_states_bytes": _hidden_states_bytes(model, dataset, settings),
     }
-    evaluations = _evaluations(settings) if validation is not None else 0
-    one = _seconds_of_evaluation(model, validation) if validation is not None else 0.0
+    evaluations = 0 if validation is None else _evaluations(settings)
+    held = None if validation is None else held_out(validation, settings.evaluate_tokens)
+    one = 0.0 if held is None else _seconds_of_evaluation(model, held, hardware)
     return {
         "computing_on": hardware.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": trained // FLOAT32,
         **memory,
         "memory_bytes": sum(memory.values()),
-        "disk_bytes": (KEPT + 1) * (2 * trained + state),
+        "disk_bytes": (KEPT + 2) * (2 * trained + state),  # the best, and a new one at first
         "steps": settings.max_steps,
         "tokens": rows * dataset.block_size,
         "epochs": ", ".join(f"{share:.3g}" for share in passes(dataset, rows)),
@@ -96,9 +97,9 @@ def activation_bytes(
 
 
 def _logits_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
-    """The logits that are held at once, and their gradient."""
+    """The logits that are held at once, their logarithms, and the gradients of both."""
     whole = settings.batch_size * dataset.block_size * model.config.vocab_size
-    return 2 * FLOAT32 * min(whole, MOST_LOGITS)
+    return 4 * FLOAT32 * min(whole, most_logits_on(next(model.parameters()).device))
 
 
 def _hidden_states_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
@@ -116,18 +117,18 @@ def _evaluations(settings: FitSettings) -> int:
 class _Some:
     """The first batches of held-out data."""
 
-    def __init__(self, data: Batches):
-        self.block_size = data.block_size
+    def __init__(self, data: Measured):
         self.first = list(islice(data.whole(64), EVALUATED))
 
     def whole(self, batch_size: int) -> Iterator[Batch]:
         yield from self.first
 
 
-def _seconds_of_evaluation(model: SimpleGPT, validation: Batches) -> float:
-    some: Any = _Some(validation)
+def _seconds_of_evaluation(model: SimpleGPT, validation: Measured, hardware: Hardware) -> float:
+    some = _Some(validation)
     start = time.perf_counter()
-    evaluate(model, some)
+    with hardware.evaluating():
+        evaluate(model, some)
     took = time.perf_counter() - start
     measured, whole = (sum(y.numel() for _, y, *_ in s.whole(64)) for s in (some, validation))
     return float(took * whole / measured)

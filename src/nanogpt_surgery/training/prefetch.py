@@ -27,13 +27,18 @@ def batches(
 
     def make(step: int) -> Batch:
         batch = dataset.batch(step, size, settings.seed)
-        return tuple(part.pin_memory() for part in batch) if device.type == "cuda" else batch
+        return pinned(batch) if device.type == "cuda" else batch
 
     steps = range(first_step, settings.max_steps)
     if device.type == "cuda":
         yield from made_ahead(make, steps)
     else:
         yield from map(make, steps)
+
+
+def pinned(batch: Batch) -> Batch:
+    """The same in pinned memory, each part dense: a strided one would be copied unpinned."""
+    return tuple(part.contiguous().pin_memory() for part in batch)
 
 
 def made_ahead(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:

@@ -23,9 +23,22 @@ class Recipe:
     """every branch starts from zero (model/initialisation.py)"""
 
 
+# docs/training.md has what each of these is worth.
+MUON: dict[str, Any] = {
+    "muon": True,
+    "momentum": 0.9,
+    "learning_rate": 0.03,
+    "schedule": "stable",
+    "cooldown": 0.7,
+    "final_learning_rate": 0.0,
+    "warmup_steps": 0,
+    "weight_decay": 0.0,
+    "beta1": 0.8,
+    "beta2": 0.95,
+    "clip": 0.0,
+}
 RECIPES: dict[str | None, Recipe] = {
-    None: Recipe(),
-    # docs/training.md has what each of these is worth.
+    None: Recipe(training=MUON),
     "fast": Recipe(
         model={
             "positions": "rotary",
@@ -35,19 +48,15 @@ RECIPES: dict[str | None, Recipe] = {
             "qk_norm": True,
             "n_lags": 3,
         },
-        training={
-            "muon": True,
-            "momentum": 0.9,
-            "learning_rate": 0.03,
-            "schedule": "stable",
-            "cooldown": 0.7,
-            "final_learning_rate": 0.0,
-            "warmup_steps": 0,
-            "weight_decay": 0.0,
-            "beta1": 0.8,
-            "beta2": 0.95,
-            "clip": 0.0,
-        },
+        training=MUON,
         from_zero=True,
     ),
 }
+
+
+def training_values(recipe: str | None, asked: dict[str, Any]) -> dict[str, Any]:
+    """What `FitSettings` is told: the recipe's values under those asked for.
+
+    They were measured with Muon; without it `FitSettings` has its own, which are AdamW's.
+    """
+    return (RECIPES[recipe].training if asked.get("muon", True) else {}) | asked

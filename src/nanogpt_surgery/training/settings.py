@@ -53,6 +53,8 @@ class FitSettings:
     """largest norm of the gradient (0: no clipping)"""
     evaluate_every: int = 250
     """steps from one evaluation to the next (0: only at the end)"""
+    evaluate_tokens: int = 2**18
+    """held-out tokens that an evaluation reads, spread over all there are (0: all)"""
     keep_hidden: float = 2.0
     """GiB for hidden states before the first part that learns, kept where windows come again"""
     gradient_checkpointing: bool = False
@@ -124,4 +126,5 @@ _LEAST = {
     "beta2": 0.0,
     "clip": 0.0,
     "evaluate_every": 0,
+    "evaluate_tokens": 0,
 }
