@@ -121,8 +121,31 @@ def test_a_pattern_in_a_config_file_is_a_table(
 
 
 @pytest.mark.parametrize(
+    ("family", "flags", "said"),
+    [
+        ("gpt2", "--targets q_proj --targets v_proj --targets o_proj", "q_proj, v_proj:"),
+        ("gpt2", "--targets o_proj", ""),
+        ("llama", "--targets q_proj --targets v_proj", ""),
+    ],
+)
+def test_a_plan_says_where_the_file_fuses_layers(
+    family: str, flags: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = GPTConfig.for_family(
+        family, vocab_size=31, n_embd=12, n_head=2, n_layer=2, block_size=8
+    )
+    save_model(tiny_model(config), tmp_path / "base")
+    capsys.readouterr()
+    surgery(["plan", str(tmp_path / "base"), *flags.split(), "--json"])
+    caveat = json.loads(capsys.readouterr().out).get("adapter_bytes_are_more", "")
+    assert bool(caveat) == bool(said)
+    assert said in caveat
+
+
+@pytest.mark.parametrize(
     ("flags", "piece"),
     [
+        ("--rank-pattern *.v_proj=4", "'*.v_proj' of rank_pattern or alpha_pattern is not a reg"),
         ("--rank-pattern v_proj=four", "'v_proj=four' is no layer with its number"),
         ("--rank-pattern v_proj", "'v_proj' is no layer with its number"),
         ("--rank-pattern o_proj=4", "no target matches 'o_proj'"),

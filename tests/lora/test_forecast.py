@@ -142,6 +142,25 @@ def test_a_conv1d_is_refused_with_the_way_out(tmp_path):
         load_adapter(model, tmp_path / "adapter")
 
 
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [
+        ({"targets": "q_proj", "rank": 25, "pissa": True}, r"only 24 directions"),
+        ({"targets": "lm_head", "dora": True, "tied": "both"}, "plain LoRA and rsLoRA"),
+        ({"targets": "lm_head", "pissa": True, "tied": "both"}, "plain LoRA and rsLoRA"),
+        ({"targets": "q_proj", "rank_pattern": {"*.q_proj": 4}}, r"'\*\.q_proj' of rank_pattern"),
+        ({"targets": "q_proj", "alpha_pattern": {"(": 4}}, r"'\(' of .*not a regular expression"),
+    ],
+)
+@pytest.mark.parametrize("verb", [plan_lora, inject_lora])
+def test_a_plan_promises_nothing_that_the_injection_refuses(verb, wrong, reason):
+    model = PATIENTS["SimpleGPT"](tied=True)
+    with pytest.raises(SurgeryError, match=reason) as caught:
+        verb(model, **wrong)
+    assert caught.value.hint
+    assert not has_lora(model)
+
+
 def test_what_the_memory_leaves_out_is_said():
     model = PATIENTS["SimpleGPT"]()
     plan = plan_lora(model, "q_proj")

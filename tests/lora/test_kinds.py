@@ -154,8 +154,8 @@ def test_pissa_trains_as_if_the_base_were_its_residue():
 
 
 def test_pissa_refuses_more_directions_than_there_are():
-    with pytest.raises(SurgeryError, match=r"rank 6 on a matrix of \(5, 7\)"):
-        new_update(linear(), LoRASettings(rank=6, pissa=True))
+    with pytest.raises(SurgeryError, match=r"rank 6 on 0, a matrix of .*only 5 directions"):
+        inject_lora(nn.Sequential(linear()), "0", rank=6, pissa=True)
 
 
 def test_ranks_and_alphas_follow_their_patterns():

@@ -1,10 +1,19 @@
 import pytest
 import torch
 from operated import EVERY_LINEAR, assert_same_bits, bits, train_updates
+from patients import train_a_little
 from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from torch import nn
 
-from nanogpt_surgery import LoRALinear, disable_lora, inject_lora, merge_lora, remove_lora
+from nanogpt_surgery import (
+    LoRALinear,
+    SurgeryError,
+    disable_lora,
+    inject_lora,
+    merge_lora,
+    remove_lora,
+    swap_lora,
+)
 from nanogpt_surgery.lora.operations import has_lora, lora_layers
 
 EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
@@ -52,6 +61,7 @@ def test_merging_restores_what_can_be_trained(config):
         model.get_parameter(name).requires_grad_(False)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     inject_lora(model, EVERY_LINEAR, tied="untie")
+    train_updates(model)
     merge_lora(model)
     after = dict(model.named_parameters(remove_duplicate=False))
     assert list(after) == names
@@ -98,6 +108,58 @@ def test_a_tied_head_is_tied_again_when_removed():
     train_updates(model)
     remove_lora(model)
     assert model.lm_head.weight is model.embed_tokens.weight
+
+
+def two_adapters() -> nn.Module:
+    model = tiny_model(LLAMA)
+    for name, target in (("a", "q_proj"), ("b", "v_proj")):
+        inject_lora(model, target, rank=2, name=name)
+        train_a_little(model)
+    return model
+
+
+def test_removing_reports_what_left_and_what_is_left():
+    model = two_adapters()
+    report = remove_lora(model, "b")
+    assert [(row["layer"], row["adapter"]) for row in report.rows] == [
+        (f"layers.{i}.self_attn.v_proj", "b") for i in (0, 1)
+    ]
+    assert report.summary["layers"] == 2
+    assert report.summary["active"] == "none"
+    assert report.summary["trainable_parameters"] == 0
+    assert "swap_lora(model, 'a')" in report.summary["next"]
+    assert swap_lora(model, "a").summary.keys().isdisjoint({"next"})
+    report = remove_lora(model)
+    assert report.summary["trainable_parameters"] == model.n_parameters
+    assert report.summary["total_parameters"] == model.n_parameters
+    assert "next" not in report.summary
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_merge_of_nothing_is_refused(force):
+    """The adapter that waits would leave unmerged."""
+    model = two_adapters()
+    remove_lora(model, "b")
+    with pytest.raises(SurgeryError, match="no adapter takes part") as caught:
+        merge_lora(model, keep_originals=False, force=force)
+    assert "swap_lora(model, 'a')" in caught.value.hint
+    assert list(lora_layers(model)) == [f"layers.{i}.self_attn.q_proj" for i in (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("size", "reason"), [(0, "ΔW is 0"), (1e-7, "lost in the rounding to bfloat16")]
+)
+def test_a_merge_that_changes_no_weight_is_refused(size, reason):
+    model = tiny_model(LLAMA).bfloat16()
+    inject_lora(model, "q_proj", rank=2)
+    train_updates(model, size)
+    before = bits(model)
+    with pytest.raises(SurgeryError, match=reason) as caught:
+        merge_lora(model)
+    assert "force=True" in caught.value.hint
+    assert_same_bits(model, before)
+    merge_lora(model, force=True)
+    assert not has_lora(model)
 
 
 class Perceptron(nn.Module):

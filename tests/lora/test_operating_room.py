@@ -24,7 +24,7 @@ from nanogpt_surgery import (
     unmerge_lora,
 )
 from nanogpt_surgery.lora.journal import chart_of
-from nanogpt_surgery.lora.lora_layer import adapter_names, has_lora
+from nanogpt_surgery.lora.lora_layer import active_mixture, adapter_names, has_lora
 from nanogpt_surgery.lora.targets import adaptable_layers
 
 NAMES = ("a", "b", "c")
@@ -82,6 +82,14 @@ def begin(model: nn.Module, kind: str, data: st.DataObject) -> None:
         blend_lora(model, {name: data.draw(st.floats(-1, 2)) for name in names})
 
 
+def trainable(model: nn.Module) -> dict[str, bool]:
+    return {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+def says_tied(model: nn.Module) -> bool | None:
+    return getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+
+
 def operations(model: nn.Module) -> int:
     return len(chart_of(model).done)
 
@@ -93,7 +101,7 @@ def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
     model = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS))
     ids, first = some_ids(), tensor_hashes(model)
     plain = logits(model, ids)
-    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    before_all = trainable(model)
     for name in data.draw(st.sampled_from(["", "ab"])):
         inject(model, list(adaptable_layers(model))[1], name, data.draw(KINDS))
         train_a_little(model, seed=ord(name))
@@ -116,12 +124,43 @@ def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
         undo_lora(model)
     assert tensor_hashes(model) == first
     assert torch.equal(logits(model, ids), plain)
-    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    assert trainable(model) == before_all
     while chart_of(model).undone:
         redo_lora(model)
     while chart_of(model).done:
         undo_lora(model)
     assert tensor_hashes(model) == first
+
+
+@pytest.mark.parametrize("kind", PATIENTS)
+@given(data=st.data())
+@settings(max_examples=15)
+def test_unmerged_and_removed_the_model_is_the_first_one(kind, data):
+    model, ids = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS)), some_ids()
+    frozen = data.draw(st.sampled_from([0, 1, 3]))  # nothing, everything, every third
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(not frozen or index % frozen > 0)
+    first, plain = tensor_hashes(model), logits(model, ids)
+    facts = trainable(model), says_tied(model), is_tied(model, kind)
+    begin(model, kind, data)
+    for _ in range(data.draw(st.integers(0, 5))):
+        try:
+            operate(model, data)
+        except SurgeryError:
+            continue
+        if not has_lora(model) and chart_of(model).merged:
+            assert trainable(model) == facts[0]
+            unmerge_lora(model)
+    if has_lora(model):
+        enable_lora(model)
+        swap_lora(model, adapter_names(model)[0])
+        merge_lora(model, force=True)
+        assert trainable(model) == facts[0]
+        unmerge_lora(model)
+        remove_lora(model)
+    assert tensor_hashes(model) == first
+    assert torch.equal(logits(model, ids), plain)
+    assert (trainable(model), says_tied(model), is_tied(model, kind)) == facts
 
 
 def is_tied(model: nn.Module, kind: str) -> bool:
@@ -141,12 +180,12 @@ def test_merged_is_adapted_and_undone_is_adapted_again(kind, data):
             operate(model, data)
         except SurgeryError:
             continue
-    if not has_lora(model):
+    if not has_lora(model) or not active_mixture(model).adapters():
         return
     enable_lora(model)
     adapted, hashes, wanted = logits(model, ids), tensor_hashes(model), merged_by_formula(model)
     tied = is_tied(model, kind)
-    merge_lora(model)
+    merge_lora(model, force=True)
     for name, weight in wanted.items():
         assert close(model.get_submodule(name).weight.double(), weight), name
     head, table = HEADS[kind], TABLES[kind]

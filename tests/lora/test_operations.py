@@ -184,6 +184,7 @@ def test_the_report_prints_as_a_table_and_as_json():
 def test_every_operation_reports_the_layers_it_touched(verb):
     model = tiny_model(LLAMA)
     inject_lora(model, "v_proj")
+    train_updates(model)
     report = verb(model)
     assert [row["layer"] for row in report.rows] == [
         "layers.0.self_attn.v_proj",

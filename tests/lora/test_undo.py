@@ -172,6 +172,40 @@ def test_originals_are_dropped_only_when_told_and_freed():
     assert "cannot be undone" in str(lora_log(model))
 
 
+@pytest.mark.parametrize("patient", PATIENTS)
+@pytest.mark.parametrize("frozen", ["nothing", "some", "all"])
+def test_unmerge_brings_back_what_could_be_trained(patient, frozen):
+    model = PATIENTS[patient]()
+    for index, parameter in enumerate(model.parameters()):
+        parameter.requires_grad_(frozen == "nothing" or (frozen == "some" and index % 3 > 0))
+    trainable = {name: p.requires_grad for name, p in model.named_parameters()}
+    inject_lora(model, "all-linear", rank=2)
+    train_a_little(model)
+    merge_lora(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    unmerge_lora(model)
+    merge_lora(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+    unmerge_lora(model)
+    remove_lora(model)
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
+
+
+@pytest.mark.parametrize("end", ["unmerge", "undo"])
+def test_unmerged_a_config_says_again_that_the_weights_are_one(end):
+    model = PATIENTS["transformers"](tied=True)
+    inject_lora(model, "lm_head", rank=2, tied="untie")
+    train_a_little(model)
+    for _ in range(2):
+        merge_lora(model)
+        assert model.config.tie_word_embeddings is False
+        {"unmerge": unmerge_lora, "undo": undo_lora}[end](model)
+        assert model.config.tie_word_embeddings is True
+    remove_lora(model)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings is True
+
+
 def test_a_merge_with_an_operation_on_top_is_not_unmerged():
     model = model_with_a_trained_adapter()
     merge_lora(model)

@@ -73,7 +73,7 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
         rows.append({"layer": name, "dtype": kind, **what_arrives(layer, rounded)})
     if not force and len(matrices) == len(layers):  # a module replaced whole is a change
         _refuse_no_change(rows, merge.adapter)
-    merge_lora(merge.model, keep_originals=False)
+    merge_lora(merge.model, keep_originals=False, force=True)  # judged above, as the file rounds
     return Merged(rows, adapted, merge.probe, merge.probed_on, None if force else tolerance)
 
 

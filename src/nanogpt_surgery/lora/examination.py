@@ -88,6 +88,22 @@ def refuse_effect(effect: Mapping[str, float], tolerance: float) -> None:
         )
 
 
+def refuse_no_change(rows: list[dict[str, Any]], layers: int) -> None:
+    """Raise `SurgeryError` if a merge with these rows leaves every weight the number that it is.
+
+    Of `layers`, those without a row are modules that an adapter replaces whole: a change.
+    """
+    if len(rows) < layers or any(row["weights changed"] for row in rows):
+        return
+    lost = any(row["ΔW / W"] for row in rows)
+    raise SurgeryError(
+        "the merge would change no weight: ΔW is "
+        + (f"lost in the rounding to {rows[0]['dtype']}" if lost else "0")
+        + f" in all {len(rows)} layers",
+        ("merge into float32 weights" if lost else "train the adapter first") + ", or force=True",
+    )
+
+
 def merge_rows(
     layers: Mapping[str, LoRALayer], kept: bool, precision: torch.dtype | None = None
 ) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.hashing import tensor_hashes
-from nanogpt_surgery.lora.lora_layer import LoRALayer, device_of
+from nanogpt_surgery.lora.lora_layer import LoRALayer, device_of, refuse_in_rows
 
 CHART = "_surgery_chart"
 _TIE = "tie_word_embeddings"
@@ -39,7 +39,27 @@ class Chart:
     undone: list[Entry] = field(default_factory=list)
     forgotten: list[str] = field(default_factory=list)
     thaw: tuple[nn.Parameter, ...] | None = None
-    merged: tuple[tuple[str, nn.Module, nn.Module], ...] = ()
+    merged: Merge | None = None
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The last merge: the layers it replaced, each with what came there, and what it used up."""
+
+    layers: tuple[tuple[str, nn.Module, nn.Module], ...]
+    thaw: tuple[nn.Parameter, ...] | None
+    tied: bool | None
+
+
+def says_tied(model: nn.Module) -> bool | None:
+    """What a config says of the tie of head and embedding, None if it says nothing."""
+    return getattr(getattr(model, "config", None), _TIE, None)
+
+
+def say_tied(model: nn.Module, tied: bool | None) -> None:
+    """Let a config that has a word on it say so."""
+    if says_tied(model) is not None:
+        setattr(model.config, _TIE, tied)
 
 
 def chart_of(model: nn.Module) -> Chart:
@@ -90,9 +110,8 @@ def _places(model: nn.Module) -> dict[tuple[int, str], Place]:
     """Every place of a model that an operation may change."""
     chart = chart_of(model)
     found = [Place(chart, "thaw"), Place(chart, "merged")]
-    config = getattr(model, "config", None)
-    if hasattr(config, _TIE):
-        found.append(Place(config, _TIE))
+    if says_tied(model) is not None:
+        found.append(Place(model.config, _TIE))
     for module in model.modules():
         found += [Place(module, name, child=True) for name in module._modules]
         if isinstance(module, LoRALayer):
@@ -109,7 +128,11 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
         model: what is operated on.
         title: for the log.
         hashed: hash every tensor first. An operation that replaces no tensor does without.
+
+    Raises:
+        SurgeryError: each row of a batch has its own adapter for now.
     """
+    refuse_in_rows(model)
     chart = chart_of(model)
     before = {key: (place, place.get()) for key, place in _places(model).items()}
     hashes = tensor_hashes(model) if hashed else None
@@ -163,6 +186,7 @@ def take_back(model: nn.Module) -> Entry:
     Raises:
         SurgeryError: there is none, or something else has changed those places since.
     """
+    refuse_in_rows(model)
     chart = chart_of(model)
     if not chart.done:
         because = "; the originals were dropped by a merge" if chart.forgotten else ""
@@ -182,6 +206,7 @@ def do_again(model: nn.Module) -> Entry:
     Raises:
         SurgeryError: there is none, or something else has changed those places since.
     """
+    refuse_in_rows(model)
     chart = chart_of(model)
     if not chart.undone:
         raise SurgeryError("there is no operation to redo")
@@ -213,4 +238,4 @@ def forget(model: nn.Module) -> None:
     chart.forgotten += [entry.title for entry in chart.done]
     chart.done.clear()
     chart.undone.clear()
-    chart.merged = ()
+    chart.merged = None

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -125,15 +126,8 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 
     From the eigenvectors of W's smaller Gram matrix, which for a large vocabulary is much faster
     than a singular value decomposition.
-
-    Raises:
-        SurgeryError: the rank exceeds that of any matrix of this shape.
     """
-    if rank > min(weight.shape):
-        raise SurgeryError(
-            f"PiSSA with rank {rank} on a matrix of {tuple(weight.shape)}: there are only "
-            f"{min(weight.shape)} directions"
-        )
+    assert rank <= min(weight.shape), "check_kind has seen to it"
     if weight.size(0) < weight.size(1):
         a, b = principal_factors(weight.t(), rank, scaling)
         return b.t().contiguous(), a.t().contiguous()
@@ -143,6 +137,29 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     root = (size / scaling).sqrt()
     u = weight @ v / size  # (out, R)
     return (v * root).t().contiguous(), (u * root).contiguous()
+
+
+def check_kind(path: str, layer: Any, partners: Iterable[nn.Module], plan: LoRASettings) -> None:
+    """Raise `SurgeryError` unless there is such an update for a layer and those that follow it."""
+    directions = min(layer.weight.shape)
+    if plan.pissa and plan.rank > directions:
+        raise SurgeryError(
+            f"PiSSA with rank {plan.rank} on {path}, a matrix of {tuple(layer.weight.shape)}: "
+            f"there are only {directions} directions",
+            f"rank={directions} or less, or rank_pattern={{{path!r}: {directions}}}",
+        )
+    plain = isinstance(layer, nn.Linear) and not (plan.dora or plan.pissa)
+    for partner in partners:
+        _check_seen(partner, plain)
+
+
+def _check_seen(partner: nn.Module, plain: bool) -> None:
+    if isinstance(partner, nn.Embedding) and not plain:
+        raise SurgeryError(
+            "tied='both' is for plain LoRA and rsLoRA: DoRA's lengths are those of the head's rows "
+            "and of the embedding's columns, and PiSSA's birth is kept by one layer",
+            "tied='untie', or leave dora and pissa out",
+        )
 
 
 def new_update(layer: nn.Module, settings: LoRASettings) -> Update:
@@ -166,12 +183,8 @@ def seen_from(update: Update, partner: nn.Module) -> Update:
     Raises:
         SurgeryError: the kind has no such view.
     """
+    _check_seen(partner, isinstance(update, LoRAUpdate))
     if not isinstance(partner, nn.Embedding):
         return update
-    if not isinstance(update, LoRAUpdate):
-        raise SurgeryError(
-            "tied='both' is for plain LoRA and rsLoRA: DoRA's lengths are those of the head's rows "
-            "and of the embedding's columns, and PiSSA's birth is kept by one layer",
-            "tied='untie', or leave dora and pissa out",
-        )
+    assert isinstance(update, LoRAUpdate), "checked"
     return TiedEmbeddingUpdate(update)

@@ -9,15 +9,24 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.mixture import Blend, Mixture
+from nanogpt_surgery.lora.mixture import Blend, Mixture, Rows
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.update import Update
 
 DEFAULT = LoRASettings.name
 
 
+def _shown(name: str) -> Any:
+    """An attribute of the layer inside, if that has it: read only, no parameter of the wrapper."""
+    return property(lambda layer: getattr(layer.shown(), name))
+
+
 class LoRALayer(nn.Module, ABC):
     """What all wrappers share: those around a matrix, and of modules that are replaced whole.
+
+    Models that read a layer's weight, bias or sizes find the original's. Where a model multiplies
+    by that weight itself, instead of calling the layer, the updates take no part; no gradient
+    reaches them then, and `fit` says so after the first step.
 
     Attributes:
         original_layer: frozen, and never written to.
@@ -45,6 +54,18 @@ class LoRALayer(nn.Module, ABC):
     @abstractmethod
     def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
         """A new plain module with what takes part in it; `precision` is what to round to."""
+
+    weight = _shown("weight")
+    bias = _shown("bias")
+    in_features = _shown("in_features")
+    out_features = _shown("out_features")
+    num_embeddings = _shown("num_embeddings")
+    embedding_dim = _shown("embedding_dim")
+    padding_idx = _shown("padding_idx")
+
+    def shown(self) -> nn.Module:
+        """The layer that others see."""
+        return self.original_layer  # type: ignore[no-any-return]
 
     @property
     def update(self) -> Update:
@@ -149,6 +170,15 @@ def active_mixture(model: nn.Module) -> Mixture:
     """Which adapters take part, the same on every layer; a blend of nothing without a LoRA."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
     return layers[0].mixture if layers else Blend({})
+
+
+def refuse_in_rows(model: nn.Module) -> None:
+    """Raise `SurgeryError` inside a block of `lora_rows`: what it changed would end with it."""
+    if any(isinstance(m.mixture, Rows) for m in model.modules() if isinstance(m, LoRALayer)):
+        raise SurgeryError(
+            "the model is in a block of lora_rows, which gives each row its own adapter",
+            "leave the block first",
+        )
 
 
 def device_of(model: nn.Module) -> torch.device:

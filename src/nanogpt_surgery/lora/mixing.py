@@ -9,10 +9,11 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.journal import operation
-from nanogpt_surgery.lora.lora_layer import active_mixture, lora_layers
+from nanogpt_surgery.lora.lora_layer import active_mixture, lora_layers, refuse_in_rows
 from nanogpt_surgery.lora.mixture import Blend, Mixture, Rows
 from nanogpt_surgery.lora.operations import check_name
 from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.lora.rows import watched
 from nanogpt_surgery.lora.wrapping import let_train, report_on, set_mixture
 
 
@@ -47,15 +48,19 @@ def _mix(model: nn.Module, title: str, mixture: Mixture) -> Report:
 def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """For the block, give row b of every batch the adapter `names[b]`, or none where that is None.
 
-    Not an operation: what took part before takes part again after the block.
+    Not an operation, and none is done inside the block: what took part before takes part again
+    after it. A layer that is not called on the batch, as `wpe(torch.arange(T))` is not, cannot be
+    adapted by row.
 
     Args:
         model: carries the adapters.
         names: one for each row of the batches to come.
 
     Raises:
-        SurgeryError: the model carries no adapter of one of the names, or the LoRA is disabled.
+        SurgeryError: the model carries no adapter of one of the names, or the LoRA is disabled;
+            from the model's forward, a batch or a layer's input that has not these rows.
     """
+    refuse_in_rows(model)
     rows = Rows(tuple(name if name is None else check_name(model, name) for name in names))
     layers = lora_layers(model)
     if not all(layer.enabled for layer in layers.values()):
@@ -63,6 +68,7 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     before = active_mixture(model)
     set_mixture(model, rows)
     try:
-        yield
+        with watched(model, rows):
+            yield
     finally:
         set_mixture(model, before)

@@ -72,7 +72,8 @@ class Blend:
 class Rows:
     """Row b of a batch is adapted by `names[b]`, or by nothing where that is None.
 
-    The matrices are gathered by row and multiplied in one batched product.
+    The matrices are gathered by row and multiplied in one batched product. That a layer's input has
+    the rows of the batch is seen to in `rows.py`.
     """
 
     names: tuple[str | None, ...]
@@ -82,7 +83,7 @@ class Rows:
         present = [name for name in self.adapters() if name in layer.updates]
         if not present:
             return y
-        self._check(layer, x, present)
+        self._check(layer, present)
         places = [present.index(n) if n in present else len(present) for n in self.names]
         index = torch.tensor(places, device=y.device)  # (B)
         a, b, gain = _stack(layer, present)  # (N + 1, R, in), (N + 1, out, R), (N + 1, out)
@@ -102,13 +103,7 @@ class Rows:
             "leave the block of lora_rows(model, …) first",
         )
 
-    def _check(self, layer: MatrixLayer, x: Tensor, present: list[str]) -> None:
-        if x.size(0) != len(self.names):
-            raise SurgeryError(
-                f"a layer was called with {x.size(0)} rows, but adapters were given for "
-                f"{len(self.names)}",
-                "lora_rows(model, names) takes a name, or None, for each row of the batch",
-            )
+    def _check(self, layer: MatrixLayer, present: list[str]) -> None:
         updates: list[Any] = [layer.updates[name] for name in present]
         if layer.training and any(update.dropout.p for update in updates):
             raise SurgeryError(

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows
-from nanogpt_surgery.lora.journal import chart_of, forget, operation
+from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows, refuse_no_change
+from nanogpt_surgery.lora.journal import Merge, chart_of, forget, operation, say_tied, says_tied
 from nanogpt_surgery.lora.lora_layer import (
     LoRALayer,
     active_mixture,
@@ -34,7 +34,9 @@ from nanogpt_surgery.lora.wrapping import (
     replace,
     report_on,
     set_mixture,
+    state_of,
     thaw_rest,
+    update_rows,
 )
 from nanogpt_surgery.values import chosen
 
@@ -99,23 +101,27 @@ def merge_lora(
             the logits is measured with it.
         tolerance: largest mean KL divergence from the adapted model's distribution to the merged
             one's, in nats a token, that is let pass.
-        force: merge whatever the probe says.
+        force: merge whatever the probe says, and although no weight changes.
         keep_originals: keep the original layers and the updates in memory, for `unmerge_lora` and
             `undo_lora`.
         precision: what W + ΔW is rounded to, W's own dtype by default. The tensors stay in W's: in
             a wider one they hold exactly what a narrower file will.
 
     Raises:
-        SurgeryError: the probe shows more than the tolerance, the LoRA is disabled, or a tie would
-            be broken that nobody decided to break. The model is untouched then.
+        SurgeryError: the probe shows more than the tolerance, the LoRA is disabled, no adapter
+            takes part, no weight would change, or a tie would be broken that nobody decided to
+            break. The model is untouched then.
     """
     layers = lora_layers(model)
     _check_mergeable(model, layers)
     rows = merge_rows(layers, keep_originals, precision)
+    if not force:
+        refuse_no_change(rows, len(layers))
     with operation(model, "merge"):
-        before = tuple((name, layer) for name, layer in layers.items())
+        thaw, tied = chart_of(model).thaw, says_tied(model)
         effect = effect_of(model, probe, lambda: merge_layers(model, precision), tolerance, force)
-        chart_of(model).merged = tuple((n, layer, model.get_submodule(n)) for n, layer in before)
+        replaced = tuple((n, layer, model.get_submodule(n)) for n, layer in layers.items())
+        chart_of(model).merged = Merge(replaced, thaw, tied)
     if not keep_originals:
         forget(model)
     summary = {"layers": len(rows), "originals": "kept" if keep_originals else "dropped"}
@@ -126,11 +132,19 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     if not all(layer.enabled for layer in layers.values()):
         raise SurgeryError("the LoRA is disabled, so a merge would change what the model computes",
                            "enable_lora(model) first")  # fmt: skip
+    mixture, names = active_mixture(model), adapter_names(model)
+    if not mixture.adapters():
+        raise SurgeryError(
+            f"no adapter takes part, so a merge would only take {', '.join(names)} off",
+            f"swap_lora(model, {names[0]!r}) first, or remove_lora(model)",
+        )
     refuse_undecided(model, layers)
 
 
 def unmerge_lora(model: nn.Module) -> Report:
     """Take the last merge out again: the wrappers come back with the original bits beneath.
+
+    As before it, `remove_lora` lets train what could be trained before the first injection.
 
     Raises:
         SurgeryError: nothing is merged, the originals were dropped, or a merged layer has been
@@ -142,15 +156,16 @@ def unmerge_lora(model: nn.Module) -> Report:
         raise SurgeryError(
             "there is nothing to unmerge" + (": the originals were dropped" if dropped else "")
         )
-    changed = [name for name, _, now in merged if model.get_submodule(name) is not now]
+    changed = [name for name, _, now in merged.layers if model.get_submodule(name) is not now]
     if changed:
         raise SurgeryError(
             f"{', '.join(changed[:8])} changed after the merge", "undo_lora goes back step by step"
         )
     with operation(model, "unmerge"):
-        for name, layer, _ in merged:
+        for name, layer, _ in merged.layers:
             replace(model, name, layer)
-        chart_of(model).merged = ()
+        chart_of(model).merged, chart_of(model).thaw = None, merged.thaw
+        say_tied(model, merged.tied)
         model.requires_grad_(False)
         let_train(model)
     return report_on(model, "LoRA unmerged")
@@ -159,12 +174,15 @@ def unmerge_lora(model: nn.Module) -> Report:
 def remove_lora(model: nn.Module, name: str | None = None) -> Report:
     """Take one adapter off, or all: a layer without updates is the original again, bit for bit.
 
+    Returns:
+        A row for each update that was there, and what takes part and can be trained from now on.
+
     Raises:
         SurgeryError: there is no LoRA, or none of this name.
     """
-    report = report_on(model, "LoRA removed")
+    lora_layers(model)
     names = adapter_names(model) if name is None else [check_name(model, name)]
-    mixture = active_mixture(model)
+    mixture, rows = active_mixture(model), update_rows(model, names)
     with operation(model, f"remove {', '.join(names)}"):
         for path, layer in lora_layers(model).items():
             for one in names:
@@ -176,7 +194,8 @@ def remove_lora(model: nn.Module, name: str | None = None) -> Report:
             set_mixture(model, without(mixture, names))
         else:
             thaw_rest(model)
-    return report
+    touched = {"layers": len({row["layer"] for row in rows})}
+    return Report("LoRA removed", rows, touched | state_of(model))
 
 
 def without(mixture: Mixture, names: list[str]) -> Mixture:

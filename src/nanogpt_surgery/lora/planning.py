@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.kinds import new_update
+from nanogpt_surgery.lora.kinds import check_kind, new_update
 from nanogpt_surgery.lora.lora_layer import adapter_names, lora_layers
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.targets import adaptable_layers, by_pattern, find_targets
@@ -58,6 +58,10 @@ def make_plan(model: nn.Module, targets: str | Iterable[str], settings: LoRASett
     by_layer = {layer: _settings_of(layer, settings) for layer in names}
     followers = choose(model, names, settings.tied)
     leaders = _leaders(by_layer, followers, model)
+    layers = adaptable_layers(model)
+    for path, chosen in leaders.items():
+        partners = [layers[other] for other in followers.get(path, [])]
+        check_kind(path, layers[path], partners, chosen)
     return Plan(settings.name, matches, leaders, followers, settings.tied == "untie")
 
 

@@ -61,7 +61,11 @@ class ReplacedLayer(LoRALayer):
             )
         return self.updates[found[0]]
 
-    def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
-        """The module that takes part, bare; it is not rounded."""
+    def shown(self) -> nn.Module:
+        """The module that takes part, bare."""
         chosen = self.chosen()
         return chosen.module if isinstance(chosen, WholeUpdate) else chosen
+
+    def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
+        """The module that takes part, bare; it is not rounded."""
+        return self.shown()

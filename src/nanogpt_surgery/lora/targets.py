@@ -72,10 +72,21 @@ def why_not(model: nn.Module, name: str) -> str | None:
 
 
 def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> Any:
-    """The value of the first pattern that is a layer's name or its ending, as in PEFT."""
+    """The value of the first pattern that is a layer's name or its ending, as in PEFT.
+
+    Raises:
+        SurgeryError: a pattern is no regular expression.
+    """
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"^(.*\.)?({pattern})$", name):
-            return value
+        try:
+            if re.match(rf"^(.*\.)?({pattern})$", name):
+                return value
+        except re.error as error:
+            raise SurgeryError(
+                f"{pattern!r} of rank_pattern or alpha_pattern is not a regular expression: "
+                f"{error}",
+                "a layer's name or its ending, such as q_proj, or .*q_proj",
+            ) from None
     return default
 
 

@@ -9,10 +9,15 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.journal import chart_of
+from nanogpt_surgery.lora.journal import chart_of, say_tied, says_tied
 from nanogpt_surgery.lora.kinds import seen_from
 from nanogpt_surgery.lora.lora_embedding import LoRAEmbedding
-from nanogpt_surgery.lora.lora_layer import LoRALayer, active_mixture, lora_layers
+from nanogpt_surgery.lora.lora_layer import (
+    LoRALayer,
+    active_mixture,
+    adapter_names,
+    lora_layers,
+)
 from nanogpt_surgery.lora.lora_linear import LoRALinear
 from nanogpt_surgery.lora.mixture import Blend, Mixture
 from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
@@ -154,31 +159,43 @@ def thaw_rest(model: nn.Module) -> None:
 
 
 def _say_untied(model: nn.Module) -> None:
-    config = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
+    if not says_tied(model):
         return
     ends = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
     weights = [getattr(end(), "weight", None) for end in ends if end is not None]
     if len(weights) == 2 and weights[0] is not weights[1]:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        say_tied(model, False)
 
 
 def report_on(model: nn.Module, title: str) -> Report:
     """A row for each update on each layer, and the model's parameters."""
-    mixture = active_mixture(model)
-    rows = [
-        _row(name, adapter, update, adapter in mixture.adapters())
+    rows = update_rows(model, adapter_names(model))
+    return Report(title, rows, {"layers": len(lora_layers(model)), **state_of(model)})
+
+
+def update_rows(model: nn.Module, adapters: list[str]) -> list[dict[str, Any]]:
+    """A row for each update of some adapters on each layer."""
+    active = active_mixture(model).adapters()
+    return [
+        _row(name, adapter, update, adapter in active)
         for name, layer in lora_layers(model).items()
         for adapter, update in layer.updates.items()
+        if adapter in adapters
     ]
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    """What takes part, the model's parameters, and what to do where adapters only wait."""
+    mixture, waiting = active_mixture(model), adapter_names(model)
     parameters = list(model.parameters())
-    summary = {
-        "layers": len(lora_layers(model)),
+    state: dict[str, Any] = {
         "active": str(mixture),
         "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
         "total_parameters": sum(p.numel() for p in parameters),
     }
-    return Report(title, rows, summary)
+    if waiting and not mixture.adapters():
+        state["next"] = f"no adapter takes part: swap_lora(model, {waiting[0]!r})"
+    return state
 
 
 def _row(name: str, adapter: str, update: Any, active: bool) -> dict[str, Any]:
