@@ -127,12 +127,15 @@ def _reserve(descriptor: int, size: int) -> None:
     """Let the disk give an empty file so many bytes, now."""
     try:
         os.posix_fallocate(descriptor, 0, size)
-        return
     except AttributeError:  # not every system has the call,
-        pass
+        _write_zeros(descriptor, size)
     except OSError as error:  # and not every file system
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
+        _write_zeros(descriptor, size)
+
+
+def _write_zeros(descriptor: int, size: int) -> None:
     written = 0
     while written < size:
         written += os.write(descriptor, bytes(min(MIB, size - written)))
