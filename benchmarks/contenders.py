@@ -68,7 +68,7 @@ def ours(
 def plain(
     shape: Shape, train: GPTDataset, vocab_size: int, steps: int, precision: str, **options: object
 ) -> tuple[nn.Module, Iterator[object]]:
-    """GPT-2's anatomy and AdamW: what `surgery train` does without a recipe."""
+    """GPT-2's anatomy and AdamW, as the peers have: `surgery train --no-muon`."""
     torch.manual_seed(1)
     sizes = shape.width, shape.heads, shape.layers, shape.block
     model = SimpleGPT(vocab_size, *sizes, dropout=shape.dropout, tie_head=shape.tie_head)
