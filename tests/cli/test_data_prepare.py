@@ -115,15 +115,18 @@ def test_a_mixture_draws_in_proportion(place, tokens, capsys):
 
 def test_a_plan_touches_nothing(place, capsys):
     before = {path.name for path in place.iterdir()}
-    plan, _ = surgery(capsys, "train", "a.txt", "--out", "run", *SMALL, *STEPS, "--plan")
+    words = ["train", "a.txt", "--out", "run", *SMALL, *STEPS]
+    muon, _ = surgery(capsys, *words, "--plan")
+    plan, _ = surgery(capsys, *words, "--no-muon", "--plan")
     assert {path.name for path in place.iterdir()} == before
     assert plan["trained_parameters"] == plan["parameters"] > 0
     assert plan["weights_bytes"] == plan["gradient_bytes"] == 4 * plan["parameters"]
-    assert plan["optimizer_bytes"] == 2 * plan["weights_bytes"]
+    assert plan["optimizer_bytes"] == 2 * plan["weights_bytes"]  # AdamW keeps two numbers of each
+    assert muon["optimizer_bytes"] < plan["optimizer_bytes"], "and Muon one"
     assert plan["tokens"] == 4 * 4 * 12
     assert plan["evaluations"] == 2
     assert plan["seconds"] > 0
-    run(["train", "a.txt", "--out", "run", *SMALL, *STEPS])
+    run(words)
     less, _ = surgery(capsys, "finetune", "run", "a.txt", "--out", "x", "--plan", *STEPS)
     assert less["trained_parameters"] < less["parameters"] / 4
     assert not Path("x").exists()

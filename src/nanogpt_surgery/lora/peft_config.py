@@ -113,7 +113,7 @@ def _wrong(config: dict[str, Any]) -> list[str]:
 def _is_pattern(key: str) -> bool:
     try:
         by_pattern({key: None}, "", None)
-    except (re.error, OverflowError, RecursionError):
+    except (SurgeryError, OverflowError, RecursionError):
         return False
     return True
 
