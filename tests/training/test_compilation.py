@@ -81,6 +81,7 @@ def noting(saved: list[torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def test_without_a_compiler_nothing_is_compiled(monkeypatch) -> None:
     monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
     assert not choose_hardware(FitSettings(device="cpu"), 1e30).compile
     with pytest.raises(SurgeryError, match=r"there is no C\+\+ compiler"):
         choose_hardware(FitSettings(device="cpu", compile="on"))

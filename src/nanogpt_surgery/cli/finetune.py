@@ -96,7 +96,8 @@ def _job(
     torch.manual_seed(settings.seed)
     report = inject_lora(network, **targets, settings=adapter)
     say(str(report))
-    refuse_unsavable(network)
+    if not run.resume:
+        refuse_unsavable(network)
     return Job(
         options=run,
         model=network,

@@ -6,8 +6,7 @@ Legend: B rows in a batch, T tokens in a row.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
-from typing import Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -43,28 +42,35 @@ class Measured(Protocol):
         ...
 
 
+class Thinned(Protocol):
+    """Data of which every so many rows can be read without the others; all of ours is such."""
+
+    tokens: int
+
+    def whole(self, batch_size: int, every: int = 1) -> Iterator[Batch]:
+        """Batches of the rows whose number is a multiple of `every`."""
+        ...
+
+
 class Spread:
-    """Held-out data that is measured in part: every so many rows some, the same ones each time.
+    """Held-out data that is measured in part: every so many rows one, the same ones each time."""
 
-    Args:
-        data: of which a part is read.
-        share: one group of rows in so many.
-    """
-
-    ROWS = 16
-
-    def __init__(self, data: Batches, share: int):
-        self.data, self.share, self.block_size = data, share, data.block_size
+    def __init__(self, data: Thinned, every: int):
+        self.data, self.every = data, every
 
     def whole(self, batch_size: int) -> Iterator[Batch]:
-        """Groups of at most `ROWS` rows, the first of each `share` of them."""
-        return islice(self.data.whole(min(batch_size, self.ROWS)), 0, None, self.share)
+        """Batches of the rows whose number is a multiple of `every`."""
+        return self.data.whole(batch_size, self.every)
 
 
 def held_out(data: Batches, most: int) -> Measured:
-    """What an evaluation reads: all, or about `most` tokens spread over all (0: all)."""
-    tokens = sum(batch[1].numel() for batch in data.whole(1024)) if most else 0
-    return Spread(data, -(-tokens // most)) if tokens > most else data
+    """What an evaluation reads: all, or about `most` tokens spread over all (0: all).
+
+    Data that has no number of `tokens` is read whole.
+    """
+    some: Any = data
+    tokens = getattr(data, "tokens", 0) if most else 0
+    return Spread(some, -(-tokens // most)) if tokens > most else data
 
 
 def documents_of(batch: Sequence[Tensor]) -> Tensor | None:

@@ -108,14 +108,24 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         windows = torch.from_numpy(self.gather(visited(rows, len(self), seed)))  # (B, T + 1)
         return windows[:, :-1], windows[:, 1:]
 
-    def whole(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Windows side by side, the last one shorter: each token but the first is a target once."""
+    @property
+    def tokens(self) -> int:
+        """How many targets `whole` has."""
+        return len(self.ids) - 1
+
+    def whole(self, batch_size: int, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Windows side by side, the last one shorter: each token but the first is a target once.
+
+        With `every` above 1 only each so many windows one, the first among them.
+        """
         length = self.block_size
-        full = (len(self.ids) - 1) // length * length
+        rows = (len(self.ids) - 1) // length
+        full = rows * length
         inputs, targets = self.ids[:full].view(-1, length), self.ids[1 : full + 1].view(-1, length)
-        for x, y in zip(inputs.split(batch_size), targets.split(batch_size), strict=True):
+        pairs = (part[::every].split(batch_size) for part in (inputs, targets))  # nothing is read
+        for x, y in zip(*pairs, strict=True):
             yield x.long(), y.long()
-        if full < len(self.ids) - 1:
+        if full < len(self.ids) - 1 and rows % every == 0:
             yield self.ids[None, full:-1].long(), self.ids[None, full + 1 :].long()
 
 

@@ -130,9 +130,14 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         """The batch of a step; with documents where a row holds several."""
         return self._batch_of(self.rows_of(step, batch_size, seed))
 
-    def whole(self, batch_size: int) -> Iterator[Batch]:
-        """All rows once, in their order."""
-        for rows in torch.arange(len(self)).split(batch_size):
+    @property
+    def tokens(self) -> int:
+        """How many places for tokens the rows have."""
+        return self.inputs.numel()
+
+    def whole(self, batch_size: int, every: int = 1) -> Iterator[Batch]:
+        """All rows once, in their order, or every so many of them one."""
+        for rows in torch.arange(0, len(self), every).split(batch_size):
             yield self._batch_of(rows)
 
     def _batch_of(self, rows: Tensor) -> Batch:

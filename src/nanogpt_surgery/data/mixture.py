@@ -70,10 +70,15 @@ class Mixture:
         ids = torch.from_numpy(windows)
         return ids[:, :-1], ids[:, 1:]
 
-    def whole(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each source whole, one after the other, whatever its weight."""
+    @property
+    def tokens(self) -> int:
+        """How many targets `whole` has."""
+        return sum(source.tokens for source in self.sources)
+
+    def whole(self, batch_size: int, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each source whole, or every so many of its windows, whatever its weight."""
         for source in self.sources:
-            yield from source.whole(batch_size)
+            yield from source.whole(batch_size, every)
 
     def drawn(self, rows: range, seed: int) -> tuple[Ids, Ids]:
         """Which source each row comes from, and which of its windows it is: (B,), (B,)."""

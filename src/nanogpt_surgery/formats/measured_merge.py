@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.merge_preparation import Merge
 from nanogpt_surgery.lora.examination import (
     Rounding,
@@ -20,12 +19,14 @@ from nanogpt_surgery.lora.examination import (
     logits_of,
     matrix_layers,
     refuse_effect,
+    refuse_no_change,
     what_arrives,
 )
 from nanogpt_surgery.lora.lora_layer import lora_layers
 from nanogpt_surgery.lora.operations import merge_lora
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
+WIDER = "surgery merge into --dtype float32, or surgery export with --form F32"
 RoundingOf = Callable[[str, Tensor], tuple[str, Rounding]]
 
 
@@ -71,22 +72,9 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
     for name, layer in matrices.items():
         kind, rounded = rounding(name, layer.original_layer.weight)
         rows.append({"layer": name, "dtype": kind, **what_arrives(layer, rounded)})
-    if not force and len(matrices) == len(layers):  # a module replaced whole is a change
-        _refuse_no_change(rows, merge.adapter)
+    if not force:
+        refuse_no_change(
+            rows, len(layers), str(merge.adapter), WIDER, "train the adapter first, or --force"
+        )
     merge_lora(merge.model, keep_originals=False, force=True)  # judged above, as the file rounds
     return Merged(rows, adapted, merge.probe, merge.probed_on, None if force else tolerance)
-
-
-def _refuse_no_change(rows: list[dict[str, Any]], adapter: str) -> None:
-    if any(row["weights changed"] for row in rows):
-        return
-    lost = any(row["ΔW / W"] for row in rows)
-    kinds = " and ".join(sorted({row["dtype"] for row in rows}))
-    raise SurgeryError(
-        f"{adapter} would change no weight: ΔW is "
-        + (f"lost in the rounding to {kinds}" if lost else "0")
-        + f" in all {len(rows)} layers",
-        "surgery merge into --dtype float32, or surgery export with --form F32"
-        if lost
-        else "train the adapter first, or --force",
-    )

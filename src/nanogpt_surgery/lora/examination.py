@@ -88,19 +88,27 @@ def refuse_effect(effect: Mapping[str, float], tolerance: float) -> None:
         )
 
 
-def refuse_no_change(rows: list[dict[str, Any]], layers: int) -> None:
+def refuse_no_change(
+    rows: list[dict[str, Any]],
+    layers: int,
+    what: str = "the merge",
+    wider: str = "merge into float32 weights, or force=True",
+    untrained: str = "train the adapter first, or force=True",
+) -> None:
     """Raise `SurgeryError` if a merge with these rows leaves every weight the number that it is.
 
-    Of `layers`, those without a row are modules that an adapter replaces whole: a change.
+    Of `layers`, those without a row are modules that an adapter replaces whole: a change. `wider`
+    and `untrained` say what to do where ΔW is lost in the rounding, and where it is 0.
     """
     if len(rows) < layers or any(row["weights changed"] for row in rows):
         return
     lost = any(row["ΔW / W"] for row in rows)
+    kinds = " and ".join(sorted({str(row["dtype"]) for row in rows}))
     raise SurgeryError(
-        "the merge would change no weight: ΔW is "
-        + (f"lost in the rounding to {rows[0]['dtype']}" if lost else "0")
+        f"{what} would change no weight: ΔW is "
+        + (f"lost in the rounding to {kinds}" if lost else "0")
         + f" in all {len(rows)} layers",
-        ("merge into float32 weights" if lost else "train the adapter first") + ", or force=True",
+        wider if lost else untrained,
     )
 
 

@@ -45,7 +45,7 @@ from nanogpt_surgery.formats.run_folder import (
     latest_checkpoint,
     step_of,
 )
-from nanogpt_surgery.training.description import differences
+from nanogpt_surgery.training.description import differences, flags_to_resume
 from nanogpt_surgery.training.fit import Step
 
 STATE, SUMMARY = "training.safetensors", "training.json"
@@ -219,11 +219,12 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
             f"{folder / METRICS} is gone, where the losses of the run's steps stood",
             "put it back, or begin anew in another --out",
         )
-    found = differences(read_json(folder / RUN), json.loads(json.dumps(description)))
-    if found:
+    before, now = read_json(folder / RUN), json.loads(json.dumps(description))
+    if found := differences(before, now):
+        flags = flags_to_resume(before, now)
         raise SurgeryError(
             f"this is not the run that {folder} holds: " + "; ".join(found),
-            "resume with the settings it was started with, or choose a new --out",
+            f"resume with {flags or 'what it was started with'}, or choose a new --out",
         )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -151,7 +153,8 @@ def cpu_has_bfloat16() -> bool:
 def lacking_to_compile(device: torch.device) -> str:
     """What `torch.compile` needs on a device and is not there; "" if nothing."""
     if device.type == "cpu":
-        return "" if shutil.which("c++") else "C++ compiler (c++)"
+        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+        return "" if shutil.which(compiler) else f"C++ compiler ({compiler})"
     if device.type == "cuda" and not find_spec("triton"):
         return "triton"
     return "" if shutil.which("cc") or shutil.which("gcc") else "C compiler (cc)"

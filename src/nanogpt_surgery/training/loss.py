@@ -93,7 +93,7 @@ def backward_from_hidden(
     read, wanted_of, places = _counted(model, hidden.detach(), targets)
     size = _positions(model, wanted_of, most_logits)
     total = torch.zeros((), device=hidden.device)
-    gradients, share = [], share / n_trained(targets)
+    gradients, share = [], share / max(1, n_trained(targets))
     for part, wanted in zip(read.split(size, 1), wanted_of.split(size, 1), strict=True):
         leaf = part.detach().requires_grad_(hidden.requires_grad)  # (1, n, C)
         with autocast():
@@ -192,6 +192,10 @@ def evaluate(model: nn.Module, dataset: Measured, batch_size: int = 64) -> float
             _refuse_documents(model, batch)
             total += _summed_loss(model, tuple(t.to(device) for t in batch)).item()
             count += n_trained(batch[1])
+    if not count:
+        raise SurgeryError(
+            "nothing of what an evaluation reads is trained on", "evaluate_tokens=0 reads all"
+        )
     return total / count
 
 
