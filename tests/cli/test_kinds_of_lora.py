@@ -231,3 +231,13 @@ def test_kept_states_in_a_folder_train_the_same(
     assert adapters[0] == adapters[1]
     assert made == [None, tmp_path / "kept"]
     assert not list((tmp_path / "kept").iterdir())
+
+
+def test_a_file_to_keep_states_in_is_refused_before_anything_is_made(
+    bases: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["finetune", str(bases / "llama"), str(bases / "text.txt"), "--out"]
+    with pytest.raises(SystemExit):
+        surgery([*words, str(tmp_path / "run"), "--keep-in", str(bases / "text.txt"), *STEPS])
+    assert "text.txt is a file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

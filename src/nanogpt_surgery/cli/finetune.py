@@ -65,6 +65,7 @@ def finetune(
     from nanogpt_surgery.formats.model_file import open_model
 
     settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
+    _refuse_file(keep_in)
     network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
     tokenizer = required_tokenizer(found, model)
     length = window(block_size, network.config.block_size)
@@ -74,6 +75,11 @@ def finetune(
     carry_out(replace(job, keep_in=keep_in), "fine-tuned")
     if not run.plan:
         say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
+
+
+def _refuse_file(keep_in: Path | None) -> None:
+    if keep_in is not None and keep_in.exists() and not keep_in.is_dir():
+        raise SurgeryError(f"{keep_in} is a file", "--keep-in names a folder")
 
 
 def _job(
