@@ -41,8 +41,8 @@ def main() -> None:
 
     model = SimpleGPT(tokenizer.vocab_size, block_size=BLOCK)
     print(f"{model.n_parameters:,} parameters, {tokenizer.vocab_size} characters")
-    steps = fit(model, english_train, max_steps=900, learning_rate=3e-3)
-    watch("pretraining on English", steps, 900)
+    steps = fit(model, english_train, max_steps=400, muon=True, learning_rate=0.03)
+    watch("pretraining on English", steps, 400)
     before = evaluate(model, english_held), evaluate(model, python_held)
     sample("before", model, tokenizer)
 
