@@ -1,6 +1,8 @@
 """Random models, targets, kinds and operations, and what must hold after any of them."""
 
 import re
+from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
@@ -66,6 +68,14 @@ def operate(model: nn.Module, data: st.DataObject) -> None:
         verbs = {"enable": enable_lora, "disable": disable_lora, "merge": merge_lora,
                  "unmerge": unmerge_lora, "undo": undo_lora, "redo": redo_lora}  # fmt: skip
         verbs[verb](model)
+
+
+def operated(model: nn.Module, data: st.DataObject) -> Iterator[None]:
+    """After each of some operations; those that are refused do not count."""
+    for _ in range(data.draw(st.integers(0, 5))):
+        with suppress(SurgeryError):
+            operate(model, data)
+            yield
 
 
 def begin(model: nn.Module, kind: str, data: st.DataObject) -> None:
@@ -143,11 +153,7 @@ def test_unmerged_and_removed_the_model_is_the_first_one(kind, data):
     first, plain = tensor_hashes(model), logits(model, ids)
     facts = trainable(model), says_tied(model), is_tied(model, kind)
     begin(model, kind, data)
-    for _ in range(data.draw(st.integers(0, 5))):
-        try:
-            operate(model, data)
-        except SurgeryError:
-            continue
+    for _ in operated(model, data):
         if not has_lora(model) and chart_of(model).merged:
             assert trainable(model) == facts[0]
             unmerge_lora(model)
@@ -175,11 +181,8 @@ def is_tied(model: nn.Module, kind: str) -> bool:
 def test_merged_is_adapted_and_undone_is_adapted_again(kind, data):
     model, ids = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS)), some_ids()
     begin(model, kind, data)
-    for _ in range(data.draw(st.integers(0, 5))):
-        try:
-            operate(model, data)
-        except SurgeryError:
-            continue
+    for _ in operated(model, data):
+        pass
     if not has_lora(model) or not active_mixture(model).adapters():
         return
     enable_lora(model)

@@ -99,7 +99,7 @@ def _say_what_is_measured(job: Job) -> None:
     held = held_out(job.validation, job.settings.evaluate_tokens)
     if isinstance(held, Spread):
         say(
-            f"an evaluation reads every {held.every}th held-out window, the same each time; "
+            f"an evaluation reads one in {held.every} of the held-out windows, the same each time; "
             "--evaluate-tokens 0 reads all"
         )
 

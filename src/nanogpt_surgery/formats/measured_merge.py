@@ -6,7 +6,6 @@ after their rounding, and hold what they wrote against the adapted model.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,20 +13,19 @@ from torch import Tensor
 
 from nanogpt_surgery.formats.merge_preparation import Merge
 from nanogpt_surgery.lora.examination import (
-    Rounding,
+    RoundingOf,
     compare_logits,
     logits_of,
-    matrix_layers,
+    merge_rows,
     refuse_effect,
     refuse_no_change,
-    what_arrives,
 )
 from nanogpt_surgery.lora.lora_layer import lora_layers
-from nanogpt_surgery.lora.operations import merge_lora
+from nanogpt_surgery.lora.ties import refuse_undecided
+from nanogpt_surgery.lora.wrapping import merge_layers
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 WIDER = "surgery merge into --dtype float32, or surgery export with --form F32"
-RoundingOf = Callable[[str, Tensor], tuple[str, Rounding]]
 
 
 @dataclass(frozen=True)
@@ -65,16 +63,12 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
     Raises:
         SurgeryError: every weight would be the number that it is without the adapter.
     """
-    adapted = logits_of(merge.model, merge.probe)
-    layers = lora_layers(merge.model)
-    matrices = matrix_layers(layers)
-    rows = []
-    for name, layer in matrices.items():
-        kind, rounded = rounding(name, layer.original_layer.weight)
-        rows.append({"layer": name, "dtype": kind, **what_arrives(layer, rounded)})
+    adapted, layers = logits_of(merge.model, merge.probe), lora_layers(merge.model)
+    rows = merge_rows(layers, rounding)
     if not force:
         refuse_no_change(
             rows, len(layers), str(merge.adapter), WIDER, "train the adapter first, or --force"
         )
-    merge_lora(merge.model, keep_originals=False, force=True)  # judged above, as the file rounds
+    refuse_undecided(merge.model, layers)
+    merge_layers(merge.model)  # the model is only here to be written: nothing is journaled
     return Merged(rows, adapted, merge.probe, merge.probed_on, None if force else tolerance)

@@ -20,6 +20,8 @@ from nanogpt_surgery.lora.report import Report
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
 Rounding: TypeAlias = Callable[[Tensor], Tensor]  # a float32 matrix, to fewer bits and back
+RoundingOf: TypeAlias = Callable[[str, Tensor], tuple[str, Rounding]]
+"""By a layer's name and weight: what its numbers become, under a name."""
 BLOCK = 32  # weights that share a scale at 4 bits
 
 
@@ -112,24 +114,27 @@ def refuse_no_change(
     )
 
 
+def as_stored(_layer: str, weight: Tensor) -> tuple[str, Rounding]:
+    """Rounding to a weight's own dtype."""
+    return str(weight.dtype).removeprefix("torch."), partial(round_to, dtype=weight.dtype)
+
+
 def merge_rows(
-    layers: Mapping[str, LoRALayer], kept: bool, precision: torch.dtype | None = None
+    layers: Mapping[str, LoRALayer], rounding: RoundingOf = as_stored
 ) -> list[dict[str, Any]]:
-    """For each layer what a merge does that rounds to a precision, the weight's own by default.
+    """For each layer with a ΔW what a merge does that rounds so.
 
     The size of ΔW, the largest error of a weight, the share of ΔW's energy that stays and that of
     the weights that are other numbers than without ΔW.
     """
     rows = []
-    for name, layer in matrix_layers(layers).items():
-        dtype = precision or layer.original_layer.weight.dtype
-        about = {"layer": name, "dtype": str(dtype).removeprefix("torch.")}
-        arrived = what_arrives(layer, partial(round_to, dtype=dtype))
-        rows.append({**about, **arrived, "original": "kept" if kept else "dropped"})
+    for name, layer in _matrix_layers(layers).items():
+        kind, rounded = rounding(name, layer.original_layer.weight)
+        rows.append({"layer": name, "dtype": kind, **_what_arrives(layer, rounded)})
     return rows
 
 
-def what_arrives(layer: MatrixLayer, rounded: Rounding) -> dict[str, float]:
+def _what_arrives(layer: MatrixLayer, rounded: Rounding) -> dict[str, float]:
     """What a merge does to a layer's weight that is rounded after it, in numbers."""
     weight, delta = layer.original_layer.weight.detach().float(), layer.delta_weight()
     exact = weight + delta
@@ -142,7 +147,7 @@ def what_arrives(layer: MatrixLayer, rounded: Rounding) -> dict[str, float]:
     }
 
 
-def matrix_layers(layers: Mapping[str, LoRALayer]) -> dict[str, MatrixLayer]:
+def _matrix_layers(layers: Mapping[str, LoRALayer]) -> dict[str, MatrixLayer]:
     """The layers that have a ΔW: all but modules replaced whole."""
     return {n: layer for n, layer in layers.items() if isinstance(layer, MatrixLayer)}
 
@@ -170,7 +175,7 @@ def merge_survival(model: nn.Module) -> Report:
         SurgeryError: the model carries no LoRA.
     """
     rows: list[dict[str, Any]] = []
-    for name, layer in matrix_layers(lora_layers(model)).items():
+    for name, layer in _matrix_layers(lora_layers(model)).items():
         weight, delta = layer.original_layer.weight.detach().float(), layer.delta_weight()
         left = {
             precision: energy_left(rounded(weight + delta) - rounded(weight), delta)

@@ -52,8 +52,8 @@ class LoRALayer(nn.Module, ABC):
         return layer.train(original_layer.training)
 
     @abstractmethod
-    def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
-        """A new plain module with what takes part in it; `precision` is what to round to."""
+    def merged_layer(self) -> nn.Module:
+        """A new plain module with what takes part in it."""
 
     weight = _shown("weight")
     bias = _shown("bias")
@@ -132,15 +132,11 @@ class MatrixLayer(LoRALayer):
         """What the updates that take part add to the weight, in its layout, float32."""
         return self.mixture.delta_weight(self)
 
-    def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
-        """A new plain layer with W + ΔW, added in float32 and rounded once.
-
-        Args:
-            precision: what to round to, W's own dtype by default; in any case it is kept in W's.
-        """
+    def merged_layer(self) -> nn.Module:
+        """A new plain layer with W + ΔW, added in float32 and rounded once, to W's own dtype."""
         weight = self.original_layer.weight.detach()
-        merged = (weight.float() + self.delta_weight()).to(precision or weight.dtype)
-        return self.with_weight(nn.Parameter(merged.to(weight.dtype).contiguous()))
+        merged = (weight.float() + self.delta_weight()).to(weight.dtype)
+        return self.with_weight(nn.Parameter(merged.contiguous()))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:

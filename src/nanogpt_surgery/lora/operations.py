@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
@@ -88,7 +87,6 @@ def merge_lora(
     tolerance: float = 1e-3,
     force: bool = False,
     keep_originals: bool = True,
-    precision: torch.dtype | None = None,
 ) -> Report:
     """Put W + ΔW, added in float32, in the place of every wrapped layer.
 
@@ -104,8 +102,6 @@ def merge_lora(
         force: merge whatever the probe says, and although no weight changes.
         keep_originals: keep the original layers and the updates in memory, for `unmerge_lora` and
             `undo_lora`.
-        precision: what W + ΔW is rounded to, W's own dtype by default. The tensors stay in W's: in
-            a wider one they hold exactly what a narrower file will.
 
     Raises:
         SurgeryError: the probe shows more than the tolerance, the LoRA is disabled, no adapter
@@ -114,17 +110,18 @@ def merge_lora(
     """
     layers = lora_layers(model)
     _check_mergeable(model, layers)
-    rows = merge_rows(layers, keep_originals, precision)
+    kept = "kept" if keep_originals else "dropped"
+    rows = [{**row, "original": kept} for row in merge_rows(layers)]
     if not force:
         refuse_no_change(rows, len(layers))
     with operation(model, "merge"):
         thaw, tied = chart_of(model).thaw, says_tied(model)
-        effect = effect_of(model, probe, lambda: merge_layers(model, precision), tolerance, force)
+        effect = effect_of(model, probe, lambda: merge_layers(model), tolerance, force)
         replaced = tuple((n, layer, model.get_submodule(n)) for n, layer in layers.items())
         chart_of(model).merged = Merge(replaced, thaw, tied)
     if not keep_originals:
         forget(model)
-    summary = {"layers": len(rows), "originals": "kept" if keep_originals else "dropped"}
+    summary = {"layers": len(rows), "originals": kept}
     return Report("LoRA merged", rows, summary | effect)
 
 

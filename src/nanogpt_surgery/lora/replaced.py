@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
@@ -66,6 +65,6 @@ class ReplacedLayer(LoRALayer):
         chosen = self.chosen()
         return chosen.module if isinstance(chosen, WholeUpdate) else chosen
 
-    def merged_layer(self, precision: torch.dtype | None = None) -> nn.Module:
+    def merged_layer(self) -> nn.Module:
         """The module that takes part, bare; it is not rounded."""
         return self.shown()

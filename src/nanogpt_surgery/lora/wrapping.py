@@ -125,8 +125,8 @@ def _trained(update: nn.Module) -> list[nn.Parameter]:
     return update.trained()
 
 
-def merge_layers(model: nn.Module, precision: torch.dtype | None = None) -> None:
-    """Put W + ΔW in the place of every wrapped layer, rounded to a precision (its own if None).
+def merge_layers(model: nn.Module) -> None:
+    """Put W + ΔW in the place of every wrapped layer.
 
     Layers that shared a weight and have the same W + ΔW share one again; where a tie is broken, a
     config that says `tie_word_embeddings` says no.
@@ -136,7 +136,7 @@ def merge_layers(model: nn.Module, precision: torch.dtype | None = None) -> None
     made: dict[int, list[Any]] = {}
     for name, layer in lora_layers(model).items():
         original: Any = layer.original_layer
-        merged: Any = layer.merged_layer(precision)
+        merged: Any = layer.merged_layer()
         if isinstance(layer, ReplacedLayer):
             replace(model, name, merged)
             continue

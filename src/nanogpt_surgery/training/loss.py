@@ -93,12 +93,12 @@ def backward_from_hidden(
     read, wanted_of, places = _counted(model, hidden.detach(), targets)
     size = _positions(model, wanted_of, most_logits)
     total = torch.zeros((), device=hidden.device)
-    gradients, share = [], share / max(1, n_trained(targets))
+    gradients, a_token = [], share / max(1, n_trained(targets))
     for part, wanted in zip(read.split(size, 1), wanted_of.split(size, 1), strict=True):
         leaf = part.detach().requires_grad_(hidden.requires_grad)  # (1, n, C)
         with autocast():
             logits = model.lm_head(leaf)  # (1, n, V)
-        loss = _sum_of(logits, wanted) * share
+        loss = _sum_of(logits, wanted) * a_token
         loss.backward()
         total += loss.detach()
         gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
