@@ -26,7 +26,7 @@ from nanogpt_surgery import (
     unmerge_lora,
 )
 from nanogpt_surgery.lora.journal import chart_of
-from nanogpt_surgery.lora.lora_layer import active_mixture, adapter_names, has_lora
+from nanogpt_surgery.lora.lora_layer import active_mixture, adapter_names, has_lora, lora_layers
 from nanogpt_surgery.lora.targets import adaptable_layers
 
 NAMES = ("a", "b", "c")
@@ -93,7 +93,7 @@ def begin(model: nn.Module, kind: str, data: st.DataObject) -> None:
 
 
 def trainable(model: nn.Module) -> dict[str, bool]:
-    return {name: p.requires_grad for name, p in model.named_parameters()}
+    return {name: p.requires_grad for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def says_tied(model: nn.Module) -> bool | None:
@@ -188,15 +188,16 @@ def test_merged_is_adapted_and_undone_is_adapted_again(kind, data):
     enable_lora(model)
     adapted, hashes, wanted = logits(model, ids), tensor_hashes(model), merged_by_formula(model)
     tied = is_tied(model, kind)
+    may_part = any(layer.unties for layer in lora_layers(model).values())
     merge_lora(model, force=True)
     for name, weight in wanted.items():
         assert close(model.get_submodule(name).weight.double(), weight), name
     head, table = HEADS[kind], TABLES[kind]
     if tied:
-        assert is_tied(model, kind) == (
-            {head, table}.isdisjoint(wanted)
-            or ({head, table} <= wanted.keys() and close(wanted[head], wanted[table]))
+        alike = {head, table}.isdisjoint(wanted) or (
+            {head, table} <= wanted.keys() and close(wanted[head], wanted[table])
         )
+        assert alike if is_tied(model, kind) else may_part
     assert not has_lora(model)
     assert close(logits(model, ids), adapted)
     undo_lora(model)

@@ -6,6 +6,7 @@ from torch import nn
 from nanogpt_surgery import (
     LoRALinear,
     SurgeryError,
+    blend_lora,
     inject_lora,
     load_adapter,
     merge_lora,
@@ -100,6 +101,22 @@ def test_a_merge_that_would_break_an_undecided_tie_is_refused():
     with pytest.raises(SurgeryError, match="break the tie of lm_head with embed_tokens"):
         merge_lora(model)
     assert lora_layers(model)
+
+
+@EVERY_PATIENT
+@pytest.mark.parametrize("ends", [(HEADS, TABLES), (TABLES, HEADS)], ids=["head", "table"])
+def test_what_two_adapters_said_of_one_tie_counts_for_both_its_ends(patient, ends):
+    model, ids = PATIENTS[patient](tied=True), some_ids()
+    first, second = ends
+    inject_lora(model, first[patient], name="a", rank=2, tied="both")
+    inject_lora(model, second[patient], name="b", rank=1, tied="untie")
+    train_a_little(model)
+    blend_lora(model, {"a": 1.0, "b": 0.5})
+    adapted = logits(model, ids)
+    merge_lora(model)
+    head, table = weights(model, patient)
+    assert head is not table
+    assert close(logits(model, ids), adapted)
 
 
 def test_a_module_under_two_names_is_wrapped_under_both():

@@ -63,7 +63,7 @@ def refuse_undecided(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     undecided = {}
     for name, layer in layers.items():
         others = [] if layer.unties else partners(model, name)
-        alone = [other for other in others if not _follows(model, other, layer)]
+        alone = [other for other in others if not _decided(model, other, layer)]
         if alone:
             undecided[name] = alone
     if undecided:
@@ -74,11 +74,16 @@ def refuse_undecided(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
         )
 
 
-def _follows(model: nn.Module, other: str, layer: LoRALayer) -> bool:
-    """Whether the other layer is adapted by the same A and B in every adapter that takes part."""
+def _decided(model: nn.Module, other: str, layer: LoRALayer) -> bool:
+    """Whether the other layer may part from this one, or is adapted by the very same A and B."""
     partner = model.get_submodule(other)
     if not isinstance(partner, LoRALayer):
         return False
+    return partner.unties or _follows(partner, layer)
+
+
+def _follows(partner: LoRALayer, layer: LoRALayer) -> bool:
+    """Whether the partner has the layer's A and B in every adapter that takes part."""
     names = [n for n in layer.mixture.adapters() if n in layer.updates or n in partner.updates]
     return all(
         n in layer.updates
