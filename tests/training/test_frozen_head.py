@@ -30,11 +30,11 @@ def some(spread: float = 1.0) -> tuple[Tensor, Tensor]:
     return hidden, targets
 
 
-@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize(("rows", "in_piece"), [(1, 1), (3, 13), (3, None), (100, 30), (100, None)])
 @pytest.mark.parametrize("spread", [1.0, 300.0])
 @pytest.mark.parametrize("needs", [True, False])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_loss_and_gradients_are_autograd_s(adapted, needs, spread, rows):
+def test_loss_and_gradients_are_autograd_s(adapted, needs, spread, rows, in_piece):
     head = head_of(adapted)
     hidden, targets = some(spread)
     hidden.requires_grad_(needs)
@@ -44,7 +44,7 @@ def test_loss_and_gradients_are_autograd_s(adapted, needs, spread, rows):
     wanted = torch.autograd.grad(plain, inputs) if inputs else []
     quick = frozen_head(head, torch.float32)
     assert quick is not None
-    found = backward_of_frozen_head(quick, hidden, targets, 0.3, rows * VOCABULARY)
+    found = backward_of_frozen_head(quick, hidden, targets, 0.3, rows * VOCABULARY, in_piece)
     assert found == pytest.approx(plain.item(), rel=1e-5)
     for tensor, gradient in zip(inputs, wanted, strict=True):
         assert tensor.grad is not None

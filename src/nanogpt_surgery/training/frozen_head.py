@@ -1,16 +1,22 @@
 """The loss over a frozen head, and its gradients, without autograd: no product that nobody needs.
 
-    l = W h + s · B (A h)          the logits of a token, (V)
-    loss = ln Σ eˡ − l[y]          y the id that came
-    ∂l = eˡ / Σ eˡ − onehot(y)
-    ∂B = s · ∂l (A h)ᵀ,  ∂A = s · (Bᵀ ∂l) hᵀ        thin products
-    ∂h = Wᵀ ∂l + s · Aᵀ (Bᵀ ∂l)                     the second large one, only where h needs it
+The logits of n tokens are made for some ids of the vocabulary at a time, a piece that a CPU's cache
+holds until its exponentials are taken:
 
-There is one tensor as wide as the vocabulary, for some tokens at a time: it holds the logits, then
-their exponentials, then ∂l but for a factor for each token, which the results are scaled by.
-Tokens that are not trained on are left out before the first product.
+    l = W h + s · B (A h)                          the logits of a piece, (p, n)
+    m = max l,  e = exp(l − m)                     for each token its maximum in the piece
+    ln Z = ln Σ exp(m) Σ e                         over all pieces
+    loss = ln Z − l[y]                             y the id that came
+    ∂l = exp(m − ln Z) · e − onehot(y)             one factor for each token and piece
 
-Legend: N tokens, n of them at a time, C width, V vocabulary, R rank.
+    ∂B = s · ∂l (A h)ᵀ,  ∂A = s · (Bᵀ ∂l) hᵀ       thin products
+    ∂h = Wᵀ ∂l + s · Aᵀ (Bᵀ ∂l)                    the second large one, only where h needs it
+
+The one tensor as wide as the vocabulary holds e. The factors scale what its products yield, where
+the onehot is taken away as well. Tokens that are not trained on are left out before the first
+product. W is cast, where its dtype is another than the products', a piece at a time.
+
+Legend: N tokens, n of them at a time, C width, V vocabulary, P pieces of it, R rank.
 """
 
 from __future__ import annotations
@@ -23,43 +29,25 @@ from torch import Tensor, nn
 from nanogpt_surgery.lora.lora_linear import LoRALinear
 from nanogpt_surgery.training.frozen_products import folds, frozen_linear, plain_update
 
+IN_CACHE = 2**20  # logits of a piece on a CPU; a GPU takes the vocabulary whole
+
 
 @dataclass(frozen=True)
 class FrozenHead:
-    """W (V, C) in the precision of its products, and a plain update's A, B and scale, if any."""
+    """W (V, C), the dtype of its products, and A (R, C), B (V, R) and the scale of an update.
+
+    R is 0 where there is none.
+    """
 
     weight: Tensor
-    a: Tensor | None = None
-    b: Tensor | None = None
-    scale: float = 0.0
+    precision: torch.dtype
+    a: Tensor
+    b: Tensor
+    scale: float
 
-    @property
-    def update(self) -> tuple[Tensor, Tensor] | None:
-        """A (R, C) and B (V, R) without gradient."""
-        return None if self.a is None or self.b is None else (self.a.detach(), self.b.detach())
-
-    def logits(self, h: Tensor) -> Tensor:
-        """(n, C) → (n, V), float32."""
-        logits = (h.to(self.weight.dtype) @ self.weight.t()).float()
-        if self.update is None:
-            return logits
-        a, b = self.update
-        return logits.addmm_(h @ a.t(), b.t(), alpha=self.scale)
-
-    def backward(self, h: Tensor, dl: Tensor, by_row: Tensor) -> Tensor:
-        """From `by_row` (n, 1) times ∂l (n, V): adds to the gradients of A and B."""
-        if self.update is None:
-            return torch.zeros((), device=h.device)
-        a, b = self.update
-        up = self.scale * by_row * (dl @ b.t().contiguous().t())  # (n, R)
-        down = self.scale * by_row * (h @ a.t())  # (n, R)
-        _add_gradient(self.a, up.t() @ h)
-        _add_gradient(self.b, (down.t() @ dl).t())
-        return up @ a  # (n, C)
-
-    def backward_of_input(self, dl: Tensor, by_row: Tensor) -> Tensor:
-        """∂h of W alone, (n, C), from `by_row` times ∂l."""
-        return by_row * (dl.to(self.weight.dtype) @ self.weight).float()
+    def piece(self, ids: slice) -> Tensor:
+        """W of some ids as its products take it, (p, C)."""
+        return self.weight[ids].to(self.precision)
 
 
 def frozen_head(head: nn.Module, precision: torch.dtype) -> FrozenHead | None:
@@ -67,15 +55,22 @@ def frozen_head(head: nn.Module, precision: torch.dtype) -> FrozenHead | None:
     if head._forward_hooks or head._forward_pre_hooks:
         return None
     if isinstance(head, LoRALinear) and folds(head) and head.original_layer.bias is None:
-        weight = head.original_layer.weight.detach().to(precision)
-        return FrozenHead(weight, *plain_update(head))
+        return FrozenHead(head.original_layer.weight.detach(), precision, *plain_update(head))
     if frozen_linear(head) and head.bias is None:
-        return FrozenHead(head.weight.detach().to(precision))
+        weight: Tensor = head.weight.detach()
+        vocabulary, width = weight.shape
+        none = torch.empty(0, device=weight.device)
+        return FrozenHead(weight, precision, none.view(0, width), none.view(vocabulary, 0), 0.0)
     return None
 
 
 def backward_of_frozen_head(
-    head: FrozenHead, hidden: Tensor, targets: Tensor, share: float, most_logits: int
+    head: FrozenHead,
+    hidden: Tensor,
+    targets: Tensor,
+    share: float,
+    most_logits: int,
+    in_piece: int | None = None,
 ) -> float:
     """Add the gradients of `share` times the mean loss to those that are there.
 
@@ -84,23 +79,23 @@ def backward_of_frozen_head(
         hidden: (B, T, C); if it needs a gradient, it is gone on from there.
         targets: the ids that came, (B, T); −100 is not trained on.
         share: what the loss is multiplied with.
-        most_logits: numbers in the logits that are held at once, about.
+        most_logits: numbers in the tensor as wide as the vocabulary, about.
+        in_piece: logits that are made in one go, about; by default what suits the device.
 
     Returns:
         The loss times `share`.
     """
     places = (targets.flatten() != -100).nonzero().squeeze(1)  # (N)
     h, y = hidden.detach().flatten(0, 1)[places].float(), targets.flatten()[places]
-    size = max(1, most_logits // head.weight.size(0))
-    total = torch.zeros((), device=hidden.device)
-    gradients = []
-    for part, wanted in zip(h.split(size), y.split(size), strict=True):
-        surprise, dl, by_row = _surprise(head.logits(part), wanted)
-        by_row = by_row * (share / len(places))
-        total += surprise * (share / len(places))
-        gradient = head.backward(part, dl, by_row)
-        if hidden.requires_grad:
-            gradients.append(gradient + head.backward_of_input(dl, by_row))
+    vocabulary = len(head.weight)
+    size = min(max(1, most_logits // vocabulary), max(1, len(h)))
+    room = torch.empty(vocabulary * size, device=h.device)
+    in_piece = in_piece or (IN_CACHE if h.device.type == "cpu" else room.numel())
+    total, gradients = torch.zeros((), device=h.device), []
+    for some, came in zip(h.split(size), y.split(size), strict=True):
+        part = _Part(head, some, came, room, share / len(places), in_piece)
+        total += part.loss
+        gradients.append(part.backward(hidden.requires_grad))
     if hidden.requires_grad:
         whole = torch.zeros_like(hidden).flatten(0, 1)
         whole[places] = torch.cat(gradients).to(hidden.dtype)
@@ -108,21 +103,62 @@ def backward_of_frozen_head(
     return total.item()
 
 
-def _surprise(logits: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Σ −ln p(y), and ∂ of it by the logits (n, V) as a tensor and a factor (n, 1) for each row.
+class _Part:
+    """The loss of some tokens h (n, C), after which ids y (n) came, times a share for each."""
 
-    The tensor stands where the logits stood.
-    """
-    top, came = logits.amax(1, keepdim=True), logits.gather(1, y[:, None])  # (n, 1)
-    exponentials = logits.sub_(top).exp_()
-    whole = exponentials.sum(1, keepdim=True)  # (n, 1)
-    dl = exponentials.scatter_add_(1, y[:, None], -whole)
-    return (top + whole.log() - came).sum(), dl, 1 / whole
+    @torch.no_grad()
+    def __init__(
+        self, head: FrozenHead, h: Tensor, y: Tensor, room: Tensor, share: float, in_piece: int
+    ):
+        self.head, self.h, self.y, self.share = head, h, y, share
+        n, vocabulary = len(h), len(head.weight)
+        self.e = room[: vocabulary * n].view(vocabulary, n)
+        rows = max(1, in_piece // n)
+        self.pieces = [slice(at, at + rows) for at in range(0, vocabulary, rows)]
+        self.down = head.scale * (h @ head.a.t())  # (n, R)
+        tops, sums = h.new_empty(2, len(self.pieces), n)
+        logits_that_came = h.new_empty(n)
+        across = h.to(head.precision).t()  # (C, n)
+        for index, ids in enumerate(self.pieces):
+            logits = self._logits(ids, across)  # (p, n)
+            inside = (y >= ids.start) & (y < ids.stop)
+            logits_that_came[inside] = logits[y[inside] - ids.start, inside.nonzero().squeeze(1)]
+            tops[index] = logits.amax(0)
+            sums[index] = logits.sub_(tops[index]).exp_().sum(0)
+        log_z = (tops + sums.log()).logsumexp(0)
+        self.loss = share * (log_z - logits_that_came).sum()
+        self.factors = share * (tops - log_z).exp()  # (P, n)
+
+    def _logits(self, ids: slice, across: Tensor) -> Tensor:
+        """Of some ids, (p, n), in the room of the exponentials."""
+        logits, weight = self.e[ids], self.head.piece(ids)
+        if weight.dtype == logits.dtype:
+            torch.mm(weight, across, out=logits)
+        else:
+            logits.copy_(weight @ across)
+        return logits.addmm_(self.head.b[ids], self.down.t())
+
+    @torch.no_grad()
+    def backward(self, needs_input: bool) -> Tensor:
+        """Add to the gradients of A and B; returns ∂h (n, C), or nothing where it is not needed."""
+        head, e = self.head, self.e
+        up = -self.share * head.b[self.y].t()  # (R, n)
+        db = torch.empty_like(head.b)
+        dh = -self.share * head.weight[self.y].float() if needs_input else self.h[:0]
+        for ids, factor in zip(self.pieces, self.factors, strict=True):
+            up.addcmul_(head.b[ids].t() @ e[ids], factor)
+            torch.mm(e[ids], factor[:, None] * self.down, out=db[ids])
+            if needs_input:
+                back = e[ids].to(head.precision).t() @ head.piece(ids)
+                dh.addcmul_(back.float(), factor[:, None])
+        _add_gradient(head.b, db.index_add_(0, self.y, self.down, alpha=-self.share))
+        _add_gradient(head.a, head.scale * (up @ self.h))
+        return dh.addmm_(up.t(), head.a, alpha=head.scale) if needs_input else dh
 
 
-def _add_gradient(parameter: Tensor | None, gradient: Tensor) -> None:
+def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:
     """In the parameter's own layout: a fused optimizer reads a transposed one wrongly."""
-    if parameter is None or not parameter.requires_grad:
+    if not parameter.requires_grad:
         return
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
