@@ -8,7 +8,14 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILY_CONFIGS, tiny_model
 from torch import nn
 
-from nanogpt_surgery import SurgeryError, load_adapter, save_adapter
+from nanogpt_surgery import (
+    SurgeryError,
+    SurgeryWarning,
+    inject_lora,
+    load_adapter,
+    save_adapter,
+)
+from nanogpt_surgery.lora.lora_layer import lora_layers
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 LLAMA = FAMILY_CONFIGS["llama"]
@@ -159,3 +166,24 @@ def test_a_convolution_s_lora_is_called_that(tmp_path):
         lambda t: t.update({f"{Q}.lora_A.weight": a, f"{Q}.lora_B.weight": b}),
     )
     assert "merge_and_unload" in assert_refused(tmp_path / "adapter", "a convolution's LoRA")
+
+
+def test_dora_on_a_base_where_an_output_has_no_length_is_refused(tmp_path):
+    def base() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(7, 5))
+
+    model = base()
+    inject_lora(model, "0", rank=2, dora=True)
+    save_adapter(model, tmp_path / "newborn")
+    nn.init.normal_(lora_layers(model)["0"].lora_B)
+    save_adapter(model, tmp_path / "trained")
+    padded = base()
+    padded[0].weight.data[3:] = 0
+    message = "DoRA .* 0: 2 of its 5 outputs .* zero"
+    with pytest.warns(SurgeryWarning), pytest.raises(SurgeryError, match=message):
+        load_adapter(padded, tmp_path / "newborn", force=True)
+    assert type(padded[0]) is nn.Linear
+    with pytest.warns(SurgeryWarning, match="another base"):  # there ΔW has a length
+        load_adapter(padded, tmp_path / "trained", force=True)
+    assert bool(padded(torch.randn(2, 7)).isfinite().all())

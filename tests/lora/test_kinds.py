@@ -13,6 +13,7 @@ from nanogpt_surgery import (
     SurgeryError,
     inject_lora,
     merge_lora,
+    plan_lora,
 )
 from nanogpt_surgery.lora.kinds import DoRAUpdate, PiSSAUpdate, new_update, principal_factors
 from nanogpt_surgery.lora.lora_layer import lora_layers
@@ -206,3 +207,19 @@ def test_the_scale_of_a_large_rank_stays_with_rslora():
             sizes[rslora, rank] = float(update.product().std())
     assert sizes[True, 64] == pytest.approx(sizes[True, 1], rel=0.3)
     assert sizes[False, 64] == pytest.approx(sizes[False, 1] / math.sqrt(64), rel=0.3)
+
+
+@pytest.mark.parametrize("kind", [{}, {"pissa": True, "rank": 2}], ids=str)
+def test_dora_refuses_an_output_without_a_length(kind):
+    """A head padded to a round vocabulary has rows of zeros, and 0 / 0 is no number."""
+    model = nn.Sequential(nn.Linear(7, 5), nn.Embedding(11, 6))
+    model[0].weight.data[3:] = 0
+    model[1].weight.data[:, 2] = 0
+    before = dict(model.named_modules())
+    for verb in (plan_lora, inject_lora):
+        with pytest.raises(SurgeryError, match=r"DoRA .* 0: 2 of its 5 outputs .* zero"):
+            verb(model, "0", dora=True, **kind)
+        with pytest.raises(SurgeryError, match=r"DoRA .* 1: 1 of its 6 outputs .* zero"):
+            verb(model, "1", dora=True, **kind)
+    assert dict(model.named_modules()) == before
+    inject_lora(model, ["0", "1"], **kind)  # the others divide by nothing

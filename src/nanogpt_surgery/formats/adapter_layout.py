@@ -21,13 +21,14 @@ from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.lora.adapter import read_stored, write_stored
+from nanogpt_surgery.lora.base_check import check_fit, compare_fingerprint
 from nanogpt_surgery.lora.hashing import tensor_hash
 from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored import StoredAdapter, Updates
-from nanogpt_surgery.lora.transplant import check_fit, compare_fingerprint, put_on, take_off
+from nanogpt_surgery.lora.transplant import put_on, take_off
 from nanogpt_surgery.lora.update import as_matrix
 from nanogpt_surgery.lora.wrapping import bare, report_on
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

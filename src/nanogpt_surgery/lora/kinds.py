@@ -95,8 +95,7 @@ class DoRAUpdate(PartUpdate):
 
     def lengths(self, layer: nn.Module) -> Tensor:
         """‖W + ΔW‖ for each row of the matrix, (out), float32, without gradient."""
-        lengths: Tensor = torch.linalg.vector_norm(as_matrix(layer) + self.inner.product(), dim=1)
-        return lengths
+        return row_lengths(layer, self.inner.product())
 
     def gain(self, layer: nn.Module) -> Tensor:
         """M / ‖W + ΔW‖, (out)."""
@@ -119,6 +118,26 @@ class DoRAUpdate(PartUpdate):
     def trained(self) -> list[nn.Parameter]:
         """A, B and the lengths."""
         return [*self.inner.trained(), self.lora_magnitude]
+
+
+def row_lengths(layer: nn.Module, change: Tensor | float = 0.0) -> Tensor:
+    """‖W + ΔW‖ for each row of the matrix (out, in), (out), float32, without gradient."""
+    lengths: Tensor = torch.linalg.vector_norm(as_matrix(layer) + change, dim=1)
+    return lengths
+
+
+def check_lengths(
+    path: str, layer: nn.Module, change: Tensor | float = 0.0, hint: str = "leave dora out"
+) -> None:
+    """Raise `SurgeryError` if a row of W + ΔW has no length, by which DoRA would divide."""
+    lengths = row_lengths(layer, change)
+    zero = int((lengths == 0).sum())
+    if zero:
+        raise SurgeryError(
+            f"there is no DoRA of {path}: {zero} of its {len(lengths)} outputs have a row of "
+            "zeros for a weight, and DoRA divides by the row's length",
+            hint,
+        )
 
 
 def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor, Tensor]:
@@ -148,6 +167,8 @@ def check_kind(path: str, layer: Any, partners: Iterable[nn.Module], plan: LoRAS
             f"there are only {directions} directions",
             f"rank={directions} or less, or rank_pattern={{{path!r}: {directions}}}",
         )
+    if plan.dora:
+        check_lengths(path, layer)
     plain = isinstance(layer, nn.Linear) and not (plan.dora or plan.pissa)
     for partner in partners:
         _check_seen(partner, plain)
