@@ -28,6 +28,7 @@ SHARE: Kind = (
     lambda x: type(x) in (int, float) and 0 <= x < 1,
 )
 TABLE: Kind = ("a table, by layer name", lambda x: x is None or isinstance(x, dict))
+TEXT: Kind = ("text", lambda x: isinstance(x, str))
 SWITCH: Kind = ("true or false", lambda x: type(x) is bool)
 
 

@@ -15,6 +15,8 @@ from nanogpt_surgery import (
     swap_lora,
 )
 from nanogpt_surgery.lora.lora_layer import adapter_names, lora_layers
+from nanogpt_surgery.lora.stored import StoredAdapter
+from nanogpt_surgery.lora.transplant import put_on
 
 EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)
 
@@ -129,10 +131,20 @@ def test_what_cannot_be_mixed_is_refused():
         pass
 
 
-@pytest.mark.parametrize("name", ["", "a.b", "../up", "keys", "x" * 65, "train", "é"])
+@pytest.mark.parametrize(
+    "name", ["", "a.b", "../up", "keys", "x" * 65, "train", "training", "_modules", "é"]
+)
 def test_a_name_that_no_adapter_can_have_is_refused(name):
     with pytest.raises(SurgeryError, match="cannot be named"):
         inject_lora(PATIENTS["another"](), "all-linear", name=name)
+
+
+@pytest.mark.parametrize("name", [3, None, ["a"]])
+def test_a_name_that_is_no_text_is_refused(name):
+    with pytest.raises(SurgeryError, match="name is .*; it must be text"):
+        inject_lora(PATIENTS["another"](), "all-linear", name=name)
+    with pytest.raises(SurgeryError, match="cannot be named"):
+        put_on(PATIENTS["another"](), StoredAdapter({}), name=name)
 
 
 def test_a_name_that_is_taken_is_refused():

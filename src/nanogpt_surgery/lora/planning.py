@@ -101,10 +101,11 @@ def _leaders(
 
 def check_new_name(model: nn.Module, name: str) -> None:
     """Raise `SurgeryError` unless a new adapter can have this name."""
-    if not _NAME.fullmatch(name) or hasattr(nn.ModuleDict, name):
+    text = isinstance(name, str)
+    if not text or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
         raise SurgeryError(
             f"an adapter cannot be named {name!r}",
-            "letters, digits, - and _, at most 64, and no name of a method of nn.ModuleDict",
+            "letters, digits, - and _, at most 64, and no attribute of an nn.ModuleDict",
         )
     if name in adapter_names(model):
         layers = lora_layers(model)

@@ -15,6 +15,7 @@ from nanogpt_surgery.values import (
     SIZE,
     SWITCH,
     TABLE,
+    TEXT,
     raise_all,
     wrong,
     wrong_values,
@@ -54,6 +55,7 @@ class LoRASettings:
             found = wrong_values(SIZE, _values("rank", self.rank, self.rank_pattern))
             found += wrong_values(POSITIVE, _values("alpha", self.alpha, self.alpha_pattern))
         found += wrong(self, SHARE, "dropout")
+        found += wrong(self, TEXT, "name")
         found += wrong(self, SWITCH, "rslora", "dora", "pissa")
         if self.tied not in get_args(Tied):
             found.append(f"tied is {self.tied!r}; it must be one of {', '.join(get_args(Tied))}")
