@@ -17,7 +17,10 @@ Kind: TypeAlias = tuple[str, Callable[[Any], bool]]
 
 SIZE: Kind = ("a positive integer", lambda x: type(x) is int and x > 0)
 SIZE_OR_0: Kind = ("a positive integer, or 0", lambda x: type(x) is int and x >= 0)
-POSITIVE: Kind = ("a number above 0", lambda x: type(x) in (int, float) and x > 0)
+POSITIVE: Kind = (
+    "a number above 0 and below 1e30",
+    lambda x: type(x) in (int, float) and 0 < x < 1e30,
+)
 FACTOR: Kind = ("a number of at least 1", lambda x: type(x) in (int, float) and x >= 1)
 NOT_0: Kind = (
     "a number other than 0, below 1e30 either way",

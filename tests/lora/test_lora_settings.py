@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from patients import PATIENTS
+from patients import PATIENTS, logits, some_ids
 
 from nanogpt_surgery import (
     GPTDataset,
@@ -12,6 +12,7 @@ from nanogpt_surgery import (
     fit,
     inject_lora,
     plan_lora,
+    save_adapter,
     tensor_hashes,
 )
 from nanogpt_surgery.cli.options import options_of
@@ -58,6 +59,22 @@ def test_a_value_of_another_type_is_answered_in_a_sentence(wrong, said):
     with pytest.raises(SurgeryError) as caught:
         LoRASettings(**wrong)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("alpha", [math.inf, 1e30, 10**400], ids=["inf", "1e30", "10^400"])
+def test_an_alpha_that_no_file_may_hold_is_refused(alpha):
+    for settings in ({"alpha": alpha}, {"alpha_pattern": {"q_proj": alpha}}):
+        with pytest.raises(SurgeryError, match="must be a number above 0 and below 1e30"):
+            LoRASettings(**settings)
+
+
+@pytest.mark.parametrize("alpha", [9e29, 1e-30])
+def test_every_alpha_that_is_taken_can_be_saved(alpha, tmp_path):
+    model, ids = PATIENTS["SimpleGPT"](), some_ids()
+    before = logits(model, ids)
+    inject_lora(model, "q_proj", alpha=alpha, alpha_pattern={"layers.0.self_attn.q_proj": alpha})
+    assert torch.equal(logits(model, ids), before)
+    save_adapter(model, tmp_path / "adapter")
 
 
 def test_settings_and_changes_say_the_same_in_three_ways():
