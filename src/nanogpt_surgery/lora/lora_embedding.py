@@ -5,10 +5,13 @@ in the place of the first product:
 
     y = E[id]  +  s · B A[:, id]        A (R, V), B (C, R), s = α / R; E (V, C) frozen
 
-Here A is zero at birth and B is drawn at random, as PEFT has it. Legend: R rank, V ids, C width.
+Here A is zero at birth and B is drawn at random, as PEFT has it. The column of the table's
+`padding_idx` takes no gradient, as its row takes none. Legend: R rank, V ids, C width.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +34,8 @@ class LoRAEmbeddingUpdate(Update):
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         """What is added to the rows y (…, C) of the ids x (…)."""
         a, b = self.factors()
-        down = F.embedding(x, a.t().to(y.dtype))  # (…) → (…, R)
+        padding: Any = layer.padding_idx
+        down = F.embedding(x, a.t().to(y.dtype), padding_idx=padding)  # (…) → (…, R)
         kept = self.dropout(torch.ones_like(down[..., :1]))  # an input is a whole id
         return self.scaling * F.linear(down * kept, b.to(y.dtype))  # (…, R) → (…, C)
 
@@ -74,7 +78,11 @@ class LoRAEmbedding(MatrixLayer):
     def down_by_row(self, x: Tensor, a: Tensor, index: Tensor) -> Tensor:
         """The columns of the ids (B, …) in the A of each row's adapter, (N, R, V) → (B, …, R)."""
         which = index.view(-1, *[1] * (x.dim() - 1)).expand_as(x)
-        return a.transpose(1, 2)[which, x]
+        down = a.transpose(1, 2)[which, x]
+        padding = self.original_layer.padding_idx
+        if padding is None:
+            return down
+        return torch.where((x == padding)[..., None], down.detach(), down)
 
     def with_weight(self, weight: nn.Parameter) -> nn.Embedding:
         """A plain embedding like the original, with another table."""
