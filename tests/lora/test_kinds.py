@@ -197,6 +197,15 @@ def test_dropout_of_an_embedding_drops_whole_ids():
     torch.testing.assert_close(added[kept][0], full[0] / 0.75)
 
 
+@pytest.mark.parametrize("kind", [KINDS["dora"], KINDS["all of them"]], ids=str)
+def test_dora_of_an_embedding_drops_the_gain_with_the_id(kind):
+    layer = wrapped(nn.Embedding(11, 6), LoRASettings(rank=3, dropout=0.25, **kind)).train()
+    ids = torch.full((400,), 7)
+    added = layer(ids) - layer.original_layer(ids)
+    kept = added.abs().sum(1) > 1e-6
+    assert 0.5 < kept.float().mean() < 0.95
+
+
 def test_the_scale_of_a_large_rank_stays_with_rslora():
     """ΔW's size for unit gradients does not shrink with R: α/√R · √R, where α/R · √R does."""
     sizes = {}

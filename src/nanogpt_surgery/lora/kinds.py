@@ -91,6 +91,9 @@ class DoRAUpdate(PartUpdate):
 
     def __init__(self, inner: Update, layer: nn.Module):
         super().__init__(inner)
+        for part in inner.modules():
+            if isinstance(part, nn.Dropout):
+                part.p = 0.0  # one mask, here, for all that is added
         self.lora_magnitude = nn.Parameter(self.lengths(layer))
 
     def lengths(self, layer: nn.Module) -> Tensor:
@@ -102,12 +105,22 @@ class DoRAUpdate(PartUpdate):
         return self.lora_magnitude / self.lengths(layer)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        """What is added to the layer's output: (gain − 1) · W x + gain · ΔW x."""
+        """What is added to the layer's output: (gain − 1) · W x + gain · ΔW x.
+
+        In training with dropout, x is here the input after it, also beside W, as in PEFT.
+        """
         gain = self.gain(layer).to(y.dtype)
+        dropping = self.training and self.dropout.p > 0
+        kept: Tensor | float = 1.0
+        if dropping and isinstance(layer, nn.Embedding):
+            kept = self.dropout(torch.ones_like(y[..., :1]))  # an input is a whole id
+        elif dropping:
+            x = self.dropout(x)
+            y = layer(x)
         bias = getattr(layer, "bias", None)
         without_bias = y if bias is None else y - bias
         change: Tensor = (gain - 1) * without_bias + gain * self.inner(x, y, layer)
-        return change
+        return kept * change if dropping else change
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
         """Gain · (W + ΔW) − W in the layout of the weight, float32."""
