@@ -18,6 +18,7 @@ from nanogpt_surgery.lora.lora_layer import (
     adapter_names,
     lora_layers,
 )
+from nanogpt_surgery.lora.mixture import Blend
 from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
 from nanogpt_surgery.lora.report import Report
@@ -39,16 +40,29 @@ def the_adapter(model: nn.Module, name: str | None = None) -> str:
     """The adapter that is meant: the named one, the only one, or the one that takes part alone.
 
     Raises:
-        SurgeryError: it is not clear which, or there is none.
+        SurgeryError: it is not clear which, there is none, or it is unnamed and takes part at
+            another weight than 1, of which the adapter itself knows nothing.
     """
     lora_layers(model)
-    there, active = adapter_names(model), active_mixture(model).adapters()
-    for candidates in ([name] if name else [], there, active):
+    there, mixture = adapter_names(model), active_mixture(model)
+    for candidates in ([name] if name else [], there, mixture.adapters()):
         if len(candidates) == 1 and candidates[0] in there:
+            if name is None and isinstance(mixture, Blend):
+                _check_whole(candidates[0], mixture)
             return candidates[0]
     raise SurgeryError(
         f"which adapter? The model carries {', '.join(there)}", "give its name, or swap_lora first"
     )
+
+
+def _check_whole(name: str, blend: Blend) -> None:
+    weight = blend.weights.get(name, 1)
+    if weight != 1:
+        raise SurgeryError(
+            f"{name!r} takes part at {weight:g}, and an adapter's folder has no weight",
+            f"swap_lora(model, {name!r}) to have all of it take part, or its name to save it as it "
+            "is; merge_lora(model) puts the blend into the weights",
+        )
 
 
 def updates_of(model: nn.Module, name: str | None = None) -> Updates:
