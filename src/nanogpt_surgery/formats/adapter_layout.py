@@ -28,6 +28,7 @@ from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored import StoredAdapter, Updates
+from nanogpt_surgery.lora.targets import COMPILED, uncompiled
 from nanogpt_surgery.lora.transplant import put_on, take_off
 from nanogpt_surgery.lora.update import as_matrix
 from nanogpt_surgery.lora.wrapping import bare, report_on
@@ -61,6 +62,7 @@ def write_adapter_files(
     model: nn.Module, folder: Path, base: str = "", *, name: str | None = None
 ) -> None:
     """Write the files of an adapter folder into a folder that is being made."""
+    model = uncompiled(model)
     adapter, family = take_off(model, name), _family(model)
     if family is not None:
         assert isinstance(model, SimpleGPT)
@@ -105,17 +107,18 @@ def load_adapter(
         SurgeryError: the folder is no LoRA adapter or is damaged, does not fit the model, or was
             made for another one. The model is untouched then.
     """
-    adapter, family = read_stored(adapter_folder(folder)), _family(model)
+    plain = uncompiled(model)
+    adapter, family = read_stored(adapter_folder(folder)), _family(plain)
     theirs = adapter.updates
     if family is not None:
-        assert isinstance(model, SimpleGPT)
-        adapter = _adapter_to_ours(adapter, family, model)
+        assert isinstance(plain, SimpleGPT)
+        adapter = _adapter_to_ours(adapter, family, plain)
     check_new_name(model, name)
-    check_fit(model, adapter)
-    known = [path for path in theirs if path in adapter.fingerprint and _there(model, path)]
-    actual = base_fingerprint(model, known)
+    check_fit(plain, adapter)
+    known = [path for path in theirs if path in adapter.fingerprint and _there(plain, path)]
+    actual = base_fingerprint(plain, known)
     compare_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
-    return put_on(model, adapter, name, tied)
+    return put_on(model, adapter if plain is model else adapter.inside(COMPILED), name, tied)
 
 
 def adapter_folder(path: str | Path) -> Path:

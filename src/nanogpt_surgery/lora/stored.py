@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import torch
@@ -91,6 +91,15 @@ class StoredAdapter:
     base_copies: dict[str, Tensor] = field(default_factory=dict)
     fingerprint: dict[str, str] = field(default_factory=dict)
     tied: str | None = None
+
+    def inside(self, module: str) -> StoredAdapter:
+        """The same for a model that holds the other under this name."""
+        return replace(
+            self,
+            updates={f"{module}.{name}": update for name, update in self.updates.items()},
+            whole={f"{module}.{name}": tensor for name, tensor in self.whole.items()},
+            base_copies={f"{module}.{name}": copy for name, copy in self.base_copies.items()},
+        )
 
 
 def alpha_for(scaling: float, rank: int, rslora: bool) -> float:

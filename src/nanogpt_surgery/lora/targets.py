@@ -14,6 +14,7 @@ from nanogpt_surgery.lora.lora_layer import LoRALayer
 from nanogpt_surgery.lora.lora_linear import LoRALinear
 
 ALL_LINEAR = "all-linear"
+COMPILED = "_orig_mod"  # where torch.compile keeps the model
 
 
 def find_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, list[str]]:
@@ -49,6 +50,12 @@ def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
         if isinstance(module, LoRALayer):
             wrapped.append(f"{name}.")
     return layers
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """The model inside what `torch.compile` made of it, or the model itself."""
+    inside = model._modules.get(COMPILED)
+    return model if inside is None else inside
 
 
 def why_not(model: nn.Module, name: str) -> str | None:
