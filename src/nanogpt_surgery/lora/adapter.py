@@ -38,8 +38,10 @@ def write_stored(
         fan_in_fan_out: the base stores its matrices transposed (GPT-2's Conv1D).
 
     Raises:
-        SurgeryError: what was read again differs from what was to be written.
+        SurgeryError: a tensor is not finite, or what was read again differs from what was to be
+            written.
     """
+    _refuse_not_finite(adapter)
     modules = {name.rpartition(".")[0] for name in adapter.whole}
     write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out))
     write_json(folder / EXTRAS, extras_of(adapter))
@@ -49,6 +51,22 @@ def write_stored(
         raise SurgeryError(
             f"what was written to {folder} reads differently: {', '.join(difference)}",
             "this is a fault of the program, not yours: please report it with what you typed",
+        )
+
+
+def _refuse_not_finite(adapter: StoredAdapter) -> None:
+    """Raise `SurgeryError`, with their names, if layers have learned what is no finite number.
+
+    A module replaced whole may hold infinities, as a mask does.
+    """
+    names = [name for name, u in adapter.updates.items() if not u.finite()]
+    names += [name for name, tensor in adapter.whole.items() if bool(tensor.isnan().any())]
+    count = len(adapter.updates) + len(adapter.whole)
+    if names:
+        raise SurgeryError(
+            f"the adapter is not finite in {len(names)} of {count} layers: {', '.join(names[:8])}"
+            f"{', …' if names[8:] else ''}",
+            "go back to a checkpoint before it broke, and train on with a lower learning rate",
         )
 
 

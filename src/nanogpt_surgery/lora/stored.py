@@ -57,6 +57,11 @@ class LowRankUpdate:
         """What B A is multiplied with."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
+    def finite(self) -> bool:
+        """Whether each of its tensors is, in every number."""
+        tensors = (self.A, self.B, self.magnitude)
+        return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
+
     @property
     def delta_weight(self) -> Tensor:
         """The product s · B A, (out, in), float32: ΔW, but for DoRA, which needs the base."""
