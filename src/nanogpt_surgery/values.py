@@ -26,6 +26,10 @@ NOT_0: Kind = (
     "a number other than 0, below 1e30 either way",
     lambda x: type(x) in (int, float) and 0 < abs(x) < 1e30,
 )
+WEIGHT: Kind = (
+    "a number below 1e30 either way",
+    lambda x: type(x) in (int, float) and abs(x) < 1e30,
+)
 SHARE: Kind = (
     "a number of at least 0 and below 1",
     lambda x: type(x) in (int, float) and 0 <= x < 1,

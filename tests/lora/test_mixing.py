@@ -152,3 +152,30 @@ def test_a_name_that_is_taken_is_refused():
     model = three("another")
     with pytest.raises(SurgeryError, match="carries a LoRA already, named 'b'"):
         inject_lora(model, "all-linear", name="b")
+
+
+@pytest.mark.parametrize(
+    ("weights", "said"),
+    [
+        ({"a": float("nan")}, "'a' is nan; it must be a number below 1e30 either way"),
+        ({"a": float("inf"), "b": None}, "'a' is inf; .*'b' is None"),
+        ({"a": "x"}, "'a' is 'x'"),
+        ({"a": True}, "'a' is True"),
+        (["a"], r"\['a'\] stands where"),
+        ("a", "'a' stands where"),
+        (None, "None stands where"),
+    ],
+)
+def test_weights_that_are_none_are_refused(weights, said):
+    model, ids = three("another"), some_ids()
+    before = logits(model, ids)
+    with pytest.raises(SurgeryError, match=said):
+        blend_lora(model, weights)
+    assert torch.equal(logits(model, ids), before)
+
+
+@pytest.mark.parametrize("names", [None, 3, "abc", ["a", 3, None]])
+def test_rows_that_are_no_names_are_refused(names):
+    model = three("another")
+    with pytest.raises(SurgeryError, match="a name, or None, for each row|no adapter 3"):
+        lora_rows(model, names).__enter__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -15,6 +15,7 @@ from nanogpt_surgery.lora.operations import check_name
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.rows import watched
 from nanogpt_surgery.lora.wrapping import let_train, report_on, set_mixture
+from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
 
 
 def swap_lora(model: nn.Module, name: str) -> Report:
@@ -30,8 +31,16 @@ def blend_lora(model: nn.Module, weights: Mapping[str, float]) -> Report:
     """Let several adapters take part, as Σ wᵢ ΔWᵢ.
 
     Raises:
-        SurgeryError: the model carries no adapter of one of the names.
+        SurgeryError: the model carries no adapter of one of the names, or a weight is no number
+            (all of them at once).
     """
+    if not isinstance(weights, Mapping):
+        raise SurgeryError(
+            f"{weights!r} stands where the weights of a blend belong",
+            "a table by the adapters' names: blend_lora(model, {'poet': 0.7, 'clerk': 0.3})",
+        )
+    named = {f"the weight of {name!r}": weight for name, weight in weights.items()}
+    raise_all("there is no such blend", wrong_values(WEIGHT, named))
     blend = Blend({check_name(model, name): float(weight) for name, weight in weights.items()})
     return _mix(model, f"blend {blend}", blend)
 
@@ -61,6 +70,11 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
             from the model's forward, a batch or a layer's input that has not these rows.
     """
     refuse_in_rows(model)
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise SurgeryError(
+            f"the rows' adapters are {names!r}",
+            "lora_rows(model, names) takes a name, or None, for each row of the batch",
+        )
     rows = Rows(tuple(name if name is None else check_name(model, name) for name in names))
     layers = lora_layers(model)
     if not all(layer.enabled for layer in layers.values()):
