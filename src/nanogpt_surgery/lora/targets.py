@@ -25,9 +25,16 @@ def find_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, li
     layer. A layer that carries a LoRA already counts as what it was.
 
     Raises:
-        SurgeryError: a pattern matches nothing (with the real names and the nearest).
+        SurgeryError: a pattern is no text, or matches nothing (with the real names and the
+            nearest).
     """
-    patterns = [targets] if isinstance(targets, str) else list(targets)
+    several = isinstance(targets, Iterable) and not isinstance(targets, str | bytes)
+    patterns = list(targets) if several else [targets]
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise SurgeryError(
+            f"the targets are {targets!r}; they must be text, one or several",
+            f"names of layers, such as 'q_proj', or {ALL_LINEAR!r}",
+        )
     if not patterns:
         raise SurgeryError("no target was named", f"name layers, or use {ALL_LINEAR!r}")
     layers = adaptable_layers(model)
