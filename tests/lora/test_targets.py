@@ -1,8 +1,9 @@
 import pytest
+import torch
 from tiny import FAMILY_CONFIGS, tiny_model
 from torch import nn
 
-from nanogpt_surgery import SurgeryError
+from nanogpt_surgery import SurgeryError, inject_lora, plan_lora
 from nanogpt_surgery.lora.targets import find_targets
 
 LLAMA = FAMILY_CONFIGS["llama"]
@@ -104,6 +105,46 @@ def test_no_target_is_refused(targets):
         found(targets)
 
 
+@pytest.mark.parametrize("targets", [None, 5, ["q_proj", 3], [None], b"q_proj", {"a": 1}.items()])
+def test_targets_of_another_type_are_refused(targets):
+    with pytest.raises(SurgeryError, match=r"targets are .*; they must be text") as caught:
+        found(targets)
+    assert "all-linear" in caught.value.hint
+
+
 def test_a_module_that_is_itself_a_linear_has_nothing_to_replace_it_in():
-    with pytest.raises(SurgeryError, match="no Linear"):
+    with pytest.raises(SurgeryError, match="no Linear .*the model has none") as caught:
         found("all-linear", nn.Linear(2, 2))
+    assert "nn.Sequential" in caught.value.hint
+
+
+def unfit() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(3, 3, device="meta"),
+        nn.LazyLinear(3),
+        nn.Linear(3, 3, dtype=torch.complex64),
+        nn.Embedding(4, 3, device="meta"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("0", "0 is an nn.Linear on the meta device, without numbers"),
+        ("1", "1 is a LazyLinear, which has no size before its first call"),
+        ("2", "2 is an nn.Linear of complex64 numbers"),
+        ("3", "3 is an nn.Embedding on the meta device"),
+        ("all-linear", r"0 is an nn.Linear on the meta device.*; the model has none"),
+    ],
+)
+def test_a_layer_without_real_numbers_is_refused_with_the_reason(target, reason):
+    model = unfit()
+    for verb in (plan_lora, inject_lora):
+        with pytest.raises(SurgeryError, match=reason):
+            verb(model, target)
+
+
+def test_a_lazy_layer_can_be_adapted_once_it_has_a_size():
+    model = nn.Sequential(nn.LazyLinear(3))
+    model(torch.ones(2, 5))
+    assert found("0", model) == ["0"]

@@ -82,6 +82,18 @@ def why_not(model: nn.Module, name: str) -> str | None:
         return f"read by {type(owner).__name__} past its forward, so that a LoRA would do nothing"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an nn.Embedding with max_norm, which rewrites its own weight"
+    return _why_not_weight(module, f"an nn.{base.__name__}")
+
+
+def _why_not_weight(layer: Any, kind: str) -> str | None:
+    """Why nothing can be added to a layer's weight, or None if it can."""
+    if isinstance(layer.weight, nn.UninitializedParameter):
+        return f"a {type(layer).__name__}, which has no size before its first call"
+    if layer.weight.device.type == "meta":
+        return f"{kind} on the meta device, without numbers"
+    if not layer.weight.is_floating_point():
+        dtype = str(layer.weight.dtype).removeprefix("torch.")
+        return f"{kind} of {dtype} numbers, and an update is real"
     return None
 
 
@@ -135,16 +147,19 @@ def output_layer(model: nn.Module) -> str | None:
 
 
 def _no_match(patterns: list[str], layers: dict[str, nn.Module], model: nn.Module) -> SurgeryError:
+    wrong = ", ".join(repr(pattern) for pattern in patterns)
+    what = f"no Linear or Embedding matches the target {wrong}{_unfit(patterns, model)}; the model "
+    if not layers:
+        itself = isinstance(model, nn.Linear | nn.Embedding)
+        hint = "put it into another module, nn.Sequential(model)" if itself else ""
+        return SurgeryError(what + ("has none but itself" if itself else "has none to adapt"), hint)
     names = list(layers)
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    wrong = ", ".join(repr(pattern) for pattern in patterns)
     close = "; ".join(nearest(pattern.rpartition(".")[2], endings) for pattern in patterns)
-    others = _unfit(patterns, model)
     linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     return SurgeryError(
-        f"no Linear or Embedding matches the target {wrong}{others}; the model has {len(linears)} "
-        f"Linears and {len(names) - len(linears)} Embeddings with the endings "
-        f"{', '.join(endings)} (for example {', '.join((linears or names)[:1]) or 'none'})",
+        f"{what}has {len(linears)} Linears and {len(names) - len(linears)} Embeddings with the "
+        f"endings {', '.join(endings)} (for example {(linears or names)[0]})",
         f"the nearest: {close}",
     )
 
@@ -155,6 +170,9 @@ def _unfit(patterns: list[str], model: nn.Module) -> str:
     found = [_named(pattern, modules)[:1] for pattern in patterns if pattern != ALL_LINEAR]
     if ALL_LINEAR in patterns or not any(found):
         found += [[n for n, m in modules.items() if type(m).__name__ == "Conv1D"][:1]]
+    if ALL_LINEAR in patterns:
+        linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
+        found += [[n for n in linears if why_not(model, n)][:1]]
     reasons = [f"{name} is {why_not(model, name)}" for names in found for name in names]
     if any("Conv1D" in reason for reason in reasons):
         reasons.append("a GPT-2 opened with open_model has Linears: q_proj, k_proj, v_proj, …")
