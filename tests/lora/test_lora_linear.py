@@ -174,19 +174,26 @@ def test_printing_shows_rank_and_alpha():
     assert "alpha=12" in shown
 
 
-@pytest.mark.parametrize("rank", [0, -2])
-def test_a_rank_below_one_is_refused(rank):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"rank": 0}, "rank is 0; it must be a positive integer"),
+        ({"rank": -2}, "rank is -2"),
+        ({"rank": 2.5}, "rank is 2.5"),
+        ({"rank": "8"}, "rank is '8'"),
+        ({"rank": True}, "rank is True"),
+        ({"alpha": "3"}, "alpha is '3'; it must be a number above 0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"alpha": -1}, "alpha is -1"),
+        ({"dropout": "x"}, "dropout is 'x'; it must be a number of at least 0 and below 1"),
+        ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"dropout": 1.5, "rank": 0}, "rank is 0.*dropout is 1.5"),
+    ],
+)
+def test_what_no_update_can_have_is_refused_as_the_settings_are(wrong, said):
     original = linear(6, 5)
-    with pytest.raises(SurgeryError, match=f"rank of a LoRA is {rank}"):
-        LoRALinear(original, rank=rank)
-    assert original.weight.requires_grad
-
-
-@pytest.mark.parametrize("dropout", [-0.1, 1.5])
-def test_a_dropout_that_is_no_probability_is_refused(dropout):
-    original = linear(6, 5)
-    with pytest.raises(SurgeryError, match=f"dropout of a LoRA is {dropout}"):
-        LoRALinear(original, dropout=dropout)
+    with pytest.raises(SurgeryError, match=said):
+        LoRALinear(original, **wrong)
     assert original.weight.requires_grad
 
 

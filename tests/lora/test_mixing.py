@@ -177,5 +177,5 @@ def test_weights_that_are_none_are_refused(weights, said):
 @pytest.mark.parametrize("names", [None, 3, "abc", ["a", 3, None]])
 def test_rows_that_are_no_names_are_refused(names):
     model = three("another")
-    with pytest.raises(SurgeryError, match="a name, or None, for each row|no adapter 3"):
+    with pytest.raises(SurgeryError, match=r"a name, or None, for each row|no adapter 3"):
         lora_rows(model, names).__enter__()

@@ -113,7 +113,7 @@ def test_targets_of_another_type_are_refused(targets):
 
 
 def test_a_module_that_is_itself_a_linear_has_nothing_to_replace_it_in():
-    with pytest.raises(SurgeryError, match="no Linear .*the model has none") as caught:
+    with pytest.raises(SurgeryError, match=r"no Linear .*the model has none") as caught:
         found("all-linear", nn.Linear(2, 2))
     assert "nn.Sequential" in caught.value.hint
 

@@ -57,8 +57,8 @@ class LoRALinear(MatrixLayer):
         dropout: probability of zeroing an input of the update (not of the layer) in training.
 
     Raises:
-        SurgeryError: the rank is below 1, the dropout is not a probability, or the layer is not an
-            `nn.Linear`. The layer is untouched then.
+        SurgeryError: there are no `LoRASettings` with this rank, alpha or dropout, or the layer is
+            not an `nn.Linear`. The layer is untouched then.
     """
 
     def __init__(
@@ -72,6 +72,7 @@ class LoRALinear(MatrixLayer):
             raise SurgeryError(
                 f"LoRALinear wraps an nn.Linear, not a {type(original_layer).__name__}"
             )
+        LoRASettings(rank, alpha, dropout)  # which checks them
         update = LoRAUpdate(original_layer, rank, alpha, dropout)
         super().__init__(original_layer)
         self.updates[DEFAULT] = update

@@ -86,7 +86,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         below = sorted(str(config.parent) for config in folder.glob(f"*/{CONFIG}"))
         inside = f"; there is one in {', '.join(below)}" if below else ""
-        raise SurgeryError(f"{path} is missing", f"an adapter is a folder as PEFT writes it{inside}")
+        raise SurgeryError(
+            f"{path} is missing", f"an adapter is a folder as PEFT writes it{inside}"
+        )
     config = read_json(path)
     if not isinstance(config, dict):
         raise SurgeryError(f"{path} is damaged: it holds no table", _SAVE_AGAIN)

@@ -9,17 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nanogpt_surgery.errors import SurgeryError
-
 
 class Update(nn.Module):
     """A change of a layer's weight by a matrix of low rank: ΔW = s · B A.
 
     Called with the layer's input x, its own output y and the layer itself, an update gives what is
     to be added to y.
-
-    Raises:
-        SurgeryError: the rank is below 1, or the dropout is not a probability.
     """
 
     lora_A: nn.Parameter  # noqa: N815
@@ -27,10 +22,7 @@ class Update(nn.Module):
 
     def __init__(self, rank: int, alpha: float, dropout: float):
         super().__init__()
-        if rank < 1:
-            raise SurgeryError(f"the rank of a LoRA is {rank}; it must be at least 1")
-        if not 0 <= dropout < 1:
-            raise SurgeryError(f"the dropout of a LoRA is {dropout}; it must be in [0, 1)")
+        assert rank >= 1, "LoRASettings, or the reader of a file, has seen to it"
         self.rank = rank
         self.alpha = alpha
         self.scaling = alpha / rank
