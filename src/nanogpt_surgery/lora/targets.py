@@ -29,7 +29,7 @@ def find_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, li
             nearest).
     """
     several = isinstance(targets, Iterable) and not isinstance(targets, str | bytes)
-    patterns = list(targets) if several else [targets]
+    patterns: list[Any] = list(targets) if several else [targets]
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise SurgeryError(
             f"the targets are {targets!r}; they must be text, one or several",
