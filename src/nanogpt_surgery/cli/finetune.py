@@ -75,7 +75,7 @@ def finetune(
 
 
 def _opened(model: str, block_size: int | None) -> tuple[SimpleGPT, Tokenizer, int]:
-    """A model in float32, for `fit` to choose what it is computed in; and the tokens of a window."""
+    """A model in float32, its tokenizer, and the tokens of a window."""
     import torch
 
     from nanogpt_surgery.cli.instruction_data import window

@@ -78,6 +78,8 @@ class FrozenPrefix:
     def _keep(self, key: bytes, x: Tensor) -> None:
         if self.kept is None:
             self.kept = self._room(x)
+        if x.shape != self.kept.shape[1:]:  # a batch of shorter rows
+            return
         self.places[key] = len(self.places)
         self.kept[self.places[key]] = x
 
