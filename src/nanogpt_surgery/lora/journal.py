@@ -171,13 +171,19 @@ def _put(changes: list[Change], back: bool) -> None:
         change.put(back)
 
 
-def _follow(model: nn.Module, changes: list[Change]) -> None:
-    """Bring modules that were put back to the device where the model has gone meanwhile."""
-    device = device_of(model)
-    for change in changes:
+def _put_among(model: nn.Module, changes: list[Change], back: bool) -> None:
+    """Put modules where others are that the model was used with meanwhile; see `join`."""
+    there = [change.place.get() if change.place.child else None for change in changes]
+    _put(changes, back)
+    for change, replaced in zip(changes, there, strict=True):
         module = change.place.get() if change.place.child else None
-        if module is not None:
-            module.to(device)
+        if module is not None:  # where nothing was, its owner has the mode
+            join(model, module, (change.place.owner if replaced is None else replaced).training)
+
+
+def join(model: nn.Module, module: nn.Module, training: bool) -> None:
+    """Bring a module that came back to the model's device, and to the mode of what it replaced."""
+    module.to(device_of(model)).train(training)
 
 
 def take_back(model: nn.Module) -> Entry:
@@ -193,8 +199,7 @@ def take_back(model: nn.Module) -> Entry:
         raise SurgeryError(f"there is no operation to undo{because}")
     entry = chart.done[-1]
     _check_untouched(entry, "after")
-    _put(entry.changes, back=True)
-    _follow(model, entry.changes)
+    _put_among(model, entry.changes, back=True)
     chart.done.pop()
     chart.undone.append(entry)
     return entry
@@ -212,8 +217,7 @@ def do_again(model: nn.Module) -> Entry:
         raise SurgeryError("there is no operation to redo")
     entry = chart.undone[-1]
     _check_untouched(entry, "before")
-    _put(entry.changes, back=False)
-    _follow(model, entry.changes)
+    _put_among(model, entry.changes, back=False)
     chart.undone.pop()
     chart.done.append(entry)
     return entry

@@ -13,7 +13,15 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows, refuse_no_change
-from nanogpt_surgery.lora.journal import Merge, chart_of, forget, operation, say_tied, says_tied
+from nanogpt_surgery.lora.journal import (
+    Merge,
+    chart_of,
+    forget,
+    join,
+    operation,
+    say_tied,
+    says_tied,
+)
 from nanogpt_surgery.lora.lora_layer import (
     LoRALayer,
     active_mixture,
@@ -159,8 +167,9 @@ def unmerge_lora(model: nn.Module) -> Report:
             f"{', '.join(changed[:8])} changed after the merge", "undo_lora goes back step by step"
         )
     with operation(model, "unmerge"):
-        for name, layer, _ in merged.layers:
+        for name, layer, now in merged.layers:
             replace(model, name, layer)
+            join(model, layer, now.training)
         chart_of(model).merged, chart_of(model).thaw = None, merged.thaw
         say_tied(model, merged.tied)
         model.requires_grad_(False)
