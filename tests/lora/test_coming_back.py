@@ -2,17 +2,20 @@
 
 import pytest
 import torch
-from patients import PATIENTS, logits, some_ids, train_a_little
+from patients import PATIENTS, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
+    SurgeryError,
     inject_lora,
     merge_lora,
     redo_lora,
     remove_lora,
+    tensor_hashes,
     undo_lora,
     unmerge_lora,
 )
+from nanogpt_surgery.lora.lora_layer import has_lora, lora_layers
 
 
 def with_dropout(training: bool, name: str = "default") -> nn.Module:
@@ -70,3 +73,57 @@ def test_a_part_of_a_model_that_is_in_a_mode_of_its_own_keeps_it():
     first, second = model.layers
     assert {module.training for module in first.modules()} == {False}
     assert {module.training for module in second.modules()} == {True}
+
+
+def test_a_redo_counts_what_is_as_after_the_operation():
+    model = with_dropout(training=False)
+    merge_lora(model)
+    undo_lora(model)
+    summary = redo_lora(model).summary
+    assert summary["as_after_the_operation"] == summary["tensors"] == len(tensor_hashes(model))
+    assert summary["trained_since"] == 0
+
+
+Q_PROJ = "layers.1.self_attn.q_proj"
+
+
+def test_a_redo_on_a_base_that_was_written_to_is_refused_and_nothing_moves():
+    model, ids = with_dropout(training=False), some_ids()
+    merge_lora(model)
+    undo_lora(model)
+    model.layers[0].train()
+    lora_layers(model)[Q_PROJ].original_layer.weight.data[0, 0] += 1
+    before, modes = tensor_hashes(model), [m.training for m in model.modules()]
+    with pytest.raises(SurgeryError, match=rf"redone.*1 frozen tensors.*{Q_PROJ}\.weight"):
+        redo_lora(model)
+    assert has_lora(model)
+    assert tensor_hashes(model) == before
+    assert [m.training for m in model.modules()] == modes
+    adapted = logits(model.eval(), ids)
+    merge_lora(model)  # what the hint says
+    assert close(logits(model, ids), adapted)
+
+
+def test_a_redo_of_what_was_written_to_while_it_was_undone_is_refused():
+    model = with_dropout(training=False)
+    merge_lora(model)
+    weight = model.get_submodule(Q_PROJ).weight
+    undo_lora(model)
+    weight.data[0, 0] += 1
+    with pytest.raises(SurgeryError, match=rf"1 frozen tensors.*{Q_PROJ}\.weight"):
+        redo_lora(model)
+    assert has_lora(model)
+    weight.data[0, 0] -= 1
+    undo_lora(model)
+    assert not has_lora(model)
+
+
+def test_what_an_adapter_learned_while_an_operation_was_undone_stays_and_is_told():
+    model = with_dropout(training=False)
+    inject_lora(model, "v_proj", name="other")
+    undo_lora(model)
+    train_a_little(model, seed=1)
+    learned = {name: p.clone() for name, p in model.named_parameters() if ".updates." in name}
+    report = redo_lora(model)
+    assert report.summary["trained_since"] == len(learned) == 2 * 2
+    assert all(torch.equal(model.get_parameter(name), p) for name, p in learned.items())

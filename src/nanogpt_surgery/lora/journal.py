@@ -12,11 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
-from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.hashing import tensor_hashes
-from nanogpt_surgery.lora.lora_layer import LoRALayer, device_of, refuse_in_rows
+from nanogpt_surgery.lora.lora_layer import LoRALayer, refuse_in_rows
 
 CHART = "_surgery_chart"
 _TIE = "tie_word_embeddings"
@@ -24,11 +24,15 @@ _TIE = "tie_word_embeddings"
 
 @dataclass
 class Entry:
-    """One operation: its title, what it changed, and every tensor's hash before it."""
+    """One operation: its title, what it changed, and every tensor's hash before it.
+
+    `undone` holds every tensor's hash just before and just after it was undone, for the redo.
+    """
 
     title: str
     changes: list[Change]
     hashes: dict[str, str] | None
+    undone: tuple[dict[str, str], dict[str, str]] | None = None
 
 
 @dataclass
@@ -139,7 +143,7 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
     try:
         yield
     except BaseException:
-        _put(_differences(model, before), back=True)
+        put(_differences(model, before), back=True)
         raise
     chart.done.append(Entry(title, _differences(model, before), hashes))
     chart.undone.clear()
@@ -166,74 +170,15 @@ def _differences(
     return changes + added
 
 
-def _put(changes: list[Change], back: bool) -> None:
+def put(changes: list[Change], back: bool) -> None:
+    """Take changes back, or make them again."""
     for change in changes:
         change.put(back)
 
 
-def _put_among(model: nn.Module, changes: list[Change], back: bool) -> None:
-    """Put modules where others are that the model was used with meanwhile; see `join`."""
-    there = [change.place.get() if change.place.child else None for change in changes]
-    _put(changes, back)
-    for change, replaced in zip(changes, there, strict=True):
-        module = change.place.get() if change.place.child else None
-        if module is not None:  # where nothing was, its owner has the mode
-            join(model, module, (change.place.owner if replaced is None else replaced).training)
-
-
-def join(model: nn.Module, module: nn.Module, training: bool) -> None:
+def rejoin(module: nn.Module, replaced: nn.Module, device: torch.device) -> None:
     """Bring a module that came back to the model's device, and to the mode of what it replaced."""
-    module.to(device_of(model)).train(training)
-
-
-def take_back(model: nn.Module) -> Entry:
-    """Put everything as it was before the last operation.
-
-    Raises:
-        SurgeryError: there is none, or something else has changed those places since.
-    """
-    refuse_in_rows(model)
-    chart = chart_of(model)
-    if not chart.done:
-        because = "; the originals were dropped by a merge" if chart.forgotten else ""
-        raise SurgeryError(f"there is no operation to undo{because}")
-    entry = chart.done[-1]
-    _check_untouched(entry, "after")
-    _put_among(model, entry.changes, back=True)
-    chart.done.pop()
-    chart.undone.append(entry)
-    return entry
-
-
-def do_again(model: nn.Module) -> Entry:
-    """Make the operation again that was undone last.
-
-    Raises:
-        SurgeryError: there is none, or something else has changed those places since.
-    """
-    refuse_in_rows(model)
-    chart = chart_of(model)
-    if not chart.undone:
-        raise SurgeryError("there is no operation to redo")
-    entry = chart.undone[-1]
-    _check_untouched(entry, "before")
-    _put_among(model, entry.changes, back=False)
-    chart.undone.pop()
-    chart.done.append(entry)
-    return entry
-
-
-def _check_untouched(entry: Entry, expected: str) -> None:
-    wrong = [
-        f"{type(change.place.owner).__name__}.{change.place.name}"
-        for change in entry.changes
-        if change.place.child and change.place.get() is not getattr(change, expected)
-    ]
-    if wrong:
-        raise SurgeryError(
-            f"the model's modules were changed by other hands since '{entry.title}': "
-            + ", ".join(wrong[:8])
-        )
+    module.to(device).train(replaced.training)
 
 
 def forget(model: nn.Module) -> None:

@@ -17,8 +17,8 @@ from nanogpt_surgery.lora.journal import (
     Merge,
     chart_of,
     forget,
-    join,
     operation,
+    rejoin,
     say_tied,
     says_tied,
 )
@@ -26,6 +26,7 @@ from nanogpt_surgery.lora.lora_layer import (
     LoRALayer,
     active_mixture,
     adapter_names,
+    device_of,
     has_lora,
     lora_layers,
 )
@@ -167,9 +168,10 @@ def unmerge_lora(model: nn.Module) -> Report:
             f"{', '.join(changed[:8])} changed after the merge", "undo_lora goes back step by step"
         )
     with operation(model, "unmerge"):
+        device = device_of(model)
         for name, layer, now in merged.layers:
             replace(model, name, layer)
-            join(model, layer, now.training)
+            rejoin(layer, now, device)
         chart_of(model).merged, chart_of(model).thaw = None, merged.thaw
         say_tied(model, merged.tied)
         model.requires_grad_(False)
