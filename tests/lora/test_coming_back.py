@@ -1,13 +1,18 @@
 """Layers that come back from the past find the model of today: its mode, its device, its bits."""
 
+import re
+
 import pytest
 import torch
 from patients import PATIENTS, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
+    GPTDataset,
     SurgeryError,
+    fit,
     inject_lora,
+    lora_log,
     merge_lora,
     redo_lora,
     remove_lora,
@@ -127,3 +132,56 @@ def test_what_an_adapter_learned_while_an_operation_was_undone_stays_and_is_told
     report = redo_lora(model)
     assert report.summary["trained_since"] == len(learned) == 2 * 2
     assert all(torch.equal(model.get_parameter(name), p) for name, p in learned.items())
+
+
+def nudge(tensor: torch.Tensor) -> None:
+    """Past torch's version counter."""
+    tensor.data.view(-1)[0] += 1
+
+
+WRITTEN = {
+    "a merged weight": (
+        f"{Q_PROJ}.weight",
+        lambda model: nudge(model.get_submodule(Q_PROJ).weight),
+    ),
+    "a bias that the original shares": (
+        f"{Q_PROJ}.bias",
+        lambda model: nudge(model.get_submodule(Q_PROJ).bias),
+    ),
+    "another layer": ("norm.weight", lambda model: nudge(model.norm.weight)),
+    "a cast": (f"{Q_PROJ}.weight", lambda model: model.get_submodule(Q_PROJ).bfloat16()),
+}
+
+
+@pytest.mark.parametrize("what", WRITTEN)
+def test_an_unmerge_after_a_write_is_refused_and_named_and_nothing_moves(what):
+    model = with_dropout(training=False)
+    merge_lora(model)
+    name, write = WRITTEN[what]
+    write(model)
+    hashes, modules = tensor_hashes(model), list(model.modules())
+    with pytest.raises(SurgeryError, match=f"cannot be taken out.*{re.escape(name)}"):
+        unmerge_lora(model)
+    assert tensor_hashes(model) == hashes
+    assert list(model.modules()) == modules
+    assert [row["operation"] for row in lora_log(model).rows] == ["inject default", "merge"]
+
+
+def test_an_unmerge_after_a_training_is_refused():
+    model = with_dropout(training=False)
+    merge_lora(model)
+    windows = GPTDataset.from_ids(some_ids(batch=20).flatten(), block_size=7)
+    list(fit(model, windows, max_steps=2, batch_size=2, device="cpu", compile="off"))
+    with pytest.raises(SurgeryError, match="trained, cast or written to since"):
+        unmerge_lora(model)
+    assert not has_lora(model)
+
+
+def test_an_unmerge_is_none_of_an_adapter_elsewhere():
+    model = with_dropout(training=False)
+    before = tensor_hashes(model)
+    merge_lora(model)
+    inject_lora(model, "v_proj", name="other")
+    train_a_little(model)
+    unmerge_lora(model)
+    assert {name: tensor_hashes(model)[name] for name in before} == before

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nanogpt_surgery.lora.hashing import tensor_hashes
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.hashing import tensor_hashes, written_to
 from nanogpt_surgery.lora.lora_layer import LoRALayer, refuse_in_rows
 
 CHART = "_surgery_chart"
@@ -48,11 +49,31 @@ class Chart:
 
 @dataclass(frozen=True)
 class Merge:
-    """The last merge: the layers it replaced, each with what came there, and what it used up."""
+    """The last merge: the layers it replaced, each with what came there, and what it used up.
+
+    `hashes` are those of every tensor after it.
+    """
 
     layers: tuple[tuple[str, nn.Module, nn.Module], ...]
     thaw: tuple[nn.Parameter, ...] | None
     tied: bool | None
+    hashes: dict[str, str]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `SurgeryError` unless the model is what the merge left, later adapters apart."""
+        changed = [name for name, _, now in self.layers if model.get_submodule(name) is not now]
+        if changed:
+            raise SurgeryError(
+                f"{', '.join(changed[:8])} changed after the merge",
+                "undo_lora goes back step by step",
+            )
+        changed = written_to(self.hashes, tensor_hashes(model))
+        if changed:
+            raise SurgeryError(
+                f"the merge cannot be taken out: {len(changed)} tensors were trained, cast or "
+                f"written to since ({', '.join(changed[:8])})",
+                "open the original again, or keep the model merged",
+            )
 
 
 def says_tied(model: nn.Module) -> bool | None:
@@ -125,8 +146,10 @@ def _places(model: nn.Module) -> dict[tuple[int, str], Place]:
 
 
 @contextmanager
-def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[None]:
+def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[dict[Tensor, str]]:
     """Journal what the block does to a model; if it raises, the model is as it was.
+
+    The block is given the hashes, by tensor.
 
     Args:
         model: what is operated on.
@@ -139,9 +162,10 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
     refuse_in_rows(model)
     chart = chart_of(model)
     before = {key: (place, place.get()) for key, place in _places(model).items()}
-    hashes = tensor_hashes(model) if hashed else None
+    seen: dict[Tensor, str] = {}
+    hashes = tensor_hashes(model, seen) if hashed else None
     try:
-        yield
+        yield seen
     except BaseException:
         put(_differences(model, before), back=True)
         raise

@@ -13,6 +13,7 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows, refuse_no_change
+from nanogpt_surgery.lora.hashing import tensor_hashes
 from nanogpt_surgery.lora.journal import (
     Merge,
     chart_of,
@@ -123,11 +124,11 @@ def merge_lora(
     rows = [{**row, "original": kept} for row in merge_rows(layers)]
     if not force:
         refuse_no_change(rows, len(layers))
-    with operation(model, "merge"):
+    with operation(model, "merge") as seen:
         thaw, tied = chart_of(model).thaw, says_tied(model)
         effect = effect_of(model, probe, lambda: merge_layers(model), tolerance, force)
         replaced = tuple((n, layer, model.get_submodule(n)) for n, layer in layers.items())
-        chart_of(model).merged = Merge(replaced, thaw, tied)
+        chart_of(model).merged = Merge(replaced, thaw, tied, tensor_hashes(model, seen))
     if not keep_originals:
         forget(model)
     summary = {"layers": len(rows), "originals": kept}
@@ -150,11 +151,15 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
 def unmerge_lora(model: nn.Module) -> Report:
     """Take the last merge out again: the wrappers come back with the original bits beneath.
 
-    As before it, `remove_lora` lets train what could be trained before the first injection.
+    As before it, `remove_lora` lets train what could be trained before the first injection. By hash
+    every tensor is what the merge left, or it is refused: what was trained in a merged weight would
+    be thrown away, and the adapter would not fit what was trained elsewhere. Adapters that came
+    since, on other layers, are not looked at and stay.
 
     Raises:
-        SurgeryError: nothing is merged, the originals were dropped, or a merged layer has been
-            operated on since.
+        SurgeryError: nothing is merged, the originals were dropped, a merged layer has been
+            operated on since, or a tensor was trained, cast or written to. The model is untouched
+            then.
     """
     merged = chart_of(model).merged
     if not merged:
@@ -162,11 +167,7 @@ def unmerge_lora(model: nn.Module) -> Report:
         raise SurgeryError(
             "there is nothing to unmerge" + (": the originals were dropped" if dropped else "")
         )
-    changed = [name for name, _, now in merged.layers if model.get_submodule(name) is not now]
-    if changed:
-        raise SurgeryError(
-            f"{', '.join(changed[:8])} changed after the merge", "undo_lora goes back step by step"
-        )
+    merged.check(model)
     with operation(model, "unmerge"):
         device = device_of(model)
         for name, layer, now in merged.layers:
