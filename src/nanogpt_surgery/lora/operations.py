@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows, refuse_no_change
+from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows, refuse_weights
 from nanogpt_surgery.lora.hashing import tensor_hashes
 from nanogpt_surgery.lora.journal import (
     Merge,
@@ -98,7 +98,7 @@ def merge_lora(
     force: bool = False,
     keep_originals: bool = True,
 ) -> Report:
-    """Put W + ΔW, added in float32, in the place of every wrapped layer.
+    """Put W + ΔW, added in float32 (float64 if W is), in the place of every wrapped layer.
 
     The original tensors are not written to. What takes part is merged; the other adapters leave
     with the wrappers, and come back with `unmerge_lora`.
@@ -109,24 +109,24 @@ def merge_lora(
             the logits is measured with it.
         tolerance: largest mean KL divergence from the adapted model's distribution to the merged
             one's, in nats a token, that is let pass.
-        force: merge whatever the probe says, and although no weight changes.
+        force: merge whatever the probe says and the weights become.
         keep_originals: keep the original layers and the updates in memory, for `unmerge_lora` and
             `undo_lora`.
 
     Raises:
         SurgeryError: the probe shows more than the tolerance, the LoRA is disabled, no adapter
-            takes part, no weight would change, or a tie would be broken that nobody decided to
-            break. The model is untouched then.
+            takes part, no weight would change, one would be NaN or infinite, or a tie would be
+            broken that nobody decided to break. The model is untouched then.
     """
     layers = lora_layers(model)
     _check_mergeable(model, layers)
     kept = "kept" if keep_originals else "dropped"
     rows = [{**row, "original": kept} for row in merge_rows(layers)]
     if not force:
-        refuse_no_change(rows, len(layers))
+        refuse_weights(rows, layers)
     with operation(model, "merge") as seen:
         thaw, tied = chart_of(model).thaw, says_tied(model)
-        effect = effect_of(model, probe, lambda: merge_layers(model), tolerance, force)
+        effect = effect_of(model, probe, merge_layers, tolerance, force)
         replaced = tuple((n, layer, model.get_submodule(n)) for n, layer in layers.items())
         chart_of(model).merged = Merge(replaced, thaw, tied, tensor_hashes(model, seen))
     if not keep_originals:
