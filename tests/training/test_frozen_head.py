@@ -86,9 +86,18 @@ def test_a_head_that_is_more_is_left_to_autograd():
     bare = nn.Linear(WIDTH, VOCABULARY, bias=False)
     layer = LoRALinear(bare, rank=2)
     assert frozen_head(layer, torch.float32) is not None
-    handle = layer.register_forward_hook(lambda *_: None)
-    assert frozen_head(layer, torch.float32) is None  # somebody watches
-    handle.remove()
+    watching = [
+        layer.register_forward_hook,
+        layer.register_full_backward_hook,
+        layer.original_layer.register_full_backward_pre_hook,
+        layer.lora_A.register_hook,
+        layer.lora_B.register_post_accumulate_grad_hook,
+    ]
+    for watch in watching:
+        handle = watch(lambda *_: None)
+        assert frozen_head(layer, torch.float32) is None, watch  # somebody watches
+        handle.remove()
+        assert frozen_head(layer, torch.float32) is not None
     for changes in ({"dora": True}, {"pissa": True}, {"dropout": 0.1}):
         layer.updates["default"] = new_update(bare, LoRASettings(rank=2, **changes))
         assert frozen_head(layer, torch.float32) is None

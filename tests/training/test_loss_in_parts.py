@@ -101,6 +101,15 @@ def test_an_evaluation_makes_no_logits_that_do_not_count():
     assert found / sum(made) == pytest.approx(wanted, rel=1e-6)
 
 
+@pytest.mark.parametrize("prepare", trainings().values(), ids=trainings())
+@pytest.mark.parametrize("most", [1, 2**23])
+def test_a_batch_without_a_target_adds_nothing(prepare, most):
+    model, inputs, targets = prepared("llama", prepare)
+    nothing = torch.full_like(targets, -100)
+    assert backward_of_loss(model, inputs, nothing, most_logits=most) == 0.0
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+
+
 def test_a_window_without_a_target_adds_nothing():
     model, inputs, targets = prepared("llama", lambda model: None)
     assert loss_module._summed_loss(model, (inputs, masked(targets, 2.0))) == 0

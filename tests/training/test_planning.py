@@ -8,6 +8,7 @@ import torch
 from small_training import DATASET, SETTINGS, VALIDATION, hashes, model_of
 
 from nanogpt_surgery import GPTDataset, fit, inject_lora
+from nanogpt_surgery.training import frozen_head
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
 from nanogpt_surgery.training.planning import plan_training
 from nanogpt_surgery.training.probing import AGAIN, NEW, Pace, probed
@@ -81,7 +82,27 @@ def test_the_kept_hidden_states_are_counted(dtype, precision, size, monkeypatch)
     assert rooms[-1].nbytes == 4 * 9 * 16 * size
     none = plan_training(model, WINDOWS, replace(longer, keep_hidden=0.0))
     assert none["hidden_states_bytes"] == 0
-    assert plan["memory_bytes"] - none["memory_bytes"] == plan["hidden_states_bytes"]
+    more = plan["hidden_states_bytes"] + plan["logits_bytes"] - none["logits_bytes"]
+    assert plan["memory_bytes"] - none["memory_bytes"] == more
+
+
+@pytest.mark.parametrize("most", [2**23, 13 * 10])
+def test_over_a_frozen_head_one_tensor_is_as_wide_as_the_vocabulary(most, monkeypatch):
+    monkeypatch.setattr("nanogpt_surgery.training.loss.MOST_LOGITS", most)
+    rooms, forward = [], frozen_head.forward
+    monkeypatch.setattr(
+        frozen_head,
+        "forward",
+        lambda head, h, y, room, *rest: rooms.append(room) or forward(head, h, y, room, *rest),
+    )
+    vocabulary = tuned().config.vocab_size
+    whole = 5 * 9 * vocabulary
+    plan = plan_training(tuned(), WINDOWS, LONGER)
+    next(fit(tuned(), WINDOWS, LONGER))
+    assert plan["logits_bytes"] == 4 * min(whole, 2 * most)
+    assert plan["logits_bytes"] - 4 * vocabulary < rooms[-1].nbytes <= plan["logits_bytes"]
+    everything = plan_training(model_of(), WINDOWS, LONGER)
+    assert everything["logits_bytes"] == 4 * 4 * min(whole, most)
 
 
 def test_the_first_pass_and_what_comes_after_are_probed_apart():

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.lora.lora_linear import LoRALinear
-from nanogpt_surgery.training.frozen_products import folds, frozen_linear, plain_update
+from nanogpt_surgery.training.frozen_products import folds, frozen_linear, plain_update, watched
 
 IN_CACHE = 2**20  # logits of a piece on a CPU; a GPU takes the vocabulary whole
 
@@ -52,7 +52,7 @@ class FrozenHead:
 
 def frozen_head(head: nn.Module, precision: torch.dtype) -> FrozenHead | None:
     """A model's head as a `FrozenHead`, or None if it is more than that."""
-    if head._forward_hooks or head._forward_pre_hooks:
+    if watched(head):
         return None
     if isinstance(head, LoRALinear) and folds(head) and head.original_layer.bias is None:
         return FrozenHead(head.original_layer.weight.detach(), precision, *plain_update(head))
@@ -77,7 +77,7 @@ def backward_of_frozen_head(
     Args:
         head: what makes logits of hidden states.
         hidden: (B, T, C); if it needs a gradient, it is gone on from there.
-        targets: the ids that came, (B, T); −100 is not trained on.
+        targets: the ids that came, (B, T); −100 is not trained on, but some are.
         share: what the loss is multiplied with.
         most_logits: numbers in the tensor as wide as the vocabulary, about.
         in_piece: logits that are made in one go, about; by default what suits the device.
@@ -88,14 +88,14 @@ def backward_of_frozen_head(
     places = (targets.flatten() != -100).nonzero().squeeze(1)  # (N)
     h, y = hidden.detach().flatten(0, 1)[places].float(), targets.flatten()[places]
     vocabulary = len(head.weight)
-    size = min(max(1, most_logits // vocabulary), max(1, len(h)))
+    size = min(max(1, most_logits // vocabulary), len(h))
     room = torch.empty(vocabulary * size, device=h.device)
     in_piece = in_piece or (IN_CACHE if h.device.type == "cpu" else room.numel())
     total, gradients = torch.zeros((), device=h.device), []
     for some, came in zip(h.split(size), y.split(size), strict=True):
-        part = _Part(head, some, came, room, share / len(places), in_piece)
+        part = forward(head, some, came, room, share / len(places), in_piece)
         total += part.loss
-        gradients.append(part.backward(hidden.requires_grad))
+        gradients.append(backward(head, part, hidden.requires_grad))
     if hidden.requires_grad:
         whole = torch.zeros_like(hidden).flatten(0, 1)
         whole[places] = torch.cat(gradients).to(hidden.dtype)
@@ -103,57 +103,75 @@ def backward_of_frozen_head(
     return total.item()
 
 
-class _Part:
-    """The loss of some tokens h (n, C), after which ids y (n) came, times a share for each."""
+@dataclass(frozen=True)
+class Part:
+    """What the forward pass of some tokens h (n, C), after which ids y (n) came, leaves behind."""
 
-    @torch.no_grad()
-    def __init__(
-        self, head: FrozenHead, h: Tensor, y: Tensor, room: Tensor, share: float, in_piece: int
-    ):
-        self.head, self.h, self.y, self.share = head, h, y, share
-        n, vocabulary = len(h), len(head.weight)
-        self.e = room[: vocabulary * n].view(vocabulary, n)
-        rows = max(1, in_piece // n)
-        self.pieces = [slice(at, at + rows) for at in range(0, vocabulary, rows)]
-        self.down = head.scale * (h @ head.a.t())  # (n, R)
-        tops, sums = h.new_empty(2, len(self.pieces), n)
-        logits_that_came = h.new_empty(n)
-        across = h.to(head.precision).t()  # (C, n)
-        for index, ids in enumerate(self.pieces):
-            logits = self._logits(ids, across)  # (p, n)
-            inside = (y >= ids.start) & (y < ids.stop)
-            logits_that_came[inside] = logits[y[inside] - ids.start, inside.nonzero().squeeze(1)]
-            tops[index] = logits.amax(0)
-            sums[index] = logits.sub_(tops[index]).exp_().sum(0)
-        log_z = (tops + sums.log()).logsumexp(0)
-        self.loss = share * (log_z - logits_that_came).sum()
-        self.factors = share * (tops - log_z).exp()  # (P, n)
+    h: Tensor
+    y: Tensor
+    share: float
+    """of each token in the loss"""
+    loss: Tensor
+    """times the share, summed"""
+    down: Tensor
+    """s · A h, (n, R)"""
+    pieces: list[slice]
+    e: Tensor
+    """(V, n)"""
+    factors: Tensor
+    """share · exp(m − ln Z), (P, n)"""
 
-    def _logits(self, ids: slice, across: Tensor) -> Tensor:
-        """Of some ids, (p, n), in the room of the exponentials."""
-        logits, weight = self.e[ids], self.head.piece(ids)
-        if weight.dtype == logits.dtype:
-            torch.mm(weight, across, out=logits)
-        else:
-            logits.copy_(weight @ across)
-        return logits.addmm_(self.head.b[ids], self.down.t())
 
-    @torch.no_grad()
-    def backward(self, needs_input: bool) -> Tensor:
-        """Add to the gradients of A and B; returns ∂h (n, C), or nothing where it is not needed."""
-        head, e = self.head, self.e
-        up = -self.share * head.b[self.y].t()  # (R, n)
-        db = torch.empty_like(head.b)
-        dh = -self.share * head.weight[self.y].float() if needs_input else self.h[:0]
-        for ids, factor in zip(self.pieces, self.factors, strict=True):
-            up.addcmul_(head.b[ids].t() @ e[ids], factor)
-            torch.mm(e[ids], factor[:, None] * self.down, out=db[ids])
-            if needs_input:
-                back = e[ids].to(head.precision).t() @ head.piece(ids)
-                dh.addcmul_(back.float(), factor[:, None])
-        _add_gradient(head.b, db.index_add_(0, self.y, self.down, alpha=-self.share))
-        _add_gradient(head.a, head.scale * (up @ self.h))
-        return dh.addmm_(up.t(), head.a, alpha=head.scale) if needs_input else dh
+@torch.no_grad()
+def forward(
+    head: FrozenHead, h: Tensor, y: Tensor, room: Tensor, share: float, in_piece: int
+) -> Part:
+    """The loss of tokens h (n, C), with the exponentials in the given room."""
+    n, vocabulary = len(h), len(head.weight)
+    e = room[: vocabulary * n].view(vocabulary, n)
+    rows = max(1, in_piece // n)
+    pieces = [slice(at, at + rows) for at in range(0, vocabulary, rows)]
+    down = head.scale * (h @ head.a.t())
+    across = h.to(head.precision).t()  # (C, n)
+    tops, sums = h.new_empty(2, len(pieces), n)
+    that_came = h.new_empty(n)  # l[y]
+    for ids, top, whole in zip(pieces, tops, sums, strict=True):
+        logits = _logits(head, ids, across, down, e[ids])  # (p, n)
+        inside = ((y >= ids.start) & (y < ids.stop)).nonzero().squeeze(1)
+        that_came[inside] = logits[y[inside] - ids.start, inside]
+        torch.amax(logits, 0, out=top)
+        torch.sum(logits.sub_(top).exp_(), 0, out=whole)
+    log_z = (tops + sums.log()).logsumexp(0)
+    loss = share * (log_z - that_came).sum()
+    return Part(h, y, share, loss, down, pieces, e, share * (tops - log_z).exp())
+
+
+def _logits(head: FrozenHead, ids: slice, across: Tensor, down: Tensor, out: Tensor) -> Tensor:
+    """Of some ids, from h (C, n) and s · A h (n, R): written to `out` (p, n)."""
+    weight = head.piece(ids)
+    if weight.dtype == out.dtype:
+        torch.mm(weight, across, out=out)
+    else:
+        out.copy_(weight @ across)
+    return out.addmm_(head.b[ids], down.t())
+
+
+@torch.no_grad()
+def backward(head: FrozenHead, part: Part, needs_input: bool) -> Tensor:
+    """Add to the gradients of A and B; returns ∂h (n, C), or (0, C) where it is not needed."""
+    h, y, e = part.h, part.y, part.e
+    up = -part.share * head.b[y].t()  # (R, n)
+    db = torch.empty_like(head.b)
+    dh = -part.share * head.weight[y].float() if needs_input else h[:0]
+    for ids, factor in zip(part.pieces, part.factors, strict=True):
+        up.addcmul_(head.b[ids].t() @ e[ids], factor)
+        torch.mm(e[ids], factor[:, None] * part.down, out=db[ids])
+        if needs_input:
+            back = e[ids].to(head.precision).t() @ head.piece(ids)
+            dh.addcmul_(back.float(), factor[:, None])
+    _add_gradient(head.b, db.index_add_(0, y, part.down, alpha=-part.share))
+    _add_gradient(head.a, head.scale * (up @ h))
+    return dh.addmm_(up.t(), head.a, alpha=head.scale) if needs_input else dh
 
 
 def _add_gradient(parameter: Tensor, gradient: Tensor) -> None:

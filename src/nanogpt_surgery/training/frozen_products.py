@@ -141,8 +141,20 @@ def folds(layer: nn.Module) -> bool:
 
 def frozen_linear(layer: nn.Module) -> bool:
     """Whether a layer is a plain Linear that learns nothing and that nobody watches."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks
-    return type(layer) in (nn.Linear, CastLinear) and not hooked and not _learns(layer)
+    return type(layer) in (nn.Linear, CastLinear) and not watched(layer) and not _learns(layer)
+
+
+def watched(layer: nn.Module) -> bool:
+    """Whether a layer or a parameter in it has a hook, which products by hand would not call."""
+    of_layer = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return any(of_layer) or any(
+        p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters()
+    )
 
 
 def _learns(module: nn.Module) -> bool:

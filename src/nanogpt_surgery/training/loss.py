@@ -64,6 +64,8 @@ def backward_of_loss(
     Returns:
         The loss times `share`.
     """
+    if not n_trained(targets):
+        return 0.0
     most_logits = most_logits or most_logits_on(inputs.device)
     if not isinstance(model, SimpleGPT) or _positions(model, inputs, most_logits) >= inputs.size(1):
         with autocast():
@@ -85,6 +87,8 @@ def backward_from_hidden(
     most_logits: int | None = None,
 ) -> float:
     """As `backward_of_loss`, from what the head reads: (B, T, C)."""
+    if not n_trained(targets):
+        return 0.0
     most_logits = most_logits or most_logits_on(hidden.device)
     frozen = frozen_head(model.lm_head, _precision(hidden, autocast))
     if frozen is not None:

@@ -15,6 +15,7 @@ from nanogpt_surgery.data.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.checkpoint import KEPT
 from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.frozen_head import frozen_head
 from nanogpt_surgery.training.frozen_prefix import bytes_of_window, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.loss import apart, evaluate, most_logits_on
@@ -50,7 +51,7 @@ def plan_training(
         "gradient_bytes": trained,
         "optimizer_bytes": state,
         "activation_bytes": activation_bytes(model, dataset, settings, hardware),
-        "logits_bytes": _logits_bytes(model, dataset, settings),
+        "logits_bytes": _logits_bytes(model, dataset, settings, hardware),
         "hidden_states_bytes": _hidden_states_bytes(model, dataset, settings),
     }
     evaluations = 0 if validation is None else _evaluations(settings)
@@ -96,10 +97,21 @@ def activation_bytes(
     return sum(size for place, size in kept.items() if place not in own)
 
 
-def _logits_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
-    """The logits that are held at once, their logarithms, and the gradients of both."""
+def _logits_bytes(
+    model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware
+) -> int:
+    """What is as wide as the vocabulary, held at once.
+
+    Logits, their logarithms, and the gradients of both; over a frozen head the exponentials alone,
+    and on a GPU, which has them in one piece, what its products make of them.
+    """
     whole = settings.batch_size * dataset.block_size * model.config.vocab_size
-    return 4 * FLOAT32 * min(whole, most_logits_on(next(model.parameters()).device))
+    most = most_logits_on(hardware.device)
+    kept = prefix_for(model, dataset, settings) is not None
+    if (whole <= most and not kept) or frozen_head(model.lm_head, hardware.precision) is None:
+        return 4 * FLOAT32 * min(whole, most)
+    beside = hardware.precision.itemsize if hardware.device.type == "cuda" else 0
+    return (FLOAT32 + beside) * min(whole, 2 * most)
 
 
 def _hidden_states_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
