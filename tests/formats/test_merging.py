@@ -168,3 +168,20 @@ def test_from_the_command_line(place, capsys):
     assert "no operation to undo" in capsys.readouterr().err
     surgery(["merge", model, str(place / "adapter"), "--drop-originals"])
     assert "cannot be undone" in capsys.readouterr().err
+
+
+def test_a_merge_that_makes_infinite_weights_is_refused_before_anything_is_written(place):
+    """Whatever tolerance is given for the probe."""
+    model, _ = open_model(place / "model")
+    inject_lora(model, "q_proj")
+    train_updates(model)
+    layer = lora_layers(model)["layers.0.self_attn.q_proj"]
+    layer.lora_A.data[:, 0], layer.lora_B.data[0] = 3e3, 3e3
+    save_adapter(model, place / "large")
+    first = bytes_of(place)
+    wrong = r"NaN or infinite in 1 layers \(layers\.0\.self_attn\.q_proj\); float16 ends"
+    with pytest.raises(SurgeryError, match=wrong) as caught:
+        merge_adapter(place / "model", place / "large", place / "out", dtype="float16", tolerance=9)
+    assert "float32" in caught.value.hint
+    assert bytes_of(place) == first
+    merge_adapter(place / "model", place / "large", place / "out", dtype="bfloat16", force=True)

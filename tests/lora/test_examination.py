@@ -20,6 +20,8 @@ from nanogpt_surgery.lora.examination import (
 )
 from nanogpt_surgery.lora.hashing import tensor_hash
 from nanogpt_surgery.lora.lora_layer import has_lora, lora_layers
+from nanogpt_surgery.lora.stored import StoredAdapter
+from nanogpt_surgery.lora.transplant import put_on
 
 
 def adapted(dtype: torch.dtype = torch.float32, size: float = 0.1) -> nn.Module:
@@ -70,8 +72,8 @@ def test_a_merge_over_the_tolerance_is_refused_and_force_overrides():
 def test_a_merge_that_gives_no_numbers_is_refused():
     model = adapted()
     for layer in lora_layers(model).values():
-        layer.lora_B.data.fill_(1e30)
-        layer.lora_A.data.fill_(1e30)
+        layer.lora_B.data.fill_(1e15)
+        layer.lora_A.data.fill_(1e15)
     with pytest.raises(SurgeryError, match="not the adapted one"):
         merge_lora(model, probe=some_ids())
     assert has_lora(model)
@@ -162,3 +164,51 @@ def test_a_merge_in_bfloat16_rounds_once_and_says_what_is_lost():
     [row] = [row for row in report.rows if row["layer"] == "layers.0.mlp.up_proj"]
     assert row["dtype"] == "bfloat16"
     assert 0 < row["energy left"] < 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size", "hint"),
+    [
+        (torch.float32, float("nan"), "train the adapter first"),
+        (torch.float32, 1e30, "train the adapter first"),
+        (torch.float16, 300.0, "merge into float32 weights"),
+    ],
+)
+def test_a_merge_that_makes_nan_or_infinite_weights_is_refused_without_a_probe(dtype, size, hint):
+    model = adapted(dtype)
+    update = lora_layers(model)["layers.1.mlp.up_proj"].update
+    update.lora_A.data[:, 0], update.lora_B.data[0] = size, size
+    hashes = tensor_hashes(model)
+    with pytest.raises(SurgeryError, match=r"in 1 layers \(layers\.1\.mlp\.up_proj\)") as caught:
+        merge_lora(model)
+    assert hint in caught.value.hint
+    assert ("bfloat16" in str(caught.value)) == (dtype == torch.float16)
+    assert tensor_hashes(model) == hashes
+    merge_lora(model, force=True)
+    assert not has_lora(model)
+
+
+def test_a_copy_of_a_module_with_a_nan_is_not_merged():
+    model = PATIENTS["SimpleGPT"]()
+    put_on(model, StoredAdapter({}, whole={"norm.weight": torch.full((24,), float("nan"))}))
+    with pytest.raises(SurgeryError, match=r"NaN or infinite in 1 layers \(norm\)"):
+        merge_lora(model)
+    assert has_lora(model)
+
+
+def test_a_merge_in_float64_keeps_its_bits():
+    model = PATIENTS["SimpleGPT"]().double()
+    for parameter in model.parameters():
+        parameter.data += 1e-10
+    inject_lora(model, "up_proj", rank=2)
+    train_a_little(model)
+    layer = lora_layers(model)["layers.0.mlp.up_proj"]
+    layer.lora_B.data[3:] = 0
+    weight, wanted = layer.original_layer.weight, layer.original_layer.weight + layer.delta_weight()
+    report = merge_lora(model)
+    merged = model.layers[0].mlp.up_proj.weight
+    assert torch.equal(merged, wanted)
+    assert torch.equal(merged[3:], weight[3:])
+    assert report.rows[0]["dtype"] == "float64"
+    assert report.rows[0]["largest error"] == 0
+    assert report.rows[0]["weights changed"] < 0.1

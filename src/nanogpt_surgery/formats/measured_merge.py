@@ -18,7 +18,7 @@ from nanogpt_surgery.lora.examination import (
     logits_of,
     merge_rows,
     refuse_effect,
-    refuse_no_change,
+    refuse_weights,
 )
 from nanogpt_surgery.lora.lora_layer import lora_layers
 from nanogpt_surgery.lora.ties import refuse_undecided
@@ -61,13 +61,14 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
         force: let pass whatever is measured.
 
     Raises:
-        SurgeryError: every weight would be the number that it is without the adapter.
+        SurgeryError: every weight would be the number that it is without the adapter, or one would
+            be NaN or infinite.
     """
     adapted, layers = logits_of(merge.model, merge.probe), lora_layers(merge.model)
     rows = merge_rows(layers, rounding)
     if not force:
-        refuse_no_change(
-            rows, len(layers), str(merge.adapter), WIDER, "train the adapter first, or --force"
+        refuse_weights(
+            rows, layers, str(merge.adapter), WIDER, "train the adapter first, or --force"
         )
     refuse_undecided(merge.model, layers)
     merge_layers(merge.model)  # the model is only here to be written: nothing is journaled

@@ -6,6 +6,7 @@ that gives logits (…, V).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -15,13 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.lora_layer import LoRALayer, MatrixLayer, lora_layers
+from nanogpt_surgery.lora.lora_layer import LoRALayer, MatrixLayer, lora_layers, widened
 from nanogpt_surgery.lora.report import Report
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
-Rounding: TypeAlias = Callable[[Tensor], Tensor]  # a float32 matrix, to fewer bits and back
+Rounding: TypeAlias = Callable[[Tensor], Tensor]  # a matrix, to fewer bits and back
 RoundingOf: TypeAlias = Callable[[str, Tensor], tuple[str, Rounding]]
 """By a layer's name and weight: what its numbers become, under a name."""
+FLOAT16 = ("float16", "F16")  # as torch and GGUF call it
 BLOCK = 32  # weights that share a scale at 4 bits
 
 
@@ -58,7 +60,7 @@ def compare_logits(before: Tensor, after: Tensor) -> dict[str, float]:
 def effect_of(
     model: nn.Module,
     probe: Probe | None,
-    change: Callable[[], None],
+    change: Callable[[nn.Module], None],
     tolerance: float,
     force: bool,
 ) -> dict[str, float]:
@@ -69,10 +71,10 @@ def effect_of(
             off. Taking the change back is the caller's.
     """
     if probe is None:
-        change()
+        change(model)
         return {}
     before = logits_of(model, probe)
-    change()
+    change(model)
     effect = compare_logits(before, logits_of(model, probe))
     if not force:
         refuse_effect(effect, tolerance)
@@ -90,28 +92,61 @@ def refuse_effect(effect: Mapping[str, float], tolerance: float) -> None:
         )
 
 
-def refuse_no_change(
+def refuse_weights(
     rows: list[dict[str, Any]],
-    layers: int,
+    layers: Mapping[str, LoRALayer],
     what: str = "the merge",
     wider: str = "merge into float32 weights, or force=True",
-    untrained: str = "train the adapter first, or force=True",
+    trained: str = "train the adapter first, or force=True",
 ) -> None:
-    """Raise `SurgeryError` if a merge with these rows leaves every weight the number that it is.
+    """Raise `SurgeryError` if a merge with these rows makes NaN or infinities, or changes nothing.
 
-    Of `layers`, those without a row are modules that an adapter replaces whole: a change. `wider`
-    and `untrained` say what to do where ΔW is lost in the rounding, and where it is 0.
+    Args:
+        rows: from `merge_rows`.
+        layers: what is merged.
+        what: the merge's name.
+        wider: what to do where ΔW does not fit into the dtype: too small or too large for it.
+        trained: what to do where ΔW is 0, or no number.
     """
-    if len(rows) < layers or any(row["weights changed"] for row in rows):
+    _refuse_not_finite(rows, layers, what, wider, trained)
+    replaces_whole = len(_matrix_layers(layers)) < len(layers)  # a change, without a ΔW
+    if replaces_whole or any(row["weights changed"] for row in rows):
         return
     lost = any(row["ΔW / W"] for row in rows)
-    kinds = " and ".join(sorted({str(row["dtype"]) for row in rows}))
     raise SurgeryError(
         f"{what} would change no weight: ΔW is "
-        + (f"lost in the rounding to {kinds}" if lost else "0")
+        + (f"lost in the rounding to {_dtypes(rows)}" if lost else "0")
         + f" in all {len(rows)} layers",
-        wider if lost else untrained,
+        wider if lost else trained,
     )
+
+
+def _refuse_not_finite(
+    rows: list[dict[str, Any]],
+    layers: Mapping[str, LoRALayer],
+    what: str,
+    wider: str,
+    trained: str,
+) -> None:
+    wrong = [row for row in rows if not math.isfinite(row["largest error"])]
+    narrow = [row for row in wrong if row["dtype"] in FLOAT16]
+    names = [row["layer"] for row in wrong] + [
+        name
+        for name, layer in layers.items()
+        if not isinstance(layer, MatrixLayer)
+        and not all(p.isfinite().all() for p in layer.merged_layer().parameters())
+    ]
+    if names:
+        raise SurgeryError(
+            f"{what} would make weights that are NaN or infinite in {len(names)} layers "
+            f"({', '.join(names[:8])})"
+            + ("; float16 ends at 65,504, bfloat16 and float32 go on" if narrow else ""),
+            wider if narrow else trained,
+        )
+
+
+def _dtypes(rows: list[dict[str, Any]]) -> str:
+    return " and ".join(sorted({str(row["dtype"]) for row in rows}))
 
 
 def as_stored(_layer: str, weight: Tensor) -> tuple[str, Rounding]:
@@ -136,7 +171,7 @@ def merge_rows(
 
 def _what_arrives(layer: MatrixLayer, rounded: Rounding) -> dict[str, float]:
     """What a merge does to a layer's weight that is rounded after it, in numbers."""
-    weight, delta = layer.original_layer.weight.detach().float(), layer.delta_weight()
+    weight, delta = widened(layer.original_layer.weight), layer.delta_weight()
     exact = weight + delta
     before, after = rounded(weight), rounded(exact)
     return {
@@ -176,7 +211,7 @@ def merge_survival(model: nn.Module) -> Report:
     """
     rows: list[dict[str, Any]] = []
     for name, layer in _matrix_layers(lora_layers(model)).items():
-        weight, delta = layer.original_layer.weight.detach().float(), layer.delta_weight()
+        weight, delta = widened(layer.original_layer.weight), layer.delta_weight()
         left = {
             precision: energy_left(rounded(weight + delta) - rounded(weight), delta)
             for precision, rounded in ROUNDINGS.items()
@@ -188,7 +223,7 @@ def merge_survival(model: nn.Module) -> Report:
 
 def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
     """To a dtype and back."""
-    return weight.to(dtype).float()
+    return weight.to(dtype).to(weight.dtype)
 
 
 def round_int8(weight: Tensor) -> Tensor:

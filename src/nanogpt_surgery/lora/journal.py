@@ -12,11 +12,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.hashing import tensor_hashes
-from nanogpt_surgery.lora.lora_layer import LoRALayer, device_of, refuse_in_rows
+from nanogpt_surgery.lora.hashing import tensor_hashes, written_to
+from nanogpt_surgery.lora.lora_layer import LoRALayer, refuse_in_rows
 
 CHART = "_surgery_chart"
 _TIE = "tie_word_embeddings"
@@ -24,11 +25,15 @@ _TIE = "tie_word_embeddings"
 
 @dataclass
 class Entry:
-    """One operation: its title, what it changed, and every tensor's hash before it."""
+    """One operation: its title, what it changed, and every tensor's hash before it.
+
+    `undone` holds every tensor's hash just before and just after it was undone, for the redo.
+    """
 
     title: str
     changes: list[Change]
     hashes: dict[str, str] | None
+    undone: tuple[dict[str, str], dict[str, str]] | None = None
 
 
 @dataclass
@@ -44,11 +49,31 @@ class Chart:
 
 @dataclass(frozen=True)
 class Merge:
-    """The last merge: the layers it replaced, each with what came there, and what it used up."""
+    """The last merge: the layers it replaced, each with what came there, and what it used up.
+
+    `hashes` are those of every tensor after it.
+    """
 
     layers: tuple[tuple[str, nn.Module, nn.Module], ...]
     thaw: tuple[nn.Parameter, ...] | None
     tied: bool | None
+    hashes: dict[str, str]
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `SurgeryError` unless the model is what the merge left, later adapters apart."""
+        changed = [name for name, _, now in self.layers if model.get_submodule(name) is not now]
+        if changed:
+            raise SurgeryError(
+                f"{', '.join(changed[:8])} changed after the merge",
+                "undo_lora goes back step by step",
+            )
+        changed = written_to(self.hashes, tensor_hashes(model))
+        if changed:
+            raise SurgeryError(
+                f"the merge cannot be taken out: {len(changed)} tensors were trained, cast or "
+                f"written to since ({', '.join(changed[:8])})",
+                "open the original again, or keep the model merged",
+            )
 
 
 def says_tied(model: nn.Module) -> bool | None:
@@ -121,8 +146,10 @@ def _places(model: nn.Module) -> dict[tuple[int, str], Place]:
 
 
 @contextmanager
-def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[None]:
+def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[dict[Tensor, str]]:
     """Journal what the block does to a model; if it raises, the model is as it was.
+
+    The block is given the hashes, by tensor.
 
     Args:
         model: what is operated on.
@@ -135,11 +162,12 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
     refuse_in_rows(model)
     chart = chart_of(model)
     before = {key: (place, place.get()) for key, place in _places(model).items()}
-    hashes = tensor_hashes(model) if hashed else None
+    seen: dict[Tensor, str] = {}
+    hashes = tensor_hashes(model, seen) if hashed else None
     try:
-        yield
+        yield seen
     except BaseException:
-        _put(_differences(model, before), back=True)
+        put(_differences(model, before), back=True)
         raise
     chart.done.append(Entry(title, _differences(model, before), hashes))
     chart.undone.clear()
@@ -166,70 +194,15 @@ def _differences(
     return changes + added
 
 
-def _put(changes: list[Change], back: bool) -> None:
+def put(changes: list[Change], back: bool) -> None:
+    """Take changes back, or make them again."""
     for change in changes:
         change.put(back)
 
 
-def _follow(model: nn.Module, changes: list[Change]) -> None:
-    """Bring modules that were put back to the device where the model has gone meanwhile."""
-    device = device_of(model)
-    for change in changes:
-        module = change.place.get() if change.place.child else None
-        if module is not None:
-            module.to(device)
-
-
-def take_back(model: nn.Module) -> Entry:
-    """Put everything as it was before the last operation.
-
-    Raises:
-        SurgeryError: there is none, or something else has changed those places since.
-    """
-    refuse_in_rows(model)
-    chart = chart_of(model)
-    if not chart.done:
-        because = "; the originals were dropped by a merge" if chart.forgotten else ""
-        raise SurgeryError(f"there is no operation to undo{because}")
-    entry = chart.done[-1]
-    _check_untouched(entry, "after")
-    _put(entry.changes, back=True)
-    _follow(model, entry.changes)
-    chart.done.pop()
-    chart.undone.append(entry)
-    return entry
-
-
-def do_again(model: nn.Module) -> Entry:
-    """Make the operation again that was undone last.
-
-    Raises:
-        SurgeryError: there is none, or something else has changed those places since.
-    """
-    refuse_in_rows(model)
-    chart = chart_of(model)
-    if not chart.undone:
-        raise SurgeryError("there is no operation to redo")
-    entry = chart.undone[-1]
-    _check_untouched(entry, "before")
-    _put(entry.changes, back=False)
-    _follow(model, entry.changes)
-    chart.undone.pop()
-    chart.done.append(entry)
-    return entry
-
-
-def _check_untouched(entry: Entry, expected: str) -> None:
-    wrong = [
-        f"{type(change.place.owner).__name__}.{change.place.name}"
-        for change in entry.changes
-        if change.place.child and change.place.get() is not getattr(change, expected)
-    ]
-    if wrong:
-        raise SurgeryError(
-            f"the model's modules were changed by other hands since '{entry.title}': "
-            + ", ".join(wrong[:8])
-        )
+def rejoin(module: nn.Module, replaced: nn.Module, device: torch.device) -> None:
+    """Bring a module that came back to the model's device, and to the mode of what it replaced."""
+    module.to(device).train(replaced.training)
 
 
 def forget(model: nn.Module) -> None:

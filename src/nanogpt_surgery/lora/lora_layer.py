@@ -133,10 +133,18 @@ class MatrixLayer(LoRALayer):
         return self.mixture.delta_weight(self)
 
     def merged_layer(self) -> nn.Module:
-        """A new plain layer with W + ΔW, added in float32 and rounded once, to W's own dtype."""
-        weight = self.original_layer.weight.detach()
-        merged = (weight.float() + self.delta_weight()).to(weight.dtype)
+        """A new plain layer with W + ΔW, rounded once, to W's own dtype.
+
+        It is added in float32, to a float64 W in float64.
+        """
+        weight = self.original_layer.weight
+        merged = (widened(weight) + self.delta_weight()).to(weight.dtype)
         return self.with_weight(nn.Parameter(merged.contiguous()))
+
+
+def widened(weight: Tensor) -> Tensor:
+    """A weight in the dtype that it is merged in, float32 or its own wider one; no gradient."""
+    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:

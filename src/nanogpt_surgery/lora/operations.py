@@ -12,12 +12,22 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows, refuse_no_change
-from nanogpt_surgery.lora.journal import Merge, chart_of, forget, operation, say_tied, says_tied
+from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows, refuse_weights
+from nanogpt_surgery.lora.hashing import tensor_hashes
+from nanogpt_surgery.lora.journal import (
+    Merge,
+    chart_of,
+    forget,
+    operation,
+    rejoin,
+    say_tied,
+    says_tied,
+)
 from nanogpt_surgery.lora.lora_layer import (
     LoRALayer,
     active_mixture,
     adapter_names,
+    device_of,
     has_lora,
     lora_layers,
 )
@@ -88,7 +98,7 @@ def merge_lora(
     force: bool = False,
     keep_originals: bool = True,
 ) -> Report:
-    """Put W + ΔW, added in float32, in the place of every wrapped layer.
+    """Put W + ΔW, added in float32 (float64 if W is), in the place of every wrapped layer.
 
     The original tensors are not written to. What takes part is merged; the other adapters leave
     with the wrappers, and come back with `unmerge_lora`.
@@ -99,26 +109,26 @@ def merge_lora(
             the logits is measured with it.
         tolerance: largest mean KL divergence from the adapted model's distribution to the merged
             one's, in nats a token, that is let pass.
-        force: merge whatever the probe says, and although no weight changes.
+        force: merge whatever the probe says and the weights become.
         keep_originals: keep the original layers and the updates in memory, for `unmerge_lora` and
             `undo_lora`.
 
     Raises:
         SurgeryError: the probe shows more than the tolerance, the LoRA is disabled, no adapter
-            takes part, no weight would change, or a tie would be broken that nobody decided to
-            break. The model is untouched then.
+            takes part, no weight would change, one would be NaN or infinite, or a tie would be
+            broken that nobody decided to break. The model is untouched then.
     """
     layers = lora_layers(model)
     _check_mergeable(model, layers)
     kept = "kept" if keep_originals else "dropped"
     rows = [{**row, "original": kept} for row in merge_rows(layers)]
     if not force:
-        refuse_no_change(rows, len(layers))
-    with operation(model, "merge"):
+        refuse_weights(rows, layers)
+    with operation(model, "merge") as seen:
         thaw, tied = chart_of(model).thaw, says_tied(model)
-        effect = effect_of(model, probe, lambda: merge_layers(model), tolerance, force)
+        effect = effect_of(model, probe, merge_layers, tolerance, force)
         replaced = tuple((n, layer, model.get_submodule(n)) for n, layer in layers.items())
-        chart_of(model).merged = Merge(replaced, thaw, tied)
+        chart_of(model).merged = Merge(replaced, thaw, tied, tensor_hashes(model, seen))
     if not keep_originals:
         forget(model)
     summary = {"layers": len(rows), "originals": kept}
@@ -141,11 +151,15 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
 def unmerge_lora(model: nn.Module) -> Report:
     """Take the last merge out again: the wrappers come back with the original bits beneath.
 
-    As before it, `remove_lora` lets train what could be trained before the first injection.
+    As before it, `remove_lora` lets train what could be trained before the first injection. By hash
+    every tensor is what the merge left, or it is refused: what was trained in a merged weight would
+    be thrown away, and the adapter would not fit what was trained elsewhere. Adapters that came
+    since, on other layers, are not looked at and stay.
 
     Raises:
-        SurgeryError: nothing is merged, the originals were dropped, or a merged layer has been
-            operated on since.
+        SurgeryError: nothing is merged, the originals were dropped, a merged layer has been
+            operated on since, or a tensor was trained, cast or written to. The model is untouched
+            then.
     """
     merged = chart_of(model).merged
     if not merged:
@@ -153,14 +167,12 @@ def unmerge_lora(model: nn.Module) -> Report:
         raise SurgeryError(
             "there is nothing to unmerge" + (": the originals were dropped" if dropped else "")
         )
-    changed = [name for name, _, now in merged.layers if model.get_submodule(name) is not now]
-    if changed:
-        raise SurgeryError(
-            f"{', '.join(changed[:8])} changed after the merge", "undo_lora goes back step by step"
-        )
+    merged.check(model)
     with operation(model, "unmerge"):
-        for name, layer, _ in merged.layers:
+        device = device_of(model)
+        for name, layer, now in merged.layers:
             replace(model, name, layer)
+            rejoin(layer, now, device)
         chart_of(model).merged, chart_of(model).thaw = None, merged.thaw
         say_tied(model, merged.tied)
         model.requires_grad_(False)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.hashing import UPDATES, combined, tensor_hashes
-from nanogpt_surgery.lora.journal import Entry, chart_of, do_again, take_back
+from nanogpt_surgery.lora.hashing import UPDATES, combined, tensor_hashes, written_to
+from nanogpt_surgery.lora.journal import Entry, chart_of, put, rejoin
+from nanogpt_surgery.lora.lora_layer import device_of, refuse_in_rows
 from nanogpt_surgery.lora.report import Report
 
 SHOWN = 12  # digits of a hash in a table
@@ -25,45 +28,120 @@ def undo_lora(model: nn.Module) -> Report:
     """
     seen: dict[Tensor, str] = {}
     before = tensor_hashes(model, seen)
-    entry = take_back(model)
-    after = tensor_hashes(model, seen)
-    wanted = entry.hashes or {name: h for name, h in before.items() if name in after}
-    changed = [n for n in wanted if UPDATES not in n and after.get(n) != wanted[n]]
-    if changed:
-        do_again(model)
-        raise SurgeryError(
-            f"'{entry.title}' cannot be undone to the bit: {len(changed)} frozen tensors were "
-            f"written to since ({', '.join(changed[:8])})",
-            "open the model again",
-        )
-    return _report(f"undone: {entry.title}", before, after, wanted)
+    with _taken_back(model) as entry:
+        after = tensor_hashes(model, seen)
+        wanted = entry.hashes or {name: h for name, h in before.items() if name in after}
+        _check_written(f"'{entry.title}' cannot be undone", wanted, after, "open the model again")
+        entry.undone = before, after
+    return _report(f"undone: {entry.title}", before, after, wanted, "before")
 
 
 def redo_lora(model: nn.Module) -> Report:
-    """Make the operation again that was undone last.
+    """Make the operation again that was undone last, and compare with the hashes after it.
 
     Raises:
-        SurgeryError: there is nothing to redo.
+        SurgeryError: there is nothing to redo, or a frozen tensor is not what the undo left, or
+            would not be what it took away (all of them named; the model stays as it is then).
     """
     seen: dict[Tensor, str] = {}
     before = tensor_hashes(model, seen)
-    entry = do_again(model)
-    after = tensor_hashes(model, seen)
-    return _report(f"done again: {entry.title}", before, after, {})
+    with _made_again(model) as entry:
+        after = tensor_hashes(model, seen)
+        assert entry.undone, "no other way leads here"
+        wanted, left = entry.undone
+        title, hint = f"'{entry.title}' cannot be redone", "call the operation itself again"
+        _check_written(title, left, before, hint)
+        _check_written(title, wanted, after, hint)
+        entry.undone = None
+    return _report(f"done again: {entry.title}", before, after, wanted, "after")
+
+
+def _check_written(title: str, wanted: dict[str, str], now: dict[str, str], hint: str) -> None:
+    changed = written_to(wanted, now)
+    if changed:
+        raise SurgeryError(
+            f"{title} to the bit: {len(changed)} frozen tensors were written to since "
+            f"({', '.join(changed[:8])})",
+            hint,
+        )
+
+
+@contextmanager
+def _taken_back(model: nn.Module) -> Iterator[Entry]:
+    """Put everything as it was before the last operation; if the block raises, nothing moved.
+
+    Raises:
+        SurgeryError: there is none, or something else has changed those places since.
+    """
+    refuse_in_rows(model)
+    chart = chart_of(model)
+    if not chart.done:
+        because = "; the originals were dropped by a merge" if chart.forgotten else ""
+        raise SurgeryError(f"there is no operation to undo{because}")
+    with _moved(model, chart.done[-1], back=True):
+        yield chart.done[-1]
+    chart.undone.append(chart.done.pop())
+
+
+@contextmanager
+def _made_again(model: nn.Module) -> Iterator[Entry]:
+    """Make the operation again that was undone last; if the block raises, nothing moved.
+
+    Raises:
+        SurgeryError: there is none, or something else has changed those places since.
+    """
+    refuse_in_rows(model)
+    chart = chart_of(model)
+    if not chart.undone:
+        raise SurgeryError("there is no operation to redo")
+    with _moved(model, chart.undone[-1], back=False):
+        yield chart.undone[-1]
+    chart.done.append(chart.undone.pop())
+
+
+@contextmanager
+def _moved(model: nn.Module, entry: Entry, back: bool) -> Iterator[None]:
+    """Take an operation back or make it again; if the block raises, nothing moved."""
+    _check_untouched(entry, back)
+    children = [change for change in entry.changes if change.place.child]
+    there, device = [change.place.get() for change in children], device_of(model)
+    put(entry.changes, back)
+    try:
+        yield
+    except BaseException:
+        put(entry.changes, not back)
+        raise
+    for change, replaced in zip(children, there, strict=True):
+        module = change.place.get()
+        if module is not None:  # where nothing was, its owner has the mode
+            rejoin(module, change.place.owner if replaced is None else replaced, device)
+
+
+def _check_untouched(entry: Entry, back: bool) -> None:
+    wrong = [
+        f"{type(change.place.owner).__name__}.{change.place.name}"
+        for change in entry.changes
+        if change.place.child
+        and change.place.get() is not (change.after if back else change.before)
+    ]
+    if wrong:
+        raise SurgeryError(
+            f"the model's modules were changed by other hands since '{entry.title}': "
+            + ", ".join(wrong[:8])
+        )
 
 
 def _report(
-    title: str, before: dict[str, str], after: dict[str, str], wanted: dict[str, str]
+    title: str, before: dict[str, str], after: dict[str, str], wanted: dict[str, str], side: str
 ) -> Report:
     rows: list[dict[str, Any]] = []
     for name in dict.fromkeys([*before, *after]):
         was, now = before.get(name, ""), after.get(name, "")
         rows.append({"tensor": name, "before": was[:SHOWN] or "-", "after": now[:SHOWN] or "-"})
     summary: dict[str, Any] = {"tensors": len(after), "sha256_of_all": combined(after.values())}
-    if wanted:
-        summary["as_before_the_operation"] = sum(after.get(n) == h for n, h in wanted.items())
-        trained = [n for n in wanted if UPDATES in n and after.get(n) not in (None, wanted[n])]
-        summary["trained_since"] = len(trained)
+    summary[f"as_{side}_the_operation"] = sum(after.get(n) == h for n, h in wanted.items())
+    trained = [n for n in wanted if UPDATES in n and after.get(n) not in (None, wanted[n])]
+    summary["trained_since"] = len(trained)
     return Report(title, rows, summary)
 
 
