@@ -56,30 +56,21 @@ def finetune(
     keep_in
         a folder for the hidden states that are kept (--keep-hidden), instead of memory
     """
-    import torch
-
     from nanogpt_surgery.cli.instruction_data import window
-    from nanogpt_surgery.cli.sources import say_sources, say_windows
     from nanogpt_surgery.cli.training_run import carry_out, check_first
-    from nanogpt_surgery.data.tokenizer import required_tokenizer
-    from nanogpt_surgery.formats.model_file import open_model
 
     settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
     _refuse_file(keep_in)
     check_first(run, settings)
-    network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
-    tokenizer = required_tokenizer(found, model)
-    _refuse_paths(network, given(target).get("targets") or [])
+    targets = given(target).get("targets")
+    network, tokenizer = _opened(model, targets or [])
     length = window(block_size, network.config.block_size)
     conversations = InstructionSettings(**given(instructions))
     data = _data(text, weights, tokenizer, length, conversations)
-    say_windows(*data)
-    say_sources(data[0], text, settings.windows)
-    way = "Muon" if settings.muon else "AdamW"
-    say(f"trained by {way}, at a learning rate of {settings.learning_rate:g}")
+    _say_training(data, text, settings)
     job = _job(run, model, network, data, settings, adapter, given(target))
-    named = {"model": model, "text": text, "weights": weights, **asdict(conversations)}
-    named["targets"] = given(target).get("targets")
+    named = {"model": model, "text": text, "weights": weights, "targets": targets}
+    named |= asdict(conversations)
     carry_out(replace(job, keep_in=keep_in, named=named), "fine-tuned")
     if not run.plan:
         say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
@@ -88,6 +79,31 @@ def finetune(
 def _refuse_file(keep_in: Path | None) -> None:
     if keep_in is not None and keep_in.exists() and not keep_in.is_dir():
         raise SurgeryError(f"{keep_in} is a file", "--keep-in names a folder")
+
+
+def _opened(model: str, targets: list[str]) -> tuple[SimpleGPT, Tokenizer]:
+    """The model to adapt and its tokenizer, when no target is a text."""
+    import torch
+
+    from nanogpt_surgery.data.tokenizer import required_tokenizer
+    from nanogpt_surgery.formats.model_file import open_model
+
+    network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
+    tokenizer = required_tokenizer(found, model)
+    _refuse_paths(network, targets)
+    return network, tokenizer
+
+
+def _say_training(
+    data: tuple[Batches, Batches], text: tuple[str, ...], settings: FitSettings
+) -> None:
+    """How much there is to train on, and how fast it is learned."""
+    from nanogpt_surgery.cli.sources import say_sources, say_windows
+
+    say_windows(*data)
+    say_sources(data[0], text, settings.windows)
+    way = "Muon" if settings.muon else "AdamW"
+    say(f"trained by {way}, at a learning rate of {settings.learning_rate:g}")
 
 
 def _refuse_paths(model: SimpleGPT, targets: list[str]) -> None:
