@@ -31,6 +31,7 @@ def finetune(
     run: RunOptions,
     weights: str | None = None,
     block_size: int | None = None,
+    stride: int | None = None,
     keep_in: Path | None = None,
     instructions: InstructionOptions = None,
     target: TargetOptions = None,
@@ -53,22 +54,25 @@ def finetune(
         draw from each source of text in proportion, as in 3:1 for two of them
     block_size
         tokens in a window, or in a row of conversations; the model's own by default, at most 256
+    stride
+        tokens from the start of one window of text to the next; by default the whole window where
+        layers before the first that learns are computed once (see --keep-hidden), else 1
     keep_in
         a folder for the hidden states that are kept (--keep-hidden), instead of memory
     """
-    from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.cli.training_run import carry_out, check_first
 
     settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
     _refuse_file(keep_in)
     check_first(run, settings)
     targets = given(target).get("targets")
-    network, tokenizer = _opened(model, targets or [])
-    length = window(block_size, network.config.block_size)
+    network, tokenizer, length = _opened(model, block_size, targets or [])
     conversations = InstructionSettings(**given(instructions))
     data = _data(text, weights, tokenizer, length, conversations)
-    _say_training(data, text, settings)
-    job = _job(run, model, network, data, settings, adapter, given(target))
+    job = _spaced(
+        _job(run, model, network, data, settings, adapter, given(target)), network, stride
+    )
+    _say_training(job, text)
     named = {"model": model, "text": text, "weights": weights, "targets": targets}
     named |= asdict(conversations)
     carry_out(replace(job, keep_in=keep_in, named=named), "fine-tuned")
@@ -81,29 +85,30 @@ def _refuse_file(keep_in: Path | None) -> None:
         raise SurgeryError(f"{keep_in} is a file", "--keep-in names a folder")
 
 
-def _opened(model: str, targets: list[str]) -> tuple[SimpleGPT, Tokenizer]:
-    """The model to adapt and its tokenizer, when no target is a text."""
+def _opened(
+    model: str, block_size: int | None, targets: list[str]
+) -> tuple[SimpleGPT, Tokenizer, int]:
+    """A model in float32, its tokenizer, and the tokens of a window, when no target is a text."""
     import torch
 
+    from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
 
     network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
     tokenizer = required_tokenizer(found, model)
     _refuse_paths(network, targets)
-    return network, tokenizer
+    return network, tokenizer, window(block_size, network.config.block_size)
 
 
-def _say_training(
-    data: tuple[Batches, Batches], text: tuple[str, ...], settings: FitSettings
-) -> None:
+def _say_training(job: Job, text: tuple[str, ...]) -> None:
     """How much there is to train on, and how fast it is learned."""
     from nanogpt_surgery.cli.sources import say_sources, say_windows
 
-    say_windows(*data)
-    say_sources(data[0], text, settings.windows)
-    way = "Muon" if settings.muon else "AdamW"
-    say(f"trained by {way}, at a learning rate of {settings.learning_rate:g}")
+    say_windows(job.dataset, job.validation)
+    say_sources(job.dataset, text, job.settings.windows)
+    way = "Muon" if job.settings.muon else "AdamW"
+    say(f"trained by {way}, at a learning rate of {job.settings.learning_rate:g}")
 
 
 def _refuse_paths(model: SimpleGPT, targets: list[str]) -> None:
@@ -154,6 +159,28 @@ def _job(
         },
         write_weights=lambda folder: write_adapter_files(network, folder, model),
     )
+
+
+def _spaced(job: Job, network: SimpleGPT, stride: int | None) -> Job:
+    """The windows of a text, begun as often as asked for, or as pays."""
+    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.mixture import Mixture
+    from nanogpt_surgery.training.frozen_prefix import can_keep
+
+    data = job.dataset
+    if not isinstance(data, GPTDataset | Mixture):
+        if stride is not None:
+            raise SurgeryError(
+                "instruction data is rows, not windows of text", "leave --stride out"
+            )
+        return job
+    if stride is None and can_keep(network, job.settings):
+        say("windows lie side by side: frozen layers see each once; --stride 1 overlaps them")
+        stride = data.block_size
+    stride = 1 if stride is None else stride
+    # A run begun before there were strides had windows at every token.
+    known = {} if stride == 1 else {"stride": stride}
+    return replace(job, dataset=data.with_stride(stride), description=job.description | known)
 
 
 def _data(

@@ -23,7 +23,7 @@ _BEFORE = {"settings": {"evaluate_tokens": 0}}
 _KINDS = {"model": GPTConfig, "settings": FitSettings, "adapter": LoRASettings}
 _DERIVED = ("n_kv_head", "head_dim", "n_inner")  # 0, where nothing is asked for
 _OF_DATA = ("weights", "data", "template", "answers_only", "pack")
-_TEXT_SET = ("block_size", "base")  # what other ids of the same text may come from
+_TEXT_SET = ("block_size", "stride", "base")  # what other ids of the same text may come from
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,8 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]
     A setting that did not exist yet had its default, or what was done before it; of an adapter's
     nothing was written down once, and then they count as what they are now.
     """
-    old = {"adapter": now.get("adapter")} | _with_defaults(before)
+    once = {"stride": 1} if "stride" in now else {}  # before there was a choice
+    old = {"adapter": now.get("adapter")} | once | _with_defaults(before)
     changed = _changed(old, now)
     if not changed:
         return []
@@ -93,6 +94,8 @@ def _of_settings(old: dict[str, Any], new: dict[str, Any], changed: set[str]) ->
     found = _typed(("family",), old, new) if "model" in changed else []
     if "recipe" in changed:
         found.append(_difference("recipe", old.get("recipe"), new.get("recipe")))
+    if "stride" in changed:
+        found.append(_difference("stride", old["stride"], new.get("stride")))
     if "block_size" in changed and "model" not in changed:
         found.append(_difference("block_size", old["block_size"], new["block_size"]))
     for section in _KINDS:
