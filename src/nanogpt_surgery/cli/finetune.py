@@ -60,27 +60,28 @@ def finetune(
     keep_in
         a folder for the hidden states that are kept (--keep-hidden), instead of memory
     """
-    from nanogpt_surgery.cli.training_run import carry_out, check_first
+    from nanogpt_surgery.cli.training_run import carry_out
 
     settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
-    _refuse_file(keep_in)
-    check_first(run, settings)
+    _check_first(run, settings, keep_in)
     targets = given(target).get("targets")
     network, tokenizer, length = _opened(model, block_size, targets or [])
     conversations = InstructionSettings(**given(instructions))
     data = _data(text, weights, tokenizer, length, conversations)
-    job = _spaced(
-        _job(run, model, network, data, settings, adapter, given(target)), network, stride
-    )
+    whole = _job(run, model, network, data, settings, adapter, given(target))
+    job = _spaced(whole, network, stride)
     _say_training(job, text)
     named = {"model": model, "text": text, "weights": weights, "targets": targets}
-    named |= asdict(conversations)
-    carry_out(replace(job, keep_in=keep_in, named=named), "fine-tuned")
+    carry_out(replace(job, keep_in=keep_in, named=named | asdict(conversations)), "fine-tuned")
     if not run.plan:
         say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
 
 
-def _refuse_file(keep_in: Path | None) -> None:
+def _check_first(run: RunOptions, settings: FitSettings, keep_in: Path | None) -> None:
+    """What can be refused before anything is read."""
+    from nanogpt_surgery.cli.training_run import check_first
+
+    check_first(run, settings)
     if keep_in is not None and keep_in.exists() and not keep_in.is_dir():
         raise SurgeryError(f"{keep_in} is a file", "--keep-in names a folder")
 
