@@ -1,6 +1,11 @@
 """The commands as a user types them, in processes of their own."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -41,10 +46,31 @@ def test_data_goes_to_stdout_and_progress_to_stderr(folder: Path) -> None:
 
 def test_progress_says_loss_rate_and_time_left(folder: Path, tmp_path: Path) -> None:
     done = surgery("train", folder / "text.txt", "--out", tmp_path / "r", *SMALL, *STEPS, "--json")
-    assert json.loads(done.stdout)["steps"] == 6
+    report = json.loads(done.stdout)
+    assert report["steps"] == 6
+    assert 0 < report["seconds_of_steps"] < report["seconds_in_all"]
+    *_, last = [line for line in done.stderr.splitlines() if line.startswith("step 6 of 6")]
+    rate = int(last.split(" tokens/s")[0].split()[-1].replace(",", ""))
+    assert rate == report["tokens_per_second"], "one rate, whether evaluations are long or not"
     assert "\x1b" not in done.stderr, "plain lines where stderr is no terminal"
     for piece in ("step 3 of 6", "loss ", "tokens/s", "left", "validation loss"):
         assert piece in done.stderr
+
+
+def test_a_bar_says_when_it_evaluates(folder: Path, tmp_path: Path) -> None:
+    ours, theirs = pty.openpty()
+    arguments = ["train", folder / "text.txt", "--out", tmp_path / "r", *SMALL, *STEPS]
+    command = [sys.executable, "-m", "nanogpt_surgery", *map(str, arguments)]
+    process = subprocess.Popen(command, stderr=theirs, env=os.environ | {"TERM": "xterm"})
+    os.close(theirs)
+    shown = b""
+    with suppress(OSError):  # the end of a terminal
+        while piece := os.read(ours, 1 << 16):
+            shown += piece
+    os.close(ours)
+    assert process.wait(timeout=60) == 0
+    assert b"evaluating" in shown
+    assert b"step 6 of 6" in shown
 
 
 def test_generate_continues_the_prompt(folder: Path) -> None:

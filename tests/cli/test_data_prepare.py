@@ -83,7 +83,7 @@ def test_training_on_ids_maps_them_and_notices_other_ones(place, tokens, capsys)
     assert tuned["steps"] == 4
     surgery(capsys, "data", "prepare", "b.txt", "a.txt", "--out", "others", "--workers", 1)
     others = ["train", "others", *arguments[2:], "--resume"]
-    assert "train_ids was" in refused(capsys, *others)
+    assert "the text was tokens and is others\n" in refused(capsys, *others)
     assert surgery(capsys, *arguments, "--resume")[0]["steps"] == 4
 
 

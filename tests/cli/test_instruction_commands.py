@@ -22,6 +22,7 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.cli.app import run
+from nanogpt_surgery.data import corpus
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 
 SIZE = 96
@@ -182,3 +183,53 @@ def test_preview_shows_each_token_by_itself(place, tmp_path, capsys):
     assert texts[place_of - 3 : place_of] == [" ", "", ""]
     surgery("data", "preview", *few)
     assert "⟦b⟧│⟦<|im_end|>⟧│⟦\n⟧│" in capsys.readouterr().out
+
+
+def test_a_text_behind_the_targets_is_told_from_one(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(place)
+    (place / "lm_head").mkdir(exist_ok=True)  # a folder of a layer's name is that layer
+    for path, kind in (("a.txt", "file"), (".", "folder")):
+        with pytest.raises(SystemExit):
+            surgery("finetune", "m", "--out", tmp_path / "o", "--targets", "lm_head", path)
+        err = capsys.readouterr().err
+        assert f"{path} is a {kind}, and stands among the targets" in err
+        assert f"put the text before --targets: surgery finetune MODEL {path}" in err
+        assert "no text was named" not in err
+
+
+def test_a_fine_tuning_says_what_it_trains_on_and_how_fast(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(corpus, "python_source", lambda: "to be, or not to be\n" * 60)
+    few = ["--out", tmp_path / "o", *STEPS, "--block-size", 16, "--plan", "--learning-rate", 0.25]
+    surgery("finetune", place / "m", *few)
+    err = capsys.readouterr().err
+    assert "no text was named: training on the source of Python's standard library" in err
+    surgery("finetune", place / "m", place / "a.txt", *few)
+    err = capsys.readouterr().err
+    assert "no text was named" not in err
+    assert "windows to train on" in err
+    assert "trained by AdamW, at a learning rate of 0.25" in err
+
+
+def test_training_on_instruction_data_as_text_is_said(place, tmp_path, capsys):
+    small = "--n-embd 16 --n-head 2 --n-layer 1 --block-size 16 --max-steps 1 --plan".split()
+    surgery("train", place / "a.jsonl", "--out", tmp_path / "o", *small)
+    note = f"note: {place / 'a.jsonl'} is read as text"
+    err = capsys.readouterr().err
+    assert note in err
+    assert f"surgery finetune MODEL {place / 'a.jsonl'}" in err
+    surgery("train", place / "a.txt", "--out", tmp_path / "o", *small)
+    assert "is read as text" not in capsys.readouterr().err
+
+
+def test_too_short_a_block_is_said_once_with_its_flag(place, tmp_path, capsys):
+    prompts = ["?", *["?" * 200] * 52, "?"]
+    records = [{"prompt": prompt, "completion": "no" * 90} for prompt in prompts]
+    (tmp_path / "long.jsonl").write_text("\n".join(map(json.dumps, records)))
+    words = ["finetune", place / "m", tmp_path / "long.jsonl", "--out", tmp_path / "o", *STEPS]
+    with pytest.raises(SystemExit):
+        surgery(*words, "--block-size", 8)
+    assert "→ give a larger --block-size" in capsys.readouterr().err
+    surgery(*words, "--plan")
+    err = capsys.readouterr().err
+    assert err.count("no target ends a turn") == 1
+    assert "note: 47 of 48 examples to train on are left out: no answer begins within 96" in err

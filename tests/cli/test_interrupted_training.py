@@ -8,7 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from typed import surgery
+import torch
+from typed import called, surgery
 
 from nanogpt_surgery.files import file_hash
 
@@ -69,3 +70,30 @@ def test_a_signal_saves_and_leaves(folder: Path, number: signal.Signals, status:
     assert b"--resume goes on" in errors
     steps = len((folder / "run" / "metrics.jsonl").read_text().splitlines())
     assert (folder / "run" / "LATEST").read_text() == f"step-{steps:08d}\n"
+
+
+@pytest.mark.parametrize("command", [["train"], ["finetune", "nowhere"]])
+def test_a_folder_and_a_device_are_checked_before_anything_is_read(
+    folder: Path, command: list[str]
+) -> None:
+    """The text is not there, and neither is the model: what is said first was looked at first."""
+    (folder / "run").mkdir()
+    (folder / "run" / "run.json").write_text("{}")
+    words = [*command, folder / "nowhere.txt", "--out", folder / "run"]
+    assert "holds a run already" in called(*words, check=1)[1]
+    for lacking in {"cuda", "mps"} - devices():
+        _, said = called(*words, "--device", lacking, check=1)
+        assert f"there is no {lacking} device here" in said
+
+
+def devices() -> set[str]:
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    return {name for name, present in there.items() if present}
+
+
+def test_a_resume_that_finds_nothing_says_so(folder: Path) -> None:
+    small = [*LONG[:10], "--max-steps", 1]
+    words = ["train", folder / "text.txt", "--out", folder / "run", *small, "--resume"]
+    note = f"note: there is no checkpoint in {folder / 'run'}: --resume begins at step 0"
+    assert note in called(*words)[1]
+    assert "note:" not in called(*words)[1]

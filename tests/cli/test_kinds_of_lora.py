@@ -173,7 +173,8 @@ def test_a_run_is_resumed_with_the_adapter_that_it_has(
     with pytest.raises(SystemExit):
         surgery([*words, "--resume"])
     said = capsys.readouterr().err
-    assert "adapter.dropout was 0.1 and is now 0.0; adapter.rslora was True" in said
+    assert "dropout was 0.1 and is 0.0; rslora was on and is off" in said
+    assert "resume with --dropout 0.1 --rslora; or" in said
     surgery([*words, "--rslora", "--dropout", "0.1", "--resume"])
     del written["adapter"]
     (run / "run.json").write_text(json.dumps(written))

@@ -53,3 +53,26 @@ def test_tables_that_outgrow_the_model_are_said(tmp_path: Path) -> None:
     assert "note: 49,152 of them are lag tables" in said
     _, said = called(*words, "--n-lags", 0)
     assert "lag tables" not in said
+
+
+def test_a_hint_to_resume_is_true_to_the_letter(tmp_path: Path, monkeypatch) -> None:
+    """What was typed for the run and forgotten comes back: the recipe, sizes and steps."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("book", "other"):
+        (tmp_path / f"{name}.txt").write_text(f"to be, or not to be, that is the {name}\n" * 120)
+    words = ["--out", "run", "--n-embd", 16, "--n-head", 2]
+    flags = "--recipe fast --block-size 16 --n-layer 1 --max-steps 2 --evaluate-every 1".split()
+    called("train", "book.txt", *words, *flags)
+    _, said = called("train", "book.txt", *words, "--resume", check=1)
+    assert "train_ids" not in said
+    hint = said.partition("resume with ")[2].partition(";")[0].split()
+    assert sorted(hint) == sorted(flags)
+    assert "going on from step 2 of 2" in called("train", "book.txt", *words, *hint, "--resume")[1]
+    _, said = called("train", "other.txt", *words, *flags, "--resume", check=1)
+    assert "holds: the text was book.txt and is other.txt\n" in said
+    assert "resume on the text book.txt; or choose a new --out" in said
+    called("finetune", "run", "book.txt", "--out", "tuned", *flags[6:], "--rank", 2)
+    tune = ["finetune", "run", "other.txt", "--out", "tuned", *flags[6:], "--resume"]
+    _, said = called(*tune, check=1)
+    assert "holds: rank was 2 and is 8; the text was book.txt and is other.txt\n" in said
+    assert "resume with --rank 2, on the text book.txt; or" in said

@@ -50,7 +50,7 @@ def test_the_stride_belongs_to_a_run(place: Path) -> None:
     assert json.loads((place / "run" / "run.json").read_text())["stride"] == 25
     called(*begun, "--resume")
     _, said = called(*begun, "--resume", "--stride", 3, check=1)
-    assert "stride was 25 and is now 3" in said
+    assert "stride was 25 and is 3\n" in said
 
 
 def test_instruction_data_has_none(place: Path) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 
-from cyclopts import App, CycloptsError
+from cyclopts import App, CycloptsError, MissingArgumentError
 
 from nanogpt_surgery.cli.config_file import FLAG, take_config, unknown_key
 from nanogpt_surgery.cli.console import say, spoken_warnings
@@ -97,7 +98,21 @@ def _run(app: App, arguments: list[str]) -> None:
         app(arguments, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         hint = " ".join(("surgery", *_command(arguments), "--help"))
-        raise unknown_key(error) or SurgeryError(str(error), f"{hint} lists the flags") from error
+        what = _missing(error) or str(error)
+        raise unknown_key(error) or SurgeryError(what, f"{hint} lists the flags") from error
+
+
+def _missing(error: CycloptsError) -> str:
+    """What a command needs and was not given, "" where that is not what is wrong."""
+    argument = error.argument
+    if not isinstance(error, MissingArgumentError) or argument is None or argument.tokens:
+        return ""
+    command = " ".join(error.command_chain or ())
+    word = argument.name.lstrip("-").upper().replace("-", "_")
+    if argument.field_info.is_positional:
+        return f"{command} needs {'an' if word[0] in 'AEIO' else 'a'} {word}"
+    place = "FILE-OR-FOLDER" if command == "export" else "FOLDER"
+    return f"{command} needs {argument.name} {place if argument.hint is Path else '…'}"
 
 
 def _command(arguments: list[str]) -> list[str]:

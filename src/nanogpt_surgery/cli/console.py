@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from nanogpt_surgery.errors import SurgeryWarning, printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from nanogpt_surgery.data.batches import Batch, Batches
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.training.fit import Step
 
@@ -48,20 +49,47 @@ def spoken_warnings() -> Iterator[None]:
 
 
 def watched(
-    steps: Iterable[Step], first_step: int, max_steps: int, full_rate: float
+    steps: Iterable[Step],
+    first_step: int,
+    max_steps: int,
+    full_rate: float,
+    validation: Announced,
 ) -> Iterator[Step]:
     """The same steps, with progress on stderr: a bar on a terminal, lines elsewhere.
 
     `full_rate` is how many tokens a second there would be, were every operation as fast as the
-    machine's matrix products.
+    machine's matrix products. When `validation` is read, the bar says so.
     """
     rate = _Rate(first_step, max_steps, full_rate)
-    yield from _with_bar(steps, rate) if sys.stderr.isatty() else _with_lines(steps, rate)
+    if sys.stderr.isatty():
+        yield from _with_bar(steps, rate, validation)
+    else:
+        yield from _with_lines(steps, rate)
 
 
-def _with_bar(steps: Iterable[Step], rate: _Rate) -> Iterator[Step]:
+class Announced:
+    """Held-out data that calls `begin` whenever a reading of it, an evaluation, begins."""
+
+    def __init__(self, data: Batches):
+        self.data = data
+        self.begin: Callable[[], object] = lambda: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.data, name)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def whole(self, batch_size: int, *every: int) -> Iterator[Batch]:
+        """As the data's own."""
+        self.begin()
+        return self.data.whole(batch_size, *every)
+
+
+def _with_bar(steps: Iterable[Step], rate: _Rate, validation: Announced) -> Iterator[Step]:
     with _bar() as bar:
         task = bar.add_task("", total=rate.max_steps, completed=rate.first_step, text="")
+        validation.begin = lambda: bar.update(task, text="evaluating", refresh=True)
         for step in steps:
             rate.add(step)
             bar.update(task, completed=step.step, text=rate.text(step))
@@ -89,7 +117,7 @@ def _with_lines(steps: Iterable[Step], rate: _Rate) -> Iterator[Step]:
 
 
 class _Rate:
-    """Tokens a second and time left, over the steps seen so far."""
+    """Tokens a second of the steps seen so far, evaluations apart; and time left, with them."""
 
     def __init__(self, first_step: int, max_steps: int, full_rate: float):
         self.first_step, self.max_steps, self.full_rate = first_step, max_steps, full_rate
@@ -103,8 +131,8 @@ class _Rate:
         elapsed = monotonic() - self.start
         done = step.step - self.first_step
         left = elapsed / done * (self.max_steps - step.step)
-        used = self.tokens / self.seconds / self.full_rate
-        speed = f"{self.tokens / elapsed:,.0f} tokens/s  {used:.0%} of the matmul rate"
+        rate = self.tokens / self.seconds
+        speed = f"{rate:,.0f} tokens/s  {rate / self.full_rate:.0%} of the matmul rate"
         return f"loss {step.loss:.4f}  {speed}  {_clock(left)} left"
 
     def line(self, step: Step) -> str:

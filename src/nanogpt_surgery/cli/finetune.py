@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,39 +60,68 @@ def finetune(
     keep_in
         a folder for the hidden states that are kept (--keep-hidden), instead of memory
     """
-    from nanogpt_surgery.cli.sources import say_sources
     from nanogpt_surgery.cli.training_run import carry_out
 
     settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
-    _refuse_file(keep_in)
-    network, tokenizer, length = _opened(model, block_size)
-    data = _data(text, weights, tokenizer, length, InstructionSettings(**given(instructions)))
-    say_sources(data[0], text, settings.windows)
-    job = _job(run, model, network, data, settings, adapter, given(target))
-    carry_out(replace(_spaced(job, network, stride), keep_in=keep_in), "fine-tuned")
+    _check_first(run, settings, keep_in)
+    targets = given(target).get("targets")
+    network, tokenizer, length = _opened(model, block_size, targets or [])
+    conversations = InstructionSettings(**given(instructions))
+    data = _data(text, weights, tokenizer, length, conversations)
+    whole = _job(run, model, network, data, settings, adapter, given(target))
+    job = _spaced(whole, network, stride)
+    _say_training(job, text)
+    named = {"model": model, "text": text, "weights": weights, "targets": targets}
+    carry_out(replace(job, keep_in=keep_in, named=named | asdict(conversations)), "fine-tuned")
     if not run.plan:
         say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
 
 
-def _opened(model: str, block_size: int | None) -> tuple[SimpleGPT, Tokenizer, int]:
-    """A model in float32, its tokenizer, and the tokens of a window."""
+def _check_first(run: RunOptions, settings: FitSettings, keep_in: Path | None) -> None:
+    """What can be refused before anything is read."""
+    from nanogpt_surgery.cli.training_run import check_first
+
+    check_first(run, settings)
+    if keep_in is not None and keep_in.exists() and not keep_in.is_dir():
+        raise SurgeryError(f"{keep_in} is a file", "--keep-in names a folder")
+
+
+def _opened(
+    model: str, block_size: int | None, targets: list[str]
+) -> tuple[SimpleGPT, Tokenizer, int]:
+    """A model in float32, its tokenizer, and the tokens of a window, when no target is a text."""
     import torch
 
     from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
 
-    network, tokenizer = open_model(model, torch.float32)
-    return (
-        network,
-        required_tokenizer(tokenizer, model),
-        window(block_size, network.config.block_size),
-    )
+    network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
+    tokenizer = required_tokenizer(found, model)
+    _refuse_paths(network, targets)
+    return network, tokenizer, window(block_size, network.config.block_size)
 
 
-def _refuse_file(keep_in: Path | None) -> None:
-    if keep_in is not None and keep_in.exists() and not keep_in.is_dir():
-        raise SurgeryError(f"{keep_in} is a file", "--keep-in names a folder")
+def _say_training(job: Job, text: tuple[str, ...]) -> None:
+    """How much there is to train on, and how fast it is learned."""
+    from nanogpt_surgery.cli.sources import say_sources, say_windows
+
+    say_windows(job.dataset, job.validation)
+    say_sources(job.dataset, text, job.settings.windows)
+    way = "Muon" if job.settings.muon else "AdamW"
+    say(f"trained by {way}, at a learning rate of {job.settings.learning_rate:g}")
+
+
+def _refuse_paths(model: SimpleGPT, targets: list[str]) -> None:
+    """Refuse texts that were taken for targets, because they stand behind them."""
+    for target in targets:
+        path, layers = Path(target), (name for name, _ in model.named_modules())
+        if path.exists() and not any(f".{name}".endswith(f".{target}") for name in layers):
+            kind = "folder" if path.is_dir() else "file"
+            raise SurgeryError(
+                f"{target} is a {kind}, and stands among the targets",
+                f"put the text before --targets: surgery finetune MODEL {target} … --targets …",
+            )
 
 
 def _job(
@@ -170,10 +199,12 @@ def _data(
     if not instruction_data.is_instructions(paths, settings):
         if paths or weights is not None:
             return open_sources(paths, weights, tokenizer).datasets(length)
+        say("no text was named: training on the source of Python's standard library")
         return text_datasets(python_source(), tokenizer, length)
     if weights is not None:
         raise SurgeryError("--weights mixes texts, not instruction data", "name all files without")
     examples = instruction_data.read_examples(paths, tokenizer, settings)
     found = instruction_data.instruction_datasets(examples, tokenizer, length, settings)
     say(str(instruction_data.counts_of(trained_on=found[0], held_out=found[1])))
+    instruction_data.say_left_out(found[0])
     return found

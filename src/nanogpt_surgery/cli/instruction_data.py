@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def instruction_datasets(
     Raises:
         SurgeryError: there are too few to hold any out, or one part has no answer in reach.
     """
+    from nanogpt_surgery.data.chat import end_ids
     from nanogpt_surgery.data.corpus import TRAIN_SHARE
     from nanogpt_surgery.data.instruction_dataset import InstructionDataset
 
@@ -82,11 +84,25 @@ def instruction_datasets(
             f"{len(examples)} conversation is too few: the last tenth is held out for validation",
             "give at least 2",
         )
-    build = InstructionDataset.for_tokenizer
-    return (
-        build(examples[:cut], tokenizer, block_size, settings.pack),
-        build(examples[cut:], tokenizer, block_size, pack=True),
-    )
+    ends = sorted(end_ids(tokenizer))
+    try:
+        return (
+            InstructionDataset.for_tokenizer(examples[:cut], tokenizer, block_size, settings.pack),
+            InstructionDataset(examples[cut:], block_size, pack=True, end_ids=ends),
+        )
+    except SurgeryError as error:
+        raise SurgeryError(error.what, "give a larger --block-size") from None
+
+
+def say_left_out(dataset: InstructionDataset) -> None:
+    """How many examples a row is too short for, and what helps."""
+    counts = dataset.counts
+    if counts.dropped:
+        say(
+            f"note: {counts.dropped:,} of {counts.examples:,} examples to train on are left out: "
+            f"no answer begins within {dataset.block_size:,} tokens; a larger --block-size takes "
+            "them in"
+        )
 
 
 def counts_of(**datasets: InstructionDataset) -> Report:

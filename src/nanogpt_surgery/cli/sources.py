@@ -162,6 +162,14 @@ def text_datasets(
     return GPTDataset(train, tokenizer, block_size), held_out
 
 
+def say_windows(dataset: Batches, held_out: Batches) -> None:
+    """How much there is to train on; of conversations a table says it."""
+    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+
+    if not isinstance(dataset, InstructionDataset):
+        say(f"{len(dataset):,} windows to train on, {len(held_out):,} held out")
+
+
 def say_sources(dataset: Batches, paths: tuple[str, ...], rows: int) -> None:
     """How often a training of so many windows reads each source of a mixture."""
     from nanogpt_surgery.data.mixture import Mixture

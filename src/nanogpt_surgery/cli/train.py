@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -57,10 +58,11 @@ def train(
         start from this family's axes; other flags still count
     """
     from nanogpt_surgery.cli.sources import say_sources
-    from nanogpt_surgery.cli.training_run import carry_out
+    from nanogpt_surgery.cli.training_run import carry_out, check_first
     from nanogpt_surgery.data.tokenizer import vocab_size_of
 
     settings = FitSettings(**training_values(recipe, given(training)))
+    check_first(run, settings)
     sources = _sources(text, weights, tokenizer)
     axes = ({} if family else RECIPES[recipe].model) | given(model)
     config = _config(family, axes, vocab_size_of(sources.tokenizer))
@@ -68,7 +70,8 @@ def train(
     say_sources(job.dataset, text, settings.windows)
     if settings.muon:
         say(f"trained by Muon, at a learning rate of {settings.learning_rate:g} (--no-muon: AdamW)")
-    carry_out(job, "trained")
+    named = {"text": text, "weights": weights, "tokenizer": tokenizer, "family": family}
+    carry_out(replace(job, named=named), "trained")
     if not run.plan:
         say(f"surgery generate {run.out} --prompt … continues a text with it")
 
@@ -132,11 +135,21 @@ def _sources(paths: tuple[str, ...], weights: str | None, tokenizer: str) -> Sou
 
     found = None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
     if paths or weights is not None:
+        _say_json(paths)
         return open_sources(paths, weights, found)
     say("no text was named: training on Python's language reference")
     text = python_reference()
     # With the characters of the other built-in corpus, so that `finetune` can read it.
     return Sources([text], found or CharacterTokenizer(text + python_source()), None)
+
+
+def _say_json(paths: tuple[str, ...]) -> None:
+    for path in paths:
+        if Path(path).suffix in (".json", ".jsonl"):
+            say(
+                f"note: {path} is read as text, its braces and keys too; of prompts with answers "
+                f"surgery finetune MODEL {path} trains on the answers"
+            )
 
 
 def opened_tokenizer(folder: str) -> Tokenizer:

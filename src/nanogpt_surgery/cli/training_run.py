@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.console import say, show, watched
+from nanogpt_surgery.cli.console import Announced, say, show, watched
+from nanogpt_surgery.cli.signals import signals
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -38,6 +38,26 @@ class Job:
     """write the files that others read: a model folder's or an adapter folder's"""
     keep_in: Path | None = None
     """where hidden states are kept, if not in memory"""
+    named: dict[str, Any] = field(default_factory=dict)
+    """what was typed for that of which the description has but a hash"""
+
+
+def check_first(options: RunOptions, settings: FitSettings) -> None:
+    """What can be refused, or said, before anything is read: the folder and the device.
+
+    Raises:
+        SurgeryError: the device is not there, or no run can begin or go on in the folder.
+    """
+    from nanogpt_surgery.formats.run_folder import checkpoints
+    from nanogpt_surgery.training.checkpoint import check_folder
+    from nanogpt_surgery.training.hardware import choose_hardware
+
+    choose_hardware(settings)
+    if options.plan:
+        return
+    check_folder(options.out, options.resume)
+    if options.resume and not checkpoints(options.out):
+        say(f"note: there is no checkpoint in {options.out}: --resume begins at step 0")
 
 
 def carry_out(job: Job, done: str) -> None:
@@ -55,10 +75,11 @@ def _trained(job: Job) -> dict[str, Any]:
     from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate, operations_of
     from nanogpt_surgery.training.optimizer import make_optimizer
 
+    start = monotonic()
     operations = operations_of(job.model, job.settings, job.dataset.block_size)
     hardware = choose_hardware(job.settings, operations)
     description = _description(job)
-    with start_run(job.options.out, description, job.options.resume) as run, _signals() as stop:
+    with start_run(job.options.out, description, job.options.resume) as run, signals() as stop:
         job.model.to(hardware.device)
         is_over = run.first_step == job.settings.max_steps
         optimizer = make_optimizer(job.model, job.settings)
@@ -69,25 +90,28 @@ def _trained(job: Job) -> dict[str, Any]:
         _say_what_is_measured(job)
         if job.keep_in:
             job.keep_in.mkdir(parents=True, exist_ok=True)
+        validation = Announced(job.validation)
         steps = fit(
             job.model,
             job.dataset,
             job.settings,
-            validation=job.validation,
+            validation=validation,
             optimizer=optimizer,
             first_step=run.first_step,
             keep_in=job.keep_in,
         )
         rate = matmul_rate(hardware.device, hardware.precision)
         full_rate = rate / _operations_per_token(job)
-        for step in watched(steps, run.first_step, job.settings.max_steps, full_rate):
+        stepped = 0.0
+        for step in watched(steps, run.first_step, job.settings.max_steps, full_rate, validation):
             run.record(step)
+            stepped += step.seconds
             asked = stop.signal  # once: it may come at any moment
             if step.validation_loss is not None or asked:
                 run.save(step, job.write_weights, job.model, optimizer)
             if asked:
                 _leave(job, step, asked)
-        summary = _finish(job, run, rate)
+        summary = _finish(job, run, rate, monotonic() - start - stepped)
         if not is_over:
             _record(run, description, summary)
         return summary
@@ -129,39 +153,12 @@ def _data_fingerprint(data: Batches) -> Any:
 def _description(job: Job) -> dict[str, Any]:
     return {
         **job.description,
+        "named": job.named,
         "settings": job.settings.to_dict(),
         "block_size": job.dataset.block_size,
         "train_ids": _data_fingerprint(job.dataset),
         "validation_ids": _data_fingerprint(job.validation),
     }
-
-
-@dataclass
-class _Stop:
-    signal: int = 0
-    handlers: dict[int, Any] = field(default_factory=dict)
-
-
-@contextmanager
-def _signals() -> Iterator[_Stop]:
-    """The first Ctrl-C or SIGTERM asks for a checkpoint after the step; a second stops at once."""
-    stop = _Stop()
-
-    def ask(number: int, _frame: object) -> None:
-        stop.signal = number
-        say("stopping after this step; once more to stop at once")
-        restore()
-
-    def restore() -> None:
-        for number, handler in stop.handlers.items():
-            signal.signal(number, handler)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        stop.handlers[number] = signal.signal(number, ask)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def _leave(job: Job, step: Step, number: int) -> None:
@@ -206,7 +203,8 @@ def _planned(job: Job) -> Report:
     return Report("training planned", [], summary)
 
 
-def _finish(job: Job, run: Run, matmul_rate: float) -> dict[str, Any]:
+def _finish(job: Job, run: Run, matmul_rate: float, beside: float) -> dict[str, Any]:
+    """The summary; `beside` are the seconds for evaluations and else that was no step."""
     from nanogpt_surgery.data.mixture import passes
     from nanogpt_surgery.report.loss_plot import plot_losses, read_metrics
 
@@ -222,7 +220,8 @@ def _finish(job: Job, run: Run, matmul_rate: float) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
         "tokens": tokens,
         "trained_tokens": sum(row.get("trained_tokens", row["tokens"]) for row in metrics),
-        "seconds": round(seconds, 2),
+        "seconds_of_steps": round(seconds, 2),
+        "seconds_in_all": round(seconds + beside, 2),
         "tokens_per_second": round(tokens / seconds),
         "matmul_GFLOPs": round(matmul_rate / 1e9),
         "utilisation": round(tokens / seconds * _operations_per_token(job) / matmul_rate, 4),

@@ -45,7 +45,7 @@ from nanogpt_surgery.formats.run_folder import (
     latest_checkpoint,
     step_of,
 )
-from nanogpt_surgery.training.description import differences, flags_to_resume
+from nanogpt_surgery.training.description import refusal
 from nanogpt_surgery.training.fit import Step
 
 STATE, SUMMARY = "training.safetensors", "training.json"
@@ -182,10 +182,8 @@ def start_run(folder: Path, description: dict[str, Any], resume: bool) -> Iterat
         SurgeryError: a run is there and `resume` is off, its description differs (all differences),
             the folder holds something else, or another process is writing it.
     """
-    if is_run(folder):
-        _check_resumable(folder, description, resume)
-    elif folder.exists() and (not folder.is_dir() or _foreign(folder)):
-        raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
+    check_folder(folder, resume)
+    _refuse_another(folder, description)
     folder.mkdir(parents=True, exist_ok=True)
     with held(folder / LOCK):
         remove_temporaries(folder)
@@ -202,7 +200,17 @@ def _foreign(folder: Path) -> bool:
     return any(path.name != LOCK and not is_temporary(path) for path in folder.iterdir())
 
 
-def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) -> None:
+def check_folder(folder: Path, resume: bool) -> None:
+    """Whether a run can be begun, or gone on with, in a folder, whatever is to be trained.
+
+    Raises:
+        SurgeryError: a run is there and `resume` is off, it was operated on, its metrics are lost,
+            or the folder holds something else.
+    """
+    if not is_run(folder):
+        if folder.exists() and (not folder.is_dir() or _foreign(folder)):
+            raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
+        return
     if not resume:
         raise SurgeryError(
             f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
@@ -214,18 +222,17 @@ def _check_resumable(folder: Path, description: dict[str, Any], resume: bool) ->
             f"{folder} was operated on since, and going on would write over the result",
             f"surgery log {folder} says what was done; {way}",
         )
-    if latest_checkpoint(folder) and not (folder / METRICS).is_file():
+    if checkpoints(folder) and not (folder / METRICS).is_file():
         raise SurgeryError(
             f"{folder / METRICS} is gone, where the losses of the run's steps stood",
             "put it back, or begin anew in another --out",
         )
-    before, now = read_json(folder / RUN), json.loads(json.dumps(description))
-    if found := differences(before, now):
-        flags = flags_to_resume(before, now)
-        raise SurgeryError(
-            f"this is not the run that {folder} holds: " + "; ".join(found),
-            f"resume with {flags or 'what it was started with'}, or choose a new --out",
-        )
+
+
+def _refuse_another(folder: Path, description: dict[str, Any]) -> None:
+    now = json.loads(json.dumps(description))
+    if is_run(folder) and (error := refusal(folder, read_json(folder / RUN), now)):
+        raise error
 
 
 def _trim_metrics(path: Path, steps: int) -> None:
