@@ -52,7 +52,7 @@ def open_sources(
         SurgeryError: a path cannot be read, a folder's ids are another tokenizer's, several paths
             need weights, or the weights are not as many numbers as there are paths.
     """
-    from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.data.corpus import check_characters, read_texts
     from nanogpt_surgery.data.token_files import is_token_folder, open_tokens
 
     ratios = _ratios(weights, paths)
@@ -69,6 +69,9 @@ def open_sources(
     ]
     found = tokenizer or _tokenizer_of(opened)
     _check_tokenizer(found, opened)
+    for group, source in zip(groups, opened, strict=True):
+        if isinstance(source, str):
+            check_characters(found, group, source)
     return Sources(opened, found, ratios)
 
 

@@ -10,7 +10,7 @@ A file is JSON (a list of records) or JSONL (a record on each line). A record is
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,6 +105,35 @@ def read_records(path: str | Path) -> Iterable[Any]:
         SurgeryError: the file cannot be read, or is not JSON (with the line).
     """
     return _records(_text(Path(path)), Path(path))
+
+
+def check_records(path: str | Path, tokenizer: Tokenizer) -> None:
+    """Look for characters that a vocabulary lacks in what records say.
+
+    Raises:
+        SurgeryError: there is one (the first, with its record, field and place there).
+    """
+    check: Callable[[str, str], None] | None = getattr(tokenizer, "check", None)
+    if check is None:
+        return
+    for number, record in enumerate(read_records(path), 1):
+        for field, text in _fields(record):
+            check(text, f"{path}, record {number}, {field}")
+
+
+def _fields(record: Any) -> Iterable[tuple[str, str]]:
+    """The texts of a record that `_messages` takes, with the names of their fields."""
+    messages = record.get("messages")
+    if isinstance(messages, list):
+        said = [m if isinstance(m, dict) else {} for m in messages]
+        found = [
+            (f"message {i} ({m.get('role')})", m.get("content")) for i, m in enumerate(said, 1)
+        ]
+    else:
+        answer = [key for key in _ANSWERS if isinstance(record.get(key), str)][:1]
+        question = "instruction" if "instruction" in record else "prompt"
+        found = [(key, record.get(key)) for key in (question, "input", *answer)]
+    return [(name, text) for name, text in found if isinstance(text, str)]
 
 
 def _text(path: Path) -> str:
