@@ -80,7 +80,8 @@ def _text_report(
     stride: int | None,
     batch_size: int,
 ) -> Report:
-    from nanogpt_surgery.data.corpus import check_characters, read_texts
+    from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.data.known_characters import check_characters
     from nanogpt_surgery.data.tokenizer import bytes_of_first, prompt_ids
     from nanogpt_surgery.generation.evaluation import perplexity
     from nanogpt_surgery.lora.report import Report
@@ -133,11 +134,8 @@ def _answer_report(
     model: SimpleGPT, tokenizer: Tokenizer, file: str, name: TemplateName, batch_size: int
 ) -> Report:
     from nanogpt_surgery.data.chat import template_of
-    from nanogpt_surgery.data.instructions import (
-        check_records,
-        encode_conversations,
-        read_conversations,
-    )
+    from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
+    from nanogpt_surgery.data.known_characters import check_records
     from nanogpt_surgery.generation.evaluation import answer_loss
     from nanogpt_surgery.lora.report import Report
 

@@ -45,11 +45,8 @@ def read_examples(
 ) -> list[Example]:
     """The conversations of all files, as ids."""
     from nanogpt_surgery.data.chat import template_of
-    from nanogpt_surgery.data.instructions import (
-        check_records,
-        encode_conversations,
-        read_conversations,
-    )
+    from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
+    from nanogpt_surgery.data.known_characters import check_records
 
     if not paths:
         raise SurgeryError("no file of instruction data is named", "name a JSON or JSONL file")

@@ -52,7 +52,8 @@ def open_sources(
         SurgeryError: a path cannot be read, a folder's ids are another tokenizer's, several paths
             need weights, or the weights are not as many numbers as there are paths.
     """
-    from nanogpt_surgery.data.corpus import check_characters, read_texts
+    from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.data.known_characters import check_characters
     from nanogpt_surgery.data.token_files import is_token_folder, open_tokens
 
     ratios = _ratios(weights, paths)

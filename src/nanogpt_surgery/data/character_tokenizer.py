@@ -95,8 +95,8 @@ class CharacterTokenizer:
         character = text[position]
         line = text.count("\n", 0, position) + 1
         return SurgeryError(
-            f"{where}the character {character!r} (U+{ord(character):04X}) at position {position}, line "
-            f"{line}, is not among the {self.vocab_size} that this tokenizer was built from",
+            f"{where}the character {character!r} (U+{ord(character):04X}) at position {position}, "
+            f"line {line}, is not among the {self.vocab_size} that this tokenizer was built from",
             "remove it, or build the tokenizer from a text that contains it and train anew",
         )
 

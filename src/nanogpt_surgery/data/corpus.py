@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from nanogpt_surgery.errors import SurgeryError
-
-if TYPE_CHECKING:
-    from nanogpt_surgery.data.tokenizer import Tokenizer
 
 HELD_OUT = 0.1
 TRAIN_SHARE = 1 - HELD_OUT
@@ -99,26 +95,6 @@ def files_of(paths: Iterable[str | Path]) -> list[Path]:
     if problems:
         raise SurgeryError("; ".join(problems), "name files, or folders of them")
     return files
-
-
-def check_characters(tokenizer: Tokenizer, paths: Sequence[str | Path], text: str) -> None:
-    """Look for characters that a vocabulary lacks, before a text is cut into parts.
-
-    Args:
-        tokenizer: one without a vocabulary of characters knows all of them.
-        paths: where the text was read from.
-        text: what `read_texts` made of them.
-
-    Raises:
-        SurgeryError: there is one (the first, with its file and its place there).
-    """
-    check: Callable[[str, str], None] | None = getattr(tokenizer, "check", None)
-    if check is None:
-        return
-    if "-" not in map(str, paths):
-        for file in files_of(paths):
-            check(file.read_bytes().decode("utf-8-sig"), str(file))
-    check(text, "the text")
 
 
 def python_reference() -> str:

@@ -10,7 +10,7 @@ A file is JSON (a list of records) or JSONL (a record on each line). A record is
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from nanogpt_surgery.data.chat import (
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 
-_ANSWERS = ("completion", "answer", "response", "output")
+ANSWERS = ("completion", "answer", "response", "output")
 
 
 @dataclass(frozen=True)
@@ -107,35 +107,6 @@ def read_records(path: str | Path) -> Iterable[Any]:
     return _records(_text(Path(path)), Path(path))
 
 
-def check_records(path: str | Path, tokenizer: Tokenizer) -> None:
-    """Look for characters that a vocabulary lacks in what records say.
-
-    Raises:
-        SurgeryError: there is one (the first, with its record, field and place there).
-    """
-    check: Callable[[str, str], None] | None = getattr(tokenizer, "check", None)
-    if check is None:
-        return
-    for number, record in enumerate(read_records(path), 1):
-        for field, text in _fields(record):
-            check(text, f"{path}, record {number}, {field}")
-
-
-def _fields(record: Any) -> Iterable[tuple[str, str]]:
-    """The texts of a record that `_messages` takes, with the names of their fields."""
-    messages = record.get("messages")
-    if isinstance(messages, list):
-        said = [m if isinstance(m, dict) else {} for m in messages]
-        found = [
-            (f"message {i} ({m.get('role')})", m.get("content")) for i, m in enumerate(said, 1)
-        ]
-    else:
-        answer = [key for key in _ANSWERS if isinstance(record.get(key), str)][:1]
-        question = "instruction" if "instruction" in record else "prompt"
-        found = [(key, record.get(key)) for key in (question, "input", *answer)]
-    return [(name, text) for name, text in found if isinstance(text, str)]
-
-
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
@@ -172,7 +143,7 @@ def _messages(record: Any) -> list[Message] | None:
     question = record.get("instruction", record.get("prompt"))
     if isinstance(question, str) and record.get("input"):
         question = f"{question}\n\n{record['input']}"
-    answer = next((record[key] for key in _ANSWERS if isinstance(record.get(key), str)), None)
+    answer = next((record[key] for key in ANSWERS if isinstance(record.get(key), str)), None)
     if not isinstance(question, str) or answer is None:
         return None
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

@@ -32,6 +32,8 @@ from nanogpt_surgery.lora.update import as_matrix
 from nanogpt_surgery.lora.wrapping import bare, report_on
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
+MODEL_CONFIG = "config.json"
+
 
 def save_adapter(
     model: nn.Module, folder: str | Path, base: str = "", *, name: str | None = None
@@ -118,8 +120,20 @@ def load_adapter(
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter folder that a path means: itself, or the checkpoint chosen in a run folder."""
-    return chosen_checkpoint(Path(path)) if is_run(path) else Path(path)
+    """The adapter folder that a path means: itself, or the checkpoint chosen in a run folder.
+
+    Raises:
+        SurgeryError: it is not there, or is a model's.
+    """
+    folder = chosen_checkpoint(Path(path)) if is_run(path) else Path(path)
+    if not folder.exists():
+        raise SurgeryError(f"there is no folder {path}", "name an adapter, as finetune makes it")
+    if not (folder / CONFIG).is_file() and (folder / MODEL_CONFIG).is_file():
+        kind = "a model's run" if is_run(path) else "a model"
+        raise SurgeryError(
+            f"{path} is {kind}, not an adapter", "surgery finetune MODEL TEXT --out RUN makes one"
+        )
+    return folder
 
 
 def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

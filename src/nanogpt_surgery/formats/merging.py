@@ -170,7 +170,9 @@ def _in_place(model: str | Path) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    kind = "a model on the hub" if not folder.exists() and is_hub_name(str(model)) else "no folder"
+    if not folder.exists() and not is_hub_name(str(model)):
+        raise SurgeryError(f"there is no folder {model}", "name a run or a model folder")
+    kind = "no folder" if folder.exists() else "a model on the hub"
     raise SurgeryError(f"{model} is {kind}, so it cannot be merged into in place",
                        "add --out FOLDER")  # fmt: skip
 
