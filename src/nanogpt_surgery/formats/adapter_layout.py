@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +23,7 @@ from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.lora.adapter import read_stored, write_stored
+from nanogpt_surgery.lora.forecast import plan_lora
 from nanogpt_surgery.lora.hashing import tensor_hash
 from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.lora.planning import check_new_name
@@ -72,6 +75,23 @@ def write_adapter_files(
         )
     adapter = replace(adapter, fingerprint=base_fingerprint(model, adapter.updates))
     write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2")
+
+
+def plan_adapter(
+    model: nn.Module, targets: str | Iterable[str] = ("q_proj", "v_proj"), **options: Any
+) -> Report:
+    """What `inject_lora` would do, as `plan_lora` says it, and the size that `save_adapter` writes.
+
+    Raises:
+        SurgeryError: as `inject_lora`.
+    """
+    family = _family(model)
+    if family is None:
+        return plan_lora(model, targets, **options)
+    assert isinstance(model, SimpleGPT)
+    return plan_lora(
+        model, targets, as_saved=partial(_to_theirs, family=family, model=model), **options
+    )
 
 
 def refuse_unsavable(model: nn.Module) -> None:
