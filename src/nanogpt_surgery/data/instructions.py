@@ -110,6 +110,8 @@ def read_records(path: str | Path) -> Iterable[Any]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise SurgeryError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SurgeryError(f"cannot read {path}: {error}") from error
 

@@ -96,6 +96,8 @@ def merge_adapter(
             itself, the adapter would change no weight, the merged model is not the adapted one, or
             the disk refuses. What was there is untouched then.
     """
+    if not tolerance >= 0:
+        raise SurgeryError(f"tolerance is {tolerance}; it must be a number of at least 0")
     _refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
