@@ -36,6 +36,16 @@ def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "surgery: there is no file no.jsonl" in called("eval", "m", "no.jsonl", check=1)[1]
 
 
+def test_samples_have_one_numbering(tmp_path: Path) -> None:
+    write_model(tmp_path / "m")
+    words = ["generate", tmp_path / "m", "--samples", "2", "--max-new-tokens", "1"]
+    shown = called(*words)[0]
+    assert "--- sample 1\n" in shown
+    assert "--- sample 2\n" in shown
+    lines = called(*words, "--json")[0].splitlines()
+    assert [json.loads(line)["sample"] for line in lines] == [1, 2]
+
+
 def test_texts_that_cannot_be_read_are_named_up_to_a_number(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

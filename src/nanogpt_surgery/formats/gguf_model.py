@@ -19,7 +19,7 @@ from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
 from nanogpt_surgery.formats.name_map import each_layer
 from nanogpt_surgery.formats.placing import Dtype, build_model, place
 from nanogpt_surgery.formats.quantised_tensor import QuantisedTensor
-from nanogpt_surgery.formats.stored_tensor import Stored
+from nanogpt_surgery.formats.stored_tensor import PlainTensor, Stored
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.positions import rotary_frequencies, stretch
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -71,7 +71,7 @@ def types_in(path: str | Path) -> dict[str, str]:
         for placement in placements
         for stored in [placement.stored]
         for name in placement.names
-        if stored.dtype in plain or isinstance(stored, QuantisedTensor)
+        if isinstance(stored, (QuantisedTensor, PlainTensor))
     }
 
 
