@@ -34,6 +34,12 @@ def test_windows_lie_a_stride_apart_and_targets_one_further(shape):
         assert x.dtype == y.dtype == torch.int64
 
 
+def test_another_stride_takes_the_same_ids():
+    dataset = GPTDataset.from_ids(torch.arange(50), 7, 2, "known").with_stride(3)
+    assert (dataset.stride, dataset.block_size, dataset.fingerprint) == (3, 7, "known")
+    assert dataset[5][0].tolist() == list(range(15, 22))
+
+
 @given(shapes)
 def test_no_further_window_would_fit(shape):
     n_ids, block_size, stride = shape

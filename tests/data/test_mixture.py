@@ -103,6 +103,14 @@ def test_all_of_it_is_measured_once():
     assert targets.tolist() == [*range(1, 40), *range(1001, 1049)]
 
 
+def test_another_stride_keeps_the_proportions():
+    spaced = mixture((5, 1)).with_stride(4)
+    assert [s.stride for s in spaced.sources] == [4, 4]
+    rows = spaced.batch(0, sum(mixture((5, 1)).counts))[0]
+    assert int((rows[:, 0] < 1000).sum()) == 5 * int((rows[:, 0] >= 1000).sum())
+    assert set((rows[:, 0] % 1000 % 4).tolist()) == {0}
+
+
 def test_passes_count_tokens():
     mixed = mixture()  # 3 : 1, sources of 39 and 48 targets
     assert mixed.passes(400) == pytest.approx([300 * 4 / 39, 100 * 4 / 48])

@@ -60,6 +60,15 @@ def test_kept_states_are_those_of_the_model(name, targets):
     assert not torch.equal(prefix.hidden(ids), model.hidden(ids))
 
 
+def test_rows_of_another_length_are_computed_and_not_kept():
+    model = adapted("llama")
+    prefix = FrozenPrefix(model, windows=9)
+    for tokens in (7, 5, 9, 7):
+        ids = random_ids(model.config, 2, tokens)
+        assert_equal_logits(prefix.hidden(ids), model.hidden(ids))
+    assert len(prefix.places) == 2
+
+
 def test_a_window_s_bits_do_not_depend_on_its_batch():
     model = adapted("llama")
     ids = random_ids(model.config, 6, 7)

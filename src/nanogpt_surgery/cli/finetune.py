@@ -31,6 +31,7 @@ def finetune(
     run: RunOptions,
     weights: str | None = None,
     block_size: int | None = None,
+    stride: int | None = None,
     keep_in: Path | None = None,
     instructions: InstructionOptions = None,
     target: TargetOptions = None,
@@ -53,28 +54,40 @@ def finetune(
         draw from each source of text in proportion, as in 3:1 for two of them
     block_size
         tokens in a window, or in a row of conversations; the model's own by default, at most 256
+    stride
+        tokens from the start of one window of text to the next; by default the whole window where
+        layers before the first that learns are computed once (see --keep-hidden), else 1
     keep_in
         a folder for the hidden states that are kept (--keep-hidden), instead of memory
     """
-    import torch
-
-    from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.cli.sources import say_sources
     from nanogpt_surgery.cli.training_run import carry_out
-    from nanogpt_surgery.data.tokenizer import required_tokenizer
-    from nanogpt_surgery.formats.model_file import open_model
 
     settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
     _refuse_file(keep_in)
-    network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
-    tokenizer = required_tokenizer(found, model)
-    length = window(block_size, network.config.block_size)
+    network, tokenizer, length = _opened(model, block_size)
     data = _data(text, weights, tokenizer, length, InstructionSettings(**given(instructions)))
     say_sources(data[0], text, settings.windows)
     job = _job(run, model, network, data, settings, adapter, given(target))
-    carry_out(replace(job, keep_in=keep_in), "fine-tuned")
+    carry_out(replace(_spaced(job, network, stride), keep_in=keep_in), "fine-tuned")
     if not run.plan:
         say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
+
+
+def _opened(model: str, block_size: int | None) -> tuple[SimpleGPT, Tokenizer, int]:
+    """A model in float32, its tokenizer, and the tokens of a window."""
+    import torch
+
+    from nanogpt_surgery.cli.instruction_data import window
+    from nanogpt_surgery.data.tokenizer import required_tokenizer
+    from nanogpt_surgery.formats.model_file import open_model
+
+    network, tokenizer = open_model(model, torch.float32)
+    return (
+        network,
+        required_tokenizer(tokenizer, model),
+        window(block_size, network.config.block_size),
+    )
 
 
 def _refuse_file(keep_in: Path | None) -> None:
@@ -118,6 +131,28 @@ def _job(
         },
         write_weights=lambda folder: write_adapter_files(network, folder, model),
     )
+
+
+def _spaced(job: Job, network: SimpleGPT, stride: int | None) -> Job:
+    """The windows of a text, begun as often as asked for, or as pays."""
+    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.mixture import Mixture
+    from nanogpt_surgery.training.frozen_prefix import can_keep
+
+    data = job.dataset
+    if not isinstance(data, GPTDataset | Mixture):
+        if stride is not None:
+            raise SurgeryError(
+                "instruction data is rows, not windows of text", "leave --stride out"
+            )
+        return job
+    if stride is None and can_keep(network, job.settings):
+        say("windows lie side by side: frozen layers see each once; --stride 1 overlaps them")
+        stride = data.block_size
+    stride = 1 if stride is None else stride
+    # A run begun before there were strides had windows at every token.
+    known = {} if stride == 1 else {"stride": stride}
+    return replace(job, dataset=data.with_stride(stride), description=job.description | known)
 
 
 def _data(

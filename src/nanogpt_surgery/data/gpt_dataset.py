@@ -54,6 +54,10 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         dataset.fingerprint = fingerprint
         return dataset
 
+    def with_stride(self, stride: int) -> GPTDataset:
+        """The windows of the same ids that begin every `stride` of them."""
+        return GPTDataset.from_ids(self.ids, self.block_size, stride, self.fingerprint)
+
     def _set_ids(self, ids: Tensor, block_size: int, stride: int) -> None:
         if block_size < 1 or stride < 1:
             raise SurgeryError(f"block_size {block_size} and stride {stride} must be at least 1")

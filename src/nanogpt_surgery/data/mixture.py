@@ -48,6 +48,10 @@ class Mixture:
     def __len__(self) -> int:
         return sum(map(len, self.sources))
 
+    def with_stride(self, stride: int) -> Mixture:
+        """The same proportions of windows that begin every `stride` ids."""
+        return Mixture([source.with_stride(stride) for source in self.sources], self.counts)
+
     def passes(self, rows: int) -> list[float]:
         """How often a training of so many rows reads each source's tokens: its epochs."""
         share = rows / sum(self.counts)

@@ -78,6 +78,8 @@ class FrozenPrefix:
     def _keep(self, key: bytes, x: Tensor) -> None:
         if self.kept is None:
             self.kept = self._room(x)
+        if x.shape != self.kept.shape[1:]:  # a batch of shorter rows
+            return
         self.places[key] = len(self.places)
         self.kept[self.places[key]] = x
 
@@ -164,6 +166,11 @@ def _learns(module: nn.Module) -> bool:
     return any(parameter.requires_grad for parameter in module.parameters())
 
 
+def can_keep(model: SimpleGPT, settings: FitSettings) -> bool:
+    """Whether something that never changes lies before the first part that learns."""
+    return model.config.dropout == 0 and settings.keep_hidden > 0 and bool(first_that_learns(model))
+
+
 def prefix_for(
     model: nn.Module, dataset: Batches, settings: FitSettings, folder: Path | None = None
 ) -> FrozenPrefix | None:
@@ -171,10 +178,9 @@ def prefix_for(
 
     It pays where something lies before the first part that learns and windows come again.
     """
-    if not isinstance(model, SimpleGPT) or model.config.dropout > 0:
+    if not isinstance(model, SimpleGPT) or not can_keep(model, settings):
         return None
-    first = first_that_learns(model)
-    if not first or settings.windows < LEAST_VISITS * len(dataset):
+    if settings.windows < LEAST_VISITS * len(dataset):
         return None
     room = int(settings.keep_hidden * GIB) // bytes_of_window(model, dataset.block_size, settings)
     windows = min(len(dataset), room)
