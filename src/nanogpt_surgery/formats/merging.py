@@ -96,8 +96,7 @@ def merge_adapter(
             itself, the adapter would change no weight, the merged model is not the adapted one, or
             the disk refuses. What was there is untouched then.
     """
-    if not tolerance >= 0:
-        raise SurgeryError(f"tolerance is {tolerance}; it must be a number of at least 0")
+    _check_tolerance(tolerance)
     _refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
@@ -150,6 +149,11 @@ class _Writing:
         if place is not None:
             leave_away(new, place)
         return replace(entry, measured=self.merged.measure(again))
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not tolerance >= 0:  # also NaN
+        raise SurgeryError(f"tolerance is {tolerance}; it must be a number of at least 0")
 
 
 def _refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
