@@ -100,8 +100,7 @@ def merge_adapter(
     _refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
-    facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
-    entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
+    entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | _facts(adapter))
     merged = add_in(merge, partial(_rounding, merge), tolerance, force)
     merge.round()
     writing = _Writing(merge, merged)
@@ -149,6 +148,10 @@ class _Writing:
         if place is not None:
             leave_away(new, place)
         return replace(entry, measured=self.merged.measure(again))
+
+
+def _facts(adapter: str | Path) -> dict[str, str]:
+    return {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
 
 
 def _check_tolerance(tolerance: float) -> None:
