@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from importlib.metadata import version
 from pathlib import Path
@@ -141,14 +142,20 @@ def flush_place(goal: Path) -> None:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; what the disk refuses is an `OSError`."""
+    """Write a safetensors file; what the disk refuses is an `OSError`.
+
+    The library makes files that nobody but their owner can read: the mode is that of any new file.
+    """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(mode)
 
 
 def write_json(path: Path, contents: Any) -> None:

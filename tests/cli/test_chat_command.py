@@ -92,7 +92,7 @@ def test_settings_are_changed_and_bad_ones_refused(folder: Path, talk) -> None:
         "  temperature 0.0\n",
         "  top_k 5\n",
         "temperature is -1.0; it must be",
-        "'temprature' cannot be set",
+        "there is no setting 'temprature'",
         "top_p is 'x', which is not a number",
         "max_new_tokens is 1.5; it must be a whole number",
     ):

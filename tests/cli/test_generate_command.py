@@ -37,7 +37,7 @@ def alone(folder: Path, prompt: str, seed: int) -> str:
 def test_a_file_of_prompts_is_continued_as_each_alone(folder: Path, name: str) -> None:
     few = [*FEW, "--samples", 2, "--batch-size", 4]
     found = records(folder, "--prompts", folder / name, *few)
-    expected = [(text, sample) for text in ("abc", "The fox", "x") for sample in (0, 1)]
+    expected = [(text, sample) for text in ("abc", "The fox", "x") for sample in (1, 2)]
     assert [(r["prompt"], r["sample"]) for r in found] == expected
     assert [r["text"] for r in found] == [
         alone(folder, r["prompt"], 3 + i) for i, r in enumerate(found)

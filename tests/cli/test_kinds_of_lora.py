@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny import tiny_model
 
-from nanogpt_surgery import CharacterTokenizer, GPTConfig, save_model
+from nanogpt_surgery import CharacterTokenizer, GPTConfig, inject_lora, save_adapter, save_model
 from nanogpt_surgery.cli.app import run as surgery
 from nanogpt_surgery.files import file_hash
 from nanogpt_surgery.lora import adapter
@@ -120,26 +120,23 @@ def test_a_pattern_in_a_config_file_is_a_table(
     assert ranks["0.self_attn.q_proj"] == ranks["1.self_attn.q_proj"] == 3
 
 
-@pytest.mark.parametrize(
-    ("family", "flags", "said"),
-    [
-        ("gpt2", "--targets q_proj --targets v_proj --targets o_proj", "q_proj, v_proj:"),
-        ("gpt2", "--targets o_proj", ""),
-        ("llama", "--targets q_proj --targets v_proj", ""),
-    ],
-)
-def test_a_plan_says_where_the_file_fuses_layers(
-    family: str, flags: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj", "o_proj"], ["o_proj"]])
+def test_a_plan_says_the_size_of_the_file(
+    family: str, targets: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = GPTConfig.for_family(
         family, vocab_size=31, n_embd=12, n_head=2, n_layer=2, block_size=8
     )
-    save_model(tiny_model(config), tmp_path / "base")
+    model = tiny_model(config)
+    save_model(model, tmp_path / "base")
+    inject_lora(model, targets, rank=3)
+    save_adapter(model, tmp_path / "adapter")
     capsys.readouterr()
-    surgery(["plan", str(tmp_path / "base"), *flags.split(), "--json"])
-    caveat = json.loads(capsys.readouterr().out).get("adapter_bytes_are_more", "")
-    assert bool(caveat) == bool(said)
-    assert said in caveat
+    flags = [word for target in targets for word in ("--targets", target)]
+    surgery(["plan", str(tmp_path / "base"), *flags, "--rank", "3", "--json"])
+    planned = json.loads(capsys.readouterr().out)["adapter_bytes"]
+    assert planned == (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_records_of_no_known_form_are_numbered(tmp_path):
     path.write_text("")
     with pytest.raises(SurgeryError, match="there are no records"):
         read_conversations(path)
-    with pytest.raises(SurgeryError, match="cannot read"):
+    with pytest.raises(SurgeryError, match="there is no file"):
         read_conversations(tmp_path / "none")
 
 
@@ -131,7 +131,7 @@ def test_instruction_data_is_told_from_text(tmp_path):
         text.write_text(contents)
         with pytest.raises(SurgeryError, match=r"b\.jsonl does not begin .*\n.*--data text"):
             is_instruction_data([good, text])
-    with pytest.raises(SurgeryError, match="cannot read"):
+    with pytest.raises(SurgeryError, match="there is no file"):
         is_instruction_data([tmp_path / "none.json"])
 
 

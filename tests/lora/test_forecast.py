@@ -1,6 +1,7 @@
 import pytest
 import torch
 from patients import PATIENTS, some_ids
+from tiny import FAMILY_CONFIGS, tiny_model
 from torch import nn
 
 from nanogpt_surgery import (
@@ -14,6 +15,7 @@ from nanogpt_surgery import (
     save_adapter,
     tensor_hashes,
 )
+from nanogpt_surgery.formats.adapter_layout import plan_adapter
 from nanogpt_surgery.lora.lora_layer import has_lora
 
 
@@ -45,7 +47,26 @@ def test_the_adapter_s_size_on_disk_is_foreseen(kind, tmp_path):
     inject_lora(model, ["all-linear", "embed_tokens"], rank=6, **kind)
     save_adapter(model, tmp_path / "adapter")
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert plan.summary["adapter_bytes"] == pytest.approx(size, rel=0.1)
+    assert plan.summary["adapter_bytes"] == size
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("targets", "kind"),
+    [
+        (["q_proj"], {}),
+        (["q_proj", "v_proj", "down_proj"], {"dora": True}),
+        (["all-linear", "embed_tokens"], {"pissa": True, "tied": "untie"}),
+    ],
+)
+def test_so_is_that_of_a_family_s_file(family, targets, kind, tmp_path):
+    """GPT-2's fuses q, k and v: one B for all of them, with zeros between theirs."""
+    model = tiny_model(FAMILY_CONFIGS[family])
+    plan = plan_adapter(model, targets, rank=3, **kind)
+    inject_lora(model, targets, rank=3, **kind)
+    save_adapter(model, tmp_path / "adapter")
+    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert plan.summary["adapter_bytes"] == size
 
 
 def test_activations_are_those_that_autograd_keeps():

@@ -54,8 +54,9 @@ class Session:
                 self.settings.max_new_tokens,
                 self.settings.sampling,
                 stop=self.settings.stop,
-                seed=self.settings.next_seed(),
+                seed=self.settings.seed,
             )
+            self.settings.next_seed()
             if talk.forgotten > before:
                 block = self.model.config.block_size
                 say(f"note: the first {talk.forgotten} messages no longer fit the model's "
@@ -66,9 +67,9 @@ class Session:
         name, _, rest = line[1:].partition(" ")
         command: Callable[[str], None] | None = getattr(self, f"do_{name}", None)
         if command is None:
-            raise SurgeryError(
-                f"there is no command /{name}", f"/{nearest(name, commands(), 1)}? /help lists them"
-            )
+            close = nearest(name, commands(), 1)
+            guess = f"/{close}? " if "," not in close else ""
+            raise SurgeryError(f"there is no command /{name}", f"{guess}/help lists them")
         command(rest.strip())
 
     def do_help(self, _rest: str) -> None:
@@ -159,7 +160,8 @@ class Session:
         if rest:
             name, _, value = rest.replace("=", " ", 1).partition(" ")
             self.settings.change(name.replace("-", "_"), value.strip())
-        say("\n".join(f"  {name} {value}" for name, value in self.settings.to_dict().items()))
+        shown = self.settings.to_dict().items()
+        say("\n".join(f"  {name} {'off' if value is None else value}" for name, value in shown))
 
     def do_save(self, rest: str) -> None:
         """FILE: write the conversation as JSON, a record of instruction data."""

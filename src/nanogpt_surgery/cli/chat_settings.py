@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, nearest
 from nanogpt_surgery.generation.settings import SamplingSettings, check_stop
 
 _OFF = ("none", "off")
@@ -25,12 +25,10 @@ class ChatSettings:
             raise SurgeryError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         check_stop(self.stop)
 
-    def next_seed(self) -> int | None:
-        """The seed of the next answer, which is one more for each."""
-        seed = self.seed
-        if seed is not None:
-            self.seed = seed + 1
-        return seed
+    def next_seed(self) -> None:
+        """Go on to the seed of the next answer, which is one more for each."""
+        if self.seed is not None:
+            self.seed += 1
 
     def to_dict(self) -> dict[str, Any]:
         """What `change` takes, by name."""
@@ -45,9 +43,11 @@ class ChatSettings:
             SurgeryError: there is no such setting, or the value is out of its range. Nothing is
                 changed then.
         """
-        if name not in self.to_dict() or not text:
-            known = ", ".join(self.to_dict())
-            raise SurgeryError(f"{name!r} cannot be set to {text!r}", f"/set NAME VALUE: {known}")
+        if name not in self.to_dict():
+            close = nearest(name, self.to_dict(), 1)
+            raise SurgeryError(f"there is no setting {name!r}", f"{close}? /set lists them")
+        if not text:
+            raise SurgeryError(f"{name!r} needs a value", f"/set {name} VALUE")
         if name in ("max_new_tokens", "seed"):
             hint = get_type_hints(ChatSettings)[name]
             changed = replace(self, **{name: _parsed(name, text, hint)})

@@ -31,6 +31,8 @@ def take_config(arguments: list[str]) -> tuple[Toml, ...]:
     del arguments[place : place + 2]
     try:
         tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SurgeryError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SurgeryError(f"{path} cannot be read as TOML: {error}") from None
     return (Toml(path, must_exist=True, use_commands_as_keys=False),)

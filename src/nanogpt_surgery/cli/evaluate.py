@@ -81,6 +81,7 @@ def _text_report(
     batch_size: int,
 ) -> Report:
     from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.data.known_characters import check_characters
     from nanogpt_surgery.data.tokenizer import bytes_of_first, prompt_ids
     from nanogpt_surgery.generation.evaluation import perplexity
     from nanogpt_surgery.lora.report import Report
@@ -88,6 +89,7 @@ def _text_report(
     if context is None:
         context = min(model.config.block_size, LONGEST_WINDOW)
     text = read_texts([file])
+    check_characters(tokenizer, [file], text)
     ids = prompt_ids(tokenizer, text)
     found = perplexity(model, ids, stride, batch_size, context)
     # The first token is not predicted: where it is not a BOS, its bytes do not count.
@@ -133,13 +135,16 @@ def _answer_report(
 ) -> Report:
     from nanogpt_surgery.data.chat import template_of
     from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
+    from nanogpt_surgery.data.known_characters import check_records
     from nanogpt_surgery.generation.evaluation import answer_loss
     from nanogpt_surgery.lora.report import Report
 
     template = template_of(tokenizer)
     if name != "model":
         template = replace(template, source=name)
-    examples = encode_conversations(read_conversations(file), tokenizer, template)
+    conversations = read_conversations(file)
+    check_records(file, tokenizer)
+    examples = encode_conversations(conversations, tokenizer, template)
     length = model.config.block_size + 1
     cut = sum(len(example.ids) > length for example in examples)
     if cut:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.cli.opening import WITH_ADAPTER
 from nanogpt_surgery.cli.options import given, options_of_function
 from nanogpt_surgery.errors import SurgeryError
 
@@ -52,6 +53,9 @@ def export(
     json
         print the report as JSON
     """
+    from nanogpt_surgery.formats.model_file import refuse_adapter
+
+    refuse_adapter(model, WITH_ADAPTER)
     if form == "lora-gguf" or form == "mlx":
         _write_adapter(model, adapter, out, form, given(options))
     elif adapter is None:

@@ -140,7 +140,7 @@ def _one_by_one(
         likeliest=many.logprobs or 0,
         batch_size=many.batch_size,
     )
-    rows = [(text, sample) for text in texts for sample in range(many.samples)]
+    rows = [(text, sample) for text in texts for sample in range(1, many.samples + 1)]
     for (text, sample), continuation in zip(rows, found, strict=True):
         record = _record(text, sample, continuation, tokenizer, many.logprobs is not None)
         yield _json_line(record) if many.json else _block(record)
@@ -191,7 +191,7 @@ def _json_line(record: dict[str, Any]) -> str:
 
 def _block(record: dict[str, Any]) -> str:
     """A continuation for people, under its number; its tokens one a line."""
-    lines = [f"--- sample {record['sample'] + 1}", record["prompt"] + record["text"]]
+    lines = [f"--- sample {record['sample']}", record["prompt"] + record["text"]]
     for token in record.get("tokens", []):
         others = "  ".join(f"{t['text']!r} {t['logprob']:.3f}" for t in token["likeliest"])
         lines.append(f"  {token['logprob']:8.3f}  {token['text']!r:16}  {others}".rstrip())

@@ -10,6 +10,8 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.console import show
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from nanogpt_surgery.lora.report import Report
 
 
@@ -32,11 +34,16 @@ def inspect(path: str, *, json: Annotated[bool, Parameter(negative="")] = False)
 
 
 def _model_report(path: str) -> Report:
+    from nanogpt_surgery.formats.gguf_file import is_gguf
+    from nanogpt_surgery.formats.gguf_model import types_in
     from nanogpt_surgery.formats.huggingface import family_of
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.lora.report import Report
 
     model, tokenizer = open_model(path)
+    types = types_in(path) if is_gguf(Path(path)) else {}
+    if model.config.tie_head and types:
+        types["lm_head.weight"] = types["embed_tokens.weight"]
     rows = []
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
@@ -46,9 +53,7 @@ def _model_report(path: str) -> Report:
                 "kind": type(module).__name__,
                 "shape": ", ".join("×".join(map(str, p.shape)) for p in own.values()),
                 "parameters": sum(p.numel() for p in module.parameters()),
-                "dtype": ", ".join(
-                    sorted({str(p.dtype).removeprefix("torch.") for p in own.values()})
-                ),
+                "dtype": ", ".join(sorted({_dtype(name, key, own[key], types) for key in own})),
             }
         )
     config = model.config
@@ -63,6 +68,11 @@ def _model_report(path: str) -> Report:
         else "none",
     }
     return Report(f"model {path}", rows, summary)
+
+
+def _dtype(module: str, key: str, parameter: Tensor, types: dict[str, str]) -> str:
+    """What a file stores a parameter as, by GGUF's name for it; its dtype in other files."""
+    return types.get(f"{module}.{key}", str(parameter.dtype).removeprefix("torch."))
 
 
 def _adapter_report(path: str) -> Report:

@@ -24,6 +24,7 @@ OF_THE_WEIGHTS = (
     "where the processor has no bfloat16 arithmetic"
 )
 Dtype: TypeAlias = Annotated[Literal["float32", "bfloat16"] | None, Parameter(help=OF_THE_WEIGHTS)]
+WITH_ADAPTER = "name its model, and the adapter with --adapter: {base} --adapter {path}"
 OTHER_BASE = "take an adapter that was made for another base, with a warning"
 Force: TypeAlias = Annotated[bool, Parameter(negative="", help=OTHER_BASE)]
 SHARED_WEIGHT = (
@@ -56,9 +57,10 @@ def open_to_talk(
 
     from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.adapter_layout import load_adapter
-    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.formats.model_file import open_model, refuse_adapter
     from nanogpt_surgery.lora.mixing import swap_lora
 
+    refuse_adapter(path, WITH_ADAPTER)
     wanted = None if dtype is None else getattr(torch, dtype)
     model, found = open_model(path, "each" if adapters else wanted)  # they know it as it is stored
     tokenizer = required_tokenizer(found, path)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 from cyclopts import Parameter
 
@@ -10,9 +10,6 @@ from nanogpt_surgery.cli.console import show
 from nanogpt_surgery.cli.options import TargetOptions, given, options_of
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.training.settings import FitSettings
-
-if TYPE_CHECKING:
-    from nanogpt_surgery.model.config import GPTConfig
 
 LoraOptions: Any = options_of(LoRASettings, "LoRA", leave_out=("name",))
 
@@ -45,30 +42,10 @@ def plan(
     import torch
 
     from nanogpt_surgery.cli.instruction_data import window
+    from nanogpt_surgery.formats.adapter_layout import plan_adapter
     from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.lora.forecast import plan_lora
 
     rows = FitSettings(batch_size=batch_size).batch_size  # refuses what fit would
     network = open_model(model, torch.float32)[0]  # as finetune opens it
     probe = torch.zeros(rows, window(block_size, network.config.block_size), dtype=torch.long)
-    report = plan_lora(network, probe=probe, **given(target), **given(lora))
-    fused = sorted(_fused(network.config, {row["layer"] for row in report.rows}))
-    if fused:
-        report.summary["adapter_bytes_are_more"] = (
-            f"the file fuses {', '.join(fused)}: one B for all of them, with zeros between theirs"
-        )
-    show(report, json)
-
-
-def _fused(config: GPTConfig, planned: set[str]) -> set[str]:
-    """The endings of planned layers that the family's checkpoints hold as parts of one matrix."""
-    from nanogpt_surgery.formats.huggingface import OWN, family_of
-    from nanogpt_surgery.formats.name_map import rows
-
-    family = family_of(config)
-    if family == OWN:
-        return set()
-    fused = (
-        [row.ours for row in rows(family, config.n_layer) if len(row.ours) > 1] if family else []
-    )
-    return {name.rpartition(".")[2] for parts in fused for name in parts if name in planned}
+    show(plan_adapter(network, probe=probe, **given(target), **given(lora)), json)

@@ -53,6 +53,7 @@ def open_sources(
             need weights, or the weights are not as many numbers as there are paths.
     """
     from nanogpt_surgery.data.corpus import read_texts
+    from nanogpt_surgery.data.known_characters import check_characters
     from nanogpt_surgery.data.token_files import is_token_folder, open_tokens
 
     ratios = _ratios(weights, paths)
@@ -69,6 +70,9 @@ def open_sources(
     ]
     found = tokenizer or _tokenizer_of(opened)
     _check_tokenizer(found, opened)
+    for group, source in zip(groups, opened, strict=True):
+        if isinstance(source, str):
+            check_characters(found, group, source)
     return Sources(opened, found, ratios)
 
 

@@ -86,12 +86,17 @@ class CharacterTokenizer:
                 f"id {unknown.args[0]} is outside the vocabulary of {self.vocab_size} characters"
             ) from None
 
-    def _unknown(self, text: str, position: int) -> SurgeryError:
+    def check(self, text: str, where: str) -> None:
+        """Raise `SurgeryError`, with `where` the text lies, if a character is not known."""
+        if unknown := set(text) - self.character_to_id.keys():
+            raise self._unknown(text, min(map(text.index, unknown)), f"{where}: ")
+
+    def _unknown(self, text: str, position: int, where: str = "") -> SurgeryError:
         character = text[position]
         line = text.count("\n", 0, position) + 1
         return SurgeryError(
-            f"the character {character!r} (U+{ord(character):04X}) at position {position}, line "
-            f"{line}, is not among the {self.vocab_size} that this tokenizer was built from",
+            f"{where}the character {character!r} (U+{ord(character):04X}) at position {position}, "
+            f"line {line}, is not among the {self.vocab_size} that this tokenizer was built from",
             "remove it, or build the tokenizer from a text that contains it and train anew",
         )
 

@@ -27,7 +27,7 @@ def read_texts(paths: Iterable[str | Path]) -> str:
     Files are UTF-8 and joined by a newline; hidden files and folders are passed over.
 
     Raises:
-        SurgeryError: a path is missing, cannot be read or is not UTF-8 (all of them at once, with
+        SurgeryError: a path is missing, cannot be read or is not UTF-8 (the first five, with
             the position of the first bad byte), or there is no text at all.
     """
     texts: list[str] = []
@@ -40,8 +40,9 @@ def read_texts(paths: Iterable[str | Path]) -> str:
                 bad = data[error.start]
                 problems.append(f"{name} is not UTF-8: byte 0x{bad:02x} at position {error.start}")
     if problems:
+        more = f"; {len(problems) - 5} more" if problems[5:] else ""
         raise SurgeryError(
-            "; ".join(problems), "name text files saved as UTF-8, or folders of them"
+            "; ".join(problems[:5]) + more, "name text files saved as UTF-8, or folders of them"
         )
     text = "\n".join(filter(None, texts))
     if not text:

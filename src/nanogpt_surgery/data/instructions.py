@@ -25,7 +25,7 @@ from nanogpt_surgery.data.chat import (
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 
-_ANSWERS = ("completion", "answer", "response", "output")
+ANSWERS = ("completion", "answer", "response", "output")
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,8 @@ def read_records(path: str | Path) -> Iterable[Any]:
 def _text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise SurgeryError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise SurgeryError(f"cannot read {path}: {error}") from error
 
@@ -143,7 +145,7 @@ def _messages(record: Any) -> list[Message] | None:
     question = record.get("instruction", record.get("prompt"))
     if isinstance(question, str) and record.get("input"):
         question = f"{question}\n\n{record['input']}"
-    answer = next((record[key] for key in _ANSWERS if isinstance(record.get(key), str)), None)
+    answer = next((record[key] for key in ANSWERS if isinstance(record.get(key), str)), None)
     if not isinstance(question, str) or answer is None:
         return None
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]

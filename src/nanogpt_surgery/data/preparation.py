@@ -143,7 +143,9 @@ def _check_asked(folder: Path, now: dict[str, Any]) -> None:
     sources, others = before.pop("sources", {}), now["sources"]
     changed = [f"{key} differs" for key in before if key in now and before[key] != now[key]]
     changed += [
-        f"{file} has changed" if file in sources and file in others else f"{file} is new or gone"
+        f"{file} {'is gone' if file not in others else 'is new'}"
+        if (file in sources) != (file in others)
+        else f"{file} has changed"
         for file in sorted(sources.keys() | others.keys())
         if sources.get(file) != others.get(file)
     ]

@@ -11,12 +11,12 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFWriter
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt_surgery.atomic import whole_file, whole_folder
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import write_json
+from nanogpt_surgery.files import write_json, write_tensors
 from nanogpt_surgery.formats.gguf_file import read_gguf
 from nanogpt_surgery.formats.gguf_names import table
 from nanogpt_surgery.formats.huggingface import OWN, family_of
@@ -95,7 +95,7 @@ def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
     }
     with whole_folder(folder) as temporary:
         write_json(temporary / "adapter_config.json", config)
-        save_file(tensors, temporary / "adapters.safetensors")
+        write_tensors(tensors, temporary / "adapters.safetensors")
         again = load_file(temporary / "adapters.safetensors")
         found = {
             name: (again[f"model.{name}.lora_a"].t(), again[f"model.{name}.lora_b"].t())

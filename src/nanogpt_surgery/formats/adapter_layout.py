@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.lora.adapter import read_stored, write_stored
 from nanogpt_surgery.lora.base_check import check_fit, compare_fingerprint
+from nanogpt_surgery.lora.forecast import plan_lora
 from nanogpt_surgery.lora.hashing import tensor_hash
 from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.lora.planning import check_new_name
@@ -33,6 +36,8 @@ from nanogpt_surgery.lora.transplant import put_on, take_off
 from nanogpt_surgery.lora.update import as_matrix
 from nanogpt_surgery.lora.wrapping import bare, report_on
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+MODEL_CONFIG = "config.json"
 
 
 def save_adapter(
@@ -73,6 +78,23 @@ def write_adapter_files(
         )
     adapter = replace(adapter, fingerprint=base_fingerprint(model, adapter.updates))
     write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2")
+
+
+def plan_adapter(
+    model: nn.Module, targets: str | Iterable[str] = ("q_proj", "v_proj"), **options: Any
+) -> Report:
+    """What `inject_lora` would do, as `plan_lora` says it, and the size that `save_adapter` writes.
+
+    Raises:
+        SurgeryError: as `inject_lora`.
+    """
+    family = _family(model)
+    if family is None:
+        return plan_lora(model, targets, **options)
+    assert isinstance(model, SimpleGPT)
+    return plan_lora(
+        model, targets, as_saved=partial(_to_theirs, family=family, model=model), **options
+    )
 
 
 def refuse_unsavable(model: nn.Module) -> None:
@@ -122,8 +144,20 @@ def load_adapter(
 
 
 def adapter_folder(path: str | Path) -> Path:
-    """The adapter folder that a path means: itself, or the checkpoint chosen in a run folder."""
-    return chosen_checkpoint(Path(path)) if is_run(path) else Path(path)
+    """The adapter folder that a path means: itself, or the checkpoint chosen in a run folder.
+
+    Raises:
+        SurgeryError: it is not there, or is a model's.
+    """
+    folder = chosen_checkpoint(Path(path)) if is_run(path) else Path(path)
+    if not folder.exists():
+        raise SurgeryError(f"there is no folder {path}", "name an adapter, as finetune makes it")
+    if not (folder / CONFIG).is_file() and (folder / MODEL_CONFIG).is_file():
+        kind = "a model's run" if is_run(path) else "a model"
+        raise SurgeryError(
+            f"{path} is {kind}, not an adapter", "surgery finetune MODEL TEXT --out RUN makes one"
+        )
+    return folder
 
 
 def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:

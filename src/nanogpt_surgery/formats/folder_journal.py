@@ -206,9 +206,11 @@ def folder_log(folder: str | Path) -> Report:
     """The operations done to a folder, the oldest first.
 
     Raises:
-        SurgeryError: the folder has no journal, or it cannot be read.
+        SurgeryError: there is no such folder, it has no journal, or it cannot be read.
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise SurgeryError(f"there is no folder {folder}", "name a run, a model or an adapter")
     journal = read_journal(folder)
     if not journal.lines:
         raise SurgeryError(

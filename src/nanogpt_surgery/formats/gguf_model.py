@@ -13,11 +13,13 @@ from torch import Tensor
 
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.formats.gguf_file import GGUFFile, read_gguf
+from nanogpt_surgery.formats.gguf_file import PLAIN, GGUFFile, read_gguf
 from nanogpt_surgery.formats.gguf_names import FIELDS, ROPE_FACTORS, table
 from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
-from nanogpt_surgery.formats.placing import Dtype, build_model
-from nanogpt_surgery.formats.stored_tensor import Stored
+from nanogpt_surgery.formats.name_map import each_layer
+from nanogpt_surgery.formats.placing import Dtype, build_model, place
+from nanogpt_surgery.formats.quantised_tensor import QuantisedTensor
+from nanogpt_surgery.formats.stored_tensor import PlainTensor, Stored
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.positions import rotary_frequencies, stretch
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -55,6 +57,22 @@ def open_gguf(path: str | Path, dtype: Dtype) -> tuple[SimpleGPT, Tokenizer | No
             f"{path} opens without its tokenizer: {error.what}", SurgeryWarning, stacklevel=3
         )
         return model, None
+
+
+def types_in(path: str | Path) -> dict[str, str]:
+    """What a file stores each of our tensors as, such as "F16" or "Q4_1", by our names."""
+    file = read_gguf(path)
+    family = family_of_file(file)
+    config = config_of(file, family)
+    placements, _ = place(file.tensors, each_layer(table(family, config), config.n_layer))
+    plain = {dtype: kind.name for kind, dtype in PLAIN.items()}
+    return {
+        name: stored.kind.name if isinstance(stored, QuantisedTensor) else plain[stored.dtype]
+        for placement in placements
+        for stored in [placement.stored]
+        for name in placement.names
+        if isinstance(stored, (QuantisedTensor, PlainTensor))
+    }
 
 
 def family_of_file(file: GGUFFile) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, nearest
 from nanogpt_surgery.formats.safetensors_file import stored_tensors
 
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
@@ -29,7 +29,8 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
         cache: where copies are kept; None: where huggingface_hub keeps them.
 
     Raises:
-        SurgeryError: there is no such model, or it cannot be reached.
+        SurgeryError: there is no such model, or it cannot be reached; or a folder here has the
+            owner's name, so that a path in it was meant.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -37,6 +38,7 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
     cached = _cached(name, cache)
     if cached is not None:
         return cached
+    _refuse_local(name)
     try:
         fetched = snapshot_download(
             name, cache_dir=cache, allow_patterns=_FILES, ignore_patterns=["*/*"]
@@ -50,6 +52,15 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
         ) from error
     stored_tensors(Path(fetched))  # raises if the network is off and the copy is incomplete
     return Path(fetched)
+
+
+def _refuse_local(name: str) -> None:
+    """Raise `SurgeryError` for a name that begins with a folder that is here: it is mistyped."""
+    owner, _, _ = name.partition("/")
+    if Path(owner).is_dir():
+        there = [path.name for path in Path(owner).iterdir() if not path.name.startswith(".")]
+        close = nearest(name.rpartition("/")[2], sorted(there)) or "nothing"
+        raise SurgeryError(f"there is no {name} here", f"{owner}/ has: {close}")
 
 
 def _cached(name: str, cache: str | Path | None) -> Path | None:

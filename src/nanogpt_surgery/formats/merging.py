@@ -96,11 +96,11 @@ def merge_adapter(
             itself, the adapter would change no weight, the merged model is not the adapted one, or
             the disk refuses. What was there is untouched then.
     """
+    _check_tolerance(tolerance)
     _refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
-    facts = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
-    entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | facts)
+    entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | _facts(adapter))
     merged = add_in(merge, partial(_rounding, merge), tolerance, force)
     merge.round()
     writing = _Writing(merge, merged)
@@ -150,6 +150,15 @@ class _Writing:
         return replace(entry, measured=self.merged.measure(again))
 
 
+def _facts(adapter: str | Path) -> dict[str, str]:
+    return {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
+
+
+def _check_tolerance(tolerance: float) -> None:
+    if not tolerance >= 0:  # also NaN
+        raise SurgeryError(f"tolerance is {tolerance}; it must be a number of at least 0")
+
+
 def _refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
     """Raise `SurgeryError` if `out` is the model itself, which could not be brought back then."""
     if out is None or not Path(model).is_dir():
@@ -170,7 +179,9 @@ def _in_place(model: str | Path) -> Path:
     folder = Path(model)
     if folder.is_dir():
         return folder
-    kind = "a model on the hub" if not folder.exists() and is_hub_name(str(model)) else "no folder"
+    if not folder.exists() and not is_hub_name(str(model)):
+        raise SurgeryError(f"there is no folder {model}", "name a run or a model folder")
+    kind = "no folder" if folder.exists() else "a model on the hub"
     raise SurgeryError(f"{model} is {kind}, so it cannot be merged into in place",
                        "add --out FOLDER")  # fmt: skip
 

@@ -19,7 +19,7 @@ from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
 from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
 from nanogpt_surgery.formats.name_map import NAME_MAPS, identity, normal_names, to_theirs
 from nanogpt_surgery.formats.placing import Dtype, build_model, usual_dtype
-from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
+from nanogpt_surgery.formats.run_folder import checkpoints, chosen_checkpoint, is_run
 from nanogpt_surgery.formats.safetensors_file import stored_tensors
 from nanogpt_surgery.formats.tokenizer_files import (
     TOKENIZER,
@@ -137,6 +137,24 @@ def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
     return required_tokenizer(tokenizer, str(path)), context
 
 
+MERGE_FIRST = "name its model, or merge them: surgery merge {base} {path} --out FOLDER"
+
+
+def refuse_adapter(path: str | Path, hint: str = MERGE_FIRST) -> None:
+    """Raise `SurgeryError` for an adapter, or the run of one, where a model is needed.
+
+    The hint may hold {path} and {base}, the model that the adapter names.
+    """
+    newest = checkpoints(Path(path))[-1:] if is_run(path) else [Path(path)]
+    for config in [folder / ADAPTER_CONFIG for folder in newest]:
+        if config.is_file():
+            contents = read_json(config)
+            named = contents.get("base_model_name_or_path") if isinstance(contents, dict) else None
+            raise SurgeryError(
+                f"{path} is an adapter, not a model", hint.format(path=path, base=named or "MODEL")
+            )
+
+
 def model_folder(path: str | Path) -> Path:
     """The model folder that a path means.
 
@@ -144,12 +162,9 @@ def model_folder(path: str | Path) -> Path:
     the copy of a model on the hub.
     """
     folder = Path(path)
+    refuse_adapter(folder)
     if is_run(folder) and not is_operated(folder):
         folder = chosen_checkpoint(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
-        raise SurgeryError(
-            f"{folder} is an adapter, not a model", "name its model, and the adapter with --adapter"
-        )
     if not folder.exists() and is_hub_name(str(path)):
         return hub_folder(str(path))
     if not (folder / CONFIG).is_file():

@@ -108,7 +108,8 @@ class Conversation:
         raise SurgeryError(
             f"the message has {len(ids):,} tokens with all that belongs to it; the model's "
             f"block_size is {block:,}, of which {room:,} are kept for the answer",
-            "say it in fewer words, or ask for a shorter answer with max_new_tokens",
+            "say it in fewer words, or ask for a shorter answer: max_new_tokens=8 "
+            "(/set max_new_tokens 8)",
         )
 
     def _ids(self, talk: list[Message]) -> list[int]:

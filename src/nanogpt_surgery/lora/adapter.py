@@ -45,7 +45,7 @@ def write_stored(
     modules = {name.rpartition(".")[0] for name in adapter.whole}
     write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out))
     write_json(folder / EXTRAS, extras_of(adapter))
-    write_tensors(_tensors(adapter), folder / TENSORS)
+    write_tensors(tensors_of(adapter), folder / TENSORS)
     difference = differences(adapter, read_stored(folder))
     if difference:
         raise SurgeryError(
@@ -70,7 +70,8 @@ def _refuse_not_finite(adapter: StoredAdapter) -> None:
         )
 
 
-def _tensors(adapter: StoredAdapter) -> dict[str, Tensor]:
+def tensors_of(adapter: StoredAdapter) -> dict[str, Tensor]:
+    """The tensors of an adapter under the names that they have in PEFT's file."""
     tensors = {}
     for name, update in adapter.updates.items():
         keys = (_EMBEDDING_A, _EMBEDDING_B) if update.embedding else (_A, _B)

@@ -8,7 +8,8 @@ that the backward pass needs, counted on a copy of the model without any memory 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,17 +17,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from nanogpt_surgery.lora.adapter import tensors_of
 from nanogpt_surgery.lora.journal import CHART
 from nanogpt_surgery.lora.planning import Plan, make_plan
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import LoRASettings
+from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates
 from nanogpt_surgery.lora.targets import adaptable_layers
 from nanogpt_surgery.lora.wrapping import attach
 from nanogpt_surgery.values import chosen
 
 FLOAT32 = 4
 ADAMW = 2  # tensors of state for each trained one
-HEADER = 160  # bytes in a safetensors header for each tensor, about
 
 
 def plan_lora(
@@ -35,6 +37,7 @@ def plan_lora(
     settings: LoRASettings | None = None,
     *,
     probe: Tensor | None = None,
+    as_saved: Callable[[Updates], Updates] = dict,
     **changes: Any,
 ) -> Report:
     """Say what `inject_lora` with the same arguments would do; nothing is touched.
@@ -44,12 +47,12 @@ def plan_lora(
         targets: as in `inject_lora`.
         settings: as there.
         probe: ids (B, T) of a training batch; with them the activations are counted too.
+        as_saved: what becomes of the updates in the file; by default each stays as it is.
         **changes: as there.
 
     Returns:
         A row for each layer and the patterns that mean it, with shapes and parameters; trainable
-        parameters, the adapter's size on disk and the memory for training. Where the file's format
-        fuses layers, as GPT-2's does, the B's grow and the file with them.
+        parameters, the bytes of adapter_model.safetensors and the memory for training.
 
     Raises:
         SurgeryError: as `inject_lora`.
@@ -62,7 +65,7 @@ def plan_lora(
         "layers": len(rows),
         "trainable_parameters": trainable,
         "total_parameters": sum(p.numel() for p in model.parameters()) + trainable,
-        "adapter_bytes": sum(row["bytes"] for row in rows),
+        "adapter_bytes": _file_bytes(as_saved(_born(plan, layers))),
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "adapter_training_bytes": (2 + ADAMW) * FLOAT32 * trainable,
     }
@@ -89,9 +92,46 @@ def _row(plan: Plan, path: str, layer: Any) -> dict[str, Any]:
         "shape": f"{shape[0]}×{shape[1]}",
         "rank": settings.rank,
         "parameters": parameters,
-        "bytes": copies * (FLOAT32 * stored + (3 if settings.dora else 2) * HEADER),
+        "bytes": copies * FLOAT32 * stored,
         "tied to": ", ".join(plan.followers.get(path, [])) or None,
     }
+
+
+def _born(plan: Plan, layers: Mapping[str, Any]) -> Updates:
+    """Updates of the sizes that will be saved, without memory of their own."""
+    return {
+        path: _sized(plan.settings[leader], layers[path])
+        for leader in plan.settings
+        for path in [leader, *plan.followers.get(leader, [])]
+    }
+
+
+def _sized(settings: LoRASettings, layer: Any) -> LowRankUpdate:
+    nothing, embedding = torch.zeros(()), isinstance(layer, nn.Embedding)
+    out_features, in_features = layer.weight.shape[::-1] if embedding else layer.weight.shape
+    rank = settings.rank * (2 if settings.pissa else 1)  # PiSSA keeps what it was born with
+    return LowRankUpdate(
+        nothing.expand(rank, in_features),
+        nothing.expand(out_features, rank),
+        settings.alpha,
+        magnitude=nothing.expand(out_features) if settings.dora else None,
+        embedding=embedding,
+    )
+
+
+def _file_bytes(updates: Updates) -> int:
+    """The size of a safetensors file: 8 bytes, a header in JSON up to a multiple of 8, numbers."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors_of(StoredAdapter(updates)).items()):
+        start, end = end, end + FLOAT32 * tensor.numel()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    written = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-written // 8) * 8 + end
 
 
 def activation_bytes(model: nn.Module, plan: Plan, probe: Tensor) -> int:
