@@ -23,8 +23,8 @@ from nanogpt_surgery.lora.mixture import Rows
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
-from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
 from nanogpt_surgery.training.frozen_prefix import first_that_learns
+from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
 from nanogpt_surgery.training.hardware import cpu_has_bfloat16
 from nanogpt_surgery.training.settings import FitSettings
 
