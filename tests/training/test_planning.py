@@ -7,9 +7,10 @@ import pytest
 import torch
 from small_training import DATASET, SETTINGS, VALIDATION, hashes, model_of
 
-from nanogpt_surgery import GPTDataset, fit, inject_lora
+from nanogpt_surgery import GPTDataset, SimpleGPT, fit, inject_lora
 from nanogpt_surgery.training import frozen_head
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
+from nanogpt_surgery.training.live_tensors import LiveTensors
 from nanogpt_surgery.training.planning import plan_training
 from nanogpt_surgery.training.probing import AGAIN, NEW, Pace, probed
 
@@ -26,7 +27,7 @@ def test_a_plan_undoes_its_steps_to_the_bit():
     assert plan["weights_bytes"] == plan["gradient_bytes"] == 4 * parameters
     assert plan["optimizer_bytes"] == 8 * parameters  # AdamW keeps two numbers for each
     parts = ("weights", "gradient", "optimizer", "activation", "logits", "hidden_states")
-    assert plan["memory_bytes"] == sum(plan[f"{part}_bytes"] for part in parts)
+    assert plan["memory_bytes"] >= sum(plan[f"{part}_bytes"] for part in parts)
     assert plan["tokens"] == 6 * 5 * 9
     assert plan["evaluations"] == 1
     assert plan["hidden_states_bytes"] == 0
@@ -40,7 +41,7 @@ def test_what_is_frozen_or_computed_again_takes_less():
         DATASET,
         replace(SETTINGS, gradient_checkpointing=True),
     )
-    assert again["activation_bytes"] < plain["activation_bytes"] / 2
+    assert again["activation_bytes"] < 0.7 * plain["activation_bytes"]  # one block of two stays
     tuned = model_of()
     inject_lora(tuned, "lm_head", rank=2)
     head = plan_training(tuned, DATASET, SETTINGS)
@@ -123,3 +124,16 @@ def test_the_time_is_that_of_both_phases():
     assert Pace(10.0, 4.0, 1.0, first_pass_steps=3).seconds(100) == 10 + 2 * 4 + 97 * 1
     assert Pace(10.0, 4.0, 1.0, first_pass_steps=3).seconds(2) == 10 + 4
     assert Pace(10.0, 4.0, 4.0).seconds(100) == 10 + 99 * 4
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_a_training_and_its_evaluation_hold_no_more_than_was_planned(checkpointed):
+    ids = torch.randint(11, (4000,), generator=torch.Generator().manual_seed(0))
+    data = GPTDataset.from_ids(ids, 32)
+    changes = {"max_steps": 2, "batch_size": 4, "gradient_checkpointing": checkpointed}
+    settings, model = replace(SETTINGS, **changes), SimpleGPT(11, 48, 3, 4, 32)
+    plan = plan_training(model, data, settings, data)
+    with LiveTensors(model.parameters()) as live:
+        list(fit(model, data, settings, validation=data, examine=False))
+    held = plan["weights_bytes"] + live.most
+    assert 0.7 * plan["memory_bytes"] < held < 1.1 * plan["memory_bytes"]

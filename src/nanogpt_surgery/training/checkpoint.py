@@ -22,6 +22,7 @@ from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import (
     MANIFEST,
+    flush,
     is_temporary,
     link_or_copy,
     read_json,
@@ -90,6 +91,8 @@ class Run:
             SurgeryError: the disk refuses; the checkpoints that were there stay.
         """
         goal = checkpoint_folder(self.folder, step.step)
+        if (self.folder / METRICS).is_file():  # no checkpoint without the lines of its steps
+            flush(self.folder / METRICS)
         with whole_folder(goal) as temporary:
             write_weights(temporary)
             write_tensors(training_state(model, optimizer), temporary / STATE)
@@ -236,11 +239,31 @@ def _refuse_another(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _trim_metrics(path: Path, steps: int) -> None:
-    """Drop lines of steps that will be done again, and a line torn by a crash."""
-    if path.is_file():
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-        kept = [line for line in lines if json.loads(line)["step"] <= steps]
-        replace_text(path, "".join(line + "\n" for line in kept))
+    """Drop lines of steps that will be done again, and a line torn by a crash.
+
+    Raises:
+        SurgeryError: the lines before them are not those of steps 1 to `steps`.
+    """
+    if not path.is_file():
+        return
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    whole = next((i for i, line in enumerate(lines[:steps]) if _step(line) != i + 1), len(lines))
+    if whole < steps:
+        raise SurgeryError(
+            f"{path} has the lines of {whole} steps, and the checkpoint to go on from is that of "
+            f"step {steps}",
+            "put the lines back from a copy, or begin anew in another --out",
+        )
+    replace_text(path, "".join(line + "\n" for line in lines[:steps]))
+
+
+def _step(line: str) -> int | None:
+    """The number of the step that a line of metrics is of; None if it is of none."""
+    try:
+        values = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return values.get("step") if isinstance(values, dict) else None
 
 
 def _validation_loss(checkpoint: Path) -> float:

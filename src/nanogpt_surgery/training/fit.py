@@ -29,6 +29,7 @@ from nanogpt_surgery.training.loss import (
     evaluate,
     n_trained,
     refuse_packed,
+    windows_at_once,
 )
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.prefetch import batches
@@ -162,7 +163,8 @@ def _steps(
         )
         if validation is not None and _evaluates(step + 1, settings):
             with hardware.evaluating():
-                done = replace(done, validation_loss=evaluate(model, validation))
+                at_once = windows_at_once(model, settings)
+                done = replace(done, validation_loss=evaluate(model, validation, at_once))
         yield done
 
 
@@ -213,7 +215,7 @@ def _update(
         optimizer.zero_grad()
         raise SurgeryError(
             f"the gradient of step {step + 1} is not finite; no weight was changed by it",
-            "lower the learning rate, or use precision float32",
+            "lower the learning rate; where the precision is bfloat16, float32 may help as well",
         )
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_ratio", 1.0)

@@ -23,11 +23,14 @@ from nanogpt_surgery.lora.mixture import Rows
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
+from nanogpt_surgery.training.frozen_prefix import first_that_learns
 from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
 from nanogpt_surgery.training.hardware import cpu_has_bfloat16
+from nanogpt_surgery.training.settings import FitSettings
 
 # Logits held at once: 32 MiB in float32, which a CPU's caches like; a GPU wants large products.
 MOST_LOGITS, MOST_ON_GPU = 2**23, 2**27
+EVALUATED_AT_ONCE = 64  # windows
 
 
 def most_logits_on(device: torch.device) -> int:
@@ -178,7 +181,7 @@ def _sum_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
 
 
-def evaluate(model: nn.Module, dataset: Measured, batch_size: int = 64) -> float:
+def evaluate(model: nn.Module, dataset: Measured, batch_size: int = EVALUATED_AT_ONCE) -> float:
     """The mean loss over every target of a dataset that counts, in nats a token.
 
     A text is cut into windows that do not overlap, the last one shorter, so each token but the
@@ -201,6 +204,17 @@ def evaluate(model: nn.Module, dataset: Measured, batch_size: int = 64) -> float
             "nothing of what an evaluation reads is trained on", "evaluate_tokens=0 reads all"
         )
     return total / count
+
+
+def windows_at_once(model: nn.Module, settings: FitSettings) -> int:
+    """How many windows an evaluation reads at a time, so that it needs no more than a step.
+
+    It holds the tensors of one block, and a step those of all that learn or come after one.
+    """
+    blocks = 1
+    if isinstance(model, SimpleGPT) and not settings.gradient_checkpointing:
+        blocks = max(1, len(model.layers) - (first_that_learns(model) or 0))
+    return min(EVALUATED_AT_ONCE, blocks * settings.batch_size)
 
 
 def _quick_products(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:

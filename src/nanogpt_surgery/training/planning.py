@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import islice
 from typing import Any
 
@@ -16,14 +17,16 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.checkpoint import KEPT
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.frozen_head import frozen_head
-from nanogpt_surgery.training.frozen_prefix import bytes_of_window, prefix_for
+from nanogpt_surgery.training.frozen_prefix import bytes_of_window, first_that_learns, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
-from nanogpt_surgery.training.loss import apart, evaluate, most_logits_on
+from nanogpt_surgery.training.live_tensors import LiveTensors
+from nanogpt_surgery.training.loss import apart, evaluate, most_logits_on, windows_at_once
 from nanogpt_surgery.training.probing import probed
 from nanogpt_surgery.training.settings import FitSettings
 
 FLOAT32 = 4  # bytes
 EVALUATED = 2  # batches of the held-out data
+_OF_A_STEP = ("gradient_bytes", "activation_bytes", "logits_bytes")  # gone when it has ended
 
 
 def plan_training(
@@ -50,19 +53,23 @@ def plan_training(
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradient_bytes": trained,
         "optimizer_bytes": state,
-        "activation_bytes": activation_bytes(model, dataset, settings, hardware),
+        "activation_bytes": _activation_bytes(model, dataset, settings, hardware),
         "logits_bytes": _logits_bytes(model, dataset, settings, hardware),
         "hidden_states_bytes": _hidden_states_bytes(model, dataset, settings),
     }
     evaluations = 0 if validation is None else _evaluations(settings)
     held = None if validation is None else held_out(validation, settings.evaluate_tokens)
-    one = 0.0 if held is None else _seconds_of_evaluation(model, held, hardware)
+    at_once = windows_at_once(model, settings)
+    one = 0.0 if held is None else _seconds_of_evaluation(model, held, at_once, hardware)
+    more = 0 if held is None else _evaluation_bytes(model, held, at_once, hardware)
+    evaluating = sum(memory.values()) - sum(memory[part] for part in _OF_A_STEP) + more
     return {
         "computing_on": hardware.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": trained // FLOAT32,
         **memory,
-        "memory_bytes": sum(memory.values()),
+        "evaluation_bytes": more,
+        "memory_bytes": max(sum(memory.values()), evaluating),
         "disk_bytes": (KEPT + 2) * (2 * trained + state),  # the best, and a new one at first
         "steps": settings.max_steps,
         "tokens": rows * dataset.block_size,
@@ -97,6 +104,28 @@ def activation_bytes(
     return sum(size for place, size in kept.items() if place not in own)
 
 
+def _activation_bytes(
+    model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware
+) -> int:
+    """What autograd keeps, and of a block that is computed again what it keeps then."""
+    kept = activation_bytes(model, dataset, settings, hardware)
+    if not settings.gradient_checkpointing:
+        return kept
+    whole = replace(settings, gradient_checkpointing=False)
+    blocks = max(1, len(model.layers) - (first_that_learns(model) or 0))
+    return kept + activation_bytes(model, dataset, whole, hardware) // blocks
+
+
+def _evaluation_bytes(
+    model: SimpleGPT, validation: Measured, at_once: int, hardware: Hardware
+) -> int:
+    """The most that an evaluation holds at once beside the weights."""
+    first = _Some(validation, at_once, 1)
+    with LiveTensors([*model.parameters(), *model.buffers()]) as live, hardware.evaluating():
+        evaluate(model, first, at_once)
+    return live.most
+
+
 def _logits_bytes(
     model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware
 ) -> int:
@@ -129,18 +158,20 @@ def _evaluations(settings: FitSettings) -> int:
 class _Some:
     """The first batches of held-out data."""
 
-    def __init__(self, data: Measured):
-        self.first = list(islice(data.whole(64), EVALUATED))
+    def __init__(self, data: Measured, at_once: int, batches: int = EVALUATED):
+        self.first = list(islice(data.whole(at_once), batches))
 
     def whole(self, batch_size: int) -> Iterator[Batch]:
         yield from self.first
 
 
-def _seconds_of_evaluation(model: SimpleGPT, validation: Measured, hardware: Hardware) -> float:
-    some = _Some(validation)
+def _seconds_of_evaluation(
+    model: SimpleGPT, validation: Measured, at_once: int, hardware: Hardware
+) -> float:
+    some = _Some(validation, at_once)
     start = time.perf_counter()
     with hardware.evaluating():
-        evaluate(model, some)
+        evaluate(model, some, at_once)
     took = time.perf_counter() - start
-    measured, whole = (sum(y.numel() for _, y, *_ in s.whole(64)) for s in (some, validation))
+    measured, whole = (sum(y.numel() for _, y, *_ in s.whole(at_once)) for s in (some, validation))
     return float(took * whole / measured)

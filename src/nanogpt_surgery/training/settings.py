@@ -15,6 +15,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
 Shape = Literal["cosine", "stable"]
+MOST_SEED = 2**41  # what the order of batches is worked out from has 64 bits
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,8 @@ class FitSettings:
             for name in ("momentum", "beta1", "beta2")
             if getattr(self, name) >= 1
         ]
+        if abs(self.seed) > MOST_SEED:
+            found.append(f"seed is {self.seed}; its size must be at most {MOST_SEED}")
         if self.muon and self.lora_plus_ratio != 1:
             found.append(
                 f"lora_plus_ratio is {self.lora_plus_ratio}, and Muon trains no B of a LoRA; it "
