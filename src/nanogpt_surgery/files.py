@@ -43,6 +43,18 @@ def disk_refuses(goal: Path, error: OSError) -> SurgeryError:
     )
 
 
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, if it is not there.
+
+    Raises:
+        SurgeryError: the system refuses.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise disk_refuses(folder, error) from error
+
+
 def temporary_beside(path: Path) -> Path:
     """A new name beside a path, of the pattern that only this module gives."""
     return path.with_name(f"{_TEMPORARY}{path.name}-{uuid.uuid4().hex[:8]}")

@@ -1,6 +1,7 @@
 """A training that is killed, or asked to stop, goes on where it was."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,8 @@ import torch
 from typed import called, surgery
 
 from nanogpt_surgery.files import file_hash
+from nanogpt_surgery.training.checkpoint import Run
+from nanogpt_surgery.training.fit import Step
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 LONG = (
@@ -97,3 +100,32 @@ def test_a_resume_that_finds_nothing_says_so(folder: Path) -> None:
     note = f"note: there is no checkpoint in {folder / 'run'}: --resume begins at step 0"
     assert note in called(*words)[1]
     assert "note:" not in called(*words)[1]
+
+
+def test_asked_to_stop_in_its_last_step_a_run_is_over(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record, out = Run.record, folder / "run"
+
+    def asked(run: Run, step: Step) -> None:
+        record(run, step)
+        if step.step == 10:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Run, "record", asked)
+    command = ["train", folder / "text.txt", "--out", out, *LONG[:-4], "--max-steps", 10]
+    called(*command)
+    assert "train, 10 steps" in called("log", out)[0]
+    called(*command, "--resume")
+    assert called("log", out)[0].count("train, 10 steps") == 1
+    shutil.rmtree(out / "operations")  # as a kill before the line would leave it
+    called(*command, "--resume")
+    assert called("log", out)[0].count("train, 10 steps") == 1
+
+
+def test_a_place_that_refuses_a_folder_is_named(folder: Path) -> None:
+    (folder / "file").write_text("")
+    out = folder / "file" / "run"
+    for command in (["train", *LONG], ["data", "prepare"]):
+        _, said = called(*command, folder / "text.txt", "--out", out, check=1)
+        assert f"could not write {out}" in said, said

@@ -41,3 +41,12 @@ def test_what_it_computes_on_is_said_in_one_line():
 def test_a_device_that_is_not_there_is_refused():
     with pytest.raises(SurgeryError, match="no cuda device here"):
         fit(model_of(), DATASET, SETTINGS, device="cuda")
+
+
+def test_a_seed_that_no_order_can_be_drawn_from_is_refused():
+    for seed in (2**41 + 1, -(2**41) - 1, 10**30):
+        with pytest.raises(SurgeryError, match=f"seed is {seed}"):
+            FitSettings(seed=seed)
+    for seed in (2**41, -(2**41)):
+        rows, _ = DATASET.batch(3, 4, FitSettings(seed=seed).seed)
+        assert rows.shape == (4, DATASET.block_size)

@@ -49,13 +49,14 @@ def prepare(
         print the result as JSON
     """
     from nanogpt_surgery.data.pieces import pieces_of
+    from nanogpt_surgery.files import make_folder
     from nanogpt_surgery.formats.run_folder import LOCK, held
 
     if not text:
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
     _check_folder(out, text)
     pieces = pieces_of(text)
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     try:
         with held(out / LOCK):
             _prepare(pieces, out, tokenizer, given(options))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 CHARACTERS = "characters"
 ModelOptions: Any = options_of(GPTConfig, "Model", leave_out=("vocab_size", "rope_scaling"))
-TrainingOptions: Any = options_of(FitSettings, "Training", defaults=MUON)
+TrainingOptions: Any = options_of(FitSettings, "Training", ("lora_plus_ratio", "keep_hidden"), MUON)
 Family: Any = Literal[*FAMILIES]
 Recipe: Any = Literal[*(name for name in RECIPES if name)]
 
@@ -53,7 +53,7 @@ def train(
         a folder with a tokenizer.json, as surgery tokenizer train makes it; or characters
     recipe
         other defaults for model and training: fast is the lowest loss in little time
-        (docs/training.md); with a family, for the training alone; flags still count
+        (docs/training.md); with a family, its start from zero alone; flags still count
     family
         start from this family's axes; other flags still count
     """

@@ -70,6 +70,7 @@ def carry_out(job: Job, done: str) -> None:
 
 def _trained(job: Job) -> dict[str, Any]:
     """Train to the end, or to a signal; returns the summary for the report."""
+    from nanogpt_surgery.files import make_folder
     from nanogpt_surgery.training.checkpoint import start_run
     from nanogpt_surgery.training.fit import fit
     from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate, operations_of
@@ -81,7 +82,6 @@ def _trained(job: Job) -> dict[str, Any]:
     description = _description(job)
     with start_run(job.options.out, description, job.options.resume) as run, signals() as stop:
         job.model.to(hardware.device)
-        is_over = run.first_step == job.settings.max_steps
         optimizer = make_optimizer(job.model, job.settings)
         if run.checkpoint:
             run.restore(job.model, optimizer)
@@ -89,7 +89,7 @@ def _trained(job: Job) -> dict[str, Any]:
         say(f"computing on {hardware.describe()}")
         _say_what_is_measured(job)
         if job.keep_in:
-            job.keep_in.mkdir(parents=True, exist_ok=True)
+            make_folder(job.keep_in)
         validation = Announced(job.validation)
         steps = fit(
             job.model,
@@ -109,11 +109,10 @@ def _trained(job: Job) -> dict[str, Any]:
             asked = stop.signal  # once: it may come at any moment
             if step.validation_loss is not None or asked:
                 run.save(step, job.write_weights, job.model, optimizer)
-            if asked:
+            if asked and step.step < job.settings.max_steps:
                 _leave(job, step, asked)
         summary = _finish(job, run, rate, monotonic() - start - stepped)
-        if not is_over:
-            _record(run, description, summary)
+        _record(run, description, summary)
         return summary
 
 
@@ -168,18 +167,16 @@ def _leave(job: Job, step: Step, number: int) -> None:
 
 
 def _record(run: Run, description: dict[str, Any], summary: dict[str, Any]) -> None:
-    """A line in the folder's journal, which `surgery log` shows; training is not undone."""
-    from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
+    """A line in the folder's journal, which `surgery log` shows; training is not undone.
 
-    entry = Entry(
-        f"{description['kind']}, {summary['steps']:,} steps",
-        description.get("base", ""),
-        {},
-        hashes_of(run.folder),
-        "none",
-        measured=summary,
-    )
-    record(run.folder, entry)
+    A run that is resumed when it is over has its line, unless it was killed before that.
+    """
+    from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, read_journal, record
+
+    files, base = hashes_of(run.folder), description.get("base", "")
+    if read_journal(run.folder).files != files:
+        operation = f"{description['kind']}, {summary['steps']:,} steps"
+        record(run.folder, Entry(operation, base, {}, files, "none", measured=summary))
 
 
 def _operations_per_token(job: Job) -> int:

@@ -25,6 +25,7 @@ from nanogpt_surgery.files import (
     flush,
     is_temporary,
     link_or_copy,
+    make_folder,
     read_json,
     remove_temporaries,
     replace_text,
@@ -48,6 +49,7 @@ from nanogpt_surgery.formats.run_folder import (
 )
 from nanogpt_surgery.training.description import refusal
 from nanogpt_surgery.training.fit import Step
+from nanogpt_surgery.training.metrics_file import append_metrics, trim_metrics
 
 STATE, SUMMARY = "training.safetensors", "training.json"
 KEPT = 2  # newest checkpoints, beside the best
@@ -74,9 +76,12 @@ class Run:
         return step_of(self.checkpoint) if self.checkpoint else 0
 
     def record(self, step: Step) -> None:
-        """Append a step's metrics."""
-        with (self.folder / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(step.to_dict()) + "\n")
+        """Append a step's metrics.
+
+        Raises:
+            SurgeryError: the disk refuses.
+        """
+        append_metrics(self.folder / METRICS, step.to_dict())
 
     def save(
         self,
@@ -187,14 +192,14 @@ def start_run(folder: Path, description: dict[str, Any], resume: bool) -> Iterat
     """
     check_folder(folder, resume)
     _refuse_another(folder, description)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     with held(folder / LOCK):
         remove_temporaries(folder)
         remove_temporaries(folder / "checkpoints")
         if not is_run(folder):
             write_json(folder / RUN, description)
         checkpoint = latest_checkpoint(folder)
-        _trim_metrics(folder / METRICS, step_of(checkpoint) if checkpoint else 0)
+        trim_metrics(folder / METRICS, step_of(checkpoint) if checkpoint else 0)
         yield Run(folder, checkpoint, best_checkpoint(folder))
 
 
@@ -236,34 +241,6 @@ def _refuse_another(folder: Path, description: dict[str, Any]) -> None:
     now = json.loads(json.dumps(description))
     if is_run(folder) and (error := refusal(folder, read_json(folder / RUN), now)):
         raise error
-
-
-def _trim_metrics(path: Path, steps: int) -> None:
-    """Drop lines of steps that will be done again, and a line torn by a crash.
-
-    Raises:
-        SurgeryError: the lines before them are not those of steps 1 to `steps`.
-    """
-    if not path.is_file():
-        return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
-    whole = next((i for i, line in enumerate(lines[:steps]) if _step(line) != i + 1), len(lines))
-    if whole < steps:
-        raise SurgeryError(
-            f"{path} has the lines of {whole} steps, and the checkpoint to go on from is that of "
-            f"step {steps}",
-            "put the lines back from a copy, or begin anew in another --out",
-        )
-    replace_text(path, "".join(line + "\n" for line in lines[:steps]))
-
-
-def _step(line: str) -> int | None:
-    """The number of the step that a line of metrics is of; None if it is of none."""
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError:
-        return None
-    return values.get("step") if isinstance(values, dict) else None
 
 
 def _validation_loss(checkpoint: Path) -> float:

@@ -19,8 +19,9 @@ class LiveTensors(TorchDispatchMode):
     """
 
     def __init__(self, own: Iterable[Tensor] = ()):
-        super().__init__()
-        self.now = self.most = 0
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.most: int = 0
         self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in own}
 
     def __torch_dispatch__(

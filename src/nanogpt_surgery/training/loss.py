@@ -31,6 +31,7 @@ from nanogpt_surgery.training.settings import FitSettings
 # Logits held at once: 32 MiB in float32, which a CPU's caches like; a GPU wants large products.
 MOST_LOGITS, MOST_ON_GPU = 2**23, 2**27
 EVALUATED_AT_ONCE = 64  # windows
+LITTLE = 2**20  # numbers in hidden states that are no burden
 
 
 def most_logits_on(device: torch.device) -> int:
@@ -209,12 +210,16 @@ def evaluate(model: nn.Module, dataset: Measured, batch_size: int = EVALUATED_AT
 def windows_at_once(model: nn.Module, settings: FitSettings) -> int:
     """How many windows an evaluation reads at a time, so that it needs no more than a step.
 
-    It holds the tensors of one block, and a step those of all that learn or come after one.
+    It holds the tensors of one block, and a step those of all that learn or come after one. A small
+    model needs little anyway.
     """
-    blocks = 1
-    if isinstance(model, SimpleGPT) and not settings.gradient_checkpointing:
-        blocks = max(1, len(model.layers) - (first_that_learns(model) or 0))
-    return min(EVALUATED_AT_ONCE, blocks * settings.batch_size)
+    if not isinstance(model, SimpleGPT):
+        return min(EVALUATED_AT_ONCE, settings.batch_size)
+    blocks = len(model.layers) - (first_that_learns(model) or 0)
+    if settings.gradient_checkpointing:
+        blocks = 1
+    little = LITTLE // (model.config.block_size * model.config.n_embd)
+    return min(EVALUATED_AT_ONCE, max(1, blocks) * settings.batch_size + little)
 
 
 def _quick_products(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:

@@ -123,7 +123,7 @@ def _evaluation_bytes(
     first = _Some(validation, at_once, 1)
     with LiveTensors([*model.parameters(), *model.buffers()]) as live, hardware.evaluating():
         evaluate(model, first, at_once)
-    return live.most
+    return int(live.most)
 
 
 def _logits_bytes(
