@@ -203,7 +203,7 @@ def test_a_run_gives_the_merged_model_and_goes_on_only_after_the_undo(place):
     run, checkpoint = place / "run", checkpoint_folder(place / "run", 5)
     save_model(tiny_model(CONFIGS["llama-scaled-tied"]), checkpoint)
     write_json(run / "run.json", {"kind": "train"})
-    (run / "metrics.jsonl").write_text("")
+    (run / "metrics.jsonl").write_text("".join(f'{{"step": {i}}}\n' for i in range(1, 6)))
     for name in ("config.json", "model.safetensors"):
         (run / name).hardlink_to(checkpoint / name)
     first, plain = bytes_of(run), logits(run)
