@@ -128,17 +128,17 @@ def _pair(
     if isinstance(source, str):
         return text_datasets(source, tokenizer, block_size)
     known = source.header.fingerprint()
-    try:
-        train, held_out = (
-            GPTDataset.from_ids(ids, block_size, fingerprint=f"{split} of {known}")
-            for split, ids in (("train", source.train), ("validation", source.validation))
-        )
-    except SurgeryError as error:
-        raise SurgeryError(
-            f"{source.folder}: {error.what}",
-            "prepare more text, hold more of it out (--held-out), or use a smaller --block-size",
-        ) from None
-    return train, held_out
+    pair = []
+    for split, ids in (("train", source.train), ("validation", source.validation)):
+        if len(ids) <= block_size:
+            part = "to train on" if split == "train" else "held out"
+            raise SurgeryError(
+                f"{source.folder} has {len(ids):,} tokens {part}; a window and its last target "
+                f"need {block_size + 1:,}",
+                "prepare more text, with another --held-out, or use a smaller --block-size",
+            )
+        pair.append(GPTDataset.from_ids(ids, block_size, fingerprint=f"{split} of {known}"))
+    return pair[0], pair[1]
 
 
 def text_datasets(

@@ -78,8 +78,8 @@ def fit(
     """Train what can be trained in a model, a step for each item taken from the iterator.
 
     Args:
-        model: called on ids (B, T) it gives logits (B, T, V); trained in place, on the device that
-            `settings` choose.
+        model: called on ids (B, T) it gives logits (B, T, V), or an output of transformers that has
+            them; trained in place, on the device that `settings` choose.
         dataset: the windows, or rows, to learn from; documents that share a row are kept apart.
         settings: see `FitSettings`; its defaults if None.
         validation: evaluated every `evaluate_every` steps and at the end, on the same
@@ -210,13 +210,17 @@ def _update(
     step: int,
 ) -> float:
     """Clip, step, clear; returns the norm of the gradient before clipping."""
-    norm = float(nn.utils.clip_grad_norm_(trained, clip or math.inf))
+    gradients = [p.grad for p in trained if p.grad is not None]
+    whole = nn.utils.get_total_norm(gradients)
+    norm = float(whole)
     if not math.isfinite(norm):
         optimizer.zero_grad()
         raise SurgeryError(
             f"the gradient of step {step + 1} is not finite; no weight was changed by it",
             "lower the learning rate; where the precision is bfloat16, float32 may help as well",
         )
+    if clip:
+        nn.utils.clip_grads_with_norm_(trained, clip, whole)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_ratio", 1.0)
     optimizer.step()

@@ -139,10 +139,14 @@ def _device(wanted: str) -> torch.device:
 def _precision(wanted: str, device: torch.device) -> torch.dtype:
     if wanted != "auto":
         return torch.bfloat16 if wanted == "bfloat16" else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether a device multiplies bfloat16 in hardware."""
     if device.type == "cuda":
-        there = torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if there else torch.float32
-    return torch.bfloat16 if device.type == "cpu" and cpu_has_bfloat16() else torch.float32
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type == "cpu" and cpu_has_bfloat16()
 
 
 def cpu_has_bfloat16() -> bool:

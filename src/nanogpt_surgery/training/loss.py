@@ -56,7 +56,8 @@ def backward_of_loss(
     """Add the gradients of `share` times the mean loss to those that are there.
 
     Args:
-        model: called on ids it gives logits; a `SimpleGPT`'s are never all held at once.
+        model: called on ids it gives logits, or, of transformers, an output that has them; a
+            `SimpleGPT`'s are never all held at once.
         inputs: ids, (B, T).
         targets: the ids that came, (B, T).
         share: what the loss is multiplied with.
@@ -73,7 +74,7 @@ def backward_of_loss(
     most_logits = most_logits or most_logits_on(inputs.device)
     if not isinstance(model, SimpleGPT) or _positions(model, inputs, most_logits) >= inputs.size(1):
         with autocast():
-            logits = model(inputs, **apart(documents))
+            logits = _logits(model(inputs, **apart(documents)))
         loss = cross_entropy(logits, targets) * share
         loss.backward()
         return loss.item()
@@ -170,12 +171,18 @@ def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss summed over what counts, float32, a scalar; never all logits of a `SimpleGPT`."""
     inputs, targets = batch[:2]
     if not isinstance(model, SimpleGPT):
-        return _sum_of(model(inputs), targets)
+        return _sum_of(_logits(model(inputs)), targets)
     hidden = model.hidden(inputs, **apart(documents_of(batch)))  # (B, T, C)
     hidden, targets, _ = _counted(model, hidden, targets)
     size = _positions(model, targets, most_logits_on(targets.device))
     parts = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)
     return torch.stack([_sum_of(model.lm_head(h), y) for h, y in parts]).sum()
+
+
+def _logits(out: Any) -> Tensor:
+    """What a model gives, if it is a tensor, or what a transformers model calls its logits."""
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    return logits
 
 
 def _sum_of(logits: Tensor, targets: Tensor) -> Tensor:

@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.training.hardware import has_bfloat16
+
 Polynomials: TypeAlias = tuple[tuple[float, float, float], ...]
 
 # (a, b, c) of a x + b x³ + c x⁵: the first three of Polar Express (arXiv:2505.16932), each the best
@@ -33,7 +35,8 @@ MARGIN = 1.02  # of the norm in bfloat16
 def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> Tensor:
     """About U Vᵀ of each matrix U S Vᵀ: (N, R, C) → (N, R, C), of the same dtype."""
     shorter_first = matrices.mT if matrices.size(-2) > matrices.size(-1) else matrices
-    apply = in_bfloat16 if matrices.is_cuda else by_gram
+    quick = matrices.is_cuda and has_bfloat16(matrices.device)
+    apply = in_bfloat16 if quick else by_gram
     found = apply(shorter_first, polynomials).to(matrices.dtype)
     return found if shorter_first is matrices else found.mT
 
