@@ -25,10 +25,11 @@ def check_characters(tokenizer: Tokenizer, paths: Sequence[str | Path], text: st
     check: Callable[[str, str], None] | None = getattr(tokenizer, "check", None)
     if check is None:
         return
-    if "-" not in map(str, paths):
-        for file in files_of(paths):
-            check(file.read_bytes().decode("utf-8-sig"), str(file))
-    check(text, "the text")
+    if "-" in map(str, paths):  # what was read is gone
+        check(text, "the text")
+        return
+    for file in files_of(paths):
+        check(file.read_bytes().decode("utf-8-sig"), str(file))
 
 
 def check_records(path: str | Path, tokenizer: Tokenizer) -> None:

@@ -133,6 +133,12 @@ def _size_and_time(file: Path) -> list[int]:
     return [found.st_size, found.st_mtime_ns]
 
 
+def _what_happened(was_there: bool, is_there: bool) -> str:
+    if was_there and is_there:
+        return "has changed"
+    return "is new" if is_there else "is gone"
+
+
 def _check_asked(folder: Path, now: dict[str, Any]) -> None:
     """Write down what is asked for, or refuse what differs from the first time."""
     path = folder / ASKED
@@ -143,9 +149,7 @@ def _check_asked(folder: Path, now: dict[str, Any]) -> None:
     sources, others = before.pop("sources", {}), now["sources"]
     changed = [f"{key} differs" for key in before if key in now and before[key] != now[key]]
     changed += [
-        f"{file} {'is gone' if file not in others else 'is new'}"
-        if (file in sources) != (file in others)
-        else f"{file} has changed"
+        f"{file} {_what_happened(file in sources, file in others)}"
         for file in sorted(sources.keys() | others.keys())
         if sources.get(file) != others.get(file)
     ]

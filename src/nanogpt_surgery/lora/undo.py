@@ -28,7 +28,7 @@ def undo_lora(model: nn.Module) -> Report:
     """
     seen: dict[Tensor, str] = {}
     before = tensor_hashes(model, seen)
-    with _taken_back(model) as entry:
+    with _moved(model, back=True) as entry:
         after = tensor_hashes(model, seen)
         wanted = entry.hashes or {name: h for name, h in before.items() if name in after}
         _check_written(f"'{entry.title}' cannot be undone", wanted, after, "open the model again")
@@ -45,7 +45,7 @@ def redo_lora(model: nn.Module) -> Report:
     """
     seen: dict[Tensor, str] = {}
     before = tensor_hashes(model, seen)
-    with _made_again(model) as entry:
+    with _moved(model, back=False) as entry:
         after = tensor_hashes(model, seen)
         assert entry.undone, "no other way leads here"
         wanted, left = entry.undone
@@ -67,54 +67,33 @@ def _check_written(title: str, wanted: dict[str, str], now: dict[str, str], hint
 
 
 @contextmanager
-def _taken_back(model: nn.Module) -> Iterator[Entry]:
-    """Put everything as it was before the last operation; if the block raises, nothing moved.
+def _moved(model: nn.Module, back: bool) -> Iterator[Entry]:
+    """Take the last operation back, or make again what was; if the block raises, nothing moved.
 
     Raises:
         SurgeryError: there is none, or something else has changed those places since.
     """
     refuse_in_rows(model)
     chart = chart_of(model)
-    if not chart.done:
-        because = "; the originals were dropped by a merge" if chart.forgotten else ""
-        raise SurgeryError(f"there is no operation to undo{because}")
-    with _moved(model, chart.done[-1], back=True):
-        yield chart.done[-1]
-    chart.undone.append(chart.done.pop())
-
-
-@contextmanager
-def _made_again(model: nn.Module) -> Iterator[Entry]:
-    """Make the operation again that was undone last; if the block raises, nothing moved.
-
-    Raises:
-        SurgeryError: there is none, or something else has changed those places since.
-    """
-    refuse_in_rows(model)
-    chart = chart_of(model)
-    if not chart.undone:
-        raise SurgeryError("there is no operation to redo")
-    with _moved(model, chart.undone[-1], back=False):
-        yield chart.undone[-1]
-    chart.done.append(chart.undone.pop())
-
-
-@contextmanager
-def _moved(model: nn.Module, entry: Entry, back: bool) -> Iterator[None]:
-    """Take an operation back or make it again; if the block raises, nothing moved."""
+    here, there = (chart.done, chart.undone) if back else (chart.undone, chart.done)
+    if not here:
+        because = "; the originals were dropped by a merge" if back and chart.forgotten else ""
+        raise SurgeryError(f"there is no operation to {'undo' if back else 'redo'}{because}")
+    entry = here[-1]
     _check_untouched(entry, back)
     children = [change for change in entry.changes if change.place.child]
-    there, device = [change.place.get() for change in children], device_of(model)
+    replaced, device = [change.place.get() for change in children], device_of(model)
     put(entry.changes, back)
     try:
-        yield
+        yield entry
     except BaseException:
         put(entry.changes, not back)
         raise
-    for change, replaced in zip(children, there, strict=True):
+    for change, other in zip(children, replaced, strict=True):
         module = change.place.get()
         if module is not None:  # where nothing was, its owner has the mode
-            rejoin(module, change.place.owner if replaced is None else replaced, device)
+            rejoin(module, change.place.owner if other is None else other, device)
+    there.append(here.pop())
 
 
 def _check_untouched(entry: Entry, back: bool) -> None:
