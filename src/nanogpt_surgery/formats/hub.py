@@ -29,8 +29,8 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
         cache: where copies are kept; None: where huggingface_hub keeps them.
 
     Raises:
-        SurgeryError: there is no such model, or it cannot be reached; or a folder here has the
-            owner's name, so that a path in it was meant.
+        SurgeryError: there is no such model, or it cannot be reached. Where a folder here has the
+            owner's name, a path in it was meant.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
@@ -38,12 +38,12 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
     cached = _cached(name, cache)
     if cached is not None:
         return cached
-    _refuse_local(name)
     try:
         fetched = snapshot_download(
             name, cache_dir=cache, allow_patterns=_FILES, ignore_patterns=["*/*"]
         )
     except (HfHubHTTPError, OSError) as error:
+        _refuse_local(name)
         reason = str(error).strip().splitlines()[0]
         raise SurgeryError(
             f"{name} is no folder here, and it cannot be fetched from the Hugging Face hub: "
