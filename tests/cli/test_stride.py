@@ -59,3 +59,16 @@ def test_instruction_data_has_none(place: Path) -> None:
     _, said = called(*wanted, "--stride", 3, check=1)
     assert "instruction data" in said
     assert not (place / "no").exists()
+
+
+def test_a_run_begun_before_there_were_strides_had_windows_at_every_token(place: Path) -> None:
+    short = ["--max-steps", 2, *STEPS[2:], "--targets", "lm_head", "--out", place / "old"]
+    begun = ["finetune", place / "base", place / "text.txt", *short]
+    called(*begun, "--stride", 1)
+    path = place / "old" / "run.json"
+    description = json.loads(path.read_text())
+    assert description.pop("stride") == 1
+    path.write_text(json.dumps(description))
+    called(*begun, "--resume", "--stride", 1)
+    _, said = called(*begun, "--resume", check=1)
+    assert "--stride 1" in said

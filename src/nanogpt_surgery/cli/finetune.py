@@ -179,9 +179,8 @@ def _spaced(job: Job, network: SimpleGPT, stride: int | None) -> Job:
         say("windows lie side by side: frozen layers see each once; --stride 1 overlaps them")
         stride = data.block_size
     stride = 1 if stride is None else stride
-    # A run begun before there were strides had windows at every token.
-    known = {} if stride == 1 else {"stride": stride}
-    return replace(job, dataset=data.with_stride(stride), description=job.description | known)
+    known = job.description | {"stride": stride}
+    return replace(job, dataset=data.with_stride(stride), description=known)
 
 
 def _data(
