@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from nanogpt_surgery.data.batches import Batch, Batches
     from nanogpt_surgery.lora.report import Report
-    from nanogpt_surgery.training.fit import Step
+    from nanogpt_surgery.training.step import Step
 
 PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
 

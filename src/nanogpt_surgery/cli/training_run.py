@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.training.checkpoint import Run
-    from nanogpt_surgery.training.fit import Step
     from nanogpt_surgery.training.settings import FitSettings
+    from nanogpt_surgery.training.step import Step
 
 
 @dataclass(frozen=True)

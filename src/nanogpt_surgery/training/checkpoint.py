@@ -48,8 +48,8 @@ from nanogpt_surgery.formats.run_folder import (
     step_of,
 )
 from nanogpt_surgery.training.description import refusal
-from nanogpt_surgery.training.fit import Step
 from nanogpt_surgery.training.metrics_file import append_metrics, trim_metrics
+from nanogpt_surgery.training.step import Step
 
 STATE, SUMMARY = "training.safetensors", "training.json"
 KEPT = 2  # newest checkpoints, beside the best

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.data.batches import Measured
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.distributed import ALONE, World
 from nanogpt_surgery.training.frozen_prefix import first_that_learns
 from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
 from nanogpt_surgery.training.hardware import cpu_has_bfloat16
@@ -21,30 +23,36 @@ EVALUATED_AT_ONCE = 64  # windows
 LITTLE = 2**20  # numbers in hidden states that are no burden
 
 
-def evaluate(model: nn.Module, dataset: Measured, batch_size: int = EVALUATED_AT_ONCE) -> float:
+def evaluate(
+    model: nn.Module,
+    dataset: Measured,
+    batch_size: int = EVALUATED_AT_ONCE,
+    together: World = ALONE,
+) -> float:
     """The mean loss over every target of a dataset that counts, in nats a token.
 
     A text is cut into windows that do not overlap, the last one shorter, so each token but the
     first is predicted once; of conversations only what is trained on counts. Computed in the
     model's own precision, in eval mode, on its device; weights in bfloat16 are cast for their
-    products on a processor that has no bfloat16 arithmetic.
+    products on a processor that has no bfloat16 arithmetic. Processes that are `together` read
+    each its share of the batches, and all return the same.
 
     Raises:
         SurgeryError: rows hold several documents, and the model is no `SimpleGPT`.
     """
     device = next(model.parameters()).device
     losses: list[Tensor] = []
-    count = 0
+    count: float = 0
     with eval_mode(model), torch.inference_mode(), _quick_products(model, device):
-        for batch in dataset.whole(batch_size):
+        for batch in islice(dataset.whole(batch_size), together.rank, None, together.size):
             refuse_documents(model, batch)
             losses.append(summed_loss(model, batch))
             count += n_trained(batch[1])
+    total, count = together.sums(sum(torch.stack(losses).tolist()) if losses else 0.0, count)
     if not count:
         raise SurgeryError(
             "nothing of what an evaluation reads is trained on", "evaluate_tokens=0 reads all"
         )
-    total: float = sum(torch.stack(losses).tolist())
     return total / count
 
 
