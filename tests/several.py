@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from ways import WAYS, first_rows, trained
+from ways import WAYS, first_rows, text, trained
 
 from nanogpt_surgery import SimpleGPT, fit
 from nanogpt_surgery.training.distributed import joined
@@ -17,12 +17,18 @@ from nanogpt_surgery.training.distributed import joined
 FLOAT32 = {"device": "cpu", "precision": "float32"}
 
 
-def dropout(seed: int, accumulation: int, batch_size: int) -> tuple[SimpleGPT, list[float]]:
-    """A training with dropout in which a process can be without a token that is trained on."""
+# Rows that are all trained on, and rows of which one process has none that is.
+DROPOUT = {"dropout": text, "dropout, first rows": first_rows}
+
+
+def dropout(
+    way: str, seed: int, accumulation: int, batch_size: int
+) -> tuple[SimpleGPT, list[float]]:
+    """A training with dropout, from weights that follow from a seed."""
     torch.manual_seed(seed)
     model = SimpleGPT(53, 24, 3, 2, 19, dropout=0.3)
     sizes = {"accumulation": accumulation, "batch_size": batch_size}
-    steps = fit(model, first_rows(), max_steps=4, learning_rate=1e-2, **sizes, **FLOAT32)
+    steps = fit(model, DROPOUT[way](), max_steps=4, learning_rate=1e-2, **sizes, **FLOAT32)
     return model, [step.loss for step in steps]
 
 
@@ -33,7 +39,8 @@ def main(folder: Path) -> None:
         for way in WAYS:
             model, steps = trained(way, torch.float32, **FLOAT32)
             found[way] = model, [step.to_dict() for step in steps]
-        found["dropout"] = dropout(seed=world.rank, accumulation=2, batch_size=4)
+        for way in DROPOUT:
+            found[way] = dropout(way, seed=world.rank, accumulation=2, batch_size=4)
         for way, (model, said) in found.items():
             name = folder / f"{way}-{world.rank}"
             weights = {key: value.clone() for key, value in model.state_dict().items()}

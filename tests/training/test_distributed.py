@@ -9,7 +9,7 @@ import pytest
 import several
 import torch
 from safetensors.torch import load_file
-from several import FLOAT32
+from several import DROPOUT, FLOAT32
 from ways import WAYS, trained
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -31,7 +31,7 @@ def written(folder: Path, way: str, rank: int) -> tuple[dict[str, torch.Tensor],
     return load_file(name.with_suffix(".safetensors")), said
 
 
-@pytest.mark.parametrize("way", [*WAYS, "dropout"])
+@pytest.mark.parametrize("way", [*WAYS, *DROPOUT])
 def test_the_weights_of_all_are_the_same_to_the_bit(folder, way):
     first, second = (written(folder, way, rank)[0] for rank in (0, 1))
     assert first.keys() == second.keys()
@@ -53,10 +53,12 @@ def test_they_learn_what_one_does(folder, way):
             torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
 
 
-def test_dropout_and_rows_without_targets_too(folder):
+@pytest.mark.parametrize("way", DROPOUT)
+def test_dropout_and_rows_without_targets_too(folder, way):
     """As one process that computes in twice as many parts, from the first one's weights."""
-    model, losses = several.dropout(seed=0, accumulation=4, batch_size=2)
-    weights, found = written(folder, "dropout", 1)
+    model, losses = several.dropout(way, seed=0, accumulation=4, batch_size=2)
+    weights, found = written(folder, way, 1)
     assert found == pytest.approx(losses, rel=1e-5)
     for name, value in model.state_dict().items():
-        torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+        if "k_proj.bias" not in name:  # attention does not depend on it: its gradient is rounding
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)

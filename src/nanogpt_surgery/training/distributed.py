@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -54,6 +55,18 @@ class World:
         _all_reduce(found)
         sums: list[float] = found.tolist()
         return sums
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers; all wait for each other.
+
+        Raises:
+            SurgeryError: another process has ended.
+        """
+        if self.size == 1:
+            return number
+        found = torch.tensor(number)
+        _all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
 
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients; where another process has one and this has not, it counts as 0.
@@ -122,9 +135,9 @@ def _own_gpu(number: int, there: int) -> int:
     return number
 
 
-def _all_reduce(tensor: Tensor) -> None:
+def _all_reduce(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
     try:
-        dist.all_reduce(tensor)
+        dist.all_reduce(tensor, operation)
     except RuntimeError as error:
         raise SurgeryError(
             f"another process of this training has ended ({str(error).splitlines()[0]})",
