@@ -36,7 +36,7 @@ def whole_folder(goal: str | Path) -> Iterator[Path]:
         SurgeryError: `goal` holds something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    _check_replaceable(goal)
+    refuse_foreign_folder(goal)
     temporary = temporary_beside(goal)
     try:
         temporary.mkdir(parents=True)
@@ -59,8 +59,7 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         SurgeryError: `goal` is something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    if goal.exists() and not _begins_with(goal, magic):
-        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+    refuse_foreign_file(goal, magic)
     goal.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(goal)
     try:
@@ -74,6 +73,12 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def refuse_foreign_file(goal: Path, magic: bytes = b"GGUF") -> None:
+    """Raise `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
+    if goal.exists() and not _begins_with(goal, magic):
+        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+
+
 def _begins_with(path: Path, magic: bytes) -> bool:
     if not path.is_file():
         return False
@@ -81,7 +86,8 @@ def _begins_with(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def _check_replaceable(goal: Path) -> None:
+def refuse_foreign_folder(goal: Path) -> None:
+    """Raise `SurgeryError` if anything but a sealed or an empty folder lies at `goal`."""
     if not goal.exists() or (goal / MANIFEST).is_file():
         return
     if not goal.is_dir() or any(goal.iterdir()):
