@@ -16,10 +16,11 @@ from pathlib import Path
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.exchange import exchange
 from nanogpt_surgery.files import (
-    MANIFEST,
     disk_refuses,
     flush,
     flush_place,
+    refuse_foreign_file,
+    refuse_foreign_folder,
     seal,
     temporary_beside,
 )
@@ -71,29 +72,6 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         raise disk_refuses(goal, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def refuse_foreign_file(goal: Path, magic: bytes = b"GGUF") -> None:
-    """Raise `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
-    if goal.exists() and not _begins_with(goal, magic):
-        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
-
-
-def refuse_foreign_folder(goal: Path) -> None:
-    """Raise `SurgeryError` if anything but a sealed or an empty folder lies at `goal`."""
-    if not goal.exists() or (goal / MANIFEST).is_file():
-        return
-    if not goal.is_dir() or any(goal.iterdir()):
-        raise SurgeryError(
-            f"{goal} exists and was not written by this program", "choose a new folder"
-        )
 
 
 def _put_in_place(temporary: Path, goal: Path) -> None:
