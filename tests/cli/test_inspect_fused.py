@@ -33,6 +33,7 @@ def test_a_fused_update_is_explained(tmp_path: Path, known: bool) -> None:
     assert "A stacked" in line and "block diagonal" in line
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 def test_parts_that_share_a_have_its_rank(tmp_path: Path) -> None:
     """As peft makes them; and beside them a layer that is not fused."""
     sizes = {"vocab_size": 30, "n_embd": 24, "n_head": 3, "n_layer": 1}
