@@ -57,8 +57,8 @@ if TYPE_CHECKING:
     from nanogpt_surgery.model.kv_cache import KVCache
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
     from nanogpt_surgery.model.transformer_encoder_layer import TransformerEncoderLayer
+    from nanogpt_surgery.training.evaluation import evaluate
     from nanogpt_surgery.training.fit import Step, fit
-    from nanogpt_surgery.training.loss import evaluate
     from nanogpt_surgery.training.settings import FitSettings
 
 _HOMES = {
@@ -116,8 +116,8 @@ _HOMES = {
     "model.kv_cache": ("KVCache",),
     "model.simple_gpt": ("SimpleGPT",),
     "model.transformer_encoder_layer": ("TransformerEncoderLayer",),
+    "training.evaluation": ("evaluate",),
     "training.fit": ("Step", "fit"),
-    "training.loss": ("evaluate",),
     "training.settings": ("FitSettings",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

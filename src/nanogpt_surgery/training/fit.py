@@ -14,22 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of, held_out
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
 from nanogpt_surgery.training.frozen_products import QuickProducts
-from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
+from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of, sent
 from nanogpt_surgery.training.loss import (
     backward_from_hidden,
     backward_of_loss,
-    evaluate,
     n_trained,
     refuse_packed,
-    windows_at_once,
 )
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.prefetch import batches
@@ -146,10 +145,15 @@ def _steps(
         rate = learning_rate(step, settings)
         with products.active(), blocks.active():
             batch = next(coming)
-            loss = _accumulate(model, batch, settings, step, prefix, hardware)
+            losses = _accumulate(model, batch, settings, step, prefix, hardware)
         if examiner is not None:
             examiner.after_backward(step)
-        norm = _update(trained, optimizer, rate, settings.clip, step)
+        whole = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
+        loss, norm = _read(losses, whole)
+        if not math.isfinite(norm):
+            optimizer.zero_grad()
+            raise _not_finite(step + 1)
+        _update(trained, optimizer, rate, settings.clip, whole)
         if examiner is not None:
             examiner.after_update(step)
         done = Step(
@@ -175,16 +179,19 @@ def _accumulate(
     step: int,
     prefix: FrozenPrefix | None,
     hardware: Hardware,
-) -> float:
-    """Gradients of the mean loss over the step's windows; returns that loss."""
+) -> list[Tensor]:
+    """Gradients of the mean loss over the step's windows; returns what adds up to that loss.
+
+    The batch stays in the host's memory but for what the model reads, and the losses on the device:
+    what a GPU is not asked for it is not waited for.
+    """
     parts = settings.accumulation
-    total, whole = 0.0, n_trained(batch[1])
+    losses, whole = [], n_trained(batch[1])
     for part, piece in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
         if counted := n_trained(piece[1]):
-            piece = tuple(hardware.taken(tensor) for tensor in piece)
             with hardware.seeded(hash((settings.seed, step, part))):
-                total += _backward(model, piece, counted / whole, prefix, hardware)
-    return total
+                losses.append(_backward(model, piece, counted / whole, prefix, hardware))
+    return losses
 
 
 def _backward(
@@ -193,13 +200,28 @@ def _backward(
     share: float,
     prefix: FrozenPrefix | None,
     hardware: Hardware,
-) -> float:
+) -> Tensor:
     x, y, documents = batch[0], batch[1], documents_of(batch)
     if prefix is None:
+        x = sent(x, hardware.device)
         return backward_of_loss(model, x, y, share, hardware.autocast, documents=documents)
     with hardware.autocast():
         hidden = prefix.hidden(x, documents)
     return backward_from_hidden(prefix.model, hidden, y, share, hardware.autocast)
+
+
+def _read(losses: list[Tensor], norm: Tensor) -> tuple[float, float]:
+    """The sum of the losses and the norm: all that the host waits for in a step."""
+    dtype = torch.promote_types(norm.dtype, torch.float32)
+    *parts, read = torch.stack([value.to(dtype) for value in (*losses, norm)]).tolist()
+    return sum(parts), read
+
+
+def _not_finite(step: int) -> SurgeryError:
+    return SurgeryError(
+        f"the gradient of step {step} is not finite; no weight was changed by it",
+        "lower the learning rate; where the precision is bfloat16, float32 may help as well",
+    )
 
 
 def _update(
@@ -207,25 +229,15 @@ def _update(
     optimizer: torch.optim.Optimizer,
     rate: float,
     clip: float,
-    step: int,
-) -> float:
-    """Clip, step, clear; returns the norm of the gradient before clipping."""
-    gradients = [p.grad for p in trained if p.grad is not None]
-    whole = nn.utils.get_total_norm(gradients)
-    norm = float(whole)
-    if not math.isfinite(norm):
-        optimizer.zero_grad()
-        raise SurgeryError(
-            f"the gradient of step {step + 1} is not finite; no weight was changed by it",
-            "lower the learning rate; where the precision is bfloat16, float32 may help as well",
-        )
+    norm: Tensor,
+) -> None:
+    """Clip, step, clear."""
     if clip:
-        nn.utils.clip_grads_with_norm_(trained, clip, whole)
+        nn.utils.clip_grads_with_norm_(trained, clip, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_ratio", 1.0)
     optimizer.step()
     optimizer.zero_grad()
-    return norm
 
 
 def _evaluates(steps: int, settings: FitSettings) -> bool:

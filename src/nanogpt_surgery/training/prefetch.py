@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from nanogpt_surgery.data.batches import Batch, Batches
+from nanogpt_surgery.training.hardware import pinned
 from nanogpt_surgery.training.settings import FitSettings
 
 
@@ -27,18 +28,13 @@ def batches(
 
     def make(step: int) -> Batch:
         batch = dataset.batch(step, size, settings.seed)
-        return pinned(batch) if device.type == "cuda" else batch
+        return tuple(map(pinned, batch)) if device.type == "cuda" else batch
 
     steps = range(first_step, settings.max_steps)
     if device.type == "cuda":
         yield from made_ahead(make, steps)
     else:
         yield from map(make, steps)
-
-
-def pinned(batch: Batch) -> Batch:
-    """The same in pinned memory, each part dense: a strided one would be copied unpinned."""
-    return tuple(part.contiguous().pin_memory() for part in batch)
 
 
 def made_ahead(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
