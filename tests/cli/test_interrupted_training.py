@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typed import called, surgery
+from typed import called
 
 from nanogpt_surgery.files import file_hash
 from nanogpt_surgery.training.checkpoint import Run
@@ -47,13 +47,13 @@ def start_training(folder: Path, out: Path, *flags: str) -> subprocess.Popen:
 
 @pytest.mark.parametrize("flags", [(), ("--recipe", "fast")], ids=["plain", "fast"])
 def test_a_killed_training_resumes_to_the_same_bits(folder: Path, flags: tuple[str, ...]) -> None:
-    whole, cut = folder / "whole", folder / "cut"
-    surgery("train", "text.txt", "--out", whole, *LONG, *flags, cwd=folder)
+    text, whole, cut = folder / "text.txt", folder / "whole", folder / "cut"
+    called("train", text, "--out", whole, *LONG, *flags)
     process = start_training(folder, cut, *flags)
     process.kill()
     process.communicate()
     assert not (cut / "loss.png").exists(), "it was killed before the end"
-    surgery("train", "text.txt", "--out", cut, *LONG, *flags, "--resume", cwd=folder)
+    called("train", text, "--out", cut, *LONG, *flags, "--resume")
     for name in ("model.safetensors", "training.safetensors"):
         place = f"checkpoints/step-00000400/{name}"
         assert file_hash(cut / place) == file_hash(whole / place)
