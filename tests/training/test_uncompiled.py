@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from small_training import DATASET, SETTINGS, model_of
 from tiny import randomise
@@ -26,18 +27,19 @@ def test_training_does_not_load_the_compiler() -> None:
     subprocess.run([sys.executable, "-c", PROGRAM], check=True, cwd=tests, timeout=100)
 
 
-def test_adamw_is_pytorchs_to_the_bit() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+def test_adamw_is_pytorchs_to_the_bit(fused: bool) -> None:
     """With a closure that computes the gradients, a group of its own, and a state taken over."""
     found = []
     for kind in (AdamW, torch.optim.AdamW):
         model = model_of()
         randomise(model, 3)
         *matrices, last = model.parameters()
-        optimizer = kind([{"params": matrices}], lr=SETTINGS.learning_rate, fused=True)
+        optimizer = kind([{"params": matrices}], lr=SETTINGS.learning_rate, fused=fused)
         optimizer.add_param_group({"params": [last], "weight_decay": 0.5})
         for number in range(4):
             if number == 2:
-                state, optimizer = optimizer.state_dict(), kind(optimizer.param_groups, fused=True)
+                state, optimizer = optimizer.state_dict(), kind(optimizer.param_groups, fused=fused)
                 optimizer.load_state_dict(state)
             optimizer.step(lambda model=model, optimizer=optimizer: gradients(model, optimizer))
         found.append(list(model.parameters()))
