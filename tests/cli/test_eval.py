@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from small_tokenizers import byte_level
-from typed import called, surgery, write_adapter, write_model
+from typed import called, write_adapter, write_model
 
 from nanogpt_surgery import BPETokenizer, SimpleGPT, open_model, read_conversations, save_model
 from nanogpt_surgery.data.chat import ChatTemplate
@@ -103,12 +103,12 @@ def test_instruction_data(folder: Path) -> None:
 
 
 def test_an_adapter_takes_part(folder: Path) -> None:
-    done = surgery("eval", "m", "text.txt", "--adapter", "a", cwd=folder)
-    assert "bits per byte: " in done.stdout
+    said, _ = called("eval", folder / "m", folder / "text.txt", "--adapter", folder / "a")
+    assert "bits per byte: " in said
     plain = report(folder, folder / "text.txt")["loss"]
     adapted = report(folder, folder / "text.txt", "--adapter", folder / "a")["loss"]
     assert adapted != pytest.approx(plain, rel=1e-3)
-    assert f"loss: {adapted:.4g}" in done.stdout
+    assert f"loss: {adapted:.4g}" in said
 
 
 @pytest.mark.parametrize(
