@@ -2,6 +2,7 @@
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -41,9 +42,12 @@ def report(folder: Path, *arguments: object) -> dict:
     return json.loads(called("eval", folder / "m", *arguments, "--json")[0])
 
 
+opened = cache(open_model)
+
+
 def scores(folder: Path, text: str) -> torch.Tensor:
     """The log-probability of each character of a text but the first, in one plain pass."""
-    model, tokenizer = open_model(folder / "m")
+    model, tokenizer = opened(folder / "m")
     ids = torch.tensor(tokenizer.encode(text))
     with torch.no_grad():
         return -F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
