@@ -57,9 +57,10 @@ if TYPE_CHECKING:
     from nanogpt_surgery.model.kv_cache import KVCache
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
     from nanogpt_surgery.model.transformer_encoder_layer import TransformerEncoderLayer
-    from nanogpt_surgery.training.fit import Step, fit
-    from nanogpt_surgery.training.loss import evaluate
+    from nanogpt_surgery.training.evaluation import evaluate
+    from nanogpt_surgery.training.fit import fit
     from nanogpt_surgery.training.settings import FitSettings
+    from nanogpt_surgery.training.step import Step
 
 _HOMES = {
     "data.bpe_tokenizer": ("BPETokenizer",),
@@ -116,9 +117,10 @@ _HOMES = {
     "model.kv_cache": ("KVCache",),
     "model.simple_gpt": ("SimpleGPT",),
     "model.transformer_encoder_layer": ("TransformerEncoderLayer",),
-    "training.fit": ("Step", "fit"),
-    "training.loss": ("evaluate",),
+    "training.evaluation": ("evaluate",),
+    "training.fit": ("fit",),
     "training.settings": ("FitSettings",),
+    "training.step": ("Step",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -14,7 +14,7 @@ from typed import called
 
 from nanogpt_surgery.files import file_hash
 from nanogpt_surgery.training.checkpoint import Run
-from nanogpt_surgery.training.fit import Step
+from nanogpt_surgery.training.step import Step
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 LONG = (

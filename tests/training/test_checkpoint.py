@@ -20,8 +20,9 @@ from nanogpt_surgery import (
 from nanogpt_surgery.files import file_hash
 from nanogpt_surgery.formats.model_file import write_model_files
 from nanogpt_surgery.formats.run_folder import best_checkpoint, checkpoints, latest_checkpoint
-from nanogpt_surgery.training.checkpoint import Run, start_run, training_state
+from nanogpt_surgery.training.checkpoint import Run, start_run
 from nanogpt_surgery.training.optimizer import make_optimizer
+from nanogpt_surgery.training.state import training_state
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 SETTINGS = FitSettings(

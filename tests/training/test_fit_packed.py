@@ -45,7 +45,7 @@ def alone(model: SimpleGPT) -> tuple[float, dict[str, Tensor]]:
     for example in examples():
         ids, trained = torch.tensor([example.ids]), torch.tensor([example.trained[1:]])
         targets = torch.where(trained, ids[:, 1:], -100)
-        loss += backward_of_loss(model, ids[:, :-1], targets, int(trained.sum()) / total)
+        loss += float(backward_of_loss(model, ids[:, :-1], targets, int(trained.sum()) / total))
     return loss, gradients(model)
 
 
@@ -62,7 +62,9 @@ def test_packed_is_the_same_as_alone(name: str, most_logits: int) -> None:
     loss, wanted = alone(model)
     inputs, targets, documents = packed()
     options = {"most_logits": most_logits, "documents": documents}
-    assert backward_of_loss(model, inputs, targets, **options) == pytest.approx(loss, rel=1e-6)
+    assert float(backward_of_loss(model, inputs, targets, **options)) == pytest.approx(
+        loss, rel=1e-6
+    )
     assert_same(gradients(model), wanted)
 
 
@@ -80,7 +82,7 @@ def test_so_it_is_from_states_that_are_kept(name: str, targets: str) -> None:
     prefix = FrozenPrefix(model, windows=9)
     for _ in range(2):  # computed, and then kept
         hidden = prefix.hidden(inputs, documents)
-        assert backward_from_hidden(model, hidden, goals) == pytest.approx(loss, rel=1e-6)
+        assert float(backward_from_hidden(model, hidden, goals)) == pytest.approx(loss, rel=1e-6)
         assert_same(gradients(model), wanted)
     assert len(prefix.places) == 3
 
@@ -122,7 +124,7 @@ def test_mask_and_positions_are_both_needed(
     inputs, targets, documents = packed()
     monkeypatch.setattr(Layout, "of_documents", broken)
     found = backward_of_loss(model, inputs, targets, documents=documents)
-    assert found != pytest.approx(loss, rel=1e-3)
+    assert float(found) != pytest.approx(loss, rel=1e-3)
 
 
 @pytest.mark.parametrize("targets", ["q_proj", "lm_head"])  # the head: from states that are kept

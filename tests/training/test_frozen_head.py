@@ -45,7 +45,7 @@ def test_loss_and_gradients_are_autograd_s(adapted, needs, spread, rows, in_piec
     quick = frozen_head(head, torch.float32)
     assert quick is not None
     found = backward_of_frozen_head(quick, hidden, targets, 0.3, rows * VOCABULARY, in_piece)
-    assert found == pytest.approx(plain.item(), rel=1e-5)
+    assert float(found) == pytest.approx(plain.item(), rel=1e-5)
     for tensor, gradient in zip(inputs, wanted, strict=True):
         assert tensor.grad is not None
         assert tensor.grad.stride() == tensor.stride()
@@ -74,7 +74,9 @@ def test_a_stored_half_is_computed_in_what_is_asked_for(adapted):
         hidden.grad = None
         quick = frozen_head(head, precision)
         found = backward_of_frozen_head(quick, hidden, targets, 1.0, 40)
-        assert found == pytest.approx(plain.item(), rel=1e-5 if precision.itemsize == 4 else 1e-2)
+        assert float(found) == pytest.approx(
+            plain.item(), rel=1e-5 if precision.itemsize == 4 else 1e-2
+        )
         errors.append(float((hidden.grad - wanted).norm() / wanted.norm()))
     assert errors[0] < 1e-5 < errors[1] < 2e-2
 

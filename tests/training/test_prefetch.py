@@ -6,7 +6,8 @@ import pytest
 import torch
 from small_training import DATASET, SETTINGS
 
-from nanogpt_surgery.training.prefetch import batches, made_ahead, pinned
+from nanogpt_surgery.training.hardware import pinned
+from nanogpt_surgery.training.prefetch import batches, made_ahead
 
 
 def test_batches_are_those_of_their_steps():
@@ -52,6 +53,6 @@ def test_what_is_pinned_is_dense(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)  # needs a GPU
     batch = DATASET.batch(0, 3)
     assert not batch[0].is_contiguous()
-    for part, dense in zip(batch, pinned(batch), strict=True):
+    for part, dense in zip(batch, map(pinned, batch), strict=True):
         assert dense.is_contiguous()
         assert torch.equal(part, dense)

@@ -9,8 +9,9 @@ from pathlib import Path
 from cyclopts import App, CycloptsError, MissingArgumentError
 
 from nanogpt_surgery.cli.config_file import FLAG, take_config, unknown_key
-from nanogpt_surgery.cli.console import say, spoken_warnings
+from nanogpt_surgery.cli.console import complain, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
+from nanogpt_surgery.cli.processes import joined
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = (
@@ -76,12 +77,12 @@ def run(arguments: list[str] | None = None) -> None:
         app = make_app()
         if FLAG in arguments:
             app.config = take_config(arguments)
-        with spoken_warnings():
+        with spoken_warnings(), joined(" ".join(_command(arguments))):
             _run(app, arguments)
     except SurgeryError as error:
         if debug:
             raise
-        say(f"surgery: {error}")
+        complain(f"surgery: {error}")
         sys.exit(1)
     except BrokenPipeError:  # the reader of our stdout has gone (`surgery inspect … | head`)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,7 +90,7 @@ def run(arguments: list[str] | None = None) -> None:
     except OSError as error:
         if debug:
             raise
-        say(f"surgery: {error}")
+        complain(f"surgery: {error}")
         sys.exit(1)
 
 

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from nanogpt_surgery.cli.processes import speaks
 from nanogpt_surgery.errors import SurgeryWarning, printable
 
 if TYPE_CHECKING:
@@ -16,19 +17,26 @@ if TYPE_CHECKING:
 
     from nanogpt_surgery.data.batches import Batch, Batches
     from nanogpt_surgery.lora.report import Report
-    from nanogpt_surgery.training.fit import Step
+    from nanogpt_surgery.training.step import Step
 
 PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
 
 
 def say(text: str) -> None:
-    """A line about the work."""
+    """A line about the work; of several processes the first one speaks."""
+    if speaks():
+        complain(text)
+
+
+def complain(text: str) -> None:
+    """A line that every process may say."""
     print(printable(text), file=sys.stderr, flush=True)
 
 
 def show(report: Report, as_json: bool) -> None:
     """The result of a command: as a table, or as JSON."""
-    print(report.to_json() if as_json else printable(str(report)))
+    if speaks():
+        print(report.to_json() if as_json else printable(str(report)))
 
 
 @contextmanager
@@ -61,7 +69,7 @@ def watched(
     machine's matrix products. When `validation` is read, the bar says so.
     """
     rate = _Rate(first_step, max_steps, full_rate)
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and speaks():
         yield from _with_bar(steps, rate, validation)
     else:
         yield from _with_lines(steps, rate)

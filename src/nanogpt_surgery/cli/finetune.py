@@ -136,7 +136,8 @@ def _job(
     """The training of a LoRA, whose weights follow from the seed, in an opened model."""
     import torch
 
-    from nanogpt_surgery.cli.training_run import Job, fingerprint
+    from nanogpt_surgery.cli.run_description import fingerprint
+    from nanogpt_surgery.cli.training_run import Job
     from nanogpt_surgery.formats.adapter_layout import refuse_unsavable, write_adapter_files
     from nanogpt_surgery.lora.operations import inject_lora
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.processes import several
 
 
 @dataclass
@@ -21,11 +22,17 @@ class Stop:
 
 @contextmanager
 def signals() -> Iterator[Stop]:
-    """The first Ctrl-C or SIGTERM asks for a checkpoint after the step; a second stops at once."""
+    """The first Ctrl-C or SIGTERM asks for a checkpoint after the step; a second stops at once.
+
+    But not where torchrun sends one more of its own when a terminal has sent one to all.
+    """
     stop = Stop()
 
     def ask(number: int, _frame: object) -> None:
         stop.signal = number
+        if several():
+            say("stopping after this step")
+            return
         say("stopping after this step; once more to stop at once")
         restore()
 

@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.console import Announced, say, show, watched
+from nanogpt_surgery.cli.processes import several
+from nanogpt_surgery.cli.run_description import description_of
+from nanogpt_surgery.cli.run_summary import operations_per_token, summary_of
 from nanogpt_surgery.cli.signals import signals
+from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
     from nanogpt_surgery.cli.run_options import RunOptions
     from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.training.checkpoint import Run
-    from nanogpt_surgery.training.fit import Step
+    from nanogpt_surgery.training.distributed import World
     from nanogpt_surgery.training.settings import FitSettings
+    from nanogpt_surgery.training.step import Step
 
 
 @dataclass(frozen=True)
@@ -50,10 +56,15 @@ def check_first(options: RunOptions, settings: FitSettings) -> None:
     """
     from nanogpt_surgery.formats.run_folder import checkpoints
     from nanogpt_surgery.training.checkpoint import check_folder
+    from nanogpt_surgery.training.distributed import world
     from nanogpt_surgery.training.hardware import choose_hardware
 
     choose_hardware(settings)
     if options.plan:
+        if several():
+            raise SurgeryError("a plan is made by one process", "run it without torchrun")
+        return
+    if not world().first:
         return
     check_folder(options.out, options.resume)
     if options.resume and not checkpoints(options.out):
@@ -71,7 +82,7 @@ def carry_out(job: Job, done: str) -> None:
 def _trained(job: Job) -> dict[str, Any]:
     """Train to the end, or to a signal; returns the summary for the report."""
     from nanogpt_surgery.files import make_folder
-    from nanogpt_surgery.training.checkpoint import start_run
+    from nanogpt_surgery.training.distributed import world
     from nanogpt_surgery.training.fit import fit
     from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate, operations_of
     from nanogpt_surgery.training.optimizer import make_optimizer
@@ -79,14 +90,17 @@ def _trained(job: Job) -> dict[str, Any]:
     start = monotonic()
     operations = operations_of(job.model, job.settings, job.dataset.block_size)
     hardware = choose_hardware(job.settings, operations)
-    description = _description(job)
-    with start_run(job.options.out, description, job.options.resume) as run, signals() as stop:
+    together = world()
+    description = description_of(job) if together.first else {}
+    with _opened(job, description, together) as run, signals() as stop:
         job.model.to(hardware.device)
         optimizer = make_optimizer(job.model, job.settings)
         if run.checkpoint:
             run.restore(job.model, optimizer)
             say(f"going on from step {run.first_step:,} of {job.settings.max_steps:,}")
-        say(f"computing on {hardware.describe()}")
+            _say_processes(run, together)
+        many = f"; {together.size} processes" if together.size > 1 else ""
+        say(f"computing on {hardware.describe()}{many}")
         _say_what_is_measured(job)
         if job.keep_in:
             make_folder(job.keep_in)
@@ -100,20 +114,56 @@ def _trained(job: Job) -> dict[str, Any]:
             first_step=run.first_step,
             keep_in=job.keep_in,
         )
-        rate = matmul_rate(hardware.device, hardware.precision)
-        full_rate = rate / _operations_per_token(job)
+        rate = matmul_rate(hardware.device, hardware.precision) * together.size
+        full_rate = rate / operations_per_token(job)
         stepped = 0.0
         for step in watched(steps, run.first_step, job.settings.max_steps, full_rate, validation):
-            run.record(step)
             stepped += step.seconds
-            asked = stop.signal  # once: it may come at any moment
-            if step.validation_loss is not None or asked:
-                run.save(step, job.write_weights, job.model, optimizer)
+            asked = together.most(stop.signal)  # once: it may come at any moment
+            if together.first:
+                run.record(step)
+                if step.validation_loss is not None or asked:
+                    run.save(step, job.write_weights, job.model, optimizer)
             if asked and step.step < job.settings.max_steps:
+                together.most(0)  # what the first one writes is written
                 _leave(job, step, asked)
-        summary = _finish(job, run, rate, monotonic() - start - stepped)
+        if not together.first:
+            return {}
+        summary = summary_of(job, run, rate, monotonic() - start - stepped)
         _record(run, description, summary)
         return summary
+
+
+@contextmanager
+def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[Run]:
+    """The run, begun or gone on with; others than the first process only read its checkpoint."""
+    from nanogpt_surgery.formats.run_folder import checkpoint_folder
+    from nanogpt_surgery.training.checkpoint import Run, start_run
+
+    folder = job.options.out
+    if not together.first:
+        step = together.most(0) - 1
+        if step < 0:  # the first one says why
+            sys.exit(1)
+        yield Run(folder, checkpoint_folder(folder, step) if step else None)
+        return
+    with ExitStack() as stack:
+        try:
+            run = stack.enter_context(start_run(folder, description, job.options.resume))
+        except BaseException:
+            together.most(0)
+            raise
+        together.most(run.first_step + 1)
+        yield run
+
+
+def _say_processes(run: Run, together: World) -> None:
+    """A word where the bits will be others than those of an uninterrupted run."""
+    if run.processes != together.size:
+        say(
+            f"note: {run.processes} processes came here and {together.size} go on: the same "
+            "batches, sums in another order, so losses alike but not to the bit"
+        )
 
 
 def _say_what_is_measured(job: Job) -> None:
@@ -125,39 +175,6 @@ def _say_what_is_measured(job: Job) -> None:
             f"an evaluation reads one in {held.every} of the held-out windows, the same each time; "
             "--evaluate-tokens 0 reads all"
         )
-
-
-def fingerprint(tensors: Iterable[Tensor]) -> str:
-    """The sha256 of tensors, one after the other."""
-    import hashlib
-
-    import torch
-
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _data_fingerprint(data: Batches) -> Any:
-    """What tells data from other data: a hash, known already of files, or those of the sources."""
-    from nanogpt_surgery.data.mixture import Mixture
-
-    if isinstance(data, Mixture):
-        return {"rows": data.counts, "sources": [_data_fingerprint(s) for s in data.sources]}
-    known = getattr(data, "fingerprint", None)
-    return known or fingerprint(tensor for batch in data.whole(1024) for tensor in batch)
-
-
-def _description(job: Job) -> dict[str, Any]:
-    return {
-        **job.description,
-        "named": job.named,
-        "settings": job.settings.to_dict(),
-        "block_size": job.dataset.block_size,
-        "train_ids": _data_fingerprint(job.dataset),
-        "validation_ids": _data_fingerprint(job.validation),
-    }
 
 
 def _leave(job: Job, step: Step, number: int) -> None:
@@ -179,16 +196,6 @@ def _record(run: Run, description: dict[str, Any], summary: dict[str, Any]) -> N
         record(run.folder, Entry(operation, base, {}, files, "none", measured=summary))
 
 
-def _operations_per_token(job: Job) -> int:
-    from nanogpt_surgery.model.simple_gpt import SimpleGPT
-    from nanogpt_surgery.training.frozen_prefix import prefix_for
-    from nanogpt_surgery.training.utilisation import training_flops_per_token
-
-    assert isinstance(job.model, SimpleGPT)
-    kept = prefix_for(job.model, job.dataset, job.settings) is not None
-    return training_flops_per_token(job.model, job.dataset.block_size, kept)
-
-
 def _planned(job: Job) -> Report:
     """What the training will take; no folder is touched."""
     from nanogpt_surgery.lora.report import Report
@@ -198,31 +205,3 @@ def _planned(job: Job) -> Report:
     assert isinstance(job.model, SimpleGPT)
     summary = plan_training(job.model, job.dataset, job.settings, job.validation)
     return Report("training planned", [], summary)
-
-
-def _finish(job: Job, run: Run, matmul_rate: float, beside: float) -> dict[str, Any]:
-    """The summary; `beside` are the seconds for evaluations and else that was no step."""
-    from nanogpt_surgery.data.mixture import passes
-    from nanogpt_surgery.report.loss_plot import plot_losses, read_metrics
-
-    metrics = read_metrics(run.folder / "metrics.jsonl")
-    plot_losses(metrics, run.folder / "loss.png", title=str(job.options.out))
-    losses = [row["validation_loss"] for row in metrics if row["validation_loss"] is not None]
-    seconds = sum(row["seconds"] for row in metrics)
-    rows = len(metrics) * job.settings.batch_size * job.settings.accumulation
-    tokens = sum(row["tokens"] for row in metrics)
-    return {
-        "folder": str(job.options.out),
-        "steps": len(metrics),
-        "trained_parameters": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
-        "tokens": tokens,
-        "trained_tokens": sum(row.get("trained_tokens", row["tokens"]) for row in metrics),
-        "seconds_of_steps": round(seconds, 2),
-        "seconds_in_all": round(seconds + beside, 2),
-        "tokens_per_second": round(tokens / seconds),
-        "matmul_GFLOPs": round(matmul_rate / 1e9),
-        "utilisation": round(tokens / seconds * _operations_per_token(job) / matmul_rate, 4),
-        "epochs": ", ".join(f"{share:.3g}" for share in passes(job.dataset, rows)),
-        "validation_loss": losses[-1],
-        "best_validation_loss": min(losses),
-    }

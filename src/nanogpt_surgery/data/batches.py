@@ -25,8 +25,14 @@ class Batches(Protocol):
         """How many windows, or rows, there are."""
         ...
 
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
-        """The batch of a step: a pure function of (seed, step)."""
+    def batch(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Batch:
+        """The batch of a step: a pure function of (seed, step, rank).
+
+        Of a batch that several processes share, each has its part, and the parts in the order of
+        the ranks are the batch of one process. (Where there is one, `fit` leaves both out.)
+        """
         ...
 
     def whole(self, batch_size: int) -> Iterator[Batch]:

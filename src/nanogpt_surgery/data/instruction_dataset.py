@@ -122,13 +122,24 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         """Row `index`: input and target, (T,) int64 each."""
         return self.inputs[index].long(), self.targets[index].long()
 
-    def rows_of(self, step: int, batch_size: int, seed: int = 0) -> Tensor:
-        """Which rows make the batch of a step, (B,): a pure function of (seed, step)."""
-        return torch.from_numpy(visited(rows_of(step, batch_size), len(self), seed))
+    def rows_of(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Tensor:
+        """Which rows make the batch of a step, (B,): a pure function of (seed, step, rank).
 
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+        Raises:
+            SurgeryError: the batch cannot be shared evenly by the processes.
+        """
+        rows = rows_of(step, batch_size, rank, world_size)
+        return torch.from_numpy(visited(rows, len(self), seed))
+
+    def batch(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Batch:
         """The batch of a step; with documents where a row holds several."""
-        return self._batch_of(self.rows_of(step, batch_size, seed))
+        return self._batch_of(
+            self.rows_of(step, batch_size, seed, rank=rank, world_size=world_size)
+        )
 
     @property
     def tokens(self) -> int:

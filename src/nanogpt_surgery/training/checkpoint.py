@@ -15,8 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError
@@ -48,8 +47,9 @@ from nanogpt_surgery.formats.run_folder import (
     step_of,
 )
 from nanogpt_surgery.training.description import refusal
-from nanogpt_surgery.training.fit import Step
 from nanogpt_surgery.training.metrics_file import append_metrics, trim_metrics
+from nanogpt_surgery.training.state import restore_state, training_state
+from nanogpt_surgery.training.step import Step
 
 STATE, SUMMARY = "training.safetensors", "training.json"
 KEPT = 2  # newest checkpoints, beside the best
@@ -74,6 +74,11 @@ class Run:
     def first_step(self) -> int:
         """Steps done already."""
         return step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def processes(self) -> int:
+        """How many shared the batch of the step before."""
+        return int(_summary(self.checkpoint).get("processes", 1)) if self.checkpoint else 1
 
     def record(self, step: Step) -> None:
         """Append a step's metrics.
@@ -135,46 +140,7 @@ class Run:
             SurgeryError: another version's optimizer kept its state in another shape.
         """
         assert self.checkpoint is not None, "there is no checkpoint to go on from"
-        tensors = load_file(self.checkpoint / STATE)
-        for name, parameter in _trained(model, optimizer).items():
-            prefix = f"{name}:"
-            state = {
-                k.removeprefix(prefix): tensors.pop(k) for k in [*tensors] if k.startswith(prefix)
-            }
-            value = state.pop("value")
-            assert value.shape == parameter.shape, f"{name} is {value.shape} in {self.checkpoint}"
-            _check_state(name, parameter, state)
-            with torch.no_grad():
-                parameter.copy_(value)
-            # Copies: the tensors lie in the file's memory, and the file may be deleted.
-            optimizer.state[parameter] = {
-                key: tensor.to(parameter.device, copy=True) for key, tensor in state.items()
-            }
-        assert not tensors, f"{self.checkpoint} trains what this model does not: {[*tensors]}"
-
-
-def _check_state(name: str, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
-    for key, tensor in state.items():
-        if tensor.dim() and tensor.shape != parameter.shape:
-            raise SurgeryError(
-                f"the {key} of {name} is {tuple(tensor.shape)} in the checkpoint, and of this "
-                f"version's {tuple(parameter.shape)}: the run was begun by an earlier one",
-                "begin it anew, in another --out",
-            )
-
-
-def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Trained parameters and their optimizer state: "name:value", "name:exp_avg" and so on."""
-    return {
-        f"{name}:{key}": tensor.detach().cpu().contiguous()
-        for name, parameter in _trained(model, optimizer).items()
-        for key, tensor in {"value": parameter, **optimizer.state[parameter]}.items()
-    }
-
-
-def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
-    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    return {name: p for name, p in model.named_parameters() if id(p) in optimised}
+        restore_state(self.checkpoint / STATE, model, optimizer)
 
 
 @contextmanager
@@ -244,4 +210,10 @@ def _refuse_another(folder: Path, description: dict[str, Any]) -> None:
 
 
 def _validation_loss(checkpoint: Path) -> float:
-    return float(read_json(checkpoint / SUMMARY)["validation_loss"])
+    return float(_summary(checkpoint)["validation_loss"])
+
+
+def _summary(checkpoint: Path) -> dict[str, Any]:
+    """What was said of a checkpoint's step."""
+    summary: dict[str, Any] = read_json(checkpoint / SUMMARY)
+    return summary

@@ -9,58 +9,29 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of, held_out
+from nanogpt_surgery.data.batches import Batch, Batches, held_out
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
-from nanogpt_surgery.training.frozen_prefix import FrozenPrefix, prefix_for
+from nanogpt_surgery.training.distributed import world
+from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
+from nanogpt_surgery.training.frozen_prefix import prefix_for
 from nanogpt_surgery.training.frozen_products import QuickProducts
-from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
-from nanogpt_surgery.training.loss import (
-    backward_from_hidden,
-    backward_of_loss,
-    evaluate,
-    n_trained,
-    refuse_packed,
-    windows_at_once,
-)
-from nanogpt_surgery.training.optimizer import make_optimizer
+from nanogpt_surgery.training.gradients import accumulate
+from nanogpt_surgery.training.hardware import choose_hardware, operations_of
+from nanogpt_surgery.training.loss import n_trained, refuse_packed
+from nanogpt_surgery.training.optimizer import make_optimizer, update
 from nanogpt_surgery.training.prefetch import batches
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
+from nanogpt_surgery.training.step import Step
 from nanogpt_surgery.values import chosen
-
-
-@dataclass(frozen=True)
-class Step:
-    """What one optimizer step did."""
-
-    step: int
-    """steps done so far, this one included"""
-    loss: float
-    """mean over the step's tokens before its update, in nats a token"""
-    learning_rate: float
-    gradient_norm: float
-    """before clipping"""
-    tokens: int
-    """in the step's windows or rows, those that are not trained on included"""
-    seconds: float
-    """wall time of the step, its evaluation apart"""
-    validation_loss: float | None = None
-    """in nats a token, over `evaluate_tokens` of the validation data, after the update"""
-    trained_tokens: int = 0
-    """of them those whose prediction is trained on"""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for a line of metrics."""
-        return asdict(self)
 
 
 def fit(
@@ -76,6 +47,9 @@ def fit(
     **changes: Any,
 ) -> Iterator[Step]:
     """Train what can be trained in a model, a step for each item taken from the iterator.
+
+    Where `torch.distributed` has joined several processes, all call this alike: each takes its
+    share of every batch, and all begin with the first one's weights (`distributed.py`).
 
     Args:
         model: called on ids (B, T) it gives logits (B, T, V), or an output of transformers that has
@@ -103,14 +77,8 @@ def fit(
     settings = chosen(FitSettings, settings, changes)
     _refuse_float16(model)
     refuse_packed(model, dataset)
-    operations = operations_of(model, settings, dataset.block_size)
-    hardware = choose_hardware(settings, operations)
-    model.to(hardware.device)
-    optimizer = optimizer or make_optimizer(model, settings)
-    examiner = Examiner(model, optimizer, first_step, settings.max_steps - 1) if examine else None
-    prefix = prefix_for(model, dataset, settings, keep_in)
-    held = None if validation is None else held_out(validation, settings.evaluate_tokens)
-    return _steps(model, dataset, settings, held, optimizer, first_step, examiner, prefix, hardware)
+    loop = _Loop(model, dataset, settings, validation, optimizer, keep_in)
+    return loop.steps(first_step, examine)
 
 
 def _refuse_float16(model: nn.Module) -> None:
@@ -123,109 +91,115 @@ def _refuse_float16(model: nn.Module) -> None:
         )
 
 
-def _steps(
-    model: nn.Module,
-    dataset: Batches,
-    settings: FitSettings,
-    validation: Measured | None,
-    optimizer: torch.optim.Optimizer,
-    first_step: int,
-    examiner: Examiner | None,
-    prefix: FrozenPrefix | None,
-    hardware: Hardware,
-) -> Iterator[Step]:
-    trained = [p for group in optimizer.param_groups for p in group["params"]]
-    blocks = CompiledBlocks(model, hardware.compile, settings.gradient_checkpointing)
-    products = QuickProducts(model, hardware.precision)
-    optimizer.zero_grad()  # what the caller's own backward passes may have left
-    coming = batches(dataset, settings, first_step, hardware.device)
-    for step in range(first_step, settings.max_steps):
-        start = time.perf_counter()
-        if not model.training:  # at the start, or after a look at the model between two steps
-            model.train()
-        rate = learning_rate(step, settings)
-        with products.active(), blocks.active():
-            batch = next(coming)
-            loss = _accumulate(model, batch, settings, step, prefix, hardware)
-        if examiner is not None:
-            examiner.after_backward(step)
-        norm = _update(trained, optimizer, rate, settings.clip, step)
-        if examiner is not None:
-            examiner.after_update(step)
-        done = Step(
-            step=step + 1,
-            loss=loss,
-            learning_rate=rate,
-            gradient_norm=norm,
-            tokens=batch[1].numel(),
-            trained_tokens=n_trained(batch[1]),
-            seconds=time.perf_counter() - start,
+class _Loop:
+    """What the steps of a training share."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        dataset: Batches,
+        settings: FitSettings,
+        validation: Batches | None,
+        optimizer: torch.optim.Optimizer | None,
+        keep_in: Path | None,
+    ):
+        self.model, self.dataset, self.settings = model, dataset, settings
+        operations = operations_of(model, settings, dataset.block_size)
+        self.hardware = choose_hardware(settings, operations)
+        model.to(self.hardware.device)
+        self.together = world()
+        self.together.begin_alike(model)
+        self.optimizer = optimizer or make_optimizer(model, settings)
+        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.prefix = prefix_for(model, dataset, settings, keep_in)
+        most = settings.evaluate_tokens
+        self.held = None if validation is None else held_out(validation, most)
+
+    def steps(self, first_step: int, examine: bool) -> Iterator[Step]:
+        """Checks at once what can be, and gives the steps from the first on."""
+        last = self.settings.max_steps - 1
+        examiner = Examiner(self.model, self.optimizer, first_step, last) if examine else None
+        return self._steps(first_step, examiner)
+
+    def _steps(self, first_step: int, examiner: Examiner | None) -> Iterator[Step]:
+        settings, hardware = self.settings, self.hardware
+        blocks = CompiledBlocks(self.model, hardware.compile, settings.gradient_checkpointing)
+        products = QuickProducts(self.model, hardware.precision)
+        self.optimizer.zero_grad()  # what the caller's own backward passes may have left
+        coming = batches(self.dataset, settings, first_step, hardware.device, self.together.share)
+        for step in range(first_step, settings.max_steps):
+            start = time.perf_counter()
+            if not self.model.training:  # at the start, or after a look between two steps
+                self.model.train()
+            with products.active(), blocks.active():
+                losses, tokens, learned = self._gradients(next(coming), step)
+            if examiner is not None:
+                examiner.after_backward(step)
+            loss, norm, rate = self._update(losses, step)
+            if examiner is not None:
+                examiner.after_update(step)
+            seconds = time.perf_counter() - start
+            yield Step(
+                step=step + 1,
+                loss=loss,
+                learning_rate=rate,
+                gradient_norm=norm,
+                tokens=tokens,
+                seconds=seconds,
+                validation_loss=self._validation_loss(step + 1),
+                trained_tokens=learned,
+                processes=self.together.size,
+            )
+
+    def _gradients(self, batch: Batch, step: int) -> tuple[list[Tensor], int, int]:
+        """The gradients of a step, of all processes; this one's losses, and all tokens."""
+        counts = batch[1].numel(), n_trained(batch[1])
+        tokens, learned = map(int, self.together.sums(*counts))
+        losses = accumulate(
+            self.model,
+            batch,
+            self.settings,
+            step,
+            self.prefix,
+            self.hardware,
+            learned,
+            self.together.rank,
         )
-        if validation is not None and _evaluates(step + 1, settings):
-            with hardware.evaluating():
-                at_once = windows_at_once(model, settings)
-                done = replace(done, validation_loss=evaluate(model, validation, at_once))
-        yield done
+        self.together.add_up(self.trained)
+        return losses, tokens, learned
+
+    def _update(self, losses: list[Tensor], step: int) -> tuple[float, float, float]:
+        """One update of the weights; returns the loss, the norm of its gradient and the rate."""
+        whole = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
+        own_loss, norm = _read(losses, whole)
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            raise _not_finite(step + 1)
+        rate = learning_rate(step, self.settings)
+        update(self.trained, self.optimizer, rate, self.settings.clip, whole)
+        return self.together.sums(own_loss)[0], norm, rate
+
+    def _validation_loss(self, steps: int) -> float | None:
+        """After so many steps, where it is time for it."""
+        if self.held is None or not _evaluates(steps, self.settings):
+            return None
+        with self.hardware.evaluating():
+            at_once = windows_at_once(self.model, self.settings)
+            return evaluate(self.model, self.held, at_once, self.together)
 
 
-def _accumulate(
-    model: nn.Module,
-    batch: Batch,
-    settings: FitSettings,
-    step: int,
-    prefix: FrozenPrefix | None,
-    hardware: Hardware,
-) -> float:
-    """Gradients of the mean loss over the step's windows; returns that loss."""
-    parts = settings.accumulation
-    total, whole = 0.0, n_trained(batch[1])
-    for part, piece in enumerate(zip(*(tensor.chunk(parts) for tensor in batch), strict=True)):
-        if counted := n_trained(piece[1]):
-            piece = tuple(hardware.taken(tensor) for tensor in piece)
-            with hardware.seeded(hash((settings.seed, step, part))):
-                total += _backward(model, piece, counted / whole, prefix, hardware)
-    return total
+def _read(losses: list[Tensor], norm: Tensor) -> tuple[float, float]:
+    """The sum of the losses and the norm: all that the host waits for in a step."""
+    dtype = torch.promote_types(norm.dtype, torch.float32)
+    *parts, read = torch.stack([value.to(dtype) for value in (*losses, norm)]).tolist()
+    return sum(parts), read
 
 
-def _backward(
-    model: nn.Module,
-    batch: Batch,
-    share: float,
-    prefix: FrozenPrefix | None,
-    hardware: Hardware,
-) -> float:
-    x, y, documents = batch[0], batch[1], documents_of(batch)
-    if prefix is None:
-        return backward_of_loss(model, x, y, share, hardware.autocast, documents=documents)
-    with hardware.autocast():
-        hidden = prefix.hidden(x, documents)
-    return backward_from_hidden(prefix.model, hidden, y, share, hardware.autocast)
-
-
-def _update(
-    trained: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    clip: float,
-    step: int,
-) -> float:
-    """Clip, step, clear; returns the norm of the gradient before clipping."""
-    gradients = [p.grad for p in trained if p.grad is not None]
-    whole = nn.utils.get_total_norm(gradients)
-    norm = float(whole)
-    if not math.isfinite(norm):
-        optimizer.zero_grad()
-        raise SurgeryError(
-            f"the gradient of step {step + 1} is not finite; no weight was changed by it",
-            "lower the learning rate; where the precision is bfloat16, float32 may help as well",
-        )
-    if clip:
-        nn.utils.clip_grads_with_norm_(trained, clip, whole)
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("rate_ratio", 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
-    return norm
+def _not_finite(step: int) -> SurgeryError:
+    return SurgeryError(
+        f"the gradient of step {step} is not finite; no weight was changed by it",
+        "lower the learning rate; where the precision is bfloat16, float32 may help as well",
+    )
 
 
 def _evaluates(steps: int, settings: FitSettings) -> bool:

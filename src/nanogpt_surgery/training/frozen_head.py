@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.lora.lora_linear import LoRALinear
 from nanogpt_surgery.training.frozen_products import folds, frozen_linear, plain_update, watched
+from nanogpt_surgery.training.hardware import sent
 
 IN_CACHE = 2**20  # logits of a piece on a CPU; a GPU takes the vocabulary whole
 
@@ -71,22 +72,23 @@ def backward_of_frozen_head(
     share: float,
     most_logits: int,
     in_piece: int | None = None,
-) -> float:
+) -> Tensor:
     """Add the gradients of `share` times the mean loss to those that are there.
 
     Args:
         head: what makes logits of hidden states.
         hidden: (B, T, C); if it needs a gradient, it is gone on from there.
-        targets: the ids that came, (B, T); −100 is not trained on, but some are.
+        targets: the ids that came, (B, T); −100 is not trained on, but some are. In the host's
+            memory nobody waits for a GPU.
         share: what the loss is multiplied with.
         most_logits: numbers in the tensor as wide as the vocabulary, about.
         in_piece: logits that are made in one go, about; by default what suits the device.
 
     Returns:
-        The loss times `share`.
+        The loss times `share`, a scalar.
     """
-    places = (targets.flatten() != -100).nonzero().squeeze(1)  # (N)
-    h, y = hidden.detach().flatten(0, 1)[places].float(), targets.flatten()[places]
+    places, y = trained_places(targets, hidden.device)  # (N), (N)
+    h = hidden.detach().flatten(0, 1)[places].float()  # (N, C)
     vocabulary = len(head.weight)
     size = min(max(1, most_logits // vocabulary), len(h))
     room = torch.empty(vocabulary * size, device=h.device)
@@ -100,7 +102,13 @@ def backward_of_frozen_head(
         whole = torch.zeros_like(hidden).flatten(0, 1)
         whole[places] = torch.cat(gradients).to(hidden.dtype)
         hidden.backward(whole.view_as(hidden))
-    return total.item()
+    return total
+
+
+def trained_places(targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where in targets (B, T) something is trained on, and what: (N) each, on a device."""
+    places = (targets.flatten() != -100).nonzero().squeeze(1)
+    return sent(places, device), sent(targets.flatten()[places], device)
 
 
 @dataclass(frozen=True)
@@ -137,8 +145,9 @@ def forward(
     that_came = h.new_empty(n)  # l[y]
     for ids, top, whole in zip(pieces, tops, sums, strict=True):
         logits = _logits(head, ids, across, down, e[ids])  # (p, n)
-        inside = ((y >= ids.start) & (y < ids.stop)).nonzero().squeeze(1)
-        that_came[inside] = logits[y[inside] - ids.start, inside]
+        inside = (y >= ids.start) & (y < ids.stop)  # (n)
+        row = (y - ids.start).clamp(0, len(logits) - 1)
+        torch.where(inside, logits.gather(0, row[None])[0], that_came, out=that_came)
         torch.amax(logits, 0, out=top)
         torch.sum(logits.sub_(top).exp_(), 0, out=whole)
     log_z = (tops + sums.log()).logsumexp(0)

@@ -27,7 +27,7 @@ from nanogpt_surgery.files import disk_refuses
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.frozen_products import stored_in_bfloat16
-from nanogpt_surgery.training.hardware import choose_hardware
+from nanogpt_surgery.training.hardware import choose_hardware, sent
 from nanogpt_surgery.training.settings import FitSettings
 
 MIB, GIB = 2**20, 2**30
@@ -45,6 +45,7 @@ class FrozenPrefix:
 
     def __init__(self, model: SimpleGPT, windows: int, folder: Path | None = None):
         self.model = model
+        self.device = model.embed_tokens.weight.device
         self.stages: list[nn.Module] = [*model.layers, model.norm]
         self.first = first_that_learns(model)
         assert self.first is not None, "the embedding learns, so nothing is frozen before it"
@@ -56,19 +57,22 @@ class FrozenPrefix:
     def hidden(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
         """What the head reads for ids (B, T): (B, T, C), as `SimpleGPT.hidden` gives it.
 
-        Documents (B, T) that share a row are kept apart.
+        Documents (B, T) that share a row are kept apart. Both lie in the host's memory, where
+        windows are told from each other without waiting for a GPU.
         """
         batch = (ids,) if documents is None else (ids, documents)
         x = torch.stack([self._before(*rows) for rows in zip(*batch, strict=True)])  # (B, T, C)
-        return self._through(x.to(ids.device), self.first or 0, len(self.stages), documents)
+        documents = None if documents is None else sent(documents, self.device)
+        return self._through(sent(x, self.device), self.first or 0, len(self.stages), documents)
 
     def _before(self, *row: Tensor) -> Tensor:
         """The states (T, C) before the first part that learns, of ids (T,) and their documents."""
-        key = b"".join(tensor.cpu().numpy().tobytes() for tensor in row)
+        key = b"".join(tensor.numpy().tobytes() for tensor in row)
         if key in self.places:
             assert self.kept is not None
             return self.kept[self.places[key]]
-        ids, documents = row[0][None], row[1][None] if len(row) > 1 else None
+        on_device = [sent(tensor, self.device)[None] for tensor in row]  # (1, T) each
+        ids, documents = on_device[0], on_device[1] if len(row) > 1 else None
         with torch.no_grad():
             x = self._through(self._embedded(ids, documents), 0, self.first or 0, documents)[0]
         if len(self.places) < self.windows:

@@ -42,10 +42,6 @@ class Hardware:
         how = "compiled blocks" if self.compile else "not compiled"
         return f"{name}, {str(self.precision).removeprefix('torch.')}, {how}"
 
-    def taken(self, tensor: Tensor) -> Tensor:
-        """A tensor on the device; only CUDA's own order keeps what is still on its way apart."""
-        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
-
     def autocast(self) -> AbstractContextManager[object]:
         """The context in which a forward pass computes in the chosen precision."""
         if self.precision == torch.float32:
@@ -65,6 +61,21 @@ class Hardware:
             if devices:
                 torch.get_device_module(self.device).manual_seed(seed)
             yield
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device. The host does not wait for a copy to CUDA, whose order keeps it apart.
+
+    That takes pinned memory: from any other the copy would be waited for.
+    """
+    if device.type != "cuda" or tensor.device.type == "cuda":
+        return tensor.to(device)
+    return pinned(tensor).to(device, non_blocking=True)
+
+
+def pinned(tensor: Tensor) -> Tensor:
+    """The same in pinned memory, dense: a strided tensor would be copied unpinned."""
+    return tensor if tensor.is_pinned() else tensor.contiguous().pin_memory()
 
 
 def choose_hardware(settings: FitSettings, operations: float = 0) -> Hardware:

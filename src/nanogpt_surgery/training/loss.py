@@ -9,29 +9,28 @@ Legend: B windows in a batch, T tokens, N of them trained on, C width, V vocabul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of
+from nanogpt_surgery.data.batches import Batch, Batches, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.mixture import Rows
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
-from nanogpt_surgery.training.frozen_prefix import first_that_learns
-from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
-from nanogpt_surgery.training.hardware import cpu_has_bfloat16
-from nanogpt_surgery.training.settings import FitSettings
+from nanogpt_surgery.training.frozen_head import (
+    backward_of_frozen_head,
+    frozen_head,
+    trained_places,
+)
+from nanogpt_surgery.training.hardware import sent
 
 # Logits held at once: 32 MiB in float32, which a CPU's caches like; a GPU wants large products.
 MOST_LOGITS, MOST_ON_GPU = 2**23, 2**27
-EVALUATED_AT_ONCE = 64  # windows
-LITTLE = 2**20  # numbers in hidden states that are no burden
 
 
 def most_logits_on(device: torch.device) -> int:
@@ -52,14 +51,14 @@ def backward_of_loss(
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     most_logits: int | None = None,
     documents: Tensor | None = None,
-) -> float:
+) -> Tensor:
     """Add the gradients of `share` times the mean loss to those that are there.
 
     Args:
         model: called on ids it gives logits, or, of transformers, an output that has them; a
             `SimpleGPT`'s are never all held at once.
         inputs: ids, (B, T).
-        targets: the ids that came, (B, T).
+        targets: the ids that came, (B, T). In the host's memory nobody waits for a GPU.
         share: what the loss is multiplied with.
         autocast: a context for the forward pass.
         most_logits: numbers in the logits that are held at once, about; by default what suits the
@@ -67,19 +66,19 @@ def backward_of_loss(
         documents: which tokens of a `SimpleGPT`'s rows belong together, (B, T).
 
     Returns:
-        The loss times `share`.
+        The loss times `share`, a scalar on the inputs' device.
     """
     if not n_trained(targets):
-        return 0.0
+        return torch.zeros((), device=inputs.device)
     most_logits = most_logits or most_logits_on(inputs.device)
     if not isinstance(model, SimpleGPT) or _positions(model, inputs, most_logits) >= inputs.size(1):
         with autocast():
-            logits = _logits(model(inputs, **apart(documents)))
-        loss = cross_entropy(logits, targets) * share
+            logits = _logits(model(inputs, **apart(documents, inputs.device)))
+        loss = cross_entropy(logits, sent(targets, logits.device)) * share
         loss.backward()
-        return loss.item()
+        return loss.detach()
     with autocast():
-        hidden = model.hidden(inputs, **apart(documents))  # (B, T, C)
+        hidden = model.hidden(inputs, **apart(documents, inputs.device))  # (B, T, C)
     return backward_from_hidden(model, hidden, targets, share, autocast, most_logits)
 
 
@@ -90,10 +89,10 @@ def backward_from_hidden(
     share: float = 1.0,
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     most_logits: int | None = None,
-) -> float:
+) -> Tensor:
     """As `backward_of_loss`, from what the head reads: (B, T, C)."""
     if not n_trained(targets):
-        return 0.0
+        return torch.zeros((), device=hidden.device)
     most_logits = most_logits or most_logits_on(hidden.device)
     frozen = frozen_head(model.lm_head, _precision(hidden, autocast))
     if frozen is not None:
@@ -115,7 +114,7 @@ def backward_from_hidden(
         gradient = torch.zeros_like(hidden).flatten(0, 1)
         gradient[places] = torch.cat(gradients, 1).flatten(0, 1)
         hidden.backward(gradient.view_as(hidden))
-    return total.item()
+    return total
 
 
 def _counted(model: SimpleGPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -124,9 +123,10 @@ def _counted(model: SimpleGPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
     Rows with adapters of their own stay rows: (B, T, C), (B, T) and (B · T).
     """
     if isinstance(getattr(model.lm_head, "mixture", None), Rows):
-        return hidden, targets, torch.arange(targets.numel(), device=targets.device)
-    places = (targets.flatten() != -100).nonzero().squeeze(1)
-    return hidden.flatten(0, 1)[None, places], targets.flatten()[None, places], places
+        places = torch.arange(targets.numel(), device=hidden.device)
+        return hidden, sent(targets, hidden.device), places
+    places, wanted = trained_places(targets, hidden.device)
+    return hidden.flatten(0, 1)[None, places], wanted[None], places
 
 
 def _precision(
@@ -135,7 +135,8 @@ def _precision(
     """What products with hidden states are computed in."""
     kind = hidden.device.type
     with autocast():
-        return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        return torch.get_autocast_dtype(kind) if casts else hidden.dtype
 
 
 def n_trained(targets: Tensor) -> int:
@@ -150,10 +151,11 @@ def _positions(model: SimpleGPT, ids: Tensor, most_logits: int) -> int:
 
 def refuse_packed(model: nn.Module, data: Batches) -> None:
     """Raise `SurgeryError` where documents share rows and the model cannot keep them apart."""
-    _refuse_documents(model, data.batch(0, 1))
+    refuse_documents(model, data.batch(0, 1))
 
 
-def _refuse_documents(model: nn.Module, batch: Batch) -> None:
+def refuse_documents(model: nn.Module, batch: Batch) -> None:
+    """As `refuse_packed`, for one batch."""
     if not isinstance(model, SimpleGPT) and documents_of(batch) is not None:
         raise SurgeryError(
             "the dataset packs several documents into a row, and a model that is no SimpleGPT "
@@ -162,17 +164,18 @@ def _refuse_documents(model: nn.Module, batch: Batch) -> None:
         )
 
 
-def apart(documents: Tensor | None) -> dict[str, Any]:
+def apart(documents: Tensor | None, device: torch.device) -> dict[str, Any]:
     """The argument by which a `SimpleGPT` keeps the documents (B, T) that share rows apart."""
-    return {} if documents is None else {"layout": Layout.of_documents(documents)}
+    return {} if documents is None else {"layout": Layout.of_documents(sent(documents, device))}
 
 
-def _summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss summed over what counts, float32, a scalar; never all logits of a `SimpleGPT`."""
-    inputs, targets = batch[:2]
+    device, targets = next(model.parameters()).device, batch[1]
+    inputs = sent(batch[0], device)
     if not isinstance(model, SimpleGPT):
-        return _sum_of(_logits(model(inputs)), targets)
-    hidden = model.hidden(inputs, **apart(documents_of(batch)))  # (B, T, C)
+        return _sum_of(_logits(model(inputs)), sent(targets, device))
+    hidden = model.hidden(inputs, **apart(documents_of(batch), device))  # (B, T, C)
     hidden, targets, _ = _counted(model, hidden, targets)
     size = _positions(model, targets, most_logits_on(targets.device))
     parts = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)
@@ -187,61 +190,3 @@ def _logits(out: Any) -> Tensor:
 
 def _sum_of(logits: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
-
-
-def evaluate(model: nn.Module, dataset: Measured, batch_size: int = EVALUATED_AT_ONCE) -> float:
-    """The mean loss over every target of a dataset that counts, in nats a token.
-
-    A text is cut into windows that do not overlap, the last one shorter, so each token but the
-    first is predicted once; of conversations only what is trained on counts. Computed in the
-    model's own precision, in eval mode, on its device; weights in bfloat16 are cast for their
-    products on a processor that has no bfloat16 arithmetic.
-
-    Raises:
-        SurgeryError: rows hold several documents, and the model is no `SimpleGPT`.
-    """
-    device = next(model.parameters()).device
-    total, count = 0.0, 0
-    with eval_mode(model), torch.inference_mode(), _quick_products(model, device):
-        for batch in dataset.whole(batch_size):
-            _refuse_documents(model, batch)
-            total += _summed_loss(model, tuple(t.to(device) for t in batch)).item()
-            count += n_trained(batch[1])
-    if not count:
-        raise SurgeryError(
-            "nothing of what an evaluation reads is trained on", "evaluate_tokens=0 reads all"
-        )
-    return total / count
-
-
-def windows_at_once(model: nn.Module, settings: FitSettings) -> int:
-    """How many windows an evaluation reads at a time, so that it needs no more than a step.
-
-    It holds the tensors of one block, and a step those of all that learn or come after one. A small
-    model needs little anyway.
-    """
-    if not isinstance(model, SimpleGPT):
-        return min(EVALUATED_AT_ONCE, settings.batch_size)
-    blocks = len(model.layers) - (first_that_learns(model) or 0)
-    if settings.gradient_checkpointing:
-        blocks = 1
-    little = LITTLE // (model.config.block_size * model.config.n_embd)
-    return min(EVALUATED_AT_ONCE, max(1, blocks) * settings.batch_size + little)
-
-
-def _quick_products(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
-    """Products in float32 with weights in bfloat16, where that is quicker."""
-    if device.type != "cpu" or cpu_has_bfloat16() or not stored_in_bfloat16(model):
-        return nullcontext()
-    return QuickProducts(model, torch.float32).active()
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; the model's own mode after it."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import linear_b_matrices
@@ -43,6 +43,22 @@ def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optim
     groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
     betas = (settings.beta1, settings.beta2)
     return AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+
+
+def update(
+    trained: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    rate: float,
+    clip: float,
+    norm: Tensor,
+) -> None:
+    """One step at a rate, the gradients clipped to a norm (0: as they are), and then cleared."""
+    if clip:
+        nn.utils.clip_grads_with_norm_(trained, clip, norm)
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_ratio", 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def _adamw_groups(

@@ -16,11 +16,12 @@ from nanogpt_surgery.data.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.checkpoint import KEPT
 from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
 from nanogpt_surgery.training.frozen_head import frozen_head
 from nanogpt_surgery.training.frozen_prefix import bytes_of_window, first_that_learns, prefix_for
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.live_tensors import LiveTensors
-from nanogpt_surgery.training.loss import apart, evaluate, most_logits_on, windows_at_once
+from nanogpt_surgery.training.loss import apart, most_logits_on
 from nanogpt_surgery.training.probing import probed
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -99,7 +100,7 @@ def activation_bytes(
     blocks = CompiledBlocks(model.train(), False, settings.gradient_checkpointing)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     with blocks.active(), hardware.seeded(0), hardware.autocast(), hooks:
-        model.hidden(batch[0].to(device), **apart(documents_of(batch)))
+        model.hidden(batch[0].to(device), **apart(documents_of(batch), device))
     model.train(mode)
     return sum(size for place, size in kept.items() if place not in own)
 

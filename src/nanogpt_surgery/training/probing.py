@@ -95,7 +95,10 @@ class _Again:
     def __len__(self) -> int:
         return len(self.data)
 
-    def batch(self, step: int, batch_size: int, seed: int = 0) -> Batch:
+    def batch(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Batch:
+        assert world_size == 1, "a plan is made by one process"
         return self.data.batch(step % self.new, batch_size, seed)
 
     def whole(self, batch_size: int) -> Iterator[Batch]:

@@ -1,0 +1,48 @@
+"""What is said of a run when it is over."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.cli.training_run import Job
+    from nanogpt_surgery.training.checkpoint import Run
+
+
+def operations_per_token(job: Job) -> int:
+    """Of a training step, by what it computes."""
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.training.frozen_prefix import prefix_for
+    from nanogpt_surgery.training.utilisation import training_flops_per_token
+
+    assert isinstance(job.model, SimpleGPT)
+    kept = prefix_for(job.model, job.dataset, job.settings) is not None
+    return training_flops_per_token(job.model, job.dataset.block_size, kept)
+
+
+def summary_of(job: Job, run: Run, matmul_rate: float, beside: float) -> dict[str, Any]:
+    """The summary; `beside` are the seconds for evaluations and else that was no step."""
+    from nanogpt_surgery.data.mixture import passes
+    from nanogpt_surgery.report.loss_plot import plot_losses, read_metrics
+
+    metrics = read_metrics(run.folder / "metrics.jsonl")
+    plot_losses(metrics, run.folder / "loss.png", title=str(job.options.out))
+    losses = [row["validation_loss"] for row in metrics if row["validation_loss"] is not None]
+    seconds = sum(row["seconds"] for row in metrics)
+    rows = len(metrics) * job.settings.batch_size * job.settings.accumulation
+    tokens = sum(row["tokens"] for row in metrics)
+    return {
+        "folder": str(job.options.out),
+        "steps": len(metrics),
+        "trained_parameters": sum(p.numel() for p in job.model.parameters() if p.requires_grad),
+        "tokens": tokens,
+        "trained_tokens": sum(row.get("trained_tokens", row["tokens"]) for row in metrics),
+        "seconds_of_steps": round(seconds, 2),
+        "seconds_in_all": round(seconds + beside, 2),
+        "tokens_per_second": round(tokens / seconds),
+        "matmul_GFLOPs": round(matmul_rate / 1e9),
+        "utilisation": round(tokens / seconds * operations_per_token(job) / matmul_rate, 4),
+        "epochs": ", ".join(f"{share:.3g}" for share in passes(job.dataset, rows)),
+        "validation_loss": losses[-1],
+        "best_validation_loss": min(losses),
+    }

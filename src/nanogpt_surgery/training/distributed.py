@@ -1,0 +1,161 @@
+"""One training by several processes, each with its share of every batch; torchrun starts them.
+
+    torchrun --nproc-per-node 2 -m nanogpt_surgery train book.txt --out runs/book
+
+Each holds the whole model, with the same weights at all times: it computes the gradients of its
+rows, the gradients of all are added up, and each does the same update. Which rows make a step's
+batch does not depend on how many share it, so a run can go on with another number of processes.
+
+Numbers of the host are added up by gloo, gradients on GPUs by NCCL.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from nanogpt_surgery.errors import SurgeryError
+
+BUCKET = 2**23  # numbers that are added up in one go, about
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a training, and which of them this is. All call its methods alike."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this one writes and speaks for all."""
+        return self.rank == 0
+
+    @property
+    def share(self) -> dict[str, int]:
+        """What a dataset's `batch` is told: nothing where there is one process."""
+        return {} if self.size == 1 else {"rank": self.rank, "world_size": self.size}
+
+    def sums(self, *numbers: float) -> list[float]:
+        """Each number added up over the processes, in float64; all wait for each other.
+
+        Raises:
+            SurgeryError: another process has ended.
+        """
+        if self.size == 1:
+            return list(numbers)
+        found = torch.tensor(numbers, dtype=torch.float64)
+        _all_reduce(found)
+        sums: list[float] = found.tolist()
+        return sums
+
+    def most(self, number: int) -> int:
+        """The largest of the processes' numbers; all wait for each other.
+
+        Raises:
+            SurgeryError: another process has ended.
+        """
+        if self.size == 1:
+            return number
+        found = torch.tensor(number)
+        _all_reduce(found, dist.ReduceOp.MAX)
+        return int(found)
+
+    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+        """Add up the gradients; where another process has one and this has not, it counts as 0.
+
+        Raises:
+            SurgeryError: another process has ended.
+        """
+        if self.size == 1:
+            return
+        there = self.sums(*(parameter.grad is not None for parameter in parameters))
+        gradients = []
+        for parameter, count in zip(parameters, there, strict=True):
+            if count:
+                parameter.grad = _gradient(parameter)
+                gradients.append(parameter.grad)
+        for bucket in _buckets(gradients):
+            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            _all_reduce(flat)
+            sums = flat.split([gradient.numel() for gradient in bucket])
+            for gradient, summed in zip(bucket, sums, strict=True):
+                gradient.copy_(summed.view_as(gradient))
+
+    @torch.no_grad()
+    def begin_alike(self, model: nn.Module) -> None:
+        """Give the model of each process the weights of the first one's."""
+        if self.size == 1:
+            return
+        for tensor in (*model.parameters(), *model.buffers()):
+            value = tensor.detach().contiguous()
+            dist.broadcast(value, 0)
+            tensor.copy_(value)
+
+
+ALONE = World()
+
+
+def world() -> World:
+    """The processes that `torch.distributed` has joined; one where it has not."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return ALONE
+    return World(dist.get_rank(), dist.get_world_size())
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """The processes that torchrun started (`WORLD_SIZE`, `RANK`, …), joined for the block.
+
+    Raises:
+        SurgeryError: there are GPUs, but fewer than processes.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.set_device(_own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield world()
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_gpu(number: int, there: int) -> int:
+    if number >= there:
+        raise SurgeryError(
+            f"process {number} of this machine has no GPU: there are {there}",
+            f"torchrun --nproc-per-node {there} starts one process for each",
+        )
+    return number
+
+
+def _all_reduce(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+    try:
+        dist.all_reduce(tensor, operation)
+    except RuntimeError as error:
+        raise SurgeryError(
+            f"another process of this training has ended ({str(error).splitlines()[0]})",
+            "its own message says why; --resume goes on from the last checkpoint",
+        ) from error
+
+
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Tensors in their order, so many at a time that a bucket is full."""
+    bucket: list[Tensor] = []
+    for tensor in tensors:
+        bucket.append(tensor)
+        if sum(member.numel() for member in bucket) >= BUCKET:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket

@@ -1,0 +1,33 @@
+"""What a training says of a step."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step did."""
+
+    step: int
+    """steps done so far, this one included"""
+    loss: float
+    """mean over the step's tokens before its update, in nats a token"""
+    learning_rate: float
+    gradient_norm: float
+    """before clipping"""
+    tokens: int
+    """in the step's windows or rows, those that are not trained on included"""
+    seconds: float
+    """wall time of the step, its evaluation apart"""
+    validation_loss: float | None = None
+    """in nats a token, over `evaluate_tokens` of the validation data, after the update"""
+    trained_tokens: int = 0
+    """of them those whose prediction is trained on"""
+    processes: int = 1
+    """how many shared the step's batch"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, for a line of metrics."""
+        return asdict(self)

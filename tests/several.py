@@ -1,0 +1,52 @@
+"""What `test_distributed` has several processes do; torchrun starts it.
+
+torchrun --standalone --nproc-per-node 2 tests/several.py FOLDER
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from ways import WAYS, first_rows, text, trained
+
+from nanogpt_surgery import SimpleGPT, fit
+from nanogpt_surgery.training.distributed import joined
+
+FLOAT32 = {"device": "cpu", "precision": "float32"}
+
+
+# Rows that are all trained on, and rows of which one process has none that is.
+DROPOUT = {"dropout": text, "dropout, first rows": first_rows}
+
+
+def dropout(
+    way: str, seed: int, accumulation: int, batch_size: int
+) -> tuple[SimpleGPT, list[float]]:
+    """A training with dropout, from weights that follow from a seed."""
+    torch.manual_seed(seed)
+    model = SimpleGPT(53, 24, 3, 2, 19, dropout=0.3)
+    sizes = {"accumulation": accumulation, "batch_size": batch_size}
+    steps = fit(model, DROPOUT[way](), max_steps=4, learning_rate=1e-2, **sizes, **FLOAT32)
+    return model, [step.loss for step in steps]
+
+
+def main(folder: Path) -> None:
+    """Train in every way; each process writes its weights and what its steps said."""
+    found = {}
+    with joined() as world:
+        for way in WAYS:
+            model, steps = trained(way, torch.float32, **FLOAT32)
+            found[way] = model, [step.to_dict() for step in steps]
+        for way in DROPOUT:
+            found[way] = dropout(way, seed=world.rank, accumulation=2, batch_size=4)
+        for way, (model, said) in found.items():
+            name = folder / f"{way}-{world.rank}"
+            weights = {key: value.clone() for key, value in model.state_dict().items()}
+            save_file(weights, name.with_suffix(".safetensors"))
+            name.with_suffix(".json").write_text(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,64 @@
+"""Two processes train as one does: the same batches, losses and weights."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import several
+import torch
+from safetensors.torch import load_file
+from several import DROPOUT, FLOAT32
+from ways import WAYS, trained
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What two processes have written."""
+    folder = tmp_path_factory.mktemp("several")
+    command = [*TORCHRUN, several.__file__, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def written(folder: Path, way: str, rank: int) -> tuple[dict[str, torch.Tensor], list]:
+    name = folder / f"{way}-{rank}"
+    said = json.loads(name.with_suffix(".json").read_text())
+    return load_file(name.with_suffix(".safetensors")), said
+
+
+@pytest.mark.parametrize("way", [*WAYS, *DROPOUT])
+def test_the_weights_of_all_are_the_same_to_the_bit(folder, way):
+    first, second = (written(folder, way, rank)[0] for rank in (0, 1))
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_they_learn_what_one_does(folder, way):
+    model, steps = trained(way, torch.float32, **FLOAT32)
+    for rank in (0, 1):
+        weights, said = written(folder, way, rank)
+        for step, line in zip(steps, said, strict=True):
+            wanted = step.to_dict() | {"processes": 2, "seconds": line["seconds"]}
+            assert line == {
+                key: pytest.approx(value, rel=1e-4) if isinstance(value, float) else value
+                for key, value in wanted.items()
+            }
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(weights[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("way", DROPOUT)
+def test_dropout_and_rows_without_targets_too(folder, way):
+    """As one process that computes in twice as many parts, from the first one's weights."""
+    model, losses = several.dropout(way, seed=0, accumulation=4, batch_size=2)
+    weights, found = written(folder, way, 1)
+    assert found == pytest.approx(losses, rel=1e-5)
+    for name, value in model.state_dict().items():
+        if "k_proj.bias" not in name:  # attention does not depend on it: its gradient is rounding
+            torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
