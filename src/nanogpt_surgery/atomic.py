@@ -16,10 +16,11 @@ from pathlib import Path
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.exchange import exchange
 from nanogpt_surgery.files import (
-    MANIFEST,
     disk_refuses,
     flush,
     flush_place,
+    refuse_foreign_file,
+    refuse_foreign_folder,
     seal,
     temporary_beside,
 )
@@ -36,7 +37,7 @@ def whole_folder(goal: str | Path) -> Iterator[Path]:
         SurgeryError: `goal` holds something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    _check_replaceable(goal)
+    refuse_foreign_folder(goal)
     temporary = temporary_beside(goal)
     try:
         temporary.mkdir(parents=True)
@@ -59,8 +60,7 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         SurgeryError: `goal` is something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    if goal.exists() and not _begins_with(goal, magic):
-        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+    refuse_foreign_file(goal, magic)
     goal.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(goal)
     try:
@@ -72,22 +72,6 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         raise disk_refuses(goal, error) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
-
-
-def _check_replaceable(goal: Path) -> None:
-    if not goal.exists() or (goal / MANIFEST).is_file():
-        return
-    if not goal.is_dir() or any(goal.iterdir()):
-        raise SurgeryError(
-            f"{goal} exists and was not written by this program", "choose a new folder"
-        )
 
 
 def _put_in_place(temporary: Path, goal: Path) -> None:

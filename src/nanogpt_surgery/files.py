@@ -82,6 +82,29 @@ def _free_space(path: Path) -> str:
     return f" ({shutil.disk_usage(there).free:,} bytes free there)"
 
 
+def refuse_foreign_file(goal: Path, magic: bytes = b"GGUF") -> None:
+    """Raise `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
+    if goal.exists() and not _begins_with(goal, magic):
+        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def refuse_foreign_folder(goal: Path) -> None:
+    """Raise `SurgeryError` if anything but a sealed or an empty folder lies at `goal`."""
+    if not goal.exists() or (goal / MANIFEST).is_file():
+        return
+    if not goal.is_dir() or any(goal.iterdir()):
+        raise SurgeryError(
+            f"{goal} exists and was not written by this program", "choose a new folder"
+        )
+
+
 def seal(folder: Path) -> None:
     """Flush every file of a folder to the disk and write its manifest; folders in it stay out."""
     files = {}

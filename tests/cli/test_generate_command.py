@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from typed import called, write_model
 
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
+from nanogpt_surgery.cli.app import run
 
 FEW = ["--max-new-tokens", 6, "--seed", 3]
 
@@ -133,3 +135,18 @@ def test_a_prompt_on_standard_input_that_is_not_utf_8_is_refused(folder: Path, m
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     _, errors = called("generate", folder / "m", "--prompt=-", check=1)
     assert "standard input is not UTF-8: byte 0xe9 at position 3" in errors
+
+
+@pytest.mark.parametrize("more", [[], ["--samples", 2], ["--samples", 2, "--json"]])
+def test_a_note_stands_behind_the_text_and_not_in_it(tmp_path: Path, more: list) -> None:
+    """Both streams as a terminal shows them."""
+    write_model(tmp_path / "m", block_size=8)
+    words = ["generate", tmp_path / "m", "--prompt", "abc", "--max-new-tokens", 20, *more]
+    words += ["--seed", 3, "--batch-size", 1]
+    terminal = io.StringIO()
+    with redirect_stdout(terminal), redirect_stderr(terminal):
+        run(list(map(str, words)))
+    shown = terminal.getvalue()
+    text, note, rest = shown.partition("\nnote: the text has outgrown the model's block_size of 8")
+    assert note and rest.count("\n") == 1
+    assert text == called(*words)[0].removesuffix("\n")

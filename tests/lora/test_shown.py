@@ -56,7 +56,7 @@ def test_a_wrapper_shows_what_its_layer_is_and_owns_none_of_it():
         others = {*OF_A_LINEAR, *OF_AN_EMBEDDING} - {*shown}
         assert not any(hasattr(layer, name) for name in others)
         assert not layer._parameters
-        with pytest.raises((AttributeError, KeyError)):
+        with pytest.raises(SurgeryError, match="only shown there"):
             layer.weight = nn.Parameter(torch.zeros(1))
     kept = {name.replace("original_layer.", "") for name in model.state_dict()}
     assert {name for name in kept if "updates" not in name} == names
@@ -94,3 +94,15 @@ def test_a_vocabulary_is_not_resized_under_an_adapter():
     with pytest.raises(TypeError, match="LoRAEmbedding'>, which is not an instance"):
         model.resize_token_embeddings(50)
     assert tensor_hashes(model) == first
+
+
+@pytest.mark.parametrize("name", ["weight", "bias", "lora_A", "scaling"])
+@pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(2, 2)), torch.zeros(2, 2), None])
+def test_what_a_wrapper_shows_is_not_set_through_it(name, value):
+    model = nn.Sequential(nn.Linear(5, 3))
+    inject_lora(model, "0")
+    before = getattr(model[0], name)
+    with pytest.raises(SurgeryError, match=rf"^{name} of a LoRALinear.*\n.*remove_lora"):
+        setattr(model[0], name, value)
+    assert getattr(model[0], name) is before
+    assert name not in model[0]._parameters

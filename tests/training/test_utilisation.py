@@ -5,6 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
+from nanogpt_surgery.training import hardware
 from nanogpt_surgery.training.hardware import matmul_rate
 from nanogpt_surgery.training.loss import backward_of_loss
 from nanogpt_surgery.training.recipes import RECIPES
@@ -70,3 +71,13 @@ def test_a_kept_prefix_costs_nothing():
 def test_the_matmul_rate_is_a_rate():
     rate = matmul_rate(torch.device("cpu"), torch.float32, seconds=0.02)
     assert 1e7 < rate < 1e16
+
+
+def test_a_product_that_was_held_up_does_not_tell_the_rate(monkeypatch):
+    """On a busy machine the first small ones can take what large ones do."""
+
+    def timed(a: torch.Tensor, _b: torch.Tensor) -> float:
+        return 1.0 if len(a) < 512 else 1e-3
+
+    monkeypatch.setattr(hardware, "_timed_product", timed)
+    assert matmul_rate(torch.device("cpu"), torch.float32, seconds=0.02) == 2 * 512**3 / 1e-3

@@ -56,6 +56,18 @@ def spoken_warnings() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def notes_afterwards() -> Iterator[None]:
+    """Warnings of a block wait for its end: none comes between the pieces of a text."""
+    noted: list[warnings.WarningMessage] = []
+    try:
+        with warnings.catch_warnings(record=True) as noted:
+            yield
+    finally:
+        for note in noted:
+            warnings.showwarning(note.message, note.category, note.filename, note.lineno)
+
+
 def watched(
     steps: Iterable[Step],
     first_step: int,

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.console import say, show
 from nanogpt_surgery.cli.opening import WITH_ADAPTER
 from nanogpt_surgery.cli.options import given, options_of_function
+from nanogpt_surgery.cli.output import Overwrite, check_out
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def export(
     model: str,
     *,
     out: Path,
+    overwrite: Overwrite = False,
     form: Form = "F16",
     adapter: Path | None = None,
     probe: Path | None = None,
@@ -56,6 +58,7 @@ def export(
     from nanogpt_surgery.formats.model_file import refuse_adapter
 
     refuse_adapter(model, WITH_ADAPTER)
+    check_out(out, overwrite, is_file=form not in ("huggingface", "mlx"))
     if form == "lora-gguf" or form == "mlx":
         _write_adapter(model, adapter, out, form, given(options))
     elif adapter is None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
+from nanogpt_surgery.cli.console import notes_afterwards
 from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, one_adapter, open_to_talk
 from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 from nanogpt_surgery.errors import SurgeryError, printable
@@ -86,9 +87,10 @@ def generate(
         pieces = _as_it_is_made(network, tokenizer, texts[0], max_new_tokens, sampling)
     else:
         pieces = _one_by_one(network, tokenizer, texts, max_new_tokens, sampling, many)
-    for piece in pieces:
-        sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
-        sys.stdout.flush()
+    with notes_afterwards():
+        for piece in pieces:
+            sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
+            sys.stdout.flush()
 
 
 def _as_it_is_made(

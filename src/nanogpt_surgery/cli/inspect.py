@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import show
 
+FUSED, PARTS = "attn.c_attn", ("q_proj", "k_proj", "v_proj")
+ABOUT_FUSED = (
+    "c_attn is GPT-2's q_proj, k_proj and v_proj in one matrix, and so is its update: parts made "
+    "apart stand in it with A stacked, B on a block diagonal and r their sum; else they share A"
+)
+
 if TYPE_CHECKING:
     from torch import Tensor
 
     from nanogpt_surgery.lora.report import Report
+    from nanogpt_surgery.lora.stored import LowRankUpdate
 
 
 def inspect(path: str, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
@@ -77,22 +84,31 @@ def _dtype(module: str, key: str, parameter: Tensor, types: dict[str, str]) -> s
 
 def _adapter_report(path: str) -> Report:
     from nanogpt_surgery.formats.adapter_layout import adapter_folder
+    from nanogpt_surgery.formats.fused_update import split
     from nanogpt_surgery.lora.adapter import read_adapter
     from nanogpt_surgery.lora.report import Report
 
-    rows = []
-    for name, update in read_adapter(adapter_folder(path)).items():
-        values = update.singular_values
-        floor = values.max() * 1e-6
-        rows.append(
-            {
-                "layer": name,
-                "shape": f"{update.B.size(0)}×{update.A.size(1)}",
-                "r": update.rank,
-                "alpha": update.alpha,
-                "norm of ΔW": float(values.square().sum().sqrt()),
-                "largest singular value": float(values.max()),
-                "rank of ΔW": int((values > floor).sum()),
-            }
-        )
-    return Report(f"adapter {path}", rows, {"layers": len(rows)})
+    updates = read_adapter(adapter_folder(path))
+    rows = [_adapter_row(name, update) for name, update in updates.items()]
+    summary = {"layers": len(rows)}
+    parts = {n: split(u, PARTS) for n, u in updates.items() if n.endswith(FUSED)}
+    if not parts:
+        return Report(f"adapter {path}", rows, summary)
+    for row in rows:
+        ranks = [f"{name} {part.rank}" for name, part in parts.get(row["layer"], {}).items()]
+        row["r of its parts"] = ", ".join(ranks) or None
+    return Report(f"adapter {path}", rows, summary | {"fused": ABOUT_FUSED})
+
+
+def _adapter_row(name: str, update: LowRankUpdate) -> dict[str, Any]:
+    values = update.singular_values
+    floor = values.max() * 1e-6
+    return {
+        "layer": name,
+        "shape": f"{update.B.size(0)}×{update.A.size(1)}",
+        "r": update.rank,
+        "alpha": update.alpha,
+        "norm of ΔW": float(values.square().sum().sqrt()),
+        "largest singular value": float(values.max()),
+        "rank of ΔW": int((values > floor).sum()),
+    }

@@ -9,6 +9,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
 from nanogpt_surgery.cli.options import given, options_of_function
+from nanogpt_surgery.cli.output import Overwrite, check_out
 
 MERGE = "nanogpt_surgery.formats.merging:merge_adapter"
 OWN = ("model", "adapter", "out", "probe", "keep_originals")
@@ -20,6 +21,7 @@ def merge(
     adapter: Path,
     *,
     out: Path | None = None,
+    overwrite: Overwrite = False,
     probe: Path | None = None,
     drop_originals: Annotated[bool, Parameter(negative="")] = False,
     plan: Annotated[bool, Parameter(negative="")] = False,
@@ -46,8 +48,11 @@ def merge(
         print the report as JSON
     """
     from nanogpt_surgery.data.corpus import read_texts
-    from nanogpt_surgery.formats.merging import merge_adapter, plan_merge
+    from nanogpt_surgery.formats.merging import merge_adapter, plan_merge, refuse_own_folder
 
+    if out is not None and not plan:
+        refuse_own_folder(model, out)
+        check_out(out, overwrite)
     text = read_texts([str(probe)]) if probe else None
     more = given(options) | {"probe": text, "keep_originals": not drop_originals}
     if plan:

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING
 
 from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.training.distributed import World
 
 TOGETHER = ("train", "finetune")
 
@@ -18,6 +24,24 @@ def several() -> bool:
 def speaks() -> bool:
     """Whether this process is the one that speaks for all."""
     return not several() or os.environ.get("RANK", "0") == "0"
+
+
+def told(together: World, action: Callable[[], int]) -> int:
+    """What an action of the first process returns, at least 0, in all of them.
+
+    Where it raises, the first one says why, and the others leave with status 1.
+    """
+    if not together.first:
+        number = together.most(-1)
+        if number < 0:
+            sys.exit(1)
+        return number
+    try:
+        number = action()
+    except BaseException:
+        together.most(-1)
+        raise
+    return together.most(number)
 
 
 def joined(command: str) -> AbstractContextManager[object]:

@@ -8,12 +8,14 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.cli.output import Overwrite, check_out
 
 
 def train(
     *text: str,
     out: Path,
     vocab_size: int,
+    overwrite: Overwrite = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Learn a byte-level BPE from text, into a folder that transformers opens.
@@ -37,6 +39,7 @@ def train(
     from nanogpt_surgery.formats.tokenizer_files import save_tokenizer
     from nanogpt_surgery.lora.report import Report
 
+    check_out(out, overwrite)
     if not text:
         say("no text was named: learning from Python's language reference")
     whole = read_texts(text) if text else python_reference()

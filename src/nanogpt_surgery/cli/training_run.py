@@ -6,12 +6,13 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.console import Announced, say, show, watched
-from nanogpt_surgery.cli.processes import several
+from nanogpt_surgery.cli.processes import several, told
 from nanogpt_surgery.cli.run_description import description_of
 from nanogpt_surgery.cli.run_summary import operations_per_token, summary_of
 from nanogpt_surgery.cli.signals import signals
@@ -55,7 +56,6 @@ def check_first(options: RunOptions, settings: FitSettings) -> None:
         SurgeryError: the device is not there, or no run can begin or go on in the folder.
     """
     from nanogpt_surgery.formats.run_folder import checkpoints
-    from nanogpt_surgery.training.checkpoint import check_folder
     from nanogpt_surgery.training.distributed import world
     from nanogpt_surgery.training.hardware import choose_hardware
 
@@ -64,11 +64,16 @@ def check_first(options: RunOptions, settings: FitSettings) -> None:
         if several():
             raise SurgeryError("a plan is made by one process", "run it without torchrun")
         return
-    if not world().first:
-        return
-    check_folder(options.out, options.resume)
+    told(world(), partial(_checked, options))
     if options.resume and not checkpoints(options.out):
         say(f"note: there is no checkpoint in {options.out}: --resume begins at step 0")
+
+
+def _checked(options: RunOptions) -> int:
+    from nanogpt_surgery.training.checkpoint import check_folder
+
+    check_folder(options.out, options.resume)
+    return 0
 
 
 def carry_out(job: Job, done: str) -> None:
@@ -141,20 +146,16 @@ def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[
     from nanogpt_surgery.training.checkpoint import Run, start_run
 
     folder = job.options.out
-    if not together.first:
-        step = together.most(0) - 1
-        if step < 0:  # the first one says why
-            sys.exit(1)
-        yield Run(folder, checkpoint_folder(folder, step) if step else None)
-        return
+    own: list[Run] = []
+
+    def begin() -> int:
+        own.append(stack.enter_context(start_run(folder, description, job.options.resume)))
+        return own[0].first_step
+
     with ExitStack() as stack:
-        try:
-            run = stack.enter_context(start_run(folder, description, job.options.resume))
-        except BaseException:
-            together.most(0)
-            raise
-        together.most(run.first_step + 1)
-        yield run
+        step = told(together, begin)
+        read = checkpoint_folder(folder, step) if step else None
+        yield own[0] if own else Run(folder, read)
 
 
 def _say_processes(run: Run, together: World) -> None:

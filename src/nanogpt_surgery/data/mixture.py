@@ -28,6 +28,9 @@ FINEST = 10_000  # the largest denominator that a weight is rounded to
 class Mixture:
     """Windows of several datasets, drawn in proportion to their weights.
 
+    Read whole, as an evaluation does, each counts by its own size instead: the loss of a mixture is
+    the mean over all of its tokens, whatever the weights.
+
     Args:
         sources: datasets of one `block_size`.
         weights: how often each is drawn, against the others; only their ratios matter.

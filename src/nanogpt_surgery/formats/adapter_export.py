@@ -31,6 +31,8 @@ Factors = tuple[Tensor, Tensor]  # A (R, in) and B (out, R), the scale folded in
 def save_lora_gguf(model: SimpleGPT, path: str | Path) -> None:
     """Write the LoRA that a model carries as llama.cpp's adapter file, whole or not at all.
 
+    A GGUF file that lies there is replaced.
+
     Raises:
         SurgeryError: there is no LoRA, llama.cpp has no such model, or an update that it cannot
             take. There is no new file then.
@@ -70,7 +72,8 @@ def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
     """Write the LoRA that a model carries as an adapter folder of mlx-lm, whole or not at all.
 
     MLX adapts the same projections in each of the last layers, with one rank: smaller updates are
-    filled up with zeros, and so are layers between that have none.
+    filled up with zeros, and so are layers between that have none. A folder of ours that lies there
+    is replaced.
 
     Raises:
         SurgeryError: there is no LoRA, or it adapts what MLX does not: embeddings, the head, GPT-2.

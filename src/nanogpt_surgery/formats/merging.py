@@ -43,7 +43,7 @@ def plan_merge(
     How much of ΔW survives each precision in each layer, and the sizes to expect; the arguments are
     those of `merge_adapter`.
     """
-    _refuse_own_folder(model, out)
+    refuse_own_folder(model, out)
     keep = options.pop("keep_originals", True)
     options.pop("tolerance", None)
     merge = prepare(model, adapter, **options)
@@ -79,7 +79,7 @@ def merge_adapter(
     Args:
         model: a run or a model folder; with `out` whatever `open_model` opens.
         adapter: an adapter folder, as finetune or peft writes it.
-        out: the model folder to make.
+        out: the model folder to make; one of ours that lies there is replaced.
         dtype: of all weights to write; by default each keeps the one that it is stored in.
         tolerance: largest mean KL divergence, adapted model to merged one, in nats a token.
         force: merge whatever was measured, and although the adapter was made for another base.
@@ -97,7 +97,7 @@ def merge_adapter(
             the disk refuses. What was there is untouched then.
     """
     _check_tolerance(tolerance)
-    _refuse_own_folder(model, out)
+    refuse_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | _facts(adapter))
@@ -159,7 +159,7 @@ def _check_tolerance(tolerance: float) -> None:
         raise SurgeryError(f"tolerance is {tolerance}; it must be a number of at least 0")
 
 
-def _refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
+def refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
     """Raise `SurgeryError` if `out` is the model itself, which could not be brought back then."""
     if out is None or not Path(model).is_dir():
         return

@@ -39,7 +39,8 @@ def save_model(model: SimpleGPT, folder: str | Path, tokenizer: Tokenizer | None
 
     A model on a family's axes is written under the family's names and opens in transformers.
     Whether the head is tied is read from the tensors. `MANIFEST.json` holds sizes and hashes. What
-    is written is opened again and compared before it counts as written.
+    is written is opened again and compared before it counts as written. A folder of ours that lies
+    there is replaced, in one step, if nothing in it would be lost.
 
     Raises:
         SurgeryError: the model carries a LoRA, or the folder holds something else, or what was

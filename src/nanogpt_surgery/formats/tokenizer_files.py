@@ -124,7 +124,8 @@ def _is_character(contents: dict[str, Any]) -> bool:
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """Write a folder that holds a tokenizer alone, whole or not at all; transformers opens it.
 
-    What is written is opened again and compared before it counts as written.
+    What is written is opened again and compared before it counts as written. A folder of ours that
+    lies there is replaced.
 
     Raises:
         SurgeryError: the tokenizer has no `tokenizer.json`, the folder holds something else, or

@@ -63,6 +63,14 @@ class LoRALayer(nn.Module, ABC):
     embedding_dim = _shown("embedding_dim")
     padding_idx = _shown("padding_idx")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            raise SurgeryError(
+                f"{name} of a {type(self).__name__} is only shown there: what is inside has it",
+                "set it before inject_lora, or after remove_lora(model) or merge_lora(model)",
+            )
+        super().__setattr__(name, value)
+
     def shown(self) -> nn.Module:
         """The layer that others see."""
         return self.original_layer  # type: ignore[no-any-return]

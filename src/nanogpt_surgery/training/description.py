@@ -84,20 +84,23 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]
 
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
     """The keys under which something differs."""
-    before, now = _flat(old), _flat(new)
-    names = {name for name in before.keys() | now.keys() if before.get(name) != now.get(name)}
-    return {name.partition(".")[0] for name in names} - {"named"}
+    keys = old.keys() | new.keys()
+    return {key for key in keys if _given(old.get(key)) != _given(new.get(key))} - {"named"}
+
+
+def _given(value: Any) -> Any:
+    """A value without the keys in it that hold nothing: to say None is to say nothing."""
+    if not isinstance(value, dict):
+        return value
+    given = {key: _given(inner) for key, inner in value.items()}
+    return {key: inner for key, inner in given.items() if inner is not None} or None
 
 
 def _of_settings(old: dict[str, Any], new: dict[str, Any], changed: set[str]) -> list[Difference]:
     """What has flags, without those that need none where the others bring back what was."""
     found = _typed(("family",), old, new) if "model" in changed else []
-    if "recipe" in changed:
-        found.append(_difference("recipe", old.get("recipe"), new.get("recipe")))
-    if "stride" in changed:
-        found.append(_difference("stride", old["stride"], new.get("stride")))
-    if "block_size" in changed and "model" not in changed:
-        found.append(_difference("block_size", old["block_size"], new["block_size"]))
+    alone = ("recipe", "stride") + (("block_size",) if "model" not in changed else ())
+    found += [_difference(n, old.get(n), new.get(n)) for n in alone if n in changed]
     for section in _KINDS:
         was, now = (_as_asked(section, d.get(section) or {}) for d in (old, new))
         usual, usual_now = _usual(section, old), _usual(section, new)
@@ -125,7 +128,7 @@ def _follows(name: str, values: dict[str, Any]) -> bool:
 
 def _usual(section: str, description: dict[str, Any]) -> dict[str, Any]:
     """What the values of a section are where no flag of theirs is given."""
-    defaults = {f.name: f.default for f in fields(_KINDS[section]) if f.default is not MISSING}
+    defaults = _defaults(section)
     if description.get("kind") != "train" or section == "adapter":
         return defaults
     recipe = description.get("recipe")
@@ -195,8 +198,8 @@ def _of_text(old: dict[str, Any], new: dict[str, Any], changed: set[str]) -> lis
 def _typed(names: tuple[str, ...], old: dict[str, Any], new: dict[str, Any]) -> list[Difference]:
     """Flags that were typed otherwise, of those whose value stands nowhere else."""
     was, now = (d.get("named", {}) for d in (old, new))
-    known = [name for name in names if name in was and name in now]
-    return [_difference(n, was[n], now[n]) for n in known if was[n] != now[n]]
+    known = was.keys() & now.keys()
+    return [_difference(n, was[n], now[n]) for n in names if n in known and was[n] != now[n]]
 
 
 def _places(paths: list[str]) -> list[str]:
@@ -229,19 +232,12 @@ def _shown(value: Any, quoted: bool = False) -> str:
 
 def _with_defaults(description: dict[str, Any]) -> dict[str, Any]:
     filled = {
-        key: {f.name: f.default for f in fields(kind) if f.default is not MISSING}
-        | _BEFORE.get(key, {})
-        | description[key]
-        for key, kind in _KINDS.items()
-        if key in description
+        section: _defaults(section) | _BEFORE.get(section, {}) | description[section]
+        for section in _KINDS
+        if section in description
     }
     return description | filled
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested values under dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+def _defaults(section: str) -> dict[str, Any]:
+    return {f.name: f.default for f in fields(_KINDS[section]) if f.default is not MISSING}

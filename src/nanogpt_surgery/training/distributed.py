@@ -140,7 +140,7 @@ def _all_reduce(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
         dist.all_reduce(tensor, operation)
     except RuntimeError as error:
         raise SurgeryError(
-            f"another process of this training has ended ({str(error).splitlines()[0]})",
+            "another process of this training has ended",
             "its own message says why; --resume goes on from the last checkpoint",
         ) from error
 

@@ -21,6 +21,7 @@ from nanogpt_surgery.training.settings import FitSettings
 
 # Operations of a training from which on compiling is earned back (docs/log.md).
 _COMPILING_PAYS = {"cpu": 3e13, "cuda": 1e15, "mps": math.inf}
+ENOUGH = 512  # the side of a matrix whose product tells a processor's rate
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,8 @@ def operations_of(model: nn.Module, settings: FitSettings, block_size: int) -> f
 def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Floating-point operations a second in matrix products, measured in at most about `seconds`.
 
-    The best of square matrices, each side twice the one before, as long as there is time.
+    The best of square matrices, each side twice the one before, as long as there is time; up to
+    `ENOUGH` in any case, since on a busy machine small ones may be slow for another reason.
     """
     _timed_product(*torch.randn(2, 128, 128, device=device).to(dtype))  # libraries load here
     best, side, end = 0.0, 128, time.perf_counter() + seconds
@@ -122,7 +124,7 @@ def matmul_rate(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) 
         a, b = torch.randn(2, side, side, device=device).to(dtype)
         took = min(_timed_product(a, b) for _ in range(3))
         best = max(best, 2 * side**3 / took)
-        if time.perf_counter() + 4 * 8 * took > end:
+        if side >= ENOUGH and time.perf_counter() + 4 * 8 * took > end:
             break
         side *= 2
     return best
