@@ -74,7 +74,7 @@ def _checked(options: RunOptions, settings: FitSettings) -> int:
     from nanogpt_surgery.training.checkpoint import check_folder
     from nanogpt_surgery.training.distributed import world
 
-    rows_of(0, settings.windows, world_size=world().size)
+    rows_of(0, settings.batch_size * settings.accumulation, world_size=world().size)
     check_folder(options.out, options.resume)
     return 0
 
