@@ -68,6 +68,15 @@ def test_nor_with_states_that_are_kept(targets, data):
     assert len(prefix.places) == 4
 
 
+def test_states_kept_in_a_file_stand_beside_computed_ones():
+    model = adapted("lm_head").to("meta").train()
+    prefix = FrozenPrefix(model, windows=1)
+    ids = text().batch(0, 4, 1)[0]
+    prefix.kept = torch.zeros(1, *ids[0].shape, model.config.n_embd)  # the host's, as a file's are
+    prefix.places[ids[2].numpy().tobytes()] = 0
+    assert prefix.hidden(ids).device.type == "meta"
+
+
 @pytest.mark.parametrize("data", [text, answers])
 @pytest.mark.parametrize("name", MODELS)
 def test_nor_in_an_evaluation(name, data):

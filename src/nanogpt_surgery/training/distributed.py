@@ -15,7 +15,6 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,7 +51,8 @@ class World:
         if self.size == 1:
             return list(numbers)
         found = torch.tensor(numbers, dtype=torch.float64)
-        _all_reduce(found)
+        with _others_there():
+            dist.all_reduce(found)
         sums: list[float] = found.tolist()
         return sums
 
@@ -65,7 +65,8 @@ class World:
         if self.size == 1:
             return number
         found = torch.tensor(number)
-        _all_reduce(found, dist.ReduceOp.MAX)
+        with _others_there():
+            dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -84,19 +85,25 @@ class World:
                 gradients.append(parameter.grad)
         for bucket in _buckets(gradients):
             flat = torch.cat([gradient.flatten() for gradient in bucket])
-            _all_reduce(flat)
+            with _others_there():
+                dist.all_reduce(flat)
             sums = flat.split([gradient.numel() for gradient in bucket])
             for gradient, summed in zip(bucket, sums, strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
     @torch.no_grad()
     def begin_alike(self, model: nn.Module) -> None:
-        """Give the model of each process the weights of the first one's."""
+        """Give the model of each process the weights of the first one's.
+
+        Raises:
+            SurgeryError: another process has ended.
+        """
         if self.size == 1:
             return
         for tensor in (*model.parameters(), *model.buffers()):
             value = tensor.detach().contiguous()
-            dist.broadcast(value, 0)
+            with _others_there():
+                dist.broadcast(value, 0)
             tensor.copy_(value)
 
 
@@ -135,9 +142,11 @@ def _own_gpu(number: int, there: int) -> int:
     return number
 
 
-def _all_reduce(tensor: Tensor, operation: Any = dist.ReduceOp.SUM) -> None:
+@contextmanager
+def _others_there() -> Iterator[None]:
+    """What needs the other processes, with a word where one of them is gone."""
     try:
-        dist.all_reduce(tensor, operation)
+        yield
     except RuntimeError as error:
         raise SurgeryError(
             "another process of this training has ended",

@@ -63,14 +63,14 @@ class FrozenPrefix:
         batch = (ids,) if documents is None else (ids, documents)
         x = torch.stack([self._before(*rows) for rows in zip(*batch, strict=True)])  # (B, T, C)
         documents = None if documents is None else sent(documents, self.device)
-        return self._through(sent(x, self.device), self.first or 0, len(self.stages), documents)
+        return self._through(x, self.first or 0, len(self.stages), documents)
 
     def _before(self, *row: Tensor) -> Tensor:
         """The states (T, C) before the first part that learns, of ids (T,) and their documents."""
         key = b"".join(tensor.numpy().tobytes() for tensor in row)
         if key in self.places:
             assert self.kept is not None
-            return self.kept[self.places[key]]
+            return sent(self.kept[self.places[key]], self.device)  # a file's are the host's
         on_device = [sent(tensor, self.device)[None] for tensor in row]  # (1, T) each
         ids, documents = on_device[0], on_device[1] if len(row) > 1 else None
         with torch.no_grad():
