@@ -5,14 +5,15 @@ torchrun --standalone --nproc-per-node 2 tests/several.py FOLDER
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from ways import WAYS, first_rows, text, trained
 
-from nanogpt_surgery import SimpleGPT, fit
-from nanogpt_surgery.training.distributed import joined
+from nanogpt_surgery import SimpleGPT, SurgeryError, fit
+from nanogpt_surgery.training.distributed import World, joined
 
 FLOAT32 = {"device": "cpu", "precision": "float32"}
 
@@ -32,6 +33,21 @@ def dropout(
     return model, [step.loss for step in steps]
 
 
+def alone(world: World, gone: Path) -> list[str]:
+    """What the first process is told by whatever it asks of a second one that has left."""
+    while not gone.exists():
+        time.sleep(0.01)
+    model = SimpleGPT(53, 24, 3, 2, 19)
+    asked = (lambda: world.begin_alike(model), lambda: world.sums(1), lambda: world.most(1))
+    told = []
+    for ask in asked:
+        try:
+            ask()
+        except SurgeryError as error:
+            told.append(error.what)
+    return told
+
+
 def main(folder: Path) -> None:
     """Train in every way; each process writes its weights and what its steps said."""
     found = {}
@@ -46,6 +62,9 @@ def main(folder: Path) -> None:
             weights = {key: value.clone() for key, value in model.state_dict().items()}
             save_file(weights, name.with_suffix(".safetensors"))
             name.with_suffix(".json").write_text(json.dumps(said))
+        if world.first:
+            (folder / "told.json").write_text(json.dumps(alone(world, folder / "gone")))
+    (folder / "gone").touch()
 
 
 if __name__ == "__main__":

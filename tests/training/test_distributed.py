@@ -62,3 +62,8 @@ def test_dropout_and_rows_without_targets_too(folder, way):
     for name, value in model.state_dict().items():
         if "k_proj.bias" not in name:  # attention does not depend on it: its gradient is rounding
             torch.testing.assert_close(weights[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_that_another_has_ended_is_said_by_whatever_waits_for_it(folder):
+    told = json.loads((folder / "told.json").read_text())
+    assert told == ["another process of this training has ended"] * 3
