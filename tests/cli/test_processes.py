@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from typed import called
 
+from nanogpt_surgery import SurgeryError
+from nanogpt_surgery.cli import sources
 from nanogpt_surgery.files import file_hash
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -135,6 +137,12 @@ def test_gone_on_with_by_another_number_of_processes_it_says_so(text, tmp_path, 
 def test_what_is_not_shared_is_refused(words, answer, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert answer in called(*words, check=1)[1]
+
+
+def test_standard_input_is_not_shared(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SurgeryError, match="standard input(.|\\n)*name a file"):
+        sources.open_sources(("-",), None)
 
 
 def test_one_process_speaks_for_all(text, tmp_path, monkeypatch):

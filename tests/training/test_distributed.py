@@ -12,6 +12,9 @@ from safetensors.torch import load_file
 from several import DROPOUT, FLOAT32
 from ways import WAYS, trained
 
+from nanogpt_surgery import SimpleGPT, SurgeryError
+from nanogpt_surgery.training.distributed import World
+
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
@@ -67,3 +70,9 @@ def test_dropout_and_rows_without_targets_too(folder, way):
 def test_that_another_has_ended_is_said_by_whatever_waits_for_it(folder):
     told = json.loads((folder / "told.json").read_text())
     assert told == ["another process of this training has ended"] * 3
+
+
+def test_a_device_whose_gradients_cannot_be_added_up_is_refused():
+    model = SimpleGPT(53, 24, 3, 2, 19).to("meta")
+    with pytest.raises(SurgeryError, match=r"not on meta(.|\n)*device cpu"):
+        World(0, 2).begin_alike(model)

@@ -7,6 +7,8 @@ import torch
 from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 
 from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, SurgeryError, fit, inject_lora
+from nanogpt_surgery.training import frozen_prefix
+from nanogpt_surgery.training.distributed import World
 from nanogpt_surgery.training.frozen_prefix import (
     FrozenPrefix,
     first_that_learns,
@@ -151,7 +153,7 @@ def test_the_frozen_part_is_run_once_for_each_window():
     assert sum(runs) == len(dataset())
 
 
-def test_it_is_used_only_where_it_pays():
+def test_it_is_used_only_where_it_pays(monkeypatch):
     data = dataset()
     assert prefix_for(adapted("llama"), data, SETTINGS) is not None
     few = FitSettings(max_steps=1, batch_size=4)
@@ -162,3 +164,5 @@ def test_it_is_used_only_where_it_pays():
     dropping = SimpleGPT.from_config(GPTConfig(53, dropout=0.1))
     inject_lora(dropping, "lm_head")
     assert prefix_for(dropping, data, SETTINGS) is None
+    monkeypatch.setattr(frozen_prefix, "world", lambda: World(0, 4))  # each sees a fourth as often
+    assert prefix_for(adapted("llama"), data, SETTINGS) is None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.processes import several
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -50,12 +51,18 @@ def open_sources(
 
     Raises:
         SurgeryError: a path cannot be read, a folder's ids are another tokenizer's, several paths
-            need weights, or the weights are not as many numbers as there are paths.
+            need weights, the weights are not as many numbers as there are paths, or several
+            processes would read standard input.
     """
     from nanogpt_surgery.data.corpus import read_texts
     from nanogpt_surgery.data.known_characters import check_characters
     from nanogpt_surgery.data.token_files import is_token_folder, open_tokens
 
+    if "-" in paths and several():
+        raise SurgeryError(
+            "standard input cannot be read by several processes: each would get a part of it",
+            "name a file",
+        )
     ratios = _ratios(weights, paths)
     folders = [path for path in paths if is_token_folder(path)]
     if folders and ratios is None and len(paths) > 1:

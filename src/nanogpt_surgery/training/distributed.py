@@ -96,10 +96,12 @@ class World:
         """Give the model of each process the weights of the first one's.
 
         Raises:
-            SurgeryError: another process has ended.
+            SurgeryError: another process has ended, or the model is on a device that has no way
+                to add gradients up.
         """
         if self.size == 1:
             return
+        _refuse_device(model)
         for tensor in (*model.parameters(), *model.buffers()):
             value = tensor.detach().contiguous()
             with _others_there():
@@ -152,6 +154,15 @@ def _others_there() -> Iterator[None]:
             "another process of this training has ended",
             "its own message says why; --resume goes on from the last checkpoint",
         ) from error
+
+
+def _refuse_device(model: nn.Module) -> None:
+    others = {tensor.device.type for tensor in model.parameters()} - {"cpu", "cuda"}
+    if others:
+        raise SurgeryError(
+            f"several processes train on CPUs or on CUDA's GPUs, not on {', '.join(others)}",
+            "choose the device cpu, or start one process",
+        )
 
 
 def _gradient(parameter: nn.Parameter) -> Tensor:

@@ -26,6 +26,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import disk_refuses
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.frozen_products import stored_in_bfloat16
 from nanogpt_surgery.training.hardware import choose_hardware, sent
 from nanogpt_surgery.training.settings import FitSettings
@@ -180,11 +181,12 @@ def prefix_for(
 ) -> FrozenPrefix | None:
     """A `FrozenPrefix` for a training where keeping pays, or None.
 
-    It pays where something lies before the first part that learns and windows come again.
+    It pays where something lies before the first part that learns and windows come again, to the
+    same process where there are several.
     """
     if not isinstance(model, SimpleGPT) or not can_keep(model, settings):
         return None
-    if settings.windows < LEAST_VISITS * len(dataset):
+    if settings.windows < LEAST_VISITS * len(dataset) * world().size:
         return None
     room = int(settings.keep_hidden * GIB) // bytes_of_window(model, dataset.block_size, settings)
     windows = min(len(dataset), room)
