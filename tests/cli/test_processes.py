@@ -141,7 +141,7 @@ def test_what_is_not_shared_is_refused(words, answer, monkeypatch):
 
 def test_standard_input_is_not_shared(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SurgeryError, match="standard input(.|\\n)*name a file"):
+    with pytest.raises(SurgeryError, match=r"standard input(.|\n)*name a file"):
         sources.open_sources(("-",), None)
 
 
