@@ -193,7 +193,8 @@ def _record(run: Run, description: dict[str, Any], summary: dict[str, Any]) -> N
 
     files, base = hashes_of(run.folder), description.get("base", "")
     if read_journal(run.folder).files != files:
-        operation = f"{description['kind']}, {summary['steps']:,} steps"
+        origin = f" from {description['named']['model']}" if "model" in description["named"] else ""
+        operation = f"{description['kind']}{origin}, {summary['steps']:,} steps"
         record(run.folder, Entry(operation, base, {}, files, "none", measured=summary))
 
 
