@@ -42,7 +42,7 @@ def train(
 
     Muon trains its matrices, at a learning rate that suits it; with --no-muon AdamW trains all,
     and the defaults of other flags are AdamW's, those of fit and finetune. With --from AdamW trains
-    at a low rate, which no model is lost at; with --muon Muon does.
+    all at a low rate, or with --muon Muon at a low one.
 
     Parameters
     ----------
@@ -68,16 +68,16 @@ def train(
 
     named: dict[str, Any] = {"text": text, "weights": weights}
     if base is not None:
-        asked = {"tokenizer": tokenizer, "recipe": recipe, "family": family} | given(model)
-        refuse_beside(base, asked)
+        shaped: dict[str, Any] = given(model)
+        refuse_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
         settings = FitSettings(**further_values(given(training)))
         check_first(run, settings)
-        job = job_from(base, run, settings, text, weights, asked.get("block_size"))
+        job = job_from(base, run, settings, text, weights, shaped.get("block_size"))
         named |= {"model": base}
     else:
         settings = FitSettings(**training_values(recipe, given(training)))
         check_first(run, settings)
-        tokenizer = tokenizer or CHARACTERS
+        tokenizer = CHARACTERS if tokenizer is None else tokenizer
         sources = _sources(text, weights, tokenizer)
         job = _job(run, sources, _config(sources, recipe, family, given(model)), settings, recipe)
         named |= {"tokenizer": tokenizer, "family": family}
