@@ -66,26 +66,38 @@ def train(
     from nanogpt_surgery.cli.train_from import job_from, refuse_beside
     from nanogpt_surgery.cli.training_run import carry_out, check_first
 
-    named: dict[str, Any] = {"text": text, "weights": weights}
+    shaped, asked = given(model), given(training)
     if base is not None:
-        shaped: dict[str, Any] = given(model)
         refuse_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
-        settings = FitSettings(**further_values(given(training)))
-        check_first(run, settings)
-        job = job_from(base, run, settings, text, weights, shaped.get("block_size"))
-        named |= {"model": base}
+    values = training_values(recipe, asked) if base is None else further_values(asked)
+    settings = FitSettings(**values)
+    check_first(run, settings)
+    if base is None:
+        job = _new(run, settings, text, weights, tokenizer or CHARACTERS, recipe, family, shaped)
     else:
-        settings = FitSettings(**training_values(recipe, given(training)))
-        check_first(run, settings)
-        tokenizer = CHARACTERS if tokenizer is None else tokenizer
-        sources = _sources(text, weights, tokenizer)
-        job = _job(run, sources, _config(sources, recipe, family, given(model)), settings, recipe)
-        named |= {"tokenizer": tokenizer, "family": family}
+        job = job_from(base, run, settings, text, weights, shaped.get("block_size"))
     say_sources(job.dataset, text, settings.windows)
     _say_way(settings, base)
-    carry_out(replace(job, named=named), "trained")
+    carry_out(job, "trained")
     if not run.plan:
         say(f"surgery generate {run.out} --prompt … continues a text with it")
+
+
+def _new(
+    run: RunOptions,
+    settings: FitSettings,
+    text: tuple[str, ...],
+    weights: str | None,
+    tokenizer: str,
+    recipe: str | None,
+    family: str | None,
+    shaped: dict[str, Any],
+) -> Job:
+    """The training of a new model, on what was named, in the shape that was asked for."""
+    sources = _sources(text, weights, tokenizer)
+    job = _job(run, sources, _config(sources, recipe, family, shaped), settings, recipe)
+    named = {"text": text, "weights": weights, "tokenizer": tokenizer, "family": family}
+    return replace(job, named=named)
 
 
 def _job(
@@ -95,7 +107,7 @@ def _job(
     settings: FitSettings,
     recipe: str | None,
 ) -> Job:
-    """The training of a new model, whose weights follow from the seed."""
+    """Its parts; its weights follow from the seed."""
     import torch
 
     from nanogpt_surgery.cli.training_run import Job

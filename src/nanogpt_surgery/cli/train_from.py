@@ -81,6 +81,7 @@ def job_from(
         settings=settings,
         description=description,
         write_weights=lambda folder: write_model_files(network, folder, tokenizer),
+        named={"model": base, "text": text, "weights": weights},
     )
 
 
