@@ -62,9 +62,8 @@ def train(
     family
         start from this family's axes; other flags still count
     """
-    from nanogpt_surgery.cli.sources import say_sources
     from nanogpt_surgery.cli.train_from import job_from, refuse_beside
-    from nanogpt_surgery.cli.training_run import carry_out, check_first
+    from nanogpt_surgery.cli.training_run import check_first
 
     shaped, asked = given(model), given(training)
     if base is not None:
@@ -76,11 +75,8 @@ def train(
         job = _new(run, settings, text, weights, tokenizer or CHARACTERS, recipe, family, shaped)
     else:
         job = job_from(base, run, settings, text, weights, shaped.get("block_size"))
-    say_sources(job.dataset, text, settings.windows)
     _say_way(settings, base)
-    carry_out(job, "trained")
-    if not run.plan:
-        say(f"surgery generate {run.out} --prompt … continues a text with it")
+    _carry_out(job, text)
 
 
 def _new(
@@ -152,6 +148,16 @@ def _say_way(settings: FitSettings, base: str | None) -> None:
         say(f"trained by Muon, {rate} (--no-muon: AdamW)")
     elif base is not None:
         say(f"trained by AdamW, {rate} (--muon: Muon)")
+
+
+def _carry_out(job: Job, text: tuple[str, ...]) -> None:
+    from nanogpt_surgery.cli.sources import say_sources
+    from nanogpt_surgery.cli.training_run import carry_out
+
+    say_sources(job.dataset, text, job.settings.windows)
+    carry_out(job, "trained")
+    if not job.options.plan:
+        say(f"surgery generate {job.options.out} --prompt … continues a text with it")
 
 
 def _config(

@@ -101,7 +101,8 @@ def _of_settings(old: dict[str, Any], new: dict[str, Any], changed: set[str]) ->
     found = _typed(("family",), old, new) if "model" in changed else []
     alone = ("recipe", "stride") + (("block_size",) if "model" not in changed else ())
     found += [_difference(n, old.get(n), new.get(n)) for n in alone if n in changed]
-    for section in (s for s in _KINDS if s != "model" or not {"base"} & (old.keys() | new.keys())):
+    own_model = "base" not in old.keys() | new.keys()
+    for section in (name for name in _KINDS if own_model or name != "model"):
         was, now = (_as_asked(section, d.get(section) or {}) for d in (old, new))
         usual, usual_now = _usual(section, old), _usual(section, new)
         for name in (name for name in usual if name in was and name in now):

@@ -37,7 +37,7 @@ MUON: dict[str, Any] = {
     "beta2": 0.95,
     "clip": 0.0,
 }
-# What goes on from a model's weights, which MUON's own rate would throw away.
+# For weights that are good already: at MUON's own rate they are worse at once.
 FURTHER: dict[str, Any] = {"learning_rate": 3e-4}
 FURTHER_BY_MUON: dict[str, Any] = MUON | {"learning_rate": 0.003}
 RECIPES: dict[str | None, Recipe] = {
