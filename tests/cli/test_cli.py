@@ -1,15 +1,15 @@
-"""The commands as a user types them, in processes of their own."""
+"""The commands as a user types them; in processes of their own where that is what matters."""
 
 import json
 import os
 import pty
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import chdir, suppress
 from pathlib import Path
 
 import pytest
-from typed import surgery
+from typed import called, surgery
 
 from nanogpt_surgery import generate, inject_lora, open_model, save_adapter
 from nanogpt_surgery.files import file_hash
@@ -20,14 +20,22 @@ STEPS = "--max-steps 6 --evaluate-every 3".split()
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a text, a trained run and an adapter."""
     place = tmp_path_factory.mktemp("cli")
     (place / "text.txt").write_text(TEXT)
-    surgery("train", "text.txt", "--out", "run", *SMALL, *STEPS, cwd=place)
     arguments = ["--out", "adapter", *STEPS, "--targets", "q_proj", "lm_head", "--rank", 3]
-    surgery("finetune", "run", "text.txt", *arguments, cwd=place)
+    with chdir(place):
+        called("train", "text.txt", "--out", "run", *SMALL, *STEPS)
+        called("finetune", "run", "text.txt", *arguments)
     return place
+
+
+@pytest.fixture
+def folder(trained: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, and commands are typed in it."""
+    monkeypatch.chdir(trained)
+    return trained
 
 
 def test_a_run_folder_holds_everything(folder: Path) -> None:
@@ -38,23 +46,24 @@ def test_a_run_folder_holds_everything(folder: Path) -> None:
 
 
 def test_data_goes_to_stdout_and_progress_to_stderr(folder: Path) -> None:
-    done = surgery("train", "text.txt", "--out", "run", *SMALL, *STEPS, "--resume", cwd=folder)
+    done = surgery("train", "text.txt", "--out", "run", *SMALL, *STEPS, "--resume")
     assert done.stdout.startswith("trained\n")
     assert "going on from step 6 of 6" in done.stderr
     assert "computing on" in done.stderr
 
 
 def test_progress_says_loss_rate_and_time_left(folder: Path, tmp_path: Path) -> None:
-    done = surgery("train", folder / "text.txt", "--out", tmp_path / "r", *SMALL, *STEPS, "--json")
-    report = json.loads(done.stdout)
+    words = ["text.txt", "--out", tmp_path / "r", *SMALL, *STEPS, "--json"]
+    out, said = called("train", *words)
+    report = json.loads(out)
     assert report["steps"] == 6
     assert 0 < report["seconds_of_steps"] < report["seconds_in_all"]
-    *_, last = [line for line in done.stderr.splitlines() if line.startswith("step 6 of 6")]
+    *_, last = [line for line in said.splitlines() if line.startswith("step 6 of 6")]
     rate = int(last.split(" tokens/s")[0].split()[-1].replace(",", ""))
     assert rate == report["tokens_per_second"], "one rate, whether evaluations are long or not"
-    assert "\x1b" not in done.stderr, "plain lines where stderr is no terminal"
+    assert "\x1b" not in said, "plain lines where stderr is no terminal"
     for piece in ("step 3 of 6", "loss ", "tokens/s", "left", "validation loss"):
-        assert piece in done.stderr
+        assert piece in said
 
 
 def test_a_bar_says_when_it_evaluates(folder: Path, tmp_path: Path) -> None:
@@ -75,16 +84,16 @@ def test_a_bar_says_when_it_evaluates(folder: Path, tmp_path: Path) -> None:
 
 def test_generate_continues_the_prompt(folder: Path) -> None:
     arguments = ["--prompt", "to be", "--max-new-tokens", 5, "--seed", 1]
-    plain = surgery("generate", "run", *arguments, cwd=folder).stdout
+    plain = called("generate", "run", *arguments)[0]
     assert plain.startswith("to be")
     assert len(plain) == len("to be") + 5 + 1
-    assert plain == surgery("generate", "run", *arguments, cwd=folder).stdout
-    adapted = surgery("generate", "run", "--adapter", "adapter", *arguments, cwd=folder).stdout
+    assert plain == surgery("generate", "run", *arguments).stdout
+    adapted = called("generate", "run", "--adapter", "adapter", *arguments)[0]
     assert adapted.startswith("to be")
 
 
 def test_inspect_a_model(folder: Path) -> None:
-    report = json.loads(surgery("inspect", "run", "--json", cwd=folder).stdout)
+    report = json.loads(called("inspect", "run", "--json")[0])
     rows = {row["module"]: row for row in report["rows"]}
     model, _ = open_model(folder / "run")
     assert report["parameters"] == sum(p.numel() for p in model.parameters())
@@ -98,7 +107,7 @@ def test_inspect_a_model(folder: Path) -> None:
 
 
 def test_inspect_an_adapter(folder: Path) -> None:
-    report = json.loads(surgery("inspect", "adapter", "--json", cwd=folder).stdout)
+    report = json.loads(called("inspect", "adapter", "--json")[0])
     rows = {row["layer"]: row for row in report["rows"]}
     assert "lm_head" in rows
     assert all(0 < row["rank of ΔW"] <= row["r"] for row in rows.values())
@@ -107,19 +116,18 @@ def test_inspect_an_adapter(folder: Path) -> None:
 
 def test_merge_writes_what_it_computed(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "merged"
-    done = surgery("merge", "run", "adapter", "--out", out, "--json", cwd=folder)
-    report = json.loads(done.stdout)
+    report = json.loads(called("merge", "run", "adapter", "--out", out, "--json")[0])
     assert report["largest_error"] <= 1e-5 * report["largest_logit"]
     assert file_hash(out / "model.safetensors") != file_hash(folder / "run" / "model.safetensors")
     arguments = ["--prompt", "to be", "--max-new-tokens", 5, "--temperature", 0]
-    merged = surgery("generate", out, *arguments, cwd=folder).stdout
-    adapted = surgery("generate", "run", "--adapter", "adapter", *arguments, cwd=folder).stdout
+    merged = called("generate", out, *arguments)[0]
+    adapted = called("generate", "run", "--adapter", "adapter", *arguments)[0]
     assert merged == adapted
 
 
 def test_plan_says_what_finetune_would_train(folder: Path) -> None:
     arguments = ["--targets", "q_proj", "lm_head", "--rank", 3, "--json"]
-    report = json.loads(surgery("plan", "run", *arguments, cwd=folder).stdout)
+    report = json.loads(called("plan", "run", *arguments)[0])
     trained = json.loads((folder / "adapter" / "run.json").read_text())["lora"]
     assert report["trainable_parameters"] == trained["trainable_parameters"]
     assert [row["layer"] for row in report["rows"]] == [row["layer"] for row in trained["rows"]]
@@ -127,78 +135,76 @@ def test_plan_says_what_finetune_would_train(folder: Path) -> None:
 
 def test_plan_counts_the_activations_of_a_batch(folder: Path) -> None:
     sizes = [["--batch-size", 2], ["--batch-size", 4], ["--batch-size", 4, "--block-size", 3]]
-    found = [
-        json.loads(surgery("plan", "run", *more, "--json", cwd=folder).stdout) for more in sizes
-    ]
+    found = [json.loads(called("plan", "run", *more, "--json")[0]) for more in sizes]
     two, four, short = (report["activation_bytes"] for report in found)
     assert four == 2 * two
     assert 0 < short < four
     assert all("not_counted" not in report for report in found)
-    assert "it must be" in surgery("plan", "run", "--batch-size", 0, cwd=folder, check=1).stderr
+    assert "it must be" in called("plan", "run", "--batch-size", 0, check=1)[1]
 
 
 def test_export_writes_what_opens_again(folder: Path, tmp_path: Path) -> None:
     tanh = ["--out", "tanh", "--mlp", "gelu_tanh"]
-    surgery("train", "text.txt", *tanh, *SMALL, *STEPS, cwd=folder)
-    surgery("export", "tanh", "--form", "F32", "--out", tmp_path / "m.gguf", cwd=folder)
+    called("train", "text.txt", *tanh, *SMALL, *STEPS)
+    called("export", "tanh", "--form", "F32", "--out", tmp_path / "m.gguf")
     prompt = [1, 2, 3]
     models = [open_model(path)[0] for path in (folder / "tanh", tmp_path / "m.gguf")]
     first, second = (list(generate(model, prompt, 8, temperature=0)) for model in models)
     assert first == second
     half, tuned = tmp_path / "h.gguf", tmp_path / "tuned"
-    surgery("export", "tanh", "--form", "F16", "--out", half, cwd=folder)
-    surgery("finetune", half, "text.txt", "--out", tuned, *STEPS, cwd=folder)
+    called("export", "tanh", "--form", "F16", "--out", half)
+    called("finetune", half, "text.txt", "--out", tuned, *STEPS)
     arguments = ["--adapter", tuned, "--prompt", "to be", "--max-new-tokens", 4]
-    assert surgery("generate", half, *arguments, cwd=folder).stdout.startswith("to be")
-    done = surgery("export", "run", "--out", tmp_path / "e.gguf", check=1, cwd=folder)
-    assert "gelu_tanh" in done.stderr
+    assert called("generate", half, *arguments)[0].startswith("to be")
+    _, said = called("export", "run", "--out", tmp_path / "e.gguf", check=1)
+    assert "gelu_tanh" in said
     form = ["--form", "lora-gguf", "--out", tmp_path / "a.gguf"]
-    assert "add --adapter" in surgery("export", "run", *form, check=1, cwd=folder).stderr
-    surgery("export", "run", "--adapter", "adapter", *form, cwd=folder)
+    assert "add --adapter" in called("export", "run", *form, check=1)[1]
+    called("export", "run", "--adapter", "adapter", *form)
     assert (tmp_path / "a.gguf").read_bytes().startswith(b"GGUF")
 
 
 def test_doctor() -> None:
-    report = json.loads(surgery("doctor", "--json").stdout)
+    report = json.loads(called("doctor", "--json")[0])
     assert report["float32_matmul_GFLOPs"] > 0
     assert "threads" in report["training_would_use"] or report["training_would_use"]
 
 
 def test_an_unknown_character_is_refused_before_anything_is_printed(folder: Path) -> None:
-    done = surgery("generate", "run", "--prompt", "to bé", check=1, cwd=folder)
-    assert "U+00E9" in done.stderr
-    assert done.stdout == ""
+    out, said = called("generate", "run", "--prompt", "to bé", check=1)
+    assert "U+00E9" in said
+    assert out == ""
 
 
 def test_an_adapter_is_not_a_model(folder: Path) -> None:
-    done = surgery("generate", "adapter", check=1, cwd=folder)
-    assert "is an adapter, not a model" in done.stderr
+    _, said = called("generate", "adapter", check=1)
+    assert "is an adapter, not a model" in said
 
 
 def test_merging_over_its_own_parts_is_refused(folder: Path) -> None:
     before = file_hash(folder / "run" / "model.safetensors")
     for part in ("run", "adapter"):
-        surgery("merge", "run", "adapter", "--out", part, check=1, cwd=folder)
+        called("merge", "run", "adapter", "--out", part, check=1)
     assert file_hash(folder / "run" / "model.safetensors") == before
 
 
 def test_a_pattern_without_a_match_lists_the_nearest(folder: Path, tmp_path: Path) -> None:
     arguments = ["run", "text.txt", "--out", tmp_path / "a", "--targets", "q_prj"]
-    done = surgery("finetune", *arguments, check=1, cwd=folder)
-    assert "q_prj" in done.stderr
-    assert "nearest: q_proj" in done.stderr
+    _, said = called("finetune", *arguments, check=1)
+    assert "q_prj" in said
+    assert "nearest: q_proj" in said
     assert not (tmp_path / "a").exists()
 
 
 def test_finetune_resumes(folder: Path, tmp_path: Path) -> None:
     arguments = ["run", "text.txt", *STEPS]
     for out in ("whole", "cut"):
-        surgery("finetune", *arguments, "--out", tmp_path / out, cwd=folder)
+        called("finetune", *arguments, "--out", tmp_path / out)
     newest = tmp_path / "cut" / "checkpoints" / "step-00000006"
     for file in newest.iterdir():
         file.unlink()
     newest.rmdir()
-    surgery("finetune", *arguments, "--out", tmp_path / "cut", "--resume", cwd=folder)
+    called("finetune", *arguments, "--out", tmp_path / "cut", "--resume")
     name = "adapter_model.safetensors"
     assert file_hash(tmp_path / "cut" / name) == file_hash(tmp_path / "whole" / name)
 
@@ -210,7 +216,7 @@ def test_an_adapter_of_another_shape_is_refused(folder: Path, tmp_path: Path) ->
     config = json.loads((tmp_path / "up" / "adapter_config.json").read_text())
     assert config["peft_type"] == "LORA"
     narrow = [word.replace("16", "8") for word in SMALL]
-    surgery("train", "text.txt", "--out", tmp_path / "other", *narrow, *STEPS, cwd=folder)
-    done = surgery("merge", tmp_path / "other", tmp_path / "up", "--out", tmp_path / "m", check=1)
-    assert "another model" in done.stderr
+    called("train", "text.txt", "--out", tmp_path / "other", *narrow, *STEPS)
+    _, said = called("merge", tmp_path / "other", tmp_path / "up", "--out", tmp_path / "m", check=1)
+    assert "another model" in said
     assert not (tmp_path / "m").exists()

@@ -2,13 +2,14 @@
 
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_tokenizers import byte_level
-from typed import called, surgery, write_adapter, write_model
+from typed import called, write_adapter, write_model
 
 from nanogpt_surgery import BPETokenizer, SimpleGPT, open_model, read_conversations, save_model
 from nanogpt_surgery.data.chat import ChatTemplate
@@ -41,9 +42,12 @@ def report(folder: Path, *arguments: object) -> dict:
     return json.loads(called("eval", folder / "m", *arguments, "--json")[0])
 
 
+opened = cache(open_model)
+
+
 def scores(folder: Path, text: str) -> torch.Tensor:
     """The log-probability of each character of a text but the first, in one plain pass."""
-    model, tokenizer = open_model(folder / "m")
+    model, tokenizer = opened(folder / "m")
     ids = torch.tensor(tokenizer.encode(text))
     with torch.no_grad():
         return -F.cross_entropy(model(ids[None, :-1])[0], ids[1:], reduction="none")
@@ -103,12 +107,12 @@ def test_instruction_data(folder: Path) -> None:
 
 
 def test_an_adapter_takes_part(folder: Path) -> None:
-    done = surgery("eval", "m", "text.txt", "--adapter", "a", cwd=folder)
-    assert "bits per byte: " in done.stdout
+    said, _ = called("eval", folder / "m", folder / "text.txt", "--adapter", folder / "a")
+    assert "bits per byte: " in said
     plain = report(folder, folder / "text.txt")["loss"]
     adapted = report(folder, folder / "text.txt", "--adapter", folder / "a")["loss"]
     assert adapted != pytest.approx(plain, rel=1e-3)
-    assert f"loss: {adapted:.4g}" in done.stdout
+    assert f"loss: {adapted:.4g}" in said
 
 
 @pytest.mark.parametrize(

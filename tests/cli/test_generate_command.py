@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typed import called, surgery, write_model
+from typed import called, write_model
 
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
 from nanogpt_surgery.cli.app import run
@@ -62,12 +62,11 @@ def test_log_probabilities_are_those_of_a_plain_pass(folder: Path) -> None:
 
 
 def test_for_people(folder: Path) -> None:
-    done = surgery(
-        "generate", "m", "--prompt", "abc", *FEW, "--samples", 2, "--logprobs", 1, cwd=folder
-    )
-    assert done.stdout.startswith("--- sample 1\nabc")
-    assert done.stdout.count("--- sample") == 2
-    assert len(done.stdout.splitlines()) >= 2 * 2 + 2 * 6
+    words = ["--prompt", "abc", *FEW, "--samples", 2, "--logprobs", 1]
+    shown, _ = called("generate", folder / "m", *words)
+    assert shown.startswith("--- sample 1\nabc")
+    assert shown.count("--- sample") == 2
+    assert len(shown.splitlines()) >= 2 * 2 + 2 * 6
 
 
 def test_a_bias_bans_and_forces(folder: Path) -> None:

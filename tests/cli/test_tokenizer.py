@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
-from typed import called, surgery
+from typed import called
 
 from nanogpt_surgery import BPETokenizer, open_model, python_reference, split_by_position
 from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint
@@ -19,9 +19,9 @@ SMALL = "--n-embd 16 --n-head 2 --n-layer 1 --block-size 12 --batch-size 4 --war
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("tokenizer")
     (place / "text.txt").write_text(TEXT, encoding="utf-8")
-    arguments = ["text.txt", "--out", "words", "--vocab-size", 400, "--json"]
-    done = surgery("tokenizer", "train", *arguments, cwd=place)
-    (place / "report.json").write_text(done.stdout)
+    arguments = [place / "text.txt", "--out", place / "words", "--vocab-size", 400, "--json"]
+    report, _ = called("tokenizer", "train", *arguments)
+    (place / "report.json").write_text(report)
     return place
 
 

@@ -64,14 +64,17 @@ def check_first(options: RunOptions, settings: FitSettings) -> None:
         if several():
             raise SurgeryError("a plan is made by one process", "run it without torchrun")
         return
-    told(world(), partial(_checked, options))
+    told(world(), partial(_checked, options, settings))
     if options.resume and not checkpoints(options.out):
         say(f"note: there is no checkpoint in {options.out}: --resume begins at step 0")
 
 
-def _checked(options: RunOptions) -> int:
+def _checked(options: RunOptions, settings: FitSettings) -> int:
+    from nanogpt_surgery.data.gpt_dataset import rows_of
     from nanogpt_surgery.training.checkpoint import check_folder
+    from nanogpt_surgery.training.distributed import world
 
+    rows_of(0, settings.batch_size * settings.accumulation, world_size=world().size)
     check_folder(options.out, options.resume)
     return 0
 

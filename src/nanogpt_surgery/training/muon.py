@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.training.hardware import has_bfloat16
+from nanogpt_surgery.training.uncompiled import AdamW, Uncompiled
 
 Polynomials: TypeAlias = tuple[tuple[float, float, float], ...]
 
@@ -77,7 +78,7 @@ def in_bfloat16(matrices: Tensor, polynomials: Polynomials) -> Tensor:
     return x
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(Uncompiled):
     """Muon for matrices, AdamW for all else; one optimizer, so that a run saves and resumes it.
 
     Groups with `muon` true hold matrices. A matrix moves by the learning rate times
@@ -103,7 +104,7 @@ class Muon(torch.optim.Optimizer):
         self.polynomials = polynomials
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
         others = [group for group in self.param_groups if not group["muon"]]
-        self.adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=True) if others else None
+        self.adamw = AdamW(others, lr=lr, betas=betas, fused=True) if others else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -15,6 +15,7 @@ from nanogpt_surgery.lora.learning import linear_b_matrices
 from nanogpt_surgery.lora.targets import output_layer
 from nanogpt_surgery.training.muon import Muon
 from nanogpt_surgery.training.settings import FitSettings
+from nanogpt_surgery.training.uncompiled import AdamW
 
 # Beside Muon's rate, that of what AdamW trains (docs/training.md).
 EMBEDDING_RATIO, OTHER_RATIO = 1.5, 0.5
@@ -41,7 +42,7 @@ def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optim
         return _muon(model, trainable, settings)
     groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
     betas = (settings.beta1, settings.beta2)
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    return AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
 def update(

@@ -1,0 +1,144 @@
+"""A training that torchrun starts in several processes: one voice, one folder, one result."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from typed import called
+
+from nanogpt_surgery.files import file_hash
+
+TEXT = "to be, or not to be: that is the question.\n" * 40
+TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()
+TRAINING = (
+    "--n-embd 16 --n-head 2 --n-layer 1 --block-size 12 --batch-size 4 --warmup-steps 1 "
+    "--evaluate-every 10 --resume --max-steps"
+).split()
+STEPS = 200
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    (tmp_path / "text.txt").write_text(TEXT)
+    return tmp_path / "text.txt"
+
+
+def started(text: Path, out: Path, steps: int = STEPS) -> subprocess.Popen:
+    """Two processes of a training, when its first checkpoint is there."""
+    command = [sys.executable, *TORCHRUN, "-m", "nanogpt_surgery", "train", text, "--out", out]
+    process = subprocess.Popen(
+        [*map(str, command), *TRAINING, str(steps)],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    while not list(out.glob("checkpoints/step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.02)
+    return process
+
+
+def lines(run: Path) -> list[dict]:
+    return [json.loads(row) for row in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_over(process: subprocess.Popen) -> str:
+    """That a training came to its end; returns what it said."""
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    return said
+
+
+def assert_same(cut: Path, whole: Path) -> None:
+    for name in ("model.safetensors", "training.safetensors"):
+        place = f"checkpoints/step-{STEPS:08d}/{name}"
+        assert file_hash(cut / place) == file_hash(whole / place)
+    assert [row["loss"] for row in lines(cut)] == [row["loss"] for row in lines(whole)]
+
+
+def children(process: subprocess.Popen) -> list[int]:
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(number) for number in found.stdout.split()]
+
+
+def test_two_do_what_one_does_with_one_voice(text, tmp_path):
+    process = started(text, tmp_path / "two", 20)
+    out, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert out.count("best validation loss") == said.count("a model of") == 1
+    assert "not compiled; 2 processes" in said
+    called("train", text, "--out", tmp_path / "one", *TRAINING, 20)
+    one, two = lines(tmp_path / "one"), lines(tmp_path / "two")
+    assert {row["processes"] for row in two} == {2}
+    for a, b in zip(one, two, strict=True):
+        del a["seconds"], a["processes"], b["seconds"], b["processes"]
+        found, wanted = list(b.values()), list(a.values())
+        assert [v is None for v in found] == [v is None for v in wanted]
+        assert [v or 0 for v in found] == pytest.approx([v or 0 for v in wanted], rel=1e-3)
+    files = {path.name for path in (tmp_path / "one").iterdir()}
+    assert files == {path.name for path in (tmp_path / "two").iterdir()}
+
+
+@pytest.mark.slow
+def test_where_one_is_killed_all_begin_again_to_the_same_bits(text, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert_over(started(text, whole))
+    process = started(text, cut)
+    os.kill(children(process)[-1], signal.SIGKILL)
+    said = assert_over(process)
+    assert "going on from step" in said
+    assert said.count("a model of") == 2  # once before it was killed, and once after
+    assert_same(cut, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_stop_they_save_and_resume_to_the_same_bits(text, tmp_path, number):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert_over(started(text, whole))
+    process = started(text, cut)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=60)
+    assert "--resume goes on" in said
+    steps = len(lines(cut))
+    assert (cut / "LATEST").read_text() == f"step-{steps:08d}\n"
+    assert 10 <= steps < 200
+    said = assert_over(started(text, cut))
+    assert f"going on from step {steps} of 200" in said
+    assert_same(cut, whole)
+
+
+def test_gone_on_with_by_another_number_of_processes_it_says_so(text, tmp_path, monkeypatch):
+    words = ["train", text, "--out", tmp_path / "run", *TRAINING, 20]
+    called(*words)
+    summary = tmp_path / "run" / "checkpoints" / "step-00000020" / "training.json"
+    assert json.loads(summary.read_text())["processes"] == 1
+    assert "processes" not in called(*words)[1]
+    monkeypatch.setattr("nanogpt_surgery.training.checkpoint.Run.processes", 3)
+    assert "note: 3 processes came here and 1 go on" in called(*words)[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [
+        (["generate", "run", "--prompt", "x"], "3 processes were started for surgery generate"),
+        (["data", "preview", "m", "x"], "3 processes were started for surgery data preview"),
+    ],
+)
+def test_what_is_not_shared_is_refused(words, answer, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert answer in called(*words, check=1)[1]
+
+
+def test_one_process_speaks_for_all(text, tmp_path, monkeypatch):
+    words = ["train", text, "--out", tmp_path / "run", *TRAINING, 1]
+    monkeypatch.setattr("nanogpt_surgery.cli.console.speaks", lambda: False)
+    assert called(*words) == ("", "")
+    assert "there is no such folder" in called("generate", text / "x", "--prompt", "x", check=1)[1]
