@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt_surgery import FitSettings, GPTConfig, LoRASettings
 from nanogpt_surgery.training.description import differences, refusal
-from nanogpt_surgery.training.recipes import MUON, RECIPES
+from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values
 
 ADAMW, NOW = FitSettings(), FitSettings(**MUON)
 FAST = GPTConfig(65, **RECIPES["fast"].model, block_size=64)
@@ -154,11 +154,44 @@ def test_a_longer_training_is_told_why_and_what_goes_on_instead():
     assert error.what.endswith("max-steps was 60 and is 2000: the learning rate follows from it "
                                "in every step")  # fmt: skip
     assert "resume with --max-steps 60" in error.hint
-    assert "surgery finetune run TEXT --out ADAPTER" in error.hint
+    assert error.hint.endswith("; surgery train TEXT --from run --out NEW trains the model further")
     tuned = adapted(4, settings=replace(ADAMW, max_steps=60).to_dict())
     error = refusal(Path("run"), tuned, adapted(4))
     assert error
     assert "surgery merge MODEL run --out MERGED" in error.hint
+
+
+def gone_on(model: str, base: str, config: GPTConfig, **settings: object) -> dict:
+    """A training that went on from a model, whose tokenizer and sizes it has."""
+    return {
+        "kind": "train",
+        "base": base,
+        "model": config.to_dict(),
+        "tokenizer": f"CharacterTokenizer {base}",
+        "settings": FitSettings(**further_values(settings)).to_dict(),
+        "block_size": config.block_size,
+        "train_ids": base,
+        "named": {"model": model, "text": ["a.txt"], "weights": None},
+    }
+
+
+def test_the_model_that_a_training_went_on_from_is_a_flag_that_settles_the_rest():
+    old, now = gone_on("small", "b45e", GPTConfig(65)), gone_on("fast", "c001", FAST)
+    assert refused(old, now) == ("from was small and is fast", "resume with --from small")
+    now = gone_on("./small", "c001", GPTConfig(65))
+    assert refused(old, now) == ("the weights of small have changed since", "choose a new --out")
+    nothing = described(NOW, model=FAST.to_dict(), recipe="fast", named={"text": ["a.txt"]})
+    said = ("from was small and is not given", "resume with --from small, without --recipe")
+    assert refused(old, nothing) == (f"recipe was not given and is fast; {said[0]}", said[1])
+    del nothing["recipe"]
+    said = ("from was not given and is small", "resume without --from")
+    assert refused(nothing, old) == said
+
+
+def test_a_training_that_went_on_has_defaults_of_its_own():
+    old, now = (gone_on("m", "b45e", FAST, **s) for s in ({"clip": 0.5}, {"muon": True}))
+    assert refused(old, now)[1] == "resume with --no-muon --clip 0.5"
+    assert refused(now, old)[1] == "resume with --muon --clip 0.0"
 
 
 def test_what_another_command_made_is_said():

@@ -23,12 +23,17 @@ def window(asked: int | None, context: int | None) -> int:
     """Tokens in a window or row: what is asked for, else the model's context, at most 256.
 
     Raises:
-        SurgeryError: less than one is asked for.
+        SurgeryError: less than one is asked for, or more than the context.
     """
     if asked is None:
         return LONGEST_WINDOW if context is None else min(context, LONGEST_WINDOW)
     if asked < 1:
         raise SurgeryError(f"block_size is {asked}; it must be at least 1")
+    if context is not None and asked > context:
+        raise SurgeryError(
+            f"a block_size of {asked} tokens exceeds the model's of {context}",
+            f"--block-size {context}, or less",
+        )
     return asked
 
 

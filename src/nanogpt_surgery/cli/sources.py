@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanogpt_surgery.cli.console import say
@@ -37,6 +38,31 @@ class Sources:
             return pairs[0]
         train, held_out = ([pair[i] for pair in pairs] for i in (0, 1))
         return Mixture(train, self.weights), Mixture(held_out, self.weights)
+
+
+def named_sources(
+    paths: tuple[str, ...], weights: str | None, tokenizer: Tokenizer | None
+) -> Sources:
+    """What `train` learns from: what was named, else Python's language reference."""
+    from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.data.corpus import python_reference, python_source
+
+    if paths or weights is not None:
+        _say_json(paths)
+        return open_sources(paths, weights, tokenizer)
+    say("no text was named: training on Python's language reference")
+    text = python_reference()
+    # With the characters of the other built-in corpus, so that `finetune` can read it.
+    return Sources([text], tokenizer or CharacterTokenizer(text + python_source()), None)
+
+
+def _say_json(paths: tuple[str, ...]) -> None:
+    for path in paths:
+        if Path(path).suffix in (".json", ".jsonl"):
+            say(
+                f"note: {path} is read as text, its braces and keys too; of prompts with answers "
+                f"surgery finetune MODEL {path} trains on the answers"
+            )
 
 
 def open_sources(

@@ -1,4 +1,4 @@
-"""`surgery train`: a model from nothing."""
+"""`surgery train`: a model from nothing, or all weights of one that is there."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.cli.options import given, options_of
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
-from nanogpt_surgery.training.recipes import MUON, RECIPES, training_values
+from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values, training_values
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ Recipe: Any = Literal[*(name for name in RECIPES if name)]
 def train(
     *text: str,
     run: RunOptions,
+    base: Annotated[str | None, Parameter(name="--from")] = None,
     weights: str | None = None,
-    tokenizer: str = CHARACTERS,
+    tokenizer: Annotated[str | None, Parameter(show_default=lambda _: CHARACTERS)] = None,
     recipe: Recipe | None = None,
     family: Annotated[Family | None, Parameter(group="Model")] = None,
     model: ModelOptions = None,
@@ -40,13 +41,17 @@ def train(
     """Train a GPT on text, into a run folder.
 
     Muon trains its matrices, at a learning rate that suits it; with --no-muon AdamW trains all,
-    and the defaults of other flags are AdamW's, those of fit and finetune.
+    and the defaults of other flags are AdamW's, those of fit and finetune. With --from AdamW trains
+    all at a low rate, or with --muon Muon at a low one.
 
     Parameters
     ----------
     text
         files, folders, or - for standard input; without any, Python's own reference;
         or a folder that surgery data prepare made
+    base
+        go on from this model, with all of its weights: a run, a model folder, a GGUF file or a hub
+        name; its tokenizer and its sizes are taken, and a --block-size may only cut shorter windows
     weights
         draw from each source in proportion, as in 3:1 for two of them
     tokenizer
@@ -57,23 +62,38 @@ def train(
     family
         start from this family's axes; other flags still count
     """
-    from nanogpt_surgery.cli.sources import say_sources
-    from nanogpt_surgery.cli.training_run import carry_out, check_first
-    from nanogpt_surgery.data.tokenizer import vocab_size_of
+    from nanogpt_surgery.cli.train_from import job_from, refuse_beside
+    from nanogpt_surgery.cli.training_run import check_first
 
-    settings = FitSettings(**training_values(recipe, given(training)))
+    shaped, asked = given(model), given(training)
+    if base is not None:
+        refuse_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
+    values = training_values(recipe, asked) if base is None else further_values(asked)
+    settings = FitSettings(**values)
     check_first(run, settings)
+    if base is None:
+        job = _new(run, settings, text, weights, tokenizer or CHARACTERS, recipe, family, shaped)
+    else:
+        job = job_from(base, run, settings, text, weights, shaped.get("block_size"))
+    _say_way(settings, base)
+    _carry_out(job, text)
+
+
+def _new(
+    run: RunOptions,
+    settings: FitSettings,
+    text: tuple[str, ...],
+    weights: str | None,
+    tokenizer: str,
+    recipe: str | None,
+    family: str | None,
+    shaped: dict[str, Any],
+) -> Job:
+    """The training of a new model, on what was named, in the shape that was asked for."""
     sources = _sources(text, weights, tokenizer)
-    axes = ({} if family else RECIPES[recipe].model) | given(model)
-    config = _config(family, axes, vocab_size_of(sources.tokenizer))
-    job = _job(run, sources, config, settings, recipe)
-    say_sources(job.dataset, text, settings.windows)
-    if settings.muon:
-        say(f"trained by Muon, at a learning rate of {settings.learning_rate:g} (--no-muon: AdamW)")
+    job = _job(run, sources, _config(sources, recipe, family, shaped), settings, recipe)
     named = {"text": text, "weights": weights, "tokenizer": tokenizer, "family": family}
-    carry_out(replace(job, named=named), "trained")
-    if not run.plan:
-        say(f"surgery generate {run.out} --prompt … continues a text with it")
+    return replace(job, named=named)
 
 
 def _job(
@@ -83,7 +103,7 @@ def _job(
     settings: FitSettings,
     recipe: str | None,
 ) -> Job:
-    """The training of a new model, whose weights follow from the seed."""
+    """Its parts; its weights follow from the seed."""
     import torch
 
     from nanogpt_surgery.cli.training_run import Job
@@ -121,35 +141,43 @@ def _job(
     )
 
 
-def _config(family: str | None, values: dict[str, Any], vocab_size: int) -> GPTConfig:
+def _say_way(settings: FitSettings, base: str | None) -> None:
+    """What trains and how fast, unless it is AdamW from nothing, which was asked for."""
+    rate = f"at a learning rate of {settings.learning_rate:g}"
+    if settings.muon:
+        say(f"trained by Muon, {rate} (--no-muon: AdamW)")
+    elif base is not None:
+        say(f"trained by AdamW, {rate} (--muon: Muon)")
+
+
+def _carry_out(job: Job, text: tuple[str, ...]) -> None:
+    from nanogpt_surgery.cli.sources import say_sources
+    from nanogpt_surgery.cli.training_run import carry_out
+
+    say_sources(job.dataset, text, job.settings.windows)
+    carry_out(job, "trained")
+    if not job.options.plan:
+        say(f"surgery generate {job.options.out} --prompt … continues a text with it")
+
+
+def _config(
+    sources: Sources, recipe: str | None, family: str | None, asked: dict[str, Any]
+) -> GPTConfig:
+    from nanogpt_surgery.data.tokenizer import vocab_size_of
+
+    vocab_size = vocab_size_of(sources.tokenizer)
     if family is None:
-        return GPTConfig(vocab_size=vocab_size, **values)
-    return GPTConfig.for_family(family, vocab_size=vocab_size, **values)
+        return GPTConfig(vocab_size=vocab_size, **(RECIPES[recipe].model | asked))
+    return GPTConfig.for_family(family, vocab_size=vocab_size, **asked)
 
 
 def _sources(paths: tuple[str, ...], weights: str | None, tokenizer: str) -> Sources:
     """What to learn from, and the tokenizer that was named, or the sources' own."""
-    from nanogpt_surgery.cli.sources import Sources, open_sources
-    from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
-    from nanogpt_surgery.data.corpus import python_reference, python_source
+    from nanogpt_surgery.cli.sources import named_sources
 
-    found = None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
-    if paths or weights is not None:
-        _say_json(paths)
-        return open_sources(paths, weights, found)
-    say("no text was named: training on Python's language reference")
-    text = python_reference()
-    # With the characters of the other built-in corpus, so that `finetune` can read it.
-    return Sources([text], found or CharacterTokenizer(text + python_source()), None)
-
-
-def _say_json(paths: tuple[str, ...]) -> None:
-    for path in paths:
-        if Path(path).suffix in (".json", ".jsonl"):
-            say(
-                f"note: {path} is read as text, its braces and keys too; of prompts with answers "
-                f"surgery finetune MODEL {path} trains on the answers"
-            )
+    return named_sources(
+        paths, weights, None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
+    )
 
 
 def opened_tokenizer(folder: str) -> Tokenizer:

@@ -15,10 +15,11 @@ from nanogpt_surgery.cli.console import Announced, say, show, watched
 from nanogpt_surgery.cli.processes import several, told
 from nanogpt_surgery.cli.run_description import description_of
 from nanogpt_surgery.cli.run_summary import operations_per_token, summary_of
-from nanogpt_surgery.cli.signals import signals
+from nanogpt_surgery.cli.signals import Stop, signals
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from nanogpt_surgery.cli.run_options import RunOptions
@@ -89,9 +90,7 @@ def carry_out(job: Job, done: str) -> None:
 
 def _trained(job: Job) -> dict[str, Any]:
     """Train to the end, or to a signal; returns the summary for the report."""
-    from nanogpt_surgery.files import make_folder
     from nanogpt_surgery.training.distributed import world
-    from nanogpt_surgery.training.fit import fit
     from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate, operations_of
     from nanogpt_surgery.training.optimizer import make_optimizer
 
@@ -110,36 +109,48 @@ def _trained(job: Job) -> dict[str, Any]:
         many = f"; {together.size} processes" if together.size > 1 else ""
         say(f"computing on {hardware.describe()}{many}")
         _say_what_is_measured(job)
-        if job.keep_in:
-            make_folder(job.keep_in)
-        validation = Announced(job.validation)
-        steps = fit(
-            job.model,
-            job.dataset,
-            job.settings,
-            validation=validation,
-            optimizer=optimizer,
-            first_step=run.first_step,
-            keep_in=job.keep_in,
-        )
         rate = matmul_rate(hardware.device, hardware.precision) * together.size
-        full_rate = rate / operations_per_token(job)
-        stepped = 0.0
-        for step in watched(steps, run.first_step, job.settings.max_steps, full_rate, validation):
-            stepped += step.seconds
-            asked = together.most(stop.signal)  # once: it may come at any moment
-            if together.first:
-                run.record(step)
-                if step.validation_loss is not None or asked:
-                    run.save(step, job.write_weights, job.model, optimizer)
-            if asked and step.step < job.settings.max_steps:
-                together.most(0)  # what the first one writes is written
-                _leave(job, step, asked)
+        stepped = _carried_out(job, run, optimizer, stop, rate)
         if not together.first:
             return {}
         summary = summary_of(job, run, rate, monotonic() - start - stepped)
         _record(run, description, summary)
         return summary
+
+
+def _carried_out(
+    job: Job, run: Run, optimizer: torch.optim.Optimizer, stop: Stop, rate: float
+) -> float:
+    """Every step, watched and saved, or a leave at a signal; returns the seconds of the steps."""
+    from nanogpt_surgery.files import make_folder
+    from nanogpt_surgery.training.distributed import world
+    from nanogpt_surgery.training.fit import fit
+
+    if job.keep_in:
+        make_folder(job.keep_in)
+    settings, validation, together = job.settings, Announced(job.validation), world()
+    steps = fit(
+        job.model,
+        job.dataset,
+        settings,
+        validation=validation,
+        optimizer=optimizer,
+        first_step=run.first_step,
+        keep_in=job.keep_in,
+    )
+    full_rate = rate / operations_per_token(job)
+    seconds = 0.0
+    for step in watched(steps, run.first_step, settings.max_steps, full_rate, validation):
+        seconds += step.seconds
+        asked = together.most(stop.signal)  # once: it may come at any moment
+        if together.first:
+            run.record(step)
+            if step.validation_loss is not None or asked:
+                run.save(step, job.write_weights, job.model, optimizer)
+        if asked and step.step < settings.max_steps:
+            together.most(0)  # what the first one writes is written
+            _leave(job, step, asked)
+    return seconds
 
 
 @contextmanager
@@ -196,7 +207,8 @@ def _record(run: Run, description: dict[str, Any], summary: dict[str, Any]) -> N
 
     files, base = hashes_of(run.folder), description.get("base", "")
     if read_journal(run.folder).files != files:
-        operation = f"{description['kind']}, {summary['steps']:,} steps"
+        origin = f" from {description['named']['model']}" if "model" in description["named"] else ""
+        operation = f"{description['kind']}{origin}, {summary['steps']:,} steps"
         record(run.folder, Entry(operation, base, {}, files, "none", measured=summary))
 
 

@@ -73,7 +73,7 @@ def is_instruction_data(paths: Sequence[str | Path]) -> bool:
         SurgeryError: it cannot be told: only some of them do.
     """
     files = [Path(path) for path in paths]
-    known = [file.suffix in (".json", ".jsonl") and not file.is_dir() for file in files]
+    known = [_is_json(file) for file in files]
     if not any(known):
         return False
     if not all(known):
@@ -87,6 +87,15 @@ def is_instruction_data(paths: Sequence[str | Path]) -> bool:
             "--data text takes everything as text; --data instructions says what is wrong",
         )
     return True
+
+
+def holds_instructions(path: Path) -> bool:
+    """Whether a file is JSON or JSONL, and begins with a record of a known form."""
+    return _is_json(path) and _begins_well(path)
+
+
+def _is_json(path: Path) -> bool:
+    return path.suffix in (".json", ".jsonl") and not path.is_dir()
 
 
 def _begins_well(path: Path) -> bool:

@@ -15,7 +15,7 @@ from typing import Any
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
-from nanogpt_surgery.training.recipes import RECIPES, training_values
+from nanogpt_surgery.training.recipes import RECIPES, further_values, training_values
 from nanogpt_surgery.training.settings import FitSettings
 
 # What was done before a setting existed, where that is not its default.
@@ -58,7 +58,7 @@ def _way_back(found: list[Difference]) -> str:
 
 def _way_on(folder: Path, now: dict[str, Any]) -> str:
     if now.get("kind") != "finetune":
-        return f"; surgery finetune {folder} TEXT --out ADAPTER trains the model further"
+        return f"; surgery train TEXT --from {folder} --out NEW trains the model further"
     return f"; surgery merge MODEL {folder} --out MERGED, and finetune MERGED, trains further"
 
 
@@ -101,7 +101,8 @@ def _of_settings(old: dict[str, Any], new: dict[str, Any], changed: set[str]) ->
     found = _typed(("family",), old, new) if "model" in changed else []
     alone = ("recipe", "stride") + (("block_size",) if "model" not in changed else ())
     found += [_difference(n, old.get(n), new.get(n)) for n in alone if n in changed]
-    for section in _KINDS:
+    own_model = "base" not in old.keys() | new.keys()
+    for section in (name for name in _KINDS if own_model or name != "model"):
         was, now = (_as_asked(section, d.get(section) or {}) for d in (old, new))
         usual, usual_now = _usual(section, old), _usual(section, new)
         for name in (name for name in usual if name in was and name in now):
@@ -138,6 +139,8 @@ def _usual(section: str, description: dict[str, Any]) -> dict[str, Any]:
         axes = {name: values[0] for name, values in family.items()}
         return defaults | (axes or RECIPES[recipe].model)
     muon = description.get("settings", {}).get("muon", True)
+    if "base" in description:
+        return defaults | further_values({"muon": muon}) | {"muon": False}
     return defaults | training_values(recipe, {"muon": muon}) | {"muon": True}
 
 
@@ -154,10 +157,12 @@ def _of_base(old: dict[str, Any], new: dict[str, Any], changed: set[str]) -> lis
     if "base" not in changed:
         return []
     was, now = (d.get("named", {}).get("model") for d in (old, new))
+    if was is not None and now is not None and _places([was]) == _places([now]):
+        return [Difference(f"the weights of {was} have changed since")]
+    if old.get("kind") == "train":
+        return [_difference("from", was, now)]
     if was is None:
         return [Difference("the model differs", "on the model it was begun with")]
-    if _places([was]) == _places([now]):
-        return [Difference(f"the weights of {was} have changed since")]
     return [Difference(f"the model was {was} and is {now}", f"on the model {shlex.quote(was)}")]
 
 
@@ -176,7 +181,8 @@ def _is_other_tokenizer(old: dict[str, Any], new: dict[str, Any], changed: set[s
     """Whether more than the characters of another text differ."""
     characters = [str(d.get("tokenizer")).startswith("CharacterTokenizer") for d in (old, new)]
     typed = _typed(("tokenizer",), old, new)
-    return "tokenizer" in changed and (bool(typed) or not all(characters))
+    own = "tokenizer" in changed and "base" not in changed  # a model brings its own
+    return own and (bool(typed) or not all(characters))
 
 
 def _of_text(old: dict[str, Any], new: dict[str, Any], changed: set[str]) -> list[Difference]:

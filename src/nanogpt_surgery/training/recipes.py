@@ -37,6 +37,9 @@ MUON: dict[str, Any] = {
     "beta2": 0.95,
     "clip": 0.0,
 }
+# For weights that are good already: at MUON's own rate they are worse at once.
+FURTHER: dict[str, Any] = {"learning_rate": 3e-4}
+FURTHER_BY_MUON: dict[str, Any] = MUON | {"learning_rate": 0.003}
 RECIPES: dict[str | None, Recipe] = {
     None: Recipe(training=MUON),
     "fast": Recipe(
@@ -60,3 +63,8 @@ def training_values(recipe: str | None, asked: dict[str, Any]) -> dict[str, Any]
     They were measured with Muon; without it `FitSettings` has its own, which are AdamW's.
     """
     return (RECIPES[recipe].training if asked.get("muon", True) else {}) | asked
+
+
+def further_values(asked: dict[str, Any]) -> dict[str, Any]:
+    """What `FitSettings` is told where a training goes on from a model, under what is asked for."""
+    return (FURTHER_BY_MUON if asked.get("muon") else FURTHER) | asked

@@ -1,0 +1,97 @@
+"""`surgery train --from`: all weights of a model that is there learn from more text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.cli.run_options import RunOptions
+    from nanogpt_surgery.cli.training_run import Job
+    from nanogpt_surgery.training.settings import FitSettings
+
+
+def refuse_beside(base: str, asked: dict[str, Any]) -> None:
+    """Refuse what the model settles itself; a block_size only cuts windows.
+
+    Args:
+        base: the model.
+        asked: the flags that shape a new model, by name, None where they were not given.
+
+    Raises:
+        SurgeryError: any of them was given (all of them).
+    """
+    found = [
+        f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        for name, value in asked.items()
+        if value is not None and name != "block_size"
+    ]
+    if found:
+        raise SurgeryError(
+            f"--from {base} brings the model and its tokenizer, which settle {', '.join(found)}",
+            f"leave {'it' if len(found) == 1 else 'them'} out; --block-size alone may stand beside "
+            "--from, for shorter windows",
+        )
+
+
+def job_from(
+    base: str,
+    run: RunOptions,
+    settings: FitSettings,
+    text: tuple[str, ...],
+    weights: str | None,
+    block_size: int | None,
+) -> Job:
+    """The training of all weights of a model, in float32, from where they are.
+
+    Raises:
+        SurgeryError: the model does not open or has no tokenizer, the block_size is longer than
+            its context, or the text holds instruction data or cannot be learned from.
+    """
+    import torch
+
+    from nanogpt_surgery.cli.instruction_data import window
+    from nanogpt_surgery.cli.run_description import fingerprint
+    from nanogpt_surgery.cli.sources import named_sources, say_windows
+    from nanogpt_surgery.cli.training_run import Job
+    from nanogpt_surgery.data.tokenizer import required_tokenizer, tokenizer_fingerprint
+    from nanogpt_surgery.formats.model_file import open_model, write_model_files
+
+    _refuse_instructions(base, text)
+    network, found = open_model(base, torch.float32)  # computed in what `fit` chooses
+    tokenizer = required_tokenizer(found, base)
+    length = window(block_size, network.config.block_size)
+    dataset, validation = named_sources(text, weights, tokenizer).datasets(length)
+    say_windows(dataset, validation)
+    say(f"going on from {base}: all of its {network.n_parameters:,} parameters learn")
+    description = {
+        "kind": "train",
+        "base": fingerprint(network.state_dict().values()),
+        "model": network.config.to_dict(),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+    }
+    return Job(
+        options=run,
+        model=network,
+        dataset=dataset,
+        validation=validation,
+        settings=settings,
+        description=description,
+        write_weights=lambda folder: write_model_files(network, folder, tokenizer),
+        named={"model": base, "text": text, "weights": weights},
+    )
+
+
+def _refuse_instructions(base: str, text: tuple[str, ...]) -> None:
+    """As text their braces and keys would be learned, and the questions with the answers."""
+    from nanogpt_surgery.data.instructions import holds_instructions
+
+    for path in text:
+        if holds_instructions(Path(path)):
+            raise SurgeryError(
+                f"{path} holds prompts with answers, not text",
+                f"surgery finetune {base} {path} --out ADAPTER trains on the answers",
+            )
