@@ -187,3 +187,14 @@ def test_any_model_that_gives_logits_is_trained():
 def test_changes_come_over_the_settings():
     assert len(train(model_of(), max_steps=2)) == 2
     assert len(list(fit(model_of(), DATASET, max_steps=1, device="cpu", compile="off"))) == 1
+
+
+@pytest.mark.parametrize("targets", ["q_proj", "lm_head"])
+def test_a_float32_update_of_a_float64_model_learns(targets):
+    losses = []
+    for dtype in (torch.float64, torch.float32):
+        model = model_of().to(dtype)
+        torch.manual_seed(0)
+        inject_lora(model, targets)
+        losses.append([step.loss for step in train(model)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

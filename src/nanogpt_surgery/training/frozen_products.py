@@ -123,7 +123,8 @@ def plain_update(layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
 def folds(layer: nn.Module) -> bool:
     """Whether a layer is a `LoRALinear` that `FoldedLinear` computes.
 
-    One update takes part, of the plain kind (LoRA, rsLoRA), without dropout, in float32.
+    One update takes part, of the plain kind (LoRA, rsLoRA), without dropout, in float32, and what
+    it is added to is no wider.
     """
     if not isinstance(layer, LoRALinear) or type(layer) not in (LoRALinear, FoldedLinear):
         return False
@@ -135,6 +136,7 @@ def folds(layer: nn.Module) -> bool:
         and type(update := present[0]) is LoRAUpdate
         and update.dropout.p == 0
         and all(p.dtype == torch.float32 for p in update.parameters())
+        and layer.original_layer.weight.dtype != torch.float64
         and frozen_linear(layer.original_layer)
     )
 
