@@ -1,5 +1,6 @@
 """Flags, their help, a file in their place, and what is said of wrong ones."""
 
+import io
 import json
 import os
 import subprocess
@@ -102,3 +103,15 @@ def test_escapes_in_names_do_not_reach_the_terminal(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
     assert "\x1b" not in done.stderr
     assert "\\u001b" in done.stderr
+
+
+def test_a_hyphen_is_standard_input(tmp_path, monkeypatch):
+    """For cyclopts it looks like a flag."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"to be or not to be. " * 40)))
+    sizes = ["--n-embd", 8, "--n-head", 2, "--n-layer", 1, "--block-size", 8, "--max-steps", 1]
+    _, said = called("train", "-", "--out", tmp_path / "run", *sizes)
+    assert "712 windows to train on, 72 held out" in said
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"to be")))
+    words = ["--prompt", "-", "--max-new-tokens", 1, "--temperature", 0]
+    assert called("generate", tmp_path / "run", *words)[0].startswith("to be")
+    assert "Unused Tokens: ['standard input']" in called("undo", "a", "-", check=1)[1]

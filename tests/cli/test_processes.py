@@ -124,7 +124,13 @@ def test_gone_on_with_by_another_number_of_processes_it_says_so(text, tmp_path, 
     assert json.loads(summary.read_text())["processes"] == 1
     assert "processes" not in called(*words)[1]
     monkeypatch.setattr("nanogpt_surgery.training.checkpoint.Run.processes", 3)
-    assert "note: 3 processes came here and 1 go on" in called(*words)[1]
+    assert "note: so far 3 at a time trained, now 1" in called(*words)[1]
+
+
+def torchrun(monkeypatch, size: str, rank: str = "0") -> None:
+    """What it tells a process."""
+    for name, value in {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": size, "RANK": rank}.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.parametrize(
@@ -135,12 +141,12 @@ def test_gone_on_with_by_another_number_of_processes_it_says_so(text, tmp_path, 
     ],
 )
 def test_what_is_not_shared_is_refused(words, answer, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "3")
+    torchrun(monkeypatch, "3")
     assert answer in called(*words, check=1)[1]
 
 
 def test_standard_input_is_not_shared(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    torchrun(monkeypatch, "2")
     with pytest.raises(SurgeryError, match=r"standard input(.|\n)*name a file"):
         sources.open_sources(("-",), None)
 
@@ -150,3 +156,14 @@ def test_one_process_speaks_for_all(text, tmp_path, monkeypatch):
     monkeypatch.setattr("nanogpt_surgery.cli.console.speaks", lambda: False)
     assert called(*words) == ("", "")
     assert "there is no such folder" in called("generate", text / "x", "--prompt", "x", check=1)[1]
+
+
+def test_an_error_names_the_process_that_it_is_of(monkeypatch):
+    torchrun(monkeypatch, "2", rank="1")
+    said = called("generate", "m", "--prompt", "x", check=1)[1]
+    assert said.startswith("process 1: surgery: 2 processes were started")
+
+
+def test_other_programs_that_set_the_size_are_not_torchrun(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "there is no" in called("generate", "nowhere", "--prompt", "x", check=1)[1]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from cyclopts import App, CycloptsError, MissingArgumentError
 
@@ -23,6 +24,7 @@ GROUPS = {
     "tokenizer": ("Train a tokenizer.", ("train",)),
     "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
 }
+STANDARD_INPUT = "standard input"  # in the place of a -
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
@@ -95,12 +97,19 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def _run(app: App, arguments: list[str]) -> None:
+    words = [STANDARD_INPUT if word == "-" else word for word in arguments]
     try:
-        app(arguments, exit_on_error=False, print_error=False)
+        command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         hint = " ".join(("surgery", *_command(arguments), "--help"))
         what = _missing(error) or str(error)
         raise unknown_key(error) or SurgeryError(what, f"{hint} lists the flags") from error
+    command(*map(_typed, bound.args), **{key: _typed(value) for key, value in bound.kwargs.items()})
+
+
+def _typed(value: Any) -> Any:
+    """A value as it was typed: cyclopts takes a - of its own for a flag."""
+    return "-" if value == STANDARD_INPUT else value
 
 
 def _missing(error: CycloptsError) -> str:

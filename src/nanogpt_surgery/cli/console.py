@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -29,8 +30,9 @@ def say(text: str) -> None:
 
 
 def complain(text: str) -> None:
-    """A line that every process may say."""
-    print(printable(text), file=sys.stderr, flush=True)
+    """A line that every process may say; those after the first one with their number."""
+    who = "" if speaks() else f"process {os.environ['RANK']}: "
+    print(printable(who + text), file=sys.stderr, flush=True)
 
 
 def show(report: Report, as_json: bool) -> None:

@@ -17,8 +17,8 @@ TOGETHER = ("train", "finetune")
 
 
 def several() -> bool:
-    """Whether torchrun started more than one process (its environment says so)."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    """Whether torchrun started more than one process; others set `WORLD_SIZE` too."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def speaks() -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 from torch import nn
@@ -51,6 +52,8 @@ class CompiledBlocks:
 
 def _call(block: nn.Module, compiled: bool, checkpointed: bool) -> Any:
     call: Any = block._call_impl
+    if compiled or checkpointed:
+        import_module("torch._dynamo")  # before a step's clock runs: both load it, and that is long
     if compiled:
         block.compile()
         call = block._compiled_call_impl
