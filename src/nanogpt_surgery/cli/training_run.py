@@ -176,8 +176,8 @@ def _say_processes(run: Run, together: World) -> None:
     """A word where the bits will be others than those of an uninterrupted run."""
     if run.processes != together.size:
         say(
-            f"note: so far {run.processes} at a time trained, now {together.size}: the same batches, "
-            "sums in another order, so losses alike but not to the bit"
+            f"note: so far {run.processes} at a time trained, now {together.size}: the same "
+            "batches, sums in another order, so losses alike but not to the bit"
         )
 
 

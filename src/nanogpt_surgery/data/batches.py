@@ -11,8 +11,8 @@ from typing import Any, Protocol, TypeAlias
 from torch import Tensor
 
 Batch: TypeAlias = tuple[Tensor, ...]
-"""Inputs and targets, (B, T) int64 each, in the host's memory: the target of a token is the next one,
-or −100 where nothing is trained on. Where rows hold several documents there is a third tensor,
+"""Inputs and targets, (B, T) int64 each, in the host's memory: the target of a token is the next
+one, or −100 where nothing is trained on. Where rows hold several documents there is a third tensor,
 (B, T): numbers, the same for the tokens of one document."""
 
 
