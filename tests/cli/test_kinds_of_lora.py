@@ -82,7 +82,8 @@ def test_planned_trained_merged_and_undone(
     for key, value in config.items():
         assert written[key] == value, key
     surgery(["log", adapter, "--json"])
-    assert json.loads(capsys.readouterr().out)["rows"][0]["operation"] == "finetune, 2 steps"
+    [line] = json.loads(capsys.readouterr().out)["rows"]
+    assert line["operation"] == f"finetune from {base}, 2 steps"
 
     surgery(["merge", base, adapter, "--json"])
     merged = json.loads(capsys.readouterr().out)
