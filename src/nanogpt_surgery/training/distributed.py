@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -128,11 +129,24 @@ def joined() -> Iterator[World]:
     """
     if torch.cuda.is_available():
         torch.cuda.set_device(_own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store, rank, size = next(dist.rendezvous("env://"))
+    dist.init_process_group(backend, store=_own_part(store), rank=rank, world_size=size)
     try:
         yield world()
     finally:
         dist.destroy_process_group()
+
+
+def _own_part(store: Any) -> Any:
+    """Of torchrun's store on one machine, which begins anew with the processes that it restarts.
+
+    Else one of them may find the address of a process that has ended.
+    """
+    if os.environ.get("GROUP_WORLD_SIZE") != "1":
+        return store
+    stores: Any = dist  # whose stub leaves them out
+    return stores.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _own_gpu(number: int, there: int) -> int:
