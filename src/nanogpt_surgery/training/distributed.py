@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 
+STORES: Any = dist  # which does not export its stores by name
 BUCKET = 2**23  # numbers that are added up in one go, about
 
 
@@ -130,7 +131,7 @@ def joined() -> Iterator[World]:
     if torch.cuda.is_available():
         torch.cuda.set_device(_own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    store, rank, size = next(dist.rendezvous("env://"))
+    store, rank, size = next(STORES.rendezvous("env://"))
     dist.init_process_group(backend, store=_own_part(store), rank=rank, world_size=size)
     try:
         yield world()
@@ -145,8 +146,7 @@ def _own_part(store: Any) -> Any:
     """
     if os.environ.get("GROUP_WORLD_SIZE") != "1":
         return store
-    stores: Any = dist  # whose stub leaves them out
-    return stores.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    return STORES.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _own_gpu(number: int, there: int) -> int:
