@@ -19,7 +19,7 @@ InstructionOptions: Any = options_of(InstructionSettings, "Instructions")
 TrainingOptions: Any = options_of(FitSettings, "Training")
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.cli.training_run import Job
+    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.data.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -136,8 +136,8 @@ def _job(
     """The training of a LoRA, whose weights follow from the seed, in an opened model."""
     import torch
 
+    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.cli.run_description import fingerprint
-    from nanogpt_surgery.cli.training_run import Job
     from nanogpt_surgery.formats.adapter_layout import refuse_unsavable, write_adapter_files
     from nanogpt_surgery.lora.operations import inject_lora
 

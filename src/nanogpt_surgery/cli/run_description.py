@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanogpt_surgery.cli.training_run import Job
+    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.data.batches import Batches
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.cli.training_run import Job
+    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.training.checkpoint import Run
 
 

@@ -16,8 +16,8 @@ from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values, trai
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.cli.sources import Sources
-    from nanogpt_surgery.cli.training_run import Job
     from nanogpt_surgery.data.tokenizer import Tokenizer
 
 CHARACTERS = "characters"
@@ -106,9 +106,7 @@ def _job(
     """Its parts; its weights follow from the seed."""
     import torch
 
-    from nanogpt_surgery.cli.training_run import Job
-    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint
-    from nanogpt_surgery.formats.model_file import write_model_files
+    from nanogpt_surgery.cli.job import job_of_all
     from nanogpt_surgery.model.initialisation import start_from_zero
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -124,21 +122,8 @@ def _job(
     tables = config.n_lags * config.vocab_size * config.n_embd
     if 2 * tables > network.n_parameters:
         say(f"note: {tables:,} of them are lag tables, for so many kinds; --n-lags 0 is without")
-    description = {
-        "kind": "train",
-        "recipe": recipe,
-        "model": config.to_dict(),
-        "tokenizer": tokenizer_fingerprint(sources.tokenizer),
-    }
-    return Job(
-        options=run,
-        model=network,
-        dataset=dataset,
-        validation=validation,
-        settings=settings,
-        description=description,
-        write_weights=lambda folder: write_model_files(network, folder, sources.tokenizer),
-    )
+    data = dataset, validation
+    return job_of_all(run, network, sources.tokenizer, data, settings, {"recipe": recipe})
 
 
 def _say_way(settings: FitSettings, base: str | None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +10,8 @@ from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.cli.run_options import RunOptions
-    from nanogpt_surgery.cli.training_run import Job
     from nanogpt_surgery.training.settings import FitSettings
 
 
@@ -54,11 +55,11 @@ def job_from(
     import torch
 
     from nanogpt_surgery.cli.instruction_data import window
+    from nanogpt_surgery.cli.job import job_of_all
     from nanogpt_surgery.cli.run_description import fingerprint
     from nanogpt_surgery.cli.sources import named_sources, say_windows
-    from nanogpt_surgery.cli.training_run import Job
-    from nanogpt_surgery.data.tokenizer import required_tokenizer, tokenizer_fingerprint
-    from nanogpt_surgery.formats.model_file import open_model, write_model_files
+    from nanogpt_surgery.data.tokenizer import required_tokenizer
+    from nanogpt_surgery.formats.model_file import open_model
 
     _refuse_instructions(base, text)
     network, found = open_model(base, torch.float32)  # computed in what `fit` chooses
@@ -67,22 +68,9 @@ def job_from(
     dataset, validation = named_sources(text, weights, tokenizer).datasets(length)
     say_windows(dataset, validation)
     say(f"going on from {base}: all of its {network.n_parameters:,} parameters learn")
-    description = {
-        "kind": "train",
-        "base": fingerprint(network.state_dict().values()),
-        "model": network.config.to_dict(),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-    }
-    return Job(
-        options=run,
-        model=network,
-        dataset=dataset,
-        validation=validation,
-        settings=settings,
-        description=description,
-        write_weights=lambda folder: write_model_files(network, folder, tokenizer),
-        named={"model": base, "text": text, "weights": weights},
-    )
+    known = {"base": fingerprint(network.state_dict().values())}
+    job = job_of_all(run, network, tokenizer, (dataset, validation), settings, known)
+    return replace(job, named={"model": base, "text": text, "weights": weights})
 
 
 def _refuse_instructions(base: str, text: tuple[str, ...]) -> None:

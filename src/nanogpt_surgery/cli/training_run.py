@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -20,34 +18,14 @@ from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
+    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.cli.run_options import RunOptions
-    from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.training.checkpoint import Run
     from nanogpt_surgery.training.distributed import World
     from nanogpt_surgery.training.settings import FitSettings
     from nanogpt_surgery.training.step import Step
-
-
-@dataclass(frozen=True)
-class Job:
-    """One training, from its parts to its folder."""
-
-    options: RunOptions
-    model: nn.Module
-    dataset: Batches
-    validation: Batches
-    settings: FitSettings
-    description: dict[str, Any]
-    """what determines the run, beside settings and data"""
-    write_weights: Callable[[Path], None]
-    """write the files that others read: a model folder's or an adapter folder's"""
-    keep_in: Path | None = None
-    """where hidden states are kept, if not in memory"""
-    named: dict[str, Any] = field(default_factory=dict)
-    """what was typed for that of which the description has but a hash"""
 
 
 def check_first(options: RunOptions, settings: FitSettings) -> None:
