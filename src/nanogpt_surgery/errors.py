@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+LONGEST_QUOTE = 200  # characters
 
 
 class SurgeryError(Exception):
@@ -38,6 +43,48 @@ def printable(text: str) -> str:
 
 def _number(character: str) -> str:
     return f"\\u{ord(character):04x}"
+
+
+def quoted(foreign: Any) -> str:
+    """A value from a file that a stranger made, as a message shows it.
+
+    It is escaped as `repr` escapes, and cut after 200 characters.
+    """
+    if isinstance(foreign, str):
+        text = repr(foreign[: LONGEST_QUOTE + 1])
+    else:
+        text = repr(foreign) if _is_small(foreign) else f"a {type(foreign).__name__}"
+    return text if len(text) <= LONGEST_QUOTE else text[: LONGEST_QUOTE - 1] + "…"
+
+
+def _is_small(value: Any) -> bool:
+    return not hasattr(value, "__len__") or len(value) <= LONGEST_QUOTE
+
+
+@contextmanager
+def foreign_file(path: str | Path, part: str = "") -> Iterator[None]:
+    """The boundary around the reading of a file that a stranger made.
+
+    Whatever a parser raises inside, a panic of a library in Rust too, leaves it as a `SurgeryError`
+    that names the file and, where given, the part of it that was being read.
+
+    Raises:
+        SurgeryError: anything but an interrupt was raised.
+    """
+    try:
+        yield
+    except SurgeryError:
+        raise
+    except BaseException as error:
+        # A panic in Rust is no `Exception`, and its class can be imported from nowhere.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        where = f"{path}, {part}," if part else str(path)
+        if isinstance(error, OSError) and error.strerror:
+            reason = error.strerror
+        else:
+            reason = f"{type(error).__name__}: {quoted(str(error))}"
+        raise SurgeryError(f"{where} cannot be read: {reason}") from error
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
