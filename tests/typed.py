@@ -22,9 +22,16 @@ from nanogpt_surgery.cli.app import run
 LETTERS = "".join(map(chr, range(32, 127))) + "\n"
 
 
-def called(*arguments: object, check: int = 0) -> tuple[str, str]:
+class Terminal(io.StringIO):
+    """What a terminal is to a program that asks; its width is $COLUMNS."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def called(*arguments: object, check: int = 0, terminal: bool = False) -> tuple[str, str]:
     """A command's stdout and stderr, without the seconds that a process of its own takes."""
-    out, errors = io.StringIO(), io.StringIO()
+    out, errors = (Terminal() if terminal else io.StringIO() for _ in range(2))
     with redirect_stdout(out), redirect_stderr(errors):
         try:
             run(list(map(str, arguments)))

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from small_tokenizers import byte_level
 from typed import called, write_model
 
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
 from nanogpt_surgery.cli.app import run
+from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 
 FEW = ["--max-new-tokens", 6, "--seed", 3]
 
@@ -150,3 +152,24 @@ def test_a_note_stands_behind_the_text_and_not_in_it(tmp_path: Path, more: list)
     text, note, rest = shown.partition("\nnote: the text has outgrown the model's block_size of 8")
     assert note and rest.count("\n") == 1
     assert text == called(*words)[0].removesuffix("\n")
+
+
+@pytest.mark.parametrize("more", [[], ["--samples", 2], ["--samples", 2, "--json"]])
+def test_that_nothing_was_added_is_said(folder: Path, more: list) -> None:
+    _, tokenizer = open_model(folder / "m")
+    [new] = tokenizer.encode("u")
+    forced = ["--prompt", "a", "--logit-bias", f"{new}=1e4", *more]
+    _, errors = called("generate", folder / "m", *forced, "--stop", "u")
+    assert "nothing was added" in errors
+    _, errors = called("generate", folder / "m", *forced, "--max-new-tokens", 2)
+    assert not errors
+
+
+def test_a_model_that_answers_is_said_to_continue_raw_text(tmp_path: Path) -> None:
+    for name, template in (("chat", "{{ messages[0].content }}"), ("plain", None)):
+        tokenizer = PretrainedTokenizer(byte_level(), stop_ids=[2], chat_template=template)
+        save_model(SimpleGPT(300, 8, 2, 1, 30), tmp_path / name, tokenizer)
+    _, errors = called("generate", tmp_path / "chat", "--prompt", "a", *FEW)
+    assert f"surgery ask {tmp_path / 'chat'}" in errors
+    _, errors = called("generate", tmp_path / "plain", "--prompt", "a", *FEW)
+    assert "surgery ask" not in errors

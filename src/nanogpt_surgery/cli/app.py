@@ -16,7 +16,7 @@ from nanogpt_surgery.cli.processes import joined
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = (
-    *("train", "plan", "finetune", "generate", "chat", "eval", "inspect", "merge", "undo"),
+    *("train", "plan", "finetune", "generate", "ask", "chat", "eval", "inspect", "merge", "undo"),
     *("redo", "log", "export", "tokenizer", "data", "doctor"),
 )
 FUNCTIONS = {"eval": "evaluate"}  # where a command cannot have the name that it is typed by

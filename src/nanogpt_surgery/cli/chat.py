@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from cyclopts import Parameter
 
@@ -21,6 +21,11 @@ _PLAIN = (
     "this model has no chat template, so it was probably not taught to converse: messages are "
     'written as "User: …" and "Assistant: …", and an answer ends where the next "User:" begins'
 )
+TemplateChoice: TypeAlias = Literal["auto", "chatml", "plain", "none"]
+MESSAGES = Parameter(
+    help="how messages are written; auto: the model's own, else chatml or plain, as its tokens "
+    "allow"
+)
 _NONE = "what you type is continued as it stands: there are no roles, and answers have no end"
 
 
@@ -29,7 +34,7 @@ def chat(
     *,
     system: str = "",
     adapter: Annotated[list[str] | None, Parameter(negative="")] = None,
-    template: Literal["auto", "chatml", "plain", "none"] = "auto",
+    template: Annotated[TemplateChoice, MESSAGES] = "auto",
     max_new_tokens: int = 512,
     dtype: Dtype = None,
     tied: OnTied = None,
@@ -48,8 +53,6 @@ def chat(
         what the model is told before the conversation
     adapter
         NAME=FOLDER, or a folder; may be given several times, the first takes part
-    template
-        how messages are written; auto: the model's own, else chatml or plain, as its tokens allow
     max_new_tokens
         how many tokens an answer has at most
     """
@@ -60,7 +63,7 @@ def chat(
     settings = ChatSettings(sampling.settings(), max_new_tokens, sampling.stop, sampling.seed)
     adapters = named_adapters(adapter or ())
     network, tokenizer = open_to_talk(model, adapters, dtype, tied, force)
-    conversation = Conversation(network, tokenizer, _template(tokenizer, template))
+    conversation = Conversation(network, tokenizer, template_named(tokenizer, template))
     conversation.system = system
     session = Session(conversation, settings)
     _greet(conversation.template, list(adapters))
@@ -69,7 +72,8 @@ def chat(
             return
 
 
-def _template(tokenizer: Tokenizer, name: str) -> ChatTemplate:
+def template_named(tokenizer: Tokenizer, name: TemplateChoice) -> ChatTemplate:
+    """The template of this name; for auto the model's own, or the one of ours that it can write."""
     from nanogpt_surgery.data.chat import template_of
     from nanogpt_surgery.errors import SurgeryError
 
@@ -84,10 +88,15 @@ def _template(tokenizer: Tokenizer, name: str) -> ChatTemplate:
     return found
 
 
-def _greet(template: ChatTemplate, adapters: list[str]) -> None:
+def say_template(template: ChatTemplate) -> None:
+    """A note where a model was probably not taught to converse."""
     note = {"plain": _PLAIN, "none": _NONE}.get(template.source)
     if note:
         say(f"note: {note}")
+
+
+def _greet(template: ChatTemplate, adapters: list[str]) -> None:
+    say_template(template)
     if adapters:
         say(f"adapters: {', '.join(adapters)}; {adapters[0]} takes part")
     say("/help lists the commands, /exit leaves; Ctrl-C stops an answer")

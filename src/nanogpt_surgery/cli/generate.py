@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import notes_afterwards
+from nanogpt_surgery.cli.console import notes_afterwards, say
 from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, one_adapter, open_to_talk
 from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 from nanogpt_surgery.errors import SurgeryError, printable
@@ -83,6 +83,7 @@ def generate(
     many.check()
     texts = _prompts(prompt, prompts)
     network, tokenizer = open_to_talk(model, one_adapter(adapter), dtype, tied, force)
+    _say_raw_text(tokenizer, model, adapter)
     if len(texts) == many.samples == 1 and many.logprobs is None and not many.json:
         pieces = _as_it_is_made(network, tokenizer, texts[0], max_new_tokens, sampling)
     else:
@@ -114,8 +115,13 @@ def _as_it_is_made(
         seed=sampling.seed,
     )
     yield text
-    yield from pieces
+    empty = True
+    for piece in pieces:
+        empty = empty and not piece
+        yield piece
     yield "\n"
+    if empty:
+        _say_empty(1, 1, max_new_tokens)
 
 
 def _one_by_one(
@@ -143,9 +149,33 @@ def _one_by_one(
         batch_size=many.batch_size,
     )
     rows = [(text, sample) for text in texts for sample in range(1, many.samples + 1)]
+    empty = 0
     for (text, sample), continuation in zip(rows, found, strict=True):
+        empty += not continuation.text
         record = _record(text, sample, continuation, tokenizer, many.logprobs is not None)
         yield _json_line(record) if many.json else _block(record)
+    if empty:
+        _say_empty(empty, len(rows), max_new_tokens)
+
+
+def _say_raw_text(tokenizer: Tokenizer, model: str, adapter: Path | None) -> None:
+    """A note where the model answers messages, as a template of its own shows."""
+    if getattr(tokenizer, "chat_template", None):
+        with_it = f" --adapter {adapter}" if adapter else ""
+        say(
+            "note: this model has a chat template, and generate continues raw text; to put a "
+            f'question: surgery ask {model}{with_it} "…", or surgery chat'
+        )
+
+
+def _say_empty(empty: int, count: int, max_new_tokens: int) -> None:
+    """A note that nothing was added to a text, and why."""
+    why = (
+        "a token that ends a text, or --stop, came before any that is shown"
+        if max_new_tokens
+        else "max_new_tokens is 0"
+    )
+    say(f"note: nothing was added to {empty:,} of {count:,} texts: {why}")
 
 
 def _prompts(prompt: str, file: Path | None) -> list[str]:

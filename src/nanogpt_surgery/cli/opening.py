@@ -104,9 +104,16 @@ def _dtype_here(model: SimpleGPT) -> torch.dtype:
     return torch.float32
 
 
-def one_adapter(folder: Path | None) -> dict[str, Path]:
-    """The adapter of a command that takes one at most, under the usual name."""
-    return {} if folder is None else {"default": folder}
+def one_adapter(folder: Path | str | None) -> dict[str, Path]:
+    """The adapter of a command that takes one at most, under the usual name.
+
+    NAME=FOLDER, as chat takes it, is that folder.
+    """
+    if folder is None:
+        return {}
+    plain = Path(str(folder).partition("=")[2])
+    named = not Path(folder).is_dir() and plain.name and plain.is_dir()
+    return {"default": plain if named else Path(folder)}
 
 
 def named_adapters(written: Sequence[str]) -> dict[str, Path]:

@@ -41,6 +41,14 @@ class Conversation:
         self.messages: list[Message] = []
         self.forgotten = 0
         self.past = Past()
+        self.room = 0  # tokens that the last answer could have
+        self._full = 0  # ids of the text, were all of them used
+
+    @property
+    def cut_off(self) -> bool:
+        """Whether the last answer ended because it had no more room, not because it was over."""
+        window = self.past.window
+        return window is not None and 0 < self._full == len(window.ids)
 
     def ask(
         self,
@@ -68,11 +76,13 @@ class Conversation:
         room = min(max_new_tokens, max(1, self.model.config.block_size // 2))
         ids, self.forgotten = self._fitting(said, room)
         answer: Message = {"role": "assistant", "content": ""}
+        self.room = min(max_new_tokens, self.model.config.block_size - len(ids))
+        self._full = len(ids) + self.room
         pieces = generate_text(
             self.model,
             self.tokenizer,
             ids,
-            min(max_new_tokens, self.model.config.block_size - len(ids)),
+            self.room,
             sampling,
             stop=(*self.template.stop, *stop),
             seed=seed,
