@@ -26,7 +26,8 @@ def summary_of(job: Job, run: Run, matmul_rate: float, beside: float) -> dict[st
     from nanogpt_surgery.report.loss_plot import plot_losses, read_metrics
 
     metrics = read_metrics(run.folder / "metrics.jsonl")
-    plot_losses(metrics, run.folder / "loss.png", title=str(job.options.out))
+    base = job.description.get("kind") == "finetune"
+    plot_losses(metrics, run.folder / "loss.png", title=str(job.options.out), base=base)
     losses = [row["validation_loss"] for row in metrics if row["validation_loss"] is not None]
     seconds = sum(row["seconds"] for row in metrics)
     rows = len(metrics) * job.settings.batch_size * job.settings.accumulation
