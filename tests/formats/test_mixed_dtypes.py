@@ -2,12 +2,15 @@
 
 import json
 
+import gguf
 import pytest
 import torch
+from gguf.quants import dequantize
 from operated import train_updates
 from operated_folders import bytes_of
 from safetensors.torch import load_file, save_file
 from tiny import FAMILY_CONFIGS, tiny_model
+from typed import called
 
 from nanogpt_surgery import (
     SurgeryError,
@@ -127,3 +130,107 @@ def test_opened_each_as_it_is_stored(tmp_path):
     assert torch.equal(model.layers[1].self_attn.q_proj.weight, first[SUMMED])
     usual = {p.dtype for p in open_model(tmp_path / "base")[0].parameters()}
     assert usual == {torch.bfloat16}, "by default as most numbers are stored"
+
+
+def read_raw(path):
+    """The numbers of a GGUF file in float64, and their types, as the `gguf` package reads them."""
+    tensors = gguf.GGUFReader(path).tensors
+    numbers = {t.name: torch.from_numpy(dequantize(t.data, t.tensor_type).copy()) for t in tensors}
+    return numbers, {t.name: t.tensor_type.name for t in tensors}
+
+
+@pytest.mark.parametrize("kept", [torch.float32, torch.float64])
+@pytest.mark.parametrize("config", ["llama", "gpt2-gelu-untied", "qwen2-untied"])
+def test_a_folder_written_from_mixed_dtypes_has_the_bits_of_its_source(tmp_path, config, kept):
+    first = write_mixed(tmp_path / "base", config, kept)
+    called("export", tmp_path / "base", "--form", "huggingface", "--out", tmp_path / "out")
+    now = load_file(tmp_path / "out" / WEIGHTS)
+    assert now.keys() == first.keys()
+    for name, tensor in first.items():
+        assert now[name].dtype == tensor.dtype, name
+        assert torch.equal(now[name], tensor), name
+
+
+STEPS = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.51 / 127}
+
+
+@pytest.mark.parametrize("form", STEPS)
+def test_a_gguf_file_is_rounded_once_from_what_is_stored(tmp_path, form):
+    first = write_mixed(tmp_path / "base")
+    out, _ = called(
+        "export", tmp_path / "base", "--form", form, "--out", tmp_path / "m.gguf", "--json"
+    )
+    numbers, _ = read_raw(tmp_path / "m.gguf")
+    norm, matrix = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(numbers["output_norm.weight"], first[norm]), "vectors stay float32"
+    head = first[HEAD]
+    stored = numbers["output.weight"].float()
+    scale = head.abs().amax(-1, keepdim=True)
+    move = float(((stored - head).abs() / scale).max())
+    assert move <= STEPS[form]
+    rows = {row["stored as"]: row["largest error"] for row in json.loads(out)["rows"]}
+    assert rows["F32"] == 0
+    assert (json.loads(out)["largest_logit_error"] == 0) == (form == "F32")
+    if form in ("F16", "BF16"):
+        assert rows[form] >= move > 0, "the error is that of the stored head, not of a rounded one"
+    if form == "BF16":
+        assert torch.equal(numbers["blk.1.ffn_up.weight"], first[matrix].float())
+
+
+def test_a_gguf_file_is_written_again_from_the_numbers_it_holds(tmp_path):
+    write_mixed(tmp_path / "base")
+    called("export", tmp_path / "base", "--form", "F16", "--out", tmp_path / "a.gguf")
+    called("export", tmp_path / "a.gguf", "--form", "F32", "--out", tmp_path / "b.gguf")
+    numbers, types = read_raw(tmp_path / "a.gguf")
+    again, _ = read_raw(tmp_path / "b.gguf")
+    assert {types["output.weight"], types["output_norm.weight"]} == {"F16", "F32"}
+    for name, tensor in numbers.items():
+        assert torch.equal(again[name].float(), tensor.float()), name
+    called("export", tmp_path / "a.gguf", "--form", "huggingface", "--out", tmp_path / "out")
+    now = load_file(tmp_path / "out" / WEIGHTS)
+    assert torch.equal(now["model.norm.weight"], numbers["output_norm.weight"])
+
+
+def test_the_error_of_float64_is_that_of_its_rounding(tmp_path):
+    write_mixed(tmp_path / "base", kept=torch.float64)
+    out, _ = called(
+        "export", tmp_path / "base", "--form", "F32", "--out", tmp_path / "m.gguf", "--json"
+    )
+    rows = json.loads(out)["rows"]
+    assert 0 < rows[0]["largest error"] < 2**-23
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("form", ["huggingface", "F32", "Q8_0"])
+def test_weights_that_are_not_finite_are_named_and_not_exported(tmp_path, form, value):
+    first = write_mixed(tmp_path / "base")
+    first["model.layers.1.mlp.up_proj.weight"][2, 3] = value
+    save_file(first, tmp_path / "base" / WEIGHTS, {"format": "pt"})
+    _, errors = called(
+        "export", tmp_path / "base", "--form", form, "--out", tmp_path / "o", check=1
+    )
+    assert "layers.1.mlp.up_proj.weight" in errors
+    assert not (tmp_path / "o").exists()
+
+
+def test_a_base_that_is_not_finite_is_not_merged_into(tmp_path):
+    first = write_mixed(tmp_path / "base")
+    write_adapter(tmp_path / "base", tmp_path / "adapter", "q_proj")
+    first["model.layers.0.mlp.up_proj.weight"][2, 3] = float("nan")
+    save_file(first, tmp_path / "base" / WEIGHTS, {"format": "pt"})
+    with pytest.raises(SurgeryError, match=r"layers\.0\.mlp\.up_proj"):
+        merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", force=True)
+
+
+def test_logits_that_are_not_finite_are_an_error(tmp_path):
+    model = tiny_model(FAMILY_CONFIGS["llama"])
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.mlp.up_proj.weight *= 1e30
+            layer.mlp.gate_proj.weight *= 1e30
+    save_model(model, tmp_path / "base")
+    _, errors = called(
+        "export", tmp_path / "base", "--form", "F32", "--out", tmp_path / "o", check=1
+    )
+    assert "logits" in errors
+    assert not (tmp_path / "o").exists()

@@ -77,7 +77,7 @@ def _write_adapter(
 
     if adapter is None:
         raise SurgeryError("this form is an adapter's, and none was named", "add --adapter FOLDER")
-    network, _ = open_model(model)
+    network, _ = open_model(model, "each")
     options.pop("tolerance", None)  # nothing is rounded
     load_adapter(network, adapter, **options)
     save = save_lora_gguf if form == "lora-gguf" else save_mlx_adapter
@@ -85,11 +85,13 @@ def _write_adapter(
 
 
 def _write_model(model: str, out: Path, form: ModelForm, json: bool) -> None:
+    from nanogpt_surgery.formats.comparison import check_finite
     from nanogpt_surgery.formats.gguf_write import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
 
-    network, tokenizer = open_model(model)
+    network, tokenizer = open_model(model, "each")
     if form == "huggingface":
+        check_finite(network, model)
         save_model(network, out, tokenizer)
     else:
         show(save_gguf(network, out, tokenizer, form), json)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
@@ -29,8 +31,8 @@ def compare(
     """Compare every tensor, the logits on probe ids, and the tokenizer on a sample.
 
     Args:
-        model: what was written.
-        again: what the file holds.
+        model: what was written, each tensor in the dtype that it was read in.
+        again: what the file holds, in float32.
         tokenizer: what was written.
         tokenizer_again: what the file holds.
         kinds: how each tensor was stored.
@@ -41,8 +43,8 @@ def compare(
         the share of equal greedy choices on probe ids.
 
     Raises:
-        SurgeryError: a tensor moved further than its kind allows, or the tokenizer encodes
-            otherwise.
+        SurgeryError: a tensor moved further than its kind allows, the logits are not finite, or
+            the tokenizer encodes otherwise.
     """
     rows = _tensor_rows(model, again, kinds)
     if tokenizer is None:
@@ -105,7 +107,8 @@ def _tensor_rows(
 def _largest_move(ours: Tensor, theirs: Tensor) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
-    ours, theirs = ours.detach().float().cpu(), theirs.detach().float()
+    widest = torch.float64 if ours.dtype == torch.float64 else torch.float32
+    ours, theirs = ours.detach().to("cpu", widest), theirs.detach().to(widest)
     scale = ours.abs().amax(-1, keepdim=True).clamp_min(1e-30)
     return float(((ours - theirs).abs() / scale).max())
 
@@ -116,16 +119,67 @@ def _logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
     ids = torch.randint(model.config.vocab_size, (2, length), generator=draw)
     device = model.embed_tokens.weight.device
     training = model.training
-    with torch.inference_mode():
-        ours = model.eval()(ids.to(device)).float().cpu()
+    with torch.no_grad(), computing_in_float32(model):
+        ours = model.eval()(ids.to(device)).cpu()
         theirs = again(ids).float()
     model.train(training)
+    check_finite_logits(ours, "the model")
+    check_finite_logits(theirs, "the written model")
     log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
     return {
         "largest_logit_error": float((ours - theirs).abs().max()),
         "kl_divergence": float((log_ours.exp() * (log_ours - log_theirs)).sum(-1).mean()),
         "equal_greedy": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
     }
+
+
+@contextmanager
+def computing_in_float32(model: nn.Module) -> Iterator[None]:
+    """Lets a model of any dtypes compute in float32, each part widened only while it runs."""
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(part: nn.Module, _: object) -> None:
+        for parameter in part.parameters(recurse=False):
+            narrow[parameter] = parameter.data
+            parameter.data = parameter.data.float()
+
+    def give_back(part: nn.Module, _: object, __: object) -> None:
+        for parameter in part.parameters(recurse=False):
+            parameter.data = narrow.pop(parameter)
+
+    handles = []
+    for part in model.modules():
+        handles.append(part.register_forward_pre_hook(widen))
+        handles.append(part.register_forward_hook(give_back, always_call=True))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def check_finite(model: nn.Module, whose: str) -> None:
+    """Raise `SurgeryError` for weights that are NaN or infinite; the first is named."""
+    wrong = [
+        name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())
+    ]
+    if wrong:
+        raise SurgeryError(
+            f"{whose} holds weights that are NaN or infinite: {wrong[0]}"
+            + (f" and {len(wrong) - 1} more tensors" if wrong[1:] else ""),
+            "take a checkpoint from before it was damaged",
+        )
+
+
+def check_finite_logits(logits: Tensor, whose: str) -> None:
+    """Raise `SurgeryError` for logits that are NaN or infinite."""
+    wrong = int((~logits.isfinite()).sum())
+    if wrong:
+        raise SurgeryError(
+            f"{wrong:,} of {logits.numel():,} logits of {whose} are NaN or infinite, although it "
+            "computes in float32 and every weight is finite",
+            "its weights are too large to compute with; take a checkpoint from before",
+        )
 
 
 def check_tokenizer(tokenizer: Tokenizer | None, again: Tokenizer | None) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from nanogpt_surgery.atomic import whole_file
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.formats.comparison import compare
+from nanogpt_surgery.formats.comparison import check_finite, compare
 from nanogpt_surgery.formats.gguf_model import SCALING_KEY, open_gguf, rope_factors
 from nanogpt_surgery.formats.gguf_names import FIELDS, ROPE_FACTORS, table
 from nanogpt_surgery.formats.gguf_tokenizer import write_tokenizer
@@ -52,7 +52,7 @@ def save_gguf(
     """Write a model as a GGUF file, whole or not at all.
 
     Args:
-        model: on a family's axes.
+        model: on a family's axes, each tensor in any dtype ("each" opens it as it is stored).
         path: made, or replaced if it is a GGUF file.
         tokenizer: written beside the weights; llama.cpp takes no text without it.
         kind: of the matrices.
@@ -74,6 +74,7 @@ def write_gguf_file(
     """Write a file that is being made; what it holds, in float32, and how far that is off."""
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
+    check_finite(model, "the model")
     kinds = _write(model, _family(model), path, tokenizer, kind)
     again, tokenizer_again = open_gguf(path, torch.float32)
     return again, compare(model, again, tokenizer, tokenizer_again, kinds, title)

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from nanogpt_surgery.formats.comparison import check_finite_logits
 from nanogpt_surgery.formats.merge_preparation import Merge
 from nanogpt_surgery.lora.examination import (
     RoundingOf,
@@ -42,9 +43,11 @@ class Merged:
         """The effect on the logits of a model that was read again; it becomes float32.
 
         Raises:
-            SurgeryError: it exceeds the tolerance.
+            SurgeryError: it exceeds the tolerance, or the logits are not finite.
         """
-        effect = compare_logits(self.adapted, logits_of(again.float(), self.probe))
+        merged = logits_of(again.float(), self.probe)
+        check_finite_logits(merged, "the merged model")
+        effect = compare_logits(self.adapted, merged)
         if self.tolerance is not None:
             refuse_effect(effect, self.tolerance)
         largest = {"largest_logit": float(self.adapted.abs().max())}
@@ -65,6 +68,7 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
             be NaN or infinite.
     """
     adapted, layers = logits_of(merge.model, merge.probe), lora_layers(merge.model)
+    check_finite_logits(adapted, f"the model with {merge.adapter}")
     rows = merge_rows(layers, rounding)
     if not force:
         refuse_weights(
