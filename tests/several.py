@@ -6,6 +6,7 @@ torchrun --standalone --nproc-per-node 2 tests/several.py FOLDER
 import json
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -16,6 +17,8 @@ from nanogpt_surgery import SimpleGPT, SurgeryError, fit
 from nanogpt_surgery.training.distributed import World, joined
 
 FLOAT32 = {"device": "cpu", "precision": "float32"}
+# And how far losses and norms may be off, as a share: bfloat16 rounds each product to 2^-9.
+PRECISIONS = {"float32": 1e-4, "bfloat16": 2**-5}
 
 
 # Rows that are all trained on, and rows of which one process has none that is.
@@ -52,9 +55,9 @@ def main(folder: Path) -> None:
     """Train in every way; each process writes its weights and what its steps said."""
     found = {}
     with joined() as world:
-        for way in WAYS:
-            model, steps = trained(way, torch.float32, **FLOAT32)
-            found[way] = model, [step.to_dict() for step in steps]
+        for way, precision in product(WAYS, PRECISIONS):
+            model, steps = trained(way, torch.float32, device="cpu", precision=precision)
+            found[f"{way}-{precision}"] = model, [step.to_dict() for step in steps]
         for way in DROPOUT:
             found[way] = dropout(way, seed=world.rank, accumulation=2, batch_size=4)
         for way, (model, said) in found.items():

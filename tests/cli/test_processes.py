@@ -19,7 +19,7 @@ TEXT = "to be, or not to be: that is the question.\n" * 40
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()
 TRAINING = (
     "--n-embd 16 --n-head 2 --n-layer 1 --block-size 12 --batch-size 4 --warmup-steps 1 "
-    "--evaluate-every 10 --resume --max-steps"
+    "--evaluate-every 10 --precision float32 --resume --max-steps"
 ).split()
 STEPS = 200
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, model_of
+from small_training import DATASET, SETTINGS, model_of, train
 
 from nanogpt_surgery import FitSettings, SurgeryError, fit
 from nanogpt_surgery.training.hardware import choose_hardware
@@ -50,3 +50,24 @@ def test_a_seed_that_no_order_can_be_drawn_from_is_refused():
     for seed in (2**41, -(2**41)):
         rows, _ = DATASET.batch(3, 4, FitSettings(seed=seed).seed)
         assert rows.shape == (4, DATASET.block_size)
+
+
+@pytest.mark.parametrize("flag", ["avx512_bf16", "amx_bf16", "avx2"])
+def test_auto_means_bfloat16_where_the_processor_multiplies_it(monkeypatch, flag):
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {flag: True, "avx512_bf16_": True})
+    precisions = {
+        asked: choose_hardware(FitSettings(device="cpu", precision=asked)).precision
+        for asked in ("auto", "float32", "bfloat16")
+    }
+    found = torch.float32 if flag == "avx2" else torch.bfloat16
+    assert precisions == {"auto": found, "float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_auto_trains_as_what_it_means_to_the_bit(monkeypatch, has_bfloat16):
+    monkeypatch.setattr("nanogpt_surgery.training.hardware.cpu_has_bfloat16", lambda: has_bfloat16)
+    found, wanted = (
+        [step.loss for step in train(model_of(), precision=precision)]
+        for precision in ("auto", "bfloat16" if has_bfloat16 else "float32")
+    )
+    assert found == wanted

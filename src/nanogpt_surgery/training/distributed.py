@@ -74,6 +74,8 @@ class World:
     def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients; where another process has one and this has not, it counts as 0.
 
+        They are added up in float32 at least, whatever they are kept in.
+
         Raises:
             SurgeryError: another process has ended.
         """
@@ -86,7 +88,7 @@ class World:
                 parameter.grad = _gradient(parameter)
                 gradients.append(parameter.grad)
         for bucket in _buckets(gradients):
-            flat = torch.cat([gradient.flatten() for gradient in bucket])
+            flat = torch.cat([_at_least_float32(gradient).flatten() for gradient in bucket])
             with _others_there():
                 dist.all_reduce(flat)
             sums = flat.split([gradient.numel() for gradient in bucket])
@@ -181,6 +183,10 @@ def _refuse_device(model: nn.Module) -> None:
 
 def _gradient(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
