@@ -25,6 +25,10 @@ class SurgeryError(Exception):
         super().__init__(f"{what}\n  → {hint}" if hint else what)
 
 
+class NotFiniteError(SurgeryError):
+    """A model has computed what is no finite number."""
+
+
 class SurgeryWarning(UserWarning):
     """Something the user should know, although the work goes on."""
 

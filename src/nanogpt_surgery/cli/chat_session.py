@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from nanogpt_surgery.cli.chat_files import ChatFiles, file_named
 from nanogpt_surgery.cli.chat_settings import ChatSettings, number
 from nanogpt_surgery.cli.console import say
-from nanogpt_surgery.errors import SurgeryError, nearest, printable
+from nanogpt_surgery.errors import NotFiniteError, SurgeryError, nearest, printable
 
 if TYPE_CHECKING:
     from nanogpt_surgery.generation.conversation import Conversation
@@ -40,6 +40,8 @@ class Session:
         except BrokenPipeError:  # nobody reads the answers any more
             raise
         except (SurgeryError, OSError) as error:
+            if isinstance(error, NotFiniteError) and not sys.stdin.isatty():
+                raise  # nobody is there who could choose another adapter
             say(str(error))
         except KeyboardInterrupt:
             self.conversation.weights_changed()  # it may have come in the middle of a layer

@@ -85,13 +85,13 @@ def _write_adapter(
 
 
 def _write_model(model: str, out: Path, form: ModelForm, json: bool) -> None:
-    from nanogpt_surgery.formats.comparison import check_finite
     from nanogpt_surgery.formats.gguf_write import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
+    from nanogpt_surgery.model.finite import check_finite_weights
 
     network, tokenizer = open_model(model, "each")
     if form == "huggingface":
-        check_finite(network, model)
+        check_finite_weights(network, model)
         save_model(network, out, tokenizer)
     else:
         show(save_gguf(network, out, tokenizer, form), json)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.lora.report import Report
+from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 # How far a number may move, as a share of the largest in its row.
@@ -123,8 +124,9 @@ def _logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
         ours = model.eval()(ids.to(device)).cpu()
         theirs = again(ids).float()
     model.train(training)
-    check_finite_logits(ours, "the model")
-    check_finite_logits(theirs, "the written model")
+    with computing_in_float32(model):
+        check_finite(ours, model, lambda: model(ids.to(device)))
+    check_finite(theirs, again, lambda: again(ids), "the written model")
     log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
     return {
         "largest_logit_error": float((ours - theirs).abs().max()),
@@ -156,30 +158,6 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def check_finite(model: nn.Module, whose: str) -> None:
-    """Raise `SurgeryError` for weights that are NaN or infinite; the first is named."""
-    wrong = [
-        name for name, tensor in model.state_dict().items() if not bool(tensor.isfinite().all())
-    ]
-    if wrong:
-        raise SurgeryError(
-            f"{whose} holds weights that are NaN or infinite: {wrong[0]}"
-            + (f" and {len(wrong) - 1} more tensors" if wrong[1:] else ""),
-            "take a checkpoint from before it was damaged",
-        )
-
-
-def check_finite_logits(logits: Tensor, whose: str) -> None:
-    """Raise `SurgeryError` for logits that are NaN or infinite."""
-    wrong = int((~logits.isfinite()).sum())
-    if wrong:
-        raise SurgeryError(
-            f"{wrong:,} of {logits.numel():,} logits of {whose} are NaN or infinite, although it "
-            "computes in float32 and every weight is finite",
-            "its weights are too large to compute with; take a checkpoint from before",
-        )
 
 
 def check_tokenizer(tokenizer: Tokenizer | None, again: Tokenizer | None) -> None:

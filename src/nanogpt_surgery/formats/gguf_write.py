@@ -22,7 +22,7 @@ from torch import Tensor
 from nanogpt_surgery.atomic import whole_file
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.formats.comparison import check_finite, compare
+from nanogpt_surgery.formats.comparison import compare
 from nanogpt_surgery.formats.gguf_model import SCALING_KEY, open_gguf, rope_factors
 from nanogpt_surgery.formats.gguf_names import FIELDS, ROPE_FACTORS, table
 from nanogpt_surgery.formats.gguf_tokenizer import write_tokenizer
@@ -33,6 +33,7 @@ from nanogpt_surgery.lora.examination import Rounding
 from nanogpt_surgery.lora.operations import has_lora
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.finite import check_finite_weights
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
@@ -74,7 +75,7 @@ def write_gguf_file(
     """Write a file that is being made; what it holds, in float32, and how far that is off."""
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
-    check_finite(model, "the model")
+    check_finite_weights(model, "the model")
     kinds = _write(model, _family(model), path, tokenizer, kind)
     again, tokenizer_again = open_gguf(path, torch.float32)
     return again, compare(model, again, tokenizer, tokenizer_again, kinds, title)

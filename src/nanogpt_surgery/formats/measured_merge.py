@@ -7,11 +7,11 @@ after their rounding, and hold what they wrote against the adapted model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor
 
-from nanogpt_surgery.formats.comparison import check_finite_logits
 from nanogpt_surgery.formats.merge_preparation import Merge
 from nanogpt_surgery.lora.examination import (
     RoundingOf,
@@ -24,6 +24,7 @@ from nanogpt_surgery.lora.examination import (
 from nanogpt_surgery.lora.lora_layer import lora_layers
 from nanogpt_surgery.lora.ties import refuse_undecided
 from nanogpt_surgery.lora.wrapping import merge_layers
+from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 WIDER = "surgery merge into --dtype float32, or surgery export with --form F32"
@@ -46,7 +47,7 @@ class Merged:
             SurgeryError: it exceeds the tolerance, or the logits are not finite.
         """
         merged = logits_of(again.float(), self.probe)
-        check_finite_logits(merged, "the merged model")
+        check_finite(merged, again, partial(logits_of, again, self.probe), "the merged model")
         effect = compare_logits(self.adapted, merged)
         if self.tolerance is not None:
             refuse_effect(effect, self.tolerance)
@@ -68,7 +69,8 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
             be NaN or infinite.
     """
     adapted, layers = logits_of(merge.model, merge.probe), lora_layers(merge.model)
-    check_finite_logits(adapted, f"the model with {merge.adapter}")
+    again = partial(logits_of, merge.model, merge.probe)
+    check_finite(adapted, merge.model, again, f"the model with {merge.adapter}")
     rows = merge_rows(layers, rounding)
     if not force:
         refuse_weights(

@@ -12,10 +12,10 @@ from torch import Tensor
 from nanogpt_surgery.data.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.adapter_layout import load_adapter
-from nanogpt_surgery.formats.comparison import check_finite
 from nanogpt_surgery.formats.model_file import open_model
 from nanogpt_surgery.lora.hashing import UPDATES, combined, plain_name, tensor_hashes
 from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.model.finite import check_finite_weights
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
@@ -74,7 +74,7 @@ def prepare(
     if dtype is None:
         _refuse_wider(stored, str(model))
     dtypes = stored if dtype is None else dict.fromkeys(stored, getattr(torch, dtype))
-    check_finite(network, str(model))
+    check_finite_weights(network, str(model))
     network.float()
     base = combined(tensor_hashes(network).values())
     load_adapter(network, adapter, tied=tied, force=force)

@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.generate import Window, check_bias, check_count, check_prompt
+from nanogpt_surgery.generation.generate import (
+    Window,
+    check_bias,
+    check_count,
+    check_prompt,
+    last_logits,
+)
 from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -159,11 +166,19 @@ class _Together:
         self.new = torch.zeros(len(self.lines), 1, dtype=torch.long)
         tokens = []
         for i, line in enumerate(self.lines):
-            token = line.take(logits[i]) if line.running else None
+            if not line.running:
+                continue
+            check_finite(logits[i], self.model, lambda line=line: self._anew(line))  # type: ignore[misc]
+            token = line.take(logits[i])
             if token is not None:
                 self.new[i] = token.id
                 tokens.append(token)
         return tokens
+
+    def _anew(self, line: _Line) -> Tensor:
+        """The logits of one row by itself."""
+        ids = torch.tensor([*line.prompt.tolist(), *line.answer], device=self.padding.device)
+        return last_logits(self.model, ids)
 
     def _logits(self) -> Tensor:
         """Logits (B, V) after the new columns."""

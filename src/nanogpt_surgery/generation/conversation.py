@@ -69,10 +69,10 @@ class Conversation:
             seed: of the draw.
 
         Raises:
-            SurgeryError: the text is too long for the context, or the template refuses it. Nothing
-                was said then.
+            SurgeryError: the text is too long for the context, or the template refuses it; or,
+                while pieces are taken, the model's logits are not finite. Nothing was said then.
         """
-        said = [*self.messages, {"role": "user", "content": text}]
+        before, said = self.messages, [*self.messages, {"role": "user", "content": text}]
         room = min(max_new_tokens, max(1, self.model.config.block_size // 2))
         ids, self.forgotten = self._fitting(said, room)
         answer: Message = {"role": "assistant", "content": ""}
@@ -89,7 +89,20 @@ class Conversation:
             past=self.past,
         )
         self.messages = [*said, answer]
-        return _remembered(pieces, answer)
+        return self._remembered(pieces, answer, before)
+
+    def _remembered(
+        self, pieces: Iterator[str], answer: Message, before: list[Message]
+    ) -> Iterator[str]:
+        """The pieces, kept in the answer; where one fails, nothing was said."""
+        try:
+            for piece in pieces:
+                answer["content"] += piece
+                yield piece
+        except SurgeryError:
+            self.messages = before
+            self.weights_changed()
+            raise
 
     def _fitting(self, said: list[Message], room: int) -> tuple[list[int], int]:
         """The ids of the newest messages that fit beside an answer, and how many do not.
@@ -147,9 +160,3 @@ class Conversation:
     def weights_changed(self) -> None:
         """Keys and values of before are of no use: call it after any change of the model."""
         self.past = Past()
-
-
-def _remembered(pieces: Iterator[str], answer: Message) -> Iterator[str]:
-    for piece in pieces:
-        answer["content"] += piece
-        yield piece

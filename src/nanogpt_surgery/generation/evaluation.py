@@ -6,8 +6,10 @@ Legend: B rows, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,9 +17,11 @@ from torch import Tensor
 from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.model.finite import not_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 POSITIONS = 1024  # whose logits are held at once
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,7 @@ class Perplexity:
     @property
     def perplexity(self) -> float:
         """Among how many equally likely tokens the model wavers, on average."""
-        return math.exp(self.loss)
+        return math.exp(self.loss) if self.loss < _LARGEST_EXPONENT else math.inf
 
     @property
     def bits(self) -> float:
@@ -106,6 +110,9 @@ def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tens
     """Beside the log-probability of each token, whether it is the likeliest: (T − 1,) twice.
 
     Logits are made for a few positions at a time, so those of all are never held at once.
+
+    Raises:
+        NotFiniteError: one of the logits of a text is no finite number.
     """
     device = next(model.parameters()).device
     rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(device)  # (B, T)
@@ -118,19 +125,26 @@ def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tens
                 hidden.split(POSITIONS), rows[:, 1:].flatten().split(POSITIONS), strict=True
             )
             found = [_scores(model.lm_head(h).float(), targets) for h, targets in parts]
-            chosen, likeliest = (
+            chosen, likeliest, finite = (
                 torch.cat(part).view(len(texts), -1).cpu() for part in zip(*found, strict=True)
             )
     finally:
         model.train(training)
     lengths = [len(text) - 1 for text in texts]
+    for i, n in enumerate(lengths):
+        if not bool(finite[i, :n].all()):
+            raise not_finite(model, partial(model, rows[i : i + 1, :n]))
     return [(chosen[i, :n], likeliest[i, :n]) for i, n in enumerate(lengths)]
 
 
-def _scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (N, V): the targets' log-probabilities, and whether they are the largest, (N,)."""
+def _scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of logits (N, V): the targets' log-probabilities, and whether they are the largest, (N,).
+
+    The third says whether all logits of a position are finite.
+    """
     chosen = logits.gather(-1, targets[:, None])[:, 0]
-    return chosen - logits.logsumexp(-1), logits.argmax(-1) == targets
+    likeliest = logits.argmax(-1) == targets
+    return chosen - logits.logsumexp(-1), likeliest, logits.isfinite().all(-1)
 
 
 def answer_loss(model: SimpleGPT, examples: Sequence[Example], batch_size: int = 8) -> Perplexity:

@@ -11,6 +11,7 @@ from torch import Tensor
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -89,6 +90,12 @@ def check_bias(model: SimpleGPT, settings: SamplingSettings) -> None:
         )
 
 
+def last_logits(model: SimpleGPT, ids: Tensor) -> Tensor:
+    """Logits (V,) after ids (T,), computed anew without a cache."""
+    logits: Tensor = model.lm_head(model.hidden(ids[None])[0, -1])
+    return logits
+
+
 class Past:
     """What a call of `generate` leaves behind for the next one."""
 
@@ -149,7 +156,11 @@ class Window:
         self.ids = torch.cat((self.ids, self.ids.new_tensor([new])))
 
     def next_logits(self) -> Tensor:
-        """Logits (V,) of the token after the ids."""
+        """Logits (V,) of the token after the ids.
+
+        Raises:
+            NotFiniteError: one of them is no finite number.
+        """
         if len(self.ids) > self.block_size:
             self._slide()
         new = self.ids[None, self.cache.length :]
@@ -161,6 +172,7 @@ class Window:
                 logits: Tensor = self.model.lm_head(hidden[0, -1])  # (V,)
         finally:
             self.model.train(training)
+        check_finite(logits, self.model, lambda: last_logits(self.model, self.ids))
         return logits
 
     def _slide(self) -> None:
