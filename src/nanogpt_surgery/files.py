@@ -211,12 +211,18 @@ def link_or_copy(source: Path, goal: Path) -> None:
 
     No bytes are copied where the file system can link.
     """
+    if goal.exists() and goal.samefile(source):
+        return  # and a rename between two names of one file would leave both
     temporary = temporary_beside(goal)
     try:
-        temporary.hardlink_to(source)
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(goal)
+        try:
+            temporary.hardlink_to(source)
+        except OSError:
+            shutil.copyfile(source, temporary)
+            flush(temporary)
+        temporary.replace(goal)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def read_json(path: Path) -> Any:

@@ -134,7 +134,7 @@ def _carried_out(
 @contextmanager
 def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[Run]:
     """The run, begun or gone on with; others than the first process only read its checkpoint."""
-    from nanogpt_surgery.formats.run_folder import checkpoint_folder
+    from nanogpt_surgery.formats.run_folder import checkpoint_at
     from nanogpt_surgery.training.checkpoint import Run, start_run
 
     folder = job.options.out
@@ -146,7 +146,7 @@ def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[
 
     with ExitStack() as stack:
         step = told(together, begin)
-        read = checkpoint_folder(folder, step) if step else None
+        read = checkpoint_at(folder, step)
         yield own[0] if own else Run(folder, read)
 
 

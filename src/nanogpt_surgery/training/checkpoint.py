@@ -11,6 +11,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,9 @@ from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import (
     MANIFEST,
+    damage,
+    disk_refuses,
+    file_hash,
     flush,
     is_temporary,
     link_or_copy,
@@ -38,21 +42,26 @@ from nanogpt_surgery.formats.run_folder import (
     LOCK,
     METRICS,
     RUN,
+    STATE,
+    SUMMARY,
     best_checkpoint,
-    checkpoint_folder,
     checkpoints,
+    free_place,
     held,
+    holds_only_its_own,
     is_run,
     latest_checkpoint,
     step_of,
+    summary_of_checkpoint,
+    validation_loss_of,
 )
 from nanogpt_surgery.training.description import refusal
 from nanogpt_surgery.training.metrics_file import append_metrics, trim_metrics
 from nanogpt_surgery.training.state import restore_state, training_state
 from nanogpt_surgery.training.step import Step
 
-STATE, SUMMARY = "training.safetensors", "training.json"
 KEPT = 2  # newest checkpoints, beside the best
+_NOT_SHOWN = (STATE, SUMMARY, MANIFEST)
 
 
 class Run:
@@ -68,7 +77,9 @@ class Run:
         self.folder = folder
         self.checkpoint = checkpoint
         self.best = best
-        self.best_loss = _validation_loss(best) if best else float("inf")
+        loss = validation_loss_of(best) if best else None
+        self.best_loss = float("inf") if loss is None else loss
+        self._whole = {checkpoint, best}
 
     @property
     def first_step(self) -> int:
@@ -78,7 +89,15 @@ class Run:
     @property
     def processes(self) -> int:
         """How many shared the batch of the step before."""
-        return int(_summary(self.checkpoint).get("processes", 1)) if self.checkpoint else 1
+        return int(self._said().get("processes", 1))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was given to `save` beside the step, with the checkpoint to go on from."""
+        return dict(self._said().get("state", {}))
+
+    def _said(self) -> dict[str, Any]:
+        return summary_of_checkpoint(self.checkpoint) if self.checkpoint else {}
 
     def record(self, step: Step) -> None:
         """Append a step's metrics.
@@ -94,44 +113,90 @@ class Run:
         write_weights: Callable[[Path], None],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        state: dict[str, Any] | None = None,
     ) -> Path:
         """Commit a checkpoint after a step; keep the newest two and the best.
+
+        Args:
+            step: what it did; without a validation loss, the checkpoint cannot be the best.
+            write_weights: writes the files that others read into an empty folder.
+            model: with what is trained.
+            optimizer: with the state of each trained parameter.
+            state: counters to go on with, plain values; `Run.state` gives them back.
 
         Raises:
             SurgeryError: the disk refuses; the checkpoints that were there stay.
         """
-        goal = checkpoint_folder(self.folder, step.step)
+        goal = free_place(self.folder, step.step)
         if (self.folder / METRICS).is_file():  # no checkpoint without the lines of its steps
             flush(self.folder / METRICS)
         with whole_folder(goal) as temporary:
             write_weights(temporary)
             write_tensors(training_state(model, optimizer), temporary / STATE)
-            write_json(temporary / SUMMARY, step.to_dict())
-        replace_text(self.folder / LATEST, goal.name + "\n")
-        if step.validation_loss is not None and step.validation_loss < self.best_loss:
-            self.best, self.best_loss = goal, step.validation_loss
-            replace_text(self.folder / BEST, goal.name + "\n")
+            write_json(temporary / SUMMARY, step.to_dict() | {"state": state or {}})
         self.checkpoint = goal
-        self._publish(self.best or goal)
+        self._whole.add(goal)
+        loss = validation_loss_of(goal)
+        if loss is not None and loss < self.best_loss:
+            self.best, self.best_loss = goal, loss
+        self.show()
         self._prune()
         return goal
 
-    def _publish(self, checkpoint: Path) -> None:
-        """Show a checkpoint's weights at the top of the run folder, where other programs look.
+    def show(self) -> None:
+        """Let LATEST, BEST and the top of the folder say what the checkpoints say.
+
+        Raises:
+            SurgeryError: the disk refuses.
+        """
+        try:
+            self._show()
+        except OSError as error:
+            raise disk_refuses(self.folder, error) from error
+
+    def _show(self) -> None:
+        for hint, checkpoint in ((LATEST, self.checkpoint), (BEST, self.best)):
+            path, wanted = self.folder / hint, f"{checkpoint.name}\n" if checkpoint else ""
+            if checkpoint is None:
+                path.unlink(missing_ok=True)
+            elif not path.is_file() or path.read_text("utf-8", "replace") != wanted:
+                replace_text(path, wanted)
+        shown = self.best or self.checkpoint
+        if shown and (files := self._unlike(shown)):
+            self._publish(files)
+
+    def _unlike(self, checkpoint: Path) -> list[Path]:
+        """The files of a checkpoint that are not, with the same bytes, at the top of the folder."""
+        own = [file for file in checkpoint.iterdir() if file.name not in _NOT_SHOWN]
+        return [file for file in own if not _same_bytes(file, self.folder / file.name)]
+
+    def _publish(self, files: list[Path]) -> None:
+        """Show files of a checkpoint at the top of the run folder, where other programs look.
 
         A journal that says which files should be there is told that they change from here on.
         """
         if read_journal(self.folder).files:
             record(self.folder, Entry("training went on", "", {}, {}, "none"))
-        for file in checkpoint.iterdir():
-            if file.name not in (STATE, SUMMARY, MANIFEST):
-                link_or_copy(file, self.folder / file.name)
+        for file in files:
+            link_or_copy(file, self.folder / file.name)
 
     def _prune(self) -> None:
-        kept = {*checkpoints(self.folder)[-KEPT:], self.best}
-        for folder in checkpoints(self.folder):
-            if folder not in kept:
+        """Delete checkpoints but the newest two that are whole and the best.
+
+        Those after the newest were passed over; the training will come to their steps.
+        """
+        found = checkpoints(self.folder)
+        found = found[: found.index(self.checkpoint) + 1] if self.checkpoint in found else []
+        newest = (folder for folder in reversed(found) if self._is_whole(folder))
+        kept = {*islice(newest, KEPT), self.best}
+        for folder in found:
+            if folder not in kept and holds_only_its_own(folder):
                 shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_whole(self, checkpoint: Path) -> bool:
+        if checkpoint not in self._whole and damage(checkpoint) is None:
+            self._whole.add(checkpoint)
+        return checkpoint in self._whole
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         """Give what is trained and its optimizer the state of the checkpoint to go on from.
@@ -164,9 +229,10 @@ def start_run(folder: Path, description: dict[str, Any], resume: bool) -> Iterat
         remove_temporaries(folder / "checkpoints")
         if not is_run(folder):
             write_json(folder / RUN, description)
-        checkpoint = latest_checkpoint(folder)
-        trim_metrics(folder / METRICS, step_of(checkpoint) if checkpoint else 0)
-        yield Run(folder, checkpoint, best_checkpoint(folder))
+        run = Run(folder, latest_checkpoint(folder), best_checkpoint(folder))
+        trim_metrics(folder / METRICS, run.first_step)
+        run.show()
+        yield run
 
 
 def _foreign(folder: Path) -> bool:
@@ -209,11 +275,7 @@ def _refuse_another(folder: Path, description: dict[str, Any]) -> None:
         raise error
 
 
-def _validation_loss(checkpoint: Path) -> float:
-    return float(_summary(checkpoint)["validation_loss"])
-
-
-def _summary(checkpoint: Path) -> dict[str, Any]:
-    """What was said of a checkpoint's step."""
-    summary: dict[str, Any] = read_json(checkpoint / SUMMARY)
-    return summary
+def _same_bytes(one: Path, other: Path) -> bool:
+    if not other.is_file() or other.stat().st_size != one.stat().st_size:
+        return False
+    return one.samefile(other) or file_hash(one) == file_hash(other)

@@ -26,12 +26,16 @@ def append_metrics(path: Path, step: dict[str, Any]) -> None:
 def trim_metrics(path: Path, steps: int) -> None:
     """Drop lines of steps that will be done again, and a line torn by a crash.
 
+    A line before the first step, of step 0, may stand there.
+
     Raises:
         SurgeryError: the lines before them are not those of steps 1 to `steps`.
     """
     if not path.is_file():
         return
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+    start = lines[:1] if lines and _step(lines[0]) == 0 else []
+    lines = lines[len(start) :]
     whole = next((i for i, line in enumerate(lines[:steps]) if _step(line) != i + 1), len(lines))
     if whole < steps:
         raise SurgeryError(
@@ -39,7 +43,7 @@ def trim_metrics(path: Path, steps: int) -> None:
             f"step {steps}",
             "put the lines back from a copy, or begin anew in another --out",
         )
-    replace_text(path, "".join(line + "\n" for line in lines[:steps]))
+    replace_text(path, "".join(line + "\n" for line in start + lines[:steps]))
 
 
 def _step(line: str) -> int | None:
