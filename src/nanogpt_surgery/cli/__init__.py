@@ -5,6 +5,11 @@ from __future__ import annotations
 
 def main() -> None:
     """The console script `surgery`."""
-    from nanogpt_surgery.cli.app import run
+    from nanogpt_surgery.cli.interrupts import AnsweredSignals
 
-    run()
+    with AnsweredSignals():
+        from nanogpt_surgery.cli.app import run
+        from nanogpt_surgery.cli.console import ready_streams
+
+        ready_streams()
+        run()

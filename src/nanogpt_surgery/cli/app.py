@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -81,19 +83,34 @@ def run(arguments: list[str] | None = None) -> None:
             app.config = take_config(arguments)
         with spoken_warnings(), joined(" ".join(_command(arguments))):
             _run(app, arguments)
+        sys.stdout.flush()
     except SurgeryError as error:
         if debug:
             raise
         complain(f"surgery: {error}")
         sys.exit(1)
     except BrokenPipeError:  # the reader of our stdout has gone (`surgery inspect … | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _forget_stdout()
         sys.exit(141)
     except OSError as error:
         if debug:
             raise
-        complain(f"surgery: {error}")
+        complain(f"surgery: {_refusal(error)}")
+        _forget_stdout()
         sys.exit(1)
+
+
+def _forget_stdout() -> None:
+    """Let what is still to be written there go nowhere: it would fail once more at the end."""
+    with suppress(OSError, ValueError):  # it may be no file at all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _refusal(error: OSError) -> str:
+    """The words of the system for what it refused, and the files that it was about."""
+    names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    where = " → ".join(names) or ("standard output" if error.errno == errno.ENOSPC else "")
+    return ": ".join(filter(None, (where, error.strerror or str(error) or type(error).__name__)))
 
 
 def _run(app: App, arguments: list[str]) -> None:

@@ -120,10 +120,7 @@ def _lines() -> Iterator[str]:
 
 def _piped() -> Iterator[str]:
     while True:
-        try:
-            data = sys.stdin.buffer.readline()
-        except KeyboardInterrupt:  # between answers: nobody is there who could type /exit
-            sys.exit(130)
+        data = sys.stdin.buffer.readline()  # Ctrl-C here leaves: nobody could type /exit
         if not data:
             return
         yield data.decode(errors="replace").rstrip("\r\n")

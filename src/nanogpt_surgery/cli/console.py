@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,18 @@ if TYPE_CHECKING:
     from nanogpt_surgery.training.step import Step
 
 PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
+
+
+def ready_streams() -> None:
+    """Make stdout and stderr take whatever is written.
+
+    One that was closed before the start (`>&-`) becomes the void. A character that an encoding has
+    not is escaped: a report with a × in it also comes out in ASCII.
+    """
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w", encoding="utf-8"))  # noqa: SIM115
+        getattr(sys, name).reconfigure(errors="backslashreplace")
 
 
 def say(text: str) -> None:

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from functools import partial
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
@@ -38,7 +39,9 @@ def in_processes(
         min(workers, len(tasks)), get_context("spawn"), partial(_begin, begin)
     )
     try:
-        for future in as_completed([pool.submit(function, task) for task in tasks]):
+        with _deaf_beginnings():
+            futures = [pool.submit(function, task) for task in tasks]
+        for future in as_completed(futures):
             yield future.result()
     except BrokenProcessPool:
         raise SurgeryError(
@@ -48,6 +51,23 @@ def in_processes(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _deaf_beginnings() -> Iterator[None]:
+    """Processes that begin in this context never hear a Ctrl-C, which this one answers after it.
+
+    They would answer with a traceback each until `_begin` runs in them.
+    """
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    resource_tracker.ensure_running()  # its own beginning would take the mask away
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _begin(begin: Callable[[], None] | None) -> None:

@@ -1,0 +1,75 @@
+"""Ctrl-C and SIGTERM end a command in one line and with its status, in whatever phase it is.
+
+Nothing but the interpreter is loaded when this begins, so that it holds while torch is imported.
+Within a training, and within an answer of `chat`, other handlers stand before these.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Any
+
+SAID = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}
+
+
+class Terminated(SystemExit):
+    """SIGTERM came: only what cleans up still runs."""
+
+
+class AnsweredSignals:
+    """A context in which the signals end the process cleanly, and at its end at once."""
+
+    def __enter__(self) -> None:
+        sys.unraisablehook = _unraisable
+        _answer_by(_raise)
+
+    def __exit__(
+        self, _kind: object, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        _answer_by(_leave)  # the interpreter closes down, where nothing can be raised
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            number = _number_of(error)
+            _say(number)
+            sys.exit(128 + number)
+
+
+def _answer_by(handler: Any) -> None:
+    for number in SAID:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handler)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that what is half-written goes.
+
+    An import is left at once: code in C may make another error of what is raised in it.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _leave(number)
+        frame = frame.f_back
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
+
+
+def _unraisable(args: sys.UnraisableHookArgs) -> None:
+    """An interrupt that came in a destructor would be printed and forgotten."""
+    if isinstance(args.exc_value, KeyboardInterrupt | Terminated):
+        _leave(_number_of(args.exc_value))
+    sys.__unraisablehook__(args)
+
+
+def _number_of(error: BaseException) -> int:
+    return int(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+
+
+def _leave(number: int, _frame: FrameType | None = None) -> None:
+    _say(number)
+    os._exit(128 + number)
+
+
+def _say(number: int) -> None:
+    """A line on stderr, past Python's buffers, which the signal may have found half-written."""
+    os.write(2, f"surgery: {SAID[number]}\n".encode())
