@@ -61,7 +61,7 @@ def test_a_wider_file_keeps_all_that_the_adapter_learned(place, tmp_path) -> Non
     assert "and read it again" in said
     model, _ = open_model(tmp_path / "m.gguf", torch.float32)
     assert torch.equal(model.get_submodule(Q_PROJ).weight, wanted(place, "faint"))
-    assert [row["energy left"] > 0.999999 for row in report["rows"]] == [True] * 4
+    assert [row["change kept"] > 0.999999 for row in report["rows"]] == [True] * 4
     assert report["kl"] < 1e-9
     assert report["measured_on"] == "160 random tokens"
 
@@ -76,7 +76,7 @@ def test_the_sum_is_rounded_once_to_the_form(place, tmp_path, form, rounded) -> 
     assert torch.equal(model.get_submodule(Q_PROJ).weight, wanted(place, "plain").to(rounded))
     dtypes = {row["dtype"] for row in report["rows"]}
     assert dtypes == {"bfloat16" if form == "huggingface" else form}
-    assert all(0.5 < row["energy left"] < 1 for row in report["rows"])
+    assert all(0.5 < row["change kept"] < 1 for row in report["rows"])
 
 
 def test_what_a_quantised_file_keeps_is_told(place, tmp_path) -> None:
@@ -86,7 +86,7 @@ def test_what_a_quantised_file_keeps_is_told(place, tmp_path) -> None:
     assert by_layer[Q_PROJ]["dtype"] == "F16"
     down = by_layer["layers.1.mlp.down_proj"]
     assert down["dtype"] == "Q8_0"
-    assert down["energy left"] < by_layer[Q_PROJ]["energy left"]
+    assert down["change kept"] < by_layer[Q_PROJ]["change kept"]
     called("export", place / "base", "--form", "Q8_0", "--out", tmp_path / "base.gguf")
     ours, base = (open_model(tmp_path / f"{n}.gguf")[0].layers[1].mlp.down_proj.weight
                   for n in ("m", "base"))  # fmt: skip

@@ -86,7 +86,7 @@ def test_flags_say_what_is_trained_on(flags, share, rows, place, tmp_path, capsy
     found = counts(capsys.readouterr().err)
     assert share[0] < float(found["trained"]["trained_share"]) < share[1]
     assert int(found["trained"]["rows"]) <= rows
-    assert int(found["trained"]["eos_labels"]) == (36 if share[1] == 1 else 18)
+    assert int(found["trained"]["answers_that_end"]) == (36 if share[1] == 1 else 18)
     assert (found["trained"]["examples"], found["held"]["examples"]) == ("18", "2")
 
 
@@ -119,7 +119,7 @@ def test_preview_shows_what_is_trained_on_in_brackets_and_counts(place, capsys):
     surgery("data", "preview", place / "m", place / "a.jsonl", "--examples", 2)
     out = capsys.readouterr().out
     assert "user\nAdd 0\n\nto 1<|im_end|>\n<|im_start|>assistant\n⟦1<|im_end|>\n⟧\nexample 2" in out
-    for line in ("examples: 20", "eos labels: 20", "truncated: 0", "dropped: 0"):
+    for line in ("examples: 20", "answers that end: 20", "truncated: 0", "dropped: 0"):
         assert f"\n{line}\n" in out
     alone = [place / "m" / "tokenizer.json", place / "a.jsonl", "--json", "--examples", 1]
     surgery("data", "preview", *alone, "--block-size", 45, "--template", "plain")

@@ -75,7 +75,7 @@ def test_the_precision_is_chosen_and_its_loss_is_told(place):
         torch.bfloat16
     }
     assert half.summary["kl"] > 1000 * whole.summary["kl"]
-    assert all(row["largest error"] > 0 and row["energy left"] < 1 for row in half.rows)
+    assert all(row["largest error"] > 0 and row["change kept"] < 1 for row in half.rows)
     exact = adapted(CONFIGS["llama-scaled-tied"], ["q_proj", "lm_head"])
     layer = lora_layers(exact)["lm_head"]
     wanted = (layer.original_layer.weight + layer.delta_weight()).bfloat16()

@@ -90,9 +90,9 @@ def test_each_merged_weight_is_rounded_to_its_own_dtype(tmp_path):
     assert torch.equal(now[HEAD], sums["lm_head"])
     rows = {row["layer"]: row for row in report.rows}
     assert rows["lm_head"]["dtype"] == "float32"
-    assert rows["lm_head"]["energy left"] > 0.9999999
+    assert rows["lm_head"]["change kept"] > 0.9999999
     assert rows["layers.1.self_attn.q_proj"]["dtype"] == "bfloat16"
-    assert rows["layers.1.self_attn.q_proj"]["energy left"] < 0.99999
+    assert rows["layers.1.self_attn.q_proj"]["change kept"] < 0.99999
 
 
 def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(tmp_path):

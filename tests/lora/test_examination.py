@@ -12,8 +12,8 @@ from nanogpt_surgery import (
     tensor_hashes,
 )
 from nanogpt_surgery.lora.examination import (
+    change_kept,
     compare_logits,
-    energy_left,
     logits_of,
     round_int4,
     round_int8,
@@ -39,7 +39,7 @@ def test_a_merge_reports_its_effect_on_the_probe():
     assert report.summary["largest_error"] == float((after - before).abs().max())
     assert report.summary["mean_error"] == float((after - before).abs().mean())
     assert 0 <= report.summary["kl"] < 1e-9
-    assert report.summary["same_greedy"] == 1
+    assert report.summary["top_token_unchanged"] == 1
 
 
 def test_the_four_measures_of_two_sets_of_logits():
@@ -51,7 +51,7 @@ def test_the_four_measures_of_two_sets_of_logits():
     )
     kl = torch.distributions.kl_divergence(p, q).mean()
     assert effect["kl"] == pytest.approx(float(kl), rel=1e-4)
-    assert effect["same_greedy"] == pytest.approx(
+    assert effect["top_token_unchanged"] == pytest.approx(
         float((one.argmax(-1) == other.argmax(-1)).float().mean())
     )
 
@@ -82,7 +82,7 @@ def test_a_merge_that_gives_no_numbers_is_refused():
 def test_the_probe_may_be_a_function():
     model, ids = adapted(), some_ids()
     report = merge_lora(model, probe=lambda: model(ids)[:, -1])
-    assert report.summary["same_greedy"] == 1
+    assert report.summary["top_token_unchanged"] == 1
 
 
 def test_the_probe_changes_no_mode_and_keeps_no_gradient():
@@ -138,12 +138,12 @@ def test_rounding_to_integers_has_as_many_levels_as_it_says():
         assert (block - was).abs().max() <= was.abs().max() / 7 / 2 * 1.001
 
 
-def test_energy_left_is_a_share():
+def test_change_kept_is_a_share():
     delta = torch.randn(5, 6)
-    assert energy_left(delta, delta) == 1
-    assert energy_left(torch.zeros(5, 6), delta) == 0
-    assert energy_left(0.5 * delta, delta) == pytest.approx(0.75)
-    assert energy_left(-delta, delta) == 0
+    assert change_kept(delta, delta) == 1
+    assert change_kept(torch.zeros(5, 6), delta) == 0
+    assert change_kept(0.5 * delta, delta) == pytest.approx(0.75)
+    assert change_kept(-delta, delta) == 0
 
 
 def test_a_hash_knows_dtype_shape_and_every_bit():
@@ -163,7 +163,7 @@ def test_a_merge_in_bfloat16_rounds_once_and_says_what_is_lost():
     assert torch.equal(model.get_submodule("layers.0.mlp.up_proj").weight, wanted)
     [row] = [row for row in report.rows if row["layer"] == "layers.0.mlp.up_proj"]
     assert row["dtype"] == "bfloat16"
-    assert 0 < row["energy left"] < 1
+    assert 0 < row["change kept"] < 1
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,7 @@ def counts_in(dataset: InstructionDataset) -> dict[str, Any]:
         "tokens": counts.tokens,
         "trained_tokens": counts.trained,
         "trained_share": counts.trained / counts.tokens,
-        "eos_labels": counts.ends,
+        "answers_that_end": counts.ends,
         "truncated": counts.truncated,
         "dropped": counts.dropped,
     }

@@ -41,7 +41,7 @@ def compare(
 
     Returns:
         A row for each kind of storage, and the largest error of the logits, the KL divergence and
-        the share of equal greedy choices on probe ids.
+        the share of unchanged top tokens on probe ids.
 
     Raises:
         SurgeryError: a tensor moved further than its kind allows, the logits are not finite, or
@@ -131,7 +131,7 @@ def _logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
     return {
         "largest_logit_error": float((ours - theirs).abs().max()),
         "kl_divergence": float((log_ours.exp() * (log_ours - log_theirs)).sum(-1).mean()),
-        "equal_greedy": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
+        "top_token_unchanged": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
     }
 
 

@@ -242,7 +242,7 @@ def _row(entry: Entry, state: str) -> dict[str, Any]:
         "on base": entry.base[:SHOWN],
         "files": entry.changes(),
         "kl": entry.measured.get("kl"),
-        "same greedy": entry.measured.get("same_greedy"),
+        "top token unchanged": entry.measured.get("top_token_unchanged"),
         "validation loss": entry.measured.get("validation_loss"),
         "state": state,
     }

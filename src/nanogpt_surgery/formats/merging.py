@@ -89,7 +89,7 @@ def merge_adapter(
 
     Returns:
         A row for each layer; the largest and the mean error of the logits, KL and the share of
-        equal greedy tokens; and what was measured on.
+        unchanged top tokens; and what was measured on.
 
     Raises:
         SurgeryError: one of the parts cannot be opened, they do not fit, `out` is the model

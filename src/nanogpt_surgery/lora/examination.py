@@ -53,7 +53,7 @@ def compare_logits(before: Tensor, after: Tensor) -> dict[str, float]:
         "largest_error": float(gap.max()),
         "mean_error": float(gap.mean()),
         "kl": float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0)),
-        "same_greedy": float((before.argmax(-1) == after.argmax(-1)).double().mean()),
+        "top_token_unchanged": float((before.argmax(-1) == after.argmax(-1)).double().mean()),
     }
 
 
@@ -87,7 +87,8 @@ def refuse_effect(effect: Mapping[str, float], tolerance: float) -> None:
         raise SurgeryError(
             f"the merged model is not the adapted one: its distribution is {effect['kl']:.3g} nats "
             f"a token away (tolerance {tolerance:g}), the largest logit error "
-            f"{effect['largest_error']:.3g}, {effect['same_greedy']:.1%} of greedy tokens equal",
+            f"{effect['largest_error']:.3g}, the top token unchanged at "
+            f"{effect['top_token_unchanged']:.1%} of positions",
             "merge into float32 weights, raise the tolerance, or force=True (--force)",
         )
 
@@ -159,8 +160,8 @@ def merge_rows(
 ) -> list[dict[str, Any]]:
     """For each layer with a ΔW what a merge does that rounds so.
 
-    The size of ΔW, the largest error of a weight, the share of ΔW's energy that stays and that of
-    the weights that are other numbers than without ΔW.
+    The size of ΔW, the largest error of a weight, the part of the change that is kept and the share
+    of the weights that are other numbers than without ΔW.
     """
     rows = []
     for name, layer in _matrix_layers(layers).items():
@@ -177,7 +178,7 @@ def _what_arrives(layer: MatrixLayer, rounded: Rounding) -> dict[str, float]:
     return {
         "ΔW / W": _ratio(delta, weight),
         "largest error": float((after - exact).abs().max()),
-        "energy left": energy_left(after - before, delta),
+        "change kept": change_kept(after - before, delta),
         "weights changed": float((after != before).double().mean()),
     }
 
@@ -191,7 +192,7 @@ def _ratio(delta: Tensor, weight: Tensor) -> float:
     return float(delta.norm() / weight.norm().clamp_min(1e-30))
 
 
-def energy_left(arrived: Tensor, delta: Tensor) -> float:
+def change_kept(arrived: Tensor, delta: Tensor) -> float:
     """1 − ‖arrived − ΔW‖² / ‖ΔW‖², at least 0: 1 if the change arrives whole, 0 if it drowns."""
     energy = delta.double().square().sum()
     if energy == 0:
@@ -201,7 +202,7 @@ def energy_left(arrived: Tensor, delta: Tensor) -> float:
 
 
 def merge_survival(model: nn.Module) -> Report:
-    """The share of ΔW's energy that is left in each layer after rounding to lower precisions.
+    """The part of the change that each layer keeps after rounding to lower precisions.
 
     What arrives is round(W + ΔW) − round(W): an adapter whose changes are smaller than the steps of
     the numbers is gone after a merge, whatever it had learned.
@@ -213,12 +214,12 @@ def merge_survival(model: nn.Module) -> Report:
     for name, layer in _matrix_layers(lora_layers(model)).items():
         weight, delta = widened(layer.original_layer.weight), layer.delta_weight()
         left = {
-            precision: energy_left(rounded(weight + delta) - rounded(weight), delta)
+            precision: change_kept(rounded(weight + delta) - rounded(weight), delta)
             for precision, rounded in ROUNDINGS.items()
         }
         rows.append({"layer": name, "ΔW / W": _ratio(delta, weight), **left})
     lowest = {f"lowest_{name}": min(row[name] for row in rows) for name in ROUNDINGS if rows}
-    return Report("share of ΔW's energy left after rounding", rows, {"layers": len(rows), **lowest})
+    return Report("part of the change kept after rounding", rows, {"layers": len(rows), **lowest})
 
 
 def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:
