@@ -99,7 +99,7 @@ def test_questions_with_choices(folder: Path) -> None:
 
 def test_instruction_data(folder: Path) -> None:
     found = report(folder, folder / "instructions.json")
-    texts = [("User: ab\n\nAssistant: ", "cd\n\n"), ("User: e\n\nf\n\nAssistant: ", "gh\n\n")]
+    texts = [("User:\nab\n\nAssistant:\n", "cd\n\n"), ("User:\ne\n\nf\n\nAssistant:\n", "gh\n\n")]
     parts = [scores(folder, q + a)[len(q) - 1 :] for q, a in texts]
     assert found["answer_tokens"] == 8
     assert found["loss"] == pytest.approx(-float(torch.cat(parts).mean()), rel=1e-5)

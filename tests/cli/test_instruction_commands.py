@@ -125,7 +125,7 @@ def test_preview_shows_what_is_trained_on_in_brackets_and_counts(place, capsys):
     surgery("data", "preview", *alone, "--block-size", 45, "--template", "plain")
     report = json.loads(capsys.readouterr().out)
     assert report["preview"][0] == [
-        {"text": "User: Add 0\n\nto 1\n\nAssistant: ", "trained": False},
+        {"text": "User:\nAdd 0\n\nto 1\n\nAssistant:\n", "trained": False},
         {"text": "1<|im_end|>\n\n", "trained": True},
     ]
     assert report["trained_tokens"] < report["tokens"]

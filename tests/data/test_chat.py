@@ -64,7 +64,7 @@ def test_a_model_without_a_template_gets_ours():
     assert ChatTemplate("chatml").render(TALK[:1]) == (
         "<|im_start|>user\nWhat's <2 + 2>?<|im_end|>\n<|im_start|>assistant\n"
     )
-    assert ChatTemplate("plain").render(TALK[2:]) == "User: Thanks\n\nAssistant: "
+    assert ChatTemplate("plain").render(TALK[2:]) == "User:\nThanks\n\nAssistant:\n"
 
 
 HOSTILE = {

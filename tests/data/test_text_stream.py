@@ -60,6 +60,16 @@ def test_a_space_between_words_survives_at_the_border_with_the_prompt():
     assert "".join(pieces(tokenizer, ids[cut:], before=ids[:cut])) == " brown"
 
 
+def test_tokens_that_all_reach_over_characters():
+    tokenizer = BPETokenizer.train("日本語" * 40, 262)
+    text = "日本語" * 30 + "日"
+    ids = tokenizer.encode(text)
+    assert not any(tokenizer.decode([i]).isalpha() for i in ids[:-3])
+    shown = pieces(tokenizer, ids)
+    assert "".join(shown) == text
+    assert not any("\ufffd" in piece for piece in shown)
+
+
 def test_characters_stream_one_by_one():
     tokenizer = CharacterTokenizer("日本 ab")
     assert pieces(tokenizer, tokenizer.encode("a日 b")) == ["a", "日", " ", "b", ""]

@@ -73,7 +73,7 @@ def test_answers_are_those_of_the_whole_text_written_out():
     talk.system = "Be"
     first = said(talk, "ab")
     second = said(talk, "cd")
-    text = f"System: Be\n\nUser: ab\n\nAssistant: {first}\n\nUser: cd\n\nAssistant: "
+    text = f"System:\nBe\n\nUser:\nab\n\nAssistant:\n{first}\n\nUser:\ncd\n\nAssistant:\n"
     assert second == continued(talk.model, text, 6)
     assert [m["content"] for m in talk.messages] == ["ab", first, "cd", second]
 
@@ -134,8 +134,8 @@ def test_undo_takes_one_exchange_back_and_reset_all():
 def test_a_plain_answer_ends_before_the_next_speaker():
     """The model is made to write what a user would say next."""
     talk = conversation()
-    script = TOKENIZER.encode(" fine.\n\nUser: and")
-    begin = len(TOKENIZER.encode("User: ab\n\nAssistant: "))
+    script = TOKENIZER.encode(" fine.\n\nUser:\nand")
+    begin = len(TOKENIZER.encode("User:\nab\n\nAssistant:\n"))
 
     def scripted(hidden):
         place = talk.past.window.ids.numel() - begin

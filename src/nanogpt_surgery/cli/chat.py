@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 _PLAIN = (
     "this model has no chat template, so it was probably not taught to converse: messages are "
-    'written as "User: …" and "Assistant: …", and an answer ends where the next "User:" begins'
+    'written below "User:" and "Assistant:", and an answer ends where the next "User:" begins'
 )
 TemplateChoice: TypeAlias = Literal["auto", "chatml", "plain", "none"]
 MESSAGES = Parameter(
@@ -82,7 +82,7 @@ def template_named(tokenizer: Tokenizer, name: TemplateChoice) -> ChatTemplate:
         return replace(found, source=name)
     if found.source == "plain":
         try:
-            tokenizer.encode("System: User: Assistant: \n")
+            tokenizer.encode("System:\nUser:\nAssistant:\n")
         except SurgeryError:  # a vocabulary of characters without these
             return replace(found, source="none")
     return found

@@ -116,6 +116,11 @@ class BPETokenizer:
         """The same ids as an array (N,), without a Python object for each."""
         return self._encoding.encode_to_numpy(text, allowed_special="all")
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """The same ids, and for each the position of its first character in the text."""
+        ids = self.encode(text)
+        return ids, self._encoding.decode_with_offsets(ids)[1]
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; bytes that are not UTF-8 become U+FFFD.
 

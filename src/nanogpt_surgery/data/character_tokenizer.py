@@ -73,6 +73,10 @@ class CharacterTokenizer:
             raise self._unknown(text, int(unknown[0]))
         return ids
 
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """The id of each character, and its position."""
+        return self.encode(text), list(range(len(text)))
+
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids.
 

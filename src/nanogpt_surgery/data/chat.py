@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from nanogpt_surgery.data.token_offsets import encode_with_offsets
 from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 
@@ -134,18 +135,25 @@ def chat_ids(
 ) -> list[int]:
     """The ids of a conversation up to where the model's answer begins; BOS comes once."""
     template = template or template_of(tokenizer)
-    ids = ids_of(tokenizer, template, template.render(messages))
+    ids, _ = encode_conversation(tokenizer, template, template.render(messages))
     warn_of_two_bos(tokenizer, ids)
     return ids
 
 
-def ids_of(tokenizer: Tokenizer, template: ChatTemplate, text: str) -> list[int]:
-    """The ids of a text that a template wrote, from the beginning of a conversation.
+def encode_conversation(
+    tokenizer: Tokenizer, template: ChatTemplate, text: str
+) -> tuple[list[int], list[int]]:
+    """The ids of a text that a template wrote, and where in it each token begins.
 
-    A model's own template writes every special token itself; before ours comes what the tokenizer
-    puts before a text (BOS). Training, chat and evaluation all ask here.
+    The text, from the beginning of a conversation, is encoded as a whole. A model's own template
+    writes every special token itself; before ours comes what the tokenizer puts before a text
+    (BOS). Training, preview, chat and evaluation all ask here.
     """
-    return prompt_ids(tokenizer, text) if template.source in OWN else tokenizer.encode(text)
+    ids, offsets = encode_with_offsets(tokenizer, text)
+    before = prompt_ids(tokenizer, "") if template.source in OWN else []
+    if ids[: len(before)] == before:
+        return ids, offsets
+    return before + ids, [0] * len(before) + offsets
 
 
 def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
@@ -186,9 +194,9 @@ def _chatml(messages: Sequence[Message], ask: bool, _end: str) -> str:
 def _plain(messages: Sequence[Message], ask: bool, end: str) -> str:
     ends = {"assistant": end}  # so that a model trained on answers learns to stop
     turns = [
-        f"{m['role'].capitalize()}: {m['content']}{ends.get(m['role'], '')}\n\n" for m in messages
+        f"{m['role'].capitalize()}:\n{m['content']}{ends.get(m['role'], '')}\n\n" for m in messages
     ]
-    return "".join(turns) + ("Assistant: " if ask else "")
+    return "".join(turns) + ("Assistant:\n" if ask else "")
 
 
 def _none(messages: Sequence[Message], ask: bool, end: str) -> str:

@@ -9,6 +9,8 @@ import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -173,18 +175,12 @@ def _packed(examples: Sequence[Example], size: int) -> list[list[Example]]:
 
 
 def preview(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:
-    """The text of an example in pieces, each with whether it is trained on, token by token joined.
+    """The text of an example in stretches, each with whether it is trained on.
 
-    Pieces change where training begins or ends, so a character is never split.
+    Each token is decoded after those before it, so the stretches joined are the text of all ids.
     """
-    pieces: list[tuple[str, bool]] = []
-    start = 0
-    for end in range(1, len(example.ids) + 1):
-        if end == len(example.ids) or example.trained[end] != example.trained[start]:
-            text = tokenizer.decode(example.ids[start:end])
-            pieces.append((text, example.trained[start]))
-            start = end
-    return pieces
+    groups = groupby(preview_tokens(example, tokenizer), key=itemgetter(1))
+    return [("".join(text for text, _ in tokens), trained) for trained, tokens in groups]
 
 
 def preview_tokens(example: Example, tokenizer: Tokenizer) -> list[tuple[str, bool]]:

@@ -10,6 +10,7 @@ A file is JSON (a list of records) or JSONL (a record on each line). A record is
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 from nanogpt_surgery.data.chat import (
     ChatTemplate,
     Message,
-    ids_of,
+    Render,
+    encode_conversation,
     template_of,
     warn_of_two_bos,
 )
@@ -169,7 +171,8 @@ def encode_conversations(
 ) -> list[Example]:
     """The ids of conversations; trained on are the assistant's answers and what ends them.
 
-    Each part is encoded as it is met in a chat: the text up to an answer, then the answer.
+    The text of a conversation is encoded as a whole. A token that reaches over the place where an
+    answer begins or ends belongs to the side of its first character.
 
     Args:
         conversations: lists of messages.
@@ -186,8 +189,8 @@ def encode_conversations(
         examples = _with_answers(conversations, tokenizer, template)
     else:
         texts = template.render_many([(messages, False) for messages in conversations])
-        ids = [tuple(ids_of(tokenizer, template, text)) for text in texts]
-        examples = [Example(row, (True,) * len(row)) for row in ids]
+        rows = [encode_conversation(tokenizer, template, text)[0] for text in texts]
+        examples = [Example(tuple(ids), (True,) * len(ids)) for ids in rows]
     for example in examples:
         warn_of_two_bos(tokenizer, example.ids)
     return examples
@@ -200,15 +203,15 @@ def _with_answers(
     empty = [number for number, found in enumerate(ends, 1) if not found]
     if empty:
         raise SurgeryError(f"conversation {empty[0]} has no answer ({len(empty)} such in all)")
-    renders = [
-        render
-        for messages, found in zip(conversations, ends, strict=True)
-        for i in found
-        for render in ((messages[:i], True), (messages[: i + 1], False))
-    ]
+    renders: list[Render] = []
+    for messages, found in zip(conversations, ends, strict=True):
+        renders += [
+            part for i in found for part in ((messages[:i], True), (messages[: i + 1], False))
+        ]
+        renders.append((messages, False))
     texts = iter(template.render_many(renders))
     return [
-        _example([(next(texts), next(texts)) for _ in found], tokenizer, template, number)
+        _example([next(texts) for _ in range(2 * len(found) + 1)], tokenizer, template, number)
         for number, found in enumerate(ends, 1)
     ]
 
@@ -220,21 +223,16 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 
 def _example(
-    texts: list[tuple[str, str]], tokenizer: Tokenizer, template: ChatTemplate, number: int
+    texts: list[str], tokenizer: Tokenizer, template: ChatTemplate, number: int
 ) -> Example:
-    ids: list[int] = []
-    trained: list[bool] = []
-    written = ""
-    for question, whole in texts:
-        if not question.startswith(written) or not whole.startswith(question):
-            raise SurgeryError(
-                f"in conversation {number} the template rewrites what came before an answer, so "
-                "answers cannot be told from questions",
-                "use the template chatml or plain, or train on every token (answers_only=False)",
-            )
-        for part, is_answer in ((question[len(written) :], False), (whole[len(question) :], True)):
-            new = tokenizer.encode(part) if ids else ids_of(tokenizer, template, part)
-            ids += new
-            trained += [is_answer] * len(new)
-        written = whole
-    return Example(tuple(ids), tuple(trained))
+    *prefixes, whole = texts
+    if not all(whole.startswith(prefix) for prefix in prefixes):
+        raise SurgeryError(
+            f"in conversation {number} the template rewrites what came before an answer, so "
+            "answers cannot be told from questions",
+            "use the template chatml or plain, or train on every token (answers_only=False)",
+        )
+    borders = [len(prefix) for prefix in prefixes]  # question, answer, question, …
+    ids, offsets = encode_conversation(tokenizer, template, whole)
+    trained = tuple(bisect_right(borders, offset) % 2 == 1 for offset in offsets)
+    return Example(tuple(ids), trained)

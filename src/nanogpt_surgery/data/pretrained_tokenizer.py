@@ -47,6 +47,7 @@ class PretrainedTokenizer:
         except Exception as error:  # the package raises nothing narrower
             raise SurgeryError(f"this tokenizer.json cannot be read: {error}") from error
         begins = self._encoder.encode("").ids
+        self._encoder.post_processor = None  # it would pass over blanks in the offsets of tokens
         if bos_id is None and len(begins) == 1:
             bos_id = begins[0]
         self.bos_id = bos_id
@@ -70,6 +71,12 @@ class PretrainedTokenizer:
     def encode_to_numpy(self, text: str) -> NDArray[np.int32]:
         """The same ids as an int32 array (N,)."""
         return np.asarray(self._encoding(text), dtype=np.int32)
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """The same ids, and for each the position of its first character in the text."""
+        _check_unicode(text)
+        found = self._encoder.encode(text, add_special_tokens=False)
+        return found.ids, [start for start, _ in found.offsets]
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of a text that begins a context: after `bos_id`, where the model expects it.
@@ -112,14 +119,18 @@ class PretrainedTokenizer:
         Path(path).write_bytes(self._written)
 
     def _encoding(self, text: str) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise SurgeryError(
-                f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at "
-                f"position {error.start}, which no encoding of Unicode can hold"
-            ) from None
+        _check_unicode(text)
         return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise SurgeryError(
+            f"the text has half of a surrogate pair (U+{ord(text[error.start]):04X}) at "
+            f"position {error.start}, which no encoding of Unicode can hold"
+        ) from None
 
 
 def _bytes(contents: dict[str, Any]) -> bytes:

@@ -8,6 +8,7 @@ from nanogpt_surgery.data.tokenizer import Tokenizer
 
 _INCOMPLETE = "\ufffd"  # what decoding puts in the place of bytes that are not yet a character
 _LONGEST = 4  # bytes of a character in UTF-8, and so tokens that one can be spread over
+_WINDOW = 32  # tokens that are decoded together where none ends with a character
 
 
 class TextStream:
@@ -24,35 +25,39 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = ()):
         self.tokenizer = tokenizer
-        self._shown = list(before)[-_LONGEST * 2 :]
-        self._waiting: list[int] = []
+        self._ids = list(before)[-_LONGEST * 2 :]
+        self._new = len(self._ids)  # those before it end with a character
+        self._shown = len(tokenizer.decode(self._ids))  # characters
+        self._waited = 0  # tokens since the last whole character
 
     def push(self, index: int) -> str:
         """The text that one more id completes; empty while a character is incomplete."""
-        self._waiting.append(index)
-        text = self._text_of_waiting()
-        if not text.endswith(_INCOMPLETE):
-            return self._show(len(self._waiting), text)
-        if len(self._waiting) < _LONGEST:
-            return ""
-        # Four tokens and still no character: the first begins none.
-        return self._show(1, None)
+        self._ids.append(index)
+        text = self.tokenizer.decode(self._ids)
+        whole = len(text.rstrip(_INCOMPLETE))
+        if whole > self._shown or whole == len(text):
+            piece = text[self._shown : whole]
+            self._waited = int(whole < len(text))
+        else:
+            self._waited += 1
+            # Four tokens and still no character: the first begins none.
+            piece = text[self._shown :][: self._waited // _LONGEST]
+            self._waited = min(self._waited, _LONGEST - 1)
+        self._shown += len(piece)
+        if whole == len(text):
+            self._forget(self._ids[self._new :][-_LONGEST:], len(text))
+        elif len(self._ids) > _WINDOW:
+            self._forget(self._ids[-2 * _LONGEST :], len(text))
+        return piece
 
     def finish(self) -> str:
         """What is left when no id follows; an incomplete character is shown as U+FFFD."""
-        return self._show(len(self._waiting), None)
-
-    def _text_of_waiting(self) -> str:
-        before = self.tokenizer.decode(self._shown)
-        return self.tokenizer.decode(self._shown + self._waiting)[len(before) :]
-
-    def _show(self, count: int, text: str | None) -> str:
-        if text is None:
-            kept, self._waiting = self._waiting[count:], self._waiting[:count]
-            text = self._text_of_waiting()
-        else:
-            kept = []
-        if self._waiting:
-            self._shown = self._waiting[-_LONGEST:]
-        self._waiting = kept
+        text = self.tokenizer.decode(self._ids)[self._shown :]
+        self._shown += len(text)
         return text
+
+    def _forget(self, kept: list[int], length: int) -> None:
+        """Keep the last ids alone; as many characters as before are still to be shown."""
+        waiting = length - self._shown
+        self._shown = max(0, len(self.tokenizer.decode(kept)) - waiting)
+        self._ids, self._new = kept, len(kept)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from lm_eval.api.model import LM
 
-from nanogpt_surgery.data.chat import Message, ids_of, template_of
+from nanogpt_surgery.data.chat import Message, encode_conversation, template_of
 from nanogpt_surgery.data.tokenizer import (
     Tokenizer,
     prompt_ids,
@@ -107,7 +107,7 @@ class HarnessModel(LM):  # type: ignore[misc]
     def _encoder(self, context: str) -> Callable[[str], list[int]]:
         """What encodes texts that begin with a context: a conversation is encoded as in a chat."""
         if self._is_conversation(context):
-            return partial(ids_of, self.tokenizer, self.template)
+            return lambda text: encode_conversation(self.tokenizer, self.template, text)[0]
         return partial(prompt_ids, self.tokenizer)
 
     def _is_conversation(self, context: str) -> bool:
