@@ -108,9 +108,14 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             SurgeryError: the batch cannot be shared evenly.
         """
+        return self.windows(self.rows_of(step, batch_size, seed, rank=rank, world_size=world_size))
+
+    def rows_of(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Tensor:
+        """Which windows make the batch of a step, (B,), as `batch` takes them."""
         rows = rows_of(step, batch_size, rank, world_size)
-        windows = torch.from_numpy(self.gather(visited(rows, len(self), seed)))  # (B, T + 1)
-        return windows[:, :-1], windows[:, 1:]
+        return torch.from_numpy(visited(rows, len(self), seed))
 
     @property
     def tokens(self) -> int:

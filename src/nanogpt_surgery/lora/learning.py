@@ -49,6 +49,13 @@ class Examiner:
         if step == self.last:
             check_frozen(self.model, self.frozen)
 
+    def after_skip(self, step: int) -> None:
+        """A step that changed no weight shows nothing: the next one is looked at in its place."""
+        if step == self.last:
+            check_frozen(self.model, self.frozen)
+        elif step in self.steps:
+            self.steps.add(step + 1)
+
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Raise `SurgeryError` unless every trainable parameter is in the optimizer.

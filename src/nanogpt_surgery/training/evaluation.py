@@ -15,7 +15,7 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import ALONE, World
 from nanogpt_surgery.training.frozen_prefix import first_that_learns
 from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
-from nanogpt_surgery.training.hardware import cpu_has_bfloat16
+from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16
 from nanogpt_surgery.training.loss import n_trained, refuse_documents, summed_loss
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -54,6 +54,14 @@ def evaluate(
             "nothing of what an evaluation reads is trained on", "evaluate_tokens=0 reads all"
         )
     return total / count
+
+
+def validation_loss(
+    model: nn.Module, held: Measured, settings: FitSettings, hardware: Hardware, together: World
+) -> float:
+    """The loss on held-out data as a training measures it: in its precision, by all processes."""
+    with hardware.evaluating():
+        return evaluate(model, held, windows_at_once(model, settings), together)
 
 
 def windows_at_once(model: nn.Module, settings: FitSettings) -> int:

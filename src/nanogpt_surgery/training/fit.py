@@ -20,12 +20,13 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.learning import Examiner
 from nanogpt_surgery.training.compilation import CompiledBlocks
 from nanogpt_surgery.training.distributed import world
-from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
+from nanogpt_surgery.training.evaluation import validation_loss
 from nanogpt_surgery.training.frozen_prefix import prefix_for
 from nanogpt_surgery.training.frozen_products import QuickProducts
 from nanogpt_surgery.training.gradients import accumulate
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
 from nanogpt_surgery.training.loss import n_trained, refuse_packed
+from nanogpt_surgery.training.nonfinite import not_finite, rows_in_batch
 from nanogpt_surgery.training.optimizer import make_optimizer, update
 from nanogpt_surgery.training.prefetch import batches
 from nanogpt_surgery.training.schedule import learning_rate
@@ -71,8 +72,9 @@ def fit(
 
     Raises:
         SurgeryError: nothing can be trained, the weights are float16, documents share rows and the
-            model is no `SimpleGPT`, a gradient is not finite (it changes no weight), or a part of
-            a LoRA does not learn (its name).
+            model is no `SimpleGPT`, or a part of a LoRA does not learn (its name).
+        NotFiniteError: the loss or the gradient of `max_skipped_steps` steps in a row was not
+            finite. Each was skipped, and changed no weight.
     """
     settings = chosen(FitSettings, settings, changes)
     _refuse_float16(model)
@@ -111,6 +113,7 @@ class _Loop:
         self.together.begin_alike(model)
         self.optimizer = optimizer or make_optimizer(model, settings)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.skipped = 0  # steps in a row up to now
         self.prefix = prefix_for(model, dataset, settings, keep_in)
         most = settings.evaluate_tokens
         self.held = None if validation is None else held_out(validation, most)
@@ -131,13 +134,16 @@ class _Loop:
             start = time.perf_counter()
             if not self.model.training:  # at the start, or after a look between two steps
                 self.model.train()
+            batch = next(coming)
             with products.active(), blocks.active():
-                losses, tokens, learned = self._gradients(next(coming), step)
+                losses, tokens, learned = self._gradients(batch, step)
             if examiner is not None:
                 examiner.after_backward(step)
             loss, norm, rate = self._update(losses, step)
+            if self.skipped:
+                self._skip(batch, step)
             if examiner is not None:
-                examiner.after_update(step)
+                examiner.after_skip(step) if self.skipped else examiner.after_update(step)
             seconds = time.perf_counter() - start
             yield Step(
                 step=step + 1,
@@ -149,6 +155,7 @@ class _Loop:
                 validation_loss=self._validation_loss(step + 1),
                 trained_tokens=learned,
                 processes=self.together.size,
+                skipped=self.skipped > 0,
             )
 
     def _gradients(self, batch: Batch, step: int) -> tuple[list[Tensor], int, int]:
@@ -169,23 +176,36 @@ class _Loop:
         return losses, tokens, learned
 
     def _update(self, losses: list[Tensor], step: int) -> tuple[float, float, float]:
-        """One update of the weights; returns the loss, the norm of its gradient and the rate."""
+        """One update of the weights, unless loss or gradient is not finite; all processes alike.
+
+        Returns the loss, the norm of its gradient and the rate.
+        """
         whole = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         own_loss, norm = _read(losses, whole)
-        if not math.isfinite(norm):
-            self.optimizer.zero_grad()
-            raise _not_finite(step + 1)
+        loss = self.together.sums(own_loss)[0]
         rate = learning_rate(step, self.settings)
-        update(self.trained, self.optimizer, rate, self.settings.clip, whole)
-        return self.together.sums(own_loss)[0], norm, rate
+        if math.isfinite(loss) and math.isfinite(norm):
+            update(self.trained, self.optimizer, rate, self.settings.clip, whole)
+            self.skipped = 0
+        else:
+            self.skipped += 1
+        return loss, norm, rate
+
+    def _skip(self, batch: Batch, step: int) -> None:
+        """Forget the gradients of a step, or stop after too many in a row."""
+        error = None
+        if self.skipped >= self.settings.max_skipped_steps:
+            rows = rows_in_batch(self.dataset, step, self.settings, self.together.share)
+            error = not_finite(self.model, batch, rows, step + 1, self.skipped, self.hardware)
+        self.optimizer.zero_grad()
+        if error is not None:
+            raise error
 
     def _validation_loss(self, steps: int) -> float | None:
         """After so many steps, where it is time for it."""
         if self.held is None or not _evaluates(steps, self.settings):
             return None
-        with self.hardware.evaluating():
-            at_once = windows_at_once(self.model, self.settings)
-            return evaluate(self.model, self.held, at_once, self.together)
+        return validation_loss(self.model, self.held, self.settings, self.hardware, self.together)
 
 
 def _read(losses: list[Tensor], norm: Tensor) -> tuple[float, float]:
@@ -193,13 +213,6 @@ def _read(losses: list[Tensor], norm: Tensor) -> tuple[float, float]:
     dtype = torch.promote_types(norm.dtype, torch.float32)
     *parts, read = torch.stack([value.to(dtype) for value in (*losses, norm)]).tolist()
     return sum(parts), read
-
-
-def _not_finite(step: int) -> SurgeryError:
-    return SurgeryError(
-        f"the gradient of step {step} is not finite; no weight was changed by it",
-        "lower the learning rate; where the precision is bfloat16, float32 may help as well",
-    )
 
 
 def _evaluates(steps: int, settings: FitSettings) -> bool:

@@ -6,6 +6,7 @@ not load torch.
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -52,6 +53,8 @@ class FitSettings:
     """AdamW's memory of its square"""
     clip: float = 1.0
     """largest norm of the gradient (0: no clipping)"""
+    max_skipped_steps: int = 3
+    """steps in a row that are skipped, since their gradient is not finite, before training stops"""
     evaluate_every: int = 250
     """steps from one evaluation to the next (0: only at the end)"""
     evaluate_tokens: int = 2**18
@@ -74,6 +77,11 @@ class FitSettings:
             f"{name} is {getattr(self, name)}; it must be at least {least}"
             for name, least in _LEAST.items()
             if not getattr(self, name) >= least
+        ]
+        found += [
+            f"{name} is {getattr(self, name)}; it must be finite"
+            for name in _LEAST
+            if getattr(self, name) == math.inf
         ]
         found += [
             f"{name} is {getattr(self, name)}; it must be below 1"
@@ -128,6 +136,7 @@ _LEAST = {
     "beta1": 0.0,
     "beta2": 0.0,
     "clip": 0.0,
+    "max_skipped_steps": 1,
     "evaluate_every": 0,
     "evaluate_tokens": 0,
 }

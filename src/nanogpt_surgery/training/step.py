@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -27,7 +28,16 @@ class Step:
     """of them those whose prediction is trained on"""
     processes: int = 1
     """how many shared the step's batch"""
+    skipped: bool = False
+    """whether loss or gradient was not finite, so that no weight was changed"""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for a line of metrics."""
-        return asdict(self)
+        """The fields as plain values, for a line of metrics: None for a number that is not finite.
+
+        JSON has none such.
+        """
+        return {name: _finite(value) for name, value in asdict(self).items()}
+
+
+def _finite(value: Any) -> Any:
+    return value if not isinstance(value, float) or math.isfinite(value) else None
