@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -18,7 +19,6 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 # How far a number may move, as a share of the largest in its row.
 _TOLERANCES = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-8, "Q8_0": 0.6 / 127}
 _PROBE = 16
-_SAMPLE = "Once upon a time, in 1823: naïve café?\n\tdef f(x):  return x"
 
 
 def compare(
@@ -28,8 +28,9 @@ def compare(
     tokenizer_again: Tokenizer | None,
     kinds: dict[str, str],
     title: str,
+    lost: Collection[str] = (),
 ) -> Report:
-    """Compare every tensor, the logits on probe ids, and the tokenizer on a sample.
+    """Compare every tensor, the logits on probe ids, and the tokenizer on texts for each part.
 
     Args:
         model: what was written, each tensor in the dtype that it was read in.
@@ -38,6 +39,7 @@ def compare(
         tokenizer_again: what the file holds.
         kinds: how each tensor was stored.
         title: of the report.
+        lost: parts of the tokenizer that are known not to be carried over, and were said.
 
     Returns:
         A row for each kind of storage, and the largest error of the logits, the KL divergence and
@@ -54,7 +56,7 @@ def compare(
             SurgeryWarning,
             stacklevel=4,
         )
-    check_tokenizer(tokenizer, tokenizer_again)
+    check_tokenizer(tokenizer, tokenizer_again, lost)
     return Report(title, rows, _logits(model, again))
 
 
@@ -158,18 +160,3 @@ def computing_in_float32(model: nn.Module) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def check_tokenizer(tokenizer: Tokenizer | None, again: Tokenizer | None) -> None:
-    """Refuse unless a tokenizer that was opened again encodes a sample as the one written."""
-    if tokenizer is None:
-        return
-    sample = _known(tokenizer)
-    if again is None or list(again.encode(sample)) != list(tokenizer.encode(sample)):
-        raise SurgeryError("the tokenizer that was written encodes otherwise than the model's")
-
-
-def _known(tokenizer: Tokenizer) -> str:
-    """The sample, or those characters of it that the tokenizer has."""
-    characters = getattr(tokenizer, "character_to_id", None)
-    return _SAMPLE if characters is None else "".join(c for c in _SAMPLE if c in characters)

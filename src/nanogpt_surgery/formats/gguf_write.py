@@ -25,7 +25,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.comparison import compare
 from nanogpt_surgery.formats.gguf_model import SCALING_KEY, open_gguf, rope_factors
 from nanogpt_surgery.formats.gguf_names import FIELDS, ROPE_FACTORS, table
-from nanogpt_surgery.formats.gguf_tokenizer import write_tokenizer
+from nanogpt_surgery.formats.gguf_tokenizer_write import Lost, write_tokenizer
 from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import Row, each_layer
 from nanogpt_surgery.formats.placing import side_by_side
@@ -76,9 +76,9 @@ def write_gguf_file(
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
     check_finite_weights(model, "the model")
-    kinds = _write(model, _family(model), path, tokenizer, kind)
+    kinds, lost = _write(model, _family(model), path, tokenizer, kind)
     again, tokenizer_again = open_gguf(path, torch.float32)
-    return again, compare(model, again, tokenizer, tokenizer_again, kinds, title)
+    return again, compare(model, again, tokenizer, tokenizer_again, kinds, title, lost)
 
 
 def rounding_of(layer: str, weight: Tensor, kind: GGUFType) -> tuple[str, Rounding]:
@@ -115,14 +115,15 @@ def _family(model: SimpleGPT) -> str:
 
 def _write(
     model: SimpleGPT, family: str, path: Path, tokenizer: Tokenizer | None, kind: GGUFType
-) -> dict[str, str]:
-    """Write the file; how each of our tensors was stored."""
+) -> tuple[dict[str, str], set[Lost]]:
+    """Write the file; how each of our tensors was stored, and what of the tokenizer is lost."""
     writer = GGUFWriter(path, family)
     write_metadata(writer, model.config, family)
     writer.add_file_type(_FILE_TYPES[kind])
     writer.add_quantization_version(2)
+    lost: set[Lost] = set()
     if tokenizer is not None:
-        write_tokenizer(writer, tokenizer, model.config.vocab_size)
+        lost = write_tokenizer(writer, tokenizer, model.config.vocab_size)
     stored: dict[str, str] = {}
     tensors = list(_named(model, family))
     for name, ours, tensor in tensors:
@@ -141,7 +142,7 @@ def _write(
     for name, _, tensor in tensors:
         writer.write_tensor_data(_packed(tensor, _kind_of(name, tensor, kind)))
     writer.close()
-    return stored
+    return stored, lost
 
 
 def _named(model: SimpleGPT, family: str) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
