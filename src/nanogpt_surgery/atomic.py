@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.exchange import exchange
 from nanogpt_surgery.files import (
+    UnwrittenError,
     disk_refuses,
     flush,
     flush_place,
+    make_folder,
     refuse_foreign_file,
     refuse_foreign_folder,
     seal,
@@ -45,9 +47,19 @@ def whole_folder(goal: str | Path) -> Iterator[Path]:
         seal(temporary)
         _put_in_place(temporary, goal)
     except OSError as error:
-        raise disk_refuses(goal, error) from error
+        needed = _needed(temporary, error)
+        shutil.rmtree(temporary, ignore_errors=True)  # first: what it took is free again
+        raise disk_refuses(goal, error, needed) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _needed(temporary: Path, error: OSError) -> int | None:
+    """The bytes of the files in a folder and of the one that was refused, where it is known."""
+    if not isinstance(error, UnwrittenError):
+        return None
+    written = (p for p in temporary.rglob("*") if p.is_file() and str(p) != error.filename)
+    return error.needed + sum(path.stat().st_size for path in written)
 
 
 @contextmanager
@@ -61,7 +73,7 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
     """
     goal = Path(goal)
     refuse_foreign_file(goal, magic)
-    goal.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(goal.parent)
     temporary = temporary_beside(goal)
     try:
         yield temporary
@@ -69,9 +81,15 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         temporary.replace(goal)
         flush_place(goal)
     except OSError as error:
+        _remove(temporary)  # first: what it took is free again
         raise disk_refuses(goal, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        _remove(temporary)
+
+
+def _remove(file: Path) -> None:
+    with suppress(OSError):
+        file.unlink()
 
 
 def _put_in_place(temporary: Path, goal: Path) -> None:

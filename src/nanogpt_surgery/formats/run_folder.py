@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files import MANIFEST, damage, read_json
+from nanogpt_surgery.files import MANIFEST, damage, disk_refuses, read_json, tried_again
 
 RUN, METRICS, LATEST, BEST, LOCK = "run.json", "metrics.jsonl", "LATEST", "BEST", "LOCK"
 STATE, SUMMARY = "training.safetensors", "training.json"
@@ -204,7 +204,11 @@ def held(path: Path) -> Iterator[None]:
         return
     import fcntl
 
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
+    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
+    try:
+        descriptor = tried_again(lambda: os.open(path, flags, 0o644))
+    except OSError as error:
+        raise disk_refuses(path, error) from error
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -19,7 +20,7 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.atomic import whole_folder
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import (
     MANIFEST,
     damage,
@@ -32,6 +33,7 @@ from nanogpt_surgery.files import (
     read_json,
     remove_temporaries,
     replace_text,
+    tried_again,
     write_json,
     write_tensors,
 )
@@ -55,12 +57,13 @@ from nanogpt_surgery.formats.run_folder import (
     summary_of_checkpoint,
     validation_loss_of,
 )
-from nanogpt_surgery.training.description import refusal
+from nanogpt_surgery.training.description import differences, refusal
 from nanogpt_surgery.training.metrics_file import append_metrics, trim_metrics
 from nanogpt_surgery.training.state import restore_state, training_state
 from nanogpt_surgery.training.step import Step
 
 KEPT = 2  # newest checkpoints, beside the best
+_LEFT_EARLY = (RUN, METRICS, LATEST, BEST, "loss.png")  # by a run without a checkpoint
 _NOT_SHOWN = (STATE, SUMMARY, MANIFEST)
 
 
@@ -71,6 +74,10 @@ class Run:
         folder: the run folder.
         checkpoint: the checkpoint that the run goes on from, None at the beginning.
         best: the checkpoint with the lowest validation loss, None if none was measured.
+
+    Attributes:
+        environment: on what it computes (`environment_of`), as each checkpoint will say.
+        changes: the description that it goes on with where that is another one, and in what.
     """
 
     def __init__(self, folder: Path, checkpoint: Path | None = None, best: Path | None = None):
@@ -79,6 +86,8 @@ class Run:
         self.best = best
         loss = validation_loss_of(best) if best else None
         self.best_loss = float("inf") if loss is None else loss
+        self.environment: dict[str, Any] = {}
+        self.changes: tuple[dict[str, Any], list[str]] | None = None
         self._whole = {checkpoint, best}
 
     @property
@@ -95,6 +104,11 @@ class Run:
     def state(self) -> dict[str, Any]:
         """What was given to `save` beside the step, with the checkpoint to go on from."""
         return dict(self._said().get("state", {}))
+
+    @property
+    def environment_before(self) -> dict[str, Any]:
+        """On what the steps before the checkpoint to go on from were computed; {} if not known."""
+        return dict(self._said().get("environment", {}))
 
     def _said(self) -> dict[str, Any]:
         return summary_of_checkpoint(self.checkpoint) if self.checkpoint else {}
@@ -128,12 +142,16 @@ class Run:
             SurgeryError: the disk refuses; the checkpoints that were there stay.
         """
         goal = free_place(self.folder, step.step)
-        if (self.folder / METRICS).is_file():  # no checkpoint without the lines of its steps
-            flush(self.folder / METRICS)
-        with whole_folder(goal) as temporary:
-            write_weights(temporary)
-            write_tensors(training_state(model, optimizer), temporary / STATE)
-            write_json(temporary / SUMMARY, step.to_dict() | {"state": state or {}})
+
+        def commit() -> None:
+            self._flush_metrics()
+            with whole_folder(goal) as temporary:
+                write_weights(temporary)
+                write_tensors(training_state(model, optimizer), temporary / STATE)
+                beside = {"state": state or {}, "environment": self.environment}
+                write_json(temporary / SUMMARY, step.to_dict() | beside)
+
+        tried_again(commit)
         self.checkpoint = goal
         self._whole.add(goal)
         loss = validation_loss_of(goal)
@@ -142,6 +160,20 @@ class Run:
         self.show()
         self._prune()
         return goal
+
+    def _flush_metrics(self) -> None:
+        """Put the lines of the steps on the disk: no checkpoint without them."""
+        path = self.folder / METRICS
+        if not path.is_file():
+            return
+        try:
+            flush(path)
+        except OSError:
+            # What could not be flushed is not flushed by a second attempt: it is written anew.
+            try:
+                replace_text(path, path.read_text(encoding="utf-8"))
+            except OSError as error:
+                raise disk_refuses(path, error) from error
 
     def show(self) -> None:
         """Let LATEST, BEST and the top of the folder say what the checkpoints say.
@@ -202,37 +234,77 @@ class Run:
         """Give what is trained and its optimizer the state of the checkpoint to go on from.
 
         Raises:
-            SurgeryError: another version's optimizer kept its state in another shape.
+            SurgeryError: it is the state of another model, or another version's optimizer kept it
+                in another shape.
         """
         assert self.checkpoint is not None, "there is no checkpoint to go on from"
         restore_state(self.checkpoint / STATE, model, optimizer)
+        if self.changes is not None:  # what does not fit has raised: it is this run from here on
+            description, clauses = self.changes
+            earlier = read_json(self.folder / RUN).get("changes", [])
+            changes = [*earlier, {"after_step": self.first_step, "what": clauses}]
+            write_json(self.folder / RUN, description | {"changes": changes})
 
 
 @contextmanager
-def start_run(folder: Path, description: dict[str, Any], resume: bool) -> Iterator[Run]:
+def start_run(
+    folder: Path,
+    description: dict[str, Any],
+    resume: bool,
+    *,
+    strict: bool = False,
+    allow_changes: bool = False,
+) -> Iterator[Run]:
     """Begin a run, or go on with one from its newest whole checkpoint; the folder is locked.
 
     Args:
         folder: the run folder.
         description: what determines the run; the same on resuming, or it is refused.
         resume: go on with what is there; a folder without a run begins one.
+        strict: go on from the newest checkpoint or not at all.
+        allow_changes: go on although the description differs, with a warning that says in what.
 
     Raises:
         SurgeryError: a run is there and `resume` is off, its description differs (all differences),
-            the folder holds something else, or another process is writing it.
+            the folder holds something else, its newest checkpoint is damaged and `strict` is on,
+            another process is writing it, or the disk refuses.
     """
     check_folder(folder, resume)
-    _refuse_another(folder, description)
     make_folder(folder)
     with held(folder / LOCK):
-        remove_temporaries(folder)
-        remove_temporaries(folder / "checkpoints")
-        if not is_run(folder):
-            write_json(folder / RUN, description)
-        run = Run(folder, latest_checkpoint(folder), best_checkpoint(folder))
-        trim_metrics(folder / METRICS, run.first_step)
-        run.show()
+        try:
+            run = _begun(folder, description, strict, allow_changes)
+        except OSError as error:
+            raise disk_refuses(folder, error) from error
         yield run
+
+
+def _begun(folder: Path, description: dict[str, Any], strict: bool, allow_changes: bool) -> Run:
+    """A run in a folder that is held, as its checkpoints say it stands."""
+    remove_temporaries(folder)
+    remove_temporaries(folder / "checkpoints")
+    changes: list[str] = []
+    if is_run(folder) and not _ended_early(folder):
+        changes = _changes(folder, description, allow_changes)
+    else:
+        for name in _LEFT_EARLY:
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / RUN, description)
+    run = Run(folder, latest_checkpoint(folder, strict), best_checkpoint(folder))
+    run.environment = description.get("environment", {})
+    if changes:
+        run.changes = description, changes
+    trim_metrics(folder / METRICS, run.first_step)
+    run.show()
+    return run
+
+
+def _ended_early(folder: Path) -> bool:
+    """Whether a run left nothing but its own files, and no checkpoint among them."""
+    others = [p for p in folder.iterdir() if p.name not in (*_LEFT_EARLY, LOCK, "checkpoints")]
+    inside = folder / "checkpoints"
+    others += inside.iterdir() if inside.is_dir() else []
+    return all(is_temporary(path) for path in others) and "kind" in read_json(folder / RUN)
 
 
 def _foreign(folder: Path) -> bool:
@@ -243,14 +315,19 @@ def _foreign(folder: Path) -> bool:
 def check_folder(folder: Path, resume: bool) -> None:
     """Whether a run can be begun, or gone on with, in a folder, whatever is to be trained.
 
+    A run that ended before its first checkpoint has nothing to go on from, and is begun anew.
+
     Raises:
         SurgeryError: a run is there and `resume` is off, it was operated on, its metrics are lost,
-            or the folder holds something else.
+            another process is writing it, or the folder holds something else.
     """
     if not is_run(folder):
         if folder.exists() and (not folder.is_dir() or _foreign(folder)):
             raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
         return
+    if _ended_early(folder):
+        with held(folder / LOCK):
+            return
     if not resume:
         raise SurgeryError(
             f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
@@ -269,10 +346,23 @@ def check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def _refuse_another(folder: Path, description: dict[str, Any]) -> None:
-    now = json.loads(json.dumps(description))
-    if is_run(folder) and (error := refusal(folder, read_json(folder / RUN), now)):
+def _changes(folder: Path, description: dict[str, Any], allowed: bool) -> list[str]:
+    """In what a run's description differs now, in words, where that is allowed.
+
+    Raises:
+        SurgeryError: it is not, or never is.
+    """
+    before, now = read_json(folder / RUN), json.loads(json.dumps(description))
+    error = refusal(folder, before, now)
+    if error is None:
+        return []
+    if not allowed or before.get("kind") != now.get("kind"):
         raise error
+    clauses = [difference.clause for difference in differences(before, now)]
+    warnings.warn(
+        f"going on with {folder} although {'; '.join(clauses)}", SurgeryWarning, stacklevel=2
+    )
+    return clauses
 
 
 def _same_bytes(one: Path, other: Path) -> bool:

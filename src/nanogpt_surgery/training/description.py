@@ -1,7 +1,8 @@
 """What determines a run, as `run.json` holds it, beside what a resumed one is told.
 
 Under `named` stands what was typed for it, where the rest holds but a hash: that is not compared,
-and says which words of a command make the difference.
+and says which words of a command make the difference. `typed` has the whole command, `environment`
+on what it was begun, `changes` what became different later: they are not compared either.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from nanogpt_surgery.training.settings import FitSettings
 _BEFORE = {"settings": {"evaluate_tokens": 0}}
 _KINDS = {"model": GPTConfig, "settings": FitSettings, "adapter": LoRASettings}
 _DERIVED = ("n_kv_head", "head_dim", "n_inner")  # 0, where nothing is asked for
+_NOT_COMPARED = {"named", "typed", "environment", "changes"}
 _OF_DATA = ("weights", "data", "template", "answers_only", "pack")
 _TEXT_SET = ("block_size", "stride", "base")  # what other ids of the same text may come from
 
@@ -85,7 +87,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[Difference]
 def _changed(old: dict[str, Any], new: dict[str, Any]) -> set[str]:
     """The keys under which something differs."""
     keys = old.keys() | new.keys()
-    return {key for key in keys if _given(old.get(key)) != _given(new.get(key))} - {"named"}
+    return {key for key in keys if _given(old.get(key)) != _given(new.get(key))} - _NOT_COMPARED
 
 
 def _given(value: Any) -> Any:

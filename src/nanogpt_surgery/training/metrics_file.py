@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import disk_refuses, replace_text
+from nanogpt_surgery.files import disk_refuses, replace_text, tried_again
 
 
 def append_metrics(path: Path, step: dict[str, Any]) -> None:
@@ -17,10 +18,21 @@ def append_metrics(path: Path, step: dict[str, Any]) -> None:
         SurgeryError: the disk refuses. The checkpoints that are there can be gone on from.
     """
     try:
-        with path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(step) + "\n")
+        tried_again(lambda: _append(path, json.dumps(step) + "\n"))
     except OSError as error:
         raise disk_refuses(path, error) from error
+
+
+def _append(path: Path, line: str) -> None:
+    """Add a line, or nothing at all."""
+    size = path.stat().st_size if path.is_file() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line)
+    except OSError:
+        if path.is_file():
+            os.truncate(path, size)
+        raise
 
 
 def trim_metrics(path: Path, steps: int) -> None:

@@ -29,14 +29,15 @@ def restore_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer
     """Give what is trained and its optimizer the state that a file holds (`training_state`).
 
     Raises:
-        SurgeryError: another version's optimizer kept its state in another shape.
+        SurgeryError: it is the state of another model or optimizer, or another version's optimizer
+            kept it in another shape.
     """
-    tensors = load_file(file)
+    tensors = _read(file)
+    _refuse_another(file, tensors, _trained(model, optimizer))
     for name, parameter in _trained(model, optimizer).items():
         prefix = f"{name}:"
         state = {k.removeprefix(prefix): tensors.pop(k) for k in [*tensors] if k.startswith(prefix)}
         value = state.pop("value")
-        assert value.shape == parameter.shape, f"{name} is {value.shape} in {file}"
         _check_state(name, parameter, state)
         with torch.no_grad():
             parameter.copy_(value)
@@ -44,7 +45,35 @@ def restore_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         optimizer.state[parameter] = {
             key: tensor.to(parameter.device, copy=True) for key, tensor in state.items()
         }
-    assert not tensors, f"{file} trains what this model does not: {[*tensors]}"
+
+
+def _read(file: Path) -> dict[str, Tensor]:
+    if not file.is_file():
+        raise SurgeryError(
+            f"{file.parent} holds no {file.name}, which a training goes on from",
+            "it is a model: surgery train TEXT --from MODEL --out NEW trains it further",
+        )
+    return load_file(file)
+
+
+def _refuse_another(
+    file: Path, tensors: dict[str, Tensor], trained: dict[str, nn.Parameter]
+) -> None:
+    """Refuse the state of a model in which something else is trained, or in another shape."""
+    there = {name[: -len(":value")]: t for name, t in tensors.items() if name.endswith(":value")}
+    wrong = [
+        f"{name} is {tuple(there[name].shape)} there and {tuple(trained[name].shape)} here"
+        for name in trained.keys() & there.keys()
+        if there[name].shape != trained[name].shape
+    ]
+    wrong += [f"{name} is trained there only" for name in there.keys() - trained.keys()]
+    wrong += [f"{name} is trained here only" for name in trained.keys() - there.keys()]
+    if wrong:
+        more = f"; {len(wrong) - 4} more" if wrong[4:] else ""
+        raise SurgeryError(
+            f"{file} is not the state of this training: {'; '.join(sorted(wrong)[:4])}{more}",
+            "go on with the settings that it was begun with, or choose a new --out",
+        )
 
 
 def _check_state(name: str, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
