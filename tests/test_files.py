@@ -1,14 +1,20 @@
+import errno
 import json
+import os
+import resource
+import signal
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.files import (
     MANIFEST,
     damage,
+    disk_refuses,
     file_hash,
     is_temporary,
     link_or_copy,
@@ -17,7 +23,9 @@ from nanogpt_surgery.files import (
     remove_temporaries,
     replace_text,
     seal,
+    temporary_beside,
     write_json,
+    write_tensors,
 )
 
 
@@ -206,7 +214,9 @@ def test_a_file_at_a_second_place_stays_when_the_first_goes(tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
     first.write_text("contents")
     second.write_text("old")
-    link_or_copy(first, second)
+    for _ in range(2):  # the second time both are one file, which a rename leaves alone
+        link_or_copy(first, second)
+    assert names(tmp_path) == ["first", "second"]
     first.unlink()
     assert second.read_text() == "contents"
     assert names(tmp_path) == ["second"]
@@ -237,3 +247,66 @@ def test_other_folders_of_ours_are_sealed_without_the_folders_in_them(tmp_path):
     (tmp_path / "a.txt").write_text("a")
     seal(tmp_path)
     assert list(json.loads((tmp_path / MANIFEST).read_text())["files"]) == ["a.txt"]
+
+
+REFUSALS = {
+    errno.ENOSPC: "bytes free there",
+    errno.EDQUOT: "bytes free there",
+    errno.EFBIG: "bytes free there",
+    errno.EACCES: "no permission for {folder}",
+    errno.EROFS: "{folder} is on a read-only file system",
+    errno.ENOENT: "there is no folder {folder}/deep",
+    errno.EIO: "tried 3 times",
+    errno.EBUSY: "",
+}
+
+
+@pytest.mark.parametrize("number", REFUSALS, ids=errno.errorcode.get)
+def test_a_refusal_says_what_it_was_and_speaks_of_space_only_where_it_was_that(number, tmp_path):
+    told = disk_refuses(tmp_path / "deep" / "goal", OSError(number, os.strerror(number)), 12345)
+    assert str(tmp_path / "deep" / "goal") in told.what
+    assert os.strerror(number) in told.what
+    assert REFUSALS[number].format(folder=tmp_path) in told.what
+    of_space = number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    assert ("12,345" in told.what) == ("bytes free" in told.what) == of_space
+    assert ("space" in told.hint) == (number == errno.ENOSPC)
+
+
+def test_a_file_where_a_folder_should_be_and_the_reverse_are_named(tmp_path):
+    (tmp_path / "file").write_text("a file")
+    with pytest.raises(OSError, match="directory") as caught:
+        (tmp_path / "file" / "goal").mkdir()
+    told = disk_refuses(tmp_path / "file" / "goal", caught.value)
+    assert f"{tmp_path / 'file'} is a file, not a folder" in told.what
+    with pytest.raises(OSError, match="directory") as caught:
+        tmp_path.write_text("text")
+    assert f"{tmp_path} is a folder, not a file" in disk_refuses(tmp_path, caught.value).what
+
+
+def test_a_name_that_is_too_long_is_counted_and_a_long_one_has_room(tmp_path):
+    with pytest.raises(SurgeryError, match=r"a name in it has 300 bytes"):
+        written(tmp_path / ("x" * 300))
+    longest = written(tmp_path / ("é" * 127))
+    assert names(tmp_path) == [longest.name]
+    left = temporary_beside(longest)
+    left.mkdir()
+    remove_temporaries(tmp_path, of=longest.name)
+    assert names(tmp_path) == [longest.name]
+
+
+def test_a_full_disk_under_tensors_says_how_many_bytes_are_needed(tmp_path):
+    """The library that writes them is in Rust, and says what the system said in words."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        with (
+            pytest.raises(SurgeryError, match=r"File too large.*40,002 bytes needed, .*free there"),
+            whole_folder(tmp_path / "goal") as folder,
+        ):
+            (folder / "a.txt").write_text("ab")
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+            write_tensors({"weight": torch.zeros(10_000)}, folder / "x.safetensors")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert names(tmp_path) == []

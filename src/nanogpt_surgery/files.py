@@ -16,8 +16,8 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -61,6 +61,19 @@ def disk_refuses(goal: Path, error: OSError, needed: int | None = None) -> Surge
     return SurgeryError(
         f"could not write {goal}: {said}{fact}; what was there before is untouched", hint
     )
+
+
+@contextmanager
+def writing(goal: Path) -> Iterator[None]:
+    """A block in which whatever the system refuses is an error about `goal`.
+
+    Raises:
+        SurgeryError: it refuses.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise disk_refuses(goal, error) from error
 
 
 def _facts(goal: Path, error: OSError, needed: int | None) -> tuple[str, str]:
@@ -168,10 +181,8 @@ def make_folder(folder: Path) -> None:
     Raises:
         SurgeryError: the system refuses.
     """
-    try:
+    with writing(folder):
         tried_again(lambda: folder.mkdir(parents=True, exist_ok=True))
-    except OSError as error:
-        raise disk_refuses(folder, error) from error
 
 
 def temporary_beside(path: Path) -> Path:
@@ -210,8 +221,9 @@ def remove_temporaries(folder: Path, of: str | None = None) -> None:
 
 def refuse_foreign_file(goal: Path, magic: bytes = b"GGUF") -> None:
     """Raise `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
-    if goal.exists() and not _begins_with(goal, magic):
-        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+    with writing(goal):
+        if goal.exists() and not _begins_with(goal, magic):
+            raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
 
 
 def _begins_with(path: Path, magic: bytes) -> bool:
@@ -223,12 +235,13 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 def refuse_foreign_folder(goal: Path) -> None:
     """Raise `SurgeryError` if anything but a sealed or an empty folder lies at `goal`."""
-    if not goal.exists() or (goal / MANIFEST).is_file():
-        return
-    if not goal.is_dir() or any(goal.iterdir()):
-        raise SurgeryError(
-            f"{goal} exists and was not written by this program", "choose a new folder"
-        )
+    with writing(goal):
+        if not goal.exists() or (goal / MANIFEST).is_file():
+            return
+        if not goal.is_dir() or any(goal.iterdir()):
+            raise SurgeryError(
+                f"{goal} exists and was not written by this program", "choose a new folder"
+            )
 
 
 def seal(folder: Path) -> None:

@@ -15,6 +15,7 @@ from nanogpt_surgery.cli.config_file import FLAG, take_config, unknown_key
 from nanogpt_surgery.cli.console import complain, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.cli.processes import joined
+from nanogpt_surgery.cli.typed_command import typing
 from nanogpt_surgery.errors import SurgeryError
 
 COMMANDS = (
@@ -79,10 +80,11 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         app = make_app()
-        if FLAG in arguments:
-            app.config = take_config(arguments)
-        with spoken_warnings(), joined(" ".join(_command(arguments))):
-            _run(app, arguments)
+        with typing(arguments), spoken_warnings():
+            if FLAG in arguments:
+                app.config = take_config(arguments)
+            with joined(" ".join(_command(arguments))):
+                _run(app, arguments)
         sys.stdout.flush()
     except SurgeryError as error:
         if debug:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from nanogpt_surgery.cli.typed_command import typed_command
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -34,10 +36,12 @@ def _data_fingerprint(data: Batches) -> Any:
     return known or fingerprint(tensor for batch in data.whole(1024) for tensor in batch)
 
 
-def description_of(job: Job) -> dict[str, Any]:
-    """What determines a run, for a resumed one to be compared with."""
+def description_of(job: Job, environment: dict[str, Any]) -> dict[str, Any]:
+    """What determines a run, for a resumed one to be compared with, and what was typed for it."""
     return {
         **job.description,
+        "typed": typed_command(),
+        "environment": environment,
         "named": job.named,
         "settings": job.settings.to_dict(),
         "block_size": job.dataset.block_size,

@@ -18,6 +18,10 @@ class RunOptions:
     """the folder to make: what was trained, checkpoints, metrics.jsonl, loss.png"""
     resume: bool = False
     """go on with the run that is there"""
+    strict: Annotated[bool, Parameter(negative="")] = False
+    """with --resume: stop where the newest checkpoint is damaged, instead of passing over it"""
+    allow_changes: Annotated[bool, Parameter(negative="")] = False
+    """with --resume: go on although settings, data or tokenizer differ, and say in what"""
     plan: Annotated[bool, Parameter(negative="")] = False
     """say what it will take, by a few real steps, and touch nothing"""
     json: Annotated[bool, Parameter(negative="")] = False

@@ -69,21 +69,27 @@ def carry_out(job: Job, done: str) -> None:
 def _trained(job: Job) -> dict[str, Any]:
     """Train to the end, or to a signal; returns the summary for the report."""
     from nanogpt_surgery.training.distributed import world
-    from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate, operations_of
+    from nanogpt_surgery.training.hardware import (
+        choose_hardware,
+        environment_of,
+        matmul_rate,
+        operations_of,
+    )
     from nanogpt_surgery.training.optimizer import make_optimizer
 
     start = monotonic()
     operations = operations_of(job.model, job.settings, job.dataset.block_size)
     hardware = choose_hardware(job.settings, operations)
     together = world()
-    description = description_of(job) if together.first else {}
+    environment = environment_of(hardware, together.size)
+    description = description_of(job, environment) if together.first else {}
     with _opened(job, description, together) as run, signals() as stop:
         job.model.to(hardware.device)
         optimizer = make_optimizer(job.model, job.settings)
         if run.checkpoint:
             run.restore(job.model, optimizer)
             say(f"going on from step {run.first_step:,} of {job.settings.max_steps:,}")
-            _say_processes(run, together)
+            _say_environment(run.environment_before, environment)
         many = f"; {together.size} processes" if together.size > 1 else ""
         say(f"computing on {hardware.describe()}{many}")
         _say_what_is_measured(job)
@@ -139,9 +145,16 @@ def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[
 
     folder = job.options.out
     own: list[Run] = []
+    begun = start_run(
+        folder,
+        description,
+        job.options.resume,
+        strict=job.options.strict,
+        allow_changes=job.options.allow_changes,
+    )
 
     def begin() -> int:
-        own.append(stack.enter_context(start_run(folder, description, job.options.resume)))
+        own.append(stack.enter_context(begun))
         return own[0].first_step
 
     with ExitStack() as stack:
@@ -150,12 +163,18 @@ def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[
         yield own[0] if own else Run(folder, read)
 
 
-def _say_processes(run: Run, together: World) -> None:
+def _say_environment(before: dict[str, Any], now: dict[str, Any]) -> None:
     """A word where the bits will be others than those of an uninterrupted run."""
-    if run.processes != together.size:
+    found = []
+    if before.get("processes", now["processes"]) != now["processes"]:
+        found = [f"so far {before['processes']} at a time trained, now {now['processes']}"]
+    for name in now.keys() & before.keys() - {"processes"}:
+        if before[name] != now[name]:
+            found.append(f"{name} was {before[name]} and is {now[name]}")
+    if found:
         say(
-            f"note: so far {run.processes} at a time trained, now {together.size}: the same "
-            "batches, sums in another order, so losses alike but not to the bit"
+            f"note: {'; '.join(sorted(found))}: the same batches, sums in another order, so losses "
+            "alike but not to the bit"
         )
 
 

@@ -24,7 +24,6 @@ from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import (
     MANIFEST,
     damage,
-    disk_refuses,
     file_hash,
     flush,
     is_temporary,
@@ -36,6 +35,7 @@ from nanogpt_surgery.files import (
     tried_again,
     write_json,
     write_tensors,
+    writing,
 )
 from nanogpt_surgery.formats.folder_journal import Entry, is_operated, read_journal, record
 from nanogpt_surgery.formats.run_folder import (
@@ -108,7 +108,8 @@ class Run:
     @property
     def environment_before(self) -> dict[str, Any]:
         """On what the steps before the checkpoint to go on from were computed; {} if not known."""
-        return dict(self._said().get("environment", {}))
+        known = self._said()
+        return {**known.get("environment", {}), "processes": self.processes} if known else {}
 
     def _said(self) -> dict[str, Any]:
         return summary_of_checkpoint(self.checkpoint) if self.checkpoint else {}
@@ -170,10 +171,8 @@ class Run:
             flush(path)
         except OSError:
             # What could not be flushed is not flushed by a second attempt: it is written anew.
-            try:
+            with writing(path):
                 replace_text(path, path.read_text(encoding="utf-8"))
-            except OSError as error:
-                raise disk_refuses(path, error) from error
 
     def show(self) -> None:
         """Let LATEST, BEST and the top of the folder say what the checkpoints say.
@@ -181,10 +180,8 @@ class Run:
         Raises:
             SurgeryError: the disk refuses.
         """
-        try:
+        with writing(self.folder):
             self._show()
-        except OSError as error:
-            raise disk_refuses(self.folder, error) from error
 
     def _show(self) -> None:
         for hint, checkpoint in ((LATEST, self.checkpoint), (BEST, self.best)):
@@ -272,10 +269,8 @@ def start_run(
     check_folder(folder, resume)
     make_folder(folder)
     with held(folder / LOCK):
-        try:
+        with writing(folder):
             run = _begun(folder, description, strict, allow_changes)
-        except OSError as error:
-            raise disk_refuses(folder, error) from error
         yield run
 
 
@@ -321,6 +316,11 @@ def check_folder(folder: Path, resume: bool) -> None:
         SurgeryError: a run is there and `resume` is off, it was operated on, its metrics are lost,
             another process is writing it, or the folder holds something else.
     """
+    with writing(folder):
+        _check_folder(folder, resume)
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
     if not is_run(folder):
         if folder.exists() and (not folder.is_dir() or _foreign(folder)):
             raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")

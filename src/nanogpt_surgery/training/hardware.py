@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,20 @@ class Hardware:
             if devices:
                 torch.get_device_module(self.device).manual_seed(seed)
             yield
+
+
+def environment_of(hardware: Hardware, processes: int) -> dict[str, Any]:
+    """On what a training computes: all that its bits depend on beside what determines the run."""
+    on_cuda = hardware.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(hardware.device) if on_cuda else hardware.device.type,
+        "precision": str(hardware.precision).removeprefix("torch."),
+        "compiled": hardware.compile,
+        "threads": torch.get_num_threads(),
+        "processes": processes,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": str(torch.__version__),
+    }
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
