@@ -189,13 +189,13 @@ def test_an_empty_stop_string_is_refused_before_anything_is_said():
 
 def test_the_search_for_what_fits_begins_where_the_last_one_ended(monkeypatch):
     """And finds what a search from the beginning finds, whatever happened in between."""
-    written, render = [], ChatTemplate.render_many
+    written, render = [], ChatTemplate.render
 
-    def counted(self, renders):
-        written.append(sum(len(messages) for messages, _ in renders))
-        return render(self, renders)
+    def counted(self, messages):
+        written.append(len(messages))
+        return render(self, messages)
 
-    monkeypatch.setattr(ChatTemplate, "render_many", counted)
+    monkeypatch.setattr(ChatTemplate, "render", counted)
     talk = conversation("none")
     for n in range(24):
         said(talk, str(n) * 9, tokens=10)

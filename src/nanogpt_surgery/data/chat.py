@@ -6,26 +6,56 @@ model without one gets ours: ChatML where its vocabulary has ChatML's tokens, pl
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
+from nanogpt_surgery.data.template_process import replies
 from nanogpt_surgery.data.token_offsets import encode_with_offsets
 from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids, stop_ids
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
 
-Message: TypeAlias = dict[str, str]  # role and content
-Render: TypeAlias = tuple[Sequence[Message], bool]  # and whether the text asks for an answer
+Message: TypeAlias = dict[str, Any]  # role and content, and what else a template may write
 
 ROLES = ("system", "user", "assistant", "tool")
 LONGEST = 1 << 20  # characters of one conversation
 _END = "<|im_end|>"  # ChatML's
-_WORKER = Path(__file__).with_name("template_worker.py")
+MEND_TEMPLATE = "check the roles and their order, or use a template of ours: chatml or plain"
+_NOT_SHOWN = ("weight", "train", "training")  # what of a message no template is given
+
+
+class Messages(list[Message]):
+    """The messages of a conversation, and what belongs to it as a whole.
+
+    Attributes:
+        variables: what a template is given beside the messages: tools, and what a record says.
+        where: the file and the number of the record, for errors.
+        fields: for each message, the field of the record that it was made from.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        where: str = "",
+        fields: Sequence[str] = (),
+    ):
+        super().__init__(messages)
+        self.variables, self.where = dict(variables or {}), where
+        self.fields = list(fields) or [f"message {i + 1}" for i in range(len(self))]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The text of a conversation, and from where to where each of the asked answers stands in it.
+
+    `error` says why there is none.
+    """
+
+    text: str = ""
+    answers: Sequence[tuple[int, int]] = ()
+    error: str = ""
 
 
 @dataclass(frozen=True)
@@ -40,6 +70,8 @@ class ChatTemplate:
     bos_token: str = ""
     eos_token: str = ""
     seconds: int = 10
+    special_tokens: Mapping[str, str] | None = None
+    """what a template's variables for special tokens hold; None: BOS and EOS"""
 
     @property
     def name(self) -> str:
@@ -62,60 +94,63 @@ class ChatTemplate:
         Raises:
             SurgeryError: the messages are none, or the template fails or goes beyond its limits.
         """
-        return self.render_many([(messages, ask)])[0]
+        check_messages(messages)
+        [written] = self.write([messages], ask=ask)
+        if written.error:
+            raise SurgeryError(f"the model's chat template fails: {written.error}", MEND_TEMPLATE)
+        return written.text
 
-    def render_many(self, renders: Sequence[Render]) -> list[str]:
-        """The texts of several conversations."""
-        for messages, _ in renders:
-            check_messages(messages)
+    def write(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        answers: Sequence[Sequence[int]] | None = None,
+        ask: bool = False,
+    ) -> Iterator[Written]:
+        """The texts of conversations, as they come; they end with one that had to be stopped.
+
+        Args:
+            conversations: messages that `check_messages` lets pass.
+            answers: for each, which messages are answers that are to be found in the text.
+            ask: where no answers are to be found, write up to where one begins.
+        """
+        wanted = answers or [()] * len(conversations)
         if self.source in OWN:
-            write = OWN[self.source]
-            return [write(messages, ask, self.eos_token) for messages, ask in renders]
-        variables = [
-            {
-                "messages": list(messages),
-                "add_generation_prompt": ask,
-                "bos_token": self.bos_token,
-                "eos_token": self.eos_token,
-                "tools": None,
-                "documents": None,
-            }
-            for messages, ask in renders
-        ]
-        return self._in_the_sandbox(variables)
-
-    def _in_the_sandbox(self, variables: list[dict[str, Any]]) -> list[str]:
+            for messages, found in zip(conversations, wanted, strict=True):
+                yield self._own(messages, found, ask)
+            return
+        special = self.special_tokens
+        if special is None:
+            special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         job = {
             "template": self.source,
-            "renders": variables,
+            "variables": {**special, "tools": None, "documents": None},
             "longest": LONGEST,
             "seconds": self.seconds,
         }
-        try:
-            done = subprocess.run(
-                [sys.executable, "-I", str(_WORKER)],
-                input=json.dumps(job),
-                capture_output=True,
-                text=True,
-                encoding="utf-8",
-                timeout=self.seconds + 10,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise self._failed(f"it took longer than {self.seconds} seconds") from None
-        if done.returncode:
-            raise self._failed(f"it was stopped after {self.seconds} seconds or for its memory")
-        answer = json.loads(done.stdout)
-        if "error" in answer:
-            raise self._failed(answer["error"])
-        texts: list[str] = answer["texts"]
-        return texts
+        asked = [
+            {"messages": [shown(m) for m in messages], "ask": ask, "answers": list(found)}
+            | {"variables": getattr(messages, "variables", {})}
+            for messages, found in zip(conversations, wanted, strict=True)
+        ]
+        for reply in replies(job, asked):
+            spans = [(start, end) for start, end in reply.get("answers", ())]
+            yield Written(reply.get("text", ""), spans, reply.get("error", ""))
 
-    def _failed(self, reason: str) -> SurgeryError:
-        return SurgeryError(
-            f"the model's chat template fails: {reason}",
-            "check the roles and their order, or use a template of ours: chatml or plain",
-        )
+    def _own(self, messages: Sequence[Message], answers: Sequence[int], ask: bool) -> Written:
+        turns = OWN[self.source](messages, self.eos_token)
+        [(begin, _)] = OWN[self.source]([{"role": "assistant", "content": ""}], "")
+        text, spans = "", []
+        for i, (before, after) in enumerate(turns):
+            start = len(text) + len(before)
+            text += before + after
+            if i in answers:
+                spans.append((start, len(text)))
+        return Written(text + (begin if ask else ""), spans)
+
+
+def shown(message: Message) -> Message:
+    """A message as a template is given it."""
+    return {key: value for key, value in message.items() if key not in _NOT_SHOWN}
 
 
 def template_of(tokenizer: Tokenizer) -> ChatTemplate:
@@ -127,7 +162,8 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate:
     if source is None:
         id_of: Callable[[str], int | None] = getattr(tokenizer, "id_of", lambda _: None)
         source = "plain" if id_of("<|im_start|>") is None else "chatml"
-    return ChatTemplate(source, bos, eos)
+    special = getattr(tokenizer, "special_tokens", None)
+    return ChatTemplate(source, bos, eos, special_tokens=special)
 
 
 def chat_ids(
@@ -178,32 +214,38 @@ def check_messages(messages: Sequence[Message]) -> None:
     """Raise `SurgeryError` unless every message has a role and a content (all problems at once)."""
     problems = []
     for i, message in enumerate(messages):
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role is None or not (isinstance(message.get("content"), str) or _only_calls(message)):
             problems.append(f"message {i + 1} has no text under 'content'")
-        elif message.get("role") not in ROLES:
-            problems.append(f"message {i + 1} has the role {message.get('role')!r}")
+        elif role not in ROLES:
+            problems.append(f"message {i + 1} has the role {quoted(role)}")
     if problems:
         raise SurgeryError("; ".join(problems[:8]), f"roles are {', '.join(ROLES)}")
 
 
-def _chatml(messages: Sequence[Message], ask: bool, _end: str) -> str:
-    turns = [f"<|im_start|>{m['role']}\n{m['content']}{_END}\n" for m in messages]
-    return "".join(turns) + ("<|im_start|>assistant\n" if ask else "")
+def _only_calls(message: Message) -> bool:
+    """Whether a message has no text because it calls tools."""
+    return bool(message.get("tool_calls")) and message.get("content") is None
 
 
-def _plain(messages: Sequence[Message], ask: bool, end: str) -> str:
+def _chatml(messages: Sequence[Message], _end: str) -> list[tuple[str, str]]:
+    return [(f"<|im_start|>{m['role']}\n", f"{m['content']}{_END}\n") for m in messages]
+
+
+def _plain(messages: Sequence[Message], end: str) -> list[tuple[str, str]]:
     ends = {"assistant": end}  # so that a model trained on answers learns to stop
-    turns = [
-        f"{m['role'].capitalize()}:\n{m['content']}{ends.get(m['role'], '')}\n\n" for m in messages
+    return [
+        (f"{m['role'].capitalize()}:\n", f"{m['content']}{ends.get(m['role'], '')}\n\n")
+        for m in messages
     ]
-    return "".join(turns) + ("Assistant:\n" if ask else "")
 
 
-def _none(messages: Sequence[Message], ask: bool, end: str) -> str:
-    return "".join(m["content"] for m in messages)
+def _none(messages: Sequence[Message], end: str) -> list[tuple[str, str]]:
+    return [("", m["content"]) for m in messages]
 
 
-OWN: dict[str, Callable[[Sequence[Message], bool, str], str]] = {
+# Each message as what stands before it, and what is said with what ends it.
+OWN: dict[str, Callable[[Sequence[Message], str], list[tuple[str, str]]]] = {
     "chatml": _chatml,
     "plain": _plain,
     "none": _none,

@@ -10,16 +10,19 @@ A file is JSON (a list of records) or JSONL (a record on each line). A record is
 from __future__ import annotations
 
 import json
-from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from nanogpt_surgery.data.chat import (
+    MEND_TEMPLATE,
     ChatTemplate,
     Message,
-    Render,
+    Written,
+    check_messages,
     encode_conversation,
     template_of,
     warn_of_two_bos,
@@ -185,35 +188,48 @@ def encode_conversations(
             as a continuation of its beginning, so that answers cannot be told from questions.
     """
     template = template or template_of(tokenizer)
+    answers = [[] if not answers_only else _answers(messages) for messages in conversations]
     if answers_only:
-        examples = _with_answers(conversations, tokenizer, template)
-    else:
-        texts = template.render_many([(messages, False) for messages in conversations])
-        rows = [encode_conversation(tokenizer, template, text)[0] for text in texts]
-        examples = [Example(tuple(ids), (True,) * len(ids)) for ids in rows]
+        _check_answers(conversations, answers)
+    for messages in conversations:
+        check_messages(messages)
+    examples, problems = [], []
+    written = template.write(conversations, answers)
+    for number, (messages, found) in enumerate(zip(conversations, written, strict=False), 1):
+        if found.error:
+            problems.append(f"{where(messages, number)}: {found.error}")
+        elif not problems:
+            examples.append(_example(found, tokenizer, template, answers_only))
+    if problems:
+        raise SurgeryError(
+            f"the model's chat template fails: {listed(problems)}",
+            f"{MEND_TEMPLATE}; --no-answers-only trains on every token",
+        )
     for example in examples:
         warn_of_two_bos(tokenizer, example.ids)
     return examples
 
 
-def _with_answers(
-    conversations: Sequence[Sequence[Message]], tokenizer: Tokenizer, template: ChatTemplate
-) -> list[Example]:
-    ends = [_answers(messages) for messages in conversations]
-    empty = [number for number, found in enumerate(ends, 1) if not found]
-    if empty:
-        raise SurgeryError(f"conversation {empty[0]} has no answer ({len(empty)} such in all)")
-    renders: list[Render] = []
-    for messages, found in zip(conversations, ends, strict=True):
-        renders += [
-            part for i in found for part in ((messages[:i], True), (messages[: i + 1], False))
-        ]
-        renders.append((messages, False))
-    texts = iter(template.render_many(renders))
-    return [
-        _example([next(texts) for _ in range(2 * len(found) + 1)], tokenizer, template, number)
-        for number, found in enumerate(ends, 1)
+def where(messages: Sequence[Message], number: int) -> str:
+    """The place of a conversation, for errors."""
+    return getattr(messages, "where", "") or f"conversation {number}"
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first of several problems, and how many more there are."""
+    return "; ".join(problems[:5]) + (f"; {len(problems) - 5:,} more" if problems[5:] else "")
+
+
+def _check_answers(
+    conversations: Sequence[Sequence[Message]], answers: Sequence[Sequence[int]]
+) -> None:
+    problems = [
+        f"{where(messages, number)} has no answer"
+        for number, (messages, found) in enumerate(zip(conversations, answers, strict=True), 1)
+        if not found
     ]
+    if problems:
+        raise SurgeryError(f"there is nothing to train on: {listed(problems)}")
 
 
 def _answers(messages: Sequence[Message]) -> list[int]:
@@ -223,16 +239,11 @@ def _answers(messages: Sequence[Message]) -> list[int]:
 
 
 def _example(
-    texts: list[str], tokenizer: Tokenizer, template: ChatTemplate, number: int
+    written: Written, tokenizer: Tokenizer, template: ChatTemplate, answers_only: bool
 ) -> Example:
-    *prefixes, whole = texts
-    if not all(whole.startswith(prefix) for prefix in prefixes):
-        raise SurgeryError(
-            f"in conversation {number} the template rewrites what came before an answer, so "
-            "answers cannot be told from questions",
-            "use the template chatml or plain, or train on every token (answers_only=False)",
-        )
-    borders = [len(prefix) for prefix in prefixes]  # question, answer, question, …
-    ids, offsets = encode_conversation(tokenizer, template, whole)
-    trained = tuple(bisect_right(borders, offset) % 2 == 1 for offset in offsets)
-    return Example(tuple(ids), trained)
+    ids, offsets = encode_conversation(tokenizer, template, written.text)
+    if not answers_only:
+        return Example(tuple(ids), (True,) * len(ids))
+    borders = [place for span in written.answers for place in span]  # start, end, start, …
+    within = np.searchsorted(borders, offsets, side="right") % 2 == 1  # (T,)
+    return Example(tuple(ids), tuple(within.tolist()))

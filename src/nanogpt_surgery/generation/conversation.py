@@ -149,7 +149,7 @@ class Conversation:
         if not self.messages:
             raise SurgeryError("nothing has been said that could be taken back")
         last = max(i for i, m in enumerate(self.messages) if m["role"] == "user")
-        said = self.messages[last]["content"]
+        said: str = self.messages[last]["content"]
         self.messages = self.messages[:last]
         return said
 
