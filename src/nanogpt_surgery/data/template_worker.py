@@ -224,17 +224,14 @@ def main() -> None:
     job = json.loads(sys.stdin.readline())
     limit_memory()
     try:
-        template = Template(job)
+        reply = Template(job).reply
     except Exception as error:
-        failed = json.dumps({"error": f"{type(error).__name__}: {error}"[:1000]})
-        for _ in sys.stdin:
-            print(failed, flush=True)
-        return
+        failed = {"error": f"{type(error).__name__}: {error}"[:1000]}
+        reply = lambda _: failed  # noqa: E731
     for line in sys.stdin:
+        sys.stdout.write(json.dumps(reply(json.loads(line))) + "\n")
+        sys.stdout.flush()
         limit_time(0)
-        asked = json.loads(line)
-        reply = json.dumps(template.reply(asked))
-        print(reply, flush=True)
 
 
 if __name__ == "__main__":
