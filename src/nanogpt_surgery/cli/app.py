@@ -16,7 +16,8 @@ from nanogpt_surgery.cli.console import complain, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.cli.processes import joined
 from nanogpt_surgery.cli.typed_command import typing
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
+from nanogpt_surgery.memory import is_out_of_memory
 
 COMMANDS = (
     *("train", "plan", "finetune", "generate", "ask", "chat", "eval", "inspect", "merge", "undo"),
@@ -27,6 +28,11 @@ GROUPS = {
     "tokenizer": ("Train a tokenizer.", ("train",)),
     "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
 }
+NEWLINE = "\n"
+LESS = (
+    "give it less at once: a smaller --batch-size, a shorter --block-size or --context, fewer "
+    "--samples or --workers, or --dtype bfloat16"
+)
 STANDARD_INPUT = "standard input"  # in the place of a -
 EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
@@ -99,6 +105,11 @@ def run(arguments: list[str] | None = None) -> None:
             raise
         complain(f"surgery: {_refusal(error)}")
         _forget_stdout()
+        sys.exit(1)
+    except Exception as error:
+        if debug or not is_out_of_memory(error):
+            raise
+        complain(f"surgery: memory ran out: {quoted(str(error).partition(NEWLINE)[0])}\n  → {LESS}")
         sys.exit(1)
 
 

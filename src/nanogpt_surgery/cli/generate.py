@@ -14,6 +14,7 @@ from nanogpt_surgery.cli.console import notes_afterwards, say
 from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, one_adapter, open_to_talk
 from nanogpt_surgery.cli.sampling_options import AS_USUAL, SamplingOptions
 from nanogpt_surgery.errors import SurgeryError, printable
+from nanogpt_surgery.memory import check_memory
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizer import Tokenizer
@@ -137,6 +138,8 @@ def _one_by_one(
     from nanogpt_surgery.generation.batch_text import continue_texts
 
     ids = [prompt_ids(tokenizer, text) for text in texts]
+    listed = 8 * many.samples * len(texts)  # a reference to each prompt for each of its samples
+    check_memory("the list of continuations", {"prompts": listed}, "lower --samples")
     found = continue_texts(
         model,
         tokenizer,
@@ -148,14 +151,14 @@ def _one_by_one(
         likeliest=many.logprobs or 0,
         batch_size=many.batch_size,
     )
-    rows = [(text, sample) for text in texts for sample in range(1, many.samples + 1)]
+    rows = ((text, sample) for text in texts for sample in range(1, many.samples + 1))
     empty = 0
     for (text, sample), continuation in zip(rows, found, strict=True):
         empty += not continuation.text
         record = _record(text, sample, continuation, tokenizer, many.logprobs is not None)
         yield _json_line(record) if many.json else _block(record)
     if empty:
-        _say_empty(empty, len(rows), max_new_tokens)
+        _say_empty(empty, many.samples * len(texts), max_new_tokens)
 
 
 def _say_raw_text(tokenizer: Tokenizer, model: str, adapter: Path | None) -> None:

@@ -44,8 +44,10 @@ def plan(
     from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.formats.adapter_layout import plan_adapter
     from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.training.memory_estimate import check_batch
 
     rows = FitSettings(batch_size=batch_size).batch_size  # refuses what fit would
     network = open_model(model, torch.float32)[0]  # as finetune opens it
+    check_batch(network.config, rows, window(block_size, network.config.block_size))
     probe = torch.zeros(rows, window(block_size, network.config.block_size), dtype=torch.long)
     show(plan_adapter(network, probe=probe, **given(target), **given(lora)), json)

@@ -90,7 +90,10 @@ def _new(
     shaped: dict[str, Any],
 ) -> Job:
     """The training of a new model, on what was named, in the shape that was asked for."""
+    from nanogpt_surgery.training.memory_estimate import check_new_model
+
     sources = _sources(text, weights, tokenizer)
+    check_new_model(_config(sources, recipe, family, shaped), settings)
     job = _job(run, sources, _config(sources, recipe, family, shaped), settings, recipe)
     named = {"text": text, "weights": weights, "tokenizer": tokenizer, "family": family}
     return replace(job, named=named)

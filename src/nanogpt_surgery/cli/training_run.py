@@ -14,7 +14,8 @@ from nanogpt_surgery.cli.processes import several, told
 from nanogpt_surgery.cli.run_description import description_of
 from nanogpt_surgery.cli.run_summary import operations_per_token, summary_of
 from nanogpt_surgery.cli.signals import Stop, signals
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
+from nanogpt_surgery.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch
@@ -61,9 +62,28 @@ def _checked(options: RunOptions, settings: FitSettings) -> int:
 def carry_out(job: Job, done: str) -> None:
     """Train and show the report under what was `done`, or, with --plan, show what it will take."""
     from nanogpt_surgery.lora.report import Report
+    from nanogpt_surgery.training.memory_estimate import check_training
 
-    report = _planned(job) if job.options.plan else Report(done, [], _trained(job))
+    check_training(job.model, job.dataset, job.settings)
+    try:
+        report = _planned(job) if job.options.plan else Report(done, [], _trained(job))
+    except Exception as error:
+        raise (_out_of_memory(job, error) if is_out_of_memory(error) else error) from error
     show(report, job.options.json)
+
+
+def _out_of_memory(job: Job, error: Exception) -> SurgeryError:
+    """What to lower, and where the run can go on."""
+    from nanogpt_surgery.formats.run_folder import checkpoints
+
+    kept = "" if job.options.plan else "; there is no checkpoint yet"
+    if not job.options.plan and (found := checkpoints(job.options.out)):
+        kept = f"; the last checkpoint is {found[-1]}, from which --resume goes on"
+    return SurgeryError(
+        f"memory ran out: {quoted(str(error).partition(chr(10))[0])}{kept}",
+        f"lower --batch-size from {job.settings.batch_size} (--accumulation makes up for it) or "
+        "--block-size, or add --gradient-checkpointing; --plan says what each takes",
+    )
 
 
 def _trained(job: Job) -> dict[str, Any]:

@@ -76,14 +76,17 @@ class BPETokenizer:
             raise SurgeryError(
                 f"a vocabulary of {vocab_size} is too small: 256 bytes and {END_OF_TEXT} need 257"
             )
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        # Each merge shortens the texts; the trainer makes room for all that it is asked for.
+        most = 256 + 4 * sum(map(len, texts))  # bytes of a character
         trainer = BpeTrainer(
-            vocab_size=vocab_size - 1,
+            vocab_size=min(vocab_size - 1, most),
             show_progress=False,
             initial_alphabet=list(CHARACTER_OF_BYTE.values()),
         )
         encoder = Encoder(BPE())
         encoder.pre_tokenizer = _pre_tokenizer()
-        encoder.train_from_iterator([texts] if isinstance(texts, str) else texts, trainer)
+        encoder.train_from_iterator(texts, trainer)
         model = json.loads(encoder.to_str())["model"]
         return cls(model["vocab"], _pairs(model["merges"]), {END_OF_TEXT: len(model["vocab"])})
 

@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.name_map import Row, each_layer
 from nanogpt_surgery.formats.stored_tensor import Stored
+from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -36,12 +37,14 @@ class Placement:
 
     def load(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """Our tensors by name, mapped where the file holds them as they are."""
-        tensor = None
-        if self.stored.dtype == dtype and not self.transposed and not self.interleaved:
-            tensor = self.stored.mapped()
+        tensor = self.stored.mapped() if self.is_mapped(dtype) else None
         if tensor is None:
             tensor = self._read(dtype)
         return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
+
+    def is_mapped(self, dtype: torch.dtype) -> bool:
+        """Whether the file holds the tensor as it is needed."""
+        return self.stored.dtype == dtype and not self.transposed and not self.interleaved
 
     def _read(self, dtype: torch.dtype) -> Tensor:
         shape = self.stored.shape
@@ -110,8 +113,11 @@ def build_model(
     with torch.device("meta"), _NoDraws():
         model = SimpleGPT.from_config(config)
     _check_shapes(model, config, placements, unknown, where)
+    wanted = list(zip(placements, _dtypes(placements, dtype), strict=True))
+    read = sum(math.prod(p.shape) * d.itemsize for p, d in wanted if not p.is_mapped(d))
+    check_memory(f"{where}", {"weights": read}, "open a smaller model, or in bfloat16")
     tensors: dict[str, Tensor] = {}
-    for placement, chosen in zip(placements, _dtypes(placements, dtype), strict=True):
+    for placement, chosen in wanted:
         tensors |= placement.load(chosen)
     if config.tie_head:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]

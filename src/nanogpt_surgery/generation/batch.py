@@ -24,7 +24,7 @@ from nanogpt_surgery.generation.generate import (
 from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.model.finite import check_finite
-from nanogpt_surgery.model.kv_cache import KVCache
+from nanogpt_surgery.model.kv_cache import KVCache, check_cache_fits
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -74,6 +74,7 @@ def generate_batch(
     """
     if not prompts:
         raise SurgeryError("there are no prompts")
+    check_rows_fit(model, len(prompts), max_new_tokens)
     rows = [torch.as_tensor(prompt, dtype=torch.long).flatten() for prompt in prompts]
     for row in rows:
         check_prompt(model, row)
@@ -84,6 +85,13 @@ def generate_batch(
         _Line(i, row, settings, stop_ids, seed, likeliest, until) for i, row in enumerate(rows)
     ]
     return _tokens(model, lines, max_new_tokens)
+
+
+def check_rows_fit(model: SimpleGPT, rows: int, max_new_tokens: int) -> None:
+    """Raise `SurgeryError` where so many rows cannot be continued at once, whatever they hold."""
+    weight = next(model.parameters())
+    tokens = min(model.config.block_size, 1 + max_new_tokens)
+    check_cache_fits(model.config, rows, tokens, weight.dtype, weight.device)
 
 
 def _tokens(model: SimpleGPT, lines: list[_Line], max_new_tokens: int) -> Iterator[Token]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from nanogpt_surgery.data.instructions import Example
 from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import not_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -115,6 +116,12 @@ def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tens
         NotFiniteError: one of the logits of a text is no finite number.
     """
     device = next(model.parameters()).device
+    longest = max(map(len, texts))
+    check_memory(
+        f"a pass over {len(texts):,} rows of {longest:,} tokens",
+        {"hidden states": 2 * len(texts) * longest * model.config.n_embd * 2},  # at least bfloat16
+        "lower batch_size or context",
+    )
     rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(device)  # (B, T)
     training = model.training
     model.eval()

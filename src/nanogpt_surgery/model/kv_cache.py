@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.config import GPTConfig
 
 
@@ -58,6 +59,7 @@ class KVCache:
                 f"a cache of {self.max_length} tokens exceeds the model's block_size of "
                 f"{config.block_size}"
             )
+        check_cache_fits(config, batch_size, self.max_length, dtype, device)
         self.batch_size = batch_size
         self.ids = torch.zeros(batch_size, self.max_length, dtype=torch.long, device=device)
         shape = (batch_size, config.n_kv_head, self.max_length, config.head_dim)
@@ -99,3 +101,21 @@ class KVCache:
                 f"{self.max_length}",
                 "generate() slides the window; or make a larger KVCache",
             )
+
+
+def check_cache_fits(
+    config: GPTConfig, rows: int, tokens: int, dtype: torch.dtype, device: torch.device | str
+) -> None:
+    """Raise `SurgeryError` where the keys and values of so many rows and tokens do not fit."""
+    numbers = 2 * config.n_layer * rows * tokens * config.n_kv_head * config.head_dim
+    check_memory(
+        f"a cache of {rows:,} rows of {tokens:,} tokens",
+        {"keys and values": numbers * dtype.itemsize},
+        "lower batch_size or max_new_tokens",
+        _free(torch.device(device)),
+    )
+
+
+def _free(device: torch.device) -> int | None:
+    """Bytes that a GPU has free; None, for what the machine has, elsewhere."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -26,6 +26,7 @@ from nanogpt_surgery.training.frozen_products import QuickProducts
 from nanogpt_surgery.training.gradients import accumulate
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
 from nanogpt_surgery.training.loss import n_trained, refuse_packed
+from nanogpt_surgery.training.memory_estimate import check_training
 from nanogpt_surgery.training.nonfinite import not_finite, rows_in_batch
 from nanogpt_surgery.training.optimizer import make_optimizer, update
 from nanogpt_surgery.training.prefetch import batches
@@ -78,6 +79,7 @@ def fit(
     """
     settings = chosen(FitSettings, settings, changes)
     _refuse_float16(model)
+    check_training(model, dataset, settings)
     refuse_packed(model, dataset)
     loop = _Loop(model, dataset, settings, validation, optimizer, keep_in)
     return loop.steps(first_step, examine)

@@ -1,0 +1,69 @@
+"""What a training is certain to need, held against what there is before anything is allocated."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from nanogpt_surgery.data.batches import Batches
+from nanogpt_surgery.data.gpt_dataset import GPTDataset
+from nanogpt_surgery.data.mixture import Mixture
+from nanogpt_surgery.memory import check_memory
+from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.distributed import world
+from nanogpt_surgery.training.hardware import choose_hardware
+from nanogpt_surgery.training.settings import FitSettings
+
+FLOAT32, ID = 4, 8  # bytes
+SHORTEST = 2  # tokens that a row of a conversation has at least
+LOWER_MODEL = "a smaller model fits: lower n_embd, n_layer or the vocabulary"
+LOWER_BATCH = "lower batch_size (and raise accumulation by as much), or block_size"
+
+
+def check_new_model(config: GPTConfig, settings: FitSettings) -> None:
+    """Raise `SurgeryError` where a model that is yet to be made cannot be made and trained here."""
+    size = FLOAT32 * config.n_parameters
+    parts = {"weights": size} | _learning(config.n_parameters, settings)
+    rows = _of_a_batch(config.n_embd, settings, config.block_size)
+    hint = LOWER_BATCH if sum(rows.values()) > sum(parts.values()) else LOWER_MODEL
+    if choose_hardware(settings).device.type == "cuda":
+        check_memory("the model", {"weights": size}, hint)  # it is made in the host's memory
+    check_memory("this training", parts | rows, hint, _free_on_device(settings))
+
+
+def check_training(model: nn.Module, dataset: Batches, settings: FitSettings) -> None:
+    """Raise `SurgeryError` where the training of a model that is there cannot fit."""
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    windows = isinstance(dataset, GPTDataset | Mixture)
+    length = dataset.block_size if windows else SHORTEST
+    width = model.config.n_embd if isinstance(model, SimpleGPT) else 0
+    parts = _learning(learning, settings) | _of_a_batch(width, settings, length)
+    check_memory("this training", parts, LOWER_BATCH, _free_on_device(settings))
+
+
+def check_batch(config: GPTConfig, rows: int, block_size: int) -> None:
+    """Raise `SurgeryError` where not even the ids and hidden states of a batch fit."""
+    settings = FitSettings(batch_size=rows)
+    check_memory("this batch", _of_a_batch(config.n_embd, settings, block_size), LOWER_BATCH)
+
+
+def _learning(parameters: int, settings: FitSettings) -> dict[str, int]:
+    """Gradients, and what the optimizer keeps: two numbers with AdamW, at least one with Muon."""
+    state = 1 if settings.muon else 2
+    return {"gradients": FLOAT32 * parameters, "optimizer": state * FLOAT32 * parameters}
+
+
+def _of_a_batch(width: int, settings: FitSettings, length: int) -> dict[str, int]:
+    """The ids of a step, and what enters a block for a micro-batch: as it is, and normed."""
+    rows = -(-settings.batch_size // world().size)
+    return {
+        "ids of a batch": ID * rows * settings.accumulation * length,
+        "hidden states": 2 * FLOAT32 * rows * length * width,
+    }
+
+
+def _free_on_device(settings: FitSettings) -> int | None:
+    """Bytes that a GPU has free; None where the processor computes."""
+    device = choose_hardware(settings).device
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
