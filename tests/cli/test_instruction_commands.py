@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -57,7 +58,7 @@ def test_finetune_trains_on_answers_and_measures_on_those_held_out(place, tmp_pa
     arguments = [place / "m", place / "a.jsonl", "--out", tmp_path / "o", *STEPS]
     surgery("finetune", *arguments, "--json")
     out, err = capsys.readouterr()
-    assert "part        rows  examples  tokens  trained_tokens" in err
+    assert counts(err)["trained on"]["examples"] == "18"
     assert "note:" not in err
     model, tokenizer = open_model(place / "m")
     load_adapter(model, tmp_path / "o")
@@ -73,8 +74,8 @@ def test_finetune_trains_on_answers_and_measures_on_those_held_out(place, tmp_pa
 def counts(err: str) -> dict[str, dict[str, str]]:
     """The table of counts on stderr, by its first column."""
     lines = err[err.index("instruction data\n") :].splitlines()[1:4]
-    header, *rows = (line.replace("trained on", "trained").split() for line in lines)
-    return {row[0]: dict(zip(header[1:], row[-len(header) + 1 :], strict=True)) for row in rows}
+    header, *rows = (re.split(r"\s{2,}", line.strip()) for line in lines)
+    return {row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows}
 
 
 @pytest.mark.parametrize(
@@ -84,10 +85,11 @@ def counts(err: str) -> dict[str, dict[str, str]]:
 def test_flags_say_what_is_trained_on(flags, share, rows, place, tmp_path, capsys):
     surgery("finetune", place / "m", place / "a.jsonl", "--out", tmp_path / "o", *STEPS, *flags)
     found = counts(capsys.readouterr().err)
-    assert share[0] < float(found["trained"]["trained_share"]) < share[1]
-    assert int(found["trained"]["rows"]) <= rows
-    assert int(found["trained"]["answers_that_end"]) == (36 if share[1] == 1 else 18)
-    assert (found["trained"]["examples"], found["held"]["examples"]) == ("18", "2")
+    trained = found["trained on"]
+    assert share[0] < float(trained["trained share"].removesuffix(" %")) / 100 < share[1]
+    assert int(trained["rows"]) <= rows
+    assert int(trained["answers that end"]) == (36 if share[1] == 1 else 18)
+    assert (trained["examples"], found["held out"]["examples"]) == ("18", "2")
 
 
 def test_data_of_which_it_is_not_clear_what_it_is_is_refused(place, tmp_path, capsys):

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeAlias
+
+from cyclopts import Parameter
 
 from nanogpt_surgery.cli.processes import speaks
 from nanogpt_surgery.errors import SurgeryWarning, printable
@@ -48,10 +51,31 @@ def complain(text: str) -> None:
     print(printable(who + text), file=sys.stderr, flush=True)
 
 
-def show(report: Report, as_json: bool) -> None:
+ALL = Parameter(negative="", name="--all", help="show each layer, not one line for all of a kind")
+AllLayers: TypeAlias = Annotated[bool, ALL]
+
+
+def show(report: Report, as_json: bool, all_layers: bool = False) -> None:
     """The result of a command: as a table, or as JSON."""
     if speaks():
-        print(report.to_json() if as_json else printable(str(report)))
+        print(report.to_json() if as_json else _text(report, all_layers, sys.stdout))
+
+
+def say_report(report: Report, all_layers: bool = False) -> None:
+    """A report about the work that goes on."""
+    say(_text(report, all_layers, sys.stderr))
+
+
+def _text(report: Report, all_layers: bool, stream: TextIO) -> str:
+    from nanogpt_surgery.report.text import text_of
+
+    width = width_of(stream)
+    return printable(text_of(report.title, report.rows, report.summary, width, all_layers))
+
+
+def width_of(stream: TextIO) -> int | None:
+    """The columns of a terminal; None where lines may be of any length."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 @contextmanager

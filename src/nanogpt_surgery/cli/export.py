@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.cli.console import AllLayers, say, show
 from nanogpt_surgery.cli.opening import WITH_ADAPTER
 from nanogpt_surgery.cli.options import given, options_of_function
 from nanogpt_surgery.cli.output import Overwrite, check_out
@@ -32,6 +32,7 @@ def export(
     adapter: Path | None = None,
     probe: Path | None = None,
     options: MergeOptions = None,
+    all_layers: AllLayers = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Write a model or an adapter for other programs; it is read again and compared.
@@ -64,7 +65,7 @@ def export(
     elif adapter is None:
         _write_model(model, out, form, json)
     else:
-        show(_write_merged(model, adapter, out, form, probe, given(options)), json)
+        show(_write_merged(model, adapter, out, form, probe, given(options)), json, all_layers)
     say(f"wrote {out}, and read it again")
 
 

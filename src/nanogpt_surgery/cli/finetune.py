@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.console import say, say_report
 from nanogpt_surgery.cli.options import TargetOptions, given, options_of
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.data.instruction_settings import InstructionSettings
@@ -144,7 +144,7 @@ def _job(
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
     report = inject_lora(network, **targets, settings=adapter)
-    say(str(report))
+    say_report(report, run.all_layers)
     if not run.resume:
         refuse_unsavable(network)
     return Job(
@@ -205,6 +205,6 @@ def _data(
         raise SurgeryError("--weights mixes texts, not instruction data", "name all files without")
     examples = instruction_data.read_examples(paths, tokenizer, settings)
     found = instruction_data.instruction_datasets(examples, tokenizer, length, settings)
-    say(str(instruction_data.counts_of(trained_on=found[0], held_out=found[1])))
+    say_report(instruction_data.counts_of(trained_on=found[0], held_out=found[1]))
     instruction_data.say_left_out(found[0])
     return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import show
+from nanogpt_surgery.cli.console import AllLayers, show
 
 FUSED, PARTS = "attn.c_attn", ("q_proj", "k_proj", "v_proj")
 ABOUT_FUSED = (
@@ -22,7 +22,12 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.stored import LowRankUpdate
 
 
-def inspect(path: str, *, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def inspect(
+    path: str,
+    *,
+    all_layers: AllLayers = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
     """Show the tree of a model's modules, or the updates of an adapter.
 
     Parameters
@@ -37,7 +42,7 @@ def inspect(path: str, *, json: Annotated[bool, Parameter(negative="")] = False)
         if (Path(path) / "adapter_config.json").is_file()
         else _model_report(path)
     )
-    show(report, json)
+    show(report, json, all_layers)
 
 
 def _model_report(path: str) -> Report:

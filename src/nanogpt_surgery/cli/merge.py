@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import say, show
+from nanogpt_surgery.cli.console import AllLayers, say, show
 from nanogpt_surgery.cli.options import given, options_of_function
 from nanogpt_surgery.cli.output import Overwrite, check_out
 
@@ -26,6 +26,7 @@ def merge(
     drop_originals: Annotated[bool, Parameter(negative="")] = False,
     plan: Annotated[bool, Parameter(negative="")] = False,
     options: MergeOptions = None,
+    all_layers: AllLayers = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Add an adapter's ΔW to a model's weights, in place (surgery undo takes it back) or elsewhere.
@@ -56,9 +57,9 @@ def merge(
     text = read_texts([str(probe)]) if probe else None
     more = given(options) | {"probe": text, "keep_originals": not drop_originals}
     if plan:
-        show(plan_merge(model, adapter, out, **more), json)
+        show(plan_merge(model, adapter, out, **more), json, all_layers)
         return
-    show(merge_adapter(model, adapter, out, **more), json)
+    show(merge_adapter(model, adapter, out, **more), json, all_layers)
     if out is not None:
         say(f"wrote {out}, read it again and measured it; {model} is as it was")
     elif drop_originals:

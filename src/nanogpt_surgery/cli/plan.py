@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import show
+from nanogpt_surgery.cli.console import AllLayers, show
 from nanogpt_surgery.cli.options import TargetOptions, given, options_of
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.training.settings import FitSettings
@@ -21,6 +21,7 @@ def plan(
     lora: LoraOptions = None,
     batch_size: int = FitSettings.batch_size,
     block_size: int | None = None,
+    all_layers: AllLayers = False,
     json: Annotated[bool, Parameter(negative="")] = False,
 ) -> None:
     """Say which layers a LoRA would adapt, with its parameters, its file and its memory.
@@ -50,4 +51,4 @@ def plan(
     network = open_model(model, torch.float32)[0]  # as finetune opens it
     check_batch(network.config, rows, window(block_size, network.config.block_size))
     probe = torch.zeros(rows, window(block_size, network.config.block_size), dtype=torch.long)
-    show(plan_adapter(network, probe=probe, **given(target), **given(lora)), json)
+    show(plan_adapter(network, probe=probe, **given(target), **given(lora)), json, all_layers)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
+from nanogpt_surgery.cli.console import AllLayers
+
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -24,5 +26,6 @@ class RunOptions:
     """with --resume: go on although settings, data or tokenizer differ, and say in what"""
     plan: Annotated[bool, Parameter(negative="")] = False
     """say what it will take, by a few real steps, and touch nothing"""
+    all_layers: AllLayers = False
     json: Annotated[bool, Parameter(negative="")] = False
     """print the result as JSON"""
