@@ -93,7 +93,7 @@ def _write_model(model: str, out: Path, form: ModelForm, json: bool) -> None:
     network, tokenizer = open_model(model, "each")
     if form == "huggingface":
         check_finite_weights(network, model)
-        save_model(network, out, tokenizer)
+        save_model(network, out, tokenizer, model)
     else:
         show(save_gguf(network, out, tokenizer, form), json)
 

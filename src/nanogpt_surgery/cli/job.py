@@ -43,8 +43,12 @@ def job_of_all(
     data: tuple[Batches, Batches],
     settings: FitSettings,
     known: dict[str, Any],
+    base: str | None = None,
 ) -> Job:
-    """The training of all weights of a model; what is `known` of it joins the description."""
+    """The training of all weights of a model; what is `known` of it joins the description.
+
+    What the folder of a `base` holds beside the weights is carried over to the run's.
+    """
     from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint
     from nanogpt_surgery.formats.model_file import write_model_files
 
@@ -60,5 +64,5 @@ def job_of_all(
         validation=data[1],
         settings=settings,
         description=description | known,
-        write_weights=lambda folder: write_model_files(model, folder, tokenizer),
+        write_weights=lambda folder: write_model_files(model, folder, tokenizer, base),
     )

@@ -69,7 +69,7 @@ def job_from(
     say_windows(dataset, validation)
     say(f"going on from {base}: all of its {network.n_parameters:,} parameters learn")
     known = {"base": fingerprint(network.state_dict().values())}
-    job = job_of_all(run, network, tokenizer, (dataset, validation), settings, known)
+    job = job_of_all(run, network, tokenizer, (dataset, validation), settings, known, base)
     return replace(job, named={"model": base, "text": text, "weights": weights})
 
 

@@ -25,12 +25,14 @@ PROBE_ROWS, PROBE_TOKENS = 4, 64
 class Merge:
     """A merge that is about to happen: the adapted model, and all that its report will say.
 
-    The model is float32; `dtypes` says what each of its tensors is to be written in.
+    The model is float32; `dtypes` says what each of its tensors is to be written in, and `source`
+    what was opened; `base` is the hash of its weights.
     """
 
     model: SimpleGPT
     tokenizer: Tokenizer | None
     dtypes: dict[str, torch.dtype]
+    source: str
     base: str
     adapter: str
     probe: Tensor
@@ -79,7 +81,7 @@ def prepare(
     base = combined(tensor_hashes(network).values())
     load_adapter(network, adapter, tied=tied, force=force)
     ids, probed_on = _probe(network, tokenizer, probe)
-    return Merge(network, tokenizer, dtypes, base, str(adapter), ids, probed_on)
+    return Merge(network, tokenizer, dtypes, str(model), base, str(adapter), ids, probed_on)
 
 
 def _refuse_wider(stored: dict[str, torch.dtype], where: str) -> None:

@@ -23,7 +23,7 @@ from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
 from nanogpt_surgery.formats.folder_operation import operate
 from nanogpt_surgery.formats.hub import is_hub_name
-from nanogpt_surgery.formats.in_place import keep_config, leave_away
+from nanogpt_surgery.formats.in_place import leave_away
 from nanogpt_surgery.formats.measured_merge import Merged, add_in
 from nanogpt_surgery.formats.merge_preparation import Merge, dtype_name, prepare
 from nanogpt_surgery.formats.model_file import model_folder, open_model, write_model_files
@@ -140,9 +140,7 @@ class _Writing:
     def _files(self, new: Path, entry: Entry, place: Path | None = None) -> Entry:
         """Write the files, read them again; in place, without those there already."""
         tokenizer = self.merge.tokenizer if place is None or is_run(place) else None
-        write_model_files(self.merge.model, new, tokenizer)
-        if place is not None:
-            keep_config(new, place)
+        write_model_files(self.merge.model, new, tokenizer, place or self.merge.source)
         again, tokenizer_again = open_model(new, "each")
         check_equal(self.merge.model, again, tokenizer, tokenizer_again)
         if place is not None:

@@ -9,6 +9,12 @@ from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.data.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import read_json, refuse_damage, write_json, write_tensors
+from nanogpt_surgery.formats.carried_files import (
+    CONFIG,
+    carried_config,
+    carry_files,
+    has_tokenizer,
+)
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.config_options import MODEL_TYPES
 from nanogpt_surgery.formats.folder_journal import is_operated
@@ -31,10 +37,15 @@ from nanogpt_surgery.lora.operations import has_lora
 from nanogpt_surgery.lora.peft_config import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
-CONFIG, TENSORS = "config.json", "model.safetensors"
+TENSORS = "model.safetensors"
 
 
-def save_model(model: SimpleGPT, folder: str | Path, tokenizer: Tokenizer | None = None) -> None:
+def save_model(
+    model: SimpleGPT,
+    folder: str | Path,
+    tokenizer: Tokenizer | None = None,
+    source: str | Path | None = None,
+) -> None:
     """Write a model folder in Hugging Face's form, whole or not at all.
 
     A model on a family's axes is written under the family's names and opens in transformers.
@@ -42,18 +53,31 @@ def save_model(model: SimpleGPT, folder: str | Path, tokenizer: Tokenizer | None
     is written is opened again and compared before it counts as written. A folder of ours that lies
     there is replaced, in one step, if nothing in it would be lost.
 
+    Args:
+        model: what is written, every tensor in the dtype that it has.
+        folder: made, or replaced.
+        tokenizer: written beside the weights.
+        source: what model and tokenizer were opened from; what a folder holds there beside the
+            weights (generation_config.json, the tokenizer's files, the rest of its config) is
+            carried over.
+
     Raises:
         SurgeryError: the model carries a LoRA, or the folder holds something else, or what was
             written does not read back. There is no new folder then.
     """
     with whole_folder(folder) as temporary:
-        write_model_files(model, temporary, tokenizer)
+        write_model_files(model, temporary, tokenizer, source)
         again, tokenizer_again = open_model(temporary, "each")
         check_equal(model, again, tokenizer, tokenizer_again)
 
 
-def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | None = None) -> None:
-    """Write the files of a model folder into a folder that is being made."""
+def write_model_files(
+    model: SimpleGPT,
+    folder: Path,
+    tokenizer: Tokenizer | None = None,
+    source: str | Path | None = None,
+) -> None:
+    """Write the files of a model folder into a folder that is being made; see `save_model`."""
     if has_lora(model):
         raise SurgeryError(
             "the model carries a LoRA, which a model folder has no place for",
@@ -68,9 +92,14 @@ def write_model_files(model: SimpleGPT, folder: Path, tokenizer: Tokenizer | Non
     contents = config_to_json(model.config, tied, str(dtype).removeprefix("torch."))
     if contents["model_type"] != OWN:
         tensors = to_theirs(tensors, contents["model_type"], model.config.n_layer)
-    write_json(folder / CONFIG, contents | special_ids(tokenizer))
+    contents |= special_ids(tokenizer)
+    carried = None if source is None or is_gguf(Path(source)) else model_folder(source)
+    if carried is not None:
+        contents = carried_config(carried, contents, model.config)
+        carry_files(carried, folder)
+    write_json(folder / CONFIG, contents)
     write_tensors(tensors, folder / TENSORS)
-    if tokenizer is not None:
+    if tokenizer is not None and not (carried is not None and has_tokenizer(carried)):
         write_tokenizer_files(tokenizer, folder, model.config.block_size)
 
 
