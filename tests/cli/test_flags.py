@@ -69,7 +69,7 @@ def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
         (["generate", "nowhere"], ["nowhere", "no such folder", "→ surgery train"]),
         (["train", "nowhere.txt", "--out", "r"], ["nowhere.txt does not exist"]),
         (["train", "--out", "r", "--n-embd", "10", "--n-head", "4"], ["10", "4", "multiple"]),
-        (["train", "--out", "r", "--n-embed", "10"], ["Did you mean --n-embd?"]),
+        (["train", "--out", "r", "--n-embed", "10"], ["--n-embed", "→ --n-embd"]),
         (["finetune", "nowhere", "--out", "a"], ["nowhere"]),
         (["inspect", "."], ["neither a run nor a model folder"]),
         (["--config"], ["--config needs a file"]),

@@ -9,12 +9,19 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cyclopts import App, CycloptsError, MissingArgumentError
+from cyclopts import (
+    App,
+    CycloptsError,
+    MissingArgumentError,
+    UnknownCommandError,
+    UnknownOptionError,
+)
 
 from nanogpt_surgery.cli.config_file import FLAG, take_config, unknown_key
 from nanogpt_surgery.cli.console import complain, spoken_warnings
 from nanogpt_surgery.cli.options import first_line
 from nanogpt_surgery.cli.processes import joined
+from nanogpt_surgery.cli.suggestions import nearest_command, nearest_flag
 from nanogpt_surgery.cli.typed_command import typing
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.memory import is_out_of_memory
@@ -104,7 +111,8 @@ def run(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         complain(f"surgery: {_refusal(error)}")
-        _forget_stdout()
+        if error.filename is None:
+            _forget_stdout()
         sys.exit(1)
     except Exception as error:
         if debug or not is_out_of_memory(error):
@@ -132,9 +140,29 @@ def _run(app: App, arguments: list[str]) -> None:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
     except CycloptsError as error:
         hint = " ".join(("surgery", *_command(arguments), "--help"))
-        what = _missing(error) or str(error)
-        raise unknown_key(error) or SurgeryError(what, f"{hint} lists the flags") from error
+        raise (
+            unknown_key(error)
+            or _unknown(error, hint)
+            or SurgeryError(_missing(error) or str(error), f"{hint} lists the flags")
+        ) from error
     command(*map(_typed, bound.args), **{key: _typed(value) for key, value in bound.kwargs.items()})
+
+
+def _unknown(error: CycloptsError, hint: str) -> SurgeryError | None:
+    """A flag or a command that there is not, with the one that was meant."""
+    command = " ".join(("surgery", *(error.command_chain or ())))
+    if isinstance(error, UnknownCommandError):
+        written = (error.unused_tokens or [""])[0]
+        known = GROUPS[command.split()[1]][1] if command != "surgery" else COMMANDS
+        found = nearest_command(written, known)
+        return SurgeryError(f"there is no {command} {written}", f"{found}? {hint} lists all")
+    if isinstance(error, UnknownOptionError):
+        written = error.token.keyword or error.token.value
+        names = [name for argument in error.argument_collection or () for name in argument.names]
+        found = nearest_flag(written, names)
+        near = f"{found}? " if found.count(",") < 3 else ""  # else it is all there are
+        return SurgeryError(f"{command} has no flag {written}", f"{near}{hint} lists the flags")
+    return None
 
 
 def _typed(value: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 from cyclopts import CycloptsError, UnknownOptionError
 
-from nanogpt_surgery.errors import SurgeryError, nearest
+from nanogpt_surgery.cli.suggestions import nearest_flag
+from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from cyclopts.config import Toml
@@ -46,5 +47,6 @@ def unknown_key(error: CycloptsError) -> SurgeryError | None:
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     number = next((i for i, line in enumerate(lines, 1) if line.strip().startswith(key)), 0)
     flags = [name for argument in error.argument_collection or () for name in argument.names]
-    known = [flag.removeprefix("--").replace("-", "_") for flag in flags if flag.startswith("--")]
-    return SurgeryError(f"{path}, line {number}: unknown key {key}", f"{nearest(key, known)}?")
+    found = nearest_flag(f"--{key.replace('_', '-')}", flags)
+    known = ", ".join(flag[2:].replace("-", "_") for flag in found.split(", "))
+    return SurgeryError(f"{path}, line {number}: unknown key {key}", f"{known}?")
