@@ -28,9 +28,12 @@ from nanogpt_surgery.memory import is_out_of_memory
 
 COMMANDS = (
     *("train", "plan", "finetune", "generate", "ask", "chat", "eval", "inspect", "merge", "undo"),
-    *("redo", "log", "export", "tokenizer", "data", "doctor"),
+    *("redo", "log", "export", "verify-resume", "tokenizer", "data", "doctor"),
 )
-FUNCTIONS = {"eval": "evaluate"}  # where a command cannot have the name that it is typed by
+FUNCTIONS = {
+    "eval": "evaluate",
+    "verify-resume": "verify_resume",
+}  # where a command cannot have the name that it is typed by
 GROUPS = {
     "tokenizer": ("Train a tokenizer.", ("train",)),
     "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),

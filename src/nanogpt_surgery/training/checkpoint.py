@@ -8,13 +8,14 @@ of steps. Nothing else has a state: batches, dropout and the schedule follow fro
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -78,7 +79,11 @@ class Run:
     Attributes:
         environment: on what it computes (`environment_of`), as each checkpoint will say.
         changes: the description that it goes on with where that is another one, and in what.
+        signals_after: signals that the process sends itself after the lines of steps, by step:
+            `surgery verify-resume` asks for some.
     """
+
+    signals_after: ClassVar[dict[int, int]] = {}
 
     def __init__(self, folder: Path, checkpoint: Path | None = None, best: Path | None = None):
         self.folder = folder
@@ -121,6 +126,8 @@ class Run:
             SurgeryError: the disk refuses.
         """
         append_metrics(self.folder / METRICS, step.to_dict())
+        if step.step in self.signals_after:
+            os.kill(os.getpid(), self.signals_after[step.step])
 
     def save(
         self,
