@@ -77,7 +77,7 @@ def foreign_file(path: str | Path, part: str = "") -> Iterator[None]:
     """
     try:
         yield
-    except SurgeryError:
+    except (SurgeryError, SurgeryWarning):
         raise
     except BaseException as error:
         # A panic in Rust is no `Exception`, and its class can be imported from nowhere.

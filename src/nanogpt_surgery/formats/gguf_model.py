@@ -20,6 +20,7 @@ from nanogpt_surgery.formats.name_map import each_layer
 from nanogpt_surgery.formats.placing import Dtype, build_model, place
 from nanogpt_surgery.formats.quantised_tensor import QuantisedTensor
 from nanogpt_surgery.formats.stored_tensor import PlainTensor, Stored
+from nanogpt_surgery.formats.tokenizer_files import check_ids
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.positions import rotary_frequencies, stretch
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -51,12 +52,14 @@ def open_gguf(path: str | Path, dtype: Dtype) -> tuple[SimpleGPT, Tokenizer | No
     stored = {name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
     model = build_model(config, stored, table(family, config), dtype, str(path))
     try:
-        return model, tokenizer_of(file.metadata)
+        tokenizer = tokenizer_of(file.metadata)
     except SurgeryError as error:
         warnings.warn(
             f"{path} opens without its tokenizer: {error.what}", SurgeryWarning, stacklevel=3
         )
         return model, None
+    check_ids(tokenizer, config.vocab_size, path)
+    return model, tokenizer
 
 
 def types_in(path: str | Path) -> dict[str, str]:

@@ -29,12 +29,14 @@ from nanogpt_surgery.formats.run_folder import checkpoints, chosen_checkpoint, i
 from nanogpt_surgery.formats.safetensors_file import stored_tensors
 from nanogpt_surgery.formats.tokenizer_files import (
     TOKENIZER,
+    check_ids,
     open_tokenizer,
     special_ids,
     write_tokenizer_files,
 )
 from nanogpt_surgery.lora.operations import has_lora
 from nanogpt_surgery.lora.peft_config import CONFIG as ADAPTER_CONFIG
+from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 TENSORS = "model.safetensors"
@@ -139,6 +141,7 @@ def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokeni
     table = identity(stored) if family == OWN else NAME_MAPS[family]
     names = normal_names(stored, family)
     tokenizer = open_tokenizer(folder)  # first: what it needs in passing is free again for weights
+    check_ids(tokenizer, config.vocab_size, folder)
     return build_model(config, names, table, dtype, str(folder)), tokenizer
 
 
@@ -153,17 +156,20 @@ def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
     """
     path = Path(path)
     alone = path.parent if path.name == TOKENIZER else path
-    context: int | None = None
+    config: GPTConfig | None = None
     if is_gguf(path):
         file = read_gguf(path)
         tokenizer = tokenizer_of(file.metadata)
-        context = config_of(file, family_of_file(file)).block_size
+        config = config_of(file, family_of_file(file))
     elif (alone / TOKENIZER).is_file() and not (alone / CONFIG).is_file():
         tokenizer = open_tokenizer(alone)
     else:
         folder = model_folder(alone if alone.is_dir() else path)
         tokenizer = open_tokenizer(folder)
-        context = config_from_json(read_json(folder / CONFIG)).block_size
+        config = config_from_json(read_json(folder / CONFIG))
+    if config is not None:
+        check_ids(tokenizer, config.vocab_size, path)
+    context = None if config is None else config.block_size
     return required_tokenizer(tokenizer, str(path)), context
 
 

@@ -4,9 +4,10 @@
 |--------------------------|---------------------------------------------------------|
 | `tokenizer.json`         | the tokenizer itself                                    |
 | `vocab.json`, `merges.txt` | GPT-2's, where there is no `tokenizer.json`           |
-| `tokenizer_config.json`  | BOS, EOS, `add_bos_token`, the chat template            |
-| `chat_template.jinja`    | the chat template, where newer folders keep it          |
-| `generation_config.json`, `config.json` | more ids that end a turn                 |
+| `chat_template.jinja`, `additional_chat_templates/` | the chat templates, before those of the |
+|                          | `tokenizer_config.json`                                 |
+
+What other files say of special and added tokens is gathered by `special_tokens.py`.
 """
 
 from __future__ import annotations
@@ -16,16 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.atomic import whole_folder
-from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
+from nanogpt_surgery.data.bpe_tokenizer import END_OF_TEXT, BPETokenizer
 from nanogpt_surgery.data.bpe_tokenizer import is_ours as is_bpe
 from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files import read_json, write_json
+from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids, vocab_size_of
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
+from nanogpt_surgery.files import write_json
+from nanogpt_surgery.formats.special_tokens import (
+    TOKENIZER_CONFIG,
+    SpecialTokens,
+    read_object,
+    special_tokens_of,
+)
 
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 _LARGEST_TEMPLATE = 1 << 20  # bytes
 
 
@@ -37,12 +44,12 @@ def open_tokenizer(folder: str | Path) -> Tokenizer | None:
     """
     folder = Path(folder)
     if (folder / TOKENIZER).is_file():
-        contents = _object(folder / TOKENIZER)
-        if _is_character(contents):
-            return CharacterTokenizer.from_json(contents)
-        return BPETokenizer.from_json(contents) if is_bpe(contents) else _opened(contents, folder)
+        with foreign_file(folder / TOKENIZER):
+            return _opened(read_object(folder / TOKENIZER), folder)
     if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        return BPETokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
+        with foreign_file(folder / "vocab.json"):
+            words = BPETokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
+            return _opened(words.to_json(), folder)
     if (folder / "tokenizer.model").is_file():
         warnings.warn(
             f"{folder} has only a tokenizer.model, which is not read: the model opens without a "
@@ -53,72 +60,84 @@ def open_tokenizer(folder: str | Path) -> Tokenizer | None:
     return None
 
 
-def _opened(contents: dict[str, Any], folder: Path) -> PretrainedTokenizer:
-    config = _object(folder / TOKENIZER_CONFIG)
-    named = {key: _written(config.get(key)) for key in ("bos_token", "eos_token")}
-    ids = _ids_of(contents, [token for token in named.values() if token])
-    ends = [ids.get(named["eos_token"])]
-    for file in ("generation_config.json", "config.json"):
-        eos = _object(folder / file).get("eos_token_id")
-        ends += eos if isinstance(eos, list) else [eos]
+def _opened(contents: dict[str, Any], folder: Path) -> Tokenizer:
+    if _is_character(contents):
+        return CharacterTokenizer.from_json(contents)
+    found = special_tokens_of(folder, _tokens_in(contents))
+    templates = _chat_templates(folder)
+    if is_bpe(contents) and not templates and _says_nothing_new(found):
+        return BPETokenizer.from_json(contents)
     return PretrainedTokenizer(
         contents,
-        bos_id=ids.get(named["bos_token"]),
-        stop_ids=list(dict.fromkeys(i for i in ends if isinstance(i, int))),
-        add_bos=config.get("add_bos_token"),
-        chat_template=_chat_template(folder, config),
+        stop_ids=found.stop_ids,
+        chat_template=templates.get("default", next(iter(templates.values()), None)),
+        special_tokens=found.named,
+        extra_special_tokens=found.extra,
+        added_tokens=found.added,
+        settings=found.settings,
+        chat_templates=templates if len(templates) > 1 else {},
     )
 
 
-def _ids_of(contents: dict[str, Any], tokens: list[str]) -> dict[str | None, int]:
-    """The ids of a few tokens, read off the contents: an encoder made for it takes memory twice."""
+def _tokens_in(contents: dict[str, Any]) -> set[str]:
+    """The tokens of a `tokenizer.json`."""
     model, added = contents.get("model"), contents.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     listed = vocab if isinstance(vocab, list) else []  # a unigram model's: token and score
-    rows: list[tuple[Any, Any]] = [
-        (row[0], i) for i, row in enumerate(listed) if isinstance(row, list) and row
-    ]
-    rows += [*vocab.items()] if isinstance(vocab, dict) else []
+    tokens = [row[0] for row in listed if isinstance(row, list) and row]
+    tokens += vocab if isinstance(vocab, dict) else []
     for token in added if isinstance(added, list) else []:
-        rows += [(token.get("content"), token.get("id"))] if isinstance(token, dict) else []
-    found: dict[str | None, int] = {}
-    found |= {token: i for token, i in rows if token in tokens and isinstance(i, int)}
-    return found
+        tokens += [token.get("content")] if isinstance(token, dict) else []
+    return {token for token in tokens if isinstance(token, str)}
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    path = folder / CHAT_TEMPLATE
-    if path.is_file():
-        if path.stat().st_size > _LARGEST_TEMPLATE:
-            raise SurgeryError(f"{path} has {path.stat().st_size:,} bytes; no template is so long")
+def _says_nothing_new(found: SpecialTokens) -> bool:
+    """Whether a folder says no more of a byte-level BPE than its own kind knows."""
+    tokens = {*map(str, found.named.values()), *map(str, found.extra), *map(str, found.added)}
+    return tokens <= {END_OF_TEXT} and not {"pad_token", "bos_token"} & found.named.keys()
+
+
+def _chat_templates(folder: Path) -> dict[str, str]:
+    """The chat templates by name; files of their own win over those in the config."""
+    files = {"default": folder / CHAT_TEMPLATE}
+    files |= {path.stem: path for path in sorted((folder / CHAT_TEMPLATES).glob("*.jinja"))[:16]}
+    found = {name: _template_text(path) for name, path in files.items() if path.is_file()}
+    return found or _templates_in(folder / TOKENIZER_CONFIG)
+
+
+def _template_text(path: Path) -> str:
+    if path.stat().st_size > _LARGEST_TEMPLATE:
+        raise SurgeryError(f"{path} has {path.stat().st_size:,} bytes; no template is so long")
+    with foreign_file(path):
         return path.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default", next(iter(named.values()), None))
-    return template if isinstance(template, str) else None
 
 
-def _object(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; empty where there is no file."""
-    contents = read_json(path) if path.is_file() else {}
-    if not isinstance(contents, dict):
-        raise SurgeryError(f"{path} holds a {type(contents).__name__} where an object belongs")
-    return contents
-
-
-def _written(token: Any) -> str | None:
-    """A special token's text, whether it lies there as a string or as an object."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
+def _templates_in(path: Path) -> dict[str, str]:
+    """The templates in a `tokenizer_config.json`: one, or a list of named ones."""
+    value = read_object(path).get("chat_template")
+    if value is None:
+        return {}
+    entries = value if isinstance(value, list) else [{"name": "default", "template": value}]
+    found = {}
+    for entry in entries:
+        name = entry.get("name") if isinstance(entry, dict) else None
+        template = entry.get("template") if isinstance(entry, dict) else None
+        if not isinstance(name, str) or not isinstance(template, str):
+            raise SurgeryError(
+                f"{path} holds {quoted(value)} as chat_template, where a text, or a list of named "
+                "texts, belongs"
+            )
+        found[name] = template
+    return found
 
 
 def _is_character(contents: dict[str, Any]) -> bool:
     model = contents.get("model")
     if not isinstance(model, dict) or model.get("type") != "WordLevel":
         return False
-    return all(len(token) == 1 for token in model.get("vocab") or [])
+    vocab = model.get("vocab")
+    alone = not contents.get("added_tokens") and contents.get("post_processor") is None
+    return alone and isinstance(vocab, dict) and all(len(token) == 1 for token in vocab)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
@@ -152,20 +171,51 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int | Non
             "use a CharacterTokenizer, BPETokenizer or PretrainedTokenizer",
         )
     tokenizer.save(folder / TOKENIZER)
-    config: dict[str, Any] = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-    }
+    config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     if context is not None:
         config["model_max_length"] = context
-    if not isinstance(tokenizer, CharacterTokenizer):
+    if isinstance(tokenizer, BPETokenizer):
         config["eos_token"] = tokenizer.token_of(tokenizer.eos_id)
     if isinstance(tokenizer, PretrainedTokenizer):
-        config["bos_token"] = tokenizer.token_of(tokenizer.bos_id)
-        config["add_bos_token"] = tokenizer.add_bos
-        if tokenizer.chat_template is not None:
+        config |= _pretrained_config(tokenizer)
+        if tokenizer.chat_template is not None and not tokenizer.chat_templates:
             (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
-    write_json(folder / TOKENIZER_CONFIG, config)
+    write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def _pretrained_config(tokenizer: PretrainedTokenizer) -> dict[str, Any]:
+    """A `tokenizer_config.json`; flags of added tokens stand in the `tokenizer.json`."""
+    config = tokenizer.settings | tokenizer.special_tokens
+    config |= {role: config.get(role) for role in ("bos_token", "eos_token")}
+    if tokenizer.extra_special_tokens:
+        config["extra_special_tokens"] = tokenizer.extra_special_tokens
+    ends = [[], [tokenizer.eos_id]]
+    if tokenizer.prefix_ids in ([], [tokenizer.bos_id]) and tokenizer.suffix_ids in ends:
+        config["add_bos_token"] = bool(tokenizer.prefix_ids)
+        config["add_eos_token"] = bool(tokenizer.suffix_ids)
+    if tokenizer.chat_templates:
+        config["chat_template"] = [
+            {"name": name, "template": text} for name, text in tokenizer.chat_templates.items()
+        ]
+    return config
+
+
+def check_ids(tokenizer: Tokenizer | None, rows: int, path: str | Path) -> None:
+    """Raise `SurgeryError` if a tokenizer has ids for which a model of `rows` tokens has no row."""
+    if tokenizer is None or not hasattr(tokenizer, "vocab_size"):
+        return
+    size = vocab_size_of(tokenizer)
+    if size <= rows:
+        return
+    tokens: dict[int, str] = getattr(tokenizer, "tokens_from", lambda _: {})(rows)
+    shown = ", ".join(f"{quoted(token)} ({i})" for i, token in list(tokens.items())[:4])
+    more = f" and {len(tokens) - 4:,} more" if len(tokens) > 4 else ""
+    raise SurgeryError(
+        f"the tokenizer of {path} has ids up to {size - 1:,}, the model rows for {rows:,} tokens"
+        + (f": no row for {shown}{more}" if shown else ""),
+        f"take what is too much out of {TOKENIZER} and {TOKENIZER_CONFIG}, or give the model rows "
+        f"for it (in transformers: model.resize_token_embeddings({size}))",
+    )
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
