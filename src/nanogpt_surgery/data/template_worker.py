@@ -25,14 +25,15 @@ MEMORY = 1 << 30  # bytes
 
 
 class Generation(Extension):
-    """The tag `generation`, by which some templates mark answers: its body, as it is."""
+    """The tag `generation`, by which some templates mark answers: its body, in its own scope."""
 
     tags = {"generation"}  # noqa: RUF012
 
     def parse(self, parser: Parser) -> list[nodes.Node]:
         """The statements up to `endgeneration`."""
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return [nodes.Scope(body, lineno=line)]  # what it sets ends with it, as in transformers
 
 
 def environment() -> ImmutableSandboxedEnvironment:
@@ -42,12 +43,26 @@ def environment() -> ImmutableSandboxedEnvironment:
     )
     made.filters["tojson"] = _to_json
     made.globals["raise_exception"] = _refuse
+    made.globals["dict"] = dict
     made.globals["strftime_now"] = lambda pattern: datetime.datetime.now().strftime(pattern)
     return made
 
 
-def _to_json(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """JSON as transformers' filter writes it: without Jinja's escapes for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> None:

@@ -41,7 +41,6 @@ _CLASS_DEFAULTS: dict[str, dict[str, str]] = {
 }
 _CLASS_OF_MODEL = {
     "gpt2": "GPT2Tokenizer",
-    "llama": "LlamaTokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
 }

@@ -94,7 +94,7 @@ def _tokens_in(contents: dict[str, Any]) -> set[str]:
 def _says_nothing_new(found: SpecialTokens) -> bool:
     """Whether a folder says no more of a byte-level BPE than its own kind knows."""
     tokens = {*map(str, found.named.values()), *map(str, found.extra), *map(str, found.added)}
-    return tokens <= {END_OF_TEXT} and not {"pad_token", "bos_token"} & found.named.keys()
+    return tokens <= {END_OF_TEXT} and "pad_token" not in found.named
 
 
 def _chat_templates(folder: Path) -> dict[str, str]:
