@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.training.step import Step
 
+LEAST_BAR = 10  # columns
 PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
 
 
@@ -48,7 +49,17 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """A line that every process may say; those after the first one with their number."""
     who = "" if speaks() else f"process {os.environ['RANK']}: "
-    print(printable(who + text), file=sys.stderr, flush=True)
+    print(_fitted(printable(who + text), sys.stderr), file=sys.stderr, flush=True)
+
+
+def _fitted(text: str, stream: TextIO) -> str:
+    """A text broken between words where it is wider than a terminal."""
+    width = width_of(stream)
+    if width is None:
+        return text
+    from nanogpt_surgery.report.text import wrapped
+
+    return "\n".join(part for line in text.split("\n") for part in wrapped(line, width))
 
 
 ALL = Parameter(negative="", name="--all", help="show each layer, not one line for all of a kind")
@@ -127,11 +138,12 @@ def watched(
 
 
 class Announced:
-    """Held-out data that calls `begin` whenever a reading of it, an evaluation, begins."""
+    """Held-out data that calls `begin` and `end` around a reading of it, an evaluation."""
 
     def __init__(self, data: Batches):
         self.data = data
         self.begin: Callable[[], object] = lambda: None
+        self.end: Callable[[], object] = lambda: None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.data, name)
@@ -142,27 +154,46 @@ class Announced:
     def whole(self, batch_size: int, *every: int) -> Iterator[Batch]:
         """As the data's own."""
         self.begin()
-        return self.data.whole(batch_size, *every)
+        yield from self.data.whole(batch_size, *every)
+        self.end()
 
 
 def _with_bar(steps: Iterable[Step], rate: _Rate, validation: Announced) -> Iterator[Step]:
     with _bar() as bar:
-        task = bar.add_task("", total=rate.max_steps, completed=rate.first_step, text="")
+        shown = "first step"
+        task = bar.add_task("", total=rate.max_steps, completed=rate.first_step, text=shown)
         validation.begin = lambda: bar.update(task, text="evaluating", refresh=True)
+        validation.end = lambda: bar.update(task, text=shown, refresh=True)
         for step in steps:
             rate.add(step)
-            bar.update(task, completed=step.step, text=rate.text(step))
+            width = bar.console.width
+            counted = len(f"{step.step}/{rate.max_steps}".rjust(2 * len(str(rate.max_steps)) + 1))
+            shown = _fitting(rate.parts(step), width - LEAST_BAR - counted - 2)
+            bar.update(task, completed=step.step, text=shown)
             if step.validation_loss is not None:
-                bar.console.print(rate.line(step), highlight=False)
+                bar.console.print(rate.line(step, width), highlight=False, markup=False)
             yield step
+
+
+def _fitting(parts: Iterable[str], width: int | None) -> str:
+    """The first of the parts, and as many after it as there is room for."""
+    first, *more = parts
+    for part in more:
+        longer = f"{first}  {part}"
+        if width is not None and len(longer) > width:
+            break
+        first = longer
+    return first
 
 
 def _bar() -> Progress:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.table import Column
 
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[text]}"))
-    return Progress(*columns, console=Console(stderr=True))
+    text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True))
+    bar = BarColumn(bar_width=None, table_column=Column(min_width=LEAST_BAR, max_width=40, ratio=1))
+    return Progress(bar, MofNCompleteColumn(), text, console=Console(stderr=True))
 
 
 def _with_lines(steps: Iterable[Step], rate: _Rate) -> Iterator[Step]:
@@ -186,21 +217,24 @@ class _Rate:
         self.tokens += step.tokens
         self.seconds += step.seconds
 
-    def text(self, step: Step) -> str:
+    def parts(self, step: Step) -> list[str]:
+        """What is said of a step, the most important first."""
+        from nanogpt_surgery.report.text import duration
+
         elapsed = monotonic() - self.start
         done = step.step - self.first_step
         left = elapsed / done * (self.max_steps - step.step)
         rate = self.tokens / self.seconds
-        speed = f"{rate:,.0f} tokens/s  {rate / self.full_rate:.0%} of the matmul rate"
-        return f"loss {step.loss:.4f}  {speed}  {_clock(left)} left"
+        return [
+            f"loss {step.loss:.4f}",
+            f"{duration(round(left))} left",
+            f"{rate:,.0f} tokens/s",
+            f"{rate / self.full_rate:.0%} of the matmul rate",
+        ]
 
-    def line(self, step: Step) -> str:
-        validation = step.validation_loss
-        measured = f"  validation loss {validation:.4f}" if validation is not None else ""
-        return f"step {step.step:,} of {self.max_steps:,}  {self.text(step)}{measured}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+    def line(self, step: Step, width: int | None = None) -> str:
+        loss, *more = self.parts(step)
+        head = f"step {step.step:,} of {self.max_steps:,}  {loss}"
+        if step.validation_loss is not None:
+            head += f"  validation loss {step.validation_loss:.4f}"
+        return _fitting([head, *more], width)

@@ -112,6 +112,8 @@ def _trained(job: Job) -> dict[str, Any]:
             _say_environment(run.environment_before, environment)
         many = f"; {together.size} processes" if together.size > 1 else ""
         say(f"computing on {hardware.describe()}{many}")
+        if hardware.compile:
+            say("compiling the first step, which takes longer than the others")
         _say_what_is_measured(job)
         rate = matmul_rate(hardware.device, hardware.precision) * together.size
         stepped = _carried_out(job, run, optimizer, stop, rate)

@@ -1,0 +1,45 @@
+"""What a training and a note look like on terminals of several widths."""
+
+import re
+
+import pytest
+from typed import Terminal
+
+from nanogpt_surgery import Step
+from nanogpt_surgery.cli.console import Announced, say, watched
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
+
+
+def steps(count: int) -> list[Step]:
+    return [
+        Step(i, 4.3217, 1e-3, 1.0, 1000, 0.5, 4.1234 if i % 2 == 0 else None)
+        for i in range(1, count + 1)
+    ]
+
+
+@pytest.mark.parametrize("columns", [60, 80, 120])
+def test_bar_step_and_loss_stay(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("sys.stderr", terminal)
+    for _ in watched(steps(4), 0, 20_000, 1e6, Announced([])):
+        pass
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
+    lines = re.split(r"[\r\n]+", ESCAPES.sub("\n", plain))
+    assert max(map(len, lines)) <= columns
+    shown = "\n".join(lines)
+    assert "step 4 of 20,000  loss 4.3217  validation loss 4.1234" in shown
+    bars = [line for line in lines if "4/20000" in line and "━" in line]
+    assert bars and all("loss 4.3217" in line for line in bars)
+    assert all(("of the matmul rate" in line) == (columns == 120) for line in bars)
+
+
+def test_no_number_of_a_note_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setattr("sys.stderr", terminal)
+    say("12,345,678 windows to train on, 1,234 held out; a model of some 17,568,123 parameters")
+    lines = terminal.getvalue().splitlines()
+    assert max(map(len, lines)) <= 60
+    assert "17,568,123" in terminal.getvalue()
