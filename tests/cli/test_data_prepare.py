@@ -226,3 +226,41 @@ def test_a_lost_tokenizer_and_a_negative_number_of_workers_are_said(place, token
     assert "workers is -1" in refused(capsys, *words, "other", "--workers", -1)
     (tokens / "tokenizer" / "tokenizer.json").unlink()
     assert "holds no tokenizer.json" in refused(capsys, *words, "tokens")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("wrong", ["not UTF-8", "workers", "no tokenizer"])
+def test_a_failed_preparation_leaves_nothing(place, capsys, wrong):
+    Path("bad.txt").write_bytes(b"good\n" * 9 + b"\xff\n")
+    words = {
+        "not UTF-8": ["bad.txt"],
+        "workers": ["a.txt", "--workers", -1],
+        "no tokenizer": ["a.txt", "--tokenizer", "nowhere"],
+    }
+    before = names(place)
+    refused(capsys, "data", "prepare", *words[wrong], "--out", "tokens")
+    assert names(place) == before
+    assert surgery(capsys, "data", "prepare", "a.txt", "--out", "tokens")[0]["train_tokens"] > 0
+
+
+@pytest.mark.parametrize("text", ["a.txt", "b.txt"])
+def test_ctrl_c_leaves_temporary_names_alone_which_the_next_command_takes_or_removes(
+    place, capsys, monkeypatch, text
+):
+    before = names(place)
+    monkeypatch.setattr(preparation, "join_parts", lambda *_: signal.raise_signal(signal.SIGINT))
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run(["data", "prepare", "a.txt", "--out", "tokens", "--workers", "1"])
+    monkeypatch.undo()
+    monkeypatch.chdir(place)
+    (left,) = set(names(place)) - set(before)
+    assert left.startswith(".tmp-tokens-")
+    assert list(Path(left).glob("parts/*.json"))
+    surgery(capsys, "data", "prepare", text, "--out", "tokens", "--workers", 1)
+    assert names(place) == sorted([*before, "tokens"])
+    surgery(capsys, "data", "prepare", text, "--out", "anew", "--workers", 1)
+    for name in ("tokens.json", "train.bin", "validation.bin"):
+        assert file_hash(Path("tokens") / name) == file_hash(Path("anew") / name)

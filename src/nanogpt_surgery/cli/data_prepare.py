@@ -56,15 +56,89 @@ def prepare(
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
     _check_folder(out, text)
     pieces = pieces_of(text)
+    aside = _aside(out)
+    if aside.is_dir() and not out.exists():
+        aside.rename(out)
+    begun = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
     make_folder(out)
     try:
         with held(out / LOCK):
-            _prepare(pieces, out, tokenizer, given(options))
+            _prepare_or_leave_nothing(pieces, out, tokenizer, given(options), begun)
     except KeyboardInterrupt:
+        _put_aside(out, aside)
         say(f"stopped; the same command goes on with {out}")
         sys.exit(130)
     show(_report(out), json)
     say(f"surgery train {out} --out … trains on it")
+
+
+def _aside(out: Path) -> Path:
+    """Where an interrupted preparation waits, under a temporary name that follows from its own."""
+    import hashlib
+
+    from nanogpt_surgery.files import temporary_beside
+
+    name = temporary_beside(out).name.rpartition("-")[0]
+    return out.with_name(f"{name}-{hashlib.sha256(out.name.encode()).hexdigest()[:8]}")
+
+
+def _put_aside(out: Path, aside: Path) -> None:
+    """Leave of an interrupted preparation what the same command goes on with, or nothing."""
+    import shutil
+
+    from nanogpt_surgery.data.token_files import is_token_folder
+
+    if is_token_folder(out):
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    if any(out.glob("parts/*.json")):
+        out.rename(aside)
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _prepare_or_leave_nothing(
+    pieces: list[Piece], out: Path, tokenizer: str, values: dict[str, Any], begun: bool
+) -> None:
+    """Prepare, or remove what an error leaves unfinished.
+
+    What an earlier command left unfinished and this one cannot go on with is begun anew.
+
+    Raises:
+        SurgeryError: as `_prepare`.
+    """
+    from nanogpt_surgery.data.token_files import is_token_folder
+    from nanogpt_surgery.formats.run_folder import LOCK
+
+    try:
+        _prepare(pieces, out, tokenizer, values)
+    except SurgeryError as error:
+        if is_token_folder(out):
+            raise
+        _clear(out)
+        if not begun or isinstance(error.__cause__, OSError):
+            (out / LOCK).unlink(missing_ok=True)
+            if not any(out.iterdir()):
+                out.rmdir()
+            raise
+        say(f"note: {out} was left unfinished by another command, and is begun anew")
+        _prepare_or_leave_nothing(pieces, out, tokenizer, values, begun=False)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a preparation puts into a folder, but for the lock."""
+    import shutil
+
+    from nanogpt_surgery.data.parts import PARTS
+    from nanogpt_surgery.data.preparation import ASKED
+    from nanogpt_surgery.data.token_files import SPLITS, TOKENIZER
+    from nanogpt_surgery.files import remove_temporaries
+
+    remove_temporaries(folder)
+    for name in (TOKENIZER, PARTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (ASKED, *(f"{split}.bin" for split in SPLITS)):
+        (folder / name).unlink(missing_ok=True)
 
 
 def _prepare(pieces: list[Piece], out: Path, tokenizer: str, values: dict[str, Any]) -> None:
