@@ -9,7 +9,8 @@ reads the same `tokenizer.json`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ from nanogpt_surgery.errors import SurgeryError
 # Contractions, then words, numbers and marks, each with one space before it, then white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 END_OF_TEXT = "<|endoftext|>"
+# What the pattern's engine takes for white space, in runs that it cannot go back over.
+_LONG_BLANK = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]{2000,}")
 
 
 class BPETokenizer:
@@ -113,11 +116,30 @@ class BPETokenizer:
 
     def encode(self, text: str) -> list[int]:
         """The ids of a text."""
-        return self._encoding.encode(text, allowed_special="all")
+        if not _LONG_BLANK.search(text):
+            return self._encoding.encode(text, allowed_special="all")
+        return [i for part in self._parts(text) for i in part]
 
     def encode_to_numpy(self, text: str) -> NDArray[np.uint32]:
         """The same ids as an array (N,), without a Python object for each."""
-        return self._encoding.encode_to_numpy(text, allowed_special="all")
+        if not _LONG_BLANK.search(text):
+            return self._encoding.encode_to_numpy(text, allowed_special="all")
+        return np.concatenate([np.asarray(part, dtype=np.uint32) for part in self._parts(text)])
+
+    def _parts(self, text: str) -> Iterator[list[int]]:
+        """The ids of a text in parts; the pattern goes no further than some thousand blanks.
+
+        Before a word, the last blank of a run belongs to the word: the rest is one piece. Before a
+        special token, or at the end, the whole run is one.
+        """
+        place = 0
+        for run in _LONG_BLANK.finditer(text):
+            special = text.startswith(tuple(self.special), run.end())
+            end = run.end() if run.end() == len(text) or special else run.end() - 1
+            yield self._encoding.encode(text[place : run.start()], allowed_special="all")
+            yield self._encoding._encode_single_piece(text[run.start() : end])
+            place = end
+        yield self._encoding.encode(text[place:], allowed_special="all")
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """The same ids, and for each the position of its first character in the text."""

@@ -14,6 +14,7 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Encoder
 
 from nanogpt_surgery.data.post_processor import added_around, begin_with
+from nanogpt_surgery.data.tokenizer_limits import check_limits
 from nanogpt_surgery.errors import SurgeryError, foreign_file
 
 _LARGEST_ID = 2**31 - 1
@@ -64,6 +65,7 @@ class PretrainedTokenizer:
         contents = contents | {"truncation": None, "padding": None}
         named = dict(special_tokens or {})
         with foreign_file(_WHERE):
+            check_limits(contents)
             self._written = _bytes(contents)
             self._encoder = Encoder.from_buffer(self._written)
             tokens = _missing(self._encoder, added_tokens, named, extra_special_tokens)

@@ -13,6 +13,8 @@ from typing import Any
 from nanogpt_surgery.data.bpe_tokenizer import GPT2_PATTERN
 from nanogpt_surgery.errors import SurgeryError
 
+_LONGEST_TOKEN = 256  # characters
+_MOST_MERGES = 10  # ways to make a token, on average; Gemma's vocabulary has 2.3
 SPACE = "▁"  # SentencePiece's way to write a space
 
 # Contractions in either case, words with one sign before them, numbers, marks, then white space.
@@ -108,16 +110,35 @@ def sentencepiece_json(
 def _merges_by_score(
     tokens: Sequence[str], scores: Sequence[float], special: dict[int, bool]
 ) -> list[list[str]]:
-    """Every way to make a token from two others, that of the highest score first."""
+    """Every way to make a token from two others, that of the highest score first.
+
+    Raises:
+        SurgeryError: there are more ways, or longer tokens, than any real vocabulary has.
+    """
     ids = _ids(tokens)
-    merges = []
+    merges: list[tuple[str, str]] = []
+    most = _MOST_MERGES * len(tokens) + 10_000
     for index in sorted(range(len(tokens)), key=lambda i: (-scores[i], i)):
         token = tokens[index]
         if index not in special:
+            _check_size(token, index, len(merges), most)
             pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
             known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
             merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
     return [list(pair) for pair in merges]
+
+
+def _check_size(token: str, index: int, n_merges: int, most: int) -> None:
+    if len(token) > _LONGEST_TOKEN:
+        raise SurgeryError(
+            f"token {index} has {len(token):,} characters; a SentencePiece token has at most "
+            f"{_LONGEST_TOKEN}"
+        )
+    if n_merges > most:
+        raise SurgeryError(
+            f"its tokens can be made from others in more than {most:,} ways, which no real "
+            "vocabulary needs"
+        )
 
 
 def _ids(tokens: Sequence[str]) -> dict[str, int]:

@@ -16,7 +16,7 @@ from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizer_json import CUTTINGS, byte_level_json, sentencepiece_json
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
 
 PREFIX = "tokenizer.ggml."
 TEMPLATE = "tokenizer.chat_template"
@@ -30,6 +30,11 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
     Raises:
         SurgeryError: it is of a kind that we do not have, or damaged.
     """
+    with foreign_file("the GGUF file", PREFIX + "*"):
+        return _tokenizer_of(metadata)
+
+
+def _tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
     own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
     kind = own.get("model")
     if kind in (None, "none", "no_vocab"):
@@ -48,7 +53,7 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
     elif kind == "llama":
         contents, add_bos = _sentencepiece(own, tokens, types, special)
     else:
-        raise SurgeryError(f"its tokenizer is of the kind {kind!r}, which is not one we have")
+        raise SurgeryError(f"its tokenizer is of the kind {quoted(kind)}, which is not one we have")
     ends = [_id(own, name, tokens) for name in ("eos_token_id", *TURN_ENDS)]
     template = metadata.get(TEMPLATE)
     return PretrainedTokenizer(
@@ -64,9 +69,10 @@ def _byte_level(
     own: dict[str, Any], tokens: list[str], special: dict[int, bool]
 ) -> tuple[dict[str, Any], bool]:
     pre, merges = own.get("pre"), own.get("merges")
-    if pre not in CUTTINGS:
+    if not isinstance(pre, str) or pre not in CUTTINGS:
         raise SurgeryError(
-            f"its words are cut as {pre!r} cuts them, which is not one of {', '.join(CUTTINGS)}"
+            f"its words are cut as {quoted(pre)} cuts them, which is not one of "
+            f"{', '.join(CUTTINGS)}"
         )
     if not isinstance(merges, list) or any(merge.count(" ") != 1 for merge in merges):
         raise SurgeryError(f"{PREFIX}merges is missing, or holds what is not a pair")

@@ -1,0 +1,71 @@
+"""Limits for what a stranger's `tokenizer.json` may do to a text: no step multiplies its length."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from nanogpt_surgery.errors import SurgeryError
+
+LARGEST_GROWTH = 8  # characters that one character may become
+LONGEST_UNIGRAM = 128  # bytes of a token; sentencepiece's own limit is 16 characters
+LONGEST_WORD = 500  # characters of a word that WordPiece looks at; BERT's limit is 100
+_CHILDREN = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
+_REPEATED = ("ByteLevel", "Precompiled")  # grow a text again and again
+
+
+def check_limits(contents: dict[str, Any]) -> None:
+    """Raise `SurgeryError` if a tokenizer would need memory or time beyond all measure."""
+    for part, children in _CHILDREN.items():
+        steps = _steps(contents.get(part), children)
+        growth = math.prod(map(_growth, steps))
+        for kind in _REPEATED:
+            growth *= 2 ** max(0, sum(step.get("type") == kind for step in steps) - 1)
+        if growth > LARGEST_GROWTH:
+            raise SurgeryError(
+                f"the {part} of tokenizer.json makes up to {growth:,} characters of one; the limit "
+                f"is {LARGEST_GROWTH}"
+            )
+    model = contents.get("model")
+    if isinstance(model, dict):
+        _check_model(model)
+
+
+def _check_model(model: dict[str, Any]) -> None:
+    vocab, longest = model.get("vocab"), model.get("max_input_chars_per_word")
+    if isinstance(vocab, list):
+        texts = [row[0] for row in vocab if isinstance(row, list) and row]
+        written = [t.encode(errors="replace") for t in texts if isinstance(t, str)]
+        size = max(map(len, written), default=0)
+        if size > LONGEST_UNIGRAM:
+            raise SurgeryError(
+                f"a token of the unigram vocabulary in tokenizer.json has {size:,} bytes; the "
+                f"limit is {LONGEST_UNIGRAM}"
+            )
+    if type(longest) is int and longest > LONGEST_WORD:
+        raise SurgeryError(
+            f"max_input_chars_per_word in tokenizer.json is {longest:,}; the limit is "
+            f"{LONGEST_WORD}"
+        )
+
+
+def _steps(part: Any, children: str) -> list[dict[str, Any]]:
+    """The steps of a part, those of sequences within it one by one."""
+    if not isinstance(part, dict):
+        return []
+    within = part.get(children)
+    if not isinstance(within, list):
+        return [part]
+    return [step for child in within for step in _steps(child, children)]
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """How many characters a step makes of one."""
+    if step.get("type") == "Prepend":
+        text = step.get("prepend")
+        return 1 + len(text) // 64 if isinstance(text, str) else 1
+    content, pattern = step.get("content"), step.get("pattern")
+    if step.get("type") != "Replace" or not isinstance(content, str):
+        return 1
+    text = pattern.get("String") if isinstance(pattern, dict) else None
+    return max(1, math.ceil(len(content) / max(1, len(text) if isinstance(text, str) else 1)))
