@@ -42,7 +42,8 @@ def test_a_run_folder_holds_everything(folder: Path) -> None:
     names = {path.name for path in (folder / "run").iterdir()}
     assert {"run.json", "metrics.jsonl", "loss.png", "LATEST", "BEST", "checkpoints"} <= names
     assert (folder / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    assert len((folder / "run" / "metrics.jsonl").read_text().splitlines()) == 6
+    lines = (folder / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
 
 
 def test_data_goes_to_stdout_and_progress_to_stderr(folder: Path) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.console import say, say_report
 from nanogpt_surgery.cli.options import TargetOptions, given, options_of
+from nanogpt_surgery.cli.run_length import with_length
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.data.instruction_settings import InstructionSettings
 from nanogpt_surgery.errors import SurgeryError
@@ -62,26 +63,43 @@ def finetune(
     """
     from nanogpt_surgery.cli.training_run import carry_out
 
-    settings, adapter = FitSettings(**given(training)), LoRASettings(**given(lora))
-    _check_first(run, settings, keep_in)
+    asked = given(training)
+    settings, adapter = FitSettings(**asked), LoRASettings(**given(lora))
+    _check_first(run, settings, asked, keep_in)
     targets = given(target).get("targets")
     network, tokenizer, length = _opened(model, block_size, targets or [])
     conversations = InstructionSettings(**given(instructions))
     data = _data(text, weights, tokenizer, length, conversations)
-    whole = _job(run, model, network, data, settings, adapter, given(target))
-    job = _spaced(whole, network, stride)
+    job = _job(run, model, network, tokenizer, data, settings, adapter, given(target))
+    job = with_length(_spaced(job, network, stride), asked)
     _say_training(job, text)
     named = {"model": model, "text": text, "weights": weights, "targets": targets}
     carry_out(replace(job, keep_in=keep_in, named=named | asdict(conversations)), "fine-tuned")
-    if not run.plan:
-        say(f"surgery generate {model} --adapter {run.out} --prompt … continues a text with it")
+    _say_next(model, run, job)
 
 
-def _check_first(run: RunOptions, settings: FitSettings, keep_in: Path | None) -> None:
+def _say_next(model: str, run: RunOptions, job: Job) -> None:
+    """The command that shows what was learned."""
+    import shlex
+
+    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+
+    if run.plan:
+        return
+    words = f"{shlex.quote(model)} --adapter {shlex.quote(str(run.out))}"
+    if isinstance(job.dataset, InstructionDataset):
+        say(f"surgery chat {words} talks with it")
+    else:
+        say(f"surgery generate {words} --prompt … continues a text with it")
+
+
+def _check_first(
+    run: RunOptions, settings: FitSettings, asked: dict[str, Any], keep_in: Path | None
+) -> None:
     """What can be refused before anything is read."""
     from nanogpt_surgery.cli.training_run import check_first
 
-    check_first(run, settings)
+    check_first(run, settings, asked)
     if keep_in is not None and keep_in.exists() and not keep_in.is_dir():
         raise SurgeryError(f"{keep_in} is a file", "--keep-in names a folder")
 
@@ -95,8 +113,10 @@ def _opened(
     from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.model.finite import check_finite_weights
 
     network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
+    check_finite_weights(network, model)
     tokenizer = required_tokenizer(found, model)
     _refuse_paths(network, targets)
     return network, tokenizer, window(block_size, network.config.block_size)
@@ -128,6 +148,7 @@ def _job(
     run: RunOptions,
     model: str,
     network: SimpleGPT,
+    tokenizer: Tokenizer,
     data: tuple[Batches, Batches],
     settings: FitSettings,
     adapter: LoRASettings,
@@ -150,6 +171,7 @@ def _job(
     return Job(
         options=run,
         model=network,
+        tokenizer=tokenizer,
         dataset=data[0],
         validation=data[1],
         settings=settings,

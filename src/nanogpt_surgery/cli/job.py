@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from nanogpt_surgery.cli.run_options import RunOptions
     from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.data.tokenizer import Tokenizer
@@ -22,7 +20,8 @@ class Job:
     """One training, from its parts to its folder."""
 
     options: RunOptions
-    model: nn.Module
+    model: SimpleGPT
+    tokenizer: Tokenizer
     dataset: Batches
     validation: Batches
     settings: FitSettings
@@ -60,6 +59,7 @@ def job_of_all(
     return Job(
         options=options,
         model=model,
+        tokenizer=tokenizer,
         dataset=data[0],
         validation=data[1],
         settings=settings,

@@ -24,6 +24,14 @@ class RunOptions:
     """with --resume: stop where the newest checkpoint is damaged, instead of passing over it"""
     allow_changes: Annotated[bool, Parameter(negative="")] = False
     """with --resume: go on although settings, data or tokenizer differ, and say in what"""
+    epochs: float | None = None
+    """passes over the data, in the place of --max-steps; 3 for instruction data by default"""
+    patience: int = 0
+    """evaluations in a row without improvement after which the training stops (0: never)"""
+    save_every: str = "10m"
+    """steps (500) or time (90s, 10m, 2h) from one checkpoint to the next, beside evaluations'"""
+    sample_every: int | None = None
+    """steps from one sample answer to the next; by default at evaluations (0: none)"""
     plan: Annotated[bool, Parameter(negative="")] = False
     """say what it will take, by a few real steps, and touch nothing"""
     all_layers: AllLayers = False

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.console import say
 from nanogpt_surgery.cli.options import given, options_of
+from nanogpt_surgery.cli.run_length import with_length
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
 from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values, training_values
@@ -70,13 +71,13 @@ def train(
         refuse_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
     values = training_values(recipe, asked) if base is None else further_values(asked)
     settings = FitSettings(**values)
-    check_first(run, settings)
+    check_first(run, settings, asked)
     if base is None:
         job = _new(run, settings, text, weights, tokenizer or CHARACTERS, recipe, family, shaped)
     else:
         job = job_from(base, run, settings, text, weights, shaped.get("block_size"))
     _say_way(settings, base)
-    _carry_out(job, text)
+    _carry_out(with_length(job, asked), text)
 
 
 def _new(

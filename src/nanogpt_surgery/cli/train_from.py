@@ -60,9 +60,11 @@ def job_from(
     from nanogpt_surgery.cli.sources import named_sources, say_windows
     from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.model.finite import check_finite_weights
 
     _refuse_instructions(base, text)
     network, found = open_model(base, torch.float32)  # computed in what `fit` chooses
+    check_finite_weights(network, base)
     tokenizer = required_tokenizer(found, base)
     length = window(block_size, network.config.block_size)
     dataset, validation = named_sources(text, weights, tokenizer).datasets(length)

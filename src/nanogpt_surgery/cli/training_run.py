@@ -11,11 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.console import Announced, say, show, watched
 from nanogpt_surgery.cli.processes import several, told
+from nanogpt_surgery.cli.recorder import Recorder
 from nanogpt_surgery.cli.run_description import description_of
+from nanogpt_surgery.cli.run_length import check_length
 from nanogpt_surgery.cli.run_summary import operations_per_token, summary_of
+from nanogpt_surgery.cli.save_interval import SaveInterval
 from nanogpt_surgery.cli.signals import Stop, signals
-from nanogpt_surgery.errors import SurgeryError, quoted
+from nanogpt_surgery.errors import NotFiniteError, SurgeryError, quoted
 from nanogpt_surgery.memory import is_out_of_memory
+from nanogpt_surgery.training.early_stopping import EarlyStopping
 
 if TYPE_CHECKING:
     import torch
@@ -29,16 +33,19 @@ if TYPE_CHECKING:
     from nanogpt_surgery.training.step import Step
 
 
-def check_first(options: RunOptions, settings: FitSettings) -> None:
-    """What can be refused, or said, before anything is read: the folder and the device.
+def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any]) -> None:
+    """What can be refused, or said, before anything is read: the folder, the device, the length.
 
     Raises:
-        SurgeryError: the device is not there, or no run can begin or go on in the folder.
+        SurgeryError: the device is not there, no run can begin or go on in the folder, or the run's
+            options contradict each other or the settings that were `asked` for.
     """
     from nanogpt_surgery.formats.run_folder import checkpoints
     from nanogpt_surgery.training.distributed import world
     from nanogpt_surgery.training.hardware import choose_hardware
 
+    check_length(options, asked)
+    SaveInterval.read(options.save_every)
     choose_hardware(settings)
     if options.plan:
         if several():
@@ -127,36 +134,104 @@ def _trained(job: Job) -> dict[str, Any]:
 def _carried_out(
     job: Job, run: Run, optimizer: torch.optim.Optimizer, stop: Stop, rate: float
 ) -> float:
-    """Every step, watched and saved, or a leave at a signal; returns the seconds of the steps."""
+    """Every step that is left, from the first validation on; returns the seconds of the steps."""
     from nanogpt_surgery.files import make_folder
+    from nanogpt_surgery.lora.hashing import frozen_hashes
+    from nanogpt_surgery.lora.learning import check_frozen
     from nanogpt_surgery.training.distributed import world
     from nanogpt_surgery.training.fit import fit
 
     if job.keep_in:
         make_folder(job.keep_in)
-    settings, validation, together = job.settings, Announced(job.validation), world()
+    together, validation = world(), Announced(job.validation)
+    recorder = Recorder(job, run, optimizer) if together.first else None
+    stopping = EarlyStopping(job.options.patience, _losses(run) if together.first else ())
+    if together.most(stopping.enough):
+        return 0.0
     steps = fit(
         job.model,
         job.dataset,
-        settings,
+        job.settings,
         validation=validation,
         optimizer=optimizer,
         first_step=run.first_step,
         keep_in=job.keep_in,
     )
+    frozen = frozen_hashes(job.model) if job.options.patience else {}
+    _begin(job, run, recorder)
     full_rate = rate / operations_per_token(job)
-    seconds = 0.0
-    for step in watched(steps, run.first_step, settings.max_steps, full_rate, validation):
-        seconds += step.seconds
-        asked = together.most(stop.signal)  # once: it may come at any moment
-        if together.first:
-            run.record(step)
-            if step.validation_loss is not None or asked:
-                run.save(step, job.write_weights, job.model, optimizer)
-        if asked and step.step < settings.max_steps:
-            together.most(0)  # what the first one writes is written
-            _leave(job, step, asked)
+    steps = watched(steps, run.first_step, job.settings.max_steps, full_rate, validation)
+    seconds, early = _stepped(job, steps, recorder, stopping, stop)
+    if early:
+        check_frozen(job.model, frozen)  # what `fit` does after the last step
     return seconds
+
+
+def _stepped(
+    job: Job,
+    steps: Iterator[Step],
+    recorder: Recorder | None,
+    stopping: EarlyStopping,
+    stop: Stop,
+) -> tuple[float, bool]:
+    """Every step, recorded, or a leave at a signal; the seconds, and whether it stopped early."""
+    from nanogpt_surgery.training.distributed import world
+
+    together, seconds = world(), 0.0
+    with _saved_where_it_breaks(recorder, together):
+        for step in steps:
+            seconds += step.seconds
+            asked = together.most(stop.signal)  # once: it may come at any moment
+            if step.validation_loss is not None:
+                stopping.add(step.validation_loss)
+            early = bool(together.most(stopping.enough))
+            over = early or step.step == job.settings.max_steps
+            if recorder:
+                recorder.after(step, last=over, asked=bool(asked))
+            if over:
+                return seconds, early
+            if asked:
+                together.most(0)  # what the first one writes is written
+                _leave(job, step, asked)
+    return seconds, False
+
+
+@contextmanager
+def _saved_where_it_breaks(recorder: Recorder | None, together: World) -> Iterator[None]:
+    """Save the steps since the last checkpoint where numbers are no longer finite."""
+    try:
+        yield
+    except NotFiniteError:
+        if recorder:
+            recorder.save()
+        together.most(0)  # it is written before another process ends
+        raise
+
+
+def _begin(job: Job, run: Run, recorder: Recorder | None) -> None:
+    """Before the first step of all, what the model is worth without it."""
+    from nanogpt_surgery.data.batches import held_out
+    from nanogpt_surgery.training.distributed import world
+    from nanogpt_surgery.training.evaluation import validation_loss
+    from nanogpt_surgery.training.hardware import choose_hardware
+
+    if run.first_step:
+        return
+    held = held_out(job.validation, job.settings.evaluate_tokens)
+    loss = validation_loss(job.model, held, job.settings, choose_hardware(job.settings), world())
+    if recorder:
+        recorder.begin(loss)
+
+
+def _losses(run: Run) -> list[float]:
+    """Of the evaluations after the steps so far."""
+    from nanogpt_surgery.formats.run_folder import METRICS
+    from nanogpt_surgery.report.loss_plot import read_metrics
+
+    path = run.folder / METRICS
+    rows = read_metrics(path) if path.is_file() else []
+    losses = [row.get("validation_loss") for row in rows if row["step"]]
+    return [loss for loss in losses if loss is not None]
 
 
 @contextmanager

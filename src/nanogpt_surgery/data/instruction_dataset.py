@@ -73,6 +73,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
                 f"none of {len(examples)} examples has an answer within {block_size} tokens",
                 "give a larger block_size",
             )
+        self.first = kept[0]  # in the order given, whichever row holds it
         rows = _packed(kept, block_size) if pack else [[example] for example in kept]
         self.inputs = torch.zeros(len(rows), block_size, dtype=torch.int32)
         self.targets = torch.full((len(rows), block_size), UNTRAINED, dtype=torch.int32)

@@ -127,6 +127,15 @@ def passes(dataset: Batches, rows: int) -> list[float]:
     return [rows / len(dataset)]
 
 
+def rows_in_epoch(dataset: Batches) -> float:
+    """How many rows a training reads in one epoch: as many tokens of text as there are, or rows."""
+    if isinstance(dataset, Mixture):
+        return sum(rows_in_epoch(source) for source in dataset.sources)
+    if isinstance(dataset, GPTDataset):
+        return (len(dataset.ids) - 1) / dataset.block_size
+    return len(dataset)
+
+
 def whole_shares(weights: Sequence[float], sources: int) -> list[int]:
     """The smallest whole numbers in the proportion of the weights.
 

@@ -2,7 +2,8 @@
 
 RUN/
   run.json                    what was asked for: settings, model, data
-  metrics.jsonl               a line for each step
+  metrics.jsonl               a line for each step, and before it one of step 0
+  samples.jsonl               sample answers, the first from before the first step
   LATEST, BEST                names of checkpoints: hints; the checkpoints themselves decide
   checkpoints/step-00000250/  a model folder, training.safetensors and .json
   loss.png
@@ -23,6 +24,7 @@ from typing import Any
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files import MANIFEST, damage, disk_refuses, read_json, tried_again
 
+SAMPLES = "samples.jsonl"
 RUN, METRICS, LATEST, BEST, LOCK = "run.json", "metrics.jsonl", "LATEST", "BEST", "LOCK"
 STATE, SUMMARY = "training.safetensors", "training.json"
 # The number behind the steps is there where something else stood in a checkpoint's place.

@@ -8,6 +8,7 @@ of steps. Nothing else has a state: batches, dropout and the schedule follow fro
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -45,6 +46,7 @@ from nanogpt_surgery.formats.run_folder import (
     LOCK,
     METRICS,
     RUN,
+    SAMPLES,
     STATE,
     SUMMARY,
     best_checkpoint,
@@ -64,7 +66,7 @@ from nanogpt_surgery.training.state import restore_state, training_state
 from nanogpt_surgery.training.step import Step
 
 KEPT = 2  # newest checkpoints, beside the best
-_LEFT_EARLY = (RUN, METRICS, LATEST, BEST, "loss.png")  # by a run without a checkpoint
+_LEFT_EARLY = (RUN, METRICS, SAMPLES, LATEST, BEST, "loss.png")  # by a run without a checkpoint
 _NOT_SHOWN = (STATE, SUMMARY, MANIFEST)
 
 
@@ -118,6 +120,16 @@ class Run:
 
     def _said(self) -> dict[str, Any]:
         return summary_of_checkpoint(self.checkpoint) if self.checkpoint else {}
+
+    def record_start(self, validation_loss: float) -> None:
+        """Begin the metrics with the validation loss before the first step, as that of step 0.
+
+        Raises:
+            SurgeryError: the disk refuses.
+        """
+        loss = validation_loss if math.isfinite(validation_loss) else None
+        start = {"step": 0, "loss": None, "tokens": 0, "seconds": 0.0, "validation_loss": loss}
+        replace_text(self.folder / METRICS, json.dumps(start) + "\n")
 
     def record(self, step: Step) -> None:
         """Append a step's metrics.

@@ -1,0 +1,107 @@
+"""Sample answers while a model learns, beside the one that it gave before the first step."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.run_folder import SAMPLES
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from nanogpt_surgery.cli.job import Job
+    from nanogpt_surgery.data.batches import Batches
+
+MOST_TOKENS, PROMPT_TOKENS = 48, 32
+
+
+class Samples:
+    """Greedy continuations of one held-out prompt, a line each in the run's folder.
+
+    Nothing of it is drawn, so a training computes the same bits with it and without.
+
+    Args:
+        job: the training; of instruction data the first held-out question is asked, of a text its
+            held-out part continued.
+        folder: the run's.
+        first_step: steps done already; what was written after them is dropped.
+    """
+
+    def __init__(self, job: Job, folder: Path, first_step: int):
+        self.job, self.path = job, folder / SAMPLES
+        self.every = job.options.sample_every
+        context = job.model.config.block_size
+        self.prompt = prompt_of(job.validation)[-max(context // 2, context - MOST_TOKENS) :]
+        before = read_samples(folder) if first_step else []
+        self.taken = [line for line in before if line["step"] <= first_step]
+        if self.path.is_file():
+            self._write()
+
+    def due(self, step: int, evaluated: bool, last: bool) -> bool:
+        """Whether one comes after a step."""
+        if self.every is None or last:
+            return self.every != 0 and (evaluated or last)
+        return self.every > 0 and step % self.every == 0
+
+    def take(self, step: int) -> None:
+        """Let the model answer, and write down and say what it answered."""
+        prompt, answer = self._decode(self.prompt), self._answer()
+        self.taken.append({"step": step, "prompt": prompt, "answer": answer})
+        self._write()
+        if step == 0:
+            say(f"sample: {_line(prompt)}")
+        say(f"sample at step {step:,}: {_line(answer)}")
+
+    def _answer(self) -> str:
+        from nanogpt_surgery.data.chat import end_ids
+        from nanogpt_surgery.generation.generate import generate
+
+        model = self.job.model
+        count = min(MOST_TOKENS, model.config.block_size - len(self.prompt))
+        ends = end_ids(self.job.tokenizer)
+        try:
+            ids = list(generate(model, self.prompt, count, temperature=0, stop_ids=ends))
+        except SurgeryError as error:
+            return f"[{error.what}]"
+        return self._decode(ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self.job.tokenizer.decode(ids)
+
+    def _write(self) -> None:
+        from nanogpt_surgery.files import replace_text
+
+        lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.taken]
+        replace_text(self.path, "".join(lines))
+
+
+def read_samples(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's samples, up to one that was torn."""
+    path, found = folder / SAMPLES, []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found.append({"step": 0, "prompt": "", "answer": ""} | json.loads(line))
+            except (ValueError, TypeError):
+                break
+    return found
+
+
+def prompt_of(validation: Batches) -> list[int]:
+    """Ids to continue: up to the first held-out answer, or the beginning of the held-out text."""
+    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+
+    if isinstance(validation, InstructionDataset):
+        example = validation.first
+        if start := example.trained.index(True):
+            return list(example.ids[:start])
+        return list(example.ids[:PROMPT_TOKENS])
+    inputs = next(iter(validation.whole(1)))[0]
+    return inputs[0, :PROMPT_TOKENS].tolist()
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split())
