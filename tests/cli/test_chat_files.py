@@ -66,8 +66,8 @@ def test_what_load_cannot_go_on_with_is_said(folder: Path, talk) -> None:
     write(folder / "alone.json", {"messages": [ANSWER]})
     write(folder / "two.json", {"messages": ASKED}, {"messages": ASKED})
     _, errors = talk("/load empty.json\n/load alone.json\n/load two.json\n/undo\n/exit\n")
-    for name in ("empty", "alone"):
-        assert f"{name}.json holds one in which no user says anything" in errors
+    assert "empty.json is not instruction data: record 1, messages: is an empty list" in errors
+    assert "alone.json holds one in which no user says anything" in errors
     assert "two.json holds 2 conversations" in errors
     assert "nothing has been said that could be taken back" in errors
 

@@ -97,14 +97,16 @@ def test_data_of_which_it_is_not_clear_what_it_is_is_refused(place, tmp_path, ca
     for data in (["a.jsonl", "a.txt"], ["text.jsonl"]):
         with pytest.raises(SystemExit):
             surgery("finetune", place / "m", *(place / name for name in data), *out)
-        assert "not clear" in (err := capsys.readouterr().err)
-        assert "→ --data text" in err
+        assert data[-1] in (err := capsys.readouterr().err)
+        assert "--data text" not in err
         assert not (tmp_path / "o").exists()
     with pytest.raises(SystemExit):
         surgery("finetune", place / "m", place / "text.jsonl", *out, "--data", "instructions")
-    assert "record 1 has text" in capsys.readouterr().err
+    assert "record 1, has the fields text" in capsys.readouterr().err
     surgery("finetune", place / "m", place / "text.jsonl", *out, "--data", "text")
-    assert "instruction data" not in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "instruction data" not in err
+    assert "looks like JSON" in err
 
 
 def test_answers_that_never_end_are_said(place, tmp_path, capsys):
@@ -212,15 +214,69 @@ def test_a_fine_tuning_says_what_it_trains_on_and_how_fast(place, tmp_path, caps
     assert "trained by AdamW, at a learning rate of 0.25" in err
 
 
-def test_training_on_instruction_data_as_text_is_said(place, tmp_path, capsys):
-    small = "--n-embd 16 --n-head 2 --n-layer 1 --block-size 16 --max-steps 1 --plan".split()
-    surgery("train", place / "a.jsonl", "--out", tmp_path / "o", *small)
-    note = f"note: {place / 'a.jsonl'} is read as text"
+TABLE = "Question,Answer,Topic\n" + "".join(f'"{i}, and 1?",{i + 1},sums\n' for i in range(20))
+PRICES = "item,price,count\n" + "tea,3,4\n" * 90
+SMALL = "--n-embd 16 --n-head 2 --n-layer 1 --block-size 16 --max-steps 1 --plan".split()
+
+
+@pytest.mark.parametrize("command", ["train", "data prepare"])
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", json.dumps({"prompt": "a", "completion": "b"}), "surgery finetune MODEL"),
+        ("q.csv", TABLE, "surgery finetune MODEL"),
+        ("x.json", '{"name": "x", "size": 3}', "name, size"),
+        ("prices.csv", PRICES, "item, price, count"),
+        ("prose.jsonl", json.dumps({"text": "to be"}), ".txt"),
+    ],
+)
+def test_records_are_not_learned_as_text(command, name, text, said, tmp_path, capsys):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SystemExit):
+        surgery(*command.split(), tmp_path / name, "--out", tmp_path / "o")
     err = capsys.readouterr().err
-    assert note in err
-    assert f"surgery finetune MODEL {place / 'a.jsonl'}" in err
-    surgery("train", place / "a.txt", "--out", tmp_path / "o", *small)
-    assert "is read as text" not in capsys.readouterr().err
+    assert name in err
+    assert said in err
+    assert not (tmp_path / "o").exists()
+
+
+def test_what_looks_like_data_is_learned_as_text_with_a_word(place, tmp_path, capsys):
+    (tmp_path / "prices.txt").write_text(PRICES)
+    surgery("train", tmp_path / "prices.txt", "--out", tmp_path / "o", *SMALL)
+    assert "prices.txt looks like a table of 3 columns" in capsys.readouterr().err
+    surgery("train", place / "a.txt", "--out", tmp_path / "o", *SMALL)
+    assert "looks like" not in capsys.readouterr().err
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "corpus" / "prices.csv").write_text(PRICES)
+    surgery("train", tmp_path / "corpus", "--out", tmp_path / "o", *SMALL)
+    assert "1 files of data (prices.csv)" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_table_of_questions_and_answers_is_instruction_data(place, tmp_path, capsys):
+    """And is the same as the records in JSON, ShareGPT's form included, for every command."""
+    pairs = [(f"{i}, and 1?", str(i + 1)) for i in range(20)]
+    (tmp_path / "a.csv").write_text(TABLE)
+    lines = [f"{q}\t{a}\n" for q, a in pairs]
+    (tmp_path / "a.tsv").write_text("prompt\tcompletion\n" + "".join(lines))
+    talks = [
+        {"conversations": [{"from": "human", "value": q}, {"from": "gpt", "value": a}]}
+        for q, a in pairs
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(talks))
+    shown, losses = [], []
+    for name in ("a.csv", "a.tsv", "a.json"):
+        surgery("data", "preview", place / "m", tmp_path / name, "--json", "--examples", 20)
+        shown.append(json.loads(capsys.readouterr().out))
+        surgery("eval", place / "m", tmp_path / name, "--json")
+        losses.append(json.loads(capsys.readouterr().out)["loss"])
+    assert shown[0]["examples"] == 20
+    assert shown[0] == shown[1] == shown[2]
+    assert losses[0] == losses[1] == losses[2]
+    surgery("finetune", place / "m", tmp_path / "a.csv", "--out", tmp_path / "o", *STEPS)
+    err = capsys.readouterr().err
+    assert "topic (20 records)" in err
+    assert counts(err)["trained on"]["examples"] == "18"
 
 
 def test_too_short_a_block_is_said_once_with_its_flag(place, tmp_path, capsys):

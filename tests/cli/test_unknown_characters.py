@@ -31,9 +31,9 @@ def test_text_names_the_file_and_the_place_in_it(place: Path, words: list[str]) 
 
 RECORDS = [
     ({"prompt": "Who?", "completion": "An é."}, "completion"),
-    ({"instruction": "Say", "input": "é", "output": "no"}, "input"),
+    ({"instruction": "Say", "input": "é", "output": "no"}, "instruction and input"),
     ({"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "é"}]},
-     "message 2 (assistant)"),
+     "messages[1]"),
 ]  # fmt: skip
 
 

@@ -51,7 +51,7 @@ def test_every_form_of_record_is_read(tmp_path):
 def test_records_of_no_known_form_are_numbered(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"prompt": "a", "completion": "b"}\n{"text": "x"}\n[1]')
-    with pytest.raises(SurgeryError, match="record 2 has text; record 3 has no keys"):
+    with pytest.raises(SurgeryError, match=r"record 2, .*text; record 3, .*\[1\]"):
         read_conversations(path)
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt"')
     with pytest.raises(SurgeryError, match="line 2, is not JSON"):
@@ -125,12 +125,13 @@ def test_instruction_data_is_told_from_text(tmp_path):
     assert is_instruction_data([good, good])
     assert not is_instruction_data([prose, "-", tmp_path])
     assert not is_instruction_data([])
-    with pytest.raises(SurgeryError, match=r"c\.txt is neither \.json nor \.jsonl"):
+    with pytest.raises(SurgeryError, match=r"a\.json.*c\.txt"):
         is_instruction_data([good, prose])
     for contents in ('{"text": "x"}', "to be", "", "[]", "[1]"):
         text.write_text(contents)
-        with pytest.raises(SurgeryError, match=r"b\.jsonl does not begin .*\n.*--data text"):
+        with pytest.raises(SurgeryError, match=r"b\.jsonl") as refused:
             is_instruction_data([good, text])
+        assert "--data text" not in str(refused.value)
     with pytest.raises(SurgeryError, match="there is no file"):
         is_instruction_data([tmp_path / "none.json"])
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,7 +73,8 @@ class ChatFiles:
         Raises:
             SurgeryError: it does not. The conversation that was going on goes on.
         """
-        from nanogpt_surgery.data.instructions import read_conversations, read_records
+        from nanogpt_surgery.data.instructions import read_conversations
+        from nanogpt_surgery.data.record_files import read_records
 
         sha256 = file_hash(path) if path.is_file() else ""  # first: it may change in the meantime
         messages = _one_to_go_on_with(path, read_conversations(path))
@@ -83,7 +84,7 @@ class ChatFiles:
         return messages
 
 
-def _one_to_go_on_with(path: Path, found: list[list[Message]]) -> list[Message]:
+def _one_to_go_on_with(path: Path, found: Sequence[list[Message]]) -> list[Message]:
     from nanogpt_surgery.data.chat import check_messages
 
     check_messages(found[0])

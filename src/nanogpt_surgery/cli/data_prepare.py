@@ -48,6 +48,7 @@ def prepare(
     json
         print the result as JSON
     """
+    from nanogpt_surgery.cli.sources import refuse_records, say_data
     from nanogpt_surgery.data.pieces import pieces_of
     from nanogpt_surgery.files import make_folder
     from nanogpt_surgery.formats.run_folder import LOCK, held
@@ -55,6 +56,8 @@ def prepare(
     if not text:
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
     _check_folder(out, text)
+    refuse_records(text)
+    say_data(text)
     pieces = pieces_of(text)
     aside = _aside(out)
     if aside.is_dir() and not out.exists():

@@ -34,7 +34,7 @@ def preview(
     model
         a run, a model folder, a GGUF file or a hub name; or a tokenizer alone
     data
-        JSON or JSONL files of prompts and answers, or of conversations
+        JSON, JSONL, CSV or TSV files of questions and answers, or of conversations
     examples
         how many to show
     block_size

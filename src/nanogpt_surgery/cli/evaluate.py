@@ -39,14 +39,14 @@ def evaluate(
     A text gives the loss of each token, predicted once from a sliding window: nats a token, bits a
     byte, perplexity. JSON or JSONL with prompt, choices and answer gives the share of questions
     whose right choice is the likeliest, by its log-likelihood and by that divided by its length in
-    characters. Other JSON or JSONL is instruction data: the loss on the answers alone.
+    characters. Other JSON or JSONL, CSV and TSV is instruction data: the loss on the answers alone.
 
     Parameters
     ----------
     model
         a run, a model folder, a GGUF file or a hub name
     file
-        a text, JSON or JSONL file; a folder of texts; or - for a text on standard input
+        a text, JSON, JSONL, CSV or TSV file; a folder of texts; or - for a text on standard input
     adapter
         an adapter folder, as finetune or peft writes it
     context
@@ -60,10 +60,13 @@ def evaluate(
     json
         print the report as JSON
     """
+    from nanogpt_surgery.cli.sources import say_data
     from nanogpt_surgery.data.choices import has_choices
+    from nanogpt_surgery.data.record_files import holds_records
 
     network, tokenizer = open_to_talk(model, one_adapter(adapter), dtype, tied, force)
-    if Path(file).suffix not in (".json", ".jsonl"):
+    if not holds_records(file):
+        say_data((file,))
         report = _text_report(network, tokenizer, file, context, stride, batch_size)
     elif has_choices(file):
         report = _choice_report(network, tokenizer, file)
@@ -135,7 +138,7 @@ def _answer_report(
 ) -> Report:
     from nanogpt_surgery.data.chat import template_of
     from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
-    from nanogpt_surgery.data.known_characters import check_records
+    from nanogpt_surgery.data.known_characters import check_conversations
     from nanogpt_surgery.generation.evaluation import answer_loss
     from nanogpt_surgery.lora.report import Report
 
@@ -143,7 +146,7 @@ def _answer_report(
     if name != "model":
         template = replace(template, source=name)
     conversations = read_conversations(file)
-    check_records(file, tokenizer)
+    check_conversations(conversations, tokenizer)
     examples = encode_conversations(conversations, tokenizer, template)
     length = model.config.block_size + 1
     cut = sum(len(example.ids) > length for example in examples)

@@ -41,8 +41,8 @@ def finetune(
 ) -> None:
     """Fine-tune a model on text, or on answers, with LoRA into an adapter folder that peft reads.
 
-    JSON and JSONL files of prompts with answers, or of conversations, are instruction data: the
-    answers alone are trained on.
+    JSON, JSONL, CSV and TSV files of questions with answers, or of conversations, are instruction
+    data: the answers alone are trained on.
 
     Parameters
     ----------
@@ -50,7 +50,8 @@ def finetune(
         a run, a model folder, a GGUF file or a hub name
     text
         files, folders, or - for standard input; without any, the standard library's source;
-        or JSON and JSONL files of instruction data; or a folder that surgery data prepare made
+        or JSON, JSONL, CSV or TSV files of instruction data; or a folder that surgery data prepare
+        made
     weights
         draw from each source of text in proportion, as in 3:1 for two of them
     block_size

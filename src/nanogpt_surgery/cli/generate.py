@@ -183,7 +183,7 @@ def _say_empty(empty: int, count: int, max_new_tokens: int) -> None:
 
 def _prompts(prompt: str, file: Path | None) -> list[str]:
     from nanogpt_surgery.data.corpus import read_texts
-    from nanogpt_surgery.data.instructions import read_records
+    from nanogpt_surgery.data.record_files import read_records
 
     if file is None:
         return [read_texts(["-"]).replace("\r\n", "\n") if prompt == "-" else prompt]

@@ -52,16 +52,17 @@ def read_examples(
     """The conversations of all files, as ids."""
     from nanogpt_surgery.data.chat import template_of
     from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
-    from nanogpt_surgery.data.known_characters import check_records
+    from nanogpt_surgery.data.known_characters import check_conversations
 
     if not paths:
-        raise SurgeryError("no file of instruction data is named", "name a JSON or JSONL file")
+        raise SurgeryError(
+            "no file of instruction data is named", "name a JSON, JSONL, CSV or TSV file"
+        )
     template = template_of(tokenizer)
     if settings.template != "model":
         template = replace(template, source=settings.template)
     conversations = [found for path in paths for found in read_conversations(path)]
-    for path in paths:
-        check_records(path, tokenizer)
+    check_conversations(conversations, tokenizer)
     return encode_conversations(
         conversations,
         tokenizer,

@@ -48,7 +48,7 @@ def named_sources(
     from nanogpt_surgery.data.corpus import python_reference, python_source
 
     if paths or weights is not None:
-        _say_json(paths)
+        refuse_records(paths)
         return open_sources(paths, weights, tokenizer)
     say("no text was named: training on Python's language reference")
     text = python_reference()
@@ -56,12 +56,46 @@ def named_sources(
     return Sources([text], tokenizer or CharacterTokenizer(text + python_source()), None)
 
 
-def _say_json(paths: tuple[str, ...]) -> None:
+def refuse_records(paths: tuple[str, ...], command: str = "surgery finetune MODEL") -> None:
+    """Raise `SurgeryError` if a file that is to be learned as text holds records.
+
+    As text their braces, quotes and names of fields would be learned.
+
+    Args:
+        paths: what was named.
+        command: what trains on answers.
+    """
+    from nanogpt_surgery.data.instructions import check_first_record
+    from nanogpt_surgery.data.record_files import holds_records
+
     for path in paths:
-        if Path(path).suffix in (".json", ".jsonl"):
+        if path != "-" and holds_records(path):
+            check_first_record(path)
+            raise SurgeryError(
+                f"{path} holds questions with answers, not text",
+                f"{command} {path} --out ADAPTER trains on the answers",
+            )
+
+
+def say_data(paths: tuple[str, ...]) -> None:
+    """Say of what is learned as text that it looks like data, by its name or its beginning."""
+    from nanogpt_surgery.data.corpus import files_of
+    from nanogpt_surgery.data.record_files import begins_like_data, holds_records
+
+    for path in paths:
+        if path == "-" or not Path(path).exists():
+            continue
+        if Path(path).is_dir():
+            named = [file for file in files_of([path]) if holds_records(file)]
+            if named:
+                say(
+                    f"note: {path} holds {len(named):,} files of data ({named[0].name}), which are "
+                    "learned as text, their marks and names of fields too"
+                )
+        elif kind := begins_like_data(path):
             say(
-                f"note: {path} is read as text, its braces and keys too; of prompts with answers "
-                f"surgery finetune MODEL {path} trains on the answers"
+                f"note: {path} looks like {kind}; it is learned as text, its marks too (questions "
+                "with answers belong in a .csv, .json or .jsonl file)"
             )
 
 
@@ -90,6 +124,7 @@ def open_sources(
             "name a file",
         )
     ratios = _ratios(weights, paths)
+    say_data(tuple(path for path in paths if not is_token_folder(path)))
     folders = [path for path in paths if is_token_folder(path)]
     if folders and ratios is None and len(paths) > 1:
         raise SurgeryError(

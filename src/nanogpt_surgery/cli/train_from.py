@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.console import say
@@ -57,12 +56,12 @@ def job_from(
     from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.cli.job import job_of_all
     from nanogpt_surgery.cli.run_description import fingerprint
-    from nanogpt_surgery.cli.sources import named_sources, say_windows
+    from nanogpt_surgery.cli.sources import named_sources, refuse_records, say_windows
     from nanogpt_surgery.data.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.model.finite import check_finite_weights
 
-    _refuse_instructions(base, text)
+    refuse_records(text, f"surgery finetune {base}")
     network, found = open_model(base, torch.float32)  # computed in what `fit` chooses
     check_finite_weights(network, base)
     tokenizer = required_tokenizer(found, base)
@@ -73,15 +72,3 @@ def job_from(
     known = {"base": fingerprint(network.state_dict().values())}
     job = job_of_all(run, network, tokenizer, (dataset, validation), settings, known, base)
     return replace(job, named={"model": base, "text": text, "weights": weights})
-
-
-def _refuse_instructions(base: str, text: tuple[str, ...]) -> None:
-    """As text their braces and keys would be learned, and the questions with the answers."""
-    from nanogpt_surgery.data.instructions import holds_instructions
-
-    for path in text:
-        if holds_instructions(Path(path)):
-            raise SurgeryError(
-                f"{path} holds prompts with answers, not text",
-                f"surgery finetune {base} {path} --out ADAPTER trains on the answers",
-            )

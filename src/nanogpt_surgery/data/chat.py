@@ -228,20 +228,24 @@ def _only_calls(message: Message) -> bool:
     return bool(message.get("tool_calls")) and message.get("content") is None
 
 
+def _said(message: Message) -> str:
+    return message["content"] or ""  # a call of tools has none
+
+
 def _chatml(messages: Sequence[Message], _end: str) -> list[tuple[str, str]]:
-    return [(f"<|im_start|>{m['role']}\n", f"{m['content']}{_END}\n") for m in messages]
+    return [(f"<|im_start|>{m['role']}\n", f"{_said(m)}{_END}\n") for m in messages]
 
 
 def _plain(messages: Sequence[Message], end: str) -> list[tuple[str, str]]:
     ends = {"assistant": end}  # so that a model trained on answers learns to stop
     return [
-        (f"{m['role'].capitalize()}:\n", f"{m['content']}{ends.get(m['role'], '')}\n\n")
+        (f"{m['role'].capitalize()}:\n", f"{_said(m)}{ends.get(m['role'], '')}\n\n")
         for m in messages
     ]
 
 
 def _none(messages: Sequence[Message], end: str) -> list[tuple[str, str]]:
-    return [("", m["content"]) for m in messages]
+    return [("", _said(m)) for m in messages]
 
 
 # Each message as what stands before it, and what is said with what ends it.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.data.instructions import read_records
+from nanogpt_surgery.data.record_files import read_records
 from nanogpt_surgery.errors import SurgeryError
 
 

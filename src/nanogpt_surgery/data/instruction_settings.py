@@ -14,7 +14,7 @@ class InstructionSettings:
     """Which files are instruction data, and what of them is trained on."""
 
     data: DataKind = "auto"
-    """what the files hold; auto: instructions where all are .json or .jsonl with such records"""
+    """what the files hold; auto: instructions where all are JSON, JSONL, CSV or TSV"""
     template: TemplateName = "model"
     """how conversations are written: as the model's own template does, or as one of ours"""
     answers_only: bool = True

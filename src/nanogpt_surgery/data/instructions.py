@@ -1,19 +1,15 @@
 """Instruction data: prompts with answers, or whole conversations, and which tokens are trained on.
 
-A file is JSON (a list of records) or JSONL (a record on each line). A record is one of
-
-    {"messages": [{"role": "user", "content": …}, {"role": "assistant", "content": …}, …]}
-    {"prompt": …, "completion": …}                     also "answer", "response", "output"
-    {"instruction": …, "input": …, "output": …}        "input" may be empty or left out
+`record_files.py` reads files of records, `record_forms.py` says which forms a record may have.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
+import warnings
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -21,16 +17,17 @@ from nanogpt_surgery.data.chat import (
     MEND_TEMPLATE,
     ChatTemplate,
     Message,
+    Messages,
     Written,
-    check_messages,
     encode_conversation,
+    shown,
     template_of,
     warn_of_two_bos,
 )
+from nanogpt_surgery.data.record_files import holds_records, read_records
+from nanogpt_surgery.data.record_forms import EXPECTED, RecordError, conversation_of
 from nanogpt_surgery.data.tokenizer import Tokenizer
-from nanogpt_surgery.errors import SurgeryError
-
-ANSWERS = ("completion", "answer", "response", "output")
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
 
 
 @dataclass(frozen=True)
@@ -45,124 +42,82 @@ class Example:
         return Example(self.ids[:length], self.trained[:length])
 
 
-def read_conversations(path: str | Path) -> list[list[Message]]:
-    """The conversations of a JSON or JSONL file.
+def read_conversations(path: str | Path) -> list[Messages]:
+    """The conversations of a JSON, JSONL, CSV or TSV file.
+
+    Fields of records that are of no use are listed in a `SurgeryWarning`.
 
     Raises:
-        SurgeryError: the file is missing or not JSON, or records are of no known form (all of
-            them, with their number).
+        SurgeryError: the file is missing or not what its name says, or records are of no known
+            form, or say what cannot be honoured (all of them, with their number and field).
     """
     conversations, problems = [], []
+    unused: Counter[str] = Counter()
     for number, record in enumerate(read_records(path), 1):
-        messages = _messages(record)
-        if messages is None:
-            problems.append(f"record {number} has {_keys(record)}")
-        else:
-            conversations.append(messages)
+        try:
+            messages, beside = conversation_of(record)
+        except RecordError as error:
+            problems.append(f"record {number}, {error}")
+            continue
+        messages.where = f"{path}, record {number}"
+        conversations.append(messages)
+        unused.update(beside)
     if problems or not conversations:
-        shown = "; ".join(problems[:5]) or "there are no records"
-        more = f"; {len(problems) - 5} more" if problems[5:] else ""
-        raise SurgeryError(
-            f"{path} is not instruction data: {shown}{more}",
-            "records have messages, or prompt and completion, or instruction, input and output",
-        )
+        shown_ = listed(problems) or "there are no records"
+        raise SurgeryError(f"{path} is not instruction data: {shown_}", EXPECTED)
+    if unused:
+        _warn(f"{path} has fields that are not used: {counted(unused)}")
     return conversations
+
+
+def counted(fields: Counter[str]) -> str:
+    """Names of fields, each with how many records have it."""
+    named = [f"{quoted(name)[1:-1]} ({count:,} records)" for name, count in fields.most_common(20)]
+    return ", ".join(named) + (f" and {len(fields) - 20} more" if len(fields) > 20 else "")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, SurgeryWarning, stacklevel=4)
 
 
 def is_instruction_data(paths: Sequence[str | Path]) -> bool:
     """Whether files to learn from hold instructions, and not plain text.
 
-    They do if each ends in .json or .jsonl and begins with a record of a known form.
+    They do if each is JSON, JSONL, CSV or TSV, by its name, and begins with a record of a known
+    form.
 
     Raises:
-        SurgeryError: it cannot be told: only some of them do.
+        SurgeryError: only some of them are, or one of them begins with no such record.
     """
     files = [Path(path) for path in paths]
-    known = [_is_json(file) for file in files]
+    known = [holds_records(file) for file in files]
     if not any(known):
         return False
     if not all(known):
-        strange = f"{files[known.index(False)]} is neither .json nor .jsonl, the others are"
-    else:
-        unread = [file for file in files if not _begins_well(file)]
-        strange = f"{unread[0]} does not begin with a record of a known form" if unread else ""
-    if strange:
+        text, data = files[known.index(False)], files[known.index(True)]
         raise SurgeryError(
-            f"it is not clear whether this is instruction data or plain text: {strange}",
-            "--data text takes everything as text; --data instructions says what is wrong",
+            "it is not clear whether this is instruction data or plain text: "
+            f"{data} holds records, {text} does not",
+            "name either alone",
         )
+    for file in files:
+        check_first_record(file)
     return True
 
 
-def holds_instructions(path: Path) -> bool:
-    """Whether a file is JSON or JSONL, and begins with a record of a known form."""
-    return _is_json(path) and _begins_well(path)
-
-
-def _is_json(path: Path) -> bool:
-    return path.suffix in (".json", ".jsonl") and not path.is_dir()
-
-
-def _begins_well(path: Path) -> bool:
-    text = _text(path)
+def check_first_record(path: str | Path) -> None:
+    """Raise `SurgeryError` unless a file begins with a record of a known form."""
+    first = next(iter(read_records(path)), None)
+    if first is None:
+        raise SurgeryError(f"{path} holds no records", EXPECTED)
     try:
-        first = next(iter(_records(text, path)), None)
-    except SurgeryError:  # no JSON
-        return False
-    return _messages(first) is not None
-
-
-def read_records(path: str | Path) -> Iterable[Any]:
-    """The records of a JSON or JSONL file.
-
-    Raises:
-        SurgeryError: the file cannot be read, or is not JSON (with the line).
-    """
-    return _records(_text(Path(path)), Path(path))
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise SurgeryError(f"there is no file {path}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise SurgeryError(f"cannot read {path}: {error}") from error
-
-
-def _records(text: str, path: Path) -> Iterable[Any]:
-    if text.lstrip().startswith("["):
-        yield from _parsed(text, path, 1)
-        return
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            yield _parsed(line, path, number)
-
-
-def _parsed(text: str, path: Path, line: int) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise SurgeryError(f"{path}, line {line}, is not JSON: {error}") from None
-
-
-def _keys(record: Any) -> str:
-    return ", ".join(map(str, record)) if isinstance(record, dict) else f"no keys: {record!r:.40}"
-
-
-def _messages(record: Any) -> list[Message] | None:
-    if not isinstance(record, dict):
-        return None
-    if isinstance(record.get("messages"), list):
-        messages: list[Message] = record["messages"]
-        return messages
-    question = record.get("instruction", record.get("prompt"))
-    if isinstance(question, str) and record.get("input"):
-        question = f"{question}\n\n{record['input']}"
-    answer = next((record[key] for key in ANSWERS if isinstance(record.get(key), str)), None)
-    if not isinstance(question, str) or answer is None:
-        return None
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+        conversation_of(first)
+    except RecordError as error:
+        prose = isinstance(first, dict) and isinstance(first.get("text"), str)
+        hint = "; prose is learned from a text file: write the fields named text to a .txt file"
+        raise SurgeryError(
+            f"{path} is not instruction data: record 1, {error}", EXPECTED + hint * prose
+        ) from None
 
 
 def encode_conversations(
@@ -181,23 +136,22 @@ def encode_conversations(
         conversations: lists of messages.
         tokenizer: the model's.
         template: how they are written; the tokenizer's own by default.
-        answers_only: otherwise every token is trained on.
+        answers_only: otherwise every token is trained on, but for answers of weight 0.
 
     Raises:
         SurgeryError: a conversation has no answer, or the template does not write a conversation
             as a continuation of its beginning, so that answers cannot be told from questions.
     """
     template = template or template_of(tokenizer)
-    answers = [[] if not answers_only else _answers(messages) for messages in conversations]
+    talks = [_plain(messages, number) for number, messages in enumerate(conversations, 1)]
+    answers = [_answers(messages, answers_only) for messages in talks]
     if answers_only:
-        _check_answers(conversations, answers)
-    for messages in conversations:
-        check_messages(messages)
+        _check_answers(talks, answers)
+    _check_fields(talks, template)
     examples, problems = [], []
-    written = template.write(conversations, answers)
-    for number, (messages, found) in enumerate(zip(conversations, written, strict=False), 1):
+    for messages, found in zip(talks, template.write(talks, answers), strict=False):
         if found.error:
-            problems.append(f"{where(messages, number)}: {found.error}")
+            problems.append(f"{messages.where}: {found.error}")
         elif not problems:
             examples.append(_example(found, tokenizer, template, answers_only))
     if problems:
@@ -210,40 +164,102 @@ def encode_conversations(
     return examples
 
 
-def where(messages: Sequence[Message], number: int) -> str:
-    """The place of a conversation, for errors."""
-    return getattr(messages, "where", "") or f"conversation {number}"
-
-
 def listed(problems: Sequence[str]) -> str:
     """The first of several problems, and how many more there are."""
     return "; ".join(problems[:5]) + (f"; {len(problems) - 5:,} more" if problems[5:] else "")
 
 
-def _check_answers(
-    conversations: Sequence[Sequence[Message]], answers: Sequence[Sequence[int]]
-) -> None:
-    problems = [
-        f"{where(messages, number)} has no answer"
-        for number, (messages, found) in enumerate(zip(conversations, answers, strict=True), 1)
-        if not found
-    ]
+def _plain(messages: Sequence[Message], number: int) -> Messages:
+    """A conversation as `read_conversations` gives it."""
+    if isinstance(messages, Messages):
+        return messages
+    place = f"conversation {number}"
+    try:
+        found, _ = conversation_of({"messages": list(messages)})
+    except RecordError as error:
+        raise SurgeryError(f"{place}, {error}") from None
+    found.where = place
+    return found
+
+
+def _check_answers(conversations: Sequence[Messages], answers: Sequence[Sequence[int]]) -> None:
+    problems = []
+    for messages, found in zip(conversations, answers, strict=True):
+        if not found:
+            weightless = any(m["role"] == "assistant" for m in messages)
+            what = "answers of weight 0 alone" if weightless else "no answer"
+            problems.append(f"{messages.where} has {what}")
     if problems:
-        raise SurgeryError(f"there is nothing to train on: {listed(problems)}")
+        raise SurgeryError(
+            f"there is nothing to train on: {listed(problems)}",
+            "an answer is a message of the role assistant (ShareGPT's gpt)",
+        )
 
 
-def _answers(messages: Sequence[Message]) -> list[int]:
+def _answers(messages: Messages, trained: bool) -> list[int]:
+    """The answers that are trained on, or those that are not."""
     return [
-        i for i, m in enumerate(messages) if isinstance(m, dict) and m.get("role") == "assistant"
+        i
+        for i, m in enumerate(messages)
+        if m["role"] == "assistant" and bool(m.get("weight", 1)) == trained
     ]
+
+
+_MEANING = ("tools", "tool_calls", "name")  # what a model must see to learn from an answer
+
+
+def _check_fields(conversations: Sequence[Messages], template: ChatTemplate) -> None:
+    """Find fields that a template does not write: rendered without them its text is the same.
+
+    Raises:
+        SurgeryError: one of them changes what an answer means. Others are a warning.
+    """
+    counts: Counter[str] = Counter()
+    first: dict[str, Messages] = {}
+    for messages in conversations:
+        found = {key for key, value in messages.variables.items() if value}
+        found |= {f"{m['role']}.{key}" for m in messages for key in shown(m).keys() - _ALWAYS}
+        counts.update(found)
+        first |= dict.fromkeys(found - first.keys(), messages)
+    if not first:
+        return
+    without = [_without(messages, name) for name, messages in first.items()]
+    before, after = (list(template.write(talks)) for talks in (list(first.values()), without))
+    same = {
+        name: messages
+        for (name, messages), one, other in zip(first.items(), before, after, strict=False)
+        if one == other and not one.error
+    }
+    for name, messages in same.items():
+        role, _, field = name.rpartition(".")
+        if field in _MEANING and role != "tool":
+            raise SurgeryError(
+                f"{messages.where}: {template.name.removeprefix('the ')} template does not write "
+                f"{name}, which {counts[name]:,} records have",
+                "take the field out of the records, or use a model whose template writes it",
+            )
+    if same:
+        unwritten = Counter({name: counts[name] for name in same})
+        _warn(f"the chat template does not write {counted(unwritten)}")
+
+
+_ALWAYS = {"role", "content"}
+
+
+def _without(messages: Messages, name: str) -> Messages:
+    """A conversation without a variable, or without a field in messages of a role."""
+    role, _, field = name.rpartition(".")
+    said = [
+        {key: value for key, value in m.items() if m["role"] != role or key != field}
+        for m in messages
+    ]
+    return Messages(said, {k: v for k, v in messages.variables.items() if k != name})
 
 
 def _example(
     written: Written, tokenizer: Tokenizer, template: ChatTemplate, answers_only: bool
 ) -> Example:
     ids, offsets = encode_conversation(tokenizer, template, written.text)
-    if not answers_only:
-        return Example(tuple(ids), (True,) * len(ids))
     borders = [place for span in written.answers for place in span]  # start, end, start, …
     within = np.searchsorted(borders, offsets, side="right") % 2 == 1  # (T,)
-    return Example(tuple(ids), tuple(within.tolist()))
+    return Example(tuple(ids), tuple((within == answers_only).tolist()))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
+from nanogpt_surgery.data.chat import Messages
 from nanogpt_surgery.data.corpus import files_of
-from nanogpt_surgery.data.instructions import ANSWERS, read_records
 from nanogpt_surgery.data.tokenizer import Tokenizer
 
 
@@ -32,7 +31,7 @@ def check_characters(tokenizer: Tokenizer, paths: Sequence[str | Path], text: st
         check(file.read_bytes().decode("utf-8-sig"), str(file))
 
 
-def check_records(path: str | Path, tokenizer: Tokenizer) -> None:
+def check_conversations(conversations: Sequence[Messages], tokenizer: Tokenizer) -> None:
     """Look for characters that a vocabulary lacks in what records say.
 
     Raises:
@@ -41,22 +40,6 @@ def check_records(path: str | Path, tokenizer: Tokenizer) -> None:
     check: Callable[[str, str], None] | None = getattr(tokenizer, "check", None)
     if check is None:
         return
-    for number, record in enumerate(read_records(path), 1):
-        for field, text in _fields(record):
-            check(text, f"{path}, record {number}, {field}")
-
-
-def _fields(record: Any) -> Iterable[tuple[str, str]]:
-    """The texts of a record that `_messages` takes, with the names of their fields."""
-    messages = record.get("messages")
-    if isinstance(messages, list):
-        found = [
-            (f"message {i} ({m.get('role')})", m.get("content"))
-            for i, m in enumerate(messages, 1)
-            if isinstance(m, dict)
-        ]
-    else:
-        answer = [key for key in ANSWERS if isinstance(record.get(key), str)][:1]
-        question = "instruction" if "instruction" in record else "prompt"
-        found = [(key, record.get(key)) for key in (question, "input", *answer)]
-    return [(name, text) for name, text in found if isinstance(text, str)]
+    for messages in conversations:
+        for field, message in zip(messages.fields, messages, strict=True):
+            check(message["content"] or "", f"{messages.where}, {field}")

@@ -238,13 +238,14 @@ def main() -> None:
     """Read a template, then a conversation a line, and write a reply a line, all as JSON."""
     job = json.loads(sys.stdin.readline())
     limit_memory()
+    template, failed = None, {}
     try:
-        reply = Template(job).reply
+        template = Template(job)
     except Exception as error:
         failed = {"error": f"{type(error).__name__}: {error}"[:1000]}
-        reply = lambda _: failed  # noqa: E731
     for line in sys.stdin:
-        sys.stdout.write(json.dumps(reply(json.loads(line))) + "\n")
+        reply = template.reply(json.loads(line)) if template else failed
+        sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
         limit_time(0)
 

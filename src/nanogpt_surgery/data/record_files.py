@@ -1,0 +1,133 @@
+"""Files of records: JSON (a list), JSONL (a record on each line), CSV and TSV (under a header)."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
+
+JSON, TABLES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
+LONGEST_CELL = 1 << 24  # characters
+_SAMPLE = 1 << 14  # characters by which a text is told from data
+
+
+def holds_records(path: str | Path) -> bool:
+    """Whether a file's name says that it holds records, and not text."""
+    return Path(path).suffix.lower() in JSON + TABLES and not Path(path).is_dir()
+
+
+def read_records(path: str | Path) -> Iterator[Any]:
+    """The records of a file; those of a table are dicts, by the names of its columns.
+
+    Raises:
+        SurgeryError: the file cannot be read, or is not what its name says (with the line).
+    """
+    path = Path(path)
+    if not path.exists():
+        raise SurgeryError(f"there is no file {path}")
+    with foreign_file(path):
+        text = path.read_text(encoding="utf-8-sig")
+    return _rows(text, path) if path.suffix.lower() in TABLES else _values(text, path)
+
+
+def _values(text: str, path: Path) -> Iterator[Any]:
+    begin = text.lstrip()
+    if begin.startswith("["):
+        found = _parsed(text, path, 1)
+        yield from found
+    elif begin.startswith("{") and not _is_json(begin.partition("\n")[0]):
+        yield _parsed(text, path, 1)  # one record over several lines
+    else:
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                yield _parsed(line, path, number)
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _parsed(text: str, path: Path, line: int) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise SurgeryError(f"{path}, line {line}, is not JSON: {error}") from None
+
+
+def _rows(text: str, path: Path) -> Iterator[dict[str, str | None]]:
+    csv.field_size_limit(LONGEST_CELL)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, path))
+    columns: list[str] = []
+    number = 0
+    while True:
+        try:
+            row = next(lines)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise SurgeryError(f"{path}, line {lines.line_num}, cannot be read: {error}") from None
+        if not any(cell.strip() for cell in row):
+            continue
+        if not columns:
+            columns = [cell.strip().lower() for cell in row]
+            continue
+        number += 1
+        if len(row) != len(columns):
+            raise SurgeryError(
+                f"{path}, record {number} (line {lines.line_num}), has {len(row)} cells under "
+                f"{len(columns)} columns",
+                "a cell that holds a comma, a quote or a line break stands in double quotes",
+            )
+        yield dict(zip(columns, (cell or None for cell in row), strict=True))
+
+
+def _delimiter(text: str, path: Path) -> str:
+    """A tab in TSV; in CSV what parts the names in the header, as some spreadsheets have it."""
+    if path.suffix.lower() == ".tsv":
+        return "\t"
+    header = text.lstrip().partition("\n")[0]
+    return max(",;\t", key=header.count)
+
+
+def begins_like_data(path: str | Path) -> str:
+    """A word for what a file's beginning looks like where it is no prose, else nothing."""
+    with foreign_file(path), Path(path).open(encoding="utf-8", errors="replace") as file:
+        return looks_like_data(file.read(_SAMPLE + 1))
+
+
+def looks_like_data(text: str) -> str:
+    """A word for what the beginning of a text looks like where it is no prose, else nothing."""
+    lines = [line for line in text[:_SAMPLE].split("\n") if line.strip()]
+    whole = lines if len(text) <= _SAMPLE else lines[:-1]
+    few = whole[:50]
+    if few and few[0].lstrip()[0] in "{[" and (_is_json(few[0]) or _is_json(text.strip())):
+        return "JSON"
+    for mark, least in (("\t", 1), (",", 2), (";", 2)):
+        counts = {_cells(line, mark) for line in few}
+        if len(few) >= 4 and len(counts) == 1 and min(counts) > least:
+            return f"a table of {min(counts)} columns"
+    return ""
+
+
+def _cells(line: str, mark: str) -> int:
+    try:
+        return len(next(csv.reader([line], delimiter=mark)))
+    except csv.Error:
+        return 0
+
+
+def keys_of(record: Any) -> str:
+    """The fields of a record that is not understood, for a message."""
+    if not isinstance(record, dict):
+        return f"is {quoted(record)}, not an object with fields"
+    names = ", ".join(quoted(str(key))[1:-1] for key in list(record)[:20])
+    return f"has the fields {names}" if record else "has no fields"
