@@ -60,13 +60,11 @@ def evaluate(
     json
         print the report as JSON
     """
-    from nanogpt_surgery.cli.sources import say_data
     from nanogpt_surgery.data.choices import has_choices
     from nanogpt_surgery.data.record_files import holds_records
 
     network, tokenizer = open_to_talk(model, one_adapter(adapter), dtype, tied, force)
     if not holds_records(file):
-        say_data((file,))
         report = _text_report(network, tokenizer, file, context, stride, batch_size)
     elif has_choices(file):
         report = _choice_report(network, tokenizer, file)
@@ -83,6 +81,7 @@ def _text_report(
     stride: int | None,
     batch_size: int,
 ) -> Report:
+    from nanogpt_surgery.cli.sources import say_data
     from nanogpt_surgery.data.corpus import read_texts
     from nanogpt_surgery.data.known_characters import check_characters
     from nanogpt_surgery.data.tokenizer import bytes_of_first, prompt_ids
@@ -91,6 +90,7 @@ def _text_report(
 
     if context is None:
         context = min(model.config.block_size, LONGEST_WINDOW)
+    say_data((file,))
     text = read_texts([file])
     check_characters(tokenizer, [file], text)
     ids = prompt_ids(tokenizer, text)

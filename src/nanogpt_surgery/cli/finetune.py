@@ -50,8 +50,7 @@ def finetune(
         a run, a model folder, a GGUF file or a hub name
     text
         files, folders, or - for standard input; without any, the standard library's source;
-        or JSON, JSONL, CSV or TSV files of instruction data; or a folder that surgery data prepare
-        made
+        or JSON, JSONL, CSV or TSV of instruction data; or a folder that surgery data prepare made
     weights
         draw from each source of text in proportion, as in 3:1 for two of them
     block_size
