@@ -36,10 +36,10 @@ def evaluate(
 ) -> None:
     """Measure a model on a file: a text, questions with choices, or instruction data.
 
-    A text gives the loss of each token, predicted once from a sliding window: nats a token, bits a
-    byte, perplexity. JSON or JSONL with prompt, choices and answer gives the share of questions
-    whose right choice is the likeliest, by its log-likelihood and by that divided by its length in
-    characters. Other JSON or JSONL, CSV and TSV is instruction data: the loss on the answers alone.
+    A text gives the loss of each token from a sliding window: nats a token, bits a byte,
+    perplexity. JSON or JSONL with prompt, choices and answer gives the share of questions whose
+    right choice is the likeliest, by log-likelihood, and by that divided by characters. Other JSON
+    or JSONL, CSV and TSV is instruction data: the loss on the answers alone.
 
     Parameters
     ----------
@@ -60,17 +60,24 @@ def evaluate(
     json
         print the report as JSON
     """
-    from nanogpt_surgery.data.choices import has_choices
-    from nanogpt_surgery.data.record_files import holds_records
-
     network, tokenizer = open_to_talk(model, one_adapter(adapter), dtype, tied, force)
-    if not holds_records(file):
+    kind = _kind_of(file)
+    if kind == "text":
         report = _text_report(network, tokenizer, file, context, stride, batch_size)
-    elif has_choices(file):
+    elif kind == "choices":
         report = _choice_report(network, tokenizer, file)
     else:
         report = _answer_report(network, tokenizer, file, template, batch_size)
     show(report, json)
+
+
+def _kind_of(file: str) -> str:
+    from nanogpt_surgery.data.choices import has_choices
+    from nanogpt_surgery.data.record_files import holds_records
+
+    if not holds_records(file):
+        return "text"
+    return "choices" if has_choices(file) else "answers"
 
 
 def _text_report(
