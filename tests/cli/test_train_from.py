@@ -133,7 +133,7 @@ def test_instruction_data_is_left_to_finetune(place: Path) -> None:
     Path("answers.jsonl").write_text('{"prompt": "a?", "completion": "b"}\n' * 12)
     words = ["--from", "m", "--out", "run", *SHORT, "--max-steps", 1]
     said = called("train", "text.txt", "answers.jsonl", *words, check=1)[1]
-    assert "answers.jsonl holds prompts with answers, not text" in said
+    assert "answers.jsonl holds questions with answers, not text" in said
     assert "surgery finetune m answers.jsonl --out ADAPTER trains on the answers" in said
     assert not Path("run").exists()
     Path("numbers.json").write_text(json.dumps({"numbers": [*range(400)]}))

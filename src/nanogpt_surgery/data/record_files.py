@@ -31,7 +31,7 @@ def read_records(path: str | Path) -> Iterator[Any]:
     if not path.exists():
         raise SurgeryError(f"there is no file {path}")
     with foreign_file(path):
-        text = path.read_text(encoding="utf-8-sig")
+        text = path.read_bytes().decode("utf-8-sig")  # line ends in cells are kept
     return _rows(text, path) if path.suffix.lower() in TABLES else _values(text, path)
 
 
