@@ -87,7 +87,8 @@ def test_flags_say_what_is_trained_on(flags, share, rows, place, tmp_path, capsy
     found = counts(capsys.readouterr().err)
     trained = found["trained on"]
     assert share[0] < float(trained["trained share"].removesuffix(" %")) / 100 < share[1]
-    assert int(trained["rows"]) <= rows
+    assert ("--pack" in flags) == (trained.get("rows", "-") != "-")
+    assert "--pack" not in flags or int(trained["rows"]) <= rows
     assert int(trained["answers that end"]) == (36 if share[1] == 1 else 18)
     assert (trained["examples"], found["held out"]["examples"]) == ("18", "2")
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import show
+from nanogpt_surgery.cli.console import say, show
 from nanogpt_surgery.cli.options import given, options_of
 from nanogpt_surgery.data.instruction_settings import InstructionSettings
 from nanogpt_surgery.errors import printable
@@ -38,7 +38,7 @@ def preview(
     examples
         how many to show
     block_size
-        tokens in a row; the model's own by default, at most 256
+        tokens of an example at most; the model's own by default, at most 256
     tokens
         show each token by itself, with a │ after it
     json
@@ -60,12 +60,21 @@ def preview(
     if json:
         rows = [[{"text": text, "trained": trained} for text, trained in p] for p in shown]
         summary |= {"block_size": length, "preview": rows}
-    for number, pieces in enumerate([] if json else shown):
-        count = len(found[number].ids)
+    else:
+        _print_examples(shown, [len(example.ids) for example in found], length, tokens)
+    show(Report("instruction data", [], summary), json)
+    say(f"surgery finetune {model} {' '.join(data)} --out FOLDER trains on it")
+
+
+def _print_examples(
+    shown: list[list[tuple[str, bool]]], counts: list[int], length: int, tokens: bool
+) -> None:
+    """Each example under its number, its tokens apart where that is asked for."""
+    for number, pieces in enumerate(shown):
+        count = counts[number]
         cut = f", cut off after {length + 1}" if count > length + 1 else ""
         print(f"example {number + 1}: {count} tokens{cut}")
         _print(pieces, "│" if tokens else "")
-    show(Report("instruction data", [], summary), json)
 
 
 def _print(pieces: list[tuple[str, bool]], border: str) -> None:

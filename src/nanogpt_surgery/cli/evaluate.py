@@ -54,7 +54,7 @@ def evaluate(
     stride
         tokens from one window to the next; half of the context by default
     batch_size
-        rows computed together
+        windows or examples computed together
     template
         how instruction data is written: as the model's own template does, or as one of ours
     json

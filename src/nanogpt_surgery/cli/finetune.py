@@ -54,7 +54,7 @@ def finetune(
     weights
         draw from each source of text in proportion, as in 3:1 for two of them
     block_size
-        tokens in a window, or in a row of conversations; the model's own by default, at most 256
+        tokens in a window of text, or of an example; the model's own by default, at most 256
     stride
         tokens from the start of one window of text to the next; by default the whole window where
         layers before the first that learns are computed once (see --keep-hidden), else 1
@@ -195,7 +195,7 @@ def _spaced(job: Job, network: SimpleGPT, stride: int | None) -> Job:
     if not isinstance(data, GPTDataset | Mixture):
         if stride is not None:
             raise SurgeryError(
-                "instruction data is rows, not windows of text", "leave --stride out"
+                "instruction data is examples, not windows of text", "leave --stride out"
             )
         return job
     if stride is None and can_keep(network, job.settings):

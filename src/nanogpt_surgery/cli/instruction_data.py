@@ -120,7 +120,11 @@ def counts_of(**datasets: InstructionDataset) -> Report:
     from nanogpt_surgery.lora.report import Report
 
     rows = [
-        {"part": name.replace("_", " "), "rows": len(dataset), **counts_in(dataset)}
+        {
+            "part": name.replace("_", " "),
+            **counts_in(dataset),
+            "rows": len(dataset) if dataset.packs else None,  # of several examples
+        }
         for name, dataset in datasets.items()
     ]
     return Report("instruction data", rows, {})

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import AllLayers, show
+from nanogpt_surgery.cli.console import AllLayers, say, show
 from nanogpt_surgery.cli.options import TargetOptions, given, options_of
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.training.settings import FitSettings
@@ -52,3 +52,4 @@ def plan(
     check_batch(network.config, rows, window(block_size, network.config.block_size))
     probe = torch.zeros(rows, window(block_size, network.config.block_size), dtype=torch.long)
     show(plan_adapter(network, probe=probe, **given(target), **given(lora)), json, all_layers)
+    say(f"surgery finetune {model} TEXT… --out FOLDER trains it, by the same flags")
