@@ -129,3 +129,16 @@ def test_a_place_that_refuses_a_folder_is_named(folder: Path) -> None:
     for command in (["train", *LONG], ["data", "prepare"]):
         _, said = called(*command, folder / "text.txt", "--out", out, check=1)
         assert f"could not write {out}" in said, said
+
+
+def test_gone_on_with_by_another_number_of_threads_a_run_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["train", folder / "text.txt", "--out", folder / "run", *LONG[:-4], "--max-steps", 1]
+    called(*command)
+    known = json.loads((folder / "run" / "run.json").read_text())["environment"]
+    assert known["threads"] == torch.get_num_threads()
+    assert {"device", "precision", "torch", "processes"} <= known.keys()
+    monkeypatch.setattr(torch, "get_num_threads", lambda: known["threads"] + 6)
+    said = called(*command, "--resume")[1]
+    assert f"threads was {known['threads']} and is {known['threads'] + 6}" in said
