@@ -45,11 +45,16 @@ def plan(
     from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.formats.adapter_layout import plan_adapter
     from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.memory import available_memory
     from nanogpt_surgery.training.memory_estimate import check_batch
 
+    available = available_memory()  # before the model takes its part
     rows = FitSettings(batch_size=batch_size).batch_size  # refuses what fit would
     network = open_model(model, torch.float32)[0]  # as finetune opens it
     check_batch(network.config, rows, window(block_size, network.config.block_size))
     probe = torch.zeros(rows, window(block_size, network.config.block_size), dtype=torch.long)
-    show(plan_adapter(network, probe=probe, **given(target), **given(lora)), json, all_layers)
+    report = plan_adapter(network, probe=probe, **given(target), **given(lora))
+    if available is not None:
+        report.summary["available_bytes"] = available
+    show(report, json, all_layers)
     say(f"surgery finetune {model} TEXT… --out FOLDER trains it, by the same flags")
