@@ -94,7 +94,7 @@ _FLAGS: Mapping[tuple[str, ...], str] = {
     ("--family",): "arch architecture model-type",
     ("--plan",): "dry-run estimate dryrun n-dry",
     ("--json",): "output-json as-json",
-    ("--data", "--config"): "dataset-format data-format",
+    ("--data",): "dataset-format data-format",
     ("--probe",): "imatrix calibration calibration-data calibration-file",
 }
 _COMMANDS: Mapping[str, str] = {
