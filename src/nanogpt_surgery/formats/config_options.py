@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 
 # Their model_type, and the family of ours that computes the same.
 MODEL_TYPES = {
@@ -41,9 +41,29 @@ _GPT2_VALUES: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
     "activation_function": tuple(ACTIVATIONS.values()),
 }
+# What some models of these kinds set, by the values that change nothing.
+_SHARED_VALUES: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(("causal", "is_causal"), (True,)),
+    **dict.fromkeys(
+        """
+        attn_logit_softcapping final_logit_softcapping attention_softcap clip_qkv clamp_kqv
+        num_experts num_local_experts n_routed_experts num_experts_per_tok use_qk_norm
+        parallel_residual use_parallel_residual use_bidirectional_attention alibi
+        """.split(),
+        (0, False),
+    ),
+    **dict.fromkeys(
+        """
+        logit_scale logits_scaling embedding_scale embedding_multiplier residual_scale
+        residual_multiplier scale_emb scale_depth
+        """.split(),
+        (1,),
+    ),
+    "attention_multiplier": (),
+    "query_pre_attn_scalar": (),
+}
 _LLAMA_VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
-    "use_sliding_window": (False,),
     "pretraining_tp": (1,),
     "partial_rotary_factor": (1, 1.0),
 }
@@ -76,9 +96,9 @@ def refuse_options(contents: dict[str, Any], model_type: str) -> None:
         contents: a `config.json` without its nulls, with what was absent filled in.
         model_type: theirs.
     """
-    expected = _GPT2_VALUES if model_type == "gpt2" else _LLAMA_VALUES
+    expected = _SHARED_VALUES | (_GPT2_VALUES if model_type == "gpt2" else _LLAMA_VALUES)
     found = [
-        f"{key} {contents[key]!r}"
+        f"{key} {quoted(contents[key])}"
         for key, values in expected.items()
         if key in contents and contents[key] not in values
     ]
@@ -94,26 +114,43 @@ def refuse_options(contents: dict[str, Any], model_type: str) -> None:
 
 def _llama_options(contents: dict[str, Any], model_type: str) -> list[str]:
     rope = rope_options(contents)
-    if rope["rope_type"] not in ("default", "llama3"):
-        return [f"rope_type {rope['rope_type']!r}"]
-    found = []
-    found += [f"rope {name} {rope[name]!r}" for name in rope if name not in _ROPE_OPTIONS]
+    found = [f"rope {name} {quoted(rope[name])}" for name in rope if name not in _ROPE_OPTIONS]
+    if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in _ROPE_TYPES:
+        found.insert(0, f"rope_type {quoted(rope['rope_type'])}")
+    if rope.get("partial_rotary_factor", 1) == 1:
+        found = [text for text in found if not text.startswith("rope partial_rotary_factor ")]
     found += [
-        f"{key} {contents[key]!r}"
+        f"{key} {quoted(contents[key])}"
         for key in ("rope_scaling", "rope_parameters")
         if not isinstance(contents.get(key, {}), dict)
     ]
     has_mlp_bias = contents.get("mlp_bias") and model_type == "llama"
     if has_mlp_bias and not contents.get("attention_bias"):
         found.append("mlp_bias without attention_bias")
+    return found + _window_options(contents, model_type)
+
+
+_ROPE_TYPES = ("default", "llama3", "linear")
+
+
+def _window_options(contents: dict[str, Any], model_type: str) -> list[str]:
+    """Windows that cut a context off: one as long as the context changes nothing."""
+    window, context = contents.get("sliding_window"), contents.get("max_position_embeddings", 0)
+    if _at_least(window, context):
+        return []
+    found = []
     layer_types = contents.get("layer_types", [])
     if not isinstance(layer_types, list) or set(map(str, layer_types)) - {"full_attention"}:
-        found.append(f"layer_types {layer_types!r}")
-    window, context = contents.get("sliding_window"), contents.get("max_position_embeddings", 0)
-    if model_type == "mistral" and window is not None and not _at_least(window, context):
-        found.append(f"sliding_window {window!r}, below its context of {context!r}")
+        found.append(f"layer_types {quoted(layer_types)}")
+    switch = contents.get("use_sliding_window", False)
+    if switch is not False and not layer_types:
+        first, n_layer = contents.get("max_window_layers"), contents.get("num_hidden_layers")
+        if not _at_least(first, n_layer):
+            found.append(f"use_sliding_window {quoted(switch)}")
+    if model_type == "mistral" and window is not None and not layer_types:
+        found.append(f"sliding_window {quoted(window)}, below its context of {quoted(context)}")
     return found
 
 
 def _at_least(window: Any, context: Any) -> bool:
-    return isinstance(window, int) and isinstance(context, int) and window >= context
+    return type(window) is int and type(context) is int and window >= context

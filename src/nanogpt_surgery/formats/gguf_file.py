@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
 from nanogpt_surgery.formats.quantised_tensor import QuantisedTensor, n_bytes
 from nanogpt_surgery.formats.safetensors_file import MAX_TENSORS
 from nanogpt_surgery.formats.stored_tensor import MappedFile, PlainTensor, Stored
@@ -80,7 +80,11 @@ def read_gguf(path: str | Path) -> GGUFFile:
     size = path.stat().st_size
     if size < 24:
         raise SurgeryError(f"{path} has {size} bytes; a GGUF file has at least 24")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with (
+        foreign_file(path, "its header"),
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
         reader = _Reader(path, data, size)
         n_tensors, n_metadata = _counts(reader)
         metadata = _metadata(reader, n_metadata)
@@ -143,48 +147,54 @@ def _metadata(reader: _Reader, count: int) -> dict[str, Any]:
     for _ in range(count):
         key = reader.string("a key", _MAX_KEY)
         if key in metadata:
-            raise reader.wrong(f"the key {key!r} is there twice")
-        metadata[key] = _value(reader, key, reader.number("I", f"the type of {key!r}"))
+            raise reader.wrong(f"the key {quoted(key)} is there twice")
+        metadata[key] = _value(reader, key, reader.number("I", f"the type of {quoted(key)}"))
     return metadata
 
 
 def _value(reader: _Reader, key: str, kind: int) -> Any:
     if kind == _STRING:
-        return reader.string(f"the value of {key!r}")
+        return reader.string(f"the value of {quoted(key)}")
     if kind == _ARRAY:
         return _array(reader, key)
     if kind not in _NUMBERS:
-        raise reader.wrong(f"{key!r} has the type {kind}, which there is not")
-    value = reader.number(_NUMBERS[kind], f"the value of {key!r}")
+        raise reader.wrong(f"{quoted(key)} has the type {kind}, which there is not")
+    value = reader.number(_NUMBERS[kind], f"the value of {quoted(key)}")
     if kind == _BOOL and value > 1:
-        raise reader.wrong(f"{key!r} is a bool of {value}")
+        raise reader.wrong(f"{quoted(key)} is a bool of {value}")
     return bool(value) if kind == _BOOL else value
 
 
 def _array(reader: _Reader, key: str) -> Any:
-    kind, length = reader.number("I", f"the type in {key!r}"), reader.number("Q", f"{key!r}")
+    kind, length = (
+        reader.number("I", f"the type in {quoted(key)}"),
+        reader.number("Q", f"{quoted(key)}"),
+    )
     if kind == _STRING:
         if length > (reader.size - reader.place) // 8:
-            raise reader.wrong(f"{key!r} announces {length:,} strings, more than there is room for")
-        return [reader.string(f"a string of {key!r}") for _ in range(length)]
+            raise reader.wrong(
+                f"{quoted(key)} announces {length:,} strings, more than there is room for"
+            )
+        return [reader.string(f"a string of {quoted(key)}") for _ in range(length)]
     if kind not in _NUMBERS:
-        raise reader.wrong(f"{key!r} is an array of the type {kind}, which is not read")
+        raise reader.wrong(f"{quoted(key)} is an array of the type {kind}, which is not read")
     dtype = np.dtype(_NUMBERS[kind]).newbyteorder("<")
-    start = reader.take(length * dtype.itemsize, f"the array {key!r}")
+    start = reader.take(length * dtype.itemsize, f"the array {quoted(key)}")
     return np.frombuffer(reader.data[start : reader.place], dtype)
 
 
 def _tensors(reader: _Reader, count: int, metadata: dict[str, Any]) -> dict[str, Stored]:
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT:
-        raise reader.wrong(f"general.alignment is {alignment!r}")
+        raise reader.wrong(f"general.alignment is {quoted(alignment)}")
     if alignment & (alignment - 1):
         raise reader.wrong(f"general.alignment {alignment} is not a power of two")
     infos = [_info(reader) for _ in range(count)]
-    names = [name for name, *_ in infos]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise reader.wrong(f"the tensor {twice!r} is there twice")
+    seen: set[str] = set()
+    for name, *_ in infos:
+        if name in seen:
+            raise reader.wrong(f"the tensor {quoted(name)} is there twice")
+        seen.add(name)
     data = -(-reader.place // alignment) * alignment
     _check_places(reader, infos, data, alignment)
     file = MappedFile(reader.path, reader.size)
@@ -196,20 +206,24 @@ _Info = tuple[str, tuple[int, ...], GGMLQuantizationType, int]
 
 def _info(reader: _Reader) -> _Info:
     name = reader.string("a tensor's name", MAX_NAME)
-    n_dims = reader.number("I", f"the dimensions of {name!r}")
+    n_dims = reader.number("I", f"the dimensions of {quoted(name)}")
     if not 1 <= n_dims <= 4:
-        raise reader.wrong(f"{name!r} has {n_dims} dimensions")
-    shape = tuple(reader.number("Q", f"the shape of {name!r}") for _ in range(n_dims))[::-1]
+        raise reader.wrong(f"{quoted(name)} has {n_dims} dimensions")
+    shape = tuple(reader.number("Q", f"the shape of {quoted(name)}") for _ in range(n_dims))[::-1]
     if not all(0 < side < 1 << 48 for side in shape):
-        raise reader.wrong(f"{name!r} has the shape {shape}")
-    number, offset = reader.number("I", f"{name!r}"), reader.number("Q", f"{name!r}")
+        raise reader.wrong(f"{quoted(name)} has the shape {shape}")
+    number, offset = reader.number("I", f"{quoted(name)}"), reader.number("Q", f"{quoted(name)}")
     if number not in [int(kind) for kind in (*PLAIN, *_QUANTISED)]:
         known = [kind.name for kind in GGMLQuantizationType if kind == number]
-        raise reader.wrong(f"{name!r} is stored as {(known or [number])[0]}, which is not read")
+        raise reader.wrong(
+            f"{quoted(name)} is stored as {(known or [number])[0]}, which is not read"
+        )
     kind = GGMLQuantizationType(number)
     block = GGML_QUANT_SIZES[kind][0]
     if shape[-1] % block:
-        raise reader.wrong(f"{name!r} has rows of {shape[-1]}, and {kind.name} blocks of {block}")
+        raise reader.wrong(
+            f"{quoted(name)} has rows of {shape[-1]}, and {kind.name} blocks of {block}"
+        )
     return name, shape, kind, offset
 
 
@@ -218,12 +232,16 @@ def _check_places(reader: _Reader, infos: list[_Info], data: int, alignment: int
     end = 0
     for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
         if offset % alignment:
-            raise reader.wrong(f"{name!r} lies at {offset:,}, not at a multiple of {alignment}")
+            raise reader.wrong(
+                f"{quoted(name)} lies at {offset:,}, not at a multiple of {alignment}"
+            )
         if offset < end:
-            raise reader.wrong(f"{name!r} at {offset:,} overlaps the tensor before it")
+            raise reader.wrong(f"{quoted(name)} at {offset:,} overlaps the tensor before it")
         end = offset + n_bytes(math.prod(shape), kind)
         if data + end > reader.size:
-            raise reader.wrong(f"{name!r} ends at {data + end:,}, the file at {reader.size:,}")
+            raise reader.wrong(
+                f"{quoted(name)} ends at {data + end:,}, the file at {reader.size:,}"
+            )
 
 
 def _stored(info: _Info, data: int, file: MappedFile) -> Stored:

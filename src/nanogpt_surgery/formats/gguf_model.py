@@ -8,11 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from gguf.constants import Keys
 from torch import Tensor
 
 from nanogpt_surgery.data.tokenizer import Tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
 from nanogpt_surgery.formats.gguf_file import PLAIN, GGUFFile, read_gguf
 from nanogpt_surgery.formats.gguf_names import FIELDS, ROPE_FACTORS, table
 from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
@@ -25,22 +27,35 @@ from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.positions import rotary_frequencies, stretch
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
-# What a reader of ours would ignore, and the values that change nothing.
+# Keys that change nothing in these architectures, and those that do so at other values than these.
+_IGNORED = frozenset(
+    """
+    vocab_size tensor_data_layout use_parallel_residual features_length decoder_start_token_id
+    expert_used_count rope.scaling.finetuned rope.scaling.original_context_length
+    rope.scaling.type rope.scaling.factor rope.scale_linear attention.value_length
+    rope.dimension_count attention.sliding_window attention.layer_norm_epsilon
+    attention.layer_norm_rms_epsilon rope.freq_base attention.head_count_kv attention.key_length
+    """.split()
+)
 _INERT: dict[str, tuple[Any, ...]] = {
-    "expert_count": (0,),
-    "use_parallel_residual": (True, False),
-    "rope.scaling.type": ("none", ""),
-    "rope.scale_linear": (1.0,),
-    "logit_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
-    "attention.scale": (0.0,),
+    "logit_scale": (0, 1),
+    "embedding_scale": (0, 1),
+    "residual_scale": (0, 1),
     "attention.causal": (True,),
-    "attention.clamp_kqv": (0.0,),
-    "attention.max_alibi_bias": (0.0,),
-    "final_logit_softcapping": (0.0,),
-    "attn_logit_softcapping": (0.0,),
+    "attention.output_scale": (0, 1),
+    "attention.temperature_scale": (0, 1),
+    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_attn_factor": (0, 1),
+    "expert_weights_scale": (0, 1),
 }
+# What llama.cpp's list of keys has besides is refused unless it is zero, false or empty.
+_LISTED = frozenset(
+    key.removeprefix("{arch}.")
+    for group in vars(Keys).values()
+    if isinstance(group, type)
+    for key in vars(group).values()
+    if isinstance(key, str) and key.startswith("{arch}.")
+)
 SCALING_KEY = "nanogpt_surgery.rope_scaling."
 
 
@@ -86,11 +101,11 @@ def family_of_file(file: GGUFFile) -> str:
     """
     family = file.metadata.get("general.architecture")
     kind = file.metadata.get("general.type", "model")
-    if kind != "model":
-        raise SurgeryError(f"{file.path} holds a {kind!r}, not a model")
+    if not isinstance(kind, str) or kind != "model":
+        raise SurgeryError(f"{file.path} holds {quoted(kind)}, not a model")
     if not isinstance(family, str) or family not in FAMILIES:
         raise SurgeryError(
-            f"{file.path} is of the architecture {family!r}, which is not one we have",
+            f"{file.path} is of the architecture {quoted(family)}, which is not one we have",
             f"those are {', '.join(FAMILIES)}",
         )
     return family
@@ -103,15 +118,20 @@ def config_of(file: GGUFFile, family: str) -> GPTConfig:
         SurgeryError: something is missing or of the wrong type, or an option would change the
             result and is not one we have (all of them, by name).
     """
+    with foreign_file(file.path, "its metadata"):
+        return _config_of(file, family)
+
+
+def _config_of(file: GGUFFile, family: str) -> GPTConfig:
     metadata, tensors = file.metadata, file.tensors
     _refuse_options(file, family)
     values: dict[str, Any] = {}
     for ours, key in FIELDS[family].items():
-        value = metadata.get(f"{family}.{key}")
+        value = _scalar(metadata.get(f"{family}.{key}"))
         if value is not None:
             kind = float if ours in ("norm_eps", "rope_theta") else int
-            if type(value) not in (int, kind):
-                raise SurgeryError(f"{file.path}: {family}.{key} is {str(value)[:80]}")
+            if type(value) not in (int, kind) or not 0 < value < 1 << 48:
+                raise SurgeryError(f"{file.path}: {family}.{key} is {quoted(value)}")
             values[ours] = kind(value)
     needed = [FIELDS[family][name] for name in ("n_embd", "n_layer", "n_head", "block_size")]
     missing = [f"{family}.{key}" for key in needed if f"{family}.{key}" not in metadata]
@@ -124,8 +144,14 @@ def config_of(file: GGUFFile, family: str) -> GPTConfig:
         "tie_head": "output.weight" not in tensors,
         "bias": _bias(tensors, family),
     }
-    config = GPTConfig(**(usual | values | axes))
-    return _with_scaling(config, file)
+    return _with_scaling(GPTConfig(**(usual | values | axes)), file, family)
+
+
+def _scalar(value: Any) -> Any:
+    """The one number of an array that has the same for every layer; others as they are."""
+    if isinstance(value, np.ndarray) and value.size and bool((value == value[0]).all()):
+        return value[0].item()
+    return value
 
 
 def _bias(tensors: Mapping[str, Stored], family: str) -> str:
@@ -142,31 +168,70 @@ def _refuse_options(file: GGUFFile, family: str) -> None:
         for key, value in file.metadata.items()
         if key.startswith(f"{family}.")
     }
+    handled = _IGNORED | set(FIELDS[family].values())
     found = [
-        f"{family}.{key} {metadata[key]!r}"
-        for key, values in _INERT.items()
-        if key in metadata and metadata[key] not in values
+        f"{family}.{key} {quoted(value)}"
+        for key, value in metadata.items()
+        if (key in _LISTED and key not in handled and not _is_inert(key, value))
+        or (key in _SCALINGS and not _is_finite(value))
     ]
-    width, heads = metadata.get("embedding_length"), metadata.get("attention.head_count")
-    if isinstance(width, int) and isinstance(heads, int) and heads > 0:
+    kind = metadata.get("rope.scaling.type", "")
+    if not isinstance(kind, str) or kind not in ("", "none", "linear"):
+        found.append(f"{family}.rope.scaling.type {quoted(kind)}")
+    width, heads = metadata.get("embedding_length"), _scalar(metadata.get("attention.head_count"))
+    if type(width) is int and type(heads) is int and heads > 0:
         head = metadata.get("attention.key_length", width // heads)
         for key in ("attention.value_length", "rope.dimension_count"):
-            if key in metadata and metadata[key] != head:
-                found.append(f"{family}.{key} {metadata[key]!r} beside heads of {head}")
+            value = _scalar(metadata.get(key, head))
+            if type(value) is not int or value != head:
+                found.append(f"{family}.{key} {quoted(value)} beside heads of {quoted(head)}")
     window, context = metadata.get("attention.sliding_window", 0), metadata.get("context_length", 0)
-    if window and not (type(window) is type(context) is int and window >= context):
-        found.append(f"{family}.attention.sliding_window {window!r}, below its context")
+    numbers = type(window) is type(context) is int
+    if not (numbers and (window == 0 or window >= context)):
+        found.append(
+            f"{family}.attention.sliding_window {quoted(window)} beside a context of "
+            f"{quoted(context)}"
+        )
     if found:
         raise SurgeryError(f"{file.path} sets options that we do not have: {', '.join(found)}")
 
 
-def _with_scaling(config: GPTConfig, file: GGUFFile) -> GPTConfig:
-    """The config with the scaling whose factors the file carries, one for each rotary pair.
+_SCALINGS = ("rope.scaling.factor", "rope.scale_linear")
 
-    The file has the factors and not what they were computed from; Llama 3's values are tried, and
-    those that our own files name.
+
+def _is_inert(key: str, value: Any) -> bool:
+    """Whether a key of llama.cpp's list changes nothing at a value."""
+    if isinstance(value, (np.ndarray, list)):
+        return not len(value) or (isinstance(value, np.ndarray) and not value.any())
+    return value in _INERT.get(key, (0, ""))
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < 1e30
+
+
+def _linear_factor(metadata: dict[str, Any], family: str) -> float:
+    """By how much all positions are slowed: llama.cpp scales linearly where it is told no kind."""
+    if metadata.get(f"{family}.rope.scaling.type") == "none":
+        return 1.0
+    factors = [metadata.get(f"{family}.{key}", 0) for key in _SCALINGS]
+    return float(next((factor for factor in factors if factor), 1.0))
+
+
+def _with_scaling(config: GPTConfig, file: GGUFFile, family: str) -> GPTConfig:
+    """The config with a linear factor, or with the scaling whose factors lie in the file.
+
+    The file has a factor for each rotary pair and not what they were computed from; Llama 3's
+    values are tried, and those that our own files name.
     """
-    stored = file.tensors.get(ROPE_FACTORS)
+    stored, linear = file.tensors.get(ROPE_FACTORS), _linear_factor(file.metadata, family)
+    if linear != 1.0 and config.positions == "rotary":
+        if stored is not None:
+            raise SurgeryError(
+                f"{file.path} sets options that we do not have: {family}.rope.scaling.factor "
+                f"{linear:g} beside {ROPE_FACTORS}"
+            )
+        return replace(config, rope_scaling=RopeScaling(linear, rope_type="linear"))
     if stored is None:
         return config
     if stored.shape != (config.head_dim // 2,):

@@ -155,7 +155,8 @@ def _named(model: SimpleGPT, family: str) -> Iterator[tuple[str, tuple[str, ...]
             ours = tuple(f"{name}.{end}" for name in row.ours)
             if ours[0] in tensors:
                 yield f"{row.theirs}.{end}", ours, _ordered([tensors[name] for name in ours], row)
-    if model.config.rope_scaling is not None:
+    scaling = model.config.rope_scaling
+    if scaling is not None and scaling.rope_type == "llama3":
         yield ROPE_FACTORS, (), rope_factors(model.config)
 
 
@@ -190,6 +191,11 @@ def write_metadata(writer: GGUFWriter, config: GPTConfig, family: str) -> None:
     if config.positions == "rotary":
         for key in ("rope.dimension_count", "attention.value_length"):
             writer.add_uint32(f"{family}.{key}", config.head_dim)
-    if config.rope_scaling is not None:
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "linear":
+        writer.add_string(f"{family}.rope.scaling.type", "linear")
+        writer.add_float32(f"{family}.rope.scaling.factor", config.rope_scaling.factor)
+    elif config.rope_scaling is not None:
         for name, value in vars(config.rope_scaling).items():
+            if name == "rope_type":
+                continue
             writer.add_float32(SCALING_KEY + name, float(value))

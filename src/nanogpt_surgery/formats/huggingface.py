@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.formats.config_options import (
     ABSENT,
     ACTIVATIONS,
@@ -110,7 +110,9 @@ def _gpt2_extras(config: GPTConfig) -> dict[str, Any]:
 def _llama_extras(config: GPTConfig, family: str) -> dict[str, Any]:
     extras: dict[str, Any] = {"hidden_act": "silu", "rope_scaling": None}
     if config.rope_scaling:
-        scaling = {"rope_type": "llama3", **dataclasses.asdict(config.rope_scaling)}
+        scaling = dataclasses.asdict(config.rope_scaling)
+        if config.rope_scaling.rope_type == "linear":
+            scaling = {key: scaling[key] for key in ("rope_type", "factor")}
         extras["rope_scaling"] = scaling
         extras["rope_parameters"] = {"rope_theta": config.rope_theta, **scaling}
     if family != "qwen2":
@@ -136,7 +138,8 @@ def config_from_json(contents: Any) -> GPTConfig:
         return _own_config(contents)
     if not isinstance(name, str) or name not in MODEL_TYPES:
         raise SurgeryError(
-            f"the model_type {name!r} is not one we have", f"those are {', '.join(MODEL_TYPES)}"
+            f"the model_type {quoted(name)} is not one we have",
+            f"those are {', '.join(MODEL_TYPES)}",
         )
     family = MODEL_TYPES[name]
     contents = {k: v for k, v in (ABSENT[name] | contents).items() if v is not None}
@@ -161,7 +164,7 @@ def _check_types(values: dict[str, Any], names: dict[str, str]) -> None:
     """Sizes are integers, other numbers are numbers, and choices are true or false."""
     kinds: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
     wrong = [
-        f"{names.get(name, name)} is {value!r}"
+        f"{names.get(name, name)} is {quoted(value)}"
         for name, value in values.items()
         if _KINDS[name] in kinds and type(value) not in kinds[_KINDS[name]]
     ]
@@ -185,11 +188,20 @@ def _own_config(contents: dict[str, Any]) -> GPTConfig:
 
 
 def _scaling(options: dict[str, Any]) -> RopeScaling:
-    fields = [field.name for field in dataclasses.fields(RopeScaling)]
+    if options.get("rope_type") == "linear":
+        return RopeScaling(_positive(options, "factor"), rope_type="linear")
+    fields = [field.name for field in dataclasses.fields(RopeScaling) if field.name != "rope_type"]
     wrong = [name for name in fields if type(options.get(name)) not in (int, float)]
     if wrong:
         raise SurgeryError(f"the rotary scaling in config.json lacks {', '.join(wrong)}")
     return RopeScaling(**{name: options[name] for name in fields})
+
+
+def _positive(options: dict[str, Any], name: str) -> float:
+    value: Any = options.get(name)
+    if type(value) not in (int, float) or not 0 < value < 1e30:
+        raise SurgeryError(f"the rotary scaling in config.json has {quoted(value)} as {name}")
+    return float(value)
 
 
 def _gpt2_axes(contents: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +214,7 @@ def _llama_axes(contents: dict[str, Any], family: str) -> dict[str, Any]:
     theta = rope.get("rope_theta", 10000.0)
     _check_types({"rope_theta": theta}, {})
     axes: dict[str, Any] = {"rope_theta": float(theta)}
-    if rope["rope_type"] == "llama3":
+    if rope["rope_type"] == "llama3" or (rope["rope_type"] == "linear" and rope.get("factor") != 1):
         axes["rope_scaling"] = _scaling(rope)
     if family != "qwen2":
         attention, mlp = contents.get("attention_bias"), contents.get("mlp_bias")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.data.tokenizer import Tokenizer, required_tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
 from nanogpt_surgery.files import read_json, refuse_damage, write_json, write_tensors
 from nanogpt_surgery.formats.carried_files import (
     CONFIG,
@@ -135,7 +135,8 @@ def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokeni
             SurgeryWarning,
             stacklevel=2,
         )
-    config = config_from_json(contents)
+    with foreign_file(folder / CONFIG):
+        config = config_from_json(contents)
     stored = stored_tensors(folder, TENSORS)
     family = MODEL_TYPES.get(contents["model_type"], OWN)
     table = identity(stored) if family == OWN else NAME_MAPS[family]

@@ -121,14 +121,14 @@ def to_ours(
 def normal_names(tensors: Mapping[str, Anything], family: str) -> dict[str, Anything]:
     """Tensors named as the family's rows name them, without buffers that follow from the config.
 
-    Older GPT-2 files leave out the prefix `transformer.` and carry the causal masks; older Llama
-    files carry the rotary frequencies.
+    A file of the body alone leaves the prefix `transformer.` or `model.` out. Older GPT-2 files
+    carry the causal masks, older Llama files the rotary frequencies.
     """
     kept = {name: tensor for name, tensor in tensors.items() if not name.endswith(_BUFFERS)}
-    if family != "gpt2":
+    prefix = "transformer." if family == "gpt2" else "model."
+    if family not in NAME_MAPS or any(name.startswith(prefix) for name in kept):
         return kept
-    prefixed = ("transformer.", "lm_head.")
-    return {k if k.startswith(prefixed) else f"transformer.{k}": t for k, t in kept.items()}
+    return {name if name.startswith("lm_head.") else prefix + name: t for name, t in kept.items()}
 
 
 _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")

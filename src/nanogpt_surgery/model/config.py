@@ -37,20 +37,25 @@ AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """Llama 3's stretching of the rotary wavelengths (Llama 3.1's `rope_type: llama3`).
+    """A stretching of the rotary wavelengths: Llama 3's, or the same for all ("linear").
 
-    Wavelengths under `original_max_position_embeddings / high_freq_factor` tokens stay, those over
+    `linear` makes every wavelength `factor` times longer and reads nothing else. `llama3`:
+    wavelengths under `original_max_position_embeddings / high_freq_factor` tokens stay, those over
     `original_max_position_embeddings / low_freq_factor` become `factor` times longer, and those
     between are interpolated.
     """
 
     factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position_embeddings: int
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+    rope_type: Literal["llama3", "linear"] = "llama3"
 
     def __post_init__(self) -> None:
-        problems = wrong(self, FACTOR, "factor")
+        linear = self.rope_type == "linear"
+        problems = wrong(self, POSITIVE if linear else FACTOR, "factor")
+        if self.rope_type not in ("llama3", "linear"):
+            problems.append(f"rope_type is {self.rope_type!r}; it must be llama3 or linear")
         problems += wrong(self, POSITIVE, "low_freq_factor", "high_freq_factor")
         problems += wrong(self, SIZE, "original_max_position_embeddings")
         low, high = self.low_freq_factor, self.high_freq_factor
@@ -102,7 +107,7 @@ class GPTConfig:
     rope_theta: float = 10000.0
     """base of the rotary wavelengths"""
     rope_scaling: RopeScaling | None = None
-    """Llama 3's stretching of the rotary wavelengths"""
+    """a stretching of the rotary wavelengths: Llama 3's, or linear"""
     dropout: float = 0.0
     """probability of zeroing an activation in training"""
 

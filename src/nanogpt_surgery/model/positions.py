@@ -69,7 +69,9 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
 
 
 def stretch(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Llama 3's scaling: long waves slowed by `factor`, short ones kept, a ramp between."""
+    """Linear scaling slows all waves by `factor`, Llama 3's long ones, with a ramp between."""
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
     turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
     kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     kept = kept.clamp(0, 1)
