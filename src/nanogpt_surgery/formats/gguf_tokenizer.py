@@ -56,13 +56,18 @@ def _tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
         raise SurgeryError(f"its tokenizer is of the kind {quoted(kind)}, which is not one we have")
     ends = [_id(own, name, tokens) for name in ("eos_token_id", *TURN_ENDS)]
     template = metadata.get(TEMPLATE)
-    return PretrainedTokenizer(
+    tokenizer = PretrainedTokenizer(
         contents,
         bos_id=_id(own, "bos_token_id", tokens),
         stop_ids=list(dict.fromkeys(i for i in ends if i is not None)),
         add_bos=bool(own.get("add_bos_token", add_bos)),
         chat_template=template if isinstance(template, str) else None,
     )
+    for role, name in (("pad_token", "padding_token_id"), ("unk_token", "unknown_token_id")):
+        index = _id(own, name, tokens)
+        if index is not None:
+            tokenizer.special_tokens[role] = tokens[index]
+    return tokenizer
 
 
 def _byte_level(
