@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,89 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Read the header of a file; its tensors are read when they are used.
+    """Read the header of a file, or of all parts of a split one; tensors are read when used.
+
+    Args:
+        path: a file, or any part of a split one (NAME-00001-of-00003.gguf): the others lie beside
+            it, and the first has the metadata.
 
     Raises:
         SurgeryError: the file is cut short, contradicts itself, goes beyond the limits, or holds a
-            kind of tensor that is not read.
+            kind of tensor that is not read; a part is missing, or is not of this model.
     """
-    path = Path(path)
+    part = _read_file(Path(path))
+    count = part.metadata.get(_COUNT, 1)
+    if type(count) is not int or not 0 <= count <= MAX_TENSORS:
+        raise _untrusted(part.path, f"{_COUNT} is {quoted(count)}")
+    parts = [part] if count <= 1 else _all_parts(part, count)
+    tensors: dict[str, Stored] = {}
+    for part in parts:
+        for name in part.tensors.keys() & tensors.keys():
+            raise _untrusted(part.path, f"the tensor {quoted(name)} is in an earlier part too")
+        tensors |= part.tensors
+    total = parts[0].metadata.get(_TOTAL, len(tensors))
+    if type(total) is not int or total != len(tensors):
+        said = f"{_TOTAL} is {quoted(total)}, and there are {len(tensors):,} tensors"
+        raise _untrusted(parts[0].path, said)
+    return GGUFFile(parts[0].path, parts[0].metadata, tensors)
+
+
+_COUNT, _NUMBER, _TOTAL = "split.count", "split.no", "split.tensors.count"
+
+
+def _all_parts(part: GGUFFile, count: int) -> list[GGUFFile]:
+    """The parts of a split file in their order, each of the number that its name says."""
+    name = re.fullmatch(r"(.*)-\d{5}-of-\d{5}\.gguf", part.path.name, re.DOTALL)
+    number = part.metadata.get(_NUMBER)
+    if name is None or type(number) is not int or not 0 <= number < count:
+        raise _untrusted(
+            part.path,
+            f"it is part {quoted(number)} (from 0) of {count:,}, and such a file is named "
+            f"NAME-00001-of-{count:05}.gguf",
+        )
+    paths = [
+        part.path.with_name(f"{name[1]}-{i:05}-of-{count:05}.gguf") for i in range(1, count + 1)
+    ]
+    if part.path != paths[number]:
+        raise _untrusted(part.path, f"inside it says that it is {paths[number].name}")
+    missing = [path.name for path in paths if not path.is_file()]
+    if missing:
+        more = f" and {len(missing) - 8:,} more" if missing[8:] else ""
+        raise SurgeryError(
+            f"{part.path} is one of {count:,} parts, of which {len(missing):,} are not beside it: "
+            f"{', '.join(missing[:8])}{more}",
+            "put all parts into one folder, with the names they had",
+        )
+    parts = [part if i == number else _read_file(path) for i, path in enumerate(paths)]
+    for i, other in enumerate(parts):
+        _check_part(other, {_COUNT: count, _NUMBER: i}, parts[0])
+    return parts
+
+
+def _check_part(part: GGUFFile, place: dict[str, int], first: GGUFFile) -> None:
+    """A part is in its place, and says nothing that the first part does not say."""
+    expected = first.metadata | place
+    for key, value in part.metadata.items():
+        if key != "general.alignment" and not _is_same(value, expected.get(key)):
+            raise _untrusted(
+                part.path,
+                f"its {quoted(key)} is {quoted(value)}, where {quoted(expected.get(key))} belongs "
+                f"beside {first.path.name}",
+            )
+    lacking = [key for key in place if key not in part.metadata]
+    if lacking:
+        raise _untrusted(part.path, f"it lacks {', '.join(lacking)}")
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    return type(value) is type(other) and bool(np.array_equal(value, other))
+
+
+def _untrusted(path: Path, what: str) -> SurgeryError:
+    return SurgeryError(f"{path} is not a GGUF file that can be trusted: {what}")
+
+
+def _read_file(path: Path) -> GGUFFile:
     size = path.stat().st_size
     if size < 24:
         raise SurgeryError(f"{path} has {size} bytes; a GGUF file has at least 24")
@@ -99,7 +176,7 @@ class _Reader:
         self.path, self.data, self.size, self.place = path, data, size, 0
 
     def wrong(self, what: str) -> SurgeryError:
-        return SurgeryError(f"{self.path} is not a GGUF file that can be trusted: {what}")
+        return _untrusted(self.path, what)
 
     def take(self, count: int, what: str) -> int:
         """Move over `count` bytes if they are there; the place where they begin."""
