@@ -7,6 +7,7 @@ its B. What is written is read again and compared before it counts.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -41,18 +42,17 @@ def save_lora_gguf(model: SimpleGPT, path: str | Path) -> None:
     factors = dict(_named(model, _folded(model), family))
     alpha = float(max(a.size(0) for a, _ in factors.values()))
     with whole_file(path) as temporary:
-        writer = GGUFWriter(temporary, family)
-        writer.add_type("adapter")
-        writer.add_string("adapter.type", "lora")
-        writer.add_float32("adapter.lora.alpha", alpha)
-        for name, (a, b) in factors.items():
-            scaled = b * (a.size(0) / alpha)  # the reader multiplies by alpha / R
-            writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
-            writer.add_tensor(f"{name}.lora_b", scaled.contiguous().numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        with closing(GGUFWriter(temporary, family)) as writer:
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", alpha)
+            for name, (a, b) in factors.items():
+                scaled = b * (a.size(0) / alpha)  # the reader multiplies by alpha / R
+                writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
+                writer.add_tensor(f"{name}.lora_b", scaled.contiguous().numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
         _check_gguf(temporary, factors, alpha)
 
 

@@ -8,8 +8,9 @@ multiple of that is written as F16, and the report says so.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ _FILE_TYPES = {
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
+Named: TypeAlias = tuple[str, tuple[str, ...], Tensor]  # the file's name, ours, the tensor
 _POSITIONS = "position_embd.weight"
 _KEPT_FLOAT32 = (_POSITIONS, ROPE_FACTORS)
 
@@ -117,15 +119,19 @@ def _write(
     model: SimpleGPT, family: str, path: Path, tokenizer: Tokenizer | None, kind: GGUFType
 ) -> tuple[dict[str, str], set[Lost]]:
     """Write the file; how each of our tensors was stored, and what of the tokenizer is lost."""
-    writer = GGUFWriter(path, family)
-    write_metadata(writer, model.config, family)
-    writer.add_file_type(_FILE_TYPES[kind])
-    writer.add_quantization_version(2)
-    lost: set[Lost] = set()
-    if tokenizer is not None:
-        lost = write_tokenizer(writer, tokenizer, model.config.vocab_size)
+    with closing(GGUFWriter(path, family)) as writer:
+        write_metadata(writer, model.config, family)
+        writer.add_file_type(_FILE_TYPES[kind])
+        writer.add_quantization_version(2)
+        lost: set[Lost] = set()
+        if tokenizer is not None:
+            lost = write_tokenizer(writer, tokenizer, model.config.vocab_size)
+        return _write_tensors(writer, list(_named(model, family)), kind), lost
+
+
+def _write_tensors(writer: GGUFWriter, tensors: list[Named], kind: GGUFType) -> dict[str, str]:
+    """Write what stands before the tensors, and them; how each of ours was stored."""
     stored: dict[str, str] = {}
-    tensors = list(_named(model, family))
     for name, ours, tensor in tensors:
         chosen = _kind_of(name, tensor, kind)
         stored |= dict.fromkeys(ours, chosen.name)
@@ -141,11 +147,10 @@ def _write(
     writer.write_ti_data_to_file()
     for name, _, tensor in tensors:
         writer.write_tensor_data(_packed(tensor, _kind_of(name, tensor, kind)))
-    writer.close()
-    return stored, lost
+    return stored
 
 
-def _named(model: SimpleGPT, family: str) -> Iterator[tuple[str, tuple[str, ...], Tensor]]:
+def _named(model: SimpleGPT, family: str) -> Iterator[Named]:
     """The file's name, our names, and the tensor in the file's order of rows."""
     tensors = dict(model.state_dict())
     if model.lm_head.weight is model.embed_tokens.weight:
@@ -175,7 +180,8 @@ def _kind_of(name: str, tensor: Tensor, kind: GGUFType) -> GGMLQuantizationType:
 
 def _packed(tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[Any]:
     numbers = tensor.float().cpu().contiguous().numpy()
-    packed: NDArray[Any] = quantize(numbers, kind)
+    with np.errstate(over="ignore"):  # an infinity made here is found in what is read back
+        packed: NDArray[Any] = quantize(numbers, kind)
     return packed
 
 
