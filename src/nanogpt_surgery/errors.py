@@ -91,6 +91,15 @@ def foreign_file(path: str | Path, part: str = "") -> Iterator[None]:
         raise SurgeryError(f"{where} cannot be read: {reason}") from error
 
 
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Names in a message: the first few, each cut after 200 characters, and how many there are."""
+    names = list(names)
+    shown = ", ".join(
+        n if len(n) <= LONGEST_QUOTE else f"{n[:LONGEST_QUOTE]}…" for n in names[:most]
+    )
+    return f"{shown}, … ({len(names):,} in all)" if names[most:] else shown
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names most like `name`, as text for a hint; all of them where none is near."""
     known = list(known)

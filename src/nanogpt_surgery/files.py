@@ -395,15 +395,15 @@ def _link_or_copy(source: Path, goal: Path) -> None:
             temporary.unlink()
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most_bytes: int = LARGEST_JSON) -> Any:
     """The contents of a JSON file.
 
     Raises:
         SurgeryError: it is missing, too large, not UTF-8, or not JSON (with line and column).
     """
-    if path.is_file() and path.stat().st_size > LARGEST_JSON:
+    if path.is_file() and path.stat().st_size > most_bytes:
         raise SurgeryError(
-            f"{path} has {path.stat().st_size:,} bytes; the limit for JSON is {LARGEST_JSON:,}"
+            f"{path} has {path.stat().st_size:,} bytes; the limit for JSON is {most_bytes:,}"
         )
     try:
         return json.loads(tried_again(lambda: path.read_text(encoding="utf-8")))

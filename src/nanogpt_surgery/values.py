@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from typing import Any, TypeAlias, TypeVar
 
-from nanogpt_surgery.errors import SurgeryError, nearest
+from nanogpt_surgery.errors import SurgeryError, nearest, quoted
 
 Settings = TypeVar("Settings")
 
@@ -48,7 +48,7 @@ def wrong_values(kind: Kind, values: Mapping[str, Any]) -> list[str]:
     """The same for values under the names that say where they stand."""
     wanted, holds = kind
     return [
-        f"{name} is {value!r}; it must be {wanted}"
+        f"{name} is {quoted(value)}; it must be {wanted}"
         for name, value in values.items()
         if not holds(value)
     ]

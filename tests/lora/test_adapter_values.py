@@ -21,13 +21,13 @@ WRONG_OPTIONS = {
         {"alpha_pattern": ["q"]},
         r"alpha_pattern is \['q'\]; it must be a table",
     ),
-    "no expression": ({"alpha_pattern": {"*q": 4}}, r"'\*q'; it must be a regular expression"),
-    "flags inside": ({"alpha_pattern": {"(?i)q": 4}}, "must be a regular expression"),
+    "no expression": ({"alpha_pattern": {"*q": 4}}, r"'\*q' is not a regular expression"),
+    "flags inside": ({"alpha_pattern": {"(?i)q": 4}}, "is not a regular expression"),
     "a pattern's alpha": ({"alpha_pattern": {"q": "4"}}, "alpha_pattern of 'q' is '4'"),
     "dropout": ({"lora_dropout": 1.5}, "lora_dropout is 1.5; it must be"),
     "a switch": ({"use_rslora": "no"}, "use_rslora is 'no'; it must be true or false"),
     "modules as text": ({"modules_to_save": "norm"}, "modules_to_save is 'norm'; it must be"),
-    "nameless modules": ({"modules_to_save": [""]}, "must be null or a list of names"),
+    "nameless modules": ({"modules_to_save": [""]}, "must be null or a list"),
 }
 
 

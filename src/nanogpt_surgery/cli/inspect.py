@@ -88,9 +88,9 @@ def _dtype(module: str, key: str, parameter: Tensor, types: dict[str, str]) -> s
 
 
 def _adapter_report(path: str) -> Report:
+    from nanogpt_surgery.formats.adapter_file import read_adapter
     from nanogpt_surgery.formats.adapter_layout import adapter_folder
     from nanogpt_surgery.formats.fused_update import split
-    from nanogpt_surgery.lora.adapter import read_adapter
     from nanogpt_surgery.lora.report import Report
 
     updates = read_adapter(adapter_folder(path))

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.atomic import whole_folder
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, listed
+from nanogpt_surgery.formats.adapter_file import map_stored, write_stored
 from nanogpt_surgery.formats.fused_update import fuse, split
 from nanogpt_surgery.formats.huggingface import OWN, family_of
 from nanogpt_surgery.formats.name_map import rows, to_ours, to_theirs
 from nanogpt_surgery.formats.run_folder import chosen_checkpoint, is_run
-from nanogpt_surgery.lora.adapter import read_stored, write_stored
 from nanogpt_surgery.lora.base_check import check_fit, compare_fingerprint
 from nanogpt_surgery.lora.forecast import plan_lora
 from nanogpt_surgery.lora.hashing import tensor_hash
@@ -130,13 +130,14 @@ def load_adapter(
             made for another one. The model is untouched then.
     """
     plain = uncompiled(model)
-    adapter, family = read_stored(adapter_folder(folder)), _family(plain)
+    adapter, family = map_stored(adapter_folder(folder)), _family(plain)
     theirs = adapter.updates
     if family is not None:
         assert isinstance(plain, SimpleGPT)
         adapter = _adapter_to_ours(adapter, family, plain)
     check_new_name(model, name)
     check_fit(plain, adapter)
+    adapter = adapter.in_float32()
     known = [path for path in theirs if path in adapter.fingerprint and _there(plain, path)]
     actual = base_fingerprint(plain, known)
     compare_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
@@ -213,12 +214,13 @@ def _to_theirs(updates: Updates, family: str, model: SimpleGPT) -> Updates:
 
 def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> StoredAdapter:
     layers = model.config.n_layer
+    _check_sizes(adapter, family, model)
     copies = {f"{name}.weight": tensor for name, tensor in adapter.base_copies.items()}
     copies, strange = to_ours(copies, family, layers)
     whole, stranger = to_ours(adapter.whole, family, layers)
     if strange or stranger:
         raise SurgeryError(
-            f"this adapter is for another model: a {family} has no {', '.join(strange + stranger)}",
+            f"this adapter is for another model: a {family} has no {listed(strange + stranger)}",
             MERGE_IN_PEFT,
         )
     return replace(
@@ -227,6 +229,36 @@ def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> S
         whole=whole,
         base_copies={name.removesuffix(".weight"): tensor for name, tensor in copies.items()},
     )
+
+
+def _check_sizes(adapter: StoredAdapter, family: str, model: SimpleGPT) -> None:
+    """Raise `SurgeryError` if what is to be split or turned has not the size of the model's."""
+    for row in rows(family, model.config.n_layer):
+        if len(row.ours) == 1 and not row.conv1d:
+            continue
+        ours: list[Any] = [bare(model, name) for name in row.ours]
+        update = adapter.updates.get(row.theirs)
+        if update is not None:
+            wanted = sum(layer.weight.size(0) for layer in ours)
+            _check_size(f"the outputs of {row.theirs}", update.B.size(0), wanted)
+        copy = adapter.base_copies.get(row.theirs)
+        if copy is not None:
+            wanted = sum(layer.weight.numel() for layer in ours)
+            _check_size(f"the numbers of the base's {row.theirs}", copy.numel(), wanted)
+        for kind in ("weight", "bias"):
+            tensor = adapter.whole.get(f"{row.theirs}.{kind}")
+            wanted = sum(p.numel() for layer in ours if (p := getattr(layer, kind)) is not None)
+            if tensor is not None:
+                _check_size(f"the numbers of {row.theirs}.{kind}", tensor.numel(), wanted)
+
+
+def _check_size(what: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise SurgeryError(
+            f"this adapter is for another model: {what} are {wanted:,} in the model and {found:,} "
+            "in the adapter",
+            f"open the base that its {CONFIG} names (base_model_name_or_path)",
+        )
 
 
 def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
@@ -239,7 +271,7 @@ def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
     if left:
         raise SurgeryError(
             f"this adapter is for another model: a {family} of {model.config.n_layer} layers has "
-            f"no {', '.join(sorted(left))}",
+            f"no {listed(sorted(left))}",
             f"open the base that its {CONFIG} names (base_model_name_or_path)",
         )
     return converted

@@ -18,6 +18,7 @@ from torch import Tensor
 from nanogpt_surgery.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import file_hash
+from nanogpt_surgery.formats.adapter_file import TENSORS as ADAPTER_TENSORS
 from nanogpt_surgery.formats.adapter_layout import adapter_folder
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, record
@@ -29,7 +30,6 @@ from nanogpt_surgery.formats.merge_preparation import Merge, dtype_name, prepare
 from nanogpt_surgery.formats.model_file import model_folder, open_model, write_model_files
 from nanogpt_surgery.formats.run_folder import is_run
 from nanogpt_surgery.formats.safetensors_file import weight_files
-from nanogpt_surgery.lora.adapter import TENSORS as ADAPTER_TENSORS
 from nanogpt_surgery.lora.examination import Rounding, merge_survival, round_to
 from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import Tied

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.files import read_json
 from nanogpt_surgery.formats.stored_tensor import MappedFile, PlainTensor
 
@@ -23,6 +23,7 @@ INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 << 20  # bytes
 MAX_TENSORS = 50_000
 _MAX_DIMS = 8
+_MAX_BRACKETS = 1_000_000  # three a tensor, and what its metadata quotes
 
 DTYPES = {
     "F64": torch.float64,
@@ -119,10 +120,12 @@ def _header(path: Path, size: int) -> dict[str, Any]:
         if length > MAX_HEADER:
             raise _wrong(path, f"a header of {length:,} bytes is over the limit of {MAX_HEADER:,}")
         text = file.read(length)
+    if text.count(b"{") + text.count(b"[") > _MAX_BRACKETS:
+        raise _wrong(path, f"its header has more than {_MAX_BRACKETS:,} lists and tables")
     try:
         header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repetition)
     except (ValueError, RecursionError) as error:
-        raise _wrong(path, f"its header is not JSON: {error}") from None
+        raise _wrong(path, f"its header is not JSON: {quoted(str(error))}") from None
     if not isinstance(header, dict) or "" in header:
         raise _wrong(path, "its header is not a JSON object of named tensors")
     header.pop("__metadata__", None)
@@ -140,18 +143,21 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _tensor(name: str, entry: Any, file: MappedFile, start: int) -> PlainTensor:
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        raise _wrong(file.path, f"{name!r} is not described by dtype, shape and data_offsets")
+        raise _wrong(file.path, f"{quoted(name)} is not described by dtype, shape and data_offsets")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _wrong(file.path, f"{name!r} has the dtype {dtype!r}, which is not one we have")
+        raise _wrong(
+            file.path, f"{quoted(name)} has the dtype {quoted(dtype)}, which is not one we have"
+        )
     if not _naturals(shape) or len(shape) > _MAX_DIMS:
-        raise _wrong(file.path, f"{name!r} has the shape {str(shape)[:80]}")
+        raise _wrong(file.path, f"{quoted(name)} has the shape {quoted(shape)}")
     if not _naturals(offsets) or len(offsets) != 2:
-        raise _wrong(file.path, f"{name!r} lies at {str(offsets)[:80]}")
+        raise _wrong(file.path, f"{quoted(name)} lies at {quoted(offsets)}")
     size = math.prod(shape) * DTYPES[dtype].itemsize
     if offsets[1] - offsets[0] != size:
         raise _wrong(
-            file.path, f"{name!r} takes {size:,} bytes and is given {offsets[1] - offsets[0]:,}"
+            file.path,
+            f"{quoted(name)} takes {size:,} bytes and is given {offsets[1] - offsets[0]:,}",
         )
     return PlainTensor(name, tuple(shape), DTYPES[dtype], start + offsets[0], file)
 
@@ -168,7 +174,7 @@ def _check_places(tensors: dict[str, PlainTensor], start: int, size: int, path: 
     end = start
     for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.n_numbers)):
         if tensor.offset != end:
-            raise _wrong(path, f"{tensor.name!r} begins at {tensor.offset:,}, not at {end:,}")
+            raise _wrong(path, f"{quoted(tensor.name)} begins at {tensor.offset:,}, not at {end:,}")
         end += tensor.n_numbers * tensor.dtype.itemsize
     if end != size:
         raise _wrong(path, f"its tensors end at byte {end:,}, the file at {size:,}")

@@ -66,12 +66,26 @@ class PlainTensor:
         """How many numbers it has."""
         return math.prod(self.shape)
 
+    @property
+    def aligned(self) -> bool:
+        """Whether it lies at a multiple of its numbers' size."""
+        return self.offset % self.dtype.itemsize == 0
+
     def mapped(self) -> Tensor | None:
         """The tensor as a part of the mapped file, unless it lies across its numbers' bounds."""
         size = self.n_numbers * self.dtype.itemsize
-        if self.offset % self.dtype.itemsize or not size:
+        if not self.aligned or not size:
             return None
         return self.file.map()[self.offset : self.offset + size].view(self.dtype).view(self.shape)
+
+    def read(self) -> Tensor:
+        """The tensor, mapped where it can be, or else a copy."""
+        mapped = self.mapped()
+        if mapped is not None:
+            return mapped
+        size = self.n_numbers * self.dtype.itemsize
+        copy = self.file.map()[self.offset : self.offset + size].clone()
+        return copy.view(self.dtype).view(self.shape)
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """Parts of about `PIECE` numbers, read one after the other."""

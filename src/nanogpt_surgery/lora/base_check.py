@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, nearest
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, listed, nearest, quoted
 from nanogpt_surgery.lora.hashing import plain_name
 from nanogpt_surgery.lora.kinds import check_lengths
 from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.lora.stored import StoredAdapter, Updates
 from nanogpt_surgery.lora.targets import adaptable_layers, output_layer, why_not
+
+_SHOWN = 12  # of what does not fit
 
 
 def check_rows(model: nn.Module, updates: Updates) -> None:
@@ -28,35 +31,49 @@ def check_rows(model: nn.Module, updates: Updates) -> None:
 
 
 def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
-    """Raise `SurgeryError`, with all that does not fit, unless an adapter is for this model."""
+    """Raise `SurgeryError`, with the first dozen of what does not fit, if an adapter does not.
+
+    Of updates and of modules replaced whole the sizes are looked at, and no number is read.
+    """
+    found = list(islice(_misfits(model, adapter), _SHOWN + 1))
+    if found:
+        shown = "; ".join(problem for problem, _ in found[:_SHOWN])
+        more = "; …" if found[_SHOWN:] else ""
+        resized = any(is_resized for _, is_resized in found)
+        raise SurgeryError(
+            f"this adapter is for another model: {shown}{more}",
+            MERGE_IN_PEFT
+            if resized
+            else f"open the base that its {CONFIG} names (base_model_name_or_path)",
+        )
+
+
+def _misfits(model: nn.Module, adapter: StoredAdapter) -> Iterator[tuple[str, bool]]:
+    """What does not fit, in words, and whether it would if merged in peft."""
     layers = adaptable_layers(model)
-    problems = []
     for name, update in adapter.updates.items():
         kind = nn.Embedding if update.embedding else nn.Linear
         layer: Any = layers.get(name)
         if not isinstance(layer, kind):
-            problems.append(f"there is no {kind.__name__} {name!r} ({_instead(model, name)})")
+            yield f"there is no {kind.__name__} {quoted(name)} ({_instead(model, name)})", False
             continue
         wanted = (update.B.size(0), update.A.size(1))
         wanted = wanted[::-1] if update.embedding else wanted
         if tuple(layer.weight.shape) != wanted:
             actual = tuple(layer.weight.shape)
-            problems.append(f"{name} is {actual} in the model and {wanted} in the adapter")
+            yield f"{name} is {actual} in the model and {wanted} in the adapter", False
     state = _base_state(model)
-    hint = f"open the base that its {CONFIG} names (base_model_name_or_path)"
     for name, tensor in adapter.whole.items():
         if name not in state or state[name].shape != tensor.shape:
             resized = _resized(model, name.rpartition(".")[0], tensor)
-            problems.append(resized or f"there is no tensor {name} of shape {tuple(tensor.shape)}")
-            hint = MERGE_IN_PEFT if resized else hint
+            shape = tuple(tensor.shape)
+            yield resized or f"there is no tensor {listed([name])} of shape {shape}", bool(resized)
     for name, copy in adapter.base_copies.items():
         base = state.get(f"{name}.weight")
-        if base is None or not torch.equal(base.float().cpu(), copy):
-            differs = f"the adapter brings its own {name}, which differs from the model's"
-            problems.append(_resized(model, name, copy) or differs)
-            hint = MERGE_IN_PEFT
-    if problems:
-        raise SurgeryError("this adapter is for another model: " + "; ".join(problems), hint)
+        alike = base if base is not None and base.shape == copy.shape else None
+        if alike is None or not torch.equal(alike.float().cpu(), copy.float()):
+            differs = f"the adapter brings its own {listed([name])}, which differs from the model's"
+            yield _resized(model, name, copy) or differs, True
 
 
 def _resized(model: nn.Module, name: str, weight: Tensor) -> str | None:
@@ -72,7 +89,7 @@ def _resized(model: nn.Module, name: str, weight: Tensor) -> str | None:
 def _instead(model: nn.Module, name: str) -> str:
     """What is at a name where no layer can be wrapped, or else the nearest names that can."""
     if name not in dict(model.named_modules()):
-        return f"nearest: {nearest(name, adaptable_layers(model))}"
+        return f"nearest: {nearest(name[:200], adaptable_layers(model))}"
     reason = why_not(model, name) or "a layer of the other kind"
     if "Conv1D" in reason:
         reason += "; a GPT-2 opened with open_model has Linears"

@@ -10,8 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, get_args
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.files import read_json
+from nanogpt_surgery.lora.peft_config import LARGEST_CONFIG
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored import Birth, Pieces, StoredAdapter
 from nanogpt_surgery.values import NOT_0, SIZE, TABLE, Kind, wrong_values
@@ -60,17 +61,17 @@ def read_extras(path: Path) -> dict[str, Any]:
     Raises:
         SurgeryError: a value is not of its kind (all of them at once).
     """
-    extras = read_json(path) if path.is_file() else {}
+    extras = read_json(path, LARGEST_CONFIG) if path.is_file() else {}
     problems = wrong_values(TABLE, {"the whole": extras})
     if not problems:
         problems = wrong_values(_TIED, {"tied": extras.get("tied")})
         for key, kind in _ENTRIES.items():
             table = extras.get(key)
             problems += wrong_values(TABLE, {key: table}) or wrong_values(
-                kind, {f"{key} of {name}": value for name, value in (table or {}).items()}
+                kind, {f"{key} of {quoted(name)}": value for name, value in (table or {}).items()}
             )
     if problems:
-        raise SurgeryError(f"{path} is damaged: {'; '.join(problems)}", f"rm {path}")
+        raise SurgeryError(f"{path} is damaged: {'; '.join(problems[:12])}", f"rm {path}")
     return extras or {}
 
 

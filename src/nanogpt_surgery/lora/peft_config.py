@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
 from nanogpt_surgery.files import read_json
+from nanogpt_surgery.lora.patterns import Patterns
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.stored import Updates
-from nanogpt_surgery.lora.targets import by_pattern
 from nanogpt_surgery.values import NOT_0, SHARE, SWITCH, TABLE, Kind, wrong_values
 
 CONFIG = "adapter_config.json"
+LARGEST_CONFIG = 8 << 20  # bytes; an adapter of 25,000 layers, each with an alpha, has half of it
+_SHOWN = 12  # problems
+_MOST_WHOLE = 100  # modules_to_save
+_QUOTES = "'\""
 MERGE_IN_PEFT = (
     "merge it in peft, PeftModel.from_pretrained(base, adapter).merge_and_unload()"
     ".save_pretrained(folder), after base.resize_token_embeddings(n) if the vocabulary was "
@@ -89,13 +93,29 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise SurgeryError(
             f"{path} is missing", f"an adapter is a folder as PEFT writes it{inside}"
         )
-    config = read_json(path)
+    config = read_json(path, LARGEST_CONFIG)
     if not isinstance(config, dict):
         raise SurgeryError(f"{path} is damaged: it holds no table", _SAVE_AGAIN)
-    _refuse_unknown(config, folder)
-    if problems := _wrong(config):
-        raise SurgeryError(f"{path} is damaged: {'; '.join(problems)}", _SAVE_AGAIN)
+    with foreign_file(path):
+        _refuse_unknown(config, folder)
+        if problems := _wrong(config):
+            shown = "; ".join(problems[:_SHOWN]) + ("; …" if problems[_SHOWN:] else "")
+            raise SurgeryError(f"{path} is damaged: {shown}", _SAVE_AGAIN)
     return config
+
+
+def alphas_of(config: dict[str, Any], path: Path) -> Callable[[str], float]:
+    """The alpha of a layer by its name, as an adapter's config says.
+
+    Raises:
+        SurgeryError: a pattern is none that we read; from the function: they take too long.
+    """
+    usual = config.get("lora_alpha", 8)
+    try:
+        patterns = Patterns(config.get("alpha_pattern") or {})
+    except SurgeryError as error:
+        raise SurgeryError(f"{path} is damaged: alpha_pattern: {error.what}", _SAVE_AGAIN) from None
+    return lambda name: float(patterns.value(name, usual))
 
 
 def _wrong(config: dict[str, Any]) -> list[str]:
@@ -103,10 +123,7 @@ def _wrong(config: dict[str, Any]) -> list[str]:
     patterns = config.get("alpha_pattern")
     problems = wrong_values(TABLE, {"alpha_pattern": patterns})
     patterns = {} if problems or not patterns else patterns
-    problems += wrong_values(
-        _PATTERN, {f"the key {key!r} of alpha_pattern": key for key in patterns}
-    )
-    alphas = {f"alpha_pattern of {key!r}": value for key, value in patterns.items()}
+    alphas = {f"alpha_pattern of {quoted(key)}": value for key, value in patterns.items()}
     problems += wrong_values(NOT_0, {"lora_alpha": config.get("lora_alpha", 8), **alphas})
     problems += wrong_values(SHARE, {"lora_dropout": config.get("lora_dropout") or 0})
     switches = ("use_rslora", "use_dora", "ensure_weight_tying")
@@ -114,33 +131,29 @@ def _wrong(config: dict[str, Any]) -> list[str]:
     return problems + wrong_values(_NAMES, {"modules_to_save": config.get("modules_to_save")})
 
 
-def _is_pattern(key: str) -> bool:
-    try:
-        by_pattern({key: None}, "", None)
-    except (SurgeryError, OverflowError, RecursionError):
-        return False
-    return True
+def _are_names(value: Any) -> bool:
+    return isinstance(value, list) and all(name and isinstance(name, str) for name in value)
 
 
-_PATTERN: Kind = ("a regular expression", _is_pattern)
 _NAMES: Kind = (
-    "null or a list of names",
-    lambda x: x is None or (isinstance(x, list) and all(n and isinstance(n, str) for n in x)),
+    f"null or a list of at most {_MOST_WHOLE} names",
+    lambda x: x is None or (_are_names(x) and len(x) <= _MOST_WHOLE),
 )
 
 
 def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
     """Raise `SurgeryError`, with all their names, if options are set that we do not have."""
-    if config.get("peft_type") != "LORA":
+    kind = config.get("peft_type", "folder without peft_type")
+    if kind != "LORA":
         raise SurgeryError(
-            f"{folder} is a {config.get('peft_type', 'folder without peft_type')}, not a LORA",
+            f"{folder} is a {quoted(kind).strip(_QUOTES)}, not a LORA",
             f"if its kind can be merged, {MERGE_IN_PEFT}",
         )
     found = [key for key in _CHANGE_THE_RESULT if config.get(key)]
     if config.get("bias", "none") != "none":
         found.append("bias")
     if config.get("init_lora_weights", True) not in _HARMLESS_BIRTHS:
-        found.append(f"init_lora_weights {config['init_lora_weights']!r}")
+        found.append(f"init_lora_weights {quoted(config['init_lora_weights'])}")
     if found:
         raise SurgeryError(
             f"{folder / CONFIG} sets {', '.join(found)}, which would change the result and "

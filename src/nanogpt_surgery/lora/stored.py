@@ -14,6 +14,12 @@ from nanogpt_surgery.lora.lora_embedding import LoRAEmbeddingUpdate
 from nanogpt_surgery.lora.lora_linear import LoRAUpdate
 from nanogpt_surgery.lora.update import Update
 
+# The names of PEFT's file: the prefix, the layer's path, and what it is.
+PREFIX = "base_model.model."
+FACTOR_A, FACTOR_B = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+MAGNITUDE = ".lora_magnitude_vector"
+
 Birth: TypeAlias = tuple[int, float]  # rank and alpha
 Pieces: TypeAlias = tuple[tuple[int, float, Birth | None] | None, ...]
 
@@ -97,6 +103,16 @@ class StoredAdapter:
     fingerprint: dict[str, str] = field(default_factory=dict)
     tied: str | None = None
 
+    def in_float32(self) -> StoredAdapter:
+        """A copy in float32: an adapter that was read is mapped, in the dtypes of its file."""
+        updates = {
+            name: replace(u, A=_float(u.A), B=_float(u.B), magnitude=_float(u.magnitude))
+            for name, u in self.updates.items()
+        }
+        whole = {name: _float(tensor) for name, tensor in self.whole.items()}
+        copies = {name: _float(tensor) for name, tensor in self.base_copies.items()}
+        return replace(self, updates=updates, whole=whole, base_copies=copies)
+
     def inside(self, module: str) -> StoredAdapter:
         """The same for a model that holds the other under this name."""
         return replace(
@@ -105,6 +121,23 @@ class StoredAdapter:
             whole={f"{module}.{name}": tensor for name, tensor in self.whole.items()},
             base_copies={f"{module}.{name}": copy for name, copy in self.base_copies.items()},
         )
+
+
+def tensors_of(adapter: StoredAdapter) -> dict[str, Tensor]:
+    """The tensors of an adapter under the names that they have in PEFT's file."""
+    tensors = {}
+    for name, update in adapter.updates.items():
+        keys = (EMBEDDING_A, EMBEDDING_B) if update.embedding else (FACTOR_A, FACTOR_B)
+        tensors[f"{PREFIX}{name}{keys[0]}"] = update.A.contiguous()
+        tensors[f"{PREFIX}{name}{keys[1]}"] = update.B.contiguous()
+        if update.magnitude is not None:
+            tensors[f"{PREFIX}{name}{MAGNITUDE}"] = update.magnitude.contiguous()
+    whole = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.whole.items()}
+    return tensors | whole
+
+
+def _float(tensor: Any) -> Any:
+    return None if tensor is None else tensor.to(torch.float32, copy=True)
 
 
 def alpha_for(scaling: float, rank: int, rslora: bool) -> float:

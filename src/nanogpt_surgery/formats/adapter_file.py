@@ -5,25 +5,43 @@ What PEFT has no place for lies beside them in `surgery.json`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, foreign_file, listed, quoted
 from nanogpt_surgery.files import refuse_damage, write_json, write_tensors
+from nanogpt_surgery.formats.safetensors_file import read_header
 from nanogpt_surgery.lora.extras import EXTRAS, extras_of, parts_of, read_extras
-from nanogpt_surgery.lora.peft_config import CONFIG, MERGE_IN_PEFT, config_for, read_config
-from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, same
-from nanogpt_surgery.lora.targets import by_pattern
+from nanogpt_surgery.lora.hashing import tensor_hash
+from nanogpt_surgery.lora.peft_config import (
+    CONFIG,
+    MERGE_IN_PEFT,
+    alphas_of,
+    config_for,
+    read_config,
+)
+from nanogpt_surgery.lora.stored import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    FACTOR_A,
+    FACTOR_B,
+    MAGNITUDE,
+    PREFIX,
+    LowRankUpdate,
+    StoredAdapter,
+    Updates,
+    same,
+    tensors_of,
+)
 
 TENSORS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
-_A, _B = ".lora_A.weight", ".lora_B.weight"
-_EMBEDDING_A, _EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
-_MAGNITUDE, _BASE = ".lora_magnitude_vector", ".base_layer.weight"
+_BASE = ".base_layer.weight"
+_LONGEST_NAME = 1_000  # characters
+_MOST_COPIED = 64 << 20  # bytes that lie across their numbers' bounds, so that they are copied
 
 
 def write_stored(
@@ -70,19 +88,6 @@ def _refuse_not_finite(adapter: StoredAdapter) -> None:
         )
 
 
-def tensors_of(adapter: StoredAdapter) -> dict[str, Tensor]:
-    """The tensors of an adapter under the names that they have in PEFT's file."""
-    tensors = {}
-    for name, update in adapter.updates.items():
-        keys = (_EMBEDDING_A, _EMBEDDING_B) if update.embedding else (_A, _B)
-        tensors[f"{_PREFIX}{name}{keys[0]}"] = update.A.contiguous()
-        tensors[f"{_PREFIX}{name}{keys[1]}"] = update.B.contiguous()
-        if update.magnitude is not None:
-            tensors[f"{_PREFIX}{name}{_MAGNITUDE}"] = update.magnitude.contiguous()
-    whole = {f"{_PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.whole.items()}
-    return tensors | whole
-
-
 def differences(one: StoredAdapter, other: StoredAdapter) -> list[str]:
     """The names whose contents differ between two adapters."""
     names = one.updates.keys() | other.updates.keys() | one.whole.keys() | other.whole.keys()
@@ -103,7 +108,12 @@ def read_adapter(folder: str | Path) -> Updates:
 
 
 def read_stored(folder: Path) -> StoredAdapter:
-    """What a PEFT adapter folder holds, by the names in the file.
+    """What a PEFT adapter folder holds, in float32; see `map_stored`."""
+    return map_stored(folder).in_float32()
+
+
+def map_stored(folder: Path) -> StoredAdapter:
+    """What a PEFT adapter folder holds, by the names in the file, mapped and not yet read.
 
     Raises:
         SurgeryError: the folder is not a LoRA adapter's or is damaged, says something that would
@@ -111,19 +121,21 @@ def read_stored(folder: Path) -> StoredAdapter:
     """
     refuse_damage(folder)
     config, extras = read_config(folder), read_extras(folder / EXTRAS)
-    tensors = _read_tensors(folder / TENSORS)
-    tensors = {key.removeprefix(_PREFIX): tensor for key, tensor in tensors.items()}
+    alpha_of = alphas_of(config, folder / CONFIG)
+    path = folder / TENSORS
+    tensors = _map_tensors(path)
     try:
-        updates = _take_updates(tensors, config, extras)
-        copies = _take_copies(tensors, _BASE)
-        whole = _take_whole(tensors, config)
-        twins = _take_twins(tensors, whole) if config.get("ensure_weight_tying") else {}
-        copies |= _take_copies(tensors, ".weight")
-        if tensors or not (updates or whole):
-            extra = ", ".join(sorted(tensors)) or "no LoRA at all"
-            raise SurgeryError(f"it holds what is not understood: {extra}", MERGE_IN_PEFT)
+        with foreign_file(path):
+            updates = _take_updates(tensors, config, extras, alpha_of)
+            copies = _take_copies(tensors, _BASE)
+            whole = _take_whole(tensors, config)
+            twins = _take_twins(tensors, whole) if config.get("ensure_weight_tying") else {}
+            copies |= _take_copies(tensors, ".weight")
+            if tensors or not (updates or whole):
+                extra = listed(sorted(tensors)) or "no LoRA at all"
+                raise SurgeryError(f"it holds what is not understood: {extra}", MERGE_IN_PEFT)
     except SurgeryError as error:
-        raise SurgeryError(f"{folder / TENSORS}: {error.what}", error.hint) from None
+        raise SurgeryError(f"{path}: {error.what}", error.hint) from None
     tied = extras.get("tied")
     if tied is None and config.get("ensure_weight_tying"):
         tied = "untie" if twins else "both"  # copies of whole modules are kept apart, though equal
@@ -131,14 +143,18 @@ def read_stored(folder: Path) -> StoredAdapter:
 
 
 def _take_updates(
-    tensors: dict[str, Tensor], config: dict[str, Any], extras: dict[str, Any]
+    tensors: dict[str, Tensor],
+    config: dict[str, Any],
+    extras: dict[str, Any],
+    alpha_of: Callable[[str], float],
 ) -> Updates:
     """Take every layer's A, B and lengths out of the tensors of a file."""
-    return {
-        key.removesuffix(keys[0]): _take(tensors, key.removesuffix(keys[0]), keys, config, extras)
-        for keys in ((_A, _B), (_EMBEDDING_A, _EMBEDDING_B))
-        for key in [key for key in tensors if key.endswith(keys[0])]
-    }
+    found: Updates = {}
+    for keys in ((FACTOR_A, FACTOR_B), (EMBEDDING_A, EMBEDDING_B)):
+        for key in [key for key in tensors if key.endswith(keys[0])]:
+            name = key.removesuffix(keys[0])
+            found[name] = _take(tensors, name, keys, config, extras, alpha_of(name))
+    return found
 
 
 def _take(
@@ -147,6 +163,7 @@ def _take(
     keys: tuple[str, str],
     config: dict[str, Any],
     extras: dict[str, Any],
+    alpha: float,
 ) -> LowRankUpdate:
     """Take one layer's tensors out of those of a file."""
     a, b = tensors.pop(name + keys[0]), tensors.pop(name + keys[1], None)
@@ -161,7 +178,7 @@ def _take(
             f"lora_A of {name} has no lora_B of its rank", "restore the file from a copy"
         )
     dora = bool(config.get("use_dora"))
-    magnitude = tensors.pop(name + _MAGNITUDE, None) if dora else None
+    magnitude = tensors.pop(name + MAGNITUDE, None) if dora else None
     if dora and (magnitude is None or magnitude.shape != b.shape[:1]):
         raise SurgeryError(
             f"{name} has no lora_magnitude_vector of length {b.size(0)}",
@@ -171,10 +188,10 @@ def _take(
     return LowRankUpdate(
         a,
         b,
-        by_pattern(config.get("alpha_pattern"), name, config.get("lora_alpha", 8)),
+        alpha,
         rslora=bool(config.get("use_rslora")),
         magnitude=magnitude,
-        embedding=keys[0] == _EMBEDDING_A,
+        embedding=keys[0] == EMBEDDING_A,
         dropout=float(config.get("lora_dropout") or 0.0),
         birth=birth,
         pieces=pieces,
@@ -190,8 +207,11 @@ def _take_copies(tensors: dict[str, Tensor], ending: str) -> dict[str, Tensor]:
 def _take_whole(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
     """Take the tensors of the modules_to_save, each of which may hold others."""
     names = config.get("modules_to_save") or []
+    endings = tuple(names)
     whole = {
-        key: tensors.pop(key) for key in list(tensors) if any(_holders(key, name) for name in names)
+        key: tensors.pop(key)
+        for key in list(tensors)
+        if any(path.endswith(endings) for path in _above(key))
     }
     twice = [f"{key} by {n}" for key in whole for n in names if len(_holders(key, n)) > 1]
     if twice:
@@ -203,37 +223,57 @@ def _take_whole(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str,
     absent = [name for name in names if not any(_holders(key, name) for key in whole)]
     if absent:
         raise SurgeryError(
-            f"it lacks the modules_to_save {', '.join(absent)}", "restore the file from a copy"
+            f"it lacks the modules_to_save {listed(absent)}", "restore the file from a copy"
         )
     return whole
 
 
 def _holders(key: str, name: str) -> list[str]:
     """The modules of this name that a tensor lies in; PEFT matches the end of their paths."""
-    steps = key.split(".")[:-1]
-    paths = [".".join(steps[: i + 1]) for i in range(len(steps))]
-    return [path for path in paths if path.endswith(name)]
+    return [path for path in _above(key) if path.endswith(name)]
+
+
+def _above(key: str) -> list[str]:
+    """The paths of the modules that a tensor lies in."""
+    return [key[:place] for place, character in enumerate(key) if character == "."]
 
 
 def _take_twins(tensors: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
     """Take what a tied module's tensors are written as once more, under its partner's name."""
-    twins = [
-        k for k, t in tensors.items() if any(torch.equal(t, other) for other in whole.values())
-    ]
-    return {key: tensors.pop(key) for key in twins}
+    shapes = {tensor.shape for tensor in whole.values()}
+    alike = {key: tensor for key, tensor in tensors.items() if tensor.shape in shapes}
+    hashes = {tensor_hash(tensor) for tensor in whole.values()} if alike else set()
+    return {key: tensors.pop(key) for key, t in alike.items() if tensor_hash(t) in hashes}
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a file in float32."""
+def _map_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, mapped, by their names without PEFT's prefix."""
     if not path.is_file():
         raise SurgeryError(
             f"{path} is missing",
             "an adapter is a folder as PEFT writes it, by default with safe_serialization=True",
         )
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key).to(torch.float32) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    stored = read_header(path)
+    for name, tensor in stored.items():
+        if not tensor.dtype.is_floating_point:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise SurgeryError(
+                f"{path}: {listed([name])} is stored as {kind}; an adapter's numbers are floats",
+                "restore it from a copy",
+            )
+        if len(name) > _LONGEST_NAME:
+            raise SurgeryError(
+                f"{path}: the name {quoted(name)} has {len(name):,} characters; the limit is "
+                f"{_LONGEST_NAME:,}"
+            )
+    copied = sum(t.n_numbers * t.dtype.itemsize for t in stored.values() if not t.aligned)
+    if copied > _MOST_COPIED:
         raise SurgeryError(
-            f"{path} is not a safetensors file: {error}", "restore it from a copy"
-        ) from None
+            f"{path}: {copied:,} bytes do not lie at multiples of their numbers' size; the limit "
+            f"is {_MOST_COPIED:,}",
+            "save it again with safetensors 0.3 or newer, which pads the header",
+        )
+    tensors = {name.removeprefix(PREFIX): tensor.read() for name, tensor in stored.items()}
+    if len(tensors) < len(stored):
+        raise SurgeryError(f"{path}: a tensor is there with the prefix {PREFIX} and without")
+    return tensors
