@@ -48,6 +48,41 @@ def test_weights_without_the_prefix_open(family, tmp_path):
         assert torch.equal(open_model(tmp_path / "m")[0](ids), before)
 
 
+NAMES = {  # what becomes of one tensor, its name in the file, and the name that is missing then
+    "llama": ("model.layers.1.mlp.up_proj.weight", "model.layers.1.mlp.up_projj.weight"),
+    "gpt2": ("transformer.h.1.mlp.c_fc.bias", "transformer.h.1.mlp.c_fcc.bias"),
+}
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("family", NAMES)
+def test_missing_unknown_and_misshapen_tensors_have_the_names_of_the_file(family, prefix, tmp_path):
+    saved(tmp_path / "m", family)
+    path = tmp_path / "m" / "model.safetensors"
+    tensors = load_file(path)
+    old, new = NAMES[family]
+    tensors[new] = tensors.pop(old)
+    fused = next(name for name in tensors if name.endswith(("q_proj.weight", "c_attn.weight")))
+    tensors[fused] = tensors[fused][:, :-3].clone()
+
+    def named(name):
+        return name if prefix else name.removeprefix("model.").removeprefix("transformer.")
+
+    save_file({named(name): t for name, t in tensors.items()}, path, {"format": "pt"})
+    with pytest.raises(SurgeryError) as refusal:
+        open_model(tmp_path / "m")
+    said = refusal.value.what
+    assert f" {named(old)} is missing (there is {named(new)})" in said
+    assert f" {named(new)} is unknown" in said
+    assert f" {named(fused)} is {tuple(tensors[fused].shape)}" in said
+
+
+def test_a_missing_tensor_of_a_gguf_file_has_its_name_there(one, tmp_path):
+    copy_with(one, tmp_path / "m.gguf", {}, rename={"blk.1.ffn_up.weight": "blk.1.fnn_up.weight"})
+    with pytest.raises(SurgeryError, match=r"blk\.1\.ffn_up\.weight .*blk\.1\.fnn_up\.weight"):
+        open_model(tmp_path / "m.gguf")
+
+
 PASSED = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 300.0}}),
@@ -98,7 +133,7 @@ def test_what_would_change_the_result_is_refused_by_name(name, changes, tmp_path
     assert name in refusal.value.what
 
 
-def copy_with(source, goal, extra, drop=()):
+def copy_with(source, goal, extra, drop=(), rename=None):
     """A GGUF file again, with more metadata."""
     reader, writer = gguf.GGUFReader(source), gguf.GGUFWriter(goal, "llama")
     for key, field in reader.fields.items():
@@ -110,7 +145,8 @@ def copy_with(source, goal, extra, drop=()):
     for key, (value, kind) in extra.items():
         writer.add_key_value(key, value, kind, T.INT32 if kind == T.ARRAY else None)
     for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+        name = (rename or {}).get(tensor.name, tensor.name)
+        writer.add_tensor(name, tensor.data, raw_dtype=tensor.tensor_type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -37,7 +37,7 @@ Lost: TypeAlias = Literal["blank first", "after a token", "NFC"]
 _LOST = {
     "blank first": "a text that begins with a blank gets one blank more",
     "after a token": "text behind a special token gets a blank before it",
-    "NFC": "letters and their accents that a text writes apart stay apart",
+    "NFC": "accents written apart from their letters stay apart (NFC)",
 }
 _FLAGS = ("single_word", "lstrip", "rstrip")
 _IN_UTF8 = {
@@ -87,8 +87,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -
     _write_ids(writer, tokenizer, tokens)
     if lost:
         warnings.warn(
-            "llama.cpp has no way to say all of this tokenizer; in it "
-            + ", and ".join(_LOST[part] for part in sorted(lost)),
+            "in llama.cpp " + ", and ".join(_LOST[part] for part in sorted(lost)),
             SurgeryWarning,
             stacklevel=4,
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.formats.name_map import Row, each_layer
 from nanogpt_surgery.formats.stored_tensor import Stored
 from nanogpt_surgery.memory import check_memory
@@ -109,10 +111,12 @@ def build_model(
     _check_size(config, stored, where)
     heads = [stored[name] for name in _heads(table) if name in stored] if config.tie_head else []
     stored = {name: tensor for name, tensor in stored.items() if tensor not in heads}
-    placements, unknown = place(stored, each_layer(table, config.n_layer))
+    rows = list(each_layer(table, config.n_layer))
+    placements, unknown = place(stored, rows)
     with torch.device("meta"), _NoDraws():
         model = SimpleGPT.from_config(config)
-    _check_shapes(model, config, placements, unknown, where)
+    names = _FileNames(stored, rows, unknown)
+    _check_shapes(model, config, placements, names, where)
     wanted = list(zip(placements, _dtypes(placements, dtype), strict=True))
     read = sum(math.prod(p.shape) * d.itemsize for p, d in wanted if not p.is_mapped(d))
     check_memory(f"{where}", {"weights": read}, "open a smaller model, or in bfloat16")
@@ -189,31 +193,68 @@ def _check_size(config: GPTConfig, stored: Mapping[str, Stored], where: str) -> 
         )
 
 
+class _FileNames:
+    """How a file names its tensors, and would name those that it lacks."""
+
+    def __init__(self, stored: Mapping[str, Stored], rows: Iterable[Row], unknown: list[str]):
+        renamed = ((key, tensor.name) for key, tensor in stored.items() if key != tensor.name)
+        prefix = next((key.removesuffix(name) for key, name in renamed), "")
+        self.by_ours = {
+            f"{ours}.{kind}": f"{row.theirs}.{kind}".removeprefix(prefix)
+            for row in rows
+            for ours in row.ours
+            for kind in ("weight", "bias")
+        }
+        self.unknown = [stored[key].name for key in unknown]
+        self._near = [name for name in self.unknown if len(name) <= 200][:1000]
+
+    def missing(self, ours: Iterable[str]) -> list[str]:
+        """A sentence for each tensor that is not there, with what is there of a like name."""
+        names = dict.fromkeys(self.by_ours.get(name, name) for name in ours)
+        found = []
+        for i, name in enumerate(names):
+            like = difflib.get_close_matches(name, self._near, 1, 0.7) if i < _SHOWN else []
+            found.append(f"{name} is missing" + (f" (there is {_short(like[0])})" if like else ""))
+        return found
+
+
 def _check_shapes(
     model: SimpleGPT,
     config: GPTConfig,
     placements: list[Placement],
-    unknown: list[str],
+    names: _FileNames,
     where: str,
 ) -> None:
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     if config.tie_head:
         del expected["lm_head.weight"]
     found = {name: p for p in placements for name in p.names}
-    problems = [f"{name} is missing" for name in expected if name not in found]
-    problems += [f"{name} is unknown" for name in [*unknown, *found] if name not in expected]
+    problems = names.missing(name for name in expected if name not in found)
+    problems += [f"{_short(name)} is unknown" for name in names.unknown]
     for placement in placements:
-        name, dtype = " + ".join(placement.names), placement.stored.dtype
+        name, dtype = _short(placement.stored.name), placement.stored.dtype
+        shapes = [expected[name] for name in placement.names if name in expected]
+        if len(shapes) < len(placement.names):
+            problems.append(f"{name} is unknown")
+            continue
         if dtype is not None and not dtype.is_floating_point:
             problems.append(f"{name} holds {dtype}, not floating-point numbers")
-        shapes = [expected[name] for name in placement.names if name in expected]
-        if len(shapes) == len(placement.names):
-            wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-            if placement.shape != wanted:
-                problems.append(f"{name} is {placement.shape}, the config says {wanted}")
+        wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+        wanted = wanted[::-1] if placement.transposed else wanted
+        if placement.stored.shape != wanted:
+            problems.append(f"{name} is {placement.stored.shape}, the config says {wanted}")
     if problems:
         raise SurgeryError(f"the tensors in {where} do not fit its config: {_some(problems)}")
 
 
+_SHOWN = 8
+
+
+def _short(name: str) -> str:
+    """A file's name for a tensor; quoted where it is long or no usual name."""
+    return name if re.fullmatch(r"[\w.-]{1,200}", name) else quoted(name)
+
+
 def _some(problems: list[str]) -> str:
-    return "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
+    more = f"; {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
+    return "; ".join(problems[:_SHOWN]) + more
