@@ -6,7 +6,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, get_type_hints
 
 from nanogpt_surgery.errors import SurgeryError, nearest
-from nanogpt_surgery.generation.settings import SamplingSettings, check_stop
+from nanogpt_surgery.generation.settings import (
+    MOST_SEED,
+    SamplingSettings,
+    check_count,
+    check_seed,
+    check_stop,
+)
 
 _OFF = ("none", "off")
 
@@ -21,14 +27,14 @@ class ChatSettings:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise SurgeryError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        check_count(self.max_new_tokens, 1)
+        check_seed(self.seed)
         check_stop(self.stop)
 
     def next_seed(self) -> None:
         """Go on to the seed of the next answer, which is one more for each."""
         if self.seed is not None:
-            self.seed += 1
+            self.seed = (self.seed + 1) % (MOST_SEED + 1)
 
     def to_dict(self) -> dict[str, Any]:
         """What `change` takes, by name."""

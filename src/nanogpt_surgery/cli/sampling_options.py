@@ -10,7 +10,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.options import given, options_of
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.settings import SamplingSettings, check_seed
 
 Chosen: Any = options_of(SamplingSettings, "Sampling", leave_out=("logit_bias",))
 
@@ -34,6 +34,7 @@ class SamplingOptions:
         Raises:
             SurgeryError: one of them is out of its range.
         """
+        check_seed(self.seed)
         return SamplingSettings(**given(self.chosen), logit_bias=_biases(self.logit_bias))
 
 

@@ -45,7 +45,11 @@ _MOST_COPIED = 64 << 20  # bytes that lie across their numbers' bounds, so that 
 
 
 def write_stored(
-    adapter: StoredAdapter, folder: Path, base: str = "", fan_in_fan_out: bool = False
+    adapter: StoredAdapter,
+    folder: Path,
+    base: str = "",
+    fan_in_fan_out: bool = False,
+    task: str | None = "CAUSAL_LM",
 ) -> None:
     """Write the files of a PEFT adapter folder, read them again and compare every bit.
 
@@ -54,6 +58,7 @@ def write_stored(
         folder: one that is being made.
         base: name or path of the base model, for information.
         fan_in_fan_out: the base stores its matrices transposed (GPT-2's Conv1D).
+        task: PEFT's task_type, by which it chooses what it wraps the base in; None for any module.
 
     Raises:
         SurgeryError: a tensor is not finite, or what was read again differs from what was to be
@@ -61,7 +66,7 @@ def write_stored(
     """
     _refuse_not_finite(adapter)
     modules = {name.rpartition(".")[0] for name in adapter.whole}
-    write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out))
+    write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out, task))
     write_json(folder / EXTRAS, extras_of(adapter))
     write_tensors(tensors_of(adapter), folder / TENSORS)
     difference = differences(adapter, read_stored(folder))

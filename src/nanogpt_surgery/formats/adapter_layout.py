@@ -77,7 +77,10 @@ def write_adapter_files(
             whole=to_theirs(adapter.whole, family, model.config.n_layer),
         )
     adapter = replace(adapter, fingerprint=base_fingerprint(model, adapter.updates))
-    write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2")
+    # PEFT's class for language models asks this of what it wraps.
+    speaks = isinstance(model, SimpleGPT) or hasattr(model, "prepare_inputs_for_generation")
+    task = "CAUSAL_LM" if speaks else None
+    write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2", task=task)
 
 
 def plan_adapter(

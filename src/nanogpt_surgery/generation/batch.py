@@ -17,12 +17,13 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.generate import (
     Window,
     check_bias,
-    check_count,
+    check_model,
     check_prompt,
     last_logits,
+    prompt_ids,
 )
 from nanogpt_surgery.generation.sampling import choose
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_count, check_seed
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.kv_cache import KVCache, check_cache_fits
 from nanogpt_surgery.model.layout import Layout
@@ -72,13 +73,15 @@ def generate_batch(
         SurgeryError: no prompts, an empty one, an id outside the vocabulary, or a setting outside
             its range.
     """
+    check_model(model)
+    check_count(max_new_tokens)
+    check_seed(seed)
     if not prompts:
         raise SurgeryError("there are no prompts")
     check_rows_fit(model, len(prompts), max_new_tokens)
-    rows = [torch.as_tensor(prompt, dtype=torch.long).flatten() for prompt in prompts]
+    rows = [prompt_ids(prompt).flatten() for prompt in prompts]
     for row in rows:
         check_prompt(model, row)
-    check_count(max_new_tokens)
     settings = sampling or SamplingSettings()
     check_bias(model, settings)
     lines = [
@@ -131,7 +134,10 @@ class _Line:
         self.answer: list[int] = []
         self.running = True
         self.generator = torch.Generator()
-        self.generator.seed() if seed is None else self.generator.manual_seed(seed + row)
+        if seed is None:
+            self.generator.seed()
+        else:
+            self.generator.manual_seed((int(seed) + row) % (MOST_SEED + 1))
 
     def take(self, logits: Tensor) -> Token | None:
         """Choose from logits (V,); None ends the row."""

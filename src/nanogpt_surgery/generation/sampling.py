@@ -6,11 +6,13 @@ each on what the one before has left.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.settings import SamplingSettings
 
 
@@ -37,6 +39,8 @@ def choose(
 ) -> int:
     """One id drawn from logits (V,), given the ids of the prompt and of the answer so far."""
     logits = adjusted(logits, settings, prompt, answer)
+    if settings.logit_bias and float(logits.max()) == -math.inf:
+        raise SurgeryError("logit_bias bans every id", "leave one that can be drawn")
     if settings.temperature == 0:
         return int(logits.argmax())
     logits = logits.float()

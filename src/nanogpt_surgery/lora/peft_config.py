@@ -39,7 +39,11 @@ _HARMLESS_BIRTHS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_for(
-    updates: Updates, whole: Iterable[str], base: str, fan_in_fan_out: bool
+    updates: Updates,
+    whole: Iterable[str],
+    base: str = "",
+    fan_in_fan_out: bool = False,
+    task: str | None = "CAUSAL_LM",
 ) -> dict[str, Any]:
     """The contents of the file for these updates, and modules replaced whole."""
     ranks = {name: update.rank for name, update in updates.items()}
@@ -48,7 +52,7 @@ def config_for(
     alpha, alpha_pattern = _usual(alphas, LoRASettings.alpha)
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "base_model_name_or_path": base or None,
         "revision": None,
         "r": rank,

@@ -107,7 +107,7 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
         try:
             if re.match(rf"^(.*\.)?({pattern})$", name):
                 return value
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise SurgeryError(
                 f"{pattern!r} of rank_pattern or alpha_pattern is not a regular expression: "
                 f"{error}",
@@ -130,7 +130,7 @@ def _named(pattern: str, names: Iterable[str]) -> list[str]:
         return exact
     try:
         expression = re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise SurgeryError(f"the target {pattern!r} is not a regular expression: {error}") from None
     return [name for name in names if expression.fullmatch(name)]
 
@@ -155,13 +155,36 @@ def _no_match(patterns: list[str], layers: dict[str, nn.Module], model: nn.Modul
         return SurgeryError(what + ("has none but itself" if itself else "has none to adapt"), hint)
     names = list(layers)
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    close = "; ".join(nearest(pattern.rpartition(".")[2], endings) for pattern in patterns)
+    close = "; ".join(_meant(pattern.rpartition(".")[2], endings) for pattern in patterns)
     linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     return SurgeryError(
         f"{what}has {len(linears)} Linears and {len(names) - len(linears)} Embeddings with the "
         f"endings {', '.join(endings)} (for example {(linears or names)[0]})",
         f"the nearest: {close}",
     )
+
+
+# What families call the same layers; a fused matrix has several of ours.
+_SAME = (
+    "q_proj query wq q_lin to_q c_attn query_key_value W_pack Wqkv qkv_proj qkv in_proj",
+    "k_proj key wk k_lin to_k c_attn query_key_value W_pack Wqkv qkv_proj qkv in_proj",
+    "v_proj value wv v_lin to_v c_attn query_key_value W_pack Wqkv qkv_proj qkv in_proj",
+    "o_proj out_proj wo out_lin to_out dense c_proj attn_output",
+    "gate_proj w1 gate_up_proj linear_1 ffn_gate",
+    "up_proj fc1 c_fc w3 gate_up_proj dense_h_to_4h fc_in lin1 ffn_up linear1 intermediate",
+    "down_proj fc2 w2 c_proj dense_4h_to_h fc_out lin2 ffn_down linear2",
+    "embed_tokens wte word_embeddings tok_embeddings embed_in token_embd embeddings",
+    "lm_head embed_out output output_layer unembed head",
+)
+
+
+def _meant(name: str, endings: list[str]) -> str:
+    """The layers that a name means, by what other families call them, or else by its letters."""
+    if re.sub(r"[\W_]", "", name).lower() in ("alllinear", "alllinears", "alllinearlayers", "all"):
+        return repr(ALL_LINEAR)
+    groups = [group.split() for group in _SAME]
+    meant = [e for group in groups if name in group for e in endings if e in group]
+    return ", ".join(dict.fromkeys(meant)) or nearest(name, endings)
 
 
 def _unfit(patterns: list[str], model: nn.Module) -> str:
