@@ -184,10 +184,13 @@ def test_other_commands_say_so_as_well(made, monkeypatch):
         torch.OutOfMemoryError("CUDA out of memory"),
         OSError(12, "Cannot allocate memory"),
         RuntimeError("std::bad_alloc"),
+        ImportError("libtorch_cpu.so: failed to map segment from shared object"),
     ],
 )
 def test_errors_of_memory_are_known(error):
     assert is_out_of_memory(error)
+    noexec = "libx.so: failed to map segment from shared object: Operation not permitted"
+    assert not is_out_of_memory(ImportError(noexec))
     assert not is_out_of_memory(RuntimeError("shapes (2, 3) and (4, 5) do not fit"))
     assert not is_out_of_memory(OSError(28, "No space left on device"))
 

@@ -18,7 +18,8 @@ WORTH_A_LOOK = 1 << 28  # bytes; less is not held against what there is
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _SAYS_SO = re.compile(
     r"(can.?t|cannot|unable to|failed to|not enough memory to) allocate|out of memory|bad_alloc"
-    r"|not enough memory|size calculation overflowed|os error 12\b|can't start new thread",
+    r"|not enough memory|size calculation overflowed|os error 12\b|can't start new thread"
+    r"|failed to map segment from shared object$",
     re.IGNORECASE,
 )
 

@@ -91,7 +91,7 @@ def killed_at(step: int, *words: object) -> None:
 )
 def test_the_length_follows_from_the_data(place, flags, steps):
     words = ["finetune", "m", "a.jsonl", "--out", "o", *TUNED, "--template", "chatml", *flags]
-    out, said = called(*words, "--json")
+    out, said = called(*words, "--sample-every", "0", "--json")
     found = json.loads(out)
     assert found["steps"] == steps
     assert (f"18 examples: {steps} steps of" in said) == ("--max-steps" not in flags)
@@ -154,7 +154,7 @@ def test_a_run_that_is_resumed_has_one_first_line(place):
 
 
 WORSE = ["--learning-rate", "3", "--no-muon", "--warmup-steps", "0", "--schedule", "stable"]
-WORSE += ["--max-steps", "40", "--evaluate-every", "2", "--patience", "3", "--save-every", "1"]
+WORSE += ["--max-steps", "40", "--evaluate-every", "2", "--patience", "2", "--sample-every", "0"]
 
 
 def test_it_stops_where_nothing_is_gained_any_more_and_keeps_the_best(place):
@@ -162,9 +162,9 @@ def test_it_stops_where_nothing_is_gained_any_more_and_keeps_the_best(place):
     losses = {row["step"]: row["validation_loss"] for row in lines("o")[1:]}
     losses = {step: loss for step, loss in losses.items() if loss is not None}
     best = min(losses, key=losses.get)
-    assert found["steps"] == best + 6 < 40
+    assert found["steps"] == best + 4 < 40
     assert found["best_step"] == best
-    assert "3 evaluations" in found["ended"] and f"{best + 6} of 40" in found["ended"]
+    assert "2 evaluations" in found["ended"] and f"{best + 4} of 40" in found["ended"]
     held_out = GPTDataset(TEXT[int(0.9 * len(TEXT)) :], open_model("o")[1], 12)
     assert evaluate(open_model("o")[0], held_out) == pytest.approx(losses[best], rel=1e-6)
     again = summary("train", "text.txt", "--out", "o", *NEW, *WORSE, "--resume")
@@ -227,7 +227,7 @@ def test_an_interval_is_of_steps_or_of_time(monkeypatch):
 
 def test_the_sample_is_the_answer_to_the_first_held_out_question(place):
     words = ["finetune", "m", "a.jsonl", "--out", "o", *TUNED, "--template", "chatml"]
-    found = summary(*words, "--learning-rate", "0.05")
+    found = summary(*words, "--learning-rate", "0.05", "--epochs", "1")
     model, tokenizer = open_model("m")
     question = "<|im_start|>user\nAdd 18"
     samples = lines("o", "samples.jsonl")
@@ -291,7 +291,7 @@ LOW = (
 
 def test_skipped_steps_are_counted_and_resume_to_the_same_bits(place, monkeypatch):
     overflowing(monkeypatch, {2, 5})
-    words = ["train", "text.txt", "--from", "far", *LOW, "--save-every", "1"]
+    words = ["train", "text.txt", "--from", "far", *LOW, "--save-every", "3", "--sample-every", "0"]
     found = summary(*words, "--out", "whole")
     assert found["skipped_steps"] == 2
     assert [row["step"] for row in lines("whole") if row.get("skipped")] == [3, 6]

@@ -1,17 +1,25 @@
 """`surgery verify-resume`: what a run folder records is enough to train again, and to prove it."""
 
+import io
 import json
+import os
+import subprocess
+import sys
+import traceback
+from contextlib import chdir, redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+import torch
 from typed import called
 
 from nanogpt_surgery.atomic import whole_folder
+from nanogpt_surgery.cli import interrupted
 from nanogpt_surgery.cli.verify_resume import _kept, _report
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SMALL = "--n-embd 16 --n-head 2 --n-layer 2 --block-size 12 --batch-size 4 --warmup-steps 1".split()
-CONFIG = "max_steps = 30\nseed = 5\n"
+CONFIG = "max_steps = 12\nseed = 5\n"
 
 
 @pytest.fixture
@@ -29,7 +37,30 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(p): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_killed_run_has_the_bits_of_one_that_was_not(run, tmp_path, monkeypatch):
+def forked(command: list[str], cwd: Path, **_: object) -> subprocess.CompletedProcess:
+    """`subprocess.run` of a module of ours, in a copy of this process: torch is loaded already."""
+    assert command[1:3] == ["-m", interrupted.__name__]
+    if not (child := os.fork()):
+        torch.set_num_threads(1)  # the others were not copied
+        said = io.StringIO()
+        try:
+            with chdir(cwd), redirect_stdout(said), redirect_stderr(said):
+                sys.argv = command[2:]
+                interrupted.main()
+            os._exit(0)
+        except SystemExit as end:
+            os._exit(end.code)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(99)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return subprocess.CompletedProcess(command, status, "", "")
+
+
+@pytest.mark.parametrize("processes", ["copied", pytest.param("new", marks=pytest.mark.slow)])
+def test_a_killed_run_has_the_bits_of_one_that_was_not(run, tmp_path, monkeypatch, processes):
+    if processes == "copied":
+        monkeypatch.setattr(subprocess, "run", forked)
     described = json.loads((run / "run.json").read_text())["typed"]
     assert described["arguments"][:4] == ["train", "text.txt", "--out", "run"]
     assert (described["folder"], described["config"]) == (str(tmp_path), CONFIG)
@@ -48,7 +79,8 @@ def test_a_killed_run_has_the_bits_of_one_that_was_not(run, tmp_path, monkeypatc
     assert contents(run) == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "run", "text.txt"]
     (tmp_path / "text.txt").unlink()
-    assert "text.txt" in called("verify-resume", run, check=1)[1]
+    if processes == "new":  # whose last words are quoted
+        assert "text.txt" in called("verify-resume", run, check=1)[1]
 
 
 @pytest.mark.parametrize(
