@@ -13,11 +13,22 @@ import torch
 from llama_cpp import assert_goes_on_alike, greedy_text
 from safetensors.torch import load_file, save_file
 from tiny import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SurgeryError, open_model, save_model
+from nanogpt_surgery.formats.config_options import (
+    _GPT2_VALUES,
+    _INERT_OPTIONS,
+    _LLAMA_VALUES,
+    _ROPE_OPTIONS,
+    _ROPE_TYPES,
+    _SHARED_VALUES,
+    MODEL_TYPES,
+)
 from nanogpt_surgery.formats.gguf_file import read_gguf
 from nanogpt_surgery.formats.gguf_write import save_gguf
+from nanogpt_surgery.formats.huggingface import _FIELDS
 
 LETTERS = CharacterTokenizer("the quick brown fox jumps over the lazy dog")
 T = gguf.GGUFValueType
@@ -83,6 +94,7 @@ def test_a_missing_tensor_of_a_gguf_file_has_its_name_there(one, tmp_path):
         open_model(tmp_path / "m.gguf")
 
 
+LONG = [1.0] * (FAMILY_CONFIGS["qwen3"].head_dim // 2)
 PASSED = [
     ("llama", {"rope_scaling": {"type": "linear", "factor": 4.0}}),
     ("qwen2", {"rope_parameters": {"rope_type": "linear", "factor": 2.5, "rope_theta": 300.0}}),
@@ -92,6 +104,12 @@ PASSED = [
     ("qwen2", {"use_sliding_window": False, "sliding_window": 3}),
     ("qwen3", {"use_sliding_window": True, "sliding_window": 19,
                "layer_types": ["sliding_attention", "full_attention"]}),
+    ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}}),
+    ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 1.0, "rope_theta": 1e4,
+               "beta_fast": 16, "original_max_position_embeddings": 8}}),
+    ("qwen3", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, "factor": 1.0,
+               "short_factor": LONG, "long_factor": LONG,
+               "original_max_position_embeddings": 8}}),
 ]  # fmt: skip
 
 
@@ -111,7 +129,13 @@ def test_what_is_let_pass_is_computed_as_transformers_does(family, changes, tmp_
 REFUSED = [
     ("rope_type", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
     ("rope_type", {"rope_scaling": {"rope_type": "longrope", "factor": 4.0}}),
-    ("rope_type", {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0}}),
+    ("rope_type", {"rope_scaling": {"rope_type": "yarn", "factor": 1.0, "attention_factor": 2}}),
+    ("rope_type", {"rope_parameters": {"rope_type": "dynamic", "factor": 1e20}}),
+    ("rope_type", {"rope_parameters": {"rope_type": "proportional", "factor": 4.0}}),
+    ("mrope_section", {"rope_parameters": {"rope_type": "default", "mrope_section": [1, 2, 1]}}),
+    ("short_factor", {"rope_parameters": {"rope_type": "longrope", "short_factor": [1, 2]}}),
+    ("partial_rotary_factor", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0,
+                               "partial_rotary_factor": 0.5}}),
     ("partial_rotary_factor", {"partial_rotary_factor": 0.5}),
     ("partial_rotary_factor", {"rope_parameters": {"partial_rotary_factor": 0.5}}),
     ("layer_types", {"layer_types": ["sliding_attention"], "sliding_window": 4}),
@@ -131,6 +155,38 @@ def test_what_would_change_the_result_is_refused_by_name(name, changes, tmp_path
     with pytest.raises(SurgeryError) as refusal:
         open_model(tmp_path / "m")
     assert name in refusal.value.what
+
+
+# Fields that no logit depends on: names, training, what is returned, other heads than ours.
+HARMLESS = set(
+    """
+    transformers_version architectures output_hidden_states output_attentions return_dict dtype
+    chunk_size_feed_forward is_encoder_decoder id2label label2id problem_type initializer_range
+    use_cache pad_token_id bos_token_id eos_token_id _name_or_path model_type embd_pdrop attn_pdrop
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout
+    """.split()
+)
+# Read by rules of their own, each with rows in PASSED or REFUSED.
+RULES = {"rope_parameters", "attention_bias", "mlp_bias", "sliding_window", "use_sliding_window",
+         "max_window_layers", "layer_types"}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODEL_TYPES)
+def test_every_field_of_the_installed_transformers_is_known(name):
+    family = MODEL_TYPES[name]
+    theirs = set(AutoConfig.for_model(name).to_dict())
+    refused = _SHARED_VALUES | (_GPT2_VALUES if family == "gpt2" else _LLAMA_VALUES)
+    known = HARMLESS | (RULES if family != "gpt2" else set()) | set(refused)
+    assert theirs - known == set(_FIELDS[family].values()) & theirs
+
+
+def test_every_rotary_option_of_the_installed_transformers_is_known():
+    assert set(RopeParameters.__annotations__) <= {
+        *_ROPE_OPTIONS, *_INERT_OPTIONS, "partial_rotary_factor", "mrope_section"
+    }  # fmt: skip
+    assert set(ROPE_INIT_FUNCTIONS) <= {
+        *_ROPE_TYPES, "dynamic", "yarn", "longrope", "proportional"
+    }  # fmt: skip
 
 
 def copy_with(source, goal, extra, drop=(), rename=None):
@@ -169,6 +225,10 @@ SCALED = {
         "llama.rope.scaling.factor": (4.0, T.FLOAT32),
     },
     "older": {"llama.rope.scale_linear": (4.0, T.FLOAT32)},
+    "yarn of 1": {
+        "llama.rope.scaling.type": ("yarn", T.STRING),
+        "llama.rope.scaling.factor": (1.0, T.FLOAT32),
+    },
     "none": {
         "llama.rope.scaling.type": ("none", T.STRING),
         "llama.rope.scaling.factor": (4.0, T.FLOAT32),
@@ -182,7 +242,7 @@ def test_a_factor_scales_as_in_llama_cpp(kind, one, tmp_path):
     model, tokenizer = open_model(tmp_path / "m.gguf")
     scaling = model.config.rope_scaling
     assert (scaling and (scaling.rope_type, scaling.factor)) == (
-        None if kind == "none" else ("linear", 4.0)
+        None if kind in ("none", "yarn of 1") else ("linear", 4.0)
     )
     prompt = "the quick brown fox jumps over"
     assert_goes_on_alike(model, tokenizer, prompt, greedy_text(tmp_path / "m.gguf", prompt, 8), 8)
@@ -194,6 +254,8 @@ def test_a_factor_scales_as_in_llama_cpp(kind, one, tmp_path):
     ("key", "value", "kind"),
     [
         ("rope.scaling.type", "yarn", T.STRING),
+        ("rope.scaling.type", "longrope", T.STRING),
+        ("rope.dimension_count", 8, T.UINT32),
         ("attention.causal", False, T.BOOL),
         ("logit_scale", 0.5, T.FLOAT32),
         ("residual_scale", 0.5, T.FLOAT32),

@@ -147,7 +147,7 @@ REFUSED = [
     (LLAMA, {"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
     (LLAMA, {"quantization_config": {"bits": 4}}, "quantization_config"),
     (LLAMA, {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_type 'yarn'"),
-    (LLAMA, {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+    (LLAMA, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
     (LLAMA, {"rope_scaling": "linear"}, "rope_scaling 'linear'"),
     (LLAMA, {"rope_parameters": {"full_attention": {"rope_theta": 5.0}}}, "rope full_attention"),
     (

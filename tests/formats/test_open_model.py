@@ -180,7 +180,7 @@ def llama_folder(tmp_path):
         ({"model_type": None}, "None is not one we have"),
         ({"model_type": ["llama"]}, "is not one we have"),
         ({"hidden_act": "relu"}, "hidden_act 'relu'"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type 'yarn'"),
         ({"rope_scaling": {"rope_type": "llama3"}}, "lacks factor, low_freq_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
         ({"mlp_bias": True}, "mlp_bias without attention_bias"),

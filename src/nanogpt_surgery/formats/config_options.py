@@ -114,8 +114,10 @@ def refuse_options(contents: dict[str, Any], model_type: str) -> None:
 
 def _llama_options(contents: dict[str, Any], model_type: str) -> list[str]:
     rope = rope_options(contents)
-    found = [f"rope {name} {quoted(rope[name])}" for name in rope if name not in _ROPE_OPTIONS]
-    if not isinstance(rope["rope_type"], str) or rope["rope_type"] not in _ROPE_TYPES:
+    inert = _is_inert_rope(rope, contents.get("max_position_embeddings"))
+    known = _ROPE_OPTIONS + (_INERT_OPTIONS if inert else [])
+    found = [f"rope {name} {quoted(rope[name])}" for name in rope if name not in known]
+    if not inert and rope["rope_type"] not in _ROPE_TYPES:
         found.insert(0, f"rope_type {quoted(rope['rope_type'])}")
     if rope.get("partial_rotary_factor", 1) == 1:
         found = [text for text in found if not text.startswith("rope partial_rotary_factor ")]
@@ -131,6 +133,30 @@ def _llama_options(contents: dict[str, Any], model_type: str) -> list[str]:
 
 
 _ROPE_TYPES = ("default", "llama3", "linear")
+_INERT_OPTIONS = """
+    attention_factor beta_fast beta_slow mscale mscale_all_dim truncate short_factor long_factor
+""".split()
+
+
+def _is_inert_rope(rope: dict[str, Any], context: Any) -> bool:
+    """Whether a scaling that we do not have changes nothing, at its values or within the context.
+
+    `dynamic` begins where the context ends, which no text of ours passes.
+    """
+    kind, factor, attention = rope["rope_type"], rope.get("factor"), rope.get("attention_factor")
+    if kind == "dynamic":
+        return isinstance(factor, (int, float)) and 1 <= factor <= 1000
+    if kind == "yarn":
+        return factor == 1 and attention in (None, 1)
+    original = rope.get("original_max_position_embeddings")
+    if kind != "longrope" or type(original) is not int or type(context) is not int or original < 1:
+        return False
+    used = [rope.get("short_factor")] + ([rope.get("long_factor")] if context > original else [])
+    widened: Any = context / original if factor is None else factor
+    is_scaled = attention != 1 and not (attention is None and widened <= 1)
+    return not is_scaled and all(
+        isinstance(factors, list) and all(factor == 1 for factor in factors) for factors in used
+    )
 
 
 def _window_options(contents: dict[str, Any], model_type: str) -> list[str]:

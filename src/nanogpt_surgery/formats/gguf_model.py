@@ -176,7 +176,9 @@ def _refuse_options(file: GGUFFile, family: str) -> None:
         or (key in _SCALINGS and not _is_finite(value))
     ]
     kind = metadata.get("rope.scaling.type", "")
-    if not isinstance(kind, str) or kind not in ("", "none", "linear"):
+    inert = metadata.get("rope.scaling.factor") == 1  # yarn slows nothing then
+    known = ("", "none", "linear", *(["yarn"] if inert else []))
+    if not isinstance(kind, str) or kind not in known:
         found.append(f"{family}.rope.scaling.type {quoted(kind)}")
     width, heads = metadata.get("embedding_length"), _scalar(metadata.get("attention.head_count"))
     if type(width) is int and type(heads) is int and heads > 0:
