@@ -134,6 +134,20 @@ def test_plan_says_what_finetune_would_train(folder: Path) -> None:
     assert [row["layer"] for row in report["rows"]] == [row["layer"] for row in trained["rows"]]
 
 
+def test_every_plan_counts_the_memory_of_a_training_alike(folder: Path) -> None:
+    flags = ["--targets", "q_proj", "lm_head", "--rank", 3, "--batch-size", 3, "--json"]
+    (folder / "plan.txt").write_text(TEXT * 4)
+    first = json.loads(called("plan", "run", *flags)[0])
+    more = ["plan.txt", "--out", "planned", "--plan", "--keep-hidden", 0, "--max-steps", 2]
+    then = json.loads(called("finetune", "run", *more, *flags)[0])
+    sizes = ("weights", "gradient", "optimizer", "activation", "logits", "hidden_states")
+    for part in sizes:
+        assert first[f"{part}_bytes"] == then[f"{part}_bytes"], part
+    assert first["trainable_parameters"] == then["trained_parameters"]
+    assert first["memory_bytes"] == sum(first[f"{part}_bytes"] for part in sizes)
+    assert first["memory_bytes"] <= then["memory_bytes"]
+
+
 def test_plan_counts_the_activations_of_a_batch(folder: Path) -> None:
     sizes = [["--batch-size", 2], ["--batch-size", 4], ["--batch-size", 4, "--block-size", 3]]
     found = [json.loads(called("plan", "run", *more, "--json")[0]) for more in sizes]

@@ -11,8 +11,9 @@ from nanogpt_surgery import GPTDataset, SimpleGPT, fit, inject_lora
 from nanogpt_surgery.training import frozen_head
 from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
 from nanogpt_surgery.training.live_tensors import LiveTensors
+from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.planning import plan_training
-from nanogpt_surgery.training.probing import AGAIN, NEW, Pace, probed
+from nanogpt_surgery.training.probing import AGAIN, NEW, Pace, Part, affordable_part, cut, probed
 
 
 def test_a_plan_undoes_its_steps_to_the_bit():
@@ -137,3 +138,60 @@ def test_a_training_and_its_evaluation_hold_no_more_than_was_planned(checkpointe
         list(fit(model, data, settings, validation=data, examine=False))
     held = plan["weights_bytes"] + live.most
     assert 0.7 * plan["memory_bytes"] < held < 1.1 * plan["memory_bytes"]
+
+
+def test_a_probe_learns_from_what_is_affordable(monkeypatch):
+    """Of a machine a millionth as fast: few tokens of few rows; sizes are scaled to the batch."""
+    model, steps = tuned(), []
+    model.lm_head.register_forward_hook(lambda _m, inputs, _o: steps.append(inputs[0].shape))
+    whole = plan_training(model, WINDOWS, replace(LONGER, keep_hidden=0.0), WINDOWS)
+    assert affordable_part(model, WINDOWS, LONGER).tokens == LONGER.batch_size * 9
+    monkeypatch.setattr("nanogpt_surgery.training.probing.matmul_rate", lambda *_: 1e3)
+    part = affordable_part(model, WINDOWS, LONGER)
+    assert (part.rows, part.block_size) == (1, 9)
+    large = replace(LONGER, batch_size=10**6, keep_hidden=0.0)
+    steps.clear()
+    plan = plan_training(model, WINDOWS, large, WINDOWS)
+    assert max(shape.numel() // model.config.n_embd for shape in steps) <= 9
+    assert plan["tokens"] == 40 * 10**6 * 9
+    assert plan["seconds_a_step"] > 10**3 * whole["seconds_a_step"]
+    scale = 10**6 / LONGER.batch_size
+    assert plan["activation_bytes"] == whole["activation_bytes"] * scale
+
+
+def test_a_line_through_two_sizes_of_batch_goes_on_to_the_real_one(monkeypatch):
+    def seconds(_model, _settings, _optimizer, part):
+        return 9.0, 1 + part.tokens / 8, 0.5 + part.tokens / 80
+
+    monkeypatch.setattr("nanogpt_surgery.training.probing._step_seconds", seconds)
+    pace, _ = probed(tuned(), WINDOWS, LONGER, Part(WINDOWS, 2, 9))
+    assert pace.first_pass == pytest.approx(1 + 5 * 9 / 8)
+    assert pace.later == pytest.approx(0.5 + 5 * 9 / 80)
+
+
+def test_what_is_cut_is_where_most_is_learned_from():
+    inputs = torch.arange(20).view(2, 10)
+    targets = torch.full((2, 10), -100)
+    targets[0, 7:9], targets[1, 2] = 1, 1
+    x, y, documents = cut((inputs, targets, inputs), 3)
+    assert (y != -100).sum() == 2
+    assert torch.equal(x, documents)
+    assert x.shape == (2, 3)
+    assert torch.equal(cut((inputs, targets), 10)[1], targets)
+
+
+@pytest.mark.parametrize("muon", [False, True])
+def test_an_update_that_takes_long_is_counted_and_not_made(muon, monkeypatch):
+    settings, model = replace(SETTINGS, muon=muon), model_of()
+    optimizer = make_optimizer(model, settings)
+    list(fit(model, DATASET, settings, optimizer=optimizer, max_steps=1))
+    kept = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
+    size = sum(t.numel() * t.element_size() for t in kept)
+    assert probed(model, DATASET, settings)[1] == size
+    monkeypatch.setattr("nanogpt_surgery.training.probing.update_operations", lambda _: 1e30)
+    monkeypatch.setattr("nanogpt_surgery.training.probing.matmul_rate", lambda *_: 1e12)
+    before = hashes(model)
+    pace, state = probed(model, DATASET, settings)
+    assert hashes(model) == before
+    assert state == size
+    assert pace.later == pytest.approx(1e18)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -22,10 +22,11 @@ from nanogpt_surgery.training.frozen_prefix import bytes_of_window, first_that_l
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.live_tensors import LiveTensors
 from nanogpt_surgery.training.loss import apart, most_logits_on
-from nanogpt_surgery.training.probing import probed
+from nanogpt_surgery.training.probing import Part, affordable_part, cut, probed
 from nanogpt_surgery.training.settings import FitSettings
 
 FLOAT32 = 4  # bytes
+ADAMW = 2  # numbers of state for each parameter
 EVALUATED = 2  # batches of the held-out data
 _OF_A_STEP = ("gradient_bytes", "activation_bytes", "logits_bytes")  # gone when it has ended
 
@@ -38,39 +39,33 @@ def plan_training(
 ) -> dict[str, Any]:
     """Sizes in bytes, numbers, and seconds; a few steps are taken and undone to the bit.
 
-    Activations are what autograd keeps of a real batch. Where hidden states before the first part
-    that learns are kept, the first pass over the windows, which computes them, is timed apart.
-    Nothing is written.
+    Steps and evaluations are measured on as few tokens as take about two seconds, and scaled.
+    Where hidden states before the first part that learns are kept, the first pass over the windows,
+    which computes them, is timed apart. Nothing is written.
 
     Raises:
         SurgeryError: as `fit`.
     """
     hardware = choose_hardware(settings, operations_of(model, settings, dataset.block_size))
     model.to(hardware.device)
-    pace, state = probed(model, dataset, settings)
-    trained = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    part = affordable_part(model, dataset, settings)
+    pace, state = probed(model, dataset, settings, part)
+    memory = training_memory(model, dataset, settings, hardware, part, state)
+    trained = memory["gradient_bytes"]
     rows = settings.windows
-    memory = {
-        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
-        "gradient_bytes": trained,
-        "optimizer_bytes": state,
-        "activation_bytes": _activation_bytes(model, dataset, settings, hardware),
-        "logits_bytes": _logits_bytes(model, dataset, settings, hardware),
-        "hidden_states_bytes": _hidden_states_bytes(model, dataset, settings),
-    }
     evaluations = 0 if validation is None else _evaluations(settings)
-    held = None if validation is None else held_out(validation, settings.evaluate_tokens)
-    at_once = windows_at_once(model, settings)
-    one = 0.0 if held is None else _seconds_of_evaluation(model, held, at_once, hardware)
-    more = 0 if held is None else _evaluation_bytes(model, held, at_once, hardware)
-    evaluating = sum(memory.values()) - sum(memory[part] for part in _OF_A_STEP) + more
+    one, more = 0.0, 0
+    if validation is not None:
+        held = held_out(validation, settings.evaluate_tokens)
+        one, more = _evaluation(model, held, settings, hardware, part)
+    evaluating = memory["memory_bytes"] - sum(memory[part] for part in _OF_A_STEP) + more
     return {
         "computing_on": hardware.describe(),
         "parameters": sum(p.numel() for p in model.parameters()),
         "trained_parameters": trained // FLOAT32,
         **memory,
         "evaluation_bytes": more,
-        "memory_bytes": max(sum(memory.values()), evaluating),
+        "memory_bytes": max(memory["memory_bytes"], evaluating),
         "disk_bytes": (KEPT + 2) * (2 * trained + state),  # the best, and a new one at first
         "steps": settings.max_steps,
         "tokens": rows * dataset.block_size,
@@ -82,10 +77,36 @@ def plan_training(
     }
 
 
+def training_memory(
+    model: SimpleGPT,
+    dataset: Batches,
+    settings: FitSettings,
+    hardware: Hardware,
+    part: Part | None = None,
+    optimizer_bytes: int | None = None,
+) -> dict[str, int]:
+    """The bytes that a step of a training needs, part by part and in all.
+
+    Activations are what autograd keeps of a real batch, or of the `part` of one that is affordable,
+    scaled by its tokens. `optimizer_bytes` are AdamW's where they are not known.
+    """
+    part = part or affordable_part(model, dataset, settings)
+    trained = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    memory = {
+        "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
+        "gradient_bytes": trained,
+        "optimizer_bytes": ADAMW * trained if optimizer_bytes is None else optimizer_bytes,
+        "activation_bytes": _activation_bytes(model, part, settings, hardware),
+        "logits_bytes": _logits_bytes(model, dataset, settings, hardware),
+        "hidden_states_bytes": _hidden_states_bytes(model, dataset, settings),
+    }
+    return memory | {"memory_bytes": sum(memory.values())}
+
+
 def activation_bytes(
-    model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware
+    model: SimpleGPT, dataset: Part, settings: FitSettings, hardware: Hardware
 ) -> int:
-    """What autograd keeps of one batch between the forward and the backward pass, in bytes."""
+    """What autograd keeps of a part of a batch between forward and backward pass, in bytes."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
@@ -95,7 +116,7 @@ def activation_bytes(
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = dataset.batch(0, settings.batch_size, settings.seed)
+    batch = dataset.batch(0, dataset.rows, settings.seed)
     device, mode = next(model.parameters()).device, model.training
     blocks = CompiledBlocks(model.train(), False, settings.gradient_checkpointing)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -106,25 +127,15 @@ def activation_bytes(
 
 
 def _activation_bytes(
-    model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware
+    model: SimpleGPT, part: Part, settings: FitSettings, hardware: Hardware
 ) -> int:
-    """What autograd keeps, and of a block that is computed again what it keeps then."""
-    kept = activation_bytes(model, dataset, settings, hardware)
-    if not settings.gradient_checkpointing:
-        return kept
-    whole = replace(settings, gradient_checkpointing=False)
-    blocks = max(1, len(model.layers) - (first_that_learns(model) or 0))
-    return kept + activation_bytes(model, dataset, whole, hardware) // blocks
-
-
-def _evaluation_bytes(
-    model: SimpleGPT, validation: Measured, at_once: int, hardware: Hardware
-) -> int:
-    """The most that an evaluation holds at once beside the weights."""
-    first = _Some(validation, at_once, 1)
-    with LiveTensors([*model.parameters(), *model.buffers()]) as live, hardware.evaluating():
-        evaluate(model, first, at_once)
-    return int(live.most)
+    """What autograd keeps of a batch, and of a block that is computed again what it keeps then."""
+    kept = activation_bytes(model, part, settings, hardware)
+    if settings.gradient_checkpointing:
+        whole = replace(settings, gradient_checkpointing=False)
+        blocks = max(1, len(model.layers) - (first_that_learns(model) or 0))
+        kept += activation_bytes(model, part, whole, hardware) // blocks
+    return kept * settings.batch_size * part.data.block_size // part.tokens
 
 
 def _logits_bytes(
@@ -156,23 +167,33 @@ def _evaluations(settings: FitSettings) -> int:
     return -(-settings.max_steps // every) if every else 1
 
 
+@dataclass(frozen=True)
 class _Some:
-    """The first batches of held-out data."""
+    """The first batches of held-out data, cut short."""
 
-    def __init__(self, data: Measured, at_once: int, batches: int = EVALUATED):
-        self.first = list(islice(data.whole(at_once), batches))
+    first: list[Batch]
 
     def whole(self, batch_size: int) -> Iterator[Batch]:
         yield from self.first
 
 
-def _seconds_of_evaluation(
-    model: SimpleGPT, validation: Measured, at_once: int, hardware: Hardware
-) -> float:
-    some = _Some(validation, at_once)
+def _evaluation(
+    model: SimpleGPT, held: Measured, settings: FitSettings, hardware: Hardware, part: Part
+) -> tuple[float, int]:
+    """The seconds of an evaluation, and the most bytes that it holds beside the weights.
+
+    Two batches of as many rows as an evaluation reads at once are measured, or of a part's.
+    """
+    at_once = windows_at_once(model, settings)
+    rows = at_once if part.tokens == part.data.block_size * settings.batch_size else part.rows
+    some = [cut(batch, part.block_size) for batch in islice(held.whole(rows), EVALUATED)]
     start = time.perf_counter()
     with hardware.evaluating():
-        evaluate(model, some, at_once)
+        evaluate(model, _Some(some), rows)
     took = time.perf_counter() - start
-    measured, whole = (sum(y.numel() for _, y, *_ in s.whole(at_once)) for s in (some, validation))
-    return float(took * whole / measured)
+    with LiveTensors([*model.parameters(), *model.buffers()]) as live, hardware.evaluating():
+        evaluate(model, _Some(some[:1]), rows)
+    measured = sum(batch[1].numel() for batch in some)
+    whole = sum(batch[1].numel() for batch in held.whole(at_once))
+    largest = min(whole, at_once * part.data.block_size)
+    return took * whole / measured, int(live.most * max(1.0, largest / some[0][1].numel()))
