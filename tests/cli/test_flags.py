@@ -110,7 +110,7 @@ def test_a_hyphen_is_standard_input(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"to be or not to be. " * 40)))
     sizes = ["--n-embd", 8, "--n-head", 2, "--n-layer", 1, "--block-size", 8, "--max-steps", 1]
     _, said = called("train", "-", "--out", tmp_path / "run", *sizes)
-    assert "712 windows to train on, 72 held out" in said
+    assert "712 windows to train on, 72 held out (of 719 and 79 tokens)" in said
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"to be")))
     words = ["--prompt", "-", "--max-new-tokens", 1, "--temperature", 0]
     assert called("generate", tmp_path / "run", *words)[0].startswith("to be")

@@ -21,6 +21,7 @@ from nanogpt_surgery import (
 from nanogpt_surgery.cli import save_interval
 from nanogpt_surgery.cli.run_length import settings_for
 from nanogpt_surgery.cli.run_options import RunOptions
+from nanogpt_surgery.cli.samples import one_line
 from nanogpt_surgery.cli.save_interval import SaveInterval
 from nanogpt_surgery.files import file_hash
 from nanogpt_surgery.training.checkpoint import Run
@@ -239,6 +240,11 @@ def test_the_sample_is_the_answer_to_the_first_held_out_question(place):
         ids = generate(model, tokenizer.encode(samples[0]["prompt"]), 48, temperature=0)
         if step == 0 or found["best_step"] == found["steps"]:
             assert tokenizer.decode(list(ids)) == found[key] == samples[step]["answer"]
+
+
+def test_an_empty_sample_is_said_on_its_line():
+    assert one_line(" \n") == "(nothing)"
+    assert one_line("a\n b ") == "a b"
 
 
 def test_samples_come_as_often_as_asked_and_change_no_bit(place):

@@ -78,6 +78,16 @@ def test_no_match_lists_the_real_names_and_the_nearest():
     assert "down_proj" not in caught.value.hint
 
 
+@pytest.mark.parametrize("joined", ["q_proj,v_proj", "q_proj, v_proj,"])
+def test_names_joined_by_commas_are_shown_apart(joined):
+    with pytest.raises(SurgeryError) as caught:
+        found(joined)
+    assert caught.value.hint.endswith(": q_proj v_proj")
+    with pytest.raises(SurgeryError) as caught:
+        found("q_proj,v_prj")
+    assert "nearest" in caught.value.hint
+
+
 def test_every_pattern_without_a_match_is_told():
     with pytest.raises(SurgeryError) as caught:
         found(["q_proj", "c_attn", "gate"])

@@ -52,8 +52,8 @@ class Samples:
         self.taken.append({"step": step, "prompt": prompt, "answer": answer})
         self._write()
         if step == 0:
-            say(f"sample: {_line(prompt)}")
-        say(f"sample at step {step:,}: {_line(answer)}")
+            say(f"sample prompt: {one_line(prompt)}")
+        say(f"sample at step {step:,}: {one_line(answer)}")
 
     def _answer(self) -> str:
         from nanogpt_surgery.data.chat import end_ids
@@ -103,5 +103,6 @@ def prompt_of(validation: Batches) -> list[int]:
     return inputs[0, :PROMPT_TOKENS].tolist()
 
 
-def _line(text: str) -> str:
-    return " ".join(text.split())
+def one_line(text: str) -> str:
+    """A sample without its line breaks, for a line of its own."""
+    return " ".join(text.split()) or "(nothing)"

@@ -239,7 +239,16 @@ def say_windows(dataset: Batches, held_out: Batches) -> None:
     from nanogpt_surgery.data.instruction_dataset import InstructionDataset
 
     if not isinstance(dataset, InstructionDataset):
-        say(f"{len(dataset):,} windows to train on, {len(held_out):,} held out")
+        say(windows_of(dataset, held_out))
+
+
+def windows_of(dataset: Batches, held_out: Batches) -> str:
+    """Counts of windows, and of tokens, since held-out windows overlap where others may not."""
+    counts = f"{len(dataset):,} windows to train on, {len(held_out):,} held out"
+    tokens = [getattr(data, "tokens", None) for data in (dataset, held_out)]
+    if None in tokens:
+        return counts
+    return f"{counts} (of {tokens[0]:,} and {tokens[1]:,} tokens)"
 
 
 def say_sources(dataset: Batches, paths: tuple[str, ...], rows: int) -> None:

@@ -111,6 +111,7 @@ def _job(
     import torch
 
     from nanogpt_surgery.cli.job import job_of_all
+    from nanogpt_surgery.cli.sources import windows_of
     from nanogpt_surgery.model.initialisation import start_from_zero
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -120,7 +121,7 @@ def _job(
     if RECIPES[recipe].from_zero:
         start_from_zero(network, config)
     say(
-        f"{len(dataset):,} windows to train on, {len(validation):,} held out; tokens of "
+        f"{windows_of(dataset, validation)}; tokens of "
         f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
     )
     tables = config.n_lags * config.vocab_size * config.n_embd

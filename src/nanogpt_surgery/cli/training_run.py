@@ -218,6 +218,7 @@ def _begin(job: Job, run: Run, recorder: Recorder | None) -> None:
     if run.first_step:
         return
     held = held_out(job.validation, job.settings.evaluate_tokens)
+    say("evaluating before the first step")
     loss = validation_loss(job.model, held, job.settings, choose_hardware(job.settings), world())
     if recorder:
         recorder.begin(loss)
@@ -313,5 +314,6 @@ def _planned(job: Job) -> Report:
     from nanogpt_surgery.training.planning import plan_training
 
     assert isinstance(job.model, SimpleGPT)
+    say("timing a few steps and an evaluation")
     summary = plan_training(job.model, job.dataset, job.settings, job.validation)
     return Report("training planned", [], summary)

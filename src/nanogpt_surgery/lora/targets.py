@@ -155,12 +155,11 @@ def _no_match(patterns: list[str], layers: dict[str, nn.Module], model: nn.Modul
         return SurgeryError(what + ("has none but itself" if itself else "has none to adapt"), hint)
     names = list(layers)
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    close = "; ".join(_meant(pattern.rpartition(".")[2], endings) for pattern in patterns)
     linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
     return SurgeryError(
         f"{what}has {len(linears)} Linears and {len(names) - len(linears)} Embeddings with the "
         f"endings {', '.join(endings)} (for example {(linears or names)[0]})",
-        f"the nearest: {close}",
+        _separated(patterns, names) or f"the nearest: {_nearest(patterns, endings)}",
     )
 
 
@@ -185,6 +184,17 @@ def _meant(name: str, endings: list[str]) -> str:
     groups = [group.split() for group in _SAME]
     meant = [e for group in groups if name in group for e in endings if e in group]
     return ", ".join(dict.fromkeys(meant)) or nearest(name, endings)
+
+
+def _nearest(patterns: list[str], endings: list[str]) -> str:
+    return "; ".join(_meant(pattern.rpartition(".")[2], endings) for pattern in patterns)
+
+
+def _separated(patterns: list[str], names: list[str]) -> str:
+    """Hint for names joined by commas; empty where a part of them is no layer's name or ending."""
+    parts = [part.strip() for pattern in patterns for part in pattern.split(",") if part.strip()]
+    layers = all(any(f".{name}".endswith(f".{part}") for name in names) for part in parts)
+    return f"each name by itself: {' '.join(parts)}" if layers else ""
 
 
 def _unfit(patterns: list[str], model: nn.Module) -> str:
