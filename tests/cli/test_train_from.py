@@ -137,7 +137,9 @@ def test_instruction_data_is_left_to_finetune(place: Path) -> None:
     assert "surgery finetune m answers.jsonl --out ADAPTER trains on the answers" in said
     assert not Path("run").exists()
     Path("numbers.json").write_text(json.dumps({"numbers": [*range(400)]}))
-    assert "note: numbers.json is read as text" in called("train", "numbers.json", *words)[1]
+    said = called("train", "numbers.json", *words, check=1)[1]
+    assert "numbers.json" in said and "has the fields numbers" in said, "no JSON is read as text"
+    assert not Path("run").exists()
 
 
 @pytest.mark.parametrize("way", ["--no-muon", "--muon"])
