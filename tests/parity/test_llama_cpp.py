@@ -134,9 +134,6 @@ def test_weights_beyond_the_range_of_f16_are_not_kept(tmp_path):
     model = tiny_model(FAMILY_CONFIGS["llama"])
     with torch.no_grad():
         model.layers[1].mlp.up_proj.weight[3, 4] = 1e6
-    with (
-        pytest.warns(RuntimeWarning),
-        pytest.raises(SurgeryError, match=r"1\.mlp\.up_proj.* moved"),
-    ):
+    with pytest.raises(SurgeryError, match=r"1\.mlp\.up_proj.* moved"):
         save_gguf(model, tmp_path / "m.gguf", LETTERS, "F16")
     assert list(tmp_path.iterdir()) == []
