@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 
 HELD_OUT = 0.1
 TRAIN_SHARE = 1 - HELD_OUT
@@ -32,6 +32,7 @@ def read_texts(paths: Iterable[str | Path]) -> str:
     """
     texts: list[str] = []
     problems: list[str] = []
+    paths = list(paths)
     for path in paths:
         for name, data in _sources(path, problems):
             try:
@@ -46,7 +47,8 @@ def read_texts(paths: Iterable[str | Path]) -> str:
         )
     text = "\n".join(filter(None, texts))
     if not text:
-        raise SurgeryError("there is no text in what was named", "name files that are not empty")
+        named = quoted(", ".join(map(str, paths)))
+        raise SurgeryError(f"there is no text in {named}", "name files that are not empty")
     return text
 
 

@@ -14,7 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from nanogpt_surgery.data.corpus import files_of
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 
 PIECE = 8 << 20  # bytes, about: a piece has at most twice as many
 _LOOK = 1 << 16  # bytes that are searched for a place
@@ -47,6 +47,7 @@ def pieces_of(paths: Iterable[str | Path], size: int = PIECE) -> list[Piece]:
         SurgeryError: a path is missing or cannot be read (all of them at once), is standard input,
             or there is no text at all.
     """
+    paths = list(paths)
     pieces: list[list[Span]] = []
     room = 0
     for span in _spans(paths, size):
@@ -57,7 +58,8 @@ def pieces_of(paths: Iterable[str | Path], size: int = PIECE) -> list[Piece]:
         pieces[-1].append(span)
         room -= length
     if not pieces:
-        raise SurgeryError("there is no text in what was named", "name files that are not empty")
+        named = quoted(", ".join(map(str, paths)))
+        raise SurgeryError(f"there is no text in {named}", "name files that are not empty")
     return [tuple(piece) for piece in pieces]
 
 
