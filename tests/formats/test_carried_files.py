@@ -95,6 +95,15 @@ def test_generation_padding_template_and_added_tokens_are_carried_over(way, base
     assert config == old | {"dtype": config["dtype"]}
 
 
+def test_a_merge_in_place_touches_the_weights_alone(base):
+    before = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    called("merge", base, base.parent / "a", "--force")
+    after = {path.name: path.read_bytes() for path in base.iterdir() if path.is_file()}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"model.safetensors"}
+    assert before.keys() <= after.keys()
+
+
 def test_of_another_model_the_config_is_not_taken_over(base, tmp_path):
     _, tokenizer = open_model(base)
     config = open_model(base)[0].config.to_dict() | {"n_layer": 1}
