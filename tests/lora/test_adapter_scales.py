@@ -39,7 +39,7 @@ def nested() -> Nested:
 OWN = {
     "both inner": {"b.proj": 3, "c.proj": 3},
     "outer, written first": {"^proj": 1, "b.proj": 3},
-    "outer alone": {"^proj": 5},
+    "outer alone": {"^proj": 1},
     "all": {"^proj": 1, "b.proj": 2, "c.proj": 3},
 }
 

@@ -199,6 +199,6 @@ def test_any_module_can_be_operated_on():
 
 def test_layers_inside_a_list_and_a_dict_are_replaced():
     model = nn.ModuleDict({"parts": nn.ModuleList([nn.Linear(3, 4), nn.Linear(4, 2)])})
-    inject_lora(model, "parts.1")
+    inject_lora(model, "parts.1", rank=2)
     assert isinstance(model["parts"][1], LoRALinear)
     assert type(model["parts"][0]) is nn.Linear

@@ -66,7 +66,7 @@ def test_a_layer_that_is_not_called_on_the_batch_is_refused_by_name(target, rows
 @pytest.mark.parametrize("rows", [T - 1, T])
 def test_layers_that_no_row_s_adapter_touches_may_do_as_they_like(rows):
     model, ids = two_adapters("wte", "last"), some_ids(batch=rows, tokens=T) % 31
-    inject_lora(model, "wpe", name="c")
+    inject_lora(model, "wpe", rank=2, name="c")
     names = ["a", None, "b", *["a"] * (rows - 3)]
     with lora_rows(model, names):
         mixed = logits(model, ids)
@@ -113,7 +113,7 @@ def test_a_batch_of_other_rows_is_refused_where_it_enters():
 
 
 OPERATIONS = {
-    "inject": lambda model: inject_lora(model, "last", name="c"),
+    "inject": lambda model: inject_lora(model, "last", rank=2, name="c"),
     "enable": enable_lora,
     "disable": disable_lora,
     "swap": lambda model: swap_lora(model, "a"),

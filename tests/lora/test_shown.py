@@ -100,7 +100,7 @@ def test_a_vocabulary_is_not_resized_under_an_adapter():
 @pytest.mark.parametrize("value", [nn.Parameter(torch.zeros(2, 2)), torch.zeros(2, 2), None])
 def test_what_a_wrapper_shows_is_not_set_through_it(name, value):
     model = nn.Sequential(nn.Linear(5, 3))
-    inject_lora(model, "0")
+    inject_lora(model, "0", rank=2)
     before = getattr(model[0], name)
     with pytest.raises(SurgeryError, match=rf"^{name} of a LoRALinear.*\n.*remove_lora"):
         setattr(model[0], name, value)

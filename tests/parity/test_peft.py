@@ -228,7 +228,7 @@ def test_merged_weights_are_peft_s(theirs, tmp_path):
 def test_a_freshly_injected_model_is_drawn_as_peft_draws(theirs):
     """A uniform with the same bound, B zero: the spread of many draws agrees."""
     torch.manual_seed(0)
-    ours, wide = nn.Sequential(nn.Linear(300, 8)), nn.Sequential(nn.Linear(300, 8))
+    ours, wide = nn.Sequential(nn.Linear(300, 40)), nn.Sequential(nn.Linear(300, 40))
     inject_lora(ours, "0", rank=40)
     config = peft.LoraConfig(r=40, target_modules=["0"])
     other = peft.get_peft_model(randomise(wide), config).base_model.model[0]

@@ -174,9 +174,10 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
 def check_kind(path: str, layer: Any, partners: Iterable[nn.Module], plan: LoRASettings) -> None:
     """Raise `SurgeryError` unless there is such an update for a layer and those that follow it."""
     directions = min(layer.weight.shape)
-    if plan.pissa and plan.rank > directions:
+    if plan.rank > directions:
+        kind = "PiSSA" if plan.pissa else "an update"
         raise SurgeryError(
-            f"PiSSA with rank {plan.rank} on {path}, a matrix of {tuple(layer.weight.shape)}: "
+            f"{kind} with rank {plan.rank} on {path}, a matrix of {tuple(layer.weight.shape)}: "
             f"there are only {directions} directions",
             f"rank={directions} or less, or rank_pattern={{{path!r}: {directions}}}",
         )
