@@ -106,6 +106,10 @@ def test_tools_are_told_to_the_template(tmp_path):
         ({"prompt": "q", "completion": 4}, "completion.*4"),
         ({"prompt": "q", "completion": None}, "completion"),
         ({"prompt": "q", "completion": "a", "label": False}, "label"),
+        ({"prompt": "q", "completion": "a", "label": "False"}, "label.*False"),
+        ({"messages": [Q, A], "label": 0}, "label.*0"),
+        ({"messages": [Q, A], "rejected": "b"}, "rejected"),
+        ({"prompt": "q", "completion": "a", "weight": 0}, "weight.*0"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "rejected"),
         ({"instruction": "q", "prompt": "other", "output": "a"}, "prompt"),
         ({"prompt": "q", "output": "a", "response": "b"}, "output|response"),
@@ -193,6 +197,15 @@ def test_tables(tmp_path):
         read_conversations(path)
     path.write_text("question,answer\na,\n")
     with pytest.raises(SurgeryError, match="record 1, answer: is empty"):
+        read_conversations(path)
+    path.write_text('question,answer\na,"b\nc,d\n')
+    with pytest.raises(SurgeryError, match=r"t\.csv, line 3"):
+        read_conversations(path)
+    path.write_text("question,Answer,answer\na,b,c\n")
+    with pytest.raises(SurgeryError, match=r"t\.csv.*'answer' twice"):
+        read_conversations(path)
+    path.write_text("prompt,completion,label\na,b,True\nc,d,False\n")
+    with pytest.raises(SurgeryError, match=r"t\.csv.*record 2, label.*False"):
         read_conversations(path)
 
 

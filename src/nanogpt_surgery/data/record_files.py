@@ -65,7 +65,8 @@ def _parsed(text: str, path: Path, line: int) -> Any:
 
 def _rows(text: str, path: Path) -> Iterator[dict[str, str | None]]:
     csv.field_size_limit(LONGEST_CELL)
-    lines = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(text, path))
+    mark = _delimiter(text, path)
+    lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
     columns: list[str] = []
     number = 0
     while True:
@@ -79,6 +80,9 @@ def _rows(text: str, path: Path) -> Iterator[dict[str, str | None]]:
             continue
         if not columns:
             columns = [cell.strip().lower() for cell in row]
+            twice = [name for name in columns if name and columns.count(name) > 1]
+            if twice:
+                raise SurgeryError(f"{path} has the column {quoted(twice[0])} twice")
             continue
         number += 1
         if len(row) != len(columns):

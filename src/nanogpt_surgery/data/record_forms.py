@@ -51,10 +51,20 @@ def conversation_of(record: Any) -> tuple[Messages, list[str]]:
     """
     if not isinstance(record, dict):
         raise RecordError("", keys_of(record))
-    known = {*OURS, *NOT_TEXT, *SYSTEM, "tools", "functions", "chat_template_kwargs"}
+    known = {
+        *OURS,
+        *NOT_TEXT,
+        *SYSTEM,
+        "label",
+        "weight",
+        "tools",
+        "functions",
+        "chat_template_kwargs",
+    }
     for field in NOT_TEXT:
         if record.get(field):
             raise RecordError(field, "is not text, and text alone is trained on")
+    _check_wanted(record)
     key = next((key for key in CONVERSATIONS if isinstance(record.get(key), list)), None)
     if key is not None:
         known |= {key}
@@ -73,16 +83,23 @@ def conversation_of(record: Any) -> tuple[Messages, list[str]]:
     return messages, unused
 
 
+def _check_wanted(record: dict[str, Any]) -> None:
+    """Raise `RecordError` where a record says that its answer is not one to learn."""
+    if not _empty(record.get("rejected")):
+        raise RecordError("rejected", "this is preference data; one answer is trained on")
+    if str(record.get("label")).lower() in ("false", "0"):
+        raise RecordError("label", f"is {quoted(record['label'])}: the answer is one not to give")
+    weight = record.get("weight")
+    if not _empty(weight) and str(weight) not in ("1", "1.0"):
+        raise RecordError("weight", f"is {quoted(weight)}; messages have weights, records none")
+
+
 def _empty(value: Any) -> bool:
     return value is None or value == "" or value == [] or value == {}
 
 
 def _pair(record: dict[str, Any]) -> tuple[list[Message], list[str], set[str]]:
     """The messages of a question with its answer, the field of each, and the fields used."""
-    if not _empty(record.get("rejected")):
-        raise RecordError("rejected", "this is preference data; one answer is trained on")
-    if record.get("label") is False:
-        raise RecordError("label", "is false: the answer is one not to give")
     asked = [key for key in QUESTIONS if not _empty(record.get(key))]
     beside = [key for key in INPUTS if not _empty(record.get(key))]
     if "query" in asked and len(asked) > 1:  # another name for Alpaca's input
@@ -114,7 +131,7 @@ def _pair(record: dict[str, Any]) -> tuple[list[Message], list[str], set[str]]:
     rest = len(said) - len(turns) - begins
     fields = [asking] * begins + ["history"] * len(turns) + [asking] * rest
     replies = _said(after, answer, "assistant")
-    used = {question, answer, *beside, "history", "label"}
+    used = {question, answer, *beside, "history"}
     return said + replies, fields + [answer] * len(replies), used | _same(record, asked + answers)
 
 
