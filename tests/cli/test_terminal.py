@@ -43,3 +43,15 @@ def test_no_number_of_a_note_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = terminal.getvalue().splitlines()
     assert max(map(len, lines)) <= 60
     assert "17,568,123" in terminal.getvalue()
+
+
+def test_a_skipped_step_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    nan = float("nan")
+    done = [
+        Step(1, nan, 1e-3, nan, 10, 0.5, 4.5, skipped=True),
+        Step(2, 4.1, 1e-3, 1.0, 10, 0.5, 4.25),
+    ]
+    assert len(list(watched(done, 0, 2, 1e6, Announced([])))) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert "skipped" in first and "nan" not in first and "4.5" in first
+    assert "loss 4.1000" in second and "skipped" not in second

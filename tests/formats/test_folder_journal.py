@@ -18,6 +18,16 @@ def place(tmp_path):
     return model_and_adapter(tmp_path)
 
 
+def test_a_share_under_its_older_name_is_shown(place):
+    merge_adapter(place / "model", place / "adapter")
+    journal = next(place.rglob("journal.jsonl"))
+    text = journal.read_text()
+    assert "top_token_unchanged" in text
+    shown = folder_log(place / "model").rows[0]["top token unchanged"]
+    journal.write_text(text.replace("top_token_unchanged", "same_greedy"))
+    assert folder_log(place / "model").rows[0]["top token unchanged"] == shown is not None
+
+
 @pytest.mark.parametrize(
     "line",
     [

@@ -226,7 +226,7 @@ class _Rate:
         left = elapsed / done * (self.max_steps - step.step)
         rate = self.tokens / self.seconds
         return [
-            f"loss {step.loss:.4f}",
+            "skipped: its gradient is not finite" if step.skipped else f"loss {step.loss:.4f}",
             f"{duration(round(left))} left",
             f"{rate:,.0f} tokens/s",
             f"{rate / self.full_rate:.0%} of the matmul rate",

@@ -235,6 +235,7 @@ def folder_log(folder: str | Path) -> Report:
 
 
 def _row(entry: Entry, state: str) -> dict[str, Any]:
+    unchanged = entry.measured.get("top_token_unchanged", entry.measured.get("same_greedy"))
     return {
         "": entry.number,
         "when": entry.when,
@@ -242,7 +243,7 @@ def _row(entry: Entry, state: str) -> dict[str, Any]:
         "on base": entry.base[:SHOWN],
         "files": entry.changes(),
         "kl": entry.measured.get("kl"),
-        "top token unchanged": entry.measured.get("top_token_unchanged"),
+        "top token unchanged": unchanged,  # under another name in folders of before
         "validation loss": entry.measured.get("validation_loss"),
         "state": state,
     }
