@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from nanogpt_surgery.data.tokenizer import prompt_ids
+from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
 
 xllamacpp = pytest.importorskip("xllamacpp", reason="llama.cpp is not installed (xllamacpp)")
 

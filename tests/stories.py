@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from nanogpt_surgery import GPTConfig, SimpleGPT
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizer_json import sentencepiece_json
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer_json import sentencepiece_json
 from nanogpt_surgery.formats.placing import apart
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.atomic import whole_file, whole_folder
-from nanogpt_surgery.exchange import SetAsideError, exchange, set_aside
-from nanogpt_surgery.files import disk_refuses, remove_temporaries
-from nanogpt_surgery.formats.folder_journal import Entry
-from nanogpt_surgery.formats.folder_operation import operate, undo_folder
+from nanogpt_surgery.files.atomic import whole_file, whole_folder
+from nanogpt_surgery.files.exchange import SetAsideError, exchange, set_aside
+from nanogpt_surgery.files.writing import disk_refuses, remove_temporaries
+from nanogpt_surgery.history.folder_journal import Entry
+from nanogpt_surgery.history.folder_operation import operate, undo_folder
 
-IN_ONE_STEP = "nanogpt_surgery.exchange._in_one_step"
+IN_ONE_STEP = "nanogpt_surgery.files.exchange._in_one_step"
 
 
 @pytest.fixture

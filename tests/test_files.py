@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.atomic import whole_folder
-from nanogpt_surgery.files import (
+from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.writing import (
     MANIFEST,
     damage,
     disk_refuses,
@@ -136,7 +136,7 @@ def test_a_full_disk_is_named_and_the_old_folder_stays(tmp_path):
     goal = written(tmp_path / "goal", **{"old.txt": "old"})
     code = """
 import resource, sys
-from nanogpt_surgery.atomic import whole_folder
+from nanogpt_surgery.files.atomic import whole_folder
 # A write beyond the limit fails, as on a full disk.
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 with whole_folder(sys.argv[1]) as folder:

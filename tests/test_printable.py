@@ -7,7 +7,7 @@ import pytest
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.errors import printable
-from nanogpt_surgery.formats.safetensors_file import read_header
+from nanogpt_surgery.formats.huggingface.safetensors_file import read_header
 
 
 def test_control_characters_are_shown_by_their_number():

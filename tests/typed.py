@@ -17,7 +17,7 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
-from nanogpt_surgery.cli.app import run
+from nanogpt_surgery.cli.framework.app import run
 
 LETTERS = "".join(map(chr, range(32, 127))) + "\n"
 

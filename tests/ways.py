@@ -13,7 +13,7 @@ from nanogpt_surgery import (
     fit,
     inject_lora,
 )
-from nanogpt_surgery.data.instructions import Example
+from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.model.initialisation import start_from_zero
 from nanogpt_surgery.training.recipes import RECIPES
 

@@ -10,38 +10,42 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
-    from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
-    from nanogpt_surgery.data.chat import ChatTemplate, chat_ids
-    from nanogpt_surgery.data.corpus import (
+    from nanogpt_surgery.data.conversations.chat import ChatTemplate, chat_ids
+    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.conversations.instructions import (
+        encode_conversations,
+        read_conversations,
+    )
+    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.text.corpus import (
         python_reference,
         python_source,
         read_texts,
         split_by_position,
     )
-    from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
-    from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
-    from nanogpt_surgery.data.mixture import Mixture
-    from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-    from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.data.text.mixture import Mixture
+    from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
+    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-    from nanogpt_surgery.formats.adapter_export import save_lora_gguf, save_mlx_adapter
-    from nanogpt_surgery.formats.adapter_layout import load_adapter, save_adapter
-    from nanogpt_surgery.formats.gguf_write import save_gguf
+    from nanogpt_surgery.formats.gguf.writing import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
+    from nanogpt_surgery.formats.peft.adapter_layout import load_adapter, save_adapter
+    from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
     from nanogpt_surgery.generation.batch import generate_batch
     from nanogpt_surgery.generation.conversation import Conversation
     from nanogpt_surgery.generation.evaluation import multiple_choice, perplexity
     from nanogpt_surgery.generation.generate import generate
     from nanogpt_surgery.generation.settings import SamplingSettings
     from nanogpt_surgery.generation.text import generate_text
-    from nanogpt_surgery.lora.examination import merge_survival
+    from nanogpt_surgery.history.hashing import tensor_hashes
+    from nanogpt_surgery.history.undo import lora_log, redo_lora, undo_lora
+    from nanogpt_surgery.lora.checks import learned
+    from nanogpt_surgery.lora.embedding import LoRAEmbedding
     from nanogpt_surgery.lora.forecast import plan_lora
-    from nanogpt_surgery.lora.hashing import tensor_hashes
-    from nanogpt_surgery.lora.learning import learned
-    from nanogpt_surgery.lora.lora_embedding import LoRAEmbedding
-    from nanogpt_surgery.lora.lora_linear import LoRALinear
+    from nanogpt_surgery.lora.linear import LoRALinear
+    from nanogpt_surgery.lora.merge_metrics import merge_survival
     from nanogpt_surgery.lora.mixing import blend_lora, lora_rows, swap_lora
     from nanogpt_surgery.lora.operations import (
         disable_lora,
@@ -52,7 +56,6 @@ if TYPE_CHECKING:
         unmerge_lora,
     )
     from nanogpt_surgery.lora.settings import LoRASettings
-    from nanogpt_surgery.lora.undo import lora_log, redo_lora, undo_lora
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
     from nanogpt_surgery.model.kv_cache import KVCache
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -63,23 +66,23 @@ if TYPE_CHECKING:
     from nanogpt_surgery.training.step import Step
 
 _HOMES = {
-    "data.bpe_tokenizer": ("BPETokenizer",),
-    "data.chat": (
+    "data.tokenizers.bpe_tokenizer": ("BPETokenizer",),
+    "data.conversations.chat": (
         "ChatTemplate",
         "chat_ids",
     ),
-    "data.instruction_dataset": ("InstructionDataset",),
-    "data.instructions": (
+    "data.conversations.instruction_dataset": ("InstructionDataset",),
+    "data.conversations.instructions": (
         "encode_conversations",
         "read_conversations",
     ),
-    "data.mixture": ("Mixture",),
-    "data.pretrained_tokenizer": ("PretrainedTokenizer",),
-    "formats.adapter_export": (
+    "data.text.mixture": ("Mixture",),
+    "data.tokenizers.pretrained_tokenizer": ("PretrainedTokenizer",),
+    "formats.peft.export": (
         "save_lora_gguf",
         "save_mlx_adapter",
     ),
-    "formats.gguf_write": ("save_gguf",),
+    "formats.gguf.writing": ("save_gguf",),
     "generation.batch": ("generate_batch",),
     "generation.conversation": ("Conversation",),
     "generation.evaluation": (
@@ -88,20 +91,20 @@ _HOMES = {
     ),
     "generation.settings": ("SamplingSettings",),
     "generation.text": ("generate_text",),
-    "data.character_tokenizer": ("CharacterTokenizer",),
-    "data.corpus": ("python_reference", "python_source", "read_texts", "split_by_position"),
+    "data.tokenizers.character_tokenizer": ("CharacterTokenizer",),
+    "data.text.corpus": ("python_reference", "python_source", "read_texts", "split_by_position"),
     "data.gpt_dataset": ("GPTDataset",),
-    "data.tokenizer": ("Tokenizer",),
+    "data.tokenizers.tokenizer": ("Tokenizer",),
     "errors": ("SurgeryError", "SurgeryWarning"),
-    "formats.adapter_layout": ("load_adapter", "save_adapter"),
+    "formats.peft.adapter_layout": ("load_adapter", "save_adapter"),
     "formats.model_file": ("open_model", "save_model"),
     "generation.generate": ("generate",),
-    "lora.examination": ("merge_survival",),
+    "lora.merge_metrics": ("merge_survival",),
     "lora.forecast": ("plan_lora",),
-    "lora.hashing": ("tensor_hashes",),
-    "lora.learning": ("learned",),
-    "lora.lora_embedding": ("LoRAEmbedding",),
-    "lora.lora_linear": ("LoRALinear",),
+    "history.hashing": ("tensor_hashes",),
+    "lora.checks": ("learned",),
+    "lora.embedding": ("LoRAEmbedding",),
+    "lora.linear": ("LoRALinear",),
     "lora.mixing": ("blend_lora", "lora_rows", "swap_lora"),
     "lora.operations": (
         "disable_lora",
@@ -112,7 +115,7 @@ _HOMES = {
         "unmerge_lora",
     ),
     "lora.settings": ("LoRASettings",),
-    "lora.undo": ("lora_log", "redo_lora", "undo_lora"),
+    "history.undo": ("lora_log", "redo_lora", "undo_lora"),
     "model.config": ("FAMILIES", "GPTConfig", "RopeScaling"),
     "model.kv_cache": ("KVCache",),
     "model.simple_gpt": ("SimpleGPT",),

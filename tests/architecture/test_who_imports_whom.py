@@ -11,26 +11,34 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "nanogpt_surgery"
 
-ANYONE = {"errors", "files", "memory", "values"}
-EVERYTHING = {"model", "data", "lora", "formats", "generation", "training", "report", "serving"}
+GROUND = {"errors", "values", "memory", "files", "report"}
 MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
     "memory": {"errors"},
-    "exchange": set(),
-    "files": {"errors", "exchange"},
-    "atomic": {"errors", "files", "exchange"},
-    "model": ANYONE,
-    "data": ANYONE,
-    "lora": ANYONE,
-    "formats": ANYONE | {"atomic", "exchange", "model", "data", "lora"},
-    "generation": ANYONE | {"model", "data"},
-    "training": ANYONE | {"atomic", "model", "data", "lora", "formats"},
-    "report": ANYONE,
-    "serving": ANYONE | {"generation", "lora", "formats"},
-    "cli": ANYONE | EVERYTHING,
-    "__init__": ANYONE | EVERYTHING,
-    "__main__": {"cli"},
+    "report": {"errors"},
+    "files": {"errors"},
+    "model": GROUND,
+    "data": GROUND,
+    "history": GROUND,
+    "lora": GROUND | {"history"},
+    "interpret": GROUND | {"model", "data", "lora"},
+    "surgery": GROUND | {"model", "data", "history", "lora", "interpret"},
+    "formats": GROUND | {"model", "data", "history", "lora", "surgery"},
+    "generation": GROUND | {"model", "data"},
+    "training": GROUND | {"model", "data", "lora"},
+    "runs": GROUND | {"training", "generation", "formats", "model", "data", "lora", "history"},
+}
+EVERYTHING = MAY_IMPORT.keys()
+MAY_IMPORT |= {"cli": EVERYTHING, "__init__": EVERYTHING, "__main__": {"cli"}}
+# Files on their way to another room; each leaves this list when it has arrived.
+ON_THE_WAY = {
+    "history/folder_journal.py",
+    "history/folder_operation.py",
+    "history/journal.py",
+    "history/undo.py",
+    "lora/transplant.py",
+    "training/planning.py",
 }
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
@@ -57,7 +65,8 @@ def test_a_room_imports_only_the_rooms_it_may(path):
     names = [name.split(".") for name in imported(path)]
     rooms = {parts[1] for parts in names if parts[0] == "nanogpt_surgery" and len(parts) > 1}
     room = room_of(path)
-    assert rooms - {room} <= MAY_IMPORT[room]
+    on_the_way = str(path.relative_to(PACKAGE)) in ON_THE_WAY
+    assert (rooms - {room} <= MAY_IMPORT[room]) is not on_the_way
 
 
 def test_every_room_is_in_the_table():
@@ -99,10 +108,10 @@ def test_main_py_uses_the_public_names_alone():
     [
         "nanogpt_surgery",
         "nanogpt_surgery.cli",
-        "nanogpt_surgery.cli.app",
+        "nanogpt_surgery.cli.framework.app",
         "nanogpt_surgery.model.config",
         "nanogpt_surgery.training.settings",
-        "nanogpt_surgery.files",
+        "nanogpt_surgery.files.writing",
         "nanogpt_surgery.memory",
         "nanogpt_surgery.lora.settings",
     ],

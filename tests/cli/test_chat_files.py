@@ -7,7 +7,7 @@ import pytest
 from talking import flat
 
 from nanogpt_surgery import read_conversations
-from nanogpt_surgery.cli.chat_files import ChatFiles
+from nanogpt_surgery.cli.chat.files import ChatFiles
 from nanogpt_surgery.errors import printable
 
 

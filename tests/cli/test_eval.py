@@ -12,10 +12,10 @@ from small_tokenizers import byte_level
 from typed import called, write_adapter, write_model
 
 from nanogpt_surgery import BPETokenizer, SimpleGPT, open_model, read_conversations, save_model
-from nanogpt_surgery.data.chat import ChatTemplate
-from nanogpt_surgery.data.instructions import encode_conversations
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizer import bytes_of_first
+from nanogpt_surgery.data.conversations.chat import ChatTemplate
+from nanogpt_surgery.data.conversations.instructions import encode_conversations
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import bytes_of_first
 
 TEXT = "The quick brown fox jumps over the lazy dog, and over it again; then it rests.\n" * 6
 QUESTIONS = [

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from typed import called, write_adapter
 
 from nanogpt_surgery import GPTConfig, load_adapter, merge_lora, open_model, save_model
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 
 CONFIG = GPTConfig.for_family(
     "llama", vocab_size=300, n_embd=24, n_head=6, n_kv_head=2, n_layer=2, block_size=40

@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 from typed import called, surgery
 
-from nanogpt_surgery.cli.app import COMMANDS
+from nanogpt_surgery.cli.framework.app import COMMANDS
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 
 
 def test_help_answers_for_every_command_without_torch() -> None:
     program = (
-        "import sys\nfrom nanogpt_surgery.cli.app import run\n"
+        "import sys\nfrom nanogpt_surgery.cli.framework.app import run\n"
         "for words in (['--help'], *([c, '--help'] for c in sys.argv[1:])):\n    run(words)\n"
         "heavy = {'torch', 'numpy', 'matplotlib', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy"

@@ -12,8 +12,8 @@ from small_tokenizers import byte_level
 from typed import called, write_model
 
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
-from nanogpt_surgery.cli.app import run
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.cli.framework.app import run
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 
 FEW = ["--max-new-tokens", 6, "--seed", 3]
 

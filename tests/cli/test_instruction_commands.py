@@ -22,9 +22,9 @@ from nanogpt_surgery import (
     read_conversations,
     save_model,
 )
-from nanogpt_surgery.cli.app import run
-from nanogpt_surgery.data import corpus
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.cli.framework.app import run
+from nanogpt_surgery.data.text import corpus
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 
 SIZE = 96
 STEPS = ["--max-steps", "2", "--evaluate-every", "1", "--batch-size", "3", "--rank", "2"]
@@ -164,7 +164,7 @@ def test_a_tokenizer_that_is_not_there_is_said(place, tmp_path, capsys):
 
 def test_help_answers_without_torch():
     program = (
-        "import sys\nfrom nanogpt_surgery.cli.app import run\n"
+        "import sys\nfrom nanogpt_surgery.cli.framework.app import run\n"
         "run(['data', 'preview', '--help'])\nassert 'torch' not in sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

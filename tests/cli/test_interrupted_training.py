@@ -12,8 +12,8 @@ import pytest
 import torch
 from typed import called
 
-from nanogpt_surgery.files import file_hash
-from nanogpt_surgery.training.checkpoint import Run
+from nanogpt_surgery.files.writing import file_hash
+from nanogpt_surgery.runs.checkpoint import Run
 from nanogpt_surgery.training.step import Step
 
 TEXT = "to be, or not to be: that is the question.\n" * 40

@@ -12,9 +12,9 @@ from tiny import tiny_model
 from typed import LETTERS, write_adapter
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, save_model
-from nanogpt_surgery.cli.app import run
-from nanogpt_surgery.cli.console import ready_streams
-from nanogpt_surgery.cli.interrupts import AnsweredSignals
+from nanogpt_surgery.cli.framework.app import run
+from nanogpt_surgery.cli.framework.console import ready_streams
+from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals
 
 TEXT = "to be, or not to be: that is the question.\n" * 60
 SIZES = "--n-embd 16 --n-head 2 --n-layer 1 --block-size 12 --max-steps 3 --out new".split()
@@ -75,19 +75,27 @@ def inside(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
 @pytest.mark.parametrize(
     ("command", "where", "number"),
     [
-        ("export m --out new", "nanogpt_surgery.atomic:flush", signal.SIGINT),
-        ("export m --out new --form huggingface", "nanogpt_surgery.atomic:seal", signal.SIGTERM),
-        ("merge m a --out new", "nanogpt_surgery.files:flush", signal.SIGINT),
-        ("merge m a", "nanogpt_surgery.files:flush", signal.SIGTERM),
-        ("merge m a --plan", "nanogpt_surgery.formats.merging:plan_merge", signal.SIGINT),
-        ("tokenizer train text.txt --vocab-size 270 --out new", "nanogpt_surgery.atomic:seal", 2),
+        ("export m --out new", "nanogpt_surgery.files.atomic:flush", signal.SIGINT),
+        (
+            "export m --out new --form huggingface",
+            "nanogpt_surgery.files.atomic:seal",
+            signal.SIGTERM,
+        ),
+        ("merge m a --out new", "nanogpt_surgery.files.writing:flush", signal.SIGINT),
+        ("merge m a", "nanogpt_surgery.files.writing:flush", signal.SIGTERM),
+        ("merge m a --plan", "nanogpt_surgery.formats.folders.merging:plan_merge", signal.SIGINT),
+        (
+            "tokenizer train text.txt --vocab-size 270 --out new",
+            "nanogpt_surgery.files.atomic:seal",
+            2,
+        ),
         ("eval m text.txt", "nanogpt_surgery.generation.evaluation:perplexity", signal.SIGINT),
         (
             f"train text.txt --plan {' '.join(SIZES)}",
             "nanogpt_surgery.training.planning:plan_training",
             signal.SIGINT,
         ),
-        ("plan m", "nanogpt_surgery.formats.adapter_layout:plan_adapter", signal.SIGTERM),
+        ("plan m", "nanogpt_surgery.formats.peft.adapter_layout:plan_adapter", signal.SIGTERM),
         ("inspect m", "nanogpt_surgery.formats.model_file:open_model", signal.SIGINT),
     ],
 )
@@ -118,7 +126,7 @@ def test_an_import_is_left_at_once(where: str, number: signal.Signals, folder: P
 def test_one_that_comes_in_a_destructor_is_not_lost(folder: Path) -> None:
     program = (
         "import signal\n"
-        "from nanogpt_surgery.cli.interrupts import AnsweredSignals\n"
+        "from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals\n"
         "class Dies:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
         "with AnsweredSignals():\n    Dies()\n    print('went on')\n"
     )
@@ -130,7 +138,7 @@ def test_one_that_comes_in_a_destructor_is_not_lost(folder: Path) -> None:
 def test_what_the_shell_lets_ignore_stays_ignored(folder: Path) -> None:
     program = (
         "import signal\n"
-        "from nanogpt_surgery.cli.interrupts import AnsweredSignals\n"
+        "from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "with AnsweredSignals():\n    signal.raise_signal(signal.SIGINT)\n    print('went on')\n"
     )

@@ -9,11 +9,11 @@ import torch
 from tiny import tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, inject_lora, save_adapter, save_model
-from nanogpt_surgery.cli.app import run as surgery
-from nanogpt_surgery.files import file_hash
-from nanogpt_surgery.formats import adapter_file
-from nanogpt_surgery.lora.peft_config import config_for
-from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
+from nanogpt_surgery.cli.framework.app import run as surgery
+from nanogpt_surgery.files.writing import file_hash
+from nanogpt_surgery.formats.peft import adapter_file
+from nanogpt_surgery.formats.peft.config import config_for
+from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 STEPS = "--max-steps 2 --evaluate-every 2 --batch-size 4 --warmup-steps 1 --device cpu".split()

@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from typed import called
 
-from nanogpt_surgery.cli import suggestions
-from nanogpt_surgery.cli.app import COMMANDS, GROUPS, make_app
-from nanogpt_surgery.cli.suggestions import meanings, nearest_command
+from nanogpt_surgery.cli.framework import suggestions
+from nanogpt_surgery.cli.framework.app import COMMANDS, GROUPS, make_app
+from nanogpt_surgery.cli.framework.suggestions import meanings, nearest_command
 
 MEANT = {
     "train": {

@@ -6,7 +6,7 @@ import pytest
 from typed import Terminal
 
 from nanogpt_surgery import Step
-from nanogpt_surgery.cli.console import Announced, say, watched
+from nanogpt_surgery.cli.framework.console import Announced, say, watched
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 

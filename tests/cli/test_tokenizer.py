@@ -8,8 +8,8 @@ from transformers import AutoTokenizer
 from typed import called
 
 from nanogpt_surgery import BPETokenizer, open_model, python_reference, split_by_position
-from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint
-from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
+from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
 
 TEXT = python_reference()[:40_000] + "\nnaïve 日本語 😀\n"
 SMALL = "--n-embd 16 --n-head 2 --n-layer 1 --block-size 12 --batch-size 4 --warmup-steps 1".split()

@@ -13,9 +13,9 @@ import pytest
 import torch
 from typed import called
 
-from nanogpt_surgery.atomic import whole_folder
-from nanogpt_surgery.cli import interrupted
-from nanogpt_surgery.cli.verify_resume import _kept, _report
+from nanogpt_surgery.cli.commands.verify_resume import _kept, _report
+from nanogpt_surgery.cli.framework import interrupted
+from nanogpt_surgery.files.atomic import whole_folder
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SMALL = "--n-embd 16 --n-head 2 --n-layer 2 --block-size 12 --batch-size 4 --warmup-steps 1".split()

@@ -8,9 +8,14 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import GPT2Tokenizer
 
 from nanogpt_surgery import SurgeryError, Tokenizer, python_reference
-from nanogpt_surgery.data.bpe_tokenizer import END_OF_TEXT, BPETokenizer, _pre_tokenizer, is_ours
-from nanogpt_surgery.data.byte_alphabet import CHARACTER_OF_BYTE, read_bytes, write_bytes
-from nanogpt_surgery.data.tokenizer import encode_text, stop_ids
+from nanogpt_surgery.data.tokenizers.bpe_tokenizer import (
+    END_OF_TEXT,
+    BPETokenizer,
+    _pre_tokenizer,
+    is_ours,
+)
+from nanogpt_surgery.data.tokenizers.byte_alphabet import CHARACTER_OF_BYTE, read_bytes, write_bytes
+from nanogpt_surgery.data.tokenizers.tokenizer import encode_text, stop_ids
 
 TEXT = python_reference()[:60_000] + "naïve 日本語 😀\n\n\n   x = 0x1F"
 TOKENIZER = BPETokenizer.train(TEXT, 700)

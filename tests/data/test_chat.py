@@ -9,9 +9,9 @@ from tiny import tiny_model
 from transformers import PreTrainedTokenizerFast
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SurgeryError, SurgeryWarning
-from nanogpt_surgery.data.chat import ChatTemplate, chat_ids, end_ids, template_of
-from nanogpt_surgery.data.instructions import encode_conversations
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.conversations.chat import ChatTemplate, chat_ids, end_ids, template_of
+from nanogpt_surgery.data.conversations.instructions import encode_conversations
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.generation.conversation import Conversation
 
 CHATML = """{% for message in messages %}

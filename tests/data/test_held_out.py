@@ -5,7 +5,7 @@ import torch
 
 from nanogpt_surgery import GPTDataset
 from nanogpt_surgery.data.batches import Spread, held_out
-from nanogpt_surgery.data.mixture import Mixture
+from nanogpt_surgery.data.text.mixture import Mixture
 
 DATA = GPTDataset.from_ids(torch.arange(10_001), 10)  # 1,000 windows side by side
 

@@ -11,15 +11,19 @@ from small_tokenizers import byte_level
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning
 from nanogpt_surgery.data.batches import documents_of
-from nanogpt_surgery.data.chat import ChatTemplate, template_of
-from nanogpt_surgery.data.instruction_dataset import UNTRAINED, InstructionDataset, preview
-from nanogpt_surgery.data.instructions import (
+from nanogpt_surgery.data.conversations.chat import ChatTemplate, template_of
+from nanogpt_surgery.data.conversations.instruction_dataset import (
+    UNTRAINED,
+    InstructionDataset,
+    preview,
+)
+from nanogpt_surgery.data.conversations.instructions import (
     Example,
     encode_conversations,
     is_instruction_data,
     read_conversations,
 )
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 
 TOKENIZER = PretrainedTokenizer(byte_level(), stop_ids=[2])
 TALK = [

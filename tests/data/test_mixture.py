@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_surgery import GPTDataset, Mixture, SurgeryError
-from nanogpt_surgery.data.mixture import whole_shares
+from nanogpt_surgery.data.text.mixture import whole_shares
 
 
 def source(start: int, n_ids: int, block_size: int = 4) -> GPTDataset:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.data.pieces import pieces_of, read_span, split_at_line
+from nanogpt_surgery.data.text.pieces import pieces_of, read_span, split_at_line
 
 
 @settings(max_examples=60, deadline=None)

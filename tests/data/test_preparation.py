@@ -11,9 +11,9 @@ import pytest
 from corpora import TEXT, corpus
 
 from nanogpt_surgery import BPETokenizer, CharacterTokenizer, SurgeryError, read_texts
-from nanogpt_surgery.data.pieces import pieces_of
-from nanogpt_surgery.data.preparation import characters_of, prepare_tokens
-from nanogpt_surgery.data.token_files import open_tokens
+from nanogpt_surgery.data.text.pieces import pieces_of
+from nanogpt_surgery.data.text.preparation import characters_of, prepare_tokens
+from nanogpt_surgery.data.text.token_files import open_tokens
 
 
 def prepared(place: Path, pieces, tokenizer, **options) -> dict[str, bytes]:
@@ -99,8 +99,8 @@ KILLED_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
 from nanogpt_surgery import CharacterTokenizer
-from nanogpt_surgery.data.pieces import pieces_of
-from nanogpt_surgery.data.preparation import prepare_tokens
+from nanogpt_surgery.data.text.pieces import pieces_of
+from nanogpt_surgery.data.text.preparation import prepare_tokens
 
 text, place = Path(sys.argv[1]), Path(sys.argv[2])
 pieces, tokenizer = pieces_of([text], 3000), CharacterTokenizer(text.read_text("utf-8"))

@@ -5,8 +5,8 @@ from small_tokenizers import KINDS, TEXT, byte_level, sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
 from nanogpt_surgery import SurgeryError, Tokenizer
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizer import encode_text, prompt_ids
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import encode_text, prompt_ids
 
 TEXTS = [TEXT, "", " two  spaces ", "<|im_start|>user\nhi<|im_end|>", "</s>new", "🙃ß\u0000x"]
 

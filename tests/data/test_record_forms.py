@@ -6,11 +6,11 @@ import pytest
 from small_tokenizers import byte_level
 
 from nanogpt_surgery import SurgeryError, SurgeryWarning
-from nanogpt_surgery.data.chat import ChatTemplate
-from nanogpt_surgery.data.instruction_dataset import preview
-from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.record_files import looks_like_data
+from nanogpt_surgery.data.conversations.chat import ChatTemplate
+from nanogpt_surgery.data.conversations.instruction_dataset import preview
+from nanogpt_surgery.data.conversations.instructions import encode_conversations, read_conversations
+from nanogpt_surgery.data.conversations.record_files import looks_like_data
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 
 TOKENIZER = PretrainedTokenizer(byte_level(), stop_ids=[2])
 Q, A = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}

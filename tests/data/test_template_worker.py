@@ -3,9 +3,13 @@
 import pytest
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError
-from nanogpt_surgery.data.chat import ChatTemplate, Messages
-from nanogpt_surgery.data.instructions import encode_conversations
-from nanogpt_surgery.data.template_worker import RewritingError, environment, find_answers
+from nanogpt_surgery.data.conversations.chat import ChatTemplate, Messages
+from nanogpt_surgery.data.conversations.instructions import encode_conversations
+from nanogpt_surgery.data.conversations.template_worker import (
+    RewritingError,
+    environment,
+    find_answers,
+)
 
 CHATML = """{% for m in messages %}{% if loop.first and m.role != 'system' %}
 {{- '<|im_start|>system\nBe kind.<|im_end|>\n' }}{% endif %}
@@ -117,8 +121,8 @@ def test_a_record_that_goes_beyond_a_limit_is_named_and_ends_the_rest():
 
 
 def test_replies_come_in_order_from_several_processes(monkeypatch):
-    monkeypatch.setattr("nanogpt_surgery.data.template_process._FOR_ONE", 3)
-    monkeypatch.setattr("nanogpt_surgery.data.template_process.cores", lambda: 3)
+    monkeypatch.setattr("nanogpt_surgery.data.conversations.template_process._FOR_ONE", 3)
+    monkeypatch.setattr("nanogpt_surgery.data.conversations.template_process.cores", lambda: 3)
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
     talks = [[{"role": "user", "content": f"{i} " * (i % 7)}] for i in range(50)]
     assert [one.text for one in template.write(talks)] == [f"{i} " * (i % 7) for i in range(50)]

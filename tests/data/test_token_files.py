@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from nanogpt_surgery import CharacterTokenizer, GPTDataset, SimpleGPT, SurgeryError, evaluate
-from nanogpt_surgery.data.pieces import pieces_of
-from nanogpt_surgery.data.preparation import prepare_tokens
-from nanogpt_surgery.data.token_files import (
+from nanogpt_surgery.data.text.pieces import pieces_of
+from nanogpt_surgery.data.text.preparation import prepare_tokens
+from nanogpt_surgery.data.text.token_files import (
     Shard,
     TokenHeader,
     dtype_for,

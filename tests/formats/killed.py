@@ -12,11 +12,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from nanogpt_surgery import exchange
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import damage, seal
-from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, read_journal
-from nanogpt_surgery.formats.folder_operation import operate, redo_folder, undo_folder
+from nanogpt_surgery.files import exchange
+from nanogpt_surgery.files.writing import damage, seal
+from nanogpt_surgery.history.folder_journal import Entry, hashes_of, read_journal
+from nanogpt_surgery.history.folder_operation import operate, redo_folder, undo_folder
 
 KILLED = 9
 EVENTS = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "ctypes.dlsym"}

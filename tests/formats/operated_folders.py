@@ -7,7 +7,7 @@ from operated import adapted, train_updates
 from tiny import CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery import inject_lora, open_model, save_adapter, save_model
-from nanogpt_surgery.files import file_hash
+from nanogpt_surgery.files.writing import file_hash
 
 
 def model_and_adapter(place):

@@ -10,8 +10,8 @@ from transformers import AutoTokenizer, GenerationConfig
 from typed import called, write_adapter
 
 from nanogpt_surgery import GPTConfig, open_model, save_model
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.files import MANIFEST
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.files.writing import MANIFEST
 
 GENERATION = {
     "do_sample": True,

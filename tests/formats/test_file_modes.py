@@ -10,7 +10,7 @@ from operated import adapted
 from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import SimpleGPT, save_adapter, save_gguf, save_model
-from nanogpt_surgery.formats.adapter_export import save_lora_gguf, save_mlx_adapter
+from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
 
 CONFIG = FAMILY_CONFIGS["llama"]
 

@@ -22,12 +22,12 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
-from nanogpt_surgery.files import MANIFEST, damage, write_json
-from nanogpt_surgery.formats.folder_journal import folder_log, read_journal
-from nanogpt_surgery.formats.folder_operation import redo_folder, undo_folder
-from nanogpt_surgery.formats.merging import merge_adapter
-from nanogpt_surgery.formats.run_folder import checkpoint_folder
-from nanogpt_surgery.training.checkpoint import start_run
+from nanogpt_surgery.files.writing import MANIFEST, damage, write_json
+from nanogpt_surgery.formats.folders.merging import merge_adapter
+from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
+from nanogpt_surgery.history.folder_journal import folder_log, read_journal
+from nanogpt_surgery.history.folder_operation import redo_folder, undo_folder
+from nanogpt_surgery.runs.checkpoint import start_run
 
 
 @pytest.fixture
@@ -157,7 +157,7 @@ def test_a_kill_at_any_call_leaves_the_old_state_or_the_new(tmp_path, way):
 
 
 def test_where_the_system_cannot_exchange_renames_do(place, monkeypatch):
-    monkeypatch.setattr("nanogpt_surgery.exchange._in_one_step", lambda *_: False)
+    monkeypatch.setattr("nanogpt_surgery.files.exchange._in_one_step", lambda *_: False)
     model, first = place / "model", bytes_of(place / "model")
     merge_adapter(model, place / "adapter")
     assert bytes_of(model) != first

@@ -17,7 +17,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SurgeryError, open_model, save_model
-from nanogpt_surgery.formats.config_options import (
+from nanogpt_surgery.formats.gguf.file import read_gguf
+from nanogpt_surgery.formats.gguf.writing import save_gguf
+from nanogpt_surgery.formats.huggingface.config_options import (
     _GPT2_VALUES,
     _INERT_OPTIONS,
     _LLAMA_VALUES,
@@ -26,9 +28,7 @@ from nanogpt_surgery.formats.config_options import (
     _SHARED_VALUES,
     MODEL_TYPES,
 )
-from nanogpt_surgery.formats.gguf_file import read_gguf
-from nanogpt_surgery.formats.gguf_write import save_gguf
-from nanogpt_surgery.formats.huggingface import _FIELDS
+from nanogpt_surgery.formats.huggingface.model_folder import _FIELDS
 
 LETTERS = CharacterTokenizer("the quick brown fox jumps over the lazy dog")
 T = gguf.GGUFValueType

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, open_model
-from nanogpt_surgery.formats.gguf_file import read_gguf
-from nanogpt_surgery.formats.gguf_write import save_gguf
+from nanogpt_surgery.formats.gguf.file import read_gguf
+from nanogpt_surgery.formats.gguf.writing import save_gguf
 
 U32, F32, BOOL, STRING, ARRAY, U64 = 4, 6, 7, 8, 9, 10
 
@@ -154,7 +154,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_storage_is_dequantised_as_the_package_does_it(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt_surgery.formats.quantised_tensor.PIECE", 1024)
+    monkeypatch.setattr("nanogpt_surgery.formats.gguf.quantised_tensor.PIECE", 1024)
     monkeypatch.setattr("nanogpt_surgery.formats.stored_tensor.PIECE", 1024)
     kind = KINDS[name]
     draw = np.random.default_rng(1)

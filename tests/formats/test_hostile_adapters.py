@@ -19,8 +19,8 @@ from safetensors.torch import load_file, save_file
 from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import SurgeryError, load_adapter, save_adapter
-from nanogpt_surgery.formats.adapter_file import CONFIG, TENSORS, read_stored
-from nanogpt_surgery.lora.patterns import Patterns
+from nanogpt_surgery.formats.peft.adapter_file import CONFIG, TENSORS, read_stored
+from nanogpt_surgery.formats.peft.patterns import Patterns
 
 LLAMA = FAMILY_CONFIGS["llama"]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -129,7 +129,7 @@ import json, re, sys, time
 from pathlib import Path
 import torch
 from nanogpt_surgery import SurgeryError, load_adapter, SimpleGPT
-from nanogpt_surgery.formats.adapter_file import read_adapter
+from nanogpt_surgery.formats.peft.adapter_file import read_adapter
 model = SimpleGPT(53, n_embd=16, n_head=2, n_layer=2, block_size=8)
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) / 1024
 found = {}

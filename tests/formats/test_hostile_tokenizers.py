@@ -9,10 +9,10 @@ import pytest
 from small_tokenizers import byte_level, sentencepiece_like, unigram
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.formats.gguf_tokenizer import PREFIX, tokenizer_of
-from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
+from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.formats.gguf.tokenizer import PREFIX, tokenizer_of
+from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
 
 WRONG = [None, 5, -1, 1.5, True, "x", "\ud800", [], [1], {}, {"a": 1}, 2**70]
 ROLES = {

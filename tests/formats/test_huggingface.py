@@ -6,7 +6,11 @@ from hypothesis import strategies as st
 from tiny import CONFIGS, FAMILY_CONFIGS, OWN_CONFIGS, SCALING
 
 from nanogpt_surgery import FAMILIES, GPTConfig, SurgeryError
-from nanogpt_surgery.formats.huggingface import config_from_json, config_to_json, family_of
+from nanogpt_surgery.formats.huggingface.model_folder import (
+    config_from_json,
+    config_to_json,
+    family_of,
+)
 
 LLAMA = {
     "model_type": "llama",

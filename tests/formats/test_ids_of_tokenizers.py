@@ -10,9 +10,9 @@ from tiny import FAMILY_CONFIGS, tiny_model
 from typed import called
 
 from nanogpt_surgery import GPTConfig, open_model, save_model
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizer import stop_ids
-from nanogpt_surgery.files import MANIFEST
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids
+from nanogpt_surgery.files.writing import MANIFEST
 
 SIZE = 300
 

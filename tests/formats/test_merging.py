@@ -19,12 +19,12 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
-from nanogpt_surgery.cli.app import run as surgery
-from nanogpt_surgery.files import MANIFEST, write_json
-from nanogpt_surgery.formats.folder_journal import folder_log
-from nanogpt_surgery.formats.folder_operation import undo_folder
-from nanogpt_surgery.formats.merging import merge_adapter, plan_merge
-from nanogpt_surgery.lora.lora_layer import lora_layers
+from nanogpt_surgery.cli.framework.app import run as surgery
+from nanogpt_surgery.files.writing import MANIFEST, write_json
+from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
+from nanogpt_surgery.history.folder_journal import folder_log
+from nanogpt_surgery.history.folder_operation import undo_folder
+from nanogpt_surgery.lora.layer import lora_layers
 from nanogpt_surgery.lora.transplant import put_on, take_off
 
 

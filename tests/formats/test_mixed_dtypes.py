@@ -19,10 +19,10 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
-from nanogpt_surgery.files import MANIFEST
-from nanogpt_surgery.formats.folder_operation import undo_folder
-from nanogpt_surgery.formats.merging import merge_adapter, plan_merge
-from nanogpt_surgery.lora.lora_layer import lora_layers
+from nanogpt_surgery.files.writing import MANIFEST
+from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
+from nanogpt_surgery.history.folder_operation import undo_folder
+from nanogpt_surgery.lora.layer import lora_layers
 
 WEIGHTS = "model.safetensors"
 SUMMED = "model.layers.1.self_attn.q_proj.weight"

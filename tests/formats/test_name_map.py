@@ -2,7 +2,13 @@ import pytest
 import torch
 from tiny import FAMILY_CONFIGS, tiny_model
 
-from nanogpt_surgery.formats.name_map import NAME_MAPS, normal_names, rows, to_ours, to_theirs
+from nanogpt_surgery.formats.huggingface.name_map import (
+    NAME_MAPS,
+    normal_names,
+    rows,
+    to_ours,
+    to_theirs,
+)
 
 EVERY_FAMILY = pytest.mark.parametrize(
     ("name", "config"), FAMILY_CONFIGS.items(), ids=FAMILY_CONFIGS

@@ -137,7 +137,7 @@ def test_training_an_opened_model_does_not_write_to_its_file(tmp_path):
 _PEAK = """
 import resource, sys, torch
 from nanogpt_surgery import open_model
-import nanogpt_surgery.formats.placing, nanogpt_surgery.formats.tokenizer_files
+import nanogpt_surgery.formats.placing, nanogpt_surgery.formats.huggingface.tokenizer_files
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model = open_model(sys.argv[1], getattr(torch, sys.argv[2]))[0]
 total = sum(float(p.sum()) for p in model.parameters())  # every page is touched

@@ -17,13 +17,13 @@ from nanogpt_surgery import (
     open_model,
     save_adapter,
 )
-from nanogpt_surgery.files import file_hash
-from nanogpt_surgery.formats.folder_journal import folder_log
-from nanogpt_surgery.formats.folder_operation import undo_folder
-from nanogpt_surgery.formats.merging import merge_adapter
+from nanogpt_surgery.files.writing import file_hash
+from nanogpt_surgery.formats.folders.merging import merge_adapter
+from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.formats.model_file import write_model_files
-from nanogpt_surgery.formats.run_folder import checkpoint_folder
-from nanogpt_surgery.training.checkpoint import Run, start_run
+from nanogpt_surgery.history.folder_journal import folder_log
+from nanogpt_surgery.history.folder_operation import undo_folder
+from nanogpt_surgery.runs.checkpoint import Run, start_run
 from nanogpt_surgery.training.optimizer import make_optimizer
 
 DESCRIPTION = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.formats.safetensors_file import INDEX, read_header, stored_tensors
+from nanogpt_surgery.formats.huggingface.safetensors_file import INDEX, read_header, stored_tensors
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 

@@ -9,10 +9,10 @@ from small_tokenizers import KINDS, byte_level, sentencepiece_like
 from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import SurgeryError, SurgeryWarning, open_model
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizer import prompt_ids
-from nanogpt_surgery.data.tokenizer_json import CUTTINGS
-from nanogpt_surgery.formats.gguf_write import save_gguf
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
+from nanogpt_surgery.data.tokenizers.tokenizer_json import CUTTINGS
+from nanogpt_surgery.formats.gguf.writing import save_gguf
 from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
 
 PREPEND = {"type": "Prepend", "prepend": "▁"}

@@ -10,12 +10,12 @@ from tiny import FAMILY_CONFIGS, tiny_model
 from transformers import AutoTokenizer
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning, open_model, save_model
-from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizer import prompt_ids
-from nanogpt_surgery.formats.gguf_write import save_gguf
+from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
+from nanogpt_surgery.formats.gguf.writing import save_gguf
+from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
 from nanogpt_surgery.formats.model_file import open_tokenizer_of
-from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
 
 TOKENIZERS = {
     "characters": CharacterTokenizer(TEXT),

@@ -6,9 +6,9 @@ import pytest
 from small_tokenizers import TEXT, byte_level, sentencepiece_like, unigram
 from transformers import AutoTokenizer
 
-from nanogpt_surgery.data.chat import template_of
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.formats.tokenizer_files import (
+from nanogpt_surgery.data.conversations.chat import template_of
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.formats.huggingface.tokenizer_files import (
     CHAT_TEMPLATE,
     TOKENIZER,
     open_tokenizer,

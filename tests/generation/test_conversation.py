@@ -9,8 +9,8 @@ from tiny import CONFIGS, FAMILY_CONFIGS, tiny_model
 from typed import LETTERS
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SimpleGPT, SurgeryError, generate
-from nanogpt_surgery.data.chat import ChatTemplate
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.conversations.chat import ChatTemplate
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.generation.conversation import Conversation
 from nanogpt_surgery.generation.generate import Past
 

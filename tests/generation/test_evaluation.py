@@ -7,8 +7,8 @@ from tiny import FAMILY_CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, save_model
-from nanogpt_surgery.data.instruction_dataset import InstructionDataset
-from nanogpt_surgery.data.instructions import Example
+from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.generation import evaluation
 from nanogpt_surgery.generation.evaluation import (
     answer_loss,

@@ -17,8 +17,8 @@ from nanogpt_surgery import (  # noqa: E402
     SurgeryWarning,
     generate,
 )
-from nanogpt_surgery.data.chat import chat_ids  # noqa: E402
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer  # noqa: E402
+from nanogpt_surgery.data.conversations.chat import chat_ids  # noqa: E402
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer  # noqa: E402
 from nanogpt_surgery.generation.conversation import Conversation  # noqa: E402
 from nanogpt_surgery.generation.harness import HarnessModel  # noqa: E402
 from nanogpt_surgery.generation.settings import SamplingSettings  # noqa: E402

@@ -7,7 +7,7 @@ from small_tokenizers import byte_level
 from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, generate
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.generation.text import generate_text, stream_text
 

@@ -9,7 +9,7 @@ from tiny import randomise
 from torch import Tensor, nn
 
 from nanogpt_surgery import GPTConfig, SimpleGPT
-from nanogpt_surgery.lora.learning import trained_updates
+from nanogpt_surgery.lora.checks import trained_updates
 from nanogpt_surgery.model.config import FAMILIES
 
 VOCAB = 43

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import inject_lora, load_adapter, remove_lora, save_adapter, save_model
-from nanogpt_surgery.lora.lora_layer import lora_layers
-from nanogpt_surgery.lora.stored import StoredAdapter
+from nanogpt_surgery.lora.layer import lora_layers
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 from nanogpt_surgery.lora.transplant import put_on
 
 

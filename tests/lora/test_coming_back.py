@@ -20,7 +20,7 @@ from nanogpt_surgery import (
     undo_lora,
     unmerge_lora,
 )
-from nanogpt_surgery.lora.lora_layer import has_lora, lora_layers
+from nanogpt_surgery.lora.layer import has_lora, lora_layers
 
 
 def with_dropout(training: bool, name: str = "default") -> nn.Module:

@@ -11,16 +11,16 @@ from nanogpt_surgery import (
     merge_survival,
     tensor_hashes,
 )
-from nanogpt_surgery.lora.examination import (
+from nanogpt_surgery.history.hashing import tensor_hash
+from nanogpt_surgery.lora.layer import has_lora, lora_layers
+from nanogpt_surgery.lora.merge_metrics import (
     change_kept,
     compare_logits,
     logits_of,
     round_int4,
     round_int8,
 )
-from nanogpt_surgery.lora.hashing import tensor_hash
-from nanogpt_surgery.lora.lora_layer import has_lora, lora_layers
-from nanogpt_surgery.lora.stored import StoredAdapter
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 from nanogpt_surgery.lora.transplant import put_on
 
 

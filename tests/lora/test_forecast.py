@@ -15,8 +15,8 @@ from nanogpt_surgery import (
     save_adapter,
     tensor_hashes,
 )
-from nanogpt_surgery.formats.adapter_layout import plan_adapter
-from nanogpt_surgery.lora.lora_layer import has_lora
+from nanogpt_surgery.formats.peft.adapter_layout import plan_adapter
+from nanogpt_surgery.lora.layer import has_lora
 
 
 @pytest.mark.parametrize("patient", PATIENTS)

@@ -15,8 +15,8 @@ from nanogpt_surgery import (
     merge_lora,
     plan_lora,
 )
-from nanogpt_surgery.lora.kinds import DoRAUpdate, PiSSAUpdate, new_update, principal_factors
-from nanogpt_surgery.lora.lora_layer import lora_layers
+from nanogpt_surgery.lora.layer import lora_layers
+from nanogpt_surgery.lora.variants import DoRAUpdate, PiSSAUpdate, new_update, principal_factors
 
 KINDS = {
     "plain": {},

@@ -15,8 +15,8 @@ from nanogpt_surgery import (
     save_adapter,
     tensor_hashes,
 )
-from nanogpt_surgery.cli.options import options_of
-from nanogpt_surgery.lora.lora_layer import lora_layers
+from nanogpt_surgery.cli.framework.options import options_of
+from nanogpt_surgery.lora.layer import lora_layers
 
 
 def test_settings_that_contradict_are_told_all_at_once():

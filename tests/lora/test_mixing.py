@@ -14,8 +14,8 @@ from nanogpt_surgery import (
     remove_lora,
     swap_lora,
 )
-from nanogpt_surgery.lora.lora_layer import adapter_names, lora_layers
-from nanogpt_surgery.lora.stored import StoredAdapter
+from nanogpt_surgery.lora.layer import adapter_names, lora_layers
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 from nanogpt_surgery.lora.transplant import put_on
 
 EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)

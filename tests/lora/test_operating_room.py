@@ -25,8 +25,8 @@ from nanogpt_surgery import (
     undo_lora,
     unmerge_lora,
 )
-from nanogpt_surgery.lora.journal import chart_of
-from nanogpt_surgery.lora.lora_layer import active_mixture, adapter_names, has_lora, lora_layers
+from nanogpt_surgery.history.journal import chart_of
+from nanogpt_surgery.lora.layer import active_mixture, adapter_names, has_lora, lora_layers
 from nanogpt_surgery.lora.targets import adaptable_layers
 
 NAMES = ("a", "b", "c")

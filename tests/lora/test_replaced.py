@@ -17,7 +17,7 @@ from nanogpt_surgery import (
     tensor_hashes,
     undo_lora,
 )
-from nanogpt_surgery.lora.stored import StoredAdapter
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 from nanogpt_surgery.lora.transplant import put_on, take_off
 
 NEW = {"norm.weight": torch.linspace(0.5, 2, 24), "norm.bias": torch.linspace(-1, 1, 24)}

@@ -7,9 +7,9 @@ from tiny import randomise
 from torch import nn
 
 from nanogpt_surgery import SurgeryError, inject_lora, merge_lora, tensor_hashes, undo_lora
-from nanogpt_surgery.lora.learning import check_gradients
-from nanogpt_surgery.lora.lora_layer import lora_layers
-from nanogpt_surgery.lora.stored import StoredAdapter
+from nanogpt_surgery.lora.checks import check_gradients
+from nanogpt_surgery.lora.layer import lora_layers
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 from nanogpt_surgery.lora.transplant import put_on
 
 OF_A_LINEAR = ("weight", "bias", "in_features", "out_features")

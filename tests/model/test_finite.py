@@ -22,8 +22,8 @@ from nanogpt_surgery import (
     save_gguf,
     save_model,
 )
-from nanogpt_surgery.data.chat import ChatTemplate
-from nanogpt_surgery.data.instructions import Example
+from nanogpt_surgery.data.conversations.chat import ChatTemplate
+from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError
 from nanogpt_surgery.generation.evaluation import Perplexity, answer_loss
 from nanogpt_surgery.model.finite import check_finite, first_not_finite

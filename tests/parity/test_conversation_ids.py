@@ -8,11 +8,11 @@ from small_tokenizers import byte_level, sentencepiece_like, unigram
 from transformers import PreTrainedTokenizerFast
 
 from nanogpt_surgery import BPETokenizer, CharacterTokenizer, SurgeryError
-from nanogpt_surgery.data.chat import ChatTemplate, chat_ids, template_of
-from nanogpt_surgery.data.instruction_dataset import preview, preview_tokens
-from nanogpt_surgery.data.instructions import encode_conversations
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.token_offsets import encode_with_offsets
+from nanogpt_surgery.data.conversations.chat import ChatTemplate, chat_ids, template_of
+from nanogpt_surgery.data.conversations.instruction_dataset import preview, preview_tokens
+from nanogpt_surgery.data.conversations.instructions import encode_conversations
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.token_offsets import encode_with_offsets
 
 # The body of an answer is marked, as some templates do, so that transformers gives a mask too.
 TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' }}

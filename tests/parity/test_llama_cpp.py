@@ -17,10 +17,10 @@ from nanogpt_surgery import (
     inject_lora,
     open_model,
 )
-from nanogpt_surgery.data.bpe_tokenizer import BPETokenizer
-from nanogpt_surgery.data.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizer import prompt_ids
-from nanogpt_surgery.formats.gguf_write import save_gguf
+from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
+from nanogpt_surgery.formats.gguf.writing import save_gguf
 
 LETTERS = CharacterTokenizer("the quick brown fox jumps over the lazy dog\n 0123456789\\é日😀")
 KNOWN = [k for k in FAMILY_CONFIGS if k not in ("gpt2-gelu-untied", "qwen3-bias-untied")]

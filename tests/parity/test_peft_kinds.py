@@ -20,9 +20,9 @@ from nanogpt_surgery import (
     save_model,
     tensor_hashes,
 )
-from nanogpt_surgery.lora.kinds import PiSSAUpdate
-from nanogpt_surgery.lora.learning import trained_updates
-from nanogpt_surgery.lora.lora_layer import lora_layers
+from nanogpt_surgery.lora.checks import trained_updates
+from nanogpt_surgery.lora.layer import lora_layers
+from nanogpt_surgery.lora.variants import PiSSAUpdate
 
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

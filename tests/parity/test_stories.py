@@ -8,8 +8,8 @@ from tiny import assert_equal_logits
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanogpt_surgery import generate, open_model, save_model
-from nanogpt_surgery.data.tokenizer import prompt_ids
-from nanogpt_surgery.formats.gguf_write import save_gguf
+from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
+from nanogpt_surgery.formats.gguf.writing import save_gguf
 
 PROMPT = "Once upon a time"
 

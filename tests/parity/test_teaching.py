@@ -29,8 +29,8 @@ from nanogpt_surgery import (
     save_gguf,
     save_model,
 )
-from nanogpt_surgery.data.chat import template_of
-from nanogpt_surgery.data.tokenizer import prompt_ids
+from nanogpt_surgery.data.conversations.chat import template_of
+from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"

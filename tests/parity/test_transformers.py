@@ -10,7 +10,7 @@ from tiny import FAMILY_CONFIGS, SCALING, assert_equal_logits, random_ids, rando
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
-from nanogpt_surgery.formats.huggingface import config_from_json
+from nanogpt_surgery.formats.huggingface.model_folder import config_from_json
 
 GPT2 = {
     "vocab_size": 53,

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_surgery.report.text import duration, folded, percent, size, text_of
+from nanogpt_surgery.report import duration, folded, percent, size, text_of
 
 ROWS = [
     {

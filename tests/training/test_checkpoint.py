@@ -24,12 +24,16 @@ from nanogpt_surgery import (
     open_model,
     save_model,
 )
-from nanogpt_surgery.files import file_hash
+from nanogpt_surgery.files.writing import file_hash
+from nanogpt_surgery.formats.folders.run_folder import (
+    best_checkpoint,
+    checkpoints,
+    latest_checkpoint,
+)
 from nanogpt_surgery.formats.model_file import write_model_files
-from nanogpt_surgery.formats.run_folder import best_checkpoint, checkpoints, latest_checkpoint
-from nanogpt_surgery.training.checkpoint import Run, start_run
+from nanogpt_surgery.runs.checkpoint import Run, start_run
+from nanogpt_surgery.runs.state import training_state
 from nanogpt_surgery.training.optimizer import make_optimizer
-from nanogpt_surgery.training.state import training_state
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 SETTINGS = FitSettings(
@@ -479,7 +483,7 @@ def test_a_device_that_fails_is_asked_again_a_few_times(
             raise OSError(errno.EIO, "Input/output error")
         return works(*arguments)
 
-    monkeypatch.setattr("nanogpt_surgery.files._PAUSE", 0)
+    monkeypatch.setattr("nanogpt_surgery.files.writing._PAUSE", 0)
     model, dataset, tokenizer = parts()
     optimizer = make_optimizer(model, SETTINGS)
     with start_run(run, DESCRIPTION, resume=True) as going:

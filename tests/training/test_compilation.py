@@ -13,7 +13,7 @@ from nanogpt_surgery import (
     SurgeryError,
     fit,
 )
-from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.fast.compilation import CompiledBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
 from nanogpt_surgery.training.loss import backward_of_loss
 

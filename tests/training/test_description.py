@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_surgery import FitSettings, GPTConfig, LoRASettings
-from nanogpt_surgery.training.description import differences, refusal
+from nanogpt_surgery.runs.description import differences, refusal
 from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values
 
 ADAMW, NOW = FitSettings(), FitSettings(**MUON)

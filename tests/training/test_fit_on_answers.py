@@ -12,7 +12,7 @@ from nanogpt_surgery import (
     fit,
     inject_lora,
 )
-from nanogpt_surgery.data.instructions import Example
+from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.training.loss import backward_of_loss
 
 

@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery import LoRALinear, LoRASettings
-from nanogpt_surgery.lora.kinds import new_update
-from nanogpt_surgery.training.frozen_head import backward_of_frozen_head, frozen_head
+from nanogpt_surgery.lora.variants import new_update
+from nanogpt_surgery.training.fast.frozen_head import backward_of_frozen_head, frozen_head
 
 BATCH, TOKENS, WIDTH, VOCABULARY = 3, 5, 7, 11
 

@@ -7,9 +7,9 @@ import torch
 from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 
 from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, SurgeryError, fit, inject_lora
-from nanogpt_surgery.training import frozen_prefix
 from nanogpt_surgery.training.distributed import World
-from nanogpt_surgery.training.frozen_prefix import (
+from nanogpt_surgery.training.fast import frozen_prefix
+from nanogpt_surgery.training.fast.frozen_prefix import (
     FrozenPrefix,
     first_that_learns,
     mapped_file,

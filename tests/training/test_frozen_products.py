@@ -20,7 +20,7 @@ from nanogpt_surgery import (
     lora_rows,
     swap_lora,
 )
-from nanogpt_surgery.training.frozen_products import (
+from nanogpt_surgery.training.fast.frozen_products import (
     FoldedLinear,
     FrozenProduct,
     QuickProducts,
@@ -72,7 +72,7 @@ def test_a_training_is_the_plain_one_in_float32(name, targets, dtype, monkeypatc
     quick = prepared(name, targets, dtype)
     plain = copy.deepcopy(quick).float()
     losses = [step.loss for step in fit(quick, DATA, SETTINGS)]
-    nowhere = "nanogpt_surgery.training.frozen_products.quick_classes"
+    nowhere = "nanogpt_surgery.training.fast.frozen_products.quick_classes"
     monkeypatch.setattr(nowhere, lambda *_: {})
     monkeypatch.setattr("nanogpt_surgery.training.loss.frozen_head", lambda *_: None)
     assert losses == pytest.approx([step.loss for step in fit(plain, DATA, SETTINGS)], rel=1e-5)

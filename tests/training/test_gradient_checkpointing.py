@@ -6,7 +6,7 @@ from small_training import DATASET, SETTINGS, hashes, model_of
 from torch import Tensor
 
 from nanogpt_surgery import SimpleGPT, fit, inject_lora
-from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.training.fast.compilation import CompiledBlocks
 from nanogpt_surgery.training.loss import backward_of_loss
 
 

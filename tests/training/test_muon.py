@@ -9,10 +9,10 @@ from small_training import DATASET, SETTINGS, hashes, model_of
 from tiny import CONFIGS, tiny_model
 
 from nanogpt_surgery import FitSettings, SurgeryError, fit, inject_lora
-from nanogpt_surgery.training.checkpoint import Run
+from nanogpt_surgery.runs.checkpoint import Run
+from nanogpt_surgery.runs.state import training_state
 from nanogpt_surgery.training.muon import MARGIN, POLYNOMIALS, Muon, in_bfloat16, orthogonalised
 from nanogpt_surgery.training.optimizer import make_optimizer
-from nanogpt_surgery.training.state import training_state
 
 JORDANS = ((3.4445, -4.7750, 2.0315),) * 5  # what torch.optim.Muon applies
 BETAS = (0.8, 0.95)

@@ -15,7 +15,7 @@ from ways import adapted, answers, recipe, text
 
 from nanogpt_surgery import FitSettings, SimpleGPT
 from nanogpt_surgery.training import loss
-from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
+from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
 from nanogpt_surgery.training.gradients import accumulate
 from nanogpt_surgery.training.hardware import Hardware
 from nanogpt_surgery.training.loss import summed_loss

@@ -8,8 +8,8 @@ import torch
 from small_training import DATASET, SETTINGS, VALIDATION, hashes, model_of
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, fit, inject_lora
-from nanogpt_surgery.training import frozen_head
-from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
+from nanogpt_surgery.training.fast import frozen_head
+from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
 from nanogpt_surgery.training.live_tensors import LiveTensors
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.planning import plan_training

@@ -6,8 +6,8 @@ import pytest
 import torch
 from small_training import DATASET, SETTINGS
 
+from nanogpt_surgery.training.fast.prefetch import batches, made_ahead
 from nanogpt_surgery.training.hardware import pinned
-from nanogpt_surgery.training.prefetch import batches, made_ahead
 
 
 def test_batches_are_those_of_their_steps():

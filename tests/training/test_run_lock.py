@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.training.checkpoint import start_run
+from nanogpt_surgery.runs.checkpoint import start_run
 
 
 def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\n"
-        "from nanogpt_surgery.training.checkpoint import start_run\n"
+        "from nanogpt_surgery.runs.checkpoint import start_run\n"
         "with start_run(Path(sys.argv[1]), {}, False): print('held', flush=True); sys.stdin.read()"
     )
     holder = subprocess.Popen(

@@ -10,7 +10,7 @@ from small_training import DATASET, SETTINGS, model_of
 from tiny import randomise
 from torch.nn.functional import cross_entropy
 
-from nanogpt_surgery.training.uncompiled import AdamW
+from nanogpt_surgery.training.fast.uncompiled import AdamW
 
 PROGRAM = """
 import sys

@@ -5,11 +5,11 @@ from __future__ import annotations
 
 def main() -> None:
     """The console script `surgery`."""
-    from nanogpt_surgery.cli.interrupts import AnsweredSignals
+    from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals
 
     with AnsweredSignals():
-        from nanogpt_surgery.cli.app import run
-        from nanogpt_surgery.cli.console import ready_streams
+        from nanogpt_surgery.cli.framework.app import run
+        from nanogpt_surgery.cli.framework.console import ready_streams
 
         ready_streams()
         run()

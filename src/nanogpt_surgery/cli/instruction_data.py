@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
-    from nanogpt_surgery.data.instruction_settings import InstructionSettings
-    from nanogpt_surgery.data.instructions import Example
-    from nanogpt_surgery.data.tokenizer import Tokenizer
-    from nanogpt_surgery.lora.report import Report
+    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.conversations.instruction_settings import InstructionSettings
+    from nanogpt_surgery.data.conversations.instructions import Example
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+    from nanogpt_surgery.report import Report
 
 LONGEST_WINDOW = 256
 
@@ -39,7 +39,7 @@ def window(asked: int | None, context: int | None) -> int:
 
 def is_instructions(paths: Sequence[str], settings: InstructionSettings) -> bool:
     """Whether the named files are instruction data, as the settings say or their content does."""
-    from nanogpt_surgery.data.instructions import is_instruction_data
+    from nanogpt_surgery.data.conversations.instructions import is_instruction_data
 
     return settings.data == "instructions" or (
         settings.data == "auto" and is_instruction_data(paths)
@@ -50,9 +50,12 @@ def read_examples(
     paths: Sequence[str], tokenizer: Tokenizer, settings: InstructionSettings
 ) -> list[Example]:
     """The conversations of all files, as ids."""
-    from nanogpt_surgery.data.chat import template_of
-    from nanogpt_surgery.data.instructions import encode_conversations, read_conversations
-    from nanogpt_surgery.data.known_characters import check_conversations
+    from nanogpt_surgery.data.conversations.chat import template_of
+    from nanogpt_surgery.data.conversations.instructions import (
+        encode_conversations,
+        read_conversations,
+    )
+    from nanogpt_surgery.data.tokenizers.known_characters import check_conversations
 
     if not paths:
         raise SurgeryError(
@@ -84,9 +87,9 @@ def instruction_datasets(
     Raises:
         SurgeryError: there are too few to hold any out, or one part has no answer in reach.
     """
-    from nanogpt_surgery.data.chat import end_ids
-    from nanogpt_surgery.data.corpus import TRAIN_SHARE
-    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.conversations.chat import end_ids
+    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.text.corpus import TRAIN_SHARE
 
     cut = int(len(examples) * TRAIN_SHARE)
     if cut == 0:
@@ -117,7 +120,7 @@ def say_left_out(dataset: InstructionDataset) -> None:
 
 def counts_of(**datasets: InstructionDataset) -> Report:
     """What instruction datasets hold, a row for each."""
-    from nanogpt_surgery.lora.report import Report
+    from nanogpt_surgery.report import Report
 
     rows = [
         {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nanogpt_surgery.cli.run_options import RunOptions
     from nanogpt_surgery.data.batches import Batches
-    from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
     from nanogpt_surgery.training.settings import FitSettings
 
@@ -48,7 +48,7 @@ def job_of_all(
 
     What the folder of a `base` holds beside the weights is carried over to the run's.
     """
-    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint
+    from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
     from nanogpt_surgery.formats.model_file import write_model_files
 
     description = {

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import Tied
 
 if TYPE_CHECKING:
     import torch
 
-    from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 OF_THE_WEIGHTS = (
@@ -55,9 +55,9 @@ def open_to_talk(
     """
     import torch
 
-    from nanogpt_surgery.data.tokenizer import required_tokenizer
-    from nanogpt_surgery.formats.adapter_layout import load_adapter
+    from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model, refuse_adapter
+    from nanogpt_surgery.formats.peft.adapter_layout import load_adapter
     from nanogpt_surgery.lora.mixing import swap_lora
 
     refuse_adapter(path, WITH_ADAPTER)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.samples import Samples
 from nanogpt_surgery.cli.save_interval import SaveInterval
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     import torch
 
     from nanogpt_surgery.cli.job import Job
-    from nanogpt_surgery.training.checkpoint import Run
+    from nanogpt_surgery.runs.checkpoint import Run
     from nanogpt_surgery.training.step import Step
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.typed_command import typed_command
+from nanogpt_surgery.cli.framework.typed_command import typed_command
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,7 +28,7 @@ def fingerprint(tensors: Iterable[Tensor]) -> str:
 
 def _data_fingerprint(data: Batches) -> Any:
     """What tells data from other data: a hash, known already of files, or those of the sources."""
-    from nanogpt_surgery.data.mixture import Mixture
+    from nanogpt_surgery.data.text.mixture import Mixture
 
     if isinstance(data, Mixture):
         return {"rows": data.counts, "sources": [_data_fingerprint(s) for s in data.sources]}

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def settings_for(
     Of instruction data, of epochs that were asked for, and where the training may stop early,
     there are several evaluations in a run however short it is.
     """
-    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
-    from nanogpt_surgery.data.mixture import rows_in_epoch
+    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.text.mixture import rows_in_epoch
 
     instructions = isinstance(dataset, InstructionDataset)
     epochs = options.epochs
@@ -77,8 +77,8 @@ def settings_for(
 
 
 def _amount(dataset: Batches) -> str:
-    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
-    from nanogpt_surgery.data.mixture import rows_in_epoch
+    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.text.mixture import rows_in_epoch
 
     if not isinstance(dataset, InstructionDataset):
         return f"{round(rows_in_epoch(dataset) * dataset.block_size):,} tokens"

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.console import AllLayers
+from nanogpt_surgery.cli.framework.console import AllLayers
 
 
 @Parameter(name="*")

@@ -6,13 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nanogpt_surgery.cli.job import Job
-    from nanogpt_surgery.training.checkpoint import Run
+    from nanogpt_surgery.runs.checkpoint import Run
 
 
 def operations_per_token(job: Job) -> int:
     """Of a training step, by what it computes."""
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
-    from nanogpt_surgery.training.frozen_prefix import prefix_for
+    from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
     from nanogpt_surgery.training.utilisation import training_flops_per_token
 
     assert isinstance(job.model, SimpleGPT)
@@ -22,8 +22,8 @@ def operations_per_token(job: Job) -> int:
 
 def summary_of(job: Job, run: Run, matmul_rate: float, beside: float) -> dict[str, Any]:
     """The summary; `beside` are the seconds for evaluations and else that was no step."""
-    from nanogpt_surgery.data.mixture import passes
-    from nanogpt_surgery.report.loss_plot import plot_losses, read_metrics
+    from nanogpt_surgery.data.text.mixture import passes
+    from nanogpt_surgery.runs.loss_plot import plot_losses, read_metrics
 
     rows_of_all = read_metrics(run.folder / "metrics.jsonl")
     metrics = [row for row in rows_of_all if row["step"]]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.console import say
+from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.formats.run_folder import SAMPLES
+from nanogpt_surgery.formats.folders.run_folder import SAMPLES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,7 +56,7 @@ class Samples:
         say(f"sample at step {step:,}: {one_line(answer)}")
 
     def _answer(self) -> str:
-        from nanogpt_surgery.data.chat import end_ids
+        from nanogpt_surgery.data.conversations.chat import end_ids
         from nanogpt_surgery.generation.generate import generate
 
         model = self.job.model
@@ -72,7 +72,7 @@ class Samples:
         return self.job.tokenizer.decode(ids)
 
     def _write(self) -> None:
-        from nanogpt_surgery.files import replace_text
+        from nanogpt_surgery.files.writing import replace_text
 
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.taken]
         replace_text(self.path, "".join(lines))
@@ -92,7 +92,7 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 def prompt_of(validation: Batches) -> list[int]:
     """Ids to continue: up to the first held-out answer, or the beginning of the held-out text."""
-    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
 
     if isinstance(validation, InstructionDataset):
         example = validation.first

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.options import given, options_of
+from nanogpt_surgery.cli.framework.options import given, options_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.settings import SamplingSettings, check_seed
 

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_surgery.cli.console import say
-from nanogpt_surgery.cli.processes import several
+from nanogpt_surgery.cli.framework.console import say
+from nanogpt_surgery.cli.framework.processes import several
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.data.token_files import TokenFiles
-    from nanogpt_surgery.data.tokenizer import Tokenizer
+    from nanogpt_surgery.data.text.token_files import TokenFiles
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Sources:
         Raises:
             SurgeryError: a source is shorter than a window.
         """
-        from nanogpt_surgery.data.mixture import Mixture
+        from nanogpt_surgery.data.text.mixture import Mixture
 
         pairs = [_pair(source, self.tokenizer, block_size) for source in self.opened]
         if self.weights is None:
@@ -44,8 +44,8 @@ def named_sources(
     paths: tuple[str, ...], weights: str | None, tokenizer: Tokenizer | None
 ) -> Sources:
     """What `train` learns from: what was named, else Python's language reference."""
-    from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
-    from nanogpt_surgery.data.corpus import python_reference, python_source
+    from nanogpt_surgery.data.text.corpus import python_reference, python_source
+    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 
     if paths or weights is not None:
         refuse_records(paths)
@@ -65,8 +65,8 @@ def refuse_records(paths: tuple[str, ...], command: str = "surgery finetune MODE
         paths: what was named.
         command: what trains on answers.
     """
-    from nanogpt_surgery.data.instructions import check_first_record
-    from nanogpt_surgery.data.record_files import holds_records
+    from nanogpt_surgery.data.conversations.instructions import check_first_record
+    from nanogpt_surgery.data.conversations.record_files import holds_records
 
     for path in paths:
         if path != "-" and holds_records(path):
@@ -79,8 +79,8 @@ def refuse_records(paths: tuple[str, ...], command: str = "surgery finetune MODE
 
 def say_data(paths: tuple[str, ...]) -> None:
     """Say of what is learned as text that it looks like data, by its name or its beginning."""
-    from nanogpt_surgery.data.corpus import files_of
-    from nanogpt_surgery.data.record_files import begins_like_data, holds_records
+    from nanogpt_surgery.data.conversations.record_files import begins_like_data, holds_records
+    from nanogpt_surgery.data.text.corpus import files_of
 
     for path in paths:
         if path == "-" or not Path(path).exists():
@@ -114,9 +114,9 @@ def open_sources(
             need weights, the weights are not as many numbers as there are paths, or several
             processes would read standard input.
     """
-    from nanogpt_surgery.data.corpus import read_texts
-    from nanogpt_surgery.data.known_characters import check_characters
-    from nanogpt_surgery.data.token_files import is_token_folder, open_tokens
+    from nanogpt_surgery.data.text.corpus import read_texts
+    from nanogpt_surgery.data.text.token_files import is_token_folder, open_tokens
+    from nanogpt_surgery.data.tokenizers.known_characters import check_characters
 
     if "-" in paths and several():
         raise SurgeryError(
@@ -161,9 +161,9 @@ def _ratios(weights: str | None, paths: tuple[str, ...]) -> list[float] | None:
 
 def _tokenizer_of(opened: list[str | TokenFiles]) -> Tokenizer:
     """The tokenizer of the first ids, or one of all the texts' characters."""
-    from nanogpt_surgery.data.character_tokenizer import CharacterTokenizer
-    from nanogpt_surgery.data.token_files import TOKENIZER
-    from nanogpt_surgery.formats.tokenizer_files import open_tokenizer
+    from nanogpt_surgery.data.text.token_files import TOKENIZER
+    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
 
     for source in opened:
         if not isinstance(source, str):
@@ -175,7 +175,7 @@ def _tokenizer_of(opened: list[str | TokenFiles]) -> Tokenizer:
 
 
 def _check_tokenizer(tokenizer: Tokenizer, opened: list[str | TokenFiles]) -> None:
-    from nanogpt_surgery.data.tokenizer import tokenizer_fingerprint
+    from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
 
     for source in opened:
         if not isinstance(source, str) and source.header.tokenizer != tokenizer_fingerprint(
@@ -217,9 +217,9 @@ def text_datasets(
     Raises:
         SurgeryError: the last tenth is shorter than a window.
     """
-    from nanogpt_surgery.data.corpus import split_by_position
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.data.tokenizer import encode_text
+    from nanogpt_surgery.data.text.corpus import split_by_position
+    from nanogpt_surgery.data.tokenizers.tokenizer import encode_text
 
     train, validation = split_by_position(text)
     held_out_ids = encode_text(tokenizer, validation)
@@ -236,7 +236,7 @@ def text_datasets(
 
 def say_windows(dataset: Batches, held_out: Batches) -> None:
     """How much there is to train on; of conversations a table says it."""
-    from nanogpt_surgery.data.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
 
     if not isinstance(dataset, InstructionDataset):
         say(windows_of(dataset, held_out))
@@ -253,7 +253,7 @@ def windows_of(dataset: Batches, held_out: Batches) -> str:
 
 def say_sources(dataset: Batches, paths: tuple[str, ...], rows: int) -> None:
     """How often a training of so many windows reads each source of a mixture."""
-    from nanogpt_surgery.data.mixture import Mixture
+    from nanogpt_surgery.data.text.mixture import Mixture
 
     if isinstance(dataset, Mixture):
         for path, share in zip(paths, dataset.passes(rows), strict=True):

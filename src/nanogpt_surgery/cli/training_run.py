@@ -9,14 +9,14 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.console import Announced, say, show, watched
-from nanogpt_surgery.cli.processes import several, told
+from nanogpt_surgery.cli.framework.console import Announced, say, show, watched
+from nanogpt_surgery.cli.framework.processes import several, told
+from nanogpt_surgery.cli.framework.signals import Stop, signals
 from nanogpt_surgery.cli.recorder import Recorder
 from nanogpt_surgery.cli.run_description import description_of
 from nanogpt_surgery.cli.run_length import check_length
 from nanogpt_surgery.cli.run_summary import operations_per_token, summary_of
 from nanogpt_surgery.cli.save_interval import SaveInterval
-from nanogpt_surgery.cli.signals import Stop, signals
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError, quoted
 from nanogpt_surgery.memory import is_out_of_memory
 from nanogpt_surgery.training.early_stopping import EarlyStopping
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.cli.run_options import RunOptions
-    from nanogpt_surgery.lora.report import Report
-    from nanogpt_surgery.training.checkpoint import Run
+    from nanogpt_surgery.report import Report
+    from nanogpt_surgery.runs.checkpoint import Run
     from nanogpt_surgery.training.distributed import World
     from nanogpt_surgery.training.settings import FitSettings
     from nanogpt_surgery.training.step import Step
@@ -40,7 +40,7 @@ def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any
         SurgeryError: the device is not there, no run can begin or go on in the folder, or the run's
             options contradict each other or the settings that were `asked` for.
     """
-    from nanogpt_surgery.formats.run_folder import checkpoints
+    from nanogpt_surgery.formats.folders.run_folder import checkpoints
     from nanogpt_surgery.training.distributed import world
     from nanogpt_surgery.training.hardware import choose_hardware
 
@@ -58,7 +58,7 @@ def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any
 
 def _checked(options: RunOptions, settings: FitSettings) -> int:
     from nanogpt_surgery.data.gpt_dataset import rows_of
-    from nanogpt_surgery.training.checkpoint import check_folder
+    from nanogpt_surgery.runs.checkpoint import check_folder
     from nanogpt_surgery.training.distributed import world
 
     rows_of(0, settings.batch_size * settings.accumulation, world_size=world().size)
@@ -68,7 +68,7 @@ def _checked(options: RunOptions, settings: FitSettings) -> int:
 
 def carry_out(job: Job, done: str) -> None:
     """Train and show the report under what was `done`, or, with --plan, show what it will take."""
-    from nanogpt_surgery.lora.report import Report
+    from nanogpt_surgery.report import Report
     from nanogpt_surgery.training.memory_estimate import check_training
 
     check_training(job.model, job.dataset, job.settings)
@@ -81,7 +81,7 @@ def carry_out(job: Job, done: str) -> None:
 
 def _out_of_memory(job: Job, error: Exception) -> SurgeryError:
     """What to lower, and where the run can go on."""
-    from nanogpt_surgery.formats.run_folder import checkpoints
+    from nanogpt_surgery.formats.folders.run_folder import checkpoints
 
     kept = "" if job.options.plan else "; there is no checkpoint yet"
     if not job.options.plan and (found := checkpoints(job.options.out)):
@@ -135,9 +135,9 @@ def _carried_out(
     job: Job, run: Run, optimizer: torch.optim.Optimizer, stop: Stop, rate: float
 ) -> float:
     """Every step that is left, from the first validation on; returns the seconds of the steps."""
-    from nanogpt_surgery.files import make_folder
-    from nanogpt_surgery.lora.hashing import frozen_hashes
-    from nanogpt_surgery.lora.learning import check_frozen
+    from nanogpt_surgery.files.writing import make_folder
+    from nanogpt_surgery.history.hashing import frozen_hashes
+    from nanogpt_surgery.lora.checks import check_frozen
     from nanogpt_surgery.training.distributed import world
     from nanogpt_surgery.training.fit import fit
 
@@ -226,8 +226,8 @@ def _begin(job: Job, run: Run, recorder: Recorder | None) -> None:
 
 def _losses(run: Run) -> list[float]:
     """Of the evaluations after the steps so far."""
-    from nanogpt_surgery.formats.run_folder import METRICS
-    from nanogpt_surgery.report.loss_plot import read_metrics
+    from nanogpt_surgery.formats.folders.run_folder import METRICS
+    from nanogpt_surgery.runs.loss_plot import read_metrics
 
     path = run.folder / METRICS
     rows = read_metrics(path) if path.is_file() else []
@@ -238,8 +238,8 @@ def _losses(run: Run) -> list[float]:
 @contextmanager
 def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[Run]:
     """The run, begun or gone on with; others than the first process only read its checkpoint."""
-    from nanogpt_surgery.formats.run_folder import checkpoint_at
-    from nanogpt_surgery.training.checkpoint import Run, start_run
+    from nanogpt_surgery.formats.folders.run_folder import checkpoint_at
+    from nanogpt_surgery.runs.checkpoint import Run, start_run
 
     folder = job.options.out
     own: list[Run] = []
@@ -298,7 +298,7 @@ def _record(run: Run, description: dict[str, Any], summary: dict[str, Any]) -> N
 
     A run that is resumed when it is over has its line, unless it was killed before that.
     """
-    from nanogpt_surgery.formats.folder_journal import Entry, hashes_of, read_journal, record
+    from nanogpt_surgery.history.folder_journal import Entry, hashes_of, read_journal, record
 
     files, base = hashes_of(run.folder), description.get("base", "")
     if read_journal(run.folder).files != files:
@@ -309,8 +309,8 @@ def _record(run: Run, description: dict[str, Any], summary: dict[str, Any]) -> N
 
 def _planned(job: Job) -> Report:
     """What the training will take; no folder is touched."""
-    from nanogpt_surgery.lora.report import Report
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.report import Report
     from nanogpt_surgery.training.planning import plan_training
 
     assert isinstance(job.model, SimpleGPT)

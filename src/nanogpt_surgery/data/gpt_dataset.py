@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nanogpt_surgery.data.tokenizer import Tokenizer, encode_text
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, encode_text
 from nanogpt_surgery.errors import SurgeryError
 
 Ids: TypeAlias = NDArray[np.int64]

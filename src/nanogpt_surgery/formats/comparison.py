@@ -9,12 +9,12 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
-from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.report import Report
 
 # How far a number may move, as a share of the largest in its row.
 _TOLERANCES = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-8, "Q8_0": 0.6 / 127}

@@ -5,37 +5,42 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from nanogpt_surgery.atomic import whole_folder
-from nanogpt_surgery.data.tokenizer import Tokenizer, required_tokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
-from nanogpt_surgery.files import read_json, refuse_damage, write_json, write_tensors
-from nanogpt_surgery.formats.carried_files import (
+from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.writing import read_json, refuse_damage, write_json, write_tensors
+from nanogpt_surgery.formats.comparison import check_equal
+from nanogpt_surgery.formats.folders.run_folder import checkpoints, chosen_checkpoint, is_run
+from nanogpt_surgery.formats.gguf.file import is_gguf, read_gguf
+from nanogpt_surgery.formats.gguf.model import config_of, family_of_file, open_gguf
+from nanogpt_surgery.formats.gguf.tokenizer import tokenizer_of
+from nanogpt_surgery.formats.huggingface.carried_files import (
     CONFIG,
     carried_config,
     carry_files,
     has_tokenizer,
 )
-from nanogpt_surgery.formats.comparison import check_equal
-from nanogpt_surgery.formats.config_options import MODEL_TYPES
-from nanogpt_surgery.formats.folder_journal import is_operated
-from nanogpt_surgery.formats.gguf_file import is_gguf, read_gguf
-from nanogpt_surgery.formats.gguf_model import config_of, family_of_file, open_gguf
-from nanogpt_surgery.formats.gguf_tokenizer import tokenizer_of
-from nanogpt_surgery.formats.hub import hub_folder, is_hub_name
-from nanogpt_surgery.formats.huggingface import OWN, config_from_json, config_to_json
-from nanogpt_surgery.formats.name_map import NAME_MAPS, identity, normal_names, to_theirs
-from nanogpt_surgery.formats.placing import Dtype, build_model, usual_dtype
-from nanogpt_surgery.formats.run_folder import checkpoints, chosen_checkpoint, is_run
-from nanogpt_surgery.formats.safetensors_file import stored_tensors
-from nanogpt_surgery.formats.tokenizer_files import (
+from nanogpt_surgery.formats.huggingface.config_options import MODEL_TYPES
+from nanogpt_surgery.formats.huggingface.hub import hub_folder, is_hub_name
+from nanogpt_surgery.formats.huggingface.model_folder import OWN, config_from_json, config_to_json
+from nanogpt_surgery.formats.huggingface.name_map import (
+    NAME_MAPS,
+    identity,
+    normal_names,
+    to_theirs,
+)
+from nanogpt_surgery.formats.huggingface.safetensors_file import stored_tensors
+from nanogpt_surgery.formats.huggingface.tokenizer_files import (
     TOKENIZER,
     check_ids,
     open_tokenizer,
     special_ids,
     write_tokenizer_files,
 )
+from nanogpt_surgery.formats.peft.config import CONFIG as ADAPTER_CONFIG
+from nanogpt_surgery.formats.placing import Dtype, build_model, usual_dtype
+from nanogpt_surgery.history.folder_journal import is_operated
 from nanogpt_surgery.lora.operations import has_lora
-from nanogpt_surgery.lora.peft_config import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 

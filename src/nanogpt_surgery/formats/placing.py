@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from nanogpt_surgery.errors import SurgeryError, quoted
-from nanogpt_surgery.formats.name_map import Row, each_layer
+from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
 from nanogpt_surgery.formats.stored_tensor import Stored
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.config import GPTConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 from typing import TypeVar
 
-from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids, vocab_size_of
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, vocab_size_of
 from nanogpt_surgery.errors import SurgeryError, quoted
 
 Anything = TypeVar("Anything")

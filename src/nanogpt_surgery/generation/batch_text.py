@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanogpt_surgery.data.tokenizer import Tokenizer, stop_ids
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.generation.batch import Token, check_rows_fit, generate_batch
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.generation.text import TextUntil

@@ -5,13 +5,13 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator
 
-from nanogpt_surgery.data.chat import (
+from nanogpt_surgery.data.conversations.chat import (
     ChatTemplate,
     Message,
     chat_ids,
     template_of,
 )
-from nanogpt_surgery.data.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.generate import Past
 from nanogpt_surgery.generation.settings import SamplingSettings

@@ -14,8 +14,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.instructions import Example
-from nanogpt_surgery.data.tokenizer import Tokenizer, prompt_ids
+from nanogpt_surgery.data.conversations.instructions import Example
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import not_finite

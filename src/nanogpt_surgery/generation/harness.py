@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from lm_eval.api.model import LM
 
-from nanogpt_surgery.data.chat import Message, encode_conversation, template_of
-from nanogpt_surgery.data.tokenizer import (
+from nanogpt_surgery.data.conversations.chat import Message, encode_conversation, template_of
+from nanogpt_surgery.data.tokenizers.tokenizer import (
     Tokenizer,
     prompt_ids,
     required_tokenizer,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from nanogpt_surgery.data.text_stream import TextStream
-from nanogpt_surgery.data.tokenizer import Tokenizer
-from nanogpt_surgery.data.tokenizer import stop_ids as stop_ids_of
+from nanogpt_surgery.data.text.text_stream import TextStream
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids as stop_ids_of
 from nanogpt_surgery.generation.generate import Past, generate
 from nanogpt_surgery.generation.settings import SamplingSettings, check_stop
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

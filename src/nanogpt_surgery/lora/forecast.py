@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt_surgery.lora.journal import CHART
+from nanogpt_surgery.history.journal import CHART
 from nanogpt_surgery.lora.planning import Plan, make_plan
-from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.stored import LowRankUpdate, StoredAdapter, Updates, tensors_of
+from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, Updates, tensors_of
 from nanogpt_surgery.lora.targets import adaptable_layers
 from nanogpt_surgery.lora.wrapping import attach
+from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import chosen
 
 FLOAT32 = 4

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.journal import operation
-from nanogpt_surgery.lora.lora_layer import active_mixture, lora_layers, refuse_in_rows
+from nanogpt_surgery.history.journal import operation
+from nanogpt_surgery.lora.layer import active_mixture, lora_layers, refuse_in_rows
 from nanogpt_surgery.lora.mixture import Blend, Mixture, Rows
 from nanogpt_surgery.lora.operations import check_name
-from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.rows import watched
 from nanogpt_surgery.lora.wrapping import let_train, report_on, set_mixture
+from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
 
 

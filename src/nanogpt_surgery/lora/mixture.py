@@ -19,7 +19,7 @@ from torch import Tensor
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.lora.lora_layer import MatrixLayer
+    from nanogpt_surgery.lora.layer import MatrixLayer
 
 
 class Mixture(Protocol):

@@ -12,9 +12,8 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.examination import Probe, effect_of, merge_rows, refuse_weights
-from nanogpt_surgery.lora.hashing import tensor_hashes
-from nanogpt_surgery.lora.journal import (
+from nanogpt_surgery.history.hashing import tensor_hashes
+from nanogpt_surgery.history.journal import (
     Merge,
     chart_of,
     forget,
@@ -23,7 +22,7 @@ from nanogpt_surgery.lora.journal import (
     say_tied,
     says_tied,
 )
-from nanogpt_surgery.lora.lora_layer import (
+from nanogpt_surgery.lora.layer import (
     LoRALayer,
     active_mixture,
     adapter_names,
@@ -31,9 +30,9 @@ from nanogpt_surgery.lora.lora_layer import (
     has_lora,
     lora_layers,
 )
+from nanogpt_surgery.lora.merge_metrics import Probe, effect_of, merge_rows, refuse_weights
 from nanogpt_surgery.lora.mixture import Blend, Mixture
 from nanogpt_surgery.lora.planning import make_plan
-from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.ties import refuse_undecided
 from nanogpt_surgery.lora.wrapping import (
@@ -47,6 +46,7 @@ from nanogpt_surgery.lora.wrapping import (
     thaw_rest,
     update_rows,
 )
+from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import chosen
 
 __all__ = [

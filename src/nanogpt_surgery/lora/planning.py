@@ -11,11 +11,11 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.kinds import check_kind, new_update
-from nanogpt_surgery.lora.lora_layer import adapter_names, lora_layers
+from nanogpt_surgery.lora.layer import adapter_names, lora_layers
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.targets import adaptable_layers, by_pattern, find_targets
 from nanogpt_surgery.lora.ties import choose
+from nanogpt_surgery.lora.variants import check_kind, new_update
 from nanogpt_surgery.lora.wrapping import Maker
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.lora_layer import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.mixture import Blend
 
 

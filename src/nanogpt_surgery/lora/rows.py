@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.lora_layer import MatrixLayer, lora_layers
+from nanogpt_surgery.lora.layer import MatrixLayer, lora_layers
 from nanogpt_surgery.lora.mixture import Rows
 
 

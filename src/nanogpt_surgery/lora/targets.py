@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError, nearest
-from nanogpt_surgery.lora.lora_embedding import LoRAEmbedding
-from nanogpt_surgery.lora.lora_layer import LoRALayer
-from nanogpt_surgery.lora.lora_linear import LoRALinear
+from nanogpt_surgery.lora.embedding import LoRAEmbedding
+from nanogpt_surgery.lora.layer import LoRALayer
+from nanogpt_surgery.lora.linear import LoRALinear
 
 ALL_LINEAR = "all-linear"
 COMPILED = "_orig_mod"  # where torch.compile keeps the model

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.lora_layer import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.settings import Tied
 
 _INNER = ".original_layer"

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.base_check import check_fit, check_rows
-from nanogpt_surgery.lora.journal import operation
-from nanogpt_surgery.lora.lora_layer import (
+from nanogpt_surgery.formats.peft.base_check import check_fit, check_rows
+from nanogpt_surgery.history.journal import operation
+from nanogpt_surgery.lora.layer import (
     DEFAULT,
     active_mixture,
     adapter_names,
@@ -21,9 +21,8 @@ from nanogpt_surgery.lora.lora_layer import (
 from nanogpt_surgery.lora.mixture import Blend
 from nanogpt_surgery.lora.planning import check_new_name
 from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
-from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.settings import Tied
-from nanogpt_surgery.lora.stored import (
+from nanogpt_surgery.lora.stored_adapter import (
     LowRankUpdate,
     StoredAdapter,
     Updates,
@@ -34,6 +33,7 @@ from nanogpt_surgery.lora.stored import (
 from nanogpt_surgery.lora.ties import choose, partners
 from nanogpt_surgery.lora.update import Update
 from nanogpt_surgery.lora.wrapping import Maker, attach, report_on
+from nanogpt_surgery.report import Report
 
 
 def the_adapter(model: nn.Module, name: str | None = None) -> str:

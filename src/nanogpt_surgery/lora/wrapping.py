@@ -9,20 +9,20 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.journal import chart_of, say_tied, says_tied
-from nanogpt_surgery.lora.kinds import seen_from
-from nanogpt_surgery.lora.lora_embedding import LoRAEmbedding
-from nanogpt_surgery.lora.lora_layer import (
+from nanogpt_surgery.history.journal import chart_of, say_tied, says_tied
+from nanogpt_surgery.lora.embedding import LoRAEmbedding
+from nanogpt_surgery.lora.layer import (
     LoRALayer,
     active_mixture,
     adapter_names,
     lora_layers,
 )
-from nanogpt_surgery.lora.lora_linear import LoRALinear
+from nanogpt_surgery.lora.linear import LoRALinear
 from nanogpt_surgery.lora.mixture import Blend, Mixture
 from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
-from nanogpt_surgery.lora.report import Report
 from nanogpt_surgery.lora.update import Update
+from nanogpt_surgery.lora.variants import seen_from
+from nanogpt_surgery.report import Report
 
 Maker: TypeAlias = Callable[[nn.Module], Update | WholeUpdate]
 

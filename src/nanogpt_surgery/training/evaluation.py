@@ -13,8 +13,8 @@ from nanogpt_surgery.data.batches import Measured
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import ALONE, World
-from nanogpt_surgery.training.frozen_prefix import first_that_learns
-from nanogpt_surgery.training.frozen_products import QuickProducts, stored_in_bfloat16
+from nanogpt_surgery.training.fast.frozen_prefix import first_that_learns
+from nanogpt_surgery.training.fast.frozen_products import QuickProducts, stored_in_bfloat16
 from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16
 from nanogpt_surgery.training.loss import n_trained, refuse_documents, summed_loss
 from nanogpt_surgery.training.settings import FitSettings

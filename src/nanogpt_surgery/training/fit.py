@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batch, Batches, held_out
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.learning import Examiner
-from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.lora.checks import Examiner
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.evaluation import validation_loss
-from nanogpt_surgery.training.frozen_prefix import prefix_for
-from nanogpt_surgery.training.frozen_products import QuickProducts
+from nanogpt_surgery.training.fast.compilation import CompiledBlocks
+from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
+from nanogpt_surgery.training.fast.frozen_products import QuickProducts
+from nanogpt_surgery.training.fast.prefetch import batches
 from nanogpt_surgery.training.gradients import accumulate
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
 from nanogpt_surgery.training.loss import n_trained, refuse_packed
 from nanogpt_surgery.training.memory_estimate import check_training
 from nanogpt_surgery.training.nonfinite import not_finite, rows_in_batch
 from nanogpt_surgery.training.optimizer import make_optimizer, update
-from nanogpt_surgery.training.prefetch import batches
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batch, documents_of
-from nanogpt_surgery.training.frozen_prefix import FrozenPrefix
+from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
 from nanogpt_surgery.training.hardware import Hardware, sent
 from nanogpt_surgery.training.loss import backward_from_hidden, backward_of_loss, n_trained
 from nanogpt_surgery.training.settings import FitSettings

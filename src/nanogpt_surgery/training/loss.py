@@ -22,7 +22,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.mixture import Rows
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.training.frozen_head import (
+from nanogpt_surgery.training.fast.frozen_head import (
     backward_of_frozen_head,
     frozen_head,
     trained_places,

@@ -7,7 +7,7 @@ from torch import nn
 
 from nanogpt_surgery.data.batches import Batches
 from nanogpt_surgery.data.gpt_dataset import GPTDataset
-from nanogpt_surgery.data.mixture import Mixture
+from nanogpt_surgery.data.text.mixture import Mixture
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

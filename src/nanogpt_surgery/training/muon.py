@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.training.fast.uncompiled import AdamW, Uncompiled
 from nanogpt_surgery.training.hardware import has_bfloat16
-from nanogpt_surgery.training.uncompiled import AdamW, Uncompiled
 
 Polynomials: TypeAlias = tuple[tuple[float, float, float], ...]
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.learning import linear_b_matrices
+from nanogpt_surgery.lora.checks import linear_b_matrices
 from nanogpt_surgery.lora.targets import output_layer
+from nanogpt_surgery.training.fast.uncompiled import AdamW
 from nanogpt_surgery.training.muon import Muon
 from nanogpt_surgery.training.settings import FitSettings
-from nanogpt_surgery.training.uncompiled import AdamW
 
 # Beside Muon's rate, that of what AdamW trains (docs/training.md).
 EMBEDDING_RATIO, OTHER_RATIO = 1.5, 0.5

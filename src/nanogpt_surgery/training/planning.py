@@ -12,13 +12,17 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of, held_out
-from nanogpt_surgery.data.mixture import passes
+from nanogpt_surgery.data.text.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.training.checkpoint import KEPT
-from nanogpt_surgery.training.compilation import CompiledBlocks
+from nanogpt_surgery.runs.checkpoint import KEPT
 from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
-from nanogpt_surgery.training.frozen_head import frozen_head
-from nanogpt_surgery.training.frozen_prefix import bytes_of_window, first_that_learns, prefix_for
+from nanogpt_surgery.training.fast.compilation import CompiledBlocks
+from nanogpt_surgery.training.fast.frozen_head import frozen_head
+from nanogpt_surgery.training.fast.frozen_prefix import (
+    bytes_of_window,
+    first_that_learns,
+    prefix_for,
+)
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.live_tensors import LiveTensors
 from nanogpt_surgery.training.loss import apart, most_logits_on

@@ -20,15 +20,15 @@ from statistics import median
 import torch
 
 from nanogpt_surgery.data.batches import Batch, Batches
-from nanogpt_surgery.data.instruction_dataset import UNTRAINED
+from nanogpt_surgery.data.conversations.instruction_dataset import UNTRAINED
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
+from nanogpt_surgery.training.fast.uncompiled import Uncompiled
 from nanogpt_surgery.training.fit import fit
-from nanogpt_surgery.training.frozen_prefix import prefix_for
 from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate
 from nanogpt_surgery.training.muon import POLYNOMIALS
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.settings import FitSettings
-from nanogpt_surgery.training.uncompiled import Uncompiled
 
 NEW, AGAIN = 2, 2  # steps of a probe; the first, which warms up, is timed apart
 SECONDS = 2.0  # that a step of a probe takes at most, about

@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import nn
 
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.training.frozen_prefix import first_that_learns
+from nanogpt_surgery.training.fast.frozen_prefix import first_that_learns
 
 
 def training_flops_per_token(model: SimpleGPT, context: int, prefix_kept: bool = False) -> int:

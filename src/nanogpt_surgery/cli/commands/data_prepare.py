@@ -1,0 +1,246 @@
+"""`surgery data prepare`: a corpus of any size as files of ids."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.commands.train import CHARACTERS
+from nanogpt_surgery.cli.framework.console import PLAIN_LINE_EVERY, say, show
+from nanogpt_surgery.cli.framework.options import given, options_of_function
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.text.pieces import Piece
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+    from nanogpt_surgery.report import Report
+
+PREPARE = "nanogpt_surgery.data.text.preparation:prepare_tokens"
+LEFT_OUT = ("pieces", "folder", "tokenizer_of")
+PrepareOptions: Any = options_of_function(PREPARE, "Preparation", leave_out=LEFT_OUT)
+
+
+def prepare(
+    *text: str,
+    out: Path,
+    tokenizer: str = CHARACTERS,
+    options: PrepareOptions = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Encode text into a folder of ids that training maps instead of loading.
+
+    The same command goes on where it was stopped; on a finished folder it checks every byte.
+
+    Parameters
+    ----------
+    text
+        files, or folders of them
+    out
+        the folder to make: tokens.json, train.bin, validation.bin and the tokenizer
+    tokenizer
+        a folder with a tokenizer.json, as surgery tokenizer train makes it; or characters
+    json
+        print the result as JSON
+    """
+    from nanogpt_surgery.cli.sources import refuse_records, say_data
+    from nanogpt_surgery.data.text.pieces import pieces_of
+    from nanogpt_surgery.files.writing import make_folder
+    from nanogpt_surgery.formats.folders.run_folder import LOCK, held
+
+    if not text:
+        raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
+    _check_folder(out, text)
+    refuse_records(text)
+    say_data(text)
+    pieces = pieces_of(text)
+    aside = _aside(out)
+    if aside.is_dir() and not out.exists():
+        aside.rename(out)
+    begun = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
+    make_folder(out)
+    try:
+        with held(out / LOCK):
+            _prepare_or_leave_nothing(pieces, out, tokenizer, given(options), begun)
+    except KeyboardInterrupt:
+        _put_aside(out, aside)
+        say(f"stopped; the same command goes on with {out}")
+        sys.exit(130)
+    show(_report(out), json)
+    say(f"surgery train {out} --out … trains on it")
+
+
+def _aside(out: Path) -> Path:
+    """Where an interrupted preparation waits, under a temporary name that follows from its own."""
+    import hashlib
+
+    from nanogpt_surgery.files.writing import temporary_beside
+
+    name = temporary_beside(out).name.rpartition("-")[0]
+    return out.with_name(f"{name}-{hashlib.sha256(out.name.encode()).hexdigest()[:8]}")
+
+
+def _put_aside(out: Path, aside: Path) -> None:
+    """Leave of an interrupted preparation what the same command goes on with, or nothing."""
+    import shutil
+
+    from nanogpt_surgery.data.text.token_files import is_token_folder
+
+    if is_token_folder(out):
+        return
+    shutil.rmtree(aside, ignore_errors=True)
+    if any(out.glob("parts/*.json")):
+        out.rename(aside)
+    else:
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def _prepare_or_leave_nothing(
+    pieces: list[Piece], out: Path, tokenizer: str, values: dict[str, Any], begun: bool
+) -> None:
+    """Prepare, or remove what an error leaves unfinished.
+
+    What an earlier command left unfinished and this one cannot go on with is begun anew.
+
+    Raises:
+        SurgeryError: as `_prepare`.
+    """
+    from nanogpt_surgery.data.text.token_files import is_token_folder
+    from nanogpt_surgery.formats.folders.run_folder import LOCK
+
+    try:
+        _prepare(pieces, out, tokenizer, values)
+    except SurgeryError as error:
+        if is_token_folder(out):
+            raise
+        _clear(out)
+        if not begun or isinstance(error.__cause__, OSError):
+            (out / LOCK).unlink(missing_ok=True)
+            if not any(out.iterdir()):
+                out.rmdir()
+            raise
+        say(f"note: {out} was left unfinished by another command, and is begun anew")
+        _prepare_or_leave_nothing(pieces, out, tokenizer, values, begun=False)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a preparation puts into a folder, but for the lock."""
+    import shutil
+
+    from nanogpt_surgery.data.text.parts import PARTS
+    from nanogpt_surgery.data.text.preparation import ASKED
+    from nanogpt_surgery.data.text.token_files import SPLITS, TOKENIZER
+    from nanogpt_surgery.files.writing import remove_temporaries
+
+    remove_temporaries(folder)
+    for name in (TOKENIZER, PARTS):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    for name in (ASKED, *(f"{split}.bin" for split in SPLITS)):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _prepare(pieces: list[Piece], out: Path, tokenizer: str, values: dict[str, Any]) -> None:
+    """Everything that is done while the folder is held."""
+    from nanogpt_surgery.data.text.preparation import prepare_tokens
+    from nanogpt_surgery.data.text.token_files import TOKENIZER, is_token_folder, verify_tokens
+    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
+
+    finished = is_token_folder(out)
+    _provide_tokenizer(tokenizer, out / TOKENIZER, pieces, values.get("workers", 0))
+    opens = partial(open_tokenizer, out / TOKENIZER)
+    _watch(prepare_tokens(pieces, out, opens, **values), len(pieces))
+    if finished:
+        verify_tokens(out)
+        say(f"{out} was finished before: every byte is as it was written")
+
+
+def _check_folder(out: Path, text: Sequence[str]) -> None:
+    """Refuse a folder that holds anything but what a preparation leaves, stopped at any moment.
+
+    Raises:
+        SurgeryError: it holds something else, or lies in the corpus, which it would become part of.
+    """
+    from nanogpt_surgery.data.text.preparation import ASKED
+    from nanogpt_surgery.data.text.token_files import TOKENIZER
+    from nanogpt_surgery.files.writing import is_temporary
+    from nanogpt_surgery.formats.folders.run_folder import LOCK
+
+    inside = [
+        p for p in text if Path(p).is_dir() and out.resolve().is_relative_to(Path(p).resolve())
+    ]
+    if inside:
+        raise SurgeryError(
+            f"{out} lies in {inside[0]}, all of which is to be encoded", "choose an --out outside"
+        )
+    if not out.exists() or (out / ASKED).is_file():
+        return
+    ours = (LOCK, TOKENIZER)
+    if not out.is_dir() or any(p.name not in ours and not is_temporary(p) for p in out.iterdir()):
+        raise SurgeryError(f"{out} exists and is no folder of tokens", "choose a new --out")
+
+
+def _provide_tokenizer(named: str, folder: Path, pieces: list[Piece], workers: int) -> None:
+    """Make the tokenizer's folder, or check the one that is there.
+
+    Raises:
+        SurgeryError: another one is there.
+    """
+    from nanogpt_surgery.cli.commands.train import opened_tokenizer
+    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
+    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer, save_tokenizer
+
+    wanted = None if named == CHARACTERS else opened_tokenizer(named)
+    if not folder.exists():
+        save_tokenizer(wanted or _of_characters(pieces, workers), folder)
+        return
+    there = open_tokenizer(folder)
+    if there is None:
+        raise SurgeryError(
+            f"{folder} holds no tokenizer.json, by which the ids were made",
+            "put it back, or choose a new --out",
+        )
+    if wanted is None and isinstance(there, CharacterTokenizer):
+        return
+    if wanted is None or tokenizer_fingerprint(there) != tokenizer_fingerprint(wanted):
+        raise SurgeryError(
+            f"{folder} holds another tokenizer than {named}",
+            "give the one it was begun with, or choose a new --out",
+        )
+
+
+def _of_characters(pieces: list[Piece], workers: int) -> Tokenizer:
+    from nanogpt_surgery.data.text.preparation import characters_of
+    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
+
+    return CharacterTokenizer.from_characters(characters_of(pieces, workers))
+
+
+def _watch(done: Iterable[int], pieces: int) -> None:
+    last = monotonic()
+    for number in done:
+        if monotonic() - last >= PLAIN_LINE_EVERY:
+            say(f"{number:,} of {pieces:,} pieces are done")
+            last = monotonic()
+
+
+def _report(out: Path) -> Report:
+    from nanogpt_surgery.data.text.token_files import DTYPES, SPLITS, read_header
+    from nanogpt_surgery.report import Report
+
+    header = read_header(out)
+    tokens = {f"{split}_tokens": header.tokens(split) for split in SPLITS}
+    summary = {
+        "folder": str(out),
+        "dtype": header.dtype,
+        "vocabulary": header.vocab_size,
+        **tokens,
+        "bytes": sum(tokens.values()) * DTYPES[header.dtype],
+        "fingerprint": header.fingerprint(),
+    }
+    return Report("prepared", [], summary)

@@ -1,0 +1,92 @@
+"""`surgery data preview`: which tokens of instruction data are trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.options import given, options_of
+from nanogpt_surgery.data.conversations.instruction_settings import InstructionSettings
+from nanogpt_surgery.errors import printable
+
+InstructionOptions: Any = options_of(
+    InstructionSettings, "Instructions", leave_out=("data", "pack")
+)
+
+
+def preview(
+    model: str,
+    *data: str,
+    examples: int = 3,
+    block_size: int | None = None,
+    tokens: Annotated[bool, Parameter(negative="")] = False,
+    instructions: InstructionOptions = None,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Show instruction data as it is trained on, answers coloured, and count what is in it.
+
+    Where standard output is no terminal, what is trained on stands in ⟦ ⟧.
+
+    Parameters
+    ----------
+    model
+        a run, a model folder, a GGUF file or a hub name; or a tokenizer alone
+    data
+        JSON, JSONL, CSV or TSV files of questions and answers, or of conversations
+    examples
+        how many to show
+    block_size
+        tokens of an example at most; the model's own by default, at most 256
+    tokens
+        show each token by itself, with a │ after it
+    json
+        print it as JSON
+    """
+    from nanogpt_surgery.cli.instruction_data import counts_in, read_examples, window
+    from nanogpt_surgery.data.conversations import instruction_dataset
+    from nanogpt_surgery.formats.model_file import open_tokenizer_of
+    from nanogpt_surgery.report import Report
+
+    tokenizer, context = open_tokenizer_of(model)
+    length = window(block_size, context)
+    found = read_examples(data, tokenizer, InstructionSettings(**given(instructions)))
+    dataset = instruction_dataset.InstructionDataset.for_tokenizer(found, tokenizer, length)
+    pieces_of = instruction_dataset.preview_tokens if tokens else instruction_dataset.preview
+    shown = [pieces_of(example.cut(length + 1), tokenizer) for example in found[:examples]]
+    summary = counts_in(dataset)
+    if json:
+        rows = [[{"text": text, "trained": trained} for text, trained in p] for p in shown]
+        summary |= {"block_size": length, "preview": rows}
+    else:
+        _print_examples(shown, [len(example.ids) for example in found], length, tokens)
+    show(Report("instruction data", [], summary), json)
+    say(f"surgery finetune {model} {' '.join(data)} --out FOLDER trains on it")
+
+
+def _print_examples(
+    shown: list[list[tuple[str, bool]]], counts: list[int], length: int, tokens: bool
+) -> None:
+    """Each example under its number, its tokens apart where that is asked for."""
+    for number, pieces in enumerate(shown):
+        count = counts[number]
+        cut = f", cut off after {length + 1}" if count > length + 1 else ""
+        print(f"example {number + 1}: {count} tokens{cut}")
+        _print(pieces, "│" if tokens else "")
+
+
+def _print(pieces: list[tuple[str, bool]], border: str) -> None:
+    """A text with what is trained on coloured, or in brackets where there are no colours."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console, text = Console(highlight=False, soft_wrap=True), Text()
+    before, after = ("", "") if console.is_terminal else ("⟦", "⟧")
+    for piece, trained in pieces:
+        if trained:
+            text.append(before + printable(piece) + after, style="bold green")
+        else:
+            text.append(printable(piece))
+        text.append(border, style="dim")
+    console.print(text)

@@ -1,0 +1,116 @@
+"""`surgery export`: a model, or an adapter, for other programs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.framework.console import AllLayers, say, show
+from nanogpt_surgery.cli.framework.options import given, options_of_function
+from nanogpt_surgery.cli.framework.output import Overwrite, check_out
+from nanogpt_surgery.cli.opening import WITH_ADAPTER
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.report import Report
+
+ModelForm = Literal["F32", "F16", "BF16", "Q8_0", "huggingface"]
+Form = Literal[ModelForm, "lora-gguf", "mlx"]
+MERGE = "nanogpt_surgery.formats.gguf.merged_gguf:merge_into_gguf"
+OWN = ("model", "adapter", "path", "kind", "probe")
+MergeOptions: Any = options_of_function(MERGE, "With an adapter", leave_out=OWN)
+
+
+def export(
+    model: str,
+    *,
+    out: Path,
+    overwrite: Overwrite = False,
+    form: Form = "F16",
+    adapter: Path | None = None,
+    probe: Path | None = None,
+    options: MergeOptions = None,
+    all_layers: AllLayers = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Write a model or an adapter for other programs; it is read again and compared.
+
+    A model becomes a GGUF file for llama.cpp, or a Hugging Face folder; an adapter a file for
+    llama.cpp, or a folder for MLX. With an adapter, a model's file or folder holds the merged one,
+    measured as surgery merge does; a folder's weights keep the precision they are stored in.
+
+    Parameters
+    ----------
+    model
+        a run, a model folder, a GGUF file or a hub name
+    out
+        the file to make; for huggingface and mlx the folder
+    form
+        the type of a GGUF's matrices, or huggingface; or the adapter alone, as lora-gguf or mlx
+    adapter
+        an adapter folder, as finetune or peft writes it
+    probe
+        a text to measure a merge on, in the model's tokens; without it, random tokens
+    json
+        print the report as JSON
+    """
+    from nanogpt_surgery.formats.model_file import refuse_adapter
+
+    refuse_adapter(model, WITH_ADAPTER)
+    check_out(out, overwrite, is_file=form not in ("huggingface", "mlx"))
+    if form == "lora-gguf" or form == "mlx":
+        _write_adapter(model, adapter, out, form, given(options))
+    elif adapter is None:
+        _write_model(model, out, form, json)
+    else:
+        show(_write_merged(model, adapter, out, form, probe, given(options)), json, all_layers)
+    say(f"wrote {out}, and read it again")
+
+
+def _write_adapter(
+    model: str, adapter: Path | None, out: Path, form: str, options: dict[str, Any]
+) -> None:
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.formats.peft.adapter_layout import load_adapter
+    from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
+
+    if adapter is None:
+        raise SurgeryError("this form is an adapter's, and none was named", "add --adapter FOLDER")
+    network, _ = open_model(model, "each")
+    options.pop("tolerance", None)  # nothing is rounded
+    load_adapter(network, adapter, **options)
+    save = save_lora_gguf if form == "lora-gguf" else save_mlx_adapter
+    save(network, out)
+
+
+def _write_model(model: str, out: Path, form: ModelForm, json: bool) -> None:
+    from nanogpt_surgery.formats.gguf.writing import save_gguf
+    from nanogpt_surgery.formats.model_file import open_model, save_model
+    from nanogpt_surgery.model.finite import check_finite_weights
+
+    network, tokenizer = open_model(model, "each")
+    if form == "huggingface":
+        check_finite_weights(network, model)
+        save_model(network, out, tokenizer, model)
+    else:
+        show(save_gguf(network, out, tokenizer, form), json)
+
+
+def _write_merged(
+    model: str,
+    adapter: Path,
+    out: Path,
+    form: ModelForm,
+    probe: Path | None,
+    options: dict[str, Any],
+) -> Report:
+    from nanogpt_surgery.data.text.corpus import read_texts
+    from nanogpt_surgery.formats.folders.merging import merge_adapter
+    from nanogpt_surgery.formats.gguf.merged_gguf import merge_into_gguf
+
+    text = read_texts([str(probe)]) if probe else None
+    if form == "huggingface":
+        return merge_adapter(model, adapter, out, probe=text, **options)
+    return merge_into_gguf(model, adapter, out, form, probe=text, **options)

@@ -1,0 +1,68 @@
+"""`surgery merge`: a model with its adapter added in, in place or as a new folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.framework.console import AllLayers, say, show
+from nanogpt_surgery.cli.framework.options import given, options_of_function
+from nanogpt_surgery.cli.framework.output import Overwrite, check_out
+
+MERGE = "nanogpt_surgery.formats.folders.merging:merge_adapter"
+OWN = ("model", "adapter", "out", "probe", "keep_originals")
+MergeOptions: Any = options_of_function(MERGE, "Merge", leave_out=OWN)
+
+
+def merge(
+    model: str,
+    adapter: Path,
+    *,
+    out: Path | None = None,
+    overwrite: Overwrite = False,
+    probe: Path | None = None,
+    drop_originals: Annotated[bool, Parameter(negative="")] = False,
+    plan: Annotated[bool, Parameter(negative="")] = False,
+    options: MergeOptions = None,
+    all_layers: AllLayers = False,
+    json: Annotated[bool, Parameter(negative="")] = False,
+) -> None:
+    """Add an adapter's ΔW to a model's weights, in place (surgery undo takes it back) or elsewhere.
+
+    Parameters
+    ----------
+    model
+        a run or a model folder; with --out also a GGUF file or a hub name
+    adapter
+        an adapter folder, as finetune or peft writes it
+    out
+        the model folder to make; without it the model's own folder changes, in one step
+    probe
+        a text to measure the merge on, in the model's tokens; without it, random tokens
+    drop_originals
+        keep nothing of what was there: undo is then impossible
+    plan
+        say what would be written and how much of ΔW survives, and write nothing
+    json
+        print the report as JSON
+    """
+    from nanogpt_surgery.data.text.corpus import read_texts
+    from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge, refuse_own_folder
+
+    if out is not None and not plan:
+        refuse_own_folder(model, out)
+        check_out(out, overwrite)
+    text = read_texts([str(probe)]) if probe else None
+    more = given(options) | {"probe": text, "keep_originals": not drop_originals}
+    if plan:
+        show(plan_merge(model, adapter, out, **more), json, all_layers)
+        return
+    show(merge_adapter(model, adapter, out, **more), json, all_layers)
+    if out is not None:
+        say(f"wrote {out}, read it again and measured it; {model} is as it was")
+    elif drop_originals:
+        say(f"changed {model}, read it again and measured it; this cannot be undone")
+    else:
+        say(f"changed {model}, read it again and measured it; surgery undo {model} takes it back")

@@ -1,0 +1,189 @@
+"""`surgery train`: a model from nothing, or all weights of one that is there."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.framework.console import say
+from nanogpt_surgery.cli.framework.options import given, options_of
+from nanogpt_surgery.cli.run_length import with_length
+from nanogpt_surgery.cli.run_options import RunOptions
+from nanogpt_surgery.model.config import FAMILIES, GPTConfig
+from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values, training_values
+from nanogpt_surgery.training.settings import FitSettings
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.cli.job import Job
+    from nanogpt_surgery.cli.sources import Sources
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+
+CHARACTERS = "characters"
+ModelOptions: Any = options_of(GPTConfig, "Model", leave_out=("vocab_size", "rope_scaling"))
+TrainingOptions: Any = options_of(FitSettings, "Training", ("lora_plus_ratio", "keep_hidden"), MUON)
+Family: Any = Literal[*FAMILIES]
+Recipe: Any = Literal[*(name for name in RECIPES if name)]
+
+
+def train(
+    *text: str,
+    run: RunOptions,
+    base: Annotated[str | None, Parameter(name="--from")] = None,
+    weights: str | None = None,
+    tokenizer: Annotated[str | None, Parameter(show_default=lambda _: CHARACTERS)] = None,
+    recipe: Recipe | None = None,
+    family: Annotated[Family | None, Parameter(group="Model")] = None,
+    model: ModelOptions = None,
+    training: TrainingOptions = None,
+) -> None:
+    """Train a GPT on text, into a run folder.
+
+    Muon trains its matrices, at a learning rate that suits it; with --no-muon AdamW trains all,
+    and the defaults of other flags are AdamW's, those of fit and finetune. With --from AdamW trains
+    all at a low rate, or with --muon Muon at a low one.
+
+    Parameters
+    ----------
+    text
+        files, folders, or - for standard input; without any, Python's own reference;
+        or a folder that surgery data prepare made
+    base
+        go on from this model, with all of its weights: a run, a model folder, a GGUF file or a hub
+        name; its tokenizer and its sizes are taken, and a --block-size may only cut shorter windows
+    weights
+        draw from each source in proportion, as in 3:1 for two of them
+    tokenizer
+        a folder with a tokenizer.json, as surgery tokenizer train makes it; or characters
+    recipe
+        other defaults for model and training: fast is the lowest loss in little time
+        (docs/training.md); with a family, its start from zero alone; flags still count
+    family
+        start from this family's axes; other flags still count
+    """
+    from nanogpt_surgery.cli.commands.train_from import job_from, refuse_beside
+    from nanogpt_surgery.cli.training_run import check_first
+
+    shaped, asked = given(model), given(training)
+    if base is not None:
+        refuse_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
+    values = training_values(recipe, asked) if base is None else further_values(asked)
+    settings = FitSettings(**values)
+    check_first(run, settings, asked)
+    if base is None:
+        job = _new(run, settings, text, weights, tokenizer or CHARACTERS, recipe, family, shaped)
+    else:
+        job = job_from(base, run, settings, text, weights, shaped.get("block_size"))
+    _say_way(settings, base)
+    _carry_out(with_length(job, asked), text)
+
+
+def _new(
+    run: RunOptions,
+    settings: FitSettings,
+    text: tuple[str, ...],
+    weights: str | None,
+    tokenizer: str,
+    recipe: str | None,
+    family: str | None,
+    shaped: dict[str, Any],
+) -> Job:
+    """The training of a new model, on what was named, in the shape that was asked for."""
+    from nanogpt_surgery.training.memory_estimate import check_new_model
+
+    sources = _sources(text, weights, tokenizer)
+    check_new_model(_config(sources, recipe, family, shaped), settings)
+    job = _job(run, sources, _config(sources, recipe, family, shaped), settings, recipe)
+    named = {"text": text, "weights": weights, "tokenizer": tokenizer, "family": family}
+    return replace(job, named=named)
+
+
+def _job(
+    run: RunOptions,
+    sources: Sources,
+    config: GPTConfig,
+    settings: FitSettings,
+    recipe: str | None,
+) -> Job:
+    """Its parts; its weights follow from the seed."""
+    import torch
+
+    from nanogpt_surgery.cli.job import job_of_all
+    from nanogpt_surgery.cli.sources import windows_of
+    from nanogpt_surgery.model.initialisation import start_from_zero
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+    dataset, validation = sources.datasets(config.block_size)
+    torch.manual_seed(settings.seed)
+    network = SimpleGPT.from_config(config)
+    if RECIPES[recipe].from_zero:
+        start_from_zero(network, config)
+    say(
+        f"{windows_of(dataset, validation)}; tokens of "
+        f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
+    )
+    tables = config.n_lags * config.vocab_size * config.n_embd
+    if 2 * tables > network.n_parameters:
+        say(f"note: {tables:,} of them are lag tables, for so many kinds; --n-lags 0 is without")
+    data = dataset, validation
+    return job_of_all(run, network, sources.tokenizer, data, settings, {"recipe": recipe})
+
+
+def _say_way(settings: FitSettings, base: str | None) -> None:
+    """What trains and how fast, unless it is AdamW from nothing, which was asked for."""
+    rate = f"at a learning rate of {settings.learning_rate:g}"
+    if settings.muon:
+        say(f"trained by Muon, {rate} (--no-muon: AdamW)")
+    elif base is not None:
+        say(f"trained by AdamW, {rate} (--muon: Muon)")
+
+
+def _carry_out(job: Job, text: tuple[str, ...]) -> None:
+    from nanogpt_surgery.cli.sources import say_sources
+    from nanogpt_surgery.cli.training_run import carry_out
+
+    say_sources(job.dataset, text, job.settings.windows)
+    carry_out(job, "trained")
+    if not job.options.plan:
+        say(f"surgery generate {job.options.out} --prompt … continues a text with it")
+
+
+def _config(
+    sources: Sources, recipe: str | None, family: str | None, asked: dict[str, Any]
+) -> GPTConfig:
+    from nanogpt_surgery.data.tokenizers.tokenizer import vocab_size_of
+
+    vocab_size = vocab_size_of(sources.tokenizer)
+    if family is None:
+        return GPTConfig(vocab_size=vocab_size, **(RECIPES[recipe].model | asked))
+    return GPTConfig.for_family(family, vocab_size=vocab_size, **asked)
+
+
+def _sources(paths: tuple[str, ...], weights: str | None, tokenizer: str) -> Sources:
+    """What to learn from, and the tokenizer that was named, or the sources' own."""
+    from nanogpt_surgery.cli.sources import named_sources
+
+    return named_sources(
+        paths, weights, None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
+    )
+
+
+def opened_tokenizer(folder: str) -> Tokenizer:
+    """The tokenizer in a folder that was named.
+
+    Raises:
+        SurgeryError: there is none.
+    """
+    from nanogpt_surgery.errors import SurgeryError
+    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
+
+    found = open_tokenizer(folder)
+    if found is None:
+        there = "it holds no tokenizer.json" if Path(folder).is_dir() else "there is no such folder"
+        raise SurgeryError(
+            f"no tokenizer opens from {folder}: {there}",
+            "surgery tokenizer train TEXT --vocab-size 4096 --out FOLDER makes one",
+        )
+    return found

@@ -1,0 +1,1 @@
+"""The app, its options and its console."""

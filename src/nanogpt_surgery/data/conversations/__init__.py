@@ -1,0 +1,1 @@
+"""Chat templates, instruction records, and the answers that are trained on."""

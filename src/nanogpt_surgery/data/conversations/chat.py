@@ -1,0 +1,256 @@
+"""From the messages of a conversation to the text, and the ids, that a model was trained on.
+
+A model's own template is rendered in a sandbox, in a process of its own (`template_worker.py`); a
+model without one gets ours: ChatML where its vocabulary has ChatML's tokens, plain names else.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from nanogpt_surgery.data.conversations.template_process import replies
+from nanogpt_surgery.data.tokenizers.token_offsets import encode_with_offsets
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, stop_ids
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+
+Message: TypeAlias = dict[str, Any]  # role and content, and what else a template may write
+
+ROLES = ("system", "user", "assistant", "tool")
+LONGEST = 1 << 20  # characters of one conversation
+_END = "<|im_end|>"  # ChatML's
+MEND_TEMPLATE = "check the roles and their order, or use a template of ours: chatml or plain"
+_NOT_SHOWN = ("weight", "train", "training")  # what of a message no template is given
+
+
+class Messages(list[Message]):
+    """The messages of a conversation, and what belongs to it as a whole.
+
+    Attributes:
+        variables: what a template is given beside the messages: tools, and what a record says.
+        where: the file and the number of the record, for errors.
+        fields: for each message, the field of the record that it was made from.
+    """
+
+    def __init__(
+        self,
+        messages: Sequence[Message],
+        variables: Mapping[str, Any] | None = None,
+        where: str = "",
+        fields: Sequence[str] = (),
+    ):
+        super().__init__(messages)
+        self.variables, self.where = dict(variables or {}), where
+        self.fields = list(fields) or [f"message {i + 1}" for i in range(len(self))]
+
+
+@dataclass(frozen=True)
+class Written:
+    """The text of a conversation, and from where to where each of the asked answers stands in it.
+
+    `error` says why there is none.
+    """
+
+    text: str = ""
+    answers: Sequence[tuple[int, int]] = ()
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How conversations are written.
+
+    `source` is a template in Jinja, or the name of one of ours: "chatml", "plain", or "none", which
+    writes what is said and nothing else, so that the model continues it.
+    """
+
+    source: str
+    bos_token: str = ""
+    eos_token: str = ""
+    seconds: int = 10
+    special_tokens: Mapping[str, str] | None = None
+    """what a template's variables for special tokens hold; None: BOS and EOS"""
+
+    @property
+    def name(self) -> str:
+        """The name of one of ours, or "the model's own"."""
+        return self.source if self.source in OWN else "the model's own"
+
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Texts that end an answer where no token does: the next speaker's name, or ChatML's end.
+
+        A base model's `stop_ids` are often without that end, also where its own template writes it.
+        """
+        if self.source == "plain":
+            return ("\n\nUser:", "\nUser:")
+        return (_END,) if self.source == "chatml" or _END in self.source else ()
+
+    def render(self, messages: Sequence[Message], ask: bool = True) -> str:
+        """The text of a conversation; `ask`: up to where an answer begins.
+
+        Raises:
+            SurgeryError: the messages are none, or the template fails or goes beyond its limits.
+        """
+        check_messages(messages)
+        [written] = self.write([messages], ask=ask)
+        if written.error:
+            raise SurgeryError(f"the model's chat template fails: {written.error}", MEND_TEMPLATE)
+        return written.text
+
+    def write(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        answers: Sequence[Sequence[int]] | None = None,
+        ask: bool = False,
+    ) -> Iterator[Written]:
+        """The texts of conversations, as they come; they end with one that had to be stopped.
+
+        Args:
+            conversations: messages that `check_messages` lets pass.
+            answers: for each, which messages are answers that are to be found in the text.
+            ask: where no answers are to be found, write up to where one begins.
+        """
+        wanted = answers or [()] * len(conversations)
+        if self.source in OWN:
+            for messages, found in zip(conversations, wanted, strict=True):
+                yield self._own(messages, found, ask)
+            return
+        special = self.special_tokens
+        if special is None:
+            special = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        job = {
+            "template": self.source,
+            "variables": {**special, "tools": None, "documents": None},
+            "longest": LONGEST,
+            "seconds": self.seconds,
+        }
+        asked = [
+            {"messages": [shown(m) for m in messages], "ask": ask, "answers": list(found)}
+            | {"variables": getattr(messages, "variables", {})}
+            for messages, found in zip(conversations, wanted, strict=True)
+        ]
+        for reply in replies(job, asked):
+            spans = [(start, end) for start, end in reply.get("answers", ())]
+            yield Written(reply.get("text", ""), spans, reply.get("error", ""))
+
+    def _own(self, messages: Sequence[Message], answers: Sequence[int], ask: bool) -> Written:
+        turns = OWN[self.source](messages, self.eos_token)
+        [(begin, _)] = OWN[self.source]([{"role": "assistant", "content": ""}], "")
+        text, spans = "", []
+        for i, (before, after) in enumerate(turns):
+            start = len(text) + len(before)
+            text += before + after
+            if i in answers:
+                spans.append((start, len(text)))
+        return Written(text + (begin if ask else ""), spans)
+
+
+def shown(message: Message) -> Message:
+    """A message as a template is given it."""
+    return {key: value for key, value in message.items() if key not in _NOT_SHOWN}
+
+
+def template_of(tokenizer: Tokenizer) -> ChatTemplate:
+    """The template that a tokenizer's model expects."""
+    token_of: Callable[[int | None], str | None] = getattr(tokenizer, "token_of", lambda _: None)
+    bos = token_of(getattr(tokenizer, "bos_id", None)) or ""
+    eos = token_of(getattr(tokenizer, "eos_id", None)) or ""
+    source = getattr(tokenizer, "chat_template", None)
+    if source is None:
+        id_of: Callable[[str], int | None] = getattr(tokenizer, "id_of", lambda _: None)
+        source = "plain" if id_of("<|im_start|>") is None else "chatml"
+    special = getattr(tokenizer, "special_tokens", None)
+    return ChatTemplate(source, bos, eos, special_tokens=special)
+
+
+def chat_ids(
+    tokenizer: Tokenizer, messages: Sequence[Message], template: ChatTemplate | None = None
+) -> list[int]:
+    """The ids of a conversation up to where the model's answer begins; BOS comes once."""
+    template = template or template_of(tokenizer)
+    ids, _ = encode_conversation(tokenizer, template, template.render(messages))
+    warn_of_two_bos(tokenizer, ids)
+    return ids
+
+
+def encode_conversation(
+    tokenizer: Tokenizer, template: ChatTemplate, text: str
+) -> tuple[list[int], list[int]]:
+    """The ids of a text that a template wrote, and where in it each token begins.
+
+    The text, from the beginning of a conversation, is encoded as a whole. A model's own template
+    writes every special token itself; before ours comes what the tokenizer puts before a text
+    (BOS). Training, preview, chat and evaluation all ask here.
+    """
+    ids, offsets = encode_with_offsets(tokenizer, text)
+    before = prompt_ids(tokenizer, "") if template.source in OWN else []
+    if ids[: len(before)] == before:
+        return ids, offsets
+    return before + ids, [0] * len(before) + offsets
+
+
+def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The tokens that end a turn: the tokenizer's own, and ChatML's end where it has it."""
+    id_of: Callable[[str], int | None] = getattr(tokenizer, "id_of", lambda _: None)
+    end = id_of(_END)
+    return stop_ids(tokenizer) | (set() if end is None else {end})
+
+
+def warn_of_two_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
+    """Say so if a text begins with BOS twice."""
+    bos = getattr(tokenizer, "bos_id", None)
+    if bos is not None and list(ids[:2]) == [bos, bos]:
+        warnings.warn(
+            "the conversation begins with BOS twice: template and messages both write it",
+            SurgeryWarning,
+            stacklevel=3,
+        )
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raise `SurgeryError` unless every message has a role and a content (all problems at once)."""
+    problems = []
+    for i, message in enumerate(messages):
+        role = message.get("role") if isinstance(message, dict) else None
+        if role is None or not (isinstance(message.get("content"), str) or _only_calls(message)):
+            problems.append(f"message {i + 1} has no text under 'content'")
+        elif role not in ROLES:
+            problems.append(f"message {i + 1} has the role {quoted(role)}")
+    if problems:
+        raise SurgeryError("; ".join(problems[:8]), f"roles are {', '.join(ROLES)}")
+
+
+def _only_calls(message: Message) -> bool:
+    """Whether a message has no text because it calls tools."""
+    return bool(message.get("tool_calls")) and message.get("content") is None
+
+
+def _said(message: Message) -> str:
+    return message["content"] or ""  # a call of tools has none
+
+
+def _chatml(messages: Sequence[Message], _end: str) -> list[tuple[str, str]]:
+    return [(f"<|im_start|>{m['role']}\n", f"{_said(m)}{_END}\n") for m in messages]
+
+
+def _plain(messages: Sequence[Message], end: str) -> list[tuple[str, str]]:
+    ends = {"assistant": end}  # so that a model trained on answers learns to stop
+    return [
+        (f"{m['role'].capitalize()}:\n", f"{_said(m)}{ends.get(m['role'], '')}\n\n")
+        for m in messages
+    ]
+
+
+def _none(messages: Sequence[Message], end: str) -> list[tuple[str, str]]:
+    return [("", _said(m)) for m in messages]
+
+
+# Each message as what stands before it, and what is said with what ends it.
+OWN: dict[str, Callable[[Sequence[Message], str], list[tuple[str, str]]]] = {
+    "chatml": _chatml,
+    "plain": _plain,
+    "none": _none,
+}

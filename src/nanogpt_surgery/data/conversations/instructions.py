@@ -1,0 +1,265 @@
+"""Instruction data: prompts with answers, or whole conversations, and which tokens are trained on.
+
+`record_files.py` reads files of records, `record_forms.py` says which forms a record may have.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nanogpt_surgery.data.conversations.chat import (
+    MEND_TEMPLATE,
+    ChatTemplate,
+    Message,
+    Messages,
+    Written,
+    encode_conversation,
+    shown,
+    template_of,
+    warn_of_two_bos,
+)
+from nanogpt_surgery.data.conversations.record_files import holds_records, read_records
+from nanogpt_surgery.data.conversations.record_forms import EXPECTED, RecordError, conversation_of
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+
+
+@dataclass(frozen=True)
+class Example:
+    """The ids of a conversation, and for each whether it is trained on."""
+
+    ids: tuple[int, ...]
+    trained: tuple[bool, ...]
+
+    def cut(self, length: int) -> Example:
+        """Its first tokens, at most so many."""
+        return Example(self.ids[:length], self.trained[:length])
+
+
+def read_conversations(path: str | Path) -> list[Messages]:
+    """The conversations of a JSON, JSONL, CSV or TSV file.
+
+    Fields of records that are of no use are listed in a `SurgeryWarning`.
+
+    Raises:
+        SurgeryError: the file is missing or not what its name says, or records are of no known
+            form, or say what cannot be honoured (all of them, with their number and field).
+    """
+    conversations, problems = [], []
+    unused: Counter[str] = Counter()
+    for number, record in enumerate(read_records(path), 1):
+        try:
+            messages, beside = conversation_of(record)
+        except RecordError as error:
+            problems.append(f"record {number}, {error}")
+            continue
+        messages.where = f"{path}, record {number}"
+        conversations.append(messages)
+        unused.update(beside)
+    if problems or not conversations:
+        shown_ = listed(problems) or "there are no records"
+        raise SurgeryError(f"{path} is not instruction data: {shown_}", EXPECTED)
+    if unused:
+        _warn(f"{path} has fields that are not used: {counted(unused)}")
+    return conversations
+
+
+def counted(fields: Counter[str]) -> str:
+    """Names of fields, each with how many records have it."""
+    named = [f"{quoted(name)[1:-1]} ({count:,} records)" for name, count in fields.most_common(20)]
+    return ", ".join(named) + (f" and {len(fields) - 20} more" if len(fields) > 20 else "")
+
+
+def _warn(text: str) -> None:
+    warnings.warn(text, SurgeryWarning, stacklevel=4)
+
+
+def is_instruction_data(paths: Sequence[str | Path]) -> bool:
+    """Whether files to learn from hold instructions, and not plain text.
+
+    They do if each is JSON, JSONL, CSV or TSV, by its name, and begins with a record of a known
+    form.
+
+    Raises:
+        SurgeryError: only some of them are, or one of them begins with no such record.
+    """
+    files = [Path(path) for path in paths]
+    known = [holds_records(file) for file in files]
+    if not any(known):
+        return False
+    if not all(known):
+        text, data = files[known.index(False)], files[known.index(True)]
+        raise SurgeryError(
+            "it is not clear whether this is instruction data or plain text: "
+            f"{data} holds records, {text} does not",
+            "name either alone",
+        )
+    for file in files:
+        check_first_record(file)
+    return True
+
+
+def check_first_record(path: str | Path) -> None:
+    """Raise `SurgeryError` unless a file begins with a record of a known form."""
+    first = next(iter(read_records(path)), None)
+    if first is None:
+        raise SurgeryError(f"{path} holds no records", EXPECTED)
+    try:
+        conversation_of(first)
+    except RecordError as error:
+        prose = isinstance(first, dict) and isinstance(first.get("text"), str)
+        hint = "; prose is learned from a text file: write the fields named text to a .txt file"
+        raise SurgeryError(
+            f"{path} is not instruction data: record 1, {error}", EXPECTED + hint * prose
+        ) from None
+
+
+def encode_conversations(
+    conversations: Sequence[Sequence[Message]],
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None = None,
+    *,
+    answers_only: bool = True,
+) -> list[Example]:
+    """The ids of conversations; trained on are the assistant's answers and what ends them.
+
+    The text of a conversation is encoded as a whole. A token that reaches over the place where an
+    answer begins or ends belongs to the side of its first character.
+
+    Args:
+        conversations: lists of messages.
+        tokenizer: the model's.
+        template: how they are written; the tokenizer's own by default.
+        answers_only: otherwise every token is trained on, but for answers of weight 0.
+
+    Raises:
+        SurgeryError: a conversation has no answer, or the template does not write a conversation
+            as a continuation of its beginning, so that answers cannot be told from questions.
+    """
+    template = template or template_of(tokenizer)
+    talks = [_plain(messages, number) for number, messages in enumerate(conversations, 1)]
+    answers = [_answers(messages, answers_only) for messages in talks]
+    if answers_only:
+        _check_answers(talks, answers)
+    _check_fields(talks, template)
+    examples, problems = [], []
+    for messages, found in zip(talks, template.write(talks, answers), strict=False):
+        if found.error:
+            problems.append(f"{messages.where}: {found.error}")
+        elif not problems:
+            examples.append(_example(found, tokenizer, template, answers_only))
+    if problems:
+        raise SurgeryError(
+            f"the model's chat template fails: {listed(problems)}",
+            f"{MEND_TEMPLATE}; --no-answers-only trains on every token",
+        )
+    for example in examples:
+        warn_of_two_bos(tokenizer, example.ids)
+    return examples
+
+
+def listed(problems: Sequence[str]) -> str:
+    """The first of several problems, and how many more there are."""
+    return "; ".join(problems[:5]) + (f"; {len(problems) - 5:,} more" if problems[5:] else "")
+
+
+def _plain(messages: Sequence[Message], number: int) -> Messages:
+    """A conversation as `read_conversations` gives it."""
+    if isinstance(messages, Messages):
+        return messages
+    place = f"conversation {number}"
+    try:
+        found, _ = conversation_of({"messages": list(messages)})
+    except RecordError as error:
+        raise SurgeryError(f"{place}, {error}") from None
+    found.where = place
+    return found
+
+
+def _check_answers(conversations: Sequence[Messages], answers: Sequence[Sequence[int]]) -> None:
+    problems = []
+    for messages, found in zip(conversations, answers, strict=True):
+        if not found:
+            weightless = any(m["role"] == "assistant" for m in messages)
+            what = "answers of weight 0 alone" if weightless else "no answer"
+            problems.append(f"{messages.where} has {what}")
+    if problems:
+        raise SurgeryError(
+            f"there is nothing to train on: {listed(problems)}",
+            "an answer is a message of the role assistant (ShareGPT's gpt)",
+        )
+
+
+def _answers(messages: Messages, trained: bool) -> list[int]:
+    """The answers that are trained on, or those that are not."""
+    return [
+        i
+        for i, m in enumerate(messages)
+        if m["role"] == "assistant" and bool(m.get("weight", 1)) == trained
+    ]
+
+
+_MEANING = ("tools", "tool_calls", "name")  # what a model must see to learn from an answer
+
+
+def _check_fields(conversations: Sequence[Messages], template: ChatTemplate) -> None:
+    """Find fields that a template does not write: rendered without them its text is the same.
+
+    Raises:
+        SurgeryError: one of them changes what an answer means. Others are a warning.
+    """
+    counts: Counter[str] = Counter()
+    first: dict[str, Messages] = {}
+    for messages in conversations:
+        found = {key for key, value in messages.variables.items() if value}
+        found |= {f"{m['role']}.{key}" for m in messages for key in shown(m).keys() - _ALWAYS}
+        counts.update(found)
+        first |= dict.fromkeys(found - first.keys(), messages)
+    if not first:
+        return
+    without = [_without(messages, name) for name, messages in first.items()]
+    before, after = (list(template.write(talks)) for talks in (list(first.values()), without))
+    same = {
+        name: messages
+        for (name, messages), one, other in zip(first.items(), before, after, strict=False)
+        if one == other and not one.error
+    }
+    for name, messages in same.items():
+        role, _, field = name.rpartition(".")
+        if field in _MEANING and role != "tool":
+            raise SurgeryError(
+                f"{messages.where}: {template.name.removeprefix('the ')} template does not write "
+                f"{name}, which {counts[name]:,} records have",
+                "take the field out of the records, or use a model whose template writes it",
+            )
+    if same:
+        unwritten = Counter({name: counts[name] for name in same})
+        _warn(f"the chat template does not write {counted(unwritten)}")
+
+
+_ALWAYS = {"role", "content"}
+
+
+def _without(messages: Messages, name: str) -> Messages:
+    """A conversation without a variable, or without a field in messages of a role."""
+    role, _, field = name.rpartition(".")
+    said = [
+        {key: value for key, value in m.items() if m["role"] != role or key != field}
+        for m in messages
+    ]
+    return Messages(said, {k: v for k, v in messages.variables.items() if k != name})
+
+
+def _example(
+    written: Written, tokenizer: Tokenizer, template: ChatTemplate, answers_only: bool
+) -> Example:
+    ids, offsets = encode_conversation(tokenizer, template, written.text)
+    borders = [place for span in written.answers for place in span]  # start, end, start, …
+    within = np.searchsorted(borders, offsets, side="right") % 2 == 1  # (T,)
+    return Example(tuple(ids), tuple((within == answers_only).tolist()))

@@ -1,0 +1,333 @@
+"""Records of the common forms of instruction data as conversations; no field goes in silence.
+
+OpenAI's messages, ShareGPT's conversations, Alpaca's instruction, input and output (with system and
+history), TRL's prompt and completion (texts or messages), and the names that other sets of data
+give the same. A field that would change what is learned and cannot be honoured is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from nanogpt_surgery.data.conversations.chat import ROLES, Message, Messages
+from nanogpt_surgery.data.conversations.record_files import keys_of
+from nanogpt_surgery.errors import quoted
+
+CONVERSATIONS = ("messages", "conversations", "conversation")
+QUESTIONS, INPUTS = ("instruction", "prompt", "question", "query"), ("input", "context")
+ANSWERS = ("completion", "answer", "response", "output")
+SYSTEM = ("system", "system_prompt")
+NOT_TEXT = ("images", "image", "videos", "video", "audio", "audios")
+OURS = ("adapters", "settings", "parallel_tool_calls")  # without effect on the text
+EXPECTED = (
+    "a record has messages (or ShareGPT's conversations); or prompt and completion; or "
+    "instruction, input and output; a table has a column question and a column answer"
+)
+_SAME_ROLE = {"developer": "system", "function": "tool"}
+_SHAREGPT = {
+    **dict.fromkeys(("human", "user", "input"), "user"),
+    **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "output"), "assistant"),
+    **dict.fromkeys(("tool", "function", "observation", "function_response"), "tool"),
+    **dict.fromkeys(("system", "developer"), "system"),
+    **dict.fromkeys(("function_call", "tool_call"), "assistant"),
+}
+_CALLS = ("function_call", "tool_call")  # ShareGPT's roles of which the value is a call
+
+
+class RecordError(Exception):
+    """A record cannot be read: which of its fields, and why."""
+
+    def __init__(self, field: str, what: str):
+        super().__init__(f"{field}: {what}" if field else what)
+
+
+def conversation_of(record: Any) -> tuple[Messages, list[str]]:
+    """The conversation of a record, and the names of fields that are not used.
+
+    Raises:
+        RecordError: it is of no known form, or says something that cannot be honoured.
+    """
+    if not isinstance(record, dict):
+        raise RecordError("", keys_of(record))
+    known = {
+        *OURS,
+        *NOT_TEXT,
+        *SYSTEM,
+        "label",
+        "weight",
+        "tools",
+        "functions",
+        "chat_template_kwargs",
+    }
+    for field in NOT_TEXT:
+        if record.get(field):
+            raise RecordError(field, "is not text, and text alone is trained on")
+    _check_wanted(record)
+    key = next((key for key in CONVERSATIONS if isinstance(record.get(key), list)), None)
+    if key is not None:
+        known |= {key}
+        said = [_message(raw, f"{key}[{i}]") for i, raw in enumerate(record[key])]
+        fields = [f"{key}[{i}]" for i in range(len(said))]
+        if not said:
+            raise RecordError(key, "is an empty list")
+        if record.get("history"):
+            raise RecordError("history", f"stands beside {key}")
+    else:
+        said, fields, used = _pair(record)
+        known |= used
+    system = _system(record, said)
+    messages = Messages([*system, *said], _variables(record), "", ["system"] * len(system) + fields)
+    unused = [name for name, value in record.items() if name not in known and not _empty(value)]
+    return messages, unused
+
+
+def _check_wanted(record: dict[str, Any]) -> None:
+    """Raise `RecordError` where a record says that its answer is not one to learn."""
+    if not _empty(record.get("rejected")):
+        raise RecordError("rejected", "this is preference data; one answer is trained on")
+    if str(record.get("label")).lower() in ("false", "0"):
+        raise RecordError("label", f"is {quoted(record['label'])}: the answer is one not to give")
+    weight = record.get("weight")
+    if not _empty(weight) and str(weight) not in ("1", "1.0"):
+        raise RecordError("weight", f"is {quoted(weight)}; messages have weights, records none")
+
+
+def _empty(value: Any) -> bool:
+    return value is None or value == "" or value == [] or value == {}
+
+
+def _pair(record: dict[str, Any]) -> tuple[list[Message], list[str], set[str]]:
+    """The messages of a question with its answer, the field of each, and the fields used."""
+    asked = [key for key in QUESTIONS if not _empty(record.get(key))]
+    beside = [key for key in INPUTS if not _empty(record.get(key))]
+    if "query" in asked and len(asked) > 1:  # another name for Alpaca's input
+        asked.remove("query")
+        beside.append("query")
+    if not asked and beside[:1] == ["input"]:
+        asked = [beside.pop(0)]
+    answers = [key for key in ANSWERS if record.get(key) is not None]
+    if not asked or not any(key in record for key in ANSWERS):
+        raise RecordError("", keys_of(record))
+    if not answers:
+        field = next(key for key in ANSWERS if key in record)
+        raise RecordError(field, "is empty; an answer is needed")
+    question, answer = (_only_one(record, keys) for keys in (asked, answers))
+    if len(beside) > 1:
+        raise RecordError(beside[1], f"stands beside {beside[0]}")
+    before, after = record[question], record[answer]
+    if beside:
+        text = f"{_text(before, question)}\n\n{_text(record[beside[0]], beside[0])}"
+        said: list[Message] = [{"role": "user", "content": text}]
+    else:
+        said = _said(before, question, "user")
+    if isinstance(before, list):  # TRL trains on the completion alone
+        said = [m | {"weight": 0} if m["role"] == "assistant" else m for m in said]
+    asking = " and ".join([question, *beside])
+    turns = _history(record.get("history"))
+    begins = 1 if said[0]["role"] == "system" else 0
+    said = [*said[:begins], *turns, *said[begins:]]
+    rest = len(said) - len(turns) - begins
+    fields = [asking] * begins + ["history"] * len(turns) + [asking] * rest
+    replies = _said(after, answer, "assistant")
+    used = {question, answer, *beside, "history"}
+    return said + replies, fields + [answer] * len(replies), used | _same(record, asked + answers)
+
+
+def _only_one(record: dict[str, Any], keys: list[str]) -> str:
+    for other in keys[1:]:
+        if record[other] != record[keys[0]]:
+            raise RecordError(other, f"stands beside {keys[0]}, and says something else")
+    return keys[0]
+
+
+def _same(record: dict[str, Any], keys: list[str]) -> set[str]:
+    """Those that say what another says."""
+    return {key for key in keys if sum(record[key] == record[other] for other in keys) > 1}
+
+
+def _said(value: Any, field: str, role: str) -> list[Message]:
+    """What a field says: a text of a role, or messages."""
+    if isinstance(value, list):
+        if not value:
+            raise RecordError(field, "is an empty list")
+        return [_message(raw, f"{field}[{i}]") for i, raw in enumerate(value)]
+    return [{"role": role, "content": _text(value, field)}]
+
+
+def _text(value: Any, field: str) -> str:
+    if not isinstance(value, str):
+        raise RecordError(field, f"is {quoted(value)}, not a text")
+    return value
+
+
+def _history(turns: Any) -> list[Message]:
+    if _empty(turns):
+        return []
+    if not isinstance(turns, list):
+        raise RecordError("history", f"is {quoted(turns)}, not a list of exchanges")
+    said: list[Message] = []
+    for i, turn in enumerate(turns):
+        field = f"history[{i}]"
+        if isinstance(turn, dict):
+            said.append(_message(turn, field))
+        elif isinstance(turn, list) and len(turn) == 2:
+            said.append({"role": "user", "content": _text(turn[0], f"{field}[0]")})
+            said.append({"role": "assistant", "content": _text(turn[1], f"{field}[1]")})
+        else:
+            raise RecordError(field, f"is {quoted(turn)}, not a question with its answer")
+    return said
+
+
+def _system(record: dict[str, Any], said: Sequence[Message]) -> list[Message]:
+    """The system message that a field of the record says, unless the messages begin with it."""
+    found = [key for key in SYSTEM if not _empty(record.get(key))]
+    if not found:
+        return []
+    text = _text(record[_only_one(record, found)], found[0])
+    if said[0]["role"] != "system":
+        return [{"role": "system", "content": text}]
+    if said[0]["content"] != text:
+        raise RecordError(found[0], "is another system prompt than the first message's")
+    return []
+
+
+def _variables(record: dict[str, Any]) -> dict[str, Any]:
+    """What a template is given beside the messages."""
+    values = record.get("chat_template_kwargs")
+    if not _empty(values) and not isinstance(values, dict):
+        raise RecordError("chat_template_kwargs", f"is {quoted(values)}, not an object")
+    variables = dict(values or {})
+    if taken := {"messages", "tools", "add_generation_prompt"} & variables.keys():
+        raise RecordError(f"chat_template_kwargs.{min(taken)}", "is given otherwise")
+    for field in ("tools", "functions"):
+        if _empty(record.get(field)):
+            continue
+        tools = _from_json(record[field])
+        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+            raise RecordError(field, f"is {quoted(tools)}, not a list of tools")
+        if tools:
+            variables["tools"] = [_tool(tool) for tool in tools]
+    return variables
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": tool} if "function" not in tool else tool
+
+
+def _from_json(value: Any) -> Any:
+    """What a text in JSON says; anything else as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _message(raw: Any, field: str) -> Message:
+    """A message in OpenAI's form, from that or from ShareGPT's."""
+    if not isinstance(raw, dict):
+        raise RecordError(field, f"is {quoted(raw)}, not a message")
+    raw = {key: value for key, value in raw.items() if value is not None or key == "content"}
+    role, called = _role(raw, field)
+    rest = {key: value for key, value in raw.items() if key not in _READ}
+    for key in ("refusal", "audio", "train_detail", "training_detail"):
+        if not _empty(raw.get(key)):
+            raise RecordError(f"{field}.{key}", "cannot be honoured")
+    name = "value" if "value" in raw and "content" not in raw else "content"
+    content = raw.get(name)
+    calls = _calls(raw, field, content if called else None)
+    if calls:
+        rest["tool_calls"] = calls
+        content = None if called else content
+    if not (calls and content is None):
+        content = _content(content, f"{field}.{name}", name in raw)
+    weight = _weight(raw, field, role)
+    return {"role": role, "content": content} | rest | weight
+
+
+_READ = {
+    *("role", "from", "content", "value", "tool_calls", "function_call", "weight", "train"),
+    *("training", "refusal", "audio", "train_detail", "training_detail"),
+}
+
+
+def _role(raw: dict[str, Any], field: str) -> tuple[str, bool]:
+    """The role of a message, and whether ShareGPT's role says that it is a call of a tool."""
+    if "role" in raw:
+        role = _SAME_ROLE.get(raw["role"], raw["role"]) if _is_text(raw["role"]) else raw["role"]
+        if role not in ROLES:
+            raise RecordError(f"{field}.role", f"is {quoted(role)}; roles are {', '.join(ROLES)}")
+        return role, False
+    if "from" not in raw:
+        raise RecordError(field, f"{keys_of(raw)}; role and content are needed")
+    name = raw["from"].replace("-", "_") if _is_text(raw["from"]) else raw["from"]
+    if not _is_text(name) or name not in _SHAREGPT:
+        known = "human, gpt, system, tool, function_call"
+        raise RecordError(f"{field}.from", f"is {quoted(raw['from'])}; known are {known}")
+    return _SHAREGPT[name], name in _CALLS
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _content(content: Any, field: str, there: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        what = "is missing" if not there else "is null" if content is None else ""
+        raise RecordError(field, what or f"is {quoted(content)}, not a text")
+    texts = []
+    for i, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else part
+        if kind not in (None, "text") or not isinstance(text, str):
+            raise RecordError(f"{field}[{i}]", f"is {quoted(kind or part)}, not a text")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _calls(raw: dict[str, Any], field: str, said: Any) -> list[dict[str, Any]]:
+    """The calls of tools in a message; their arguments as templates expect them: objects."""
+    calls = raw.get("tool_calls") or []
+    if said is not None:
+        found = _from_json(said)
+        calls, field = (found if isinstance(found, list) else [found]), f"{field}.value"
+    elif not _empty(raw.get("function_call")):
+        calls, field = [raw["function_call"]], f"{field}.function_call"
+    else:
+        field = f"{field}.tool_calls"
+    if not isinstance(calls, list):
+        raise RecordError(field, f"is {quoted(calls)}, not a list of calls")
+    return [_call(call, field) for call in calls]
+
+
+def _call(call: Any, field: str) -> dict[str, Any]:
+    function = call.get("function", call) if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not _is_text(function.get("name")):
+        raise RecordError(field, f"{quoted(call)} is no call: it has no function with a name")
+    arguments = function.get("arguments")
+    parsed = _from_json(arguments)
+    function = function | ({"arguments": parsed} if isinstance(parsed, dict) else {})
+    beside = call if "function" in call else {"type": "function"}
+    return beside | {"function": function}
+
+
+def _weight(raw: dict[str, Any], field: str, role: str) -> dict[str, int]:
+    """Whether an answer is trained on: OpenAI's weight, axolotl's train and training."""
+    for key in ("weight", "train", "training"):
+        value = raw.get(key)
+        if value is None:
+            continue
+        if not isinstance(value, int | float) or value not in (0, 1):
+            what = "a weight is 0 (not trained on) or 1"
+            raise RecordError(f"{field}.{key}", f"is {quoted(value)}; {what}")
+        if value and role != "assistant":
+            raise RecordError(
+                f"{field}.{key}", f"is {value} on {role}; answers alone are trained on"
+            )
+        return {"weight": int(value)}
+    return {}

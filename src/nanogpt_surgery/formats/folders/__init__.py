@@ -1,0 +1,1 @@
+"""Run folders, and operations on model folders on disk."""

@@ -1,0 +1,207 @@
+"""A model handed on to llama.cpp: one GGUF file, read back and compared before it counts.
+
+Matrices are written in the type asked for; vectors and learned positions stay float32, as
+llama.cpp's own converter leaves them. Q8_0 packs rows of 32 numbers: a matrix whose rows are no
+multiple of that is written as F16, and the report says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, LlamaFileType
+from gguf.quants import dequantize, quantize
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.atomic import whole_file
+from nanogpt_surgery.formats.comparison import compare
+from nanogpt_surgery.formats.gguf.model import SCALING_KEY, open_gguf, rope_factors
+from nanogpt_surgery.formats.gguf.names import FIELDS, ROPE_FACTORS, table
+from nanogpt_surgery.formats.gguf.tokenizer_writing import Lost, write_tokenizer
+from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
+from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
+from nanogpt_surgery.formats.placing import side_by_side
+from nanogpt_surgery.lora.merge_metrics import Rounding
+from nanogpt_surgery.lora.operations import has_lora
+from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.finite import check_finite_weights
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.report import Report
+
+GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
+_FILE_TYPES = {
+    "F32": LlamaFileType.ALL_F32,
+    "F16": LlamaFileType.MOSTLY_F16,
+    "BF16": LlamaFileType.MOSTLY_BF16,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+}
+Named: TypeAlias = tuple[str, tuple[str, ...], Tensor]  # the file's name, ours, the tensor
+_POSITIONS = "position_embd.weight"
+_KEPT_FLOAT32 = (_POSITIONS, ROPE_FACTORS)
+
+
+def save_gguf(
+    model: SimpleGPT, path: str | Path, tokenizer: Tokenizer | None = None, kind: GGUFType = "F16"
+) -> Report:
+    """Write a model as a GGUF file, whole or not at all.
+
+    Args:
+        model: on a family's axes, each tensor in any dtype ("each" opens it as it is stored).
+        path: made, or replaced if it is a GGUF file.
+        tokenizer: written beside the weights; llama.cpp takes no text without it.
+        kind: of the matrices.
+
+    Returns:
+        How far the written file is from the model, measured on the file; see `compare`.
+
+    Raises:
+        SurgeryError: llama.cpp has no such model or tokenizer, or what was written does not read
+            back as it should. There is no new file then.
+    """
+    with whole_file(path) as temporary:
+        return write_gguf_file(model, temporary, tokenizer, kind, f"GGUF written: {path}")[1]
+
+
+def write_gguf_file(
+    model: SimpleGPT, path: Path, tokenizer: Tokenizer | None, kind: GGUFType, title: str
+) -> tuple[SimpleGPT, Report]:
+    """Write a file that is being made; what it holds, in float32, and how far that is off."""
+    if kind not in _FILE_TYPES:
+        raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
+    check_finite_weights(model, "the model")
+    kinds, lost = _write(model, _family(model), path, tokenizer, kind)
+    again, tokenizer_again = open_gguf(path, torch.float32)
+    return again, compare(model, again, tokenizer, tokenizer_again, kinds, title, lost)
+
+
+def rounding_of(layer: str, weight: Tensor, kind: GGUFType) -> tuple[str, Rounding]:
+    """The type that a file of a kind stores a layer's matrix in, and what it makes of numbers."""
+    name = _POSITIONS if layer == "embed_positions" else f"{layer}.weight"
+    chosen = _kind_of(name, weight, kind)
+    return chosen.name, lambda matrix: torch.from_numpy(dequantize(_packed(matrix, chosen), chosen))
+
+
+def _family(model: SimpleGPT) -> str:
+    if has_lora(model):
+        raise SurgeryError(
+            "the model carries a LoRA, which this file has no place for",
+            "merge_lora(model) first, or save_lora_gguf(model, path) for the adapter alone",
+        )
+    config = model.config
+    family = family_of(config)
+    if family == OWN:
+        raise SurgeryError(
+            "no family has this model's axes, so llama.cpp cannot run it",
+            "GPTConfig.for_family(…) makes models that it can",
+        )
+    unknown = []
+    if family == "gpt2" and config.mlp != "gelu_tanh":
+        unknown.append("gpt2 with the exact GELU, mlp gelu (train with --mlp gelu_tanh)")
+    if family == "qwen3" and config.bias != "none":
+        unknown.append("qwen3 with biases")
+    if family == "qwen2" and config.n_head * config.head_dim != config.n_embd:
+        unknown.append(f"qwen2 whose heads are not as wide as the model ({config.n_embd})")
+    if unknown:
+        raise SurgeryError(f"llama.cpp has no {' and no '.join(unknown)}")
+    return family
+
+
+def _write(
+    model: SimpleGPT, family: str, path: Path, tokenizer: Tokenizer | None, kind: GGUFType
+) -> tuple[dict[str, str], set[Lost]]:
+    """Write the file; how each of our tensors was stored, and what of the tokenizer is lost."""
+    with closing(GGUFWriter(path, family)) as writer:
+        write_metadata(writer, model.config, family)
+        writer.add_file_type(_FILE_TYPES[kind])
+        writer.add_quantization_version(2)
+        lost: set[Lost] = set()
+        if tokenizer is not None:
+            lost = write_tokenizer(writer, tokenizer, model.config.vocab_size)
+        return _write_tensors(writer, list(_named(model, family)), kind), lost
+
+
+def _write_tensors(writer: GGUFWriter, tensors: list[Named], kind: GGUFType) -> dict[str, str]:
+    """Write what stands before the tensors, and them; how each of ours was stored."""
+    stored: dict[str, str] = {}
+    for name, ours, tensor in tensors:
+        chosen = _kind_of(name, tensor, kind)
+        stored |= dict.fromkeys(ours, chosen.name)
+        block, size = GGML_QUANT_SIZES[chosen]
+        n_bytes = tensor.numel() // block * size
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
+        is_float = chosen in (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+        dtype = np.dtype(np.float32 if is_float else np.uint8)
+        raw = tuple(tensor.shape) if is_float else shape
+        writer.add_tensor_info(name, raw, dtype, n_bytes, raw_dtype=chosen)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for name, _, tensor in tensors:
+        writer.write_tensor_data(_packed(tensor, _kind_of(name, tensor, kind)))
+    return stored
+
+
+def _named(model: SimpleGPT, family: str) -> Iterator[Named]:
+    """The file's name, our names, and the tensor in the file's order of rows."""
+    tensors = dict(model.state_dict())
+    if model.lm_head.weight is model.embed_tokens.weight:
+        del tensors["lm_head.weight"]
+    for row in each_layer(table(family, model.config), model.config.n_layer):
+        for end in ("weight", "bias"):
+            ours = tuple(f"{name}.{end}" for name in row.ours)
+            if ours[0] in tensors:
+                yield f"{row.theirs}.{end}", ours, _ordered([tensors[name] for name in ours], row)
+    scaling = model.config.rope_scaling
+    if scaling is not None and scaling.rope_type == "llama3":
+        yield ROPE_FACTORS, (), rope_factors(model.config)
+
+
+def _ordered(parts: list[Tensor], row: Row) -> Tensor:
+    tensor = parts[0].detach() if len(parts) == 1 else torch.cat(parts).detach()
+    return side_by_side(tensor, row.interleaved) if row.interleaved else tensor
+
+
+def _kind_of(name: str, tensor: Tensor, kind: GGUFType) -> GGMLQuantizationType:
+    if tensor.dim() == 1 or name in _KEPT_FLOAT32:
+        return GGMLQuantizationType.F32
+    chosen = GGMLQuantizationType[kind]
+    fits = tensor.shape[-1] % GGML_QUANT_SIZES[chosen][0] == 0
+    return chosen if fits else GGMLQuantizationType.F16
+
+
+def _packed(tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[Any]:
+    numbers = tensor.float().cpu().contiguous().numpy()
+    with np.errstate(over="ignore"):  # an infinity made here is found in what is read back
+        packed: NDArray[Any] = quantize(numbers, kind)
+    return packed
+
+
+def write_metadata(writer: GGUFWriter, config: GPTConfig, family: str) -> None:
+    """What llama.cpp must know of a config, under its names."""
+    writer.add_type("model")
+    writer.add_name("nanogpt-surgery")
+    writer.add_uint32(f"{family}.vocab_size", config.vocab_size)
+    for ours, key in FIELDS[family].items():
+        value = getattr(config, ours)
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add(f"{family}.{key}", value)
+    if config.positions == "rotary":
+        for key in ("rope.dimension_count", "attention.value_length"):
+            writer.add_uint32(f"{family}.{key}", config.head_dim)
+    if config.rope_scaling is not None and config.rope_scaling.rope_type == "linear":
+        writer.add_string(f"{family}.rope.scaling.type", "linear")
+        writer.add_float32(f"{family}.rope.scaling.factor", config.rope_scaling.factor)
+    elif config.rope_scaling is not None:
+        for name, value in vars(config.rope_scaling).items():
+            if name == "rope_type":
+                continue
+            writer.add_float32(SCALING_KEY + name, float(value))

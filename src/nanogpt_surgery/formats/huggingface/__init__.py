@@ -1,0 +1,1 @@
+"""Model folders as transformers reads and writes them."""

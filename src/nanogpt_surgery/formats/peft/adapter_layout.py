@@ -1,0 +1,280 @@
+"""Adapters of our models under the names of the family's checkpoints, and back.
+
+Most names are simply translated. GPT-2 keeps q, k and v in one fused matrix, `c_attn`: there
+updates of the parts are joined and split, as `fused_update.py` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.errors import SurgeryError, listed
+from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.formats.folders.run_folder import chosen_checkpoint, is_run
+from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
+from nanogpt_surgery.formats.huggingface.name_map import rows, to_ours, to_theirs
+from nanogpt_surgery.formats.peft.adapter_file import map_stored, write_stored
+from nanogpt_surgery.formats.peft.base_check import check_fit, compare_fingerprint
+from nanogpt_surgery.formats.peft.config import CONFIG, MERGE_IN_PEFT
+from nanogpt_surgery.formats.peft.fused_update import fuse, split
+from nanogpt_surgery.history.hashing import tensor_hash
+from nanogpt_surgery.lora.forecast import plan_lora
+from nanogpt_surgery.lora.planning import check_new_name
+from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter, Updates
+from nanogpt_surgery.lora.targets import COMPILED, uncompiled
+from nanogpt_surgery.lora.transplant import put_on, take_off
+from nanogpt_surgery.lora.update import as_matrix
+from nanogpt_surgery.lora.wrapping import bare, report_on
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.report import Report
+
+MODEL_CONFIG = "config.json"
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, base: str = "", *, name: str | None = None
+) -> Report:
+    """Write an adapter of a model as a PEFT adapter folder, whole or not at all.
+
+    For a `SimpleGPT` on a family's axes the names are those of transformers' model, on which `peft`
+    loads the folder; any other module keeps its own names. What is written is read again and
+    compared before it counts.
+
+    Args:
+        model: carries a LoRA.
+        folder: made, or replaced if it is one of ours.
+        base: name or path of the base model, for information.
+        name: of the adapter; by default the only one, or the one that takes part.
+
+    Raises:
+        SurgeryError: there is no LoRA, it is not clear which, or the folder holds something else.
+    """
+    with whole_folder(folder) as temporary:
+        write_adapter_files(model, temporary, base, name=name)
+    return report_on(model, f"LoRA saved to {folder}")
+
+
+def write_adapter_files(
+    model: nn.Module, folder: Path, base: str = "", *, name: str | None = None
+) -> None:
+    """Write the files of an adapter folder into a folder that is being made."""
+    model = uncompiled(model)
+    adapter, family = take_off(model, name), _family(model)
+    if family is not None:
+        assert isinstance(model, SimpleGPT)
+        adapter = replace(
+            adapter,
+            updates=_to_theirs(adapter.updates, family, model),
+            whole=to_theirs(adapter.whole, family, model.config.n_layer),
+        )
+    adapter = replace(adapter, fingerprint=base_fingerprint(model, adapter.updates))
+    # PEFT's class for language models asks this of what it wraps.
+    speaks = isinstance(model, SimpleGPT) or hasattr(model, "prepare_inputs_for_generation")
+    task = "CAUSAL_LM" if speaks else None
+    write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2", task=task)
+
+
+def plan_adapter(
+    model: nn.Module, targets: str | Iterable[str] = ("q_proj", "v_proj"), **options: Any
+) -> Report:
+    """What `inject_lora` would do, as `plan_lora` says it, and the size that `save_adapter` writes.
+
+    Raises:
+        SurgeryError: as `inject_lora`.
+    """
+    family = _family(model)
+    if family is None:
+        return plan_lora(model, targets, **options)
+    assert isinstance(model, SimpleGPT)
+    return plan_lora(
+        model, targets, as_saved=partial(_to_theirs, family=family, model=model), **options
+    )
+
+
+def refuse_unsavable(model: nn.Module) -> None:
+    """Write a model's adapter into a temporary folder, as a training will, and remove it.
+
+    Raises:
+        SurgeryError: it cannot be saved, so that training it would be in vain.
+    """
+    with TemporaryDirectory() as place, whole_folder(Path(place) / "adapter") as folder:
+        write_adapter_files(model, folder)
+
+
+def load_adapter(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    name: str = "default",
+    tied: Tied | None = None,
+    force: bool = False,
+) -> Report:
+    """Put the LoRA of a PEFT adapter folder on a model, strictly; it then takes part alone.
+
+    Args:
+        model: changed in place.
+        folder: as `save_adapter` or PEFT writes it.
+        name: for the adapter on this model.
+        tied: what to do with layers that share a weight: "refuse", "untie" or "both"; by default
+            what the adapter was made with.
+        force: warn, instead of refusing, when the adapter was made for another base.
+
+    Raises:
+        SurgeryError: the folder is no LoRA adapter or is damaged, does not fit the model, or was
+            made for another one. The model is untouched then.
+    """
+    plain = uncompiled(model)
+    adapter, family = map_stored(adapter_folder(folder)), _family(plain)
+    theirs = adapter.updates
+    if family is not None:
+        assert isinstance(plain, SimpleGPT)
+        adapter = _adapter_to_ours(adapter, family, plain)
+    check_new_name(model, name)
+    check_fit(plain, adapter)
+    adapter = adapter.in_float32()
+    known = [path for path in theirs if path in adapter.fingerprint and _there(plain, path)]
+    actual = base_fingerprint(plain, known)
+    compare_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
+    return put_on(model, adapter if plain is model else adapter.inside(COMPILED), name, tied)
+
+
+def adapter_folder(path: str | Path) -> Path:
+    """The adapter folder that a path means: itself, or the checkpoint chosen in a run folder.
+
+    Raises:
+        SurgeryError: it is not there, or is a model's.
+    """
+    folder = chosen_checkpoint(Path(path)) if is_run(path) else Path(path)
+    if not folder.exists():
+        raise SurgeryError(f"there is no folder {path}", "name an adapter, as finetune makes it")
+    if not (folder / CONFIG).is_file() and (folder / MODEL_CONFIG).is_file():
+        kind = "a model's run" if is_run(path) else "a model"
+        raise SurgeryError(
+            f"{path} is {kind}, not an adapter", "surgery finetune MODEL TEXT --out RUN makes one"
+        )
+    return folder
+
+
+def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """The sha256 of the weights at these names, in float32 as (out, in), so in any dtype alike.
+
+    The names are those of the family's checkpoints; a fused matrix is hashed as one.
+    """
+    return {name: tensor_hash(_matrix(model, name)) for name in names}
+
+
+def _matrix(model: nn.Module, name: str) -> Tensor:
+    return torch.cat(_matrices(model, _ours(model, name)))
+
+
+def _matrices(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
+    return [as_matrix(bare(model, name)).cpu() for name in names]
+
+
+def _ours(model: nn.Module, name: str) -> tuple[str, ...]:
+    """Our layers that are one of theirs."""
+    family = _family(model)
+    if family is None:
+        return (name,)
+    assert isinstance(model, SimpleGPT)
+    return next((r.ours for r in rows(family, model.config.n_layer) if r.theirs == name), ())
+
+
+def _there(model: nn.Module, name: str) -> bool:
+    modules = dict(model.named_modules())
+    ours = _ours(model, name)
+    return bool(ours) and all(path in modules for path in ours)
+
+
+def _family(model: nn.Module) -> str | None:
+    """The family whose names a model's adapters are written in; None for its own names."""
+    family = family_of(model.config) if isinstance(model, SimpleGPT) else OWN
+    return None if family == OWN else family
+
+
+def _to_theirs(updates: Updates, family: str, model: SimpleGPT) -> Updates:
+    converted = {}
+    for row in rows(family, model.config.n_layer):
+        if any(name in updates for name in row.ours):
+            parts = [updates.get(name) for name in row.ours]
+            one = parts[0]
+            converted[row.theirs] = (
+                one
+                if len(parts) == 1 and one is not None
+                else fuse(parts, _matrices(model, row.ours))
+            )
+    return converted
+
+
+def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> StoredAdapter:
+    layers = model.config.n_layer
+    _check_sizes(adapter, family, model)
+    copies = {f"{name}.weight": tensor for name, tensor in adapter.base_copies.items()}
+    copies, strange = to_ours(copies, family, layers)
+    whole, stranger = to_ours(adapter.whole, family, layers)
+    if strange or stranger:
+        raise SurgeryError(
+            f"this adapter is for another model: a {family} has no {listed(strange + stranger)}",
+            MERGE_IN_PEFT,
+        )
+    return replace(
+        adapter,
+        updates=_to_ours(adapter.updates, family, model),
+        whole=whole,
+        base_copies={name.removesuffix(".weight"): tensor for name, tensor in copies.items()},
+    )
+
+
+def _check_sizes(adapter: StoredAdapter, family: str, model: SimpleGPT) -> None:
+    """Raise `SurgeryError` if what is to be split or turned has not the size of the model's."""
+    for row in rows(family, model.config.n_layer):
+        if len(row.ours) == 1 and not row.conv1d:
+            continue
+        ours: list[Any] = [bare(model, name) for name in row.ours]
+        update = adapter.updates.get(row.theirs)
+        if update is not None:
+            wanted = sum(layer.weight.size(0) for layer in ours)
+            _check_size(f"the outputs of {row.theirs}", update.B.size(0), wanted)
+        copy = adapter.base_copies.get(row.theirs)
+        if copy is not None:
+            wanted = sum(layer.weight.numel() for layer in ours)
+            _check_size(f"the numbers of the base's {row.theirs}", copy.numel(), wanted)
+        for kind in ("weight", "bias"):
+            tensor = adapter.whole.get(f"{row.theirs}.{kind}")
+            wanted = sum(p.numel() for layer in ours if (p := getattr(layer, kind)) is not None)
+            if tensor is not None:
+                _check_size(f"the numbers of {row.theirs}.{kind}", tensor.numel(), wanted)
+
+
+def _check_size(what: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise SurgeryError(
+            f"this adapter is for another model: {what} are {wanted:,} in the model and {found:,} "
+            "in the adapter",
+            f"open the base that its {CONFIG} names (base_model_name_or_path)",
+        )
+
+
+def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
+    left = dict(updates)
+    converted: Updates = {}
+    for row in rows(family, model.config.n_layer):
+        update = left.pop(row.theirs, None)
+        if update is not None:
+            converted |= {row.ours[0]: update} if len(row.ours) == 1 else split(update, row.ours)
+    if left:
+        raise SurgeryError(
+            f"this adapter is for another model: a {family} of {model.config.n_layer} layers has "
+            f"no {listed(sorted(left))}",
+            f"open the base that its {CONFIG} names (base_model_name_or_path)",
+        )
+    return converted

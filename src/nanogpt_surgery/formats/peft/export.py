@@ -1,0 +1,195 @@
+"""Adapters for other programs: llama.cpp's LoRA file and MLX's adapter folder.
+
+Both know one scale for all layers where PEFT has one for each, so every layer's own is folded into
+its B. What is written is read again and compared before it counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import torch
+from gguf import GGUFWriter
+from safetensors.torch import load_file
+from torch import Tensor
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.atomic import whole_file, whole_folder
+from nanogpt_surgery.files.writing import write_json, write_tensors
+from nanogpt_surgery.formats.gguf.file import read_gguf
+from nanogpt_surgery.formats.gguf.names import table
+from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
+from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
+from nanogpt_surgery.formats.placing import side_by_side
+from nanogpt_surgery.lora.transplant import take_off
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+Factors = tuple[Tensor, Tensor]  # A (R, in) and B (out, R), the scale folded into B
+
+
+def save_lora_gguf(model: SimpleGPT, path: str | Path) -> None:
+    """Write the LoRA that a model carries as llama.cpp's adapter file, whole or not at all.
+
+    A GGUF file that lies there is replaced.
+
+    Raises:
+        SurgeryError: there is no LoRA, llama.cpp has no such model, or an update that it cannot
+            take. There is no new file then.
+    """
+    family = _family(model)
+    factors = dict(_named(model, _folded(model), family))
+    alpha = float(max(a.size(0) for a, _ in factors.values()))
+    with whole_file(path) as temporary:
+        with closing(GGUFWriter(temporary, family)) as writer:
+            writer.add_type("adapter")
+            writer.add_string("adapter.type", "lora")
+            writer.add_float32("adapter.lora.alpha", alpha)
+            for name, (a, b) in factors.items():
+                scaled = b * (a.size(0) / alpha)  # the reader multiplies by alpha / R
+                writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
+                writer.add_tensor(f"{name}.lora_b", scaled.contiguous().numpy())
+            writer.write_header_to_file()
+            writer.write_kv_data_to_file()
+            writer.write_tensors_to_file()
+        _check_gguf(temporary, factors, alpha)
+
+
+def _check_gguf(path: Path, factors: dict[str, Factors], alpha: float) -> None:
+    file = read_gguf(path)
+    found = {}
+    for name in factors:
+        a, b = (
+            torch.cat([piece for _, piece in file.tensors[f"{name}.{end}"].pieces()])
+            for end in ("lora_a", "lora_b")
+        )
+        found[name] = (a, b * (alpha / a.size(0)))
+    _check(factors, found)
+
+
+def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
+    """Write the LoRA that a model carries as an adapter folder of mlx-lm, whole or not at all.
+
+    MLX adapts the same projections in each of the last layers, with one rank: smaller updates are
+    filled up with zeros, and so are layers between that have none. A folder of ours that lies there
+    is replaced.
+
+    Raises:
+        SurgeryError: there is no LoRA, or it adapts what MLX does not: embeddings, the head, GPT-2.
+    """
+    family = _family(model)
+    factors = _folded(model)
+    others = [name for name in factors if not name.startswith("layers.")]
+    if family == "gpt2" or others:
+        what = "GPT-2" if family == "gpt2" else ", ".join(others)
+        raise SurgeryError(f"an MLX adapter has no place for {what}", "merge_lora(model) instead")
+    tensors = dict(_mlx_tensors(model, factors))
+    first = min(int(name.split(".")[1]) for name in factors)
+    config = {
+        "fine_tune_type": "lora",
+        "num_layers": model.config.n_layer - first,
+        "lora_parameters": {
+            "rank": max(a.size(0) for a, _ in factors.values()),
+            "scale": 1.0,
+            "dropout": 0.0,
+            "keys": sorted({name.split(".", 2)[2] for name in factors}),
+        },
+    }
+    with whole_folder(folder) as temporary:
+        write_json(temporary / "adapter_config.json", config)
+        write_tensors(tensors, temporary / "adapters.safetensors")
+        again = load_file(temporary / "adapters.safetensors")
+        found = {
+            name: (again[f"model.{name}.lora_a"].t(), again[f"model.{name}.lora_b"].t())
+            for name in factors
+        }
+        _check(factors, found)
+
+
+def _mlx_tensors(model: SimpleGPT, factors: dict[str, Factors]) -> Iterator[tuple[str, Tensor]]:
+    """A (in, R) and B (R, out) of every adapted projection, in every layer from the first."""
+    rank = max(a.size(0) for a, _ in factors.values())
+    first = min(int(name.split(".")[1]) for name in factors)
+    shapes = {name.split(".", 2)[2]: (a.size(1), b.size(0)) for name, (a, b) in factors.items()}
+    for layer in range(first, model.config.n_layer):
+        for key, (n_in, n_out) in shapes.items():
+            a, b = torch.zeros(n_in, rank), torch.zeros(rank, n_out)
+            if (update := factors.get(f"layers.{layer}.{key}")) is not None:
+                a[:, : update[0].size(0)], b[: update[0].size(0)] = update[0].t(), update[1].t()
+            yield f"model.layers.{layer}.{key}.lora_a", a
+            yield f"model.layers.{layer}.{key}.lora_b", b
+
+
+def _family(model: SimpleGPT) -> str:
+    family = family_of(model.config)
+    if family == OWN:
+        raise SurgeryError(
+            "no family has this model's axes, so no other program can run it or its adapter"
+        )
+    return family
+
+
+def _folded(model: SimpleGPT) -> dict[str, Factors]:
+    """A and s · B, for each layer.
+
+    Raises:
+        SurgeryError: DoRA, an embedding or a module replaced whole: these formats have A and B.
+    """
+    adapter = take_off(model)
+    others = {
+        "DoRA": [name for name, u in adapter.updates.items() if u.magnitude is not None],
+        "an embedding's LoRA": [name for name, u in adapter.updates.items() if u.embedding],
+        "a module replaced whole": list(adapter.whole),
+    }
+    for kind, names in others.items():
+        if names:
+            raise SurgeryError(
+                f"{kind} has no place in this format: {', '.join(names[:4])}",
+                "merge_lora(model) and hand on the whole model",
+            )
+    return {name: (u.A, u.B * u.scaling) for name, u in adapter.updates.items()}
+
+
+def _named(
+    model: SimpleGPT, factors: dict[str, Factors], family: str
+) -> Iterator[tuple[str, Factors]]:
+    """llama.cpp's names for the layers, with B's rows in its order."""
+    tied = model.config.tie_head
+    if tied and "lm_head" in factors:
+        raise SurgeryError(
+            "the head is tied to the embedding, and llama.cpp has no adapter for a tied head",
+            "merge_lora(model) and save_gguf(model, path)",
+        )
+    for row in each_layer(table(family, model.config), model.config.n_layer):
+        parts = [factors.get(name) for name in row.ours]
+        if any(part is not None for part in parts):
+            yield f"{row.theirs}.weight", _joined(parts, row, model)
+
+
+def _joined(parts: list[Factors | None], row: Row, model: SimpleGPT) -> Factors:
+    """One update of a fused matrix: the A's stacked, the B's on a block diagonal."""
+    present = [part for part in parts if part is not None]
+    if len(parts) == 1:
+        a, b = present[0]
+        return a, side_by_side(b, row.interleaved) if row.interleaved else b
+    config, rank, start = model.config, sum(a.size(0) for a, _ in present), 0
+    blocks = []
+    for name, part in zip(row.ours, parts, strict=True):
+        heads = config.n_head if name.endswith("q_proj") else config.n_kv_head
+        block = torch.zeros(heads * config.head_dim, rank)
+        if part is not None:
+            block[:, start : start + part[0].size(0)] = part[1]
+            start += part[0].size(0)
+        blocks.append(block)
+    return torch.cat([a for a, _ in present]), torch.cat(blocks)
+
+
+def _check(factors: dict[str, Factors], found: dict[str, Factors]) -> None:
+    wrong = []
+    for name, (a, b) in factors.items():
+        delta, again = b @ a, found[name][1] @ found[name][0]
+        if not torch.allclose(again, delta, rtol=1e-4, atol=1e-5 * float(delta.abs().max())):
+            wrong.append(name)
+    if wrong:
+        raise SurgeryError(f"what was written does not read back: {', '.join(wrong[:8])}")

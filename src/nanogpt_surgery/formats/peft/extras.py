@@ -1,0 +1,98 @@
+"""`surgery.json`: what PEFT's files have no place for, beside them, where its readers do not look.
+
+The fingerprint of the base, what was chosen for tied weights, and what fused matrices and PiSSA's
+updates were put together from. A folder without it is an adapter all the same. (As metadata in the
+safetensors file it would not do: its order, and with it the hash, changes from writing to writing.)
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+from nanogpt_surgery.errors import SurgeryError, quoted
+from nanogpt_surgery.files.writing import read_json
+from nanogpt_surgery.formats.peft.config import LARGEST_CONFIG
+from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.lora.stored_adapter import Birth, Pieces, StoredAdapter
+from nanogpt_surgery.values import NOT_0, SIZE, TABLE, Kind, wrong_values
+
+EXTRAS = "surgery.json"
+
+
+def extras_of(adapter: StoredAdapter) -> dict[str, Any]:
+    """The contents of the file for an adapter."""
+    updates = adapter.updates
+    return {
+        "fingerprint": adapter.fingerprint,
+        "tied": adapter.tied,
+        "births": {name: u.birth for name, u in updates.items() if u.birth},
+        "pieces": {name: u.pieces for name, u in updates.items() if u.pieces},
+    }
+
+
+def _is_birth(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and SIZE[1](value[0]) and NOT_0[1](value[1])
+
+
+def _is_piece(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 3:
+        return value is None
+    return _is_birth(value[:2]) and (value[2] is None or _is_birth(value[2]))
+
+
+_TIED: Kind = (
+    f"null or one of {', '.join(get_args(Tied))}",
+    lambda x: x in (None, *get_args(Tied)),
+)
+_ENTRIES: dict[str, Kind] = {
+    "fingerprint": ("a sha256", lambda x: isinstance(x, str)),
+    "births": ("[rank, alpha]", _is_birth),
+    "pieces": (
+        "a list, each null or [rank, alpha, null or a birth]",
+        lambda x: isinstance(x, list) and all(_is_piece(piece) for piece in x),
+    ),
+}
+
+
+def read_extras(path: Path) -> dict[str, Any]:
+    """The contents of the file, or nothing where there is none.
+
+    Raises:
+        SurgeryError: a value is not of its kind (all of them at once).
+    """
+    extras = read_json(path, LARGEST_CONFIG) if path.is_file() else {}
+    problems = wrong_values(TABLE, {"the whole": extras})
+    if not problems:
+        problems = wrong_values(_TIED, {"tied": extras.get("tied")})
+        for key, kind in _ENTRIES.items():
+            table = extras.get(key)
+            problems += wrong_values(TABLE, {key: table}) or wrong_values(
+                kind, {f"{key} of {quoted(name)}": value for name, value in (table or {}).items()}
+            )
+    if problems:
+        raise SurgeryError(f"{path} is damaged: {'; '.join(problems[:12])}", f"rm {path}")
+    return extras or {}
+
+
+def parts_of(extras: dict[str, Any], name: str, rank: int) -> tuple[Birth | None, Pieces | None]:
+    """What the update of a layer was put together from.
+
+    Raises:
+        SurgeryError: it does not add up to the rank.
+    """
+    birth = (extras.get("births") or {}).get(name)
+    pieces = (extras.get("pieces") or {}).get(name) or []
+    found = [piece for piece in pieces if piece is not None]
+    births = [(rank, birth), *((whole, newborn) for whole, _, newborn in found)]
+    adds_up = not pieces or sum(whole for whole, _, _ in found) == rank
+    if not adds_up or any(newborn and newborn[0] >= whole for whole, newborn in births):
+        raise SurgeryError(
+            f"{EXTRAS} and the rank {rank} of {name} do not agree", f"delete that {EXTRAS}"
+        )
+    parts = tuple(piece and (*piece[:2], _birth(piece[2])) for piece in pieces)
+    return _birth(birth), parts or None
+
+
+def _birth(value: list[Any] | None) -> Birth | None:
+    return None if value is None else (int(value[0]), float(value[1]))

@@ -1,1 +1,0 @@
-"""Pictures of what happened, made from plain data."""

@@ -1,0 +1,390 @@
+"""Writing a run folder: metrics a line a step, checkpoints whole or not at all, resumed to the bit.
+
+A checkpoint holds the weights for others (written by the caller: a model folder or an adapter
+folder), and what to go on from: the trained parameters, the optimizer's state of each, and a number
+of steps. Nothing else has a state: batches, dropout and the schedule follow from (seed, step).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.files.writing import (
+    MANIFEST,
+    damage,
+    file_hash,
+    flush,
+    is_temporary,
+    link_or_copy,
+    make_folder,
+    read_json,
+    remove_temporaries,
+    replace_text,
+    tried_again,
+    write_json,
+    write_tensors,
+    writing,
+)
+from nanogpt_surgery.history.folder_journal import Entry, is_operated, read_journal, record
+from nanogpt_surgery.formats.folders.run_folder import (
+    BEST,
+    LATEST,
+    LOCK,
+    METRICS,
+    RUN,
+    SAMPLES,
+    STATE,
+    SUMMARY,
+    best_checkpoint,
+    checkpoints,
+    free_place,
+    held,
+    holds_only_its_own,
+    is_run,
+    latest_checkpoint,
+    step_of,
+    summary_of_checkpoint,
+    validation_loss_of,
+)
+from nanogpt_surgery.runs.description import differences, refusal
+from nanogpt_surgery.runs.metrics_file import append_metrics, trim_metrics
+from nanogpt_surgery.runs.state import restore_state, training_state
+from nanogpt_surgery.training.step import Step
+
+KEPT = 2  # newest checkpoints, beside the best
+_LEFT_EARLY = (RUN, METRICS, SAMPLES, LATEST, BEST, "loss.png")  # by a run without a checkpoint
+_NOT_SHOWN = (STATE, SUMMARY, MANIFEST)
+
+
+class Run:
+    """A run folder that is being written.
+
+    Args:
+        folder: the run folder.
+        checkpoint: the checkpoint that the run goes on from, None at the beginning.
+        best: the checkpoint with the lowest validation loss, None if none was measured.
+
+    Attributes:
+        environment: on what it computes (`environment_of`), as each checkpoint will say.
+        changes: the description that it goes on with where that is another one, and in what.
+        signals_after: signals that the process sends itself after the lines of steps, by step:
+            `surgery verify-resume` asks for some.
+    """
+
+    signals_after: ClassVar[dict[int, int]] = {}
+
+    def __init__(self, folder: Path, checkpoint: Path | None = None, best: Path | None = None):
+        self.folder = folder
+        self.checkpoint = checkpoint
+        self.best = best
+        loss = validation_loss_of(best) if best else None
+        self.best_loss = float("inf") if loss is None else loss
+        self.environment: dict[str, Any] = {}
+        self.changes: tuple[dict[str, Any], list[str]] | None = None
+        self._whole = {checkpoint, best}
+
+    @property
+    def first_step(self) -> int:
+        """Steps done already."""
+        return step_of(self.checkpoint) if self.checkpoint else 0
+
+    @property
+    def processes(self) -> int:
+        """How many shared the batch of the step before."""
+        return int(self._said().get("processes", 1))
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """What was given to `save` beside the step, with the checkpoint to go on from."""
+        return dict(self._said().get("state", {}))
+
+    @property
+    def environment_before(self) -> dict[str, Any]:
+        """On what the steps before the checkpoint to go on from were computed; {} if not known."""
+        known = self._said()
+        return {**known.get("environment", {}), "processes": self.processes} if known else {}
+
+    def _said(self) -> dict[str, Any]:
+        return summary_of_checkpoint(self.checkpoint) if self.checkpoint else {}
+
+    def record_start(self, validation_loss: float) -> None:
+        """Begin the metrics with the validation loss before the first step, as that of step 0.
+
+        Raises:
+            SurgeryError: the disk refuses.
+        """
+        loss = validation_loss if math.isfinite(validation_loss) else None
+        start = {"step": 0, "loss": None, "tokens": 0, "seconds": 0.0, "validation_loss": loss}
+        replace_text(self.folder / METRICS, json.dumps(start) + "\n")
+
+    def record(self, step: Step) -> None:
+        """Append a step's metrics.
+
+        Raises:
+            SurgeryError: the disk refuses.
+        """
+        append_metrics(self.folder / METRICS, step.to_dict())
+        if step.step in self.signals_after:
+            os.kill(os.getpid(), self.signals_after[step.step])
+
+    def save(
+        self,
+        step: Step,
+        write_weights: Callable[[Path], None],
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any] | None = None,
+    ) -> Path:
+        """Commit a checkpoint after a step; keep the newest two and the best.
+
+        Args:
+            step: what it did; without a validation loss, the checkpoint cannot be the best.
+            write_weights: writes the files that others read into an empty folder.
+            model: with what is trained.
+            optimizer: with the state of each trained parameter.
+            state: counters to go on with, plain values; `Run.state` gives them back.
+
+        Raises:
+            SurgeryError: the disk refuses; the checkpoints that were there stay.
+        """
+        goal = free_place(self.folder, step.step)
+
+        def commit() -> None:
+            self._flush_metrics()
+            with whole_folder(goal) as temporary:
+                write_weights(temporary)
+                write_tensors(training_state(model, optimizer), temporary / STATE)
+                beside = {"state": state or {}, "environment": self.environment}
+                write_json(temporary / SUMMARY, step.to_dict() | beside)
+
+        tried_again(commit)
+        self.checkpoint = goal
+        self._whole.add(goal)
+        loss = validation_loss_of(goal)
+        if loss is not None and loss < self.best_loss:
+            self.best, self.best_loss = goal, loss
+        self.show()
+        self._prune()
+        return goal
+
+    def _flush_metrics(self) -> None:
+        """Put the lines of the steps on the disk: no checkpoint without them."""
+        path = self.folder / METRICS
+        if not path.is_file():
+            return
+        try:
+            flush(path)
+        except OSError:
+            # What could not be flushed is not flushed by a second attempt: it is written anew.
+            with writing(path):
+                replace_text(path, path.read_text(encoding="utf-8"))
+
+    def show(self) -> None:
+        """Let LATEST, BEST and the top of the folder say what the checkpoints say.
+
+        Raises:
+            SurgeryError: the disk refuses.
+        """
+        with writing(self.folder):
+            self._show()
+
+    def _show(self) -> None:
+        for hint, checkpoint in ((LATEST, self.checkpoint), (BEST, self.best)):
+            path, wanted = self.folder / hint, f"{checkpoint.name}\n" if checkpoint else ""
+            if checkpoint is None:
+                path.unlink(missing_ok=True)
+            elif not path.is_file() or path.read_text("utf-8", "replace") != wanted:
+                replace_text(path, wanted)
+        shown = self.best or self.checkpoint
+        if shown and (files := self._unlike(shown)):
+            self._publish(files)
+
+    def _unlike(self, checkpoint: Path) -> list[Path]:
+        """The files of a checkpoint that are not, with the same bytes, at the top of the folder."""
+        own = [file for file in checkpoint.iterdir() if file.name not in _NOT_SHOWN]
+        return [file for file in own if not _same_bytes(file, self.folder / file.name)]
+
+    def _publish(self, files: list[Path]) -> None:
+        """Show files of a checkpoint at the top of the run folder, where other programs look.
+
+        A journal that says which files should be there is told that they change from here on.
+        """
+        if read_journal(self.folder).files:
+            record(self.folder, Entry("training went on", "", {}, {}, "none"))
+        for file in files:
+            link_or_copy(file, self.folder / file.name)
+
+    def _prune(self) -> None:
+        """Delete checkpoints but the newest two that are whole and the best.
+
+        Those after the newest were passed over; the training will come to their steps.
+        """
+        found = checkpoints(self.folder)
+        found = found[: found.index(self.checkpoint) + 1] if self.checkpoint in found else []
+        newest = (folder for folder in reversed(found) if self._is_whole(folder))
+        kept = {*islice(newest, KEPT), self.best}
+        for folder in found:
+            if folder not in kept and holds_only_its_own(folder):
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _is_whole(self, checkpoint: Path) -> bool:
+        if checkpoint not in self._whole and damage(checkpoint) is None:
+            self._whole.add(checkpoint)
+        return checkpoint in self._whole
+
+    def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        """Give what is trained and its optimizer the state of the checkpoint to go on from.
+
+        Raises:
+            SurgeryError: it is the state of another model, or another version's optimizer kept it
+                in another shape.
+        """
+        assert self.checkpoint is not None, "there is no checkpoint to go on from"
+        restore_state(self.checkpoint / STATE, model, optimizer)
+        if self.changes is not None:  # what does not fit has raised: it is this run from here on
+            description, clauses = self.changes
+            earlier = read_json(self.folder / RUN).get("changes", [])
+            changes = [*earlier, {"after_step": self.first_step, "what": clauses}]
+            write_json(self.folder / RUN, description | {"changes": changes})
+
+
+@contextmanager
+def start_run(
+    folder: Path,
+    description: dict[str, Any],
+    resume: bool,
+    *,
+    strict: bool = False,
+    allow_changes: bool = False,
+) -> Iterator[Run]:
+    """Begin a run, or go on with one from its newest whole checkpoint; the folder is locked.
+
+    Args:
+        folder: the run folder.
+        description: what determines the run; the same on resuming, or it is refused.
+        resume: go on with what is there; a folder without a run begins one.
+        strict: go on from the newest checkpoint or not at all.
+        allow_changes: go on although the description differs, with a warning that says in what.
+
+    Raises:
+        SurgeryError: a run is there and `resume` is off, its description differs (all differences),
+            the folder holds something else, its newest checkpoint is damaged and `strict` is on,
+            another process is writing it, or the disk refuses.
+    """
+    check_folder(folder, resume)
+    make_folder(folder)
+    with held(folder / LOCK):
+        with writing(folder):
+            run = _begun(folder, description, strict, allow_changes)
+        yield run
+
+
+def _begun(folder: Path, description: dict[str, Any], strict: bool, allow_changes: bool) -> Run:
+    """A run in a folder that is held, as its checkpoints say it stands."""
+    remove_temporaries(folder)
+    remove_temporaries(folder / "checkpoints")
+    changes: list[str] = []
+    if is_run(folder) and not _ended_early(folder):
+        changes = _changes(folder, description, allow_changes)
+    else:
+        for name in _LEFT_EARLY:
+            (folder / name).unlink(missing_ok=True)
+        write_json(folder / RUN, description)
+    run = Run(folder, latest_checkpoint(folder, strict), best_checkpoint(folder))
+    run.environment = description.get("environment", {})
+    if changes:
+        run.changes = description, changes
+    trim_metrics(folder / METRICS, run.first_step)
+    run.show()
+    return run
+
+
+def _ended_early(folder: Path) -> bool:
+    """Whether a run left nothing but its own files, and no checkpoint among them."""
+    others = [p for p in folder.iterdir() if p.name not in (*_LEFT_EARLY, LOCK, "checkpoints")]
+    inside = folder / "checkpoints"
+    others += inside.iterdir() if inside.is_dir() else []
+    return all(is_temporary(path) for path in others) and "kind" in read_json(folder / RUN)
+
+
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds anything but what a run leaves that was killed at its start."""
+    return any(path.name != LOCK and not is_temporary(path) for path in folder.iterdir())
+
+
+def check_folder(folder: Path, resume: bool) -> None:
+    """Whether a run can be begun, or gone on with, in a folder, whatever is to be trained.
+
+    A run that ended before its first checkpoint has nothing to go on from, and is begun anew.
+
+    Raises:
+        SurgeryError: a run is there and `resume` is off, it was operated on, its metrics are lost,
+            another process is writing it, or the folder holds something else.
+    """
+    with writing(folder):
+        _check_folder(folder, resume)
+
+
+def _check_folder(folder: Path, resume: bool) -> None:
+    if not is_run(folder):
+        if folder.exists() and (not folder.is_dir() or _foreign(folder)):
+            raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
+        return
+    if _ended_early(folder):
+        with held(folder / LOCK):
+            return
+    if not resume:
+        raise SurgeryError(
+            f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
+        )
+    if is_operated(folder):
+        lasting = any(entry.originals != "none" for entry in read_journal(folder).settled)
+        way = "choose a new --out" if lasting else f"surgery undo {folder} takes it back"
+        raise SurgeryError(
+            f"{folder} was operated on since, and going on would write over the result",
+            f"surgery log {folder} says what was done; {way}",
+        )
+    if checkpoints(folder) and not (folder / METRICS).is_file():
+        raise SurgeryError(
+            f"{folder / METRICS} is gone, where the losses of the run's steps stood",
+            "put it back, or begin anew in another --out",
+        )
+
+
+def _changes(folder: Path, description: dict[str, Any], allowed: bool) -> list[str]:
+    """In what a run's description differs now, in words, where that is allowed.
+
+    Raises:
+        SurgeryError: it is not, or never is.
+    """
+    before, now = read_json(folder / RUN), json.loads(json.dumps(description))
+    error = refusal(folder, before, now)
+    if error is None:
+        return []
+    if not allowed or before.get("kind") != now.get("kind"):
+        raise error
+    clauses = [difference.clause for difference in differences(before, now)]
+    warnings.warn(
+        f"going on with {folder} although {'; '.join(clauses)}", SurgeryWarning, stacklevel=2
+    )
+    return clauses
+
+
+def _same_bytes(one: Path, other: Path) -> bool:
+    if not other.is_file() or other.stat().st_size != one.stat().st_size:
+        return False
+    return one.samefile(other) or file_hash(one) == file_hash(other)

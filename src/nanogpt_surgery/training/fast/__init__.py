@@ -1,0 +1,1 @@
+"""Equal numbers, only sooner: nothing here is needed to train."""

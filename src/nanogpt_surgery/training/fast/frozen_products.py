@@ -1,0 +1,216 @@
+"""Products with frozen matrices, in a training step that computes in float32.
+
+    y = (W + s · B A) x + b         forwards: one product, the update folded into the matrix
+    ∂x = (W + s · B A)ᵀ ∂y          backwards: one more, and only where x needs a gradient
+    ∂A = s · (Bᵀ ∂y) xᵀ,  ∂B = s · ∂y (A x)ᵀ        thin products; W itself gets no gradient
+
+Written the plain way, W x + s · B (A x), the thin products with the tokens are three more, and a
+thin product moves as much memory as it takes time (docs/log.md). In float32 the sum is exact to
+rounding; in bfloat16 W would swallow the update, so there the plain way stays.
+
+A frozen W may be stored in bfloat16: it is cast for its product, and its gradients with it,
+and forgotten. What is computed is float32 throughout, on processors without bfloat16.
+
+Legend: N tokens, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogpt_surgery.lora.linear import LoRALinear, LoRAUpdate
+from nanogpt_surgery.lora.mixture import Blend
+
+
+class FrozenProduct(torch.autograd.Function):
+    """x (…, in) → (…, out) with W (out, in), b (out) or None, and A (R, in), B (out, R) or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor | None,
+        b: Tensor | None,
+        scale: float,
+    ) -> Tensor:
+        """One product."""
+        ctx.save_for_backward(x if a is not None else None, weight, a, b)
+        ctx.scale = scale
+        return F.linear(x, folded(weight, a, b, scale), None if bias is None else bias.float())
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        """The matrix is folded, or cast, again: that is cheaper than keeping it."""
+        x, weight, a, b = ctx.saved_tensors
+        dx = da = db = None
+        if ctx.needs_input_grad[0]:
+            dx = dy @ folded(weight, a, b, ctx.scale)
+        if a is not None:
+            da, db = thin_gradients(x.flatten(0, -2), dy.flatten(0, -2), a, b, ctx.scale)
+        return dx, None, None, da, db, None
+
+
+def folded(weight: Tensor, a: Tensor | None, b: Tensor | None, scale: float) -> Tensor:
+    """W + s · B A in float32, (out, in)."""
+    weight = weight.float()
+    return weight if a is None or b is None else torch.addmm(weight, b, a, alpha=scale)
+
+
+def thin_gradients(
+    x: Tensor, dy: Tensor, a: Tensor, b: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of A and B from x (N, in) and ∂y (N, out).
+
+    Each is written so that the long side of x or ∂y is read along its rows.
+    """
+    down = x @ a.t()  # (N, R)
+    up = dy @ b.t().contiguous().t()  # (N, R)
+    return scale * (up.t() @ x), scale * (down.t() @ dy).t()  # (R, in), (out, R)
+
+
+class CastLinear(nn.Linear):
+    """A frozen Linear, its weight perhaps in bfloat16, on float32 inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        out: Tensor = FrozenProduct.apply(x, self.weight, self.bias, None, None, 1.0)
+        return out
+
+
+class CastEmbedding(nn.Embedding):
+    """A frozen Embedding in bfloat16, read in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…) → (…, C)."""
+        return super().forward(x).float()
+
+
+class CastLayerNorm(nn.LayerNorm):
+    """A frozen LayerNorm, its weight and bias in bfloat16, on float32 inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, C) → (…, C)."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x, self.normalized_shape, self.weight.float(), bias, self.eps)
+
+
+class FoldedLinear(LoRALinear):
+    """A `LoRALinear` with one plain update taking part, on float32 inputs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
+        layer, (a, b, scale) = self.original_layer, plain_update(self)
+        out: Tensor = FrozenProduct.apply(x, layer.weight, layer.bias, a, b, scale)
+        return out
+
+
+def plain_update(layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
+    """A, B and the scale, the weight of a blend in it, of the one update that takes part."""
+    blend: Any = layer.mixture
+    ((name, share),) = ((n, w) for n, w in blend.weights.items() if n in layer.updates)
+    update: Any = layer.updates[name]
+    return update.lora_A, update.lora_B, share * update.scaling
+
+
+def folds(layer: nn.Module) -> bool:
+    """Whether a layer is a `LoRALinear` that `FoldedLinear` computes.
+
+    One update takes part, of the plain kind (LoRA, rsLoRA), without dropout, in float32, and what
+    it is added to is no wider.
+    """
+    if not isinstance(layer, LoRALinear) or type(layer) not in (LoRALinear, FoldedLinear):
+        return False
+    if not layer.enabled or not isinstance(layer.mixture, Blend):
+        return False
+    present = [layer.updates[name] for name in layer.mixture.weights if name in layer.updates]
+    return (
+        len(present) == 1
+        and type(update := present[0]) is LoRAUpdate
+        and update.dropout.p == 0
+        and all(p.dtype == torch.float32 for p in update.parameters())
+        and layer.original_layer.weight.dtype != torch.float64
+        and frozen_linear(layer.original_layer)
+    )
+
+
+def frozen_linear(layer: nn.Module) -> bool:
+    """Whether a layer is a plain Linear that learns nothing and that nobody watches."""
+    return type(layer) in (nn.Linear, CastLinear) and not watched(layer) and not _learns(layer)
+
+
+def watched(layer: nn.Module) -> bool:
+    """Whether a layer or a parameter in it has a hook, which products by hand would not call."""
+    of_layer = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return any(of_layer) or any(
+        p._backward_hooks or p._post_accumulate_grad_hooks for p in layer.parameters()
+    )
+
+
+def _learns(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters())
+
+
+CASTS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: CastLinear,
+    nn.Embedding: CastEmbedding,
+    nn.LayerNorm: CastLayerNorm,
+}
+
+
+def quick_classes(model: nn.Module, precision: torch.dtype) -> dict[nn.Module, type[nn.Module]]:
+    """For each module that a float32 training step can do with less, the class that does so."""
+    if precision != torch.float32:
+        return {}
+    modules = list(model.modules())
+    classes: dict[nn.Module, type[nn.Module]] = {m: FoldedLinear for m in modules if folds(m)}
+    if stored_in_bfloat16(model):
+        classes |= {m: CASTS[type(m)] for m in modules if type(m) in CASTS}
+    return classes
+
+
+def stored_in_bfloat16(model: nn.Module) -> bool:
+    """Whether frozen parameters are in bfloat16, and all that learn in float32.
+
+    Where gradients are off, nothing learns.
+    """
+    learns = torch.is_grad_enabled()
+    frozen = {p.dtype for p in model.parameters() if not (learns and p.requires_grad)}
+    learning = {p.dtype for p in model.parameters() if learns and p.requires_grad}
+    return torch.bfloat16 in frozen and learning <= {torch.float32}
+
+
+class QuickProducts:
+    """A model's frozen products done the quick way within `active()`, and nowhere else.
+
+    A module of another class with the same parameters stands for itself: its class is changed and
+    changed back, which compiled blocks can look through.
+    """
+
+    def __init__(self, model: nn.Module, precision: torch.dtype):
+        self.model, self.precision = model, precision
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Within, the products are done the quick way; what takes part may change between steps."""
+        classes = quick_classes(self.model, self.precision)
+        plain = {module: type(module) for module in classes}
+        try:
+            for module, quick in classes.items():
+                module.__class__ = quick
+            yield
+        finally:
+            for module, its in plain.items():
+                module.__class__ = its
