@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import torch
-from tiny import tiny_model
+from helpers.models import tiny_model
 from torch import Tensor, nn
 
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora

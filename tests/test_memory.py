@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, model_of
-from typed import called, write_adapter, write_model
+from helpers.commands import called, write_adapter, write_model
+from helpers.training import DATASET, SETTINGS, model_of
 
 from nanogpt_surgery import BPETokenizer, SurgeryError, fit, memory
 from nanogpt_surgery.memory import available_memory, check_memory, in_gib, is_out_of_memory

@@ -7,7 +7,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
-from tiny import randomise
+from helpers.models import randomise
 
 from nanogpt_surgery import (
     CharacterTokenizer,

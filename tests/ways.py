@@ -1,7 +1,7 @@
 """Ways to train a tiny model: what learns, on what, and with which settings."""
 
 import torch
-from tiny import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 from torch import Tensor, nn
 
 from nanogpt_surgery import (

@@ -5,8 +5,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from talking import FEW
-from typed import called, write_adapter, write_model
+from helpers.chats import FEW
+from helpers.commands import called, write_adapter, write_model
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from typed import called, write_adapter, write_model
+from helpers.commands import called, write_adapter, write_model
 
 from nanogpt_surgery import (
     ChatTemplate,

@@ -8,8 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from talking import FEW, continued, flat
-from typed import called, surgery, write_model
+from helpers.chats import FEW, continued, flat
+from helpers.commands import called, surgery, write_model
 
 from nanogpt_surgery import (
     CharacterTokenizer,

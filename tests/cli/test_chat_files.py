@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from talking import flat
+from helpers.chats import flat
 
 from nanogpt_surgery import read_conversations
 from nanogpt_surgery.cli.chat.files import ChatFiles

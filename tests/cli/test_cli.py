@@ -9,7 +9,7 @@ from contextlib import chdir, suppress
 from pathlib import Path
 
 import pytest
-from typed import called, surgery
+from helpers.commands import called, surgery
 
 from nanogpt_surgery import generate, inject_lora, open_model, save_adapter
 from nanogpt_surgery.files.writing import file_hash

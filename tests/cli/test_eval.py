@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from small_tokenizers import byte_level
-from typed import called, write_adapter, write_model
+from helpers.commands import called, write_adapter, write_model
+from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import BPETokenizer, SimpleGPT, open_model, read_conversations, save_model
 from nanogpt_surgery.data.conversations.chat import ChatTemplate

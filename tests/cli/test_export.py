@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_tokenizers import byte_level
-from tiny import tiny_model
+from helpers.commands import called, write_adapter
+from helpers.models import tiny_model
+from helpers.tokenizers import byte_level
 from transformers import AutoModelForCausalLM
-from typed import called, write_adapter
 
 from nanogpt_surgery import GPTConfig, load_adapter, merge_lora, open_model, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer

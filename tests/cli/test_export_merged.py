@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from operated import adapted, train_updates
-from small_tokenizers import byte_level
-from tiny import tiny_model
-from typed import called
+from helpers.adapters import adapted, train_updates
+from helpers.commands import called
+from helpers.models import tiny_model
+from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import (
     GPTConfig,

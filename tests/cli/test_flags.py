@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from typed import called, surgery
+from helpers.commands import called, surgery
 
 from nanogpt_surgery.cli.framework.app import COMMANDS
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_tokenizers import byte_level
-from typed import called, write_model
+from helpers.commands import called, write_model
+from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
 from nanogpt_surgery.cli.framework.app import run

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import called
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from peft import LoraConfig, get_peft_model
-from tiny import FAMILY_CONFIGS, tiny_model
 from transformers import GPT2Config, GPT2LMHeadModel
-from typed import called
 
 from nanogpt_surgery import inject_lora, save_adapter
 

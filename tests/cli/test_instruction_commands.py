@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_tokenizers import byte_level
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.models import FAMILY_CONFIGS, tiny_model
+from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import (
     InstructionDataset,

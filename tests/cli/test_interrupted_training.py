@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typed import called
+from helpers.commands import called
 
 from nanogpt_surgery.files.writing import file_hash
 from nanogpt_surgery.runs.checkpoint import Run

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from tiny import tiny_model
-from typed import LETTERS, write_adapter
+from helpers.commands import LETTERS, write_adapter
+from helpers.models import tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, save_model
 from nanogpt_surgery.cli.framework.app import run

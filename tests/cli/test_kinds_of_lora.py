@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import tiny_model
+from helpers.models import tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, inject_lora, save_adapter, save_model
 from nanogpt_surgery.cli.framework.app import run as surgery

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typed import called, write_adapter
+from helpers.commands import called, write_adapter
 
 from nanogpt_surgery import open_model
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from operated import adapted
-from tiny import assert_equal_in_bfloat16, random_ids, tiny_model
-from typed import LETTERS, called
+from helpers.adapters import adapted
+from helpers.commands import LETTERS, called
+from helpers.models import assert_equal_in_bfloat16, random_ids, tiny_model
 
 from nanogpt_surgery import (
     CharacterTokenizer,

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_tokenizers import byte_level
-from tiny import randomise, tiny_model
-from typed import called, write_adapter
+from helpers.commands import called, write_adapter
+from helpers.models import randomise, tiny_model
+from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import GPTConfig, inject_lora, save_adapter, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from typed import called
+from helpers.commands import called
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.cli import sources

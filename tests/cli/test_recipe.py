@@ -4,7 +4,7 @@ import json
 import math
 from pathlib import Path
 
-from typed import called
+from helpers.commands import called
 
 from nanogpt_surgery import FitSettings
 from nanogpt_surgery.training.recipes import MUON

@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import FAMILY_CONFIGS, tiny_model
-from typed import called, write_adapter, write_model
+from helpers.commands import called, write_adapter, write_model
+from helpers.models import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import save_gguf
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typed import LETTERS, called, write_model
+from helpers.commands import LETTERS, called, write_model
 
 TEXT = LETTERS * 30  # 2,880 characters, 2,592 of them to train on: 103 windows of 25
 STEPS = "--max-steps 60 --batch-size 4 --block-size 25 --device cpu --json".split()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from typed import called
+from helpers.commands import called
 
 from nanogpt_surgery.cli.framework import suggestions
 from nanogpt_surgery.cli.framework.app import COMMANDS, GROUPS, make_app

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from typed import Terminal
+from helpers.commands import Terminal
 
 from nanogpt_surgery import Step
 from nanogpt_surgery.cli.framework.console import Announced, say, watched

@@ -6,9 +6,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from tiny import assert_equal_logits, tiny_model
+from helpers.commands import LETTERS, called
+from helpers.models import assert_equal_logits, tiny_model
 from transformers import AutoModelForCausalLM
-from typed import LETTERS, called
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, open_model, save_model
 

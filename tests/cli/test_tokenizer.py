@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+from helpers.commands import called
 from transformers import AutoTokenizer
-from typed import called
 
 from nanogpt_surgery import BPETokenizer, open_model, python_reference, split_by_position
 from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint

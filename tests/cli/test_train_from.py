@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.commands import LETTERS, called, write_model
+from helpers.models import assert_equal_logits, randomise
 from safetensors.torch import load_file
-from tiny import assert_equal_logits, randomise
 from transformers import AutoModelForCausalLM
-from typed import LETTERS, called, write_model
 
 from nanogpt_surgery import (
     CharacterTokenizer,

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typed import called, write_model
+from helpers.commands import called, write_model
 
 from nanogpt_surgery import (
     CharacterTokenizer,

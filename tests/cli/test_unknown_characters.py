@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from typed import called, write_model
+from helpers.commands import called, write_model
 
 FEW = ["--max-steps", "1", "--batch-size", "1", "--block-size", "8", "--out", "out"]
 

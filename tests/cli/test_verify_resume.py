@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typed import called
+from helpers.commands import called
 
 from nanogpt_surgery.cli.commands.verify_resume import _kept, _report
 from nanogpt_surgery.cli.framework import interrupted

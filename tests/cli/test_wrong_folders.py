@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from typed import called, write_adapter, write_model
+from helpers.commands import called, write_adapter, write_model
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
-from typed import called, write_model
+from helpers.commands import called, write_model
 
 WRONG = ("missing", "folder", "empty.json", "random.json")
 

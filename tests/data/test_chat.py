@@ -4,8 +4,8 @@ import json
 from dataclasses import replace
 
 import pytest
-from small_tokenizers import byte_level, sentencepiece_like
-from tiny import tiny_model
+from helpers.models import tiny_model
+from helpers.tokenizers import byte_level, sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SurgeryError, SurgeryWarning

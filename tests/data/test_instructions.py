@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from helpers.tokenizers import byte_level
 from hypothesis import given
 from hypothesis import strategies as st
-from small_tokenizers import byte_level
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning
 from nanogpt_surgery.data.batches import documents_of

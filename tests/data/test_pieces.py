@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from corpora import TEXT, corpus
+from helpers.corpora import TEXT, corpus
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

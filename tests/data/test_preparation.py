@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from corpora import TEXT, corpus
+from helpers.corpora import TEXT, corpus
 
 from nanogpt_surgery import BPETokenizer, CharacterTokenizer, SurgeryError, read_texts
 from nanogpt_surgery.data.text.pieces import pieces_of

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from small_tokenizers import KINDS, TEXT, byte_level, sentencepiece_like
+from helpers.tokenizers import KINDS, TEXT, byte_level, sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
 from nanogpt_surgery import SurgeryError, Tokenizer

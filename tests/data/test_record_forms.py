@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from small_tokenizers import byte_level
+from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import SurgeryError, SurgeryWarning
 from nanogpt_surgery.data.conversations.chat import ChatTemplate

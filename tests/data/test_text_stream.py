@@ -1,7 +1,7 @@
 import pytest
+from helpers.tokenizers import byte_level, sentencepiece_like
 from hypothesis import given
 from hypothesis import strategies as st
-from small_tokenizers import byte_level, sentencepiece_like
 
 from nanogpt_surgery import CharacterTokenizer
 from nanogpt_surgery.data.text.text_stream import TextStream

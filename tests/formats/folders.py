@@ -3,8 +3,8 @@
 import json
 
 import torch
+from helpers.models import CONFIGS, tiny_model
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, tiny_model
 
 from nanogpt_surgery import save_model
 

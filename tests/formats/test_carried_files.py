@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
-from small_tokenizers import byte_level
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.commands import called, write_adapter
+from helpers.models import FAMILY_CONFIGS, tiny_model
+from helpers.tokenizers import byte_level
 from transformers import AutoTokenizer, GenerationConfig
-from typed import called, write_adapter
 
 from nanogpt_surgery import GPTConfig, open_model, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer

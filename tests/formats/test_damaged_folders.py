@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from folders import (
+from helpers.folders import (
     CONFIG,
     MANIFEST,
     TENSORS,

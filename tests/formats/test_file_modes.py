@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from operated import adapted
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.adapters import adapted
+from helpers.models import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import SimpleGPT, save_adapter, save_gguf, save_model
 from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter

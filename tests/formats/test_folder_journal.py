@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from operated_folders import model_and_adapter
+from helpers.merged_folders import model_and_adapter
 
 from nanogpt_surgery import (
     SurgeryError,

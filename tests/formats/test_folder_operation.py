@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from operated import adapted, train_updates
-from operated_folders import bytes_of, logits, model_and_adapter, save_adapter_for, tied
+from helpers.adapters import adapted, train_updates
+from helpers.merged_folders import bytes_of, logits, model_and_adapter, save_adapter_for, tied
+from helpers.models import CONFIGS, random_ids, tiny_model
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery import (
     SurgeryError,

@@ -10,9 +10,9 @@ import time
 import gguf
 import pytest
 import torch
-from llama_cpp import assert_goes_on_alike, greedy_text
+from helpers.llama_cpp import assert_goes_on_alike, greedy_text
+from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from safetensors.torch import load_file, save_file
-from tiny import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 from gguf.quants import dequantize, quantize
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, open_model
 from nanogpt_surgery.formats.gguf.file import read_gguf

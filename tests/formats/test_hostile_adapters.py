@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from operated import adapted, change_config, unsealed
+from helpers.adapters import adapted, change_config, unsealed
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from safetensors.torch import load_file, save_file
-from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import SurgeryError, load_adapter, save_adapter
 from nanogpt_surgery.formats.peft.adapter_file import CONFIG, TENSORS, read_stored
@@ -109,7 +109,7 @@ def test_a_pattern_that_would_hang_does_not(folder, pattern):
 
 
 def test_patterns_of_an_adapter_are_read_wherever_it_is_opened(folder, tmp_path):
-    from typed import called
+    from helpers.commands import called
 
     change_config(folder, alpha_pattern={"(?=(a+)+$)b": 4})
     for words in (["inspect", folder], ["merge", tmp_path, "--adapter", folder, "--out", "o"]):

@@ -6,7 +6,7 @@ import resource
 import warnings
 
 import pytest
-from small_tokenizers import byte_level, sentencepiece_like, unigram
+from helpers.tokenizers import byte_level, sentencepiece_like, unigram
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer

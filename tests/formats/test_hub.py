@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery import SurgeryError, open_model, save_model
 from nanogpt_surgery.formats.huggingface.hub import hub_folder, is_hub_name

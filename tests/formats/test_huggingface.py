@@ -1,9 +1,9 @@
 import dataclasses
 
 import pytest
+from helpers.models import CONFIGS, FAMILY_CONFIGS, OWN_CONFIGS, SCALING
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CONFIGS, FAMILY_CONFIGS, OWN_CONFIGS, SCALING
 
 from nanogpt_surgery import FAMILIES, GPTConfig, SurgeryError
 from nanogpt_surgery.formats.huggingface.model_folder import (

@@ -5,9 +5,9 @@ import shutil
 import warnings
 
 import pytest
-from small_tokenizers import byte_level
-from tiny import FAMILY_CONFIGS, tiny_model
-from typed import called
+from helpers.commands import called
+from helpers.models import FAMILY_CONFIGS, tiny_model
+from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import GPTConfig, open_model, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer

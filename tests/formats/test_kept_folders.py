@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from typed import called
+from helpers.commands import called
 
 from nanogpt_surgery import load_adapter, open_model, remove_lora
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from operated import adapted, train_updates
-from operated_folders import bytes_of, model_and_adapter
+from helpers.adapters import adapted, train_updates
+from helpers.merged_folders import bytes_of, model_and_adapter
+from helpers.models import CONFIGS
 from safetensors.torch import load_file, save_file
-from tiny import CONFIGS
 
 from nanogpt_surgery import (
     SurgeryError,

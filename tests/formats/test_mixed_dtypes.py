@@ -6,11 +6,11 @@ import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
-from operated import train_updates
-from operated_folders import bytes_of
+from helpers.adapters import train_updates
+from helpers.commands import called
+from helpers.merged_folders import bytes_of
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from safetensors.torch import load_file, save_file
-from tiny import FAMILY_CONFIGS, tiny_model
-from typed import called
 
 from nanogpt_surgery import (
     SurgeryError,

@@ -5,9 +5,9 @@ import sys
 
 import pytest
 import torch
-from folders import CONFIG, TENSORS, assert_same_bits, rewrite, saved
+from helpers.folders import CONFIG, TENSORS, assert_same_bits, rewrite, saved
+from helpers.models import CONFIGS, random_ids, randomise, tiny_model
 from safetensors.torch import load_file
-from tiny import CONFIGS, random_ids, randomise, tiny_model
 
 from nanogpt_surgery import (
     CharacterTokenizer,

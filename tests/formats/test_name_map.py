@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.models import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery.formats.huggingface.name_map import (
     NAME_MAPS,

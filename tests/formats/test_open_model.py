@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.models import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     GPT2Config,

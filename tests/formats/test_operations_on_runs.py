@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 import torch
-from operated import train_updates
-from small_training import DATASET, SETTINGS, TOKENIZER, VALIDATION, model_of
+from helpers.adapters import train_updates
+from helpers.training import DATASET, SETTINGS, TOKENIZER, VALIDATION, model_of
 
 from nanogpt_surgery import (
     FitSettings,

@@ -5,10 +5,10 @@ import shutil
 import gguf
 import pytest
 import torch
-from llama_cpp import assert_goes_on_alike, greedy_text
+from helpers.commands import called, write_adapter
+from helpers.llama_cpp import assert_goes_on_alike, greedy_text
+from helpers.models import assert_equal_logits
 from test_foreign_options import LETTERS, one  # noqa: F401
-from tiny import assert_equal_logits
-from typed import called, write_adapter
 
 from nanogpt_surgery import SurgeryError, open_model
 

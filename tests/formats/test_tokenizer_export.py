@@ -4,9 +4,9 @@ import copy
 import warnings
 
 import pytest
-from llama_cpp import server
-from small_tokenizers import KINDS, byte_level, sentencepiece_like
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.llama_cpp import server
+from helpers.models import FAMILY_CONFIGS, tiny_model
+from helpers.tokenizers import KINDS, byte_level, sentencepiece_like
 
 from nanogpt_surgery import SurgeryError, SurgeryWarning, open_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer

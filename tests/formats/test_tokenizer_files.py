@@ -5,8 +5,8 @@ from dataclasses import replace
 from shutil import copyfile
 
 import pytest
-from small_tokenizers import TEXT, byte_level, sentencepiece_like
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.models import FAMILY_CONFIGS, tiny_model
+from helpers.tokenizers import TEXT, byte_level, sentencepiece_like
 from transformers import AutoTokenizer
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning, open_model, save_model

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from small_tokenizers import TEXT, byte_level, sentencepiece_like, unigram
+from helpers.tokenizers import TEXT, byte_level, sentencepiece_like, unigram
 from transformers import AutoTokenizer
 
 from nanogpt_surgery.data.conversations.chat import template_of

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import CONFIGS, FAMILY_CONFIGS, tiny_model
+from helpers.models import CONFIGS, FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import SurgeryError, SurgeryWarning, generate
 from nanogpt_surgery.generation.batch import generate_batch

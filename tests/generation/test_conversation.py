@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_tokenizers import byte_level
-from tiny import CONFIGS, FAMILY_CONFIGS, tiny_model
-from typed import LETTERS
+from helpers.commands import LETTERS
+from helpers.models import CONFIGS, FAMILY_CONFIGS, tiny_model
+from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SimpleGPT, SurgeryError, generate
 from nanogpt_surgery.data.conversations.chat import ChatTemplate

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, save_model

@@ -3,7 +3,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery import SimpleGPT, SurgeryError, SurgeryWarning, generate, inject_lora
 from nanogpt_surgery.generation.sampling import sample

@@ -5,10 +5,10 @@ import torch
 
 lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: it is an extra")
 
+from helpers.commands import LETTERS  # noqa: E402
+from helpers.models import tiny_model  # noqa: E402
+from helpers.tokenizers import byte_level  # noqa: E402
 from lm_eval.api.instance import Instance  # noqa: E402
-from small_tokenizers import byte_level  # noqa: E402
-from tiny import tiny_model  # noqa: E402
-from typed import LETTERS  # noqa: E402
 
 from nanogpt_surgery import (  # noqa: E402
     CharacterTokenizer,

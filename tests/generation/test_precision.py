@@ -1,6 +1,6 @@
 """Generation in the precision of the weights."""
 
-from tiny import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery import generate
 

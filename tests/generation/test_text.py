@@ -1,10 +1,10 @@
 """Stop strings are found wherever they begin, and what comes before them is shown."""
 
 import pytest
+from helpers.models import FAMILY_CONFIGS, tiny_model
+from helpers.tokenizers import byte_level
 from hypothesis import given
 from hypothesis import strategies as st
-from small_tokenizers import byte_level
-from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, generate
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer

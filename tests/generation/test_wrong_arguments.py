@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from helpers.models import randomise
 from hypothesis import strategies as st
-from tiny import randomise
 from torch import Tensor, nn
 
 from nanogpt_surgery import GPTConfig, SimpleGPT

@@ -2,9 +2,9 @@ import json
 
 import pytest
 import torch
-from operated import EVERY_LINEAR, adapted, change_config, train_updates, unsealed
+from helpers.adapters import EVERY_LINEAR, adapted, change_config, train_updates, unsealed
+from helpers.models import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from safetensors.torch import load_file
-from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import (

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from operated import adapted, change_config, unsealed
+from helpers.adapters import adapted, change_config, unsealed
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from safetensors.torch import load_file, save_file
-from tiny import FAMILY_CONFIGS, tiny_model
 from torch import nn
 
 from nanogpt_surgery import (

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from operated import adapted, train_updates
-from tiny import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.adapters import adapted, train_updates
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import (

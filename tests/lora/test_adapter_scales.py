@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from operated import train_updates
+from helpers.adapters import train_updates
+from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from peft import PeftModel
-from tiny import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 

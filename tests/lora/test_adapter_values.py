@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from operated import adapted, change_config, unsealed
+from helpers.adapters import adapted, change_config, unsealed
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from test_adapter_refusals import CONFIG, LLAMA, assert_refused
-from tiny import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import load_adapter, save_adapter
 

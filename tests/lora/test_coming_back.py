@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from patients import PATIENTS, close, logits, some_ids, train_a_little
+from helpers.builds import PATIENTS, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (

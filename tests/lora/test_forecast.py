@@ -1,7 +1,7 @@
 import pytest
 import torch
-from patients import PATIENTS, some_ids
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.builds import PATIENTS, some_ids
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from torch import nn
 
 from nanogpt_surgery import (

@@ -4,10 +4,10 @@ import re
 
 import pytest
 import torch
-from formulas import KINDS, delta_by_formula, inject
+from helpers.builds import PATIENTS, close, logits, some_ids, train_a_little
+from helpers.lora_formulas import KINDS, delta_by_formula, inject
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patients import PATIENTS, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from patients import PATIENTS, TABLES, close, logits, some_ids, train_a_little
+from helpers.builds import PATIENTS, TABLES, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (

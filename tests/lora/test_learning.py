@@ -1,6 +1,6 @@
 import pytest
 import torch
-from patients import PATIENTS, some_ids
+from helpers.builds import PATIENTS, some_ids
 from torch import nn
 
 from nanogpt_surgery import (

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from patients import PATIENTS, logits, some_ids
+from helpers.builds import PATIENTS, logits, some_ids
 
 from nanogpt_surgery import (
     GPTDataset,

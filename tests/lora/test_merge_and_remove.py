@@ -1,8 +1,8 @@
 import pytest
 import torch
-from operated import EVERY_LINEAR, assert_same_bits, bits, train_updates
-from patients import train_a_little
-from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.adapters import EVERY_LINEAR, assert_same_bits, bits, train_updates
+from helpers.builds import train_a_little
+from helpers.models import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import (

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from patients import HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
+from helpers.builds import HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (

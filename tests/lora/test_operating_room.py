@@ -6,10 +6,10 @@ from contextlib import suppress
 
 import pytest
 import torch
-from formulas import KINDS, inject, merged_by_formula
+from helpers.builds import BUILDS, HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
+from helpers.lora_formulas import KINDS, inject, merged_by_formula
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from patients import BUILDS, HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (

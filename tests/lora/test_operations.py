@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from operated import EVERY_LINEAR, assert_same_bits, bits, train_updates
-from tiny import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.adapters import EVERY_LINEAR, assert_same_bits, bits, train_updates
+from helpers.models import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from patients import PATIENTS, close, logits, some_ids, train_a_little
+from helpers.builds import PATIENTS, close, logits, some_ids, train_a_little
 from torch import Tensor, nn
 
 from nanogpt_surgery import (

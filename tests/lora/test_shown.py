@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from patients import PATIENTS, train_a_little
-from tiny import randomise
+from helpers.builds import PATIENTS, train_a_little
+from helpers.models import randomise
 from torch import nn
 
 from nanogpt_surgery import SurgeryError, inject_lora, merge_lora, tensor_hashes, undo_lora

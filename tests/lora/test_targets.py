@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import FAMILY_CONFIGS, tiny_model
+from helpers.models import FAMILY_CONFIGS, tiny_model
 from torch import nn
 
 from nanogpt_surgery import SurgeryError, inject_lora, plan_lora

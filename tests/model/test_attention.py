@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tiny import CONFIGS, random_ids, tiny_model
+from helpers.models import CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery.model.attention import causal_attention
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CONFIGS, random_ids, tiny_model
+from helpers.models import CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery.model import dropout as module
 from nanogpt_surgery.model.dropout import Dropout, attention_with_dropout, dropped, gain

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import randomise
+from helpers.models import randomise
 
 from nanogpt_surgery import GPTConfig
 from nanogpt_surgery.model.feed_forward import make_feed_forward

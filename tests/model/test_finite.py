@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from tiny import FAMILY_CONFIGS, random_ids, tiny_model
-from typed import called, write_model
+from helpers.commands import called, write_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery import (
     CharacterTokenizer,

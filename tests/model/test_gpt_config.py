@@ -6,9 +6,9 @@ import sys
 
 import pytest
 import torch
+from helpers.models import CONFIGS, SCALING, random_ids, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny import CONFIGS, SCALING, random_ids, tiny_model
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

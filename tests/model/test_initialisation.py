@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import random_ids
+from helpers.models import random_ids
 
 from nanogpt_surgery import FAMILIES, GPTConfig, SimpleGPT
 from nanogpt_surgery.model.initialisation import initialise, start_from_zero

@@ -1,8 +1,14 @@
 import pytest
 import torch
+from helpers.models import (
+    CONFIGS,
+    assert_equal_in_bfloat16,
+    assert_equal_logits,
+    random_ids,
+    tiny_model,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CONFIGS, assert_equal_in_bfloat16, assert_equal_logits, random_ids, tiny_model
 
 from nanogpt_surgery import GPTConfig, KVCache, SurgeryError
 

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from tiny import CONFIGS, randomise
+from helpers.models import CONFIGS, randomise
 
 from nanogpt_surgery import GPTConfig, SimpleGPT
 from nanogpt_surgery.model.lags import make_lags

@@ -1,6 +1,12 @@
 import pytest
 import torch
-from tiny import CONFIGS, assert_equal_in_bfloat16, assert_equal_logits, random_ids, tiny_model
+from helpers.models import (
+    CONFIGS,
+    assert_equal_in_bfloat16,
+    assert_equal_logits,
+    random_ids,
+    tiny_model,
+)
 from torch import nn
 
 from nanogpt_surgery import GPTConfig, SimpleGPT, SurgeryError

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from llama_cpp import assert_goes_on_alike, greedy_text
+from helpers.llama_cpp import assert_goes_on_alike, greedy_text
+from helpers.models import FAMILY_CONFIGS, OWN_CONFIGS, tiny_model
 from safetensors.torch import load_file
-from tiny import FAMILY_CONFIGS, OWN_CONFIGS, tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, generate, inject_lora
 from nanogpt_surgery.formats.gguf.writing import save_gguf

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from small_tokenizers import byte_level, sentencepiece_like, unigram
+from helpers.tokenizers import byte_level, sentencepiece_like, unigram
 from transformers import PreTrainedTokenizerFast
 
 from nanogpt_surgery import BPETokenizer, CharacterTokenizer, SurgeryError

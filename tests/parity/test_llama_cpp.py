@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from llama_cpp import assert_goes_on_alike, greedy_text
-from small_tokenizers import TEXT, byte_level, sentencepiece_like
-from tiny import FAMILY_CONFIGS, OWN_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.llama_cpp import assert_goes_on_alike, greedy_text
+from helpers.models import FAMILY_CONFIGS, OWN_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.tokenizers import TEXT, byte_level, sentencepiece_like
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import (
@@ -63,7 +63,7 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_every_tokenizer_encodes_and_decodes_alike_in_llama_cpp(kind, tmp_path):
-    from llama_cpp import server
+    from helpers.llama_cpp import server
 
     tokenizer = TOKENIZERS[kind]()
     model = model_for("llama", tokenizer)

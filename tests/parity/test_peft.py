@@ -5,8 +5,8 @@ import re
 import peft
 import pytest
 import torch
+from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, randomise, tiny_model
 from peft.tuners.lora import LoraLayer
-from tiny import FAMILY_CONFIGS, assert_equal_logits, random_ids, randomise, tiny_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 

@@ -6,7 +6,7 @@ Each refusal says what the option did, and its next step leads to a folder that 
 import peft
 import pytest
 import torch
-from tiny import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -3,8 +3,8 @@
 import peft
 import pytest
 import torch
+from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from safetensors.torch import load_file, save_file
-from tiny import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import SurgeryError, load_adapter, save_model, tensor_hashes

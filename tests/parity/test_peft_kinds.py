@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from tiny import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import (

@@ -44,7 +44,7 @@ def test_it_stops_where_its_turn_ends(smollm2):
 
 @pytest.mark.slow
 def test_it_is_handed_on_whole(smollm2, tmp_path):
-    from llama_cpp import greedy_text
+    from helpers.llama_cpp import greedy_text
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from nanogpt_surgery import chat_ids, save_gguf, save_model

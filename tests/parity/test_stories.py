@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from llama_cpp import greedy_text
-from stories import stories
-from tiny import assert_equal_logits
+from helpers.llama_cpp import greedy_text
+from helpers.models import assert_equal_logits
+from helpers.stories import stories
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from nanogpt_surgery import generate, open_model, save_model

@@ -9,9 +9,9 @@ from importlib.metadata import PackageNotFoundError, files
 import peft
 import pytest
 import torch
-from llama_cpp import greedy_text
-from stories import DATA, stories
-from tiny import assert_equal_logits
+from helpers.llama_cpp import greedy_text
+from helpers.models import assert_equal_logits
+from helpers.stories import DATA, stories
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import (

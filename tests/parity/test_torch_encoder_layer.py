@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import randomise
+from helpers.models import randomise
 from torch import nn
 
 from nanogpt_surgery import GPTConfig, TransformerEncoderLayer

@@ -5,8 +5,15 @@ import json
 import pytest
 import torch
 import transformers
+from helpers.models import (
+    FAMILY_CONFIGS,
+    SCALING,
+    assert_equal_logits,
+    random_ids,
+    randomise,
+    tiny_model,
+)
 from safetensors import safe_open
-from tiny import FAMILY_CONFIGS, SCALING, assert_equal_logits, random_ids, randomise, tiny_model
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model

@@ -5,8 +5,8 @@ Without a GPU only the CPU's rows run; whoever has one runs this file there.
 
 import pytest
 import torch
-from tiny import tiny_model
-from ways import LLAMA, WAYS, losses
+from helpers.models import tiny_model
+from helpers.training_ways import LLAMA, WAYS, losses
 
 from nanogpt_surgery import generate
 from nanogpt_surgery.training.hardware import lacking_to_compile

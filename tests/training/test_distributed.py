@@ -7,11 +7,11 @@ from itertools import product
 from pathlib import Path
 
 import pytest
-import several
 import torch
+from helpers import several_processes as several
+from helpers.several_processes import DROPOUT, PRECISIONS
+from helpers.training_ways import WAYS, trained
 from safetensors.torch import load_file
-from several import DROPOUT, PRECISIONS
-from ways import WAYS, trained
 
 from nanogpt_surgery import SimpleGPT, SurgeryError
 from nanogpt_surgery.training.distributed import World

@@ -3,7 +3,7 @@ import math
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, TOKENIZER, VALIDATION, hashes, model_of, train
+from helpers.training import DATASET, SETTINGS, TOKENIZER, VALIDATION, hashes, model_of, train
 from torch import nn
 
 from nanogpt_surgery import (

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, TEXT, TOKENIZER, VALIDATION, hashes, model_of, train
+from helpers.training import DATASET, SETTINGS, TEXT, TOKENIZER, VALIDATION, hashes, model_of, train
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, fit, generate, inject_lora
 from nanogpt_surgery.training.optimizer import make_optimizer

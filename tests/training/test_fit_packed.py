@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONFIGS, tiny_model
+from helpers.models import CONFIGS, tiny_model
 from torch import Tensor
 
 from nanogpt_surgery import InstructionDataset, SimpleGPT, evaluate, fit, inject_lora

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.models import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 
 from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, SurgeryError, fit, inject_lora
 from nanogpt_surgery.training.distributed import World

@@ -4,8 +4,8 @@ import copy
 
 import pytest
 import torch
-from small_training import hashes
-from tiny import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.training import hashes
 from torch import Tensor, nn
 
 from nanogpt_surgery import (

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, hashes, model_of
+from helpers.training import DATASET, SETTINGS, hashes, model_of
 from torch import Tensor
 
 from nanogpt_surgery import SimpleGPT, fit, inject_lora

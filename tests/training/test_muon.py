@@ -5,8 +5,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, hashes, model_of
-from tiny import CONFIGS, tiny_model
+from helpers.models import CONFIGS, tiny_model
+from helpers.training import DATASET, SETTINGS, hashes, model_of
 
 from nanogpt_surgery import FitSettings, SurgeryError, fit, inject_lora
 from nanogpt_surgery.runs.checkpoint import Run

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from small_training import SETTINGS, TEXT, hashes
+from helpers.training import SETTINGS, TEXT, hashes
 
 from nanogpt_surgery import CharacterTokenizer, GPTDataset, SimpleGPT, fit, inject_lora
 from nanogpt_surgery.errors import NotFiniteError

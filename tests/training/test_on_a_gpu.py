@@ -9,9 +9,9 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tiny import CONFIGS, FAMILY_CONFIGS, tiny_model
+from helpers.models import CONFIGS, FAMILY_CONFIGS, tiny_model
+from helpers.training_ways import adapted, answers, recipe, text
 from torch import nn
-from ways import adapted, answers, recipe, text
 
 from nanogpt_surgery import FitSettings, SimpleGPT
 from nanogpt_surgery.training import loss

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, VALIDATION, hashes, model_of
+from helpers.training import DATASET, SETTINGS, VALIDATION, hashes, model_of
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, fit, inject_lora
 from nanogpt_surgery.training.fast import frozen_head

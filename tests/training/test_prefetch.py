@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS
+from helpers.training import DATASET, SETTINGS
 
 from nanogpt_surgery.training.fast.prefetch import batches, made_ahead
 from nanogpt_surgery.training.hardware import pinned

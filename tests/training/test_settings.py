@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, model_of, train
+from helpers.training import DATASET, SETTINGS, model_of, train
 
 from nanogpt_surgery import FitSettings, SurgeryError, fit
 from nanogpt_surgery.training.hardware import choose_hardware

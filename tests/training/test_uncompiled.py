@@ -6,15 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_training import DATASET, SETTINGS, model_of
-from tiny import randomise
+from helpers.models import randomise
+from helpers.training import DATASET, SETTINGS, model_of
 from torch.nn.functional import cross_entropy
 
 from nanogpt_surgery.training.fast.uncompiled import AdamW
 
 PROGRAM = """
 import sys
-from small_training import SETTINGS, model_of, train
+from helpers.training import SETTINGS, model_of, train
 for muon in (False, True):
     model = model_of()
     train(model, muon=muon)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, evaluate, inject_lora
