@@ -2,10 +2,13 @@
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
+# Programs that tests start find helpers too.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent)
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers or peft is imported: no network
 # Tests run side by side, one on each core: more threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -19,7 +19,7 @@ from nanogpt_surgery import (
     read_conversations,
     save_model,
 )
-from nanogpt_surgery.cli.commands.chat import files as chat_files
+from nanogpt_surgery.cli.chat import files as chat_files
 from nanogpt_surgery.errors import printable
 from nanogpt_surgery.generation.conversation import Conversation
 

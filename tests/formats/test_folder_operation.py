@@ -6,7 +6,6 @@ import os
 import resource
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -147,7 +146,7 @@ def test_dropped_originals_cannot_come_back(place):
 
 @pytest.mark.parametrize("way", [[], ["renames"]])
 def test_a_kill_at_any_call_leaves_the_old_state_or_the_new(tmp_path, way):
-    program = [sys.executable, Path(__file__).with_name("killed.py"), tmp_path, *way]
+    program = [sys.executable, "-m", "helpers.killed_operations", tmp_path, *way]
     done = subprocess.run(program, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for found in json.loads(done.stdout).values():

@@ -507,9 +507,11 @@ def test_a_device_that_fails_is_asked_again_a_few_times(
 
 
 def test_killed_at_any_call_a_run_says_what_its_checkpoints_say(tmp_path: Path) -> None:
-    program = Path(__file__).with_name("killed_saves.py")
     done = subprocess.run(
-        [sys.executable, program, tmp_path], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "helpers.killed_saves", tmp_path],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert all(kills > 8 for kills in json.loads(done.stdout).values()), done.stdout

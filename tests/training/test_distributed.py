@@ -23,7 +23,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 def folder(tmp_path_factory) -> Path:
     """What two processes have written."""
     folder = tmp_path_factory.mktemp("several")
-    command = [*TORCHRUN, several.__file__, str(folder)]
+    command = [*TORCHRUN, "-m", "helpers.several_processes", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     return folder

@@ -1,9 +1,9 @@
 """Ways to train a tiny model: what learns, on what, and with which settings."""
 
 import torch
-from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 from torch import Tensor, nn
 
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 from nanogpt_surgery import (
     GPTDataset,
     InstructionDataset,

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import torch
-from helpers.models import tiny_model
 from torch import Tensor, nn
 
+from helpers.models import tiny_model
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
 from nanogpt_surgery.lora.operations import lora_layers
 

@@ -8,6 +8,7 @@ from helpers.models import randomise
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from helpers.models import randomise
 from nanogpt_surgery import GPTConfig, SimpleGPT
 from nanogpt_surgery.lora.checks import trained_updates
 from nanogpt_surgery.model.config import FAMILIES

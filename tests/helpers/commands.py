@@ -7,8 +7,8 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import torch
-from helpers.models import randomise
 
+from helpers.models import randomise
 from nanogpt_surgery import (
     CharacterTokenizer,
     SimpleGPT,

@@ -16,7 +16,7 @@ from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedToken
 from nanogpt_surgery.data.tokenizers.tokenizer_json import sentencepiece_json
 from nanogpt_surgery.formats.placing import apart
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def stories():

@@ -6,6 +6,7 @@ import torch
 from helpers.models import CONFIGS, tiny_model
 from safetensors.torch import load_file, save_file
 
+from helpers.models import CONFIGS, tiny_model
 from nanogpt_surgery import save_model
 
 CONFIG, TENSORS, TOKENIZER, MANIFEST = (

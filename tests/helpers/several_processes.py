@@ -13,6 +13,7 @@ import torch
 from helpers.training_ways import WAYS, first_rows, text, trained
 from safetensors.torch import save_file
 
+from helpers.training_ways import WAYS, first_rows, text, trained
 from nanogpt_surgery import SimpleGPT, SurgeryError, fit
 from nanogpt_surgery.training.distributed import World, joined
 

@@ -1,0 +1,1 @@
+"""What tests share: tiny models, adapters, tokenizers, trainings, and commands run in process."""
