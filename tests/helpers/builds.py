@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from helpers.models import randomise
 from hypothesis import strategies as st
 from torch import Tensor, nn
 

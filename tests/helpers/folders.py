@@ -3,7 +3,6 @@
 import json
 
 import torch
-from helpers.models import CONFIGS, tiny_model
 from safetensors.torch import load_file, save_file
 
 from helpers.models import CONFIGS, tiny_model

@@ -10,7 +10,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from helpers.training_ways import WAYS, first_rows, text, trained
 from safetensors.torch import save_file
 
 from helpers.training_ways import WAYS, first_rows, text, trained
