@@ -315,6 +315,18 @@ def test_too_many_in_a_row_are_saved_and_the_end(place, monkeypatch):
     assert steps_of("o") == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("killed", [5, 6])  # in the midst of them
+def test_the_count_of_those_in_a_row_goes_on_across_a_resume(place, monkeypatch, killed):
+    overflowing(monkeypatch, {1, 3, 4, 5, 6, 7})
+    words = ["train", "text.txt", "--from", "far", *LOW, "--out", "o", "--save-every", "1"]
+    words += ["--max-skipped-steps", "4"]
+    killed_at(killed, *words)
+    said = called(*words, "--resume", check=1)[1]
+    assert "4 steps in a row" in said and "step 7" in said
+    assert "4 steps in a row" in called(*words, "--resume", check=1)[1]  # and once more
+    assert steps_of("o") == [0, 1, 2, 3, 4, 5, 6]
+
+
 def test_the_next_command_talks_where_answers_were_learned(place):
     words = [*TUNED, "--template", "chatml", "--max-steps", "1"]
     said = called("finetune", "m", "a.jsonl", "--out", "it s", *words)[1]

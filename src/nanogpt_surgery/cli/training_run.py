@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from itertools import takewhile
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
@@ -155,6 +156,7 @@ def _carried_out(
         validation=validation,
         optimizer=optimizer,
         first_step=run.first_step,
+        skipped_before=together.most(_skipped_in_a_row(run) if together.first else 0),
         keep_in=job.keep_in,
     )
     frozen = frozen_hashes(job.model) if job.options.patience else {}
@@ -224,15 +226,23 @@ def _begin(job: Job, run: Run, recorder: Recorder | None) -> None:
         recorder.begin(loss)
 
 
+def _skipped_in_a_row(run: Run) -> int:
+    """How many of the steps so far, up to the last, were skipped."""
+    return len(list(takewhile(lambda row: row.get("skipped"), reversed(_metrics(run)))))
+
+
 def _losses(run: Run) -> list[float]:
     """Of the evaluations after the steps so far."""
+    losses = [row.get("validation_loss") for row in _metrics(run) if row["step"]]
+    return [loss for loss in losses if loss is not None]
+
+
+def _metrics(run: Run) -> list[dict[str, Any]]:
     from nanogpt_surgery.formats.folders.run_folder import METRICS
     from nanogpt_surgery.runs.loss_plot import read_metrics
 
     path = run.folder / METRICS
-    rows = read_metrics(path) if path.is_file() else []
-    losses = [row.get("validation_loss") for row in rows if row["step"]]
-    return [loss for loss in losses if loss is not None]
+    return read_metrics(path) if path.is_file() else []
 
 
 @contextmanager

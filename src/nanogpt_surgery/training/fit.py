@@ -44,6 +44,7 @@ def fit(
     validation: Batches | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     first_step: int = 0,
+    skipped_before: int = 0,
     examine: bool = True,
     keep_in: Path | None = None,
     **changes: Any,
@@ -62,6 +63,8 @@ def fit(
             `evaluate_tokens` of it.
         optimizer: to go on with; if None a new one, AdamW or Muon. The schedule sets its rates.
         first_step: steps done already.
+        skipped_before: how many of them, in a row up to the last, were skipped: the count of
+            `max_skipped_steps` goes on from there.
         examine: check that the optimizer holds every trainable parameter, after the first and the
             last step that each update of a LoRA got a gradient and has moved, and at the end that
             no frozen parameter did, by hash.
@@ -82,6 +85,7 @@ def fit(
     check_training(model, dataset, settings)
     refuse_packed(model, dataset)
     loop = _Loop(model, dataset, settings, validation, optimizer, keep_in)
+    loop.skipped = skipped_before
     return loop.steps(first_step, examine)
 
 
