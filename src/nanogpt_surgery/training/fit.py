@@ -63,8 +63,7 @@ def fit(
             `evaluate_tokens` of it.
         optimizer: to go on with; if None a new one, AdamW or Muon. The schedule sets its rates.
         first_step: steps done already.
-        skipped_before: how many of them, in a row up to the last, were skipped: the count of
-            `max_skipped_steps` goes on from there.
+        skipped_before: how many of the last of them were skipped in a row.
         examine: check that the optimizer holds every trainable parameter, after the first and the
             last step that each update of a LoRA got a gradient and has moved, and at the end that
             no frozen parameter did, by hash.
