@@ -11,22 +11,11 @@ import torch
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.files.atomic import whole_folder
-from nanogpt_surgery.files.writing import (
-    MANIFEST,
-    damage,
-    disk_refuses,
-    file_hash,
-    is_temporary,
-    link_or_copy,
-    read_json,
-    refuse_damage,
-    remove_temporaries,
-    replace_text,
-    seal,
-    temporary_beside,
-    write_json,
-    write_tensors,
-)
+from nanogpt_surgery.files.disk_errors import disk_refuses
+from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
+from nanogpt_surgery.files.manifest import MANIFEST, damage, file_hash, refuse_damage, seal
+from nanogpt_surgery.files.temporary import is_temporary, remove_temporaries, temporary_beside
+from nanogpt_surgery.files.writing import link_or_copy, write_tensors
 
 
 def written(goal, **files):

@@ -1,4 +1,4 @@
-"""A report as text for people: folded, fitted to a terminal, sizes and times in the usual units.
+"""Report: a table for people, folded, fitted to a terminal, with units; plain values for programs.
 
 No number is ever broken or cut: a table that is wider than the terminal leaves out what is the same
 in all rows, and then becomes a paragraph for each row.
@@ -61,34 +61,44 @@ _HASH = re.compile(r"[0-9a-f]{64}")
 Row = Mapping[str, Any]
 
 
-def text_of(
-    title: str,
-    rows: Sequence[Row],
-    summary: Mapping[str, Any],
-    width: int | None = None,
-    whole: bool = False,
-) -> str:
-    """A report's title, table and summary.
+@dataclass(frozen=True)
+class Report:
+    """Rows with the same keys, and a summary. `print(report)` is a table; `to_json()` is JSON."""
 
-    Args:
-        title: comes first.
-        rows: with the same keys.
-        summary: a line each.
-        width: columns of the terminal; None where lines may be of any length.
-        whole: show every row; otherwise layers of one kind are folded into one.
-    """
-    shown = list(rows) if whole else folded(rows)
-    lines = [title, *_table(shown, width)]
-    if len(shown) < len(rows):
-        lines.append(f"({len(rows):,} lines in {len(shown):,}; --all shows each)")
-    lines += [
-        f"{label(key)}: {value_text(key, value)}{_fits(key, summary)}"
-        for key, value in summary.items()
-        if key not in NOT_SHOWN
-    ]
-    if any("change kept" in row for row in rows) or "part of the change" in title:
-        lines.append(KEPT_NOTE)
-    return "\n".join(part for line in lines for part in wrapped(line, width))
+    title: str
+    rows: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values."""
+        return {"title": self.title, "rows": self.rows, **self.summary}
+
+    def to_json(self) -> str:
+        """Everything as JSON."""
+        return json.dumps(self.to_dict(), indent=2)
+
+    def to_text(self, width: int | None = None, whole: bool = False) -> str:
+        """The title, the table and the summary.
+
+        Args:
+            width: columns of the terminal; None where lines may be of any length.
+            whole: show every row; otherwise layers of one kind are folded into one.
+        """
+        shown = list(self.rows) if whole else folded(self.rows)
+        lines = [self.title, *_table(shown, width)]
+        if len(shown) < len(self.rows):
+            lines.append(f"({len(self.rows):,} lines in {len(shown):,}; --all shows each)")
+        lines += [
+            f"{label(key)}: {value_text(key, value)}{_fits(key, self.summary)}"
+            for key, value in self.summary.items()
+            if key not in NOT_SHOWN
+        ]
+        if any("change kept" in row for row in self.rows) or "part of the change" in self.title:
+            lines.append(KEPT_NOTE)
+        return "\n".join(part for line in lines for part in wrapped(line, width))
+
+    def __str__(self) -> str:
+        return self.to_text(whole=True)
 
 
 def _fits(key: str, summary: Mapping[str, Any]) -> str:
@@ -267,52 +277,3 @@ def _paragraphs(
             shown += f"{item}, "
         if shown.strip():
             yield shown.rstrip(", ")
-
-
-@dataclass(frozen=True)
-class Report:
-    """Rows with the same keys, and a summary. `print(report)` is a table; `to_json()` is JSON."""
-
-    title: str
-    rows: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values."""
-        return {"title": self.title, "rows": self.rows, **self.summary}
-
-    def to_json(self) -> str:
-        """Everything as JSON."""
-        return json.dumps(self.to_dict(), indent=2)
-
-    def __str__(self) -> str:
-        lines = [self.title, *_plain_table(self.rows)]
-        lines += [
-            f"{key.replace('_', ' ')}: {_plain_text(value)}" for key, value in self.summary.items()
-        ]
-        return "\n".join(lines)
-
-
-def _plain_table(rows: list[dict[str, Any]]) -> list[str]:
-    if not rows:
-        return []
-    header = list(rows[0])
-    cells = [header] + [[_plain_text(row[key]) for key in header] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    numeric = [isinstance(rows[0][key], (int, float)) for key in header]
-    return ["  " + "  ".join(_plain_aligned(line, widths, numeric)).rstrip() for line in cells]
-
-
-def _plain_aligned(line: list[str], widths: list[int], numeric: list[bool]) -> list[str]:
-    return [
-        cell.rjust(width) if right else cell.ljust(width)
-        for cell, width, right in zip(line, widths, numeric, strict=True)
-    ]
-
-
-def _plain_text(value: Any) -> str:
-    if isinstance(value, bool) or value is None:
-        return str(value).lower() if value is not None else "-"
-    if isinstance(value, int):
-        return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -21,7 +21,8 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
-from nanogpt_surgery.files.writing import MANIFEST, damage, write_json
+from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.manifest import MANIFEST, damage
 from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.history.folder_journal import folder_log, read_journal

@@ -20,7 +20,8 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.cli.framework.app import run as surgery
-from nanogpt_surgery.files.writing import MANIFEST, write_json
+from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.manifest import MANIFEST
 from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
 from nanogpt_surgery.history.folder_journal import folder_log
 from nanogpt_surgery.history.folder_operation import undo_folder

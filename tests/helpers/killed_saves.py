@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_surgery.files.writing import file_hash
+from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
 from nanogpt_surgery.runs.checkpoint import Run, start_run
 from nanogpt_surgery.training.step import Step

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_surgery.report import duration, folded, percent, size, text_of
+from nanogpt_surgery.report import Report, duration, folded, percent, size
 
 ROWS = [
     {
@@ -52,19 +52,21 @@ def test_one_of_a_kind_keeps_its_name() -> None:
 
 
 def test_all_rows_where_all_are_asked_for() -> None:
-    text = text_of("t", ROWS, {}, 200, whole=True)
+    text = Report("t", ROWS, {}).to_text(200, whole=True)
     assert all(row["layer"] in text for row in ROWS)
     assert "--all" not in text
-    assert "--all" in text_of("t", ROWS, {}, 200)
+    assert "--all" in Report("t", ROWS, {}).to_text(200)
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, None])
 @pytest.mark.parametrize("whole", [False, True])
 def test_no_line_is_too_long_and_no_number_broken(width: int | None, whole: bool) -> None:
-    text = text_of("a title of some words, which may be long " * 3, ROWS, SUMMARY, width, whole)
+    text = Report("a title of some words, which may be long " * 3, ROWS, SUMMARY).to_text(
+        width, whole
+    )
     if width is not None:
         assert max(map(len, text.splitlines())) <= width
-    wide = text_of("t", ROWS, SUMMARY, None, whole)
+    wide = Report("t", ROWS, SUMMARY).to_text(None, whole)
     assert set(numbers(wide)) == set(numbers(text))
     assert "tied to" not in text
 
@@ -84,15 +86,17 @@ def test_no_line_is_too_long_and_no_number_broken(width: int | None, whole: bool
     st.integers(40, 150),
 )
 def test_any_rows_fit_any_width(rows: list[dict], width: int) -> None:
-    text = text_of("title", rows, {"layers": len(rows)}, width)
+    text = Report("title", rows, {"layers": len(rows)}).to_text(width)
     assert max(map(len, text.splitlines())) <= width
 
 
 def test_whether_it_fits() -> None:
-    [line] = [x for x in text_of("t", [], SUMMARY).splitlines() if "3.00 GiB" in x]
+    [line] = [x for x in Report("t", [], SUMMARY).to_text().splitlines() if "3.00 GiB" in x]
     assert "not fit" in line and "1.00 GiB free" in line
     [line] = [
-        x for x in text_of("t", [], {**SUMMARY, "free_bytes": 2**40}).splitlines() if "3" in x
+        x
+        for x in Report("t", [], {**SUMMARY, "free_bytes": 2**40}).to_text().splitlines()
+        if "3" in x
     ]
     assert "not fit" not in line
 

@@ -14,18 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.disk_errors import UnwrittenError, disk_refuses, make_folder
 from nanogpt_surgery.files.exchange import exchange
-from nanogpt_surgery.files.writing import (
-    UnwrittenError,
-    disk_refuses,
-    flush,
-    flush_place,
-    make_folder,
-    refuse_foreign_file,
-    refuse_foreign_folder,
-    seal,
-    temporary_beside,
-)
+from nanogpt_surgery.files.manifest import refuse_foreign_file, refuse_foreign_folder, seal
+from nanogpt_surgery.files.temporary import temporary_beside
+from nanogpt_surgery.files.writing import flush, flush_place
 
 
 @contextmanager

@@ -78,10 +78,8 @@ def say_report(report: Report, all_layers: bool = False) -> None:
 
 
 def _text(report: Report, all_layers: bool, stream: TextIO) -> str:
-    from nanogpt_surgery.report import text_of
-
     width = width_of(stream)
-    return printable(text_of(report.title, report.rows, report.summary, width, all_layers))
+    return printable(report.to_text(width, all_layers))
 
 
 def width_of(stream: TextIO) -> int | None:

@@ -22,7 +22,9 @@ from nanogpt_surgery.data.text.pieces import Piece, read_span, split_at_line
 from nanogpt_surgery.data.text.token_files import DTYPES, SPLITS, Shard
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, encode_to_array
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.writing import disk_refuses, flush, read_json, write_json
+from nanogpt_surgery.files.disk_errors import disk_refuses
+from nanogpt_surgery.files.json_files import read_json, write_json
+from nanogpt_surgery.files.writing import flush
 
 PARTS = "parts"
 Ids = NDArray[Any]

@@ -22,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files.writing import MANIFEST, damage, disk_refuses, read_json, tried_again
+from nanogpt_surgery.files.disk_errors import disk_refuses, tried_again
+from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.files.manifest import MANIFEST, damage
 
 SAMPLES = "samples.jsonl"
 RUN, METRICS, LATEST, BEST, LOCK = "run.json", "metrics.jsonl", "LATEST", "BEST", "LOCK"

@@ -1,0 +1,65 @@
+"""JSON read within limits, and text written in one rename."""
+
+from __future__ import annotations
+
+import json
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    pass
+from nanogpt_surgery.files.disk_errors import tried_again
+from nanogpt_surgery.files.temporary import temporary_beside
+from nanogpt_surgery.files.writing import flush
+
+LARGEST_JSON = 128 << 20  # bytes; the largest tokenizer.json in use have a third of it
+
+
+def write_json(path: Path, contents: Any) -> None:
+    """Write JSON in one rename, so that a reader sees the old file or the new one."""
+    replace_text(path, json.dumps(contents, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one rename, flushed to the disk."""
+    tried_again(lambda: _replace_text(path, text))
+
+
+def _replace_text(path: Path, text: str) -> None:
+    temporary = temporary_beside(path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        flush(temporary)
+        temporary.replace(path)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def read_json(path: Path, most_bytes: int = LARGEST_JSON) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        SurgeryError: it is missing, too large, not UTF-8, or not JSON (with line and column).
+    """
+    if path.is_file() and path.stat().st_size > most_bytes:
+        raise SurgeryError(
+            f"{path} has {path.stat().st_size:,} bytes; the limit for JSON is {most_bytes:,}"
+        )
+    try:
+        return json.loads(tried_again(lambda: path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        raise SurgeryError(f"{path} is missing") from None
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise SurgeryError(f"{path} is not UTF-8 at byte {error.start}") from None
+    except json.JSONDecodeError as error:
+        raise SurgeryError(
+            f"{path} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}"
+        ) from None
+    except (ValueError, RecursionError) as error:  # a number, or a nesting, beyond all measure
+        raise SurgeryError(f"{path} is not JSON that can be read: {error}") from None
