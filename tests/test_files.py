@@ -8,13 +8,23 @@ import sys
 
 import pytest
 import torch
+from nanogpt_surgery.files.writing.disk_errors import disk_refuses
+from nanogpt_surgery.files.writing.json_files import read_json, replace_text, write_json
+from nanogpt_surgery.files.writing.manifest import (
+    MANIFEST,
+    check_undamaged,
+    damage,
+    file_hash,
+    seal,
+)
+from nanogpt_surgery.files.writing.temporary import (
+    is_temporary,
+    remove_temporaries,
+    temporary_beside,
+)
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.files.atomic import whole_folder
-from nanogpt_surgery.files.disk_errors import disk_refuses
-from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
-from nanogpt_surgery.files.manifest import MANIFEST, damage, file_hash, refuse_damage, seal
-from nanogpt_surgery.files.temporary import is_temporary, remove_temporaries, temporary_beside
 from nanogpt_surgery.files.writing import link_or_copy, write_tensors
 
 
@@ -168,12 +178,12 @@ def test_a_manifest_that_is_missing_or_torn_is_damage(tmp_path):
 
 def test_damage_is_refused_only_where_a_manifest_can_tell(tmp_path):
     goal = written(tmp_path / "goal")
-    refuse_damage(goal)
+    check_undamaged(goal)
     (goal / "a.txt").write_text("other")
     with pytest.raises(SurgeryError, match=r"goal is damaged: a\.txt has changed"):
-        refuse_damage(goal)
+        check_undamaged(goal)
     (goal / MANIFEST).unlink()
-    refuse_damage(goal)
+    check_undamaged(goal)
 
 
 def test_file_hash_is_sha256(tmp_path):

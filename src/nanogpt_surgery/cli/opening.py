@@ -56,11 +56,11 @@ def open_to_talk(
     import torch
 
     from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
-    from nanogpt_surgery.formats.model_file import open_model, refuse_adapter
+    from nanogpt_surgery.formats.model_file import check_adapter, open_model
     from nanogpt_surgery.formats.peft.adapter_layout import load_adapter
     from nanogpt_surgery.lora.mixing import swap_lora
 
-    refuse_adapter(path, WITH_ADAPTER)
+    check_adapter(path, WITH_ADAPTER)
     wanted = None if dtype is None else getattr(torch, dtype)
     model, found = open_model(path, "each" if adapters else wanted)  # they know it as it is stored
     tokenizer = required_tokenizer(found, path)

@@ -48,7 +48,7 @@ def named_sources(
     from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 
     if paths or weights is not None:
-        refuse_records(paths)
+        check_no_records(paths)
         return open_sources(paths, weights, tokenizer)
     say("no text was named: training on Python's language reference")
     text = python_reference()
@@ -56,7 +56,7 @@ def named_sources(
     return Sources([text], tokenizer or CharacterTokenizer(text + python_source()), None)
 
 
-def refuse_records(paths: tuple[str, ...], command: str = "surgery finetune MODEL") -> None:
+def check_no_records(paths: tuple[str, ...], command: str = "surgery finetune MODEL") -> None:
     """Raise `SurgeryError` if a file that is to be learned as text holds records.
 
     As text their braces, quotes and names of fields would be learned.

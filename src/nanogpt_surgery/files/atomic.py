@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.disk_errors import UnwrittenError, disk_refuses, make_folder
 from nanogpt_surgery.files.exchange import exchange
-from nanogpt_surgery.files.manifest import refuse_foreign_file, refuse_foreign_folder, seal
-from nanogpt_surgery.files.temporary import temporary_beside
 from nanogpt_surgery.files.writing import flush, flush_place
+from nanogpt_surgery.files.writing.disk_errors import UnwrittenError, disk_refuses, make_folder
+from nanogpt_surgery.files.writing.manifest import check_own_file, check_own_folder, seal
+from nanogpt_surgery.files.writing.temporary import temporary_beside
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def whole_folder(goal: str | Path) -> Iterator[Path]:
         SurgeryError: `goal` holds something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    refuse_foreign_folder(goal)
+    check_own_folder(goal)
     temporary = temporary_beside(goal)
     try:
         temporary.mkdir(parents=True)
@@ -65,7 +65,7 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
         SurgeryError: `goal` is something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    refuse_foreign_file(goal, magic)
+    check_own_file(goal, magic)
     make_folder(goal.parent)
     temporary = temporary_beside(goal)
     try:

@@ -11,14 +11,14 @@ from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     pass
-from nanogpt_surgery.files.disk_errors import tried_again, writing
-from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.writing import flush
+from nanogpt_surgery.files.writing.disk_errors import tried_again, writing
+from nanogpt_surgery.files.writing.json_files import read_json, write_json
 
 MANIFEST = "MANIFEST.json"
 
 
-def refuse_foreign_file(goal: Path, magic: bytes = b"GGUF") -> None:
+def check_own_file(goal: Path, magic: bytes = b"GGUF") -> None:
     """Raise `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
     with writing(goal):
         if goal.exists() and not _begins_with(goal, magic):
@@ -32,7 +32,7 @@ def _begins_with(path: Path, magic: bytes) -> bool:
         return file.read(len(magic)) == magic
 
 
-def refuse_foreign_folder(goal: Path) -> None:
+def check_own_folder(goal: Path) -> None:
     """Raise `SurgeryError` if anything but a sealed or an empty folder lies at `goal`."""
     with writing(goal):
         if not goal.exists() or (goal / MANIFEST).is_file():
@@ -80,7 +80,7 @@ def damage(folder: Path) -> str | None:
     return None
 
 
-def refuse_damage(folder: Path) -> None:
+def check_undamaged(folder: Path) -> None:
     """Raise `SurgeryError` if a folder carries a manifest and differs from it."""
     if (folder / MANIFEST).is_file() and (problem := damage(folder)):
         raise SurgeryError(f"{folder} is damaged: {problem}", "restore it from a copy")

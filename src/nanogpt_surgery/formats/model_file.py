@@ -8,9 +8,9 @@ from pathlib import Path
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
 from nanogpt_surgery.files.atomic import whole_folder
-from nanogpt_surgery.files.json_files import read_json, write_json
-from nanogpt_surgery.files.manifest import refuse_damage
 from nanogpt_surgery.files.writing import write_tensors
+from nanogpt_surgery.files.writing.json_files import read_json, write_json
+from nanogpt_surgery.files.writing.manifest import check_undamaged
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.run_folder import checkpoints, chosen_checkpoint, is_run
 from nanogpt_surgery.formats.gguf.file import is_gguf, read_gguf
@@ -134,7 +134,7 @@ def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokeni
     if is_gguf(Path(path)):
         return open_gguf(path, dtype)
     folder = model_folder(path)
-    refuse_damage(folder)
+    check_undamaged(folder)
     contents = read_json(folder / CONFIG)
     if isinstance(contents, dict) and contents.get("auto_map"):
         warnings.warn(
@@ -184,7 +184,7 @@ def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
 MERGE_FIRST = "name its model, or merge them: surgery merge {base} {path} --out FOLDER"
 
 
-def refuse_adapter(path: str | Path, hint: str = MERGE_FIRST) -> None:
+def check_adapter(path: str | Path, hint: str = MERGE_FIRST) -> None:
     """Raise `SurgeryError` for an adapter, or the run of one, where a model is needed.
 
     The hint may hold {path} and {base}, the model that the adapter names.
@@ -206,7 +206,7 @@ def model_folder(path: str | Path) -> Path:
     the copy of a model on the hub.
     """
     folder = Path(path)
-    refuse_adapter(folder)
+    check_adapter(folder)
     if is_run(folder) and not is_operated(folder):
         folder = chosen_checkpoint(folder)
     if not folder.exists() and is_hub_name(str(path)):

@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.files.exchange import exchange, set_aside
-from nanogpt_surgery.files.manifest import MANIFEST, seal
-from nanogpt_surgery.files.temporary import remove_temporaries, temporary_beside
 from nanogpt_surgery.files.writing import flush, flush_place, link_or_copy
+from nanogpt_surgery.files.writing.disk_errors import disk_refuses
+from nanogpt_surgery.files.writing.manifest import MANIFEST, seal
+from nanogpt_surgery.files.writing.temporary import remove_temporaries, temporary_beside
 from nanogpt_surgery.formats.folders.run_folder import LOCK, held, is_run
 from nanogpt_surgery.history.folder_journal import (
     AGAIN,
@@ -113,7 +113,7 @@ def _turn(folder: Path, event: str) -> Report:
                         "restore it from a copy",
                     )
                 link_or_copy(kept, twin / name)
-        _refuse_changes(
+        _check_changes(
             twin, folder, goal, f"{OPERATIONS} should hold what '{entry.operation}' put by"
         )
         journal.turn(event)
@@ -151,9 +151,9 @@ def _twin(folder: Path) -> Iterator[tuple[Path, FolderJournal]]:
     with held(folder / LOCK if is_run(folder) else folder):
         remove_temporaries(folder.parent, of=folder.name)
         journal = read_journal(folder)
-        _refuse_links(folder)
+        _check_links(folder)
         since = journal.lines[-1]["when"] if journal.lines else ""
-        _refuse_changes(folder, folder, journal.files, f"it should be as it was left at {since}")
+        _check_changes(folder, folder, journal.files, f"it should be as it was left at {since}")
         twin = temporary_beside(folder)
         try:
             shutil.copytree(folder, twin, copy_function=_link)
@@ -183,7 +183,7 @@ def _check_place(folder: Path) -> None:
         )
 
 
-def _refuse_links(folder: Path) -> None:
+def _check_links(folder: Path) -> None:
     links = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink()]
     if links:
         raise SurgeryError(
@@ -193,7 +193,7 @@ def _refuse_links(folder: Path) -> None:
         )
 
 
-def _refuse_changes(place: Path, folder: Path, wanted: dict[str, str], because: str) -> None:
+def _check_changes(place: Path, folder: Path, wanted: dict[str, str], because: str) -> None:
     """Raise `SurgeryError` if files are not what they should be, and name them."""
     there = hashes_of(place)
     wrong = [

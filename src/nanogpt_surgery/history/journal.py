@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import tensor_hashes, written_to
-from nanogpt_surgery.lora.layer import LoRALayer, refuse_in_rows
+from nanogpt_surgery.lora.layer import LoRALayer, check_in_rows
 
 CHART = "_surgery_chart"
 _TIE = "tie_word_embeddings"
@@ -159,7 +159,7 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[dic
     Raises:
         SurgeryError: each row of a batch has its own adapter for now.
     """
-    refuse_in_rows(model)
+    check_in_rows(model)
     chart = chart_of(model)
     before = {key: (place, place.get()) for key, place in _places(model).items()}
     seen: dict[Tensor, str] = {}

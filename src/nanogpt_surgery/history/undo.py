@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import UPDATES, combined, tensor_hashes, written_to
 from nanogpt_surgery.history.journal import Entry, chart_of, put, rejoin
-from nanogpt_surgery.lora.layer import device_of, refuse_in_rows
+from nanogpt_surgery.lora.layer import check_in_rows, device_of
 from nanogpt_surgery.report import Report
 
 SHOWN = 12  # digits of a hash in a table
@@ -73,7 +73,7 @@ def _moved(model: nn.Module, back: bool) -> Iterator[Entry]:
     Raises:
         SurgeryError: there is none, or something else has changed those places since.
     """
-    refuse_in_rows(model)
+    check_in_rows(model)
     chart = chart_of(model)
     here, there = (chart.done, chart.undone) if back else (chart.undone, chart.done)
     if not here:

@@ -184,7 +184,7 @@ def active_mixture(model: nn.Module) -> Mixture:
     return layers[0].mixture if layers else Blend({})
 
 
-def refuse_in_rows(model: nn.Module) -> None:
+def check_in_rows(model: nn.Module) -> None:
     """Raise `SurgeryError` inside a block of `lora_rows`: what it changed would end with it."""
     if any(isinstance(m.mixture, Rows) for m in model.modules() if isinstance(m, LoRALayer)):
         raise SurgeryError(

@@ -77,11 +77,11 @@ def effect_of(
     change(model)
     effect = compare_logits(before, logits_of(model, probe))
     if not force:
-        refuse_effect(effect, tolerance)
+        check_effect(effect, tolerance)
     return effect
 
 
-def refuse_effect(effect: Mapping[str, float], tolerance: float) -> None:
+def check_effect(effect: Mapping[str, float], tolerance: float) -> None:
     """Raise `SurgeryError` if a KL divergence exceeds the tolerance, or is not a number."""
     if not effect["kl"] <= tolerance:
         raise SurgeryError(
@@ -93,7 +93,7 @@ def refuse_effect(effect: Mapping[str, float], tolerance: float) -> None:
         )
 
 
-def refuse_weights(
+def check_weights(
     rows: list[dict[str, Any]],
     layers: Mapping[str, LoRALayer],
     what: str = "the merge",
@@ -109,7 +109,7 @@ def refuse_weights(
         wider: what to do where ΔW does not fit into the dtype: too small or too large for it.
         trained: what to do where ΔW is 0, or no number.
     """
-    _refuse_not_finite(rows, layers, what, wider, trained)
+    _check_not_finite(rows, layers, what, wider, trained)
     replaces_whole = len(_matrix_layers(layers)) < len(layers)  # a change, without a ΔW
     if replaces_whole or any(row["weights changed"] for row in rows):
         return
@@ -122,7 +122,7 @@ def refuse_weights(
     )
 
 
-def _refuse_not_finite(
+def _check_not_finite(
     rows: list[dict[str, Any]],
     layers: Mapping[str, LoRALayer],
     what: str,

@@ -9,7 +9,7 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.journal import operation
-from nanogpt_surgery.lora.layer import active_mixture, lora_layers, refuse_in_rows
+from nanogpt_surgery.lora.layer import active_mixture, check_in_rows, lora_layers
 from nanogpt_surgery.lora.mixture import Blend, Mixture, Rows
 from nanogpt_surgery.lora.operations import check_name
 from nanogpt_surgery.lora.rows import watched
@@ -69,7 +69,7 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         SurgeryError: the model carries no adapter of one of the names, or the LoRA is disabled;
             from the model's forward, a batch or a layer's input that has not these rows.
     """
-    refuse_in_rows(model)
+    check_in_rows(model)
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise SurgeryError(
             f"the rows' adapters are {names!r}",

@@ -30,11 +30,11 @@ from nanogpt_surgery.lora.layer import (
     has_lora,
     lora_layers,
 )
-from nanogpt_surgery.lora.merge_metrics import Probe, effect_of, merge_rows, refuse_weights
+from nanogpt_surgery.lora.merge_metrics import Probe, check_weights, effect_of, merge_rows
 from nanogpt_surgery.lora.mixture import Blend, Mixture
 from nanogpt_surgery.lora.planning import make_plan
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.ties import refuse_undecided
+from nanogpt_surgery.lora.ties import check_undecided
 from nanogpt_surgery.lora.wrapping import (
     attach,
     let_train,
@@ -123,7 +123,7 @@ def merge_lora(
     kept = "kept" if keep_originals else "dropped"
     rows = [{**row, "original": kept} for row in merge_rows(layers)]
     if not force:
-        refuse_weights(rows, layers)
+        check_weights(rows, layers)
     with operation(model, "merge") as seen:
         thaw, tied = chart_of(model).thaw, says_tied(model)
         effect = effect_of(model, probe, merge_layers, tolerance, force)
@@ -145,7 +145,7 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
             f"no adapter takes part, so a merge would only take {', '.join(names)} off",
             f"swap_lora(model, {names[0]!r}) first, or remove_lora(model)",
         )
-    refuse_undecided(model, layers)
+    check_undecided(model, layers)
 
 
 def unmerge_lora(model: nn.Module) -> Report:

@@ -58,7 +58,7 @@ def choose(model: nn.Module, names: Iterable[str], tied: Tied) -> dict[str, list
     return ties if tied == "both" else {}
 
 
-def refuse_undecided(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+def check_undecided(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     """Raise `SurgeryError` if merging would break a tie that nobody decided to break."""
     undecided = {}
     for name, layer in layers.items():

@@ -33,7 +33,7 @@ def restore_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             kept it in another shape.
     """
     tensors = _read(file)
-    _refuse_another(file, tensors, _trained(model, optimizer))
+    _check_another(file, tensors, _trained(model, optimizer))
     for name, parameter in _trained(model, optimizer).items():
         prefix = f"{name}:"
         state = {k.removeprefix(prefix): tensors.pop(k) for k in [*tensors] if k.startswith(prefix)}
@@ -56,7 +56,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     return load_file(file)
 
 
-def _refuse_another(
+def _check_another(
     file: Path, tensors: dict[str, Tensor], trained: dict[str, nn.Parameter]
 ) -> None:
     """Refuse the state of a model in which something else is trained, or in another shape."""

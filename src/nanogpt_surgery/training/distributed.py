@@ -105,7 +105,7 @@ class World:
         """
         if self.size == 1:
             return
-        _refuse_device(model)
+        _check_device(model)
         for tensor in (*model.parameters(), *model.buffers()):
             value = tensor.detach().contiguous()
             with _others_there():
@@ -172,7 +172,7 @@ def _others_there() -> Iterator[None]:
         ) from error
 
 
-def _refuse_device(model: nn.Module) -> None:
+def _check_device(model: nn.Module) -> None:
     others = {tensor.device.type for tensor in model.parameters()} - {"cpu", "cuda"}
     if others:
         raise SurgeryError(

@@ -16,7 +16,7 @@ from nanogpt_surgery.training.distributed import ALONE, World
 from nanogpt_surgery.training.fast.frozen_prefix import first_that_learns
 from nanogpt_surgery.training.fast.frozen_products import QuickProducts, stored_in_bfloat16
 from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16
-from nanogpt_surgery.training.loss import n_trained, refuse_documents, summed_loss
+from nanogpt_surgery.training.loss import check_documents, n_trained, summed_loss
 from nanogpt_surgery.training.settings import FitSettings
 
 EVALUATED_AT_ONCE = 64  # windows
@@ -45,7 +45,7 @@ def evaluate(
     count: float = 0
     with eval_mode(model), torch.inference_mode(), _quick_products(model, device):
         for batch in islice(dataset.whole(batch_size), together.rank, None, together.size):
-            refuse_documents(model, batch)
+            check_documents(model, batch)
             losses.append(summed_loss(model, batch))
             count += n_trained(batch[1])
     total, count = together.sums(sum(torch.stack(losses).tolist()) if losses else 0.0, count)

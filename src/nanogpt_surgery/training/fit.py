@@ -26,7 +26,7 @@ from nanogpt_surgery.training.fast.frozen_products import QuickProducts
 from nanogpt_surgery.training.fast.prefetch import batches
 from nanogpt_surgery.training.gradients import accumulate
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
-from nanogpt_surgery.training.loss import n_trained, refuse_packed
+from nanogpt_surgery.training.loss import check_not_packed, n_trained
 from nanogpt_surgery.training.memory_estimate import check_training
 from nanogpt_surgery.training.nonfinite import not_finite, rows_in_batch
 from nanogpt_surgery.training.optimizer import make_optimizer, update
@@ -80,15 +80,15 @@ def fit(
             finite. Each was skipped, and changed no weight.
     """
     settings = chosen(FitSettings, settings, changes)
-    _refuse_float16(model)
+    _check_no_float16(model)
     check_training(model, dataset, settings)
-    refuse_packed(model, dataset)
+    check_not_packed(model, dataset)
     loop = _Loop(model, dataset, settings, validation, optimizer, keep_in)
     loop.skipped = skipped_before
     return loop.steps(first_step, examine)
 
 
-def _refuse_float16(model: nn.Module) -> None:
+def _check_no_float16(model: nn.Module) -> None:
     half = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
     if half:
         raise SurgeryError(

@@ -149,13 +149,13 @@ def _positions(model: SimpleGPT, ids: Tensor, most_logits: int) -> int:
     return max(1, most_logits // (ids.size(0) * model.config.vocab_size))
 
 
-def refuse_packed(model: nn.Module, data: Batches) -> None:
+def check_not_packed(model: nn.Module, data: Batches) -> None:
     """Raise `SurgeryError` where documents share rows and the model cannot keep them apart."""
-    refuse_documents(model, data.batch(0, 1))
+    check_documents(model, data.batch(0, 1))
 
 
-def refuse_documents(model: nn.Module, batch: Batch) -> None:
-    """As `refuse_packed`, for one batch."""
+def check_documents(model: nn.Module, batch: Batch) -> None:
+    """As `check_not_packed`, for one batch."""
     if not isinstance(model, SimpleGPT) and documents_of(batch) is not None:
         raise SurgeryError(
             "the dataset packs several documents into a row, and a model that is no SimpleGPT "

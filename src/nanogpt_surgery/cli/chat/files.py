@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.json_files import write_json
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.writing.json_files import write_json
+from nanogpt_surgery.files.writing.manifest import file_hash
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.conversations.chat import Message
@@ -52,11 +52,11 @@ class ChatFiles:
         """
         goal = path.resolve()
         if goal.exists():
-            self._refuse_loss(path, goal, record)
+            self._check_loss(path, goal, record)
         write_json(goal, [record])
         self._known[goal] = _Known(file_hash(goal))
 
-    def _refuse_loss(self, path: Path, goal: Path, record: dict[str, Any]) -> None:
+    def _check_loss(self, path: Path, goal: Path, record: dict[str, Any]) -> None:
         known = self._known.get(goal)
         if known is None:
             what = "is not of this conversation"

@@ -56,9 +56,9 @@ def export(
     json
         print the report as JSON
     """
-    from nanogpt_surgery.formats.model_file import refuse_adapter
+    from nanogpt_surgery.formats.model_file import check_adapter
 
-    refuse_adapter(model, WITH_ADAPTER)
+    check_adapter(model, WITH_ADAPTER)
     check_out(out, overwrite, is_file=form not in ("huggingface", "mlx"))
     if form == "lora-gguf" or form == "mlx":
         _write_adapter(model, adapter, out, form, given(options))

@@ -118,7 +118,7 @@ def _opened(
     network, found = open_model(model, torch.float32)  # computed in what `fit` chooses
     check_finite_weights(network, model)
     tokenizer = required_tokenizer(found, model)
-    _refuse_paths(network, targets)
+    _check_paths(network, targets)
     return network, tokenizer, window(block_size, network.config.block_size)
 
 
@@ -132,7 +132,7 @@ def _say_training(job: Job, text: tuple[str, ...]) -> None:
     say(f"trained by {way}, at a learning rate of {job.settings.learning_rate:g}")
 
 
-def _refuse_paths(model: SimpleGPT, targets: list[str]) -> None:
+def _check_paths(model: SimpleGPT, targets: list[str]) -> None:
     """Refuse texts that were taken for targets, because they stand behind them."""
     for target in targets:
         path, layers = Path(target), (name for name, _ in model.named_modules())
@@ -159,7 +159,7 @@ def _job(
 
     from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.cli.run_description import fingerprint
-    from nanogpt_surgery.formats.peft.adapter_layout import refuse_unsavable, write_adapter_files
+    from nanogpt_surgery.formats.peft.adapter_layout import check_unsavable, write_adapter_files
     from nanogpt_surgery.lora.operations import inject_lora
 
     base = fingerprint(network.state_dict().values())
@@ -167,7 +167,7 @@ def _job(
     report = inject_lora(network, **targets, settings=adapter)
     say_report(report, run.all_layers)
     if not run.resume:
-        refuse_unsavable(network)
+        check_unsavable(network)
     return Job(
         options=run,
         model=network,

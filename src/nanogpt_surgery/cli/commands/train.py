@@ -63,12 +63,12 @@ def train(
     family
         start from this family's axes; other flags still count
     """
-    from nanogpt_surgery.cli.commands.train_from import job_from, refuse_beside
+    from nanogpt_surgery.cli.commands.train_from import check_beside, job_from
     from nanogpt_surgery.cli.training_run import check_first
 
     shaped, asked = given(model), given(training)
     if base is not None:
-        refuse_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
+        check_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
     values = training_values(recipe, asked) if base is None else further_values(asked)
     settings = FitSettings(**values)
     check_first(run, settings, asked)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.training.settings import FitSettings
 
 
-def refuse_beside(base: str, asked: dict[str, Any]) -> None:
+def check_beside(base: str, asked: dict[str, Any]) -> None:
     """Refuse what the model settles itself; a block_size only cuts windows.
 
     Args:
@@ -56,12 +56,12 @@ def job_from(
     from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.cli.job import job_of_all
     from nanogpt_surgery.cli.run_description import fingerprint
-    from nanogpt_surgery.cli.sources import named_sources, refuse_records, say_windows
+    from nanogpt_surgery.cli.sources import check_no_records, named_sources, say_windows
     from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.model.finite import check_finite_weights
 
-    refuse_records(text, f"surgery finetune {base}")
+    check_no_records(text, f"surgery finetune {base}")
     network, found = open_model(base, torch.float32)  # computed in what `fit` chooses
     check_finite_weights(network, base)
     tokenizer = required_tokenizer(found, base)

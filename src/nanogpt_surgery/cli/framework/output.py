@@ -23,12 +23,12 @@ def check_out(out: Path, overwrite: bool, *, is_file: bool = False) -> None:
         SurgeryError: something lies at `out` that is a run, or another program's, or is not to be
             replaced.
     """
-    from nanogpt_surgery.files.manifest import refuse_foreign_file, refuse_foreign_folder
+    from nanogpt_surgery.files.writing.manifest import check_own_file, check_own_folder
     from nanogpt_surgery.formats.folders.run_folder import is_run
 
     if is_run(out):
         raise SurgeryError(f"{out} holds a run, which is not written over", "choose a new --out")
-    (refuse_foreign_file if is_file else refuse_foreign_folder)(out)
+    (check_own_file if is_file else check_own_folder)(out)
     empty = out.is_dir() and not any(out.iterdir())
     if out.exists() and not empty and not overwrite:
         raise SurgeryError(

@@ -16,13 +16,13 @@ from nanogpt_surgery.formats.folders.merge_preparation import Merge
 from nanogpt_surgery.lora.layer import lora_layers
 from nanogpt_surgery.lora.merge_metrics import (
     RoundingOf,
+    check_effect,
+    check_weights,
     compare_logits,
     logits_of,
     merge_rows,
-    refuse_effect,
-    refuse_weights,
 )
-from nanogpt_surgery.lora.ties import refuse_undecided
+from nanogpt_surgery.lora.ties import check_undecided
 from nanogpt_surgery.lora.wrapping import merge_layers
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -50,7 +50,7 @@ class Merged:
         check_finite(merged, again, partial(logits_of, again, self.probe), "the merged model")
         effect = compare_logits(self.adapted, merged)
         if self.tolerance is not None:
-            refuse_effect(effect, self.tolerance)
+            check_effect(effect, self.tolerance)
         largest = {"largest_logit": float(self.adapted.abs().max())}
         return {**effect, **largest, "measured_on": self.probed_on}
 
@@ -73,9 +73,9 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
     check_finite(adapted, merge.model, again, f"the model with {merge.adapter}")
     rows = merge_rows(layers, rounding)
     if not force:
-        refuse_weights(
+        check_weights(
             rows, layers, str(merge.adapter), WIDER, "train the adapter first, or --force"
         )
-    refuse_undecided(merge.model, layers)
+    check_undecided(merge.model, layers)
     merge_layers(merge.model)  # the model is only here to be written: nothing is journaled
     return Merged(rows, adapted, merge.probe, merge.probed_on, None if force else tolerance)

@@ -74,7 +74,7 @@ def prepare(
     network, tokenizer = open_model(model, "each")
     stored = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     if dtype is None:
-        _refuse_wider(stored, str(model))
+        _check_wider(stored, str(model))
     dtypes = stored if dtype is None else dict.fromkeys(stored, getattr(torch, dtype))
     check_finite_weights(network, str(model))
     network.float()
@@ -84,7 +84,7 @@ def prepare(
     return Merge(network, tokenizer, dtypes, str(model), base, str(adapter), ids, probed_on)
 
 
-def _refuse_wider(stored: dict[str, torch.dtype], where: str) -> None:
+def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:
     """Raise `SurgeryError` for tensors that float32 would round, merged or not."""
     wide = [name for name, dtype in stored.items() if dtype == torch.float64]
     if wide:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import whole_folder
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.writing.manifest import file_hash
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.in_place import leave_away
 from nanogpt_surgery.formats.folders.measured_merge import Merged, add_in
@@ -43,7 +43,7 @@ def plan_merge(
     How much of ΔW survives each precision in each layer, and the sizes to expect; the arguments are
     those of `merge_adapter`.
     """
-    refuse_own_folder(model, out)
+    check_own_folder(model, out)
     keep = options.pop("keep_originals", True)
     options.pop("tolerance", None)
     merge = prepare(model, adapter, **options)
@@ -97,7 +97,7 @@ def merge_adapter(
             the disk refuses. What was there is untouched then.
     """
     _check_tolerance(tolerance)
-    refuse_own_folder(model, out)
+    check_own_folder(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | _facts(adapter))
@@ -157,7 +157,7 @@ def _check_tolerance(tolerance: float) -> None:
         raise SurgeryError(f"tolerance is {tolerance}; it must be a number of at least 0")
 
 
-def refuse_own_folder(model: str | Path, out: str | Path | None) -> None:
+def check_own_folder(model: str | Path, out: str | Path | None) -> None:
     """Raise `SurgeryError` if `out` is the model itself, which could not be brought back then."""
     if out is None or not Path(model).is_dir():
         return

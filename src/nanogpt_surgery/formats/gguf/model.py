@@ -124,7 +124,7 @@ def config_of(file: GGUFFile, family: str) -> GPTConfig:
 
 def _config_of(file: GGUFFile, family: str) -> GPTConfig:
     metadata, tensors = file.metadata, file.tensors
-    _refuse_options(file, family)
+    _check_options(file, family)
     values: dict[str, Any] = {}
     for ours, key in FIELDS[family].items():
         value = _scalar(metadata.get(f"{family}.{key}"))
@@ -162,7 +162,7 @@ def _bias(tensors: Mapping[str, Stored], family: str) -> str:
     return "attention" if "blk.0.attn_q.bias" in tensors else "none"
 
 
-def _refuse_options(file: GGUFFile, family: str) -> None:
+def _check_options(file: GGUFFile, family: str) -> None:
     metadata = {
         key.removeprefix(f"{family}."): value
         for key, value in file.metadata.items()

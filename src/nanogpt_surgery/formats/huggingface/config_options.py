@@ -89,7 +89,7 @@ def rope_options(contents: dict[str, Any]) -> dict[str, Any]:
     return options | ({"rope_theta": theta} if theta is not None else {})
 
 
-def refuse_options(contents: dict[str, Any], model_type: str) -> None:
+def check_options(contents: dict[str, Any], model_type: str) -> None:
     """Refuse, all at once and by name, what would change the result and is not ours.
 
     Args:

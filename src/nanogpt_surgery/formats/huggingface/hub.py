@@ -43,7 +43,7 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
             name, cache_dir=cache, allow_patterns=_FILES, ignore_patterns=["*/*"]
         )
     except (HfHubHTTPError, OSError) as error:
-        _refuse_local(name)
+        _check_local(name)
         reason = str(error).strip().splitlines()[0]
         raise SurgeryError(
             f"{name} is no folder here, and it cannot be fetched from the Hugging Face hub: "
@@ -54,7 +54,7 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
     return Path(fetched)
 
 
-def _refuse_local(name: str) -> None:
+def _check_local(name: str) -> None:
     """Raise `SurgeryError` for a name that begins with a folder that is here: it is mistyped."""
     owner, _, _ = name.partition("/")
     if Path(owner).is_dir():

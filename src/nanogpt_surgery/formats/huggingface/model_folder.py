@@ -13,7 +13,7 @@ from nanogpt_surgery.formats.huggingface.config_options import (
     ABSENT,
     ACTIVATIONS,
     MODEL_TYPES,
-    refuse_options,
+    check_options,
     rope_options,
 )
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
@@ -143,7 +143,7 @@ def config_from_json(contents: Any) -> GPTConfig:
         )
     family = MODEL_TYPES[name]
     contents = {k: v for k, v in (ABSENT[name] | contents).items() if v is not None}
-    refuse_options(contents, name)
+    check_options(contents, name)
     fields = _FIELDS[family]
     values = {ours: contents[theirs] for ours, theirs in fields.items() if theirs in contents}
     missing = [fields[ours] for ours in _NEEDED if ours not in values]

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError, foreign_file, listed, quoted
-from nanogpt_surgery.files.json_files import write_json
-from nanogpt_surgery.files.manifest import refuse_damage
 from nanogpt_surgery.files.writing import write_tensors
+from nanogpt_surgery.files.writing.json_files import write_json
+from nanogpt_surgery.files.writing.manifest import check_undamaged
 from nanogpt_surgery.formats.huggingface.safetensors_file import read_header
 from nanogpt_surgery.formats.peft.config import (
     CONFIG,
@@ -66,7 +66,7 @@ def write_stored(
         SurgeryError: a tensor is not finite, or what was read again differs from what was to be
             written.
     """
-    _refuse_not_finite(adapter)
+    _check_not_finite(adapter)
     modules = {name.rpartition(".")[0] for name in adapter.whole}
     write_json(folder / CONFIG, config_for(adapter.updates, modules, base, fan_in_fan_out, task))
     write_json(folder / EXTRAS, extras_of(adapter))
@@ -79,7 +79,7 @@ def write_stored(
         )
 
 
-def _refuse_not_finite(adapter: StoredAdapter) -> None:
+def _check_not_finite(adapter: StoredAdapter) -> None:
     """Raise `SurgeryError`, with their names, if layers have learned what is no finite number.
 
     A module replaced whole may hold infinities, as a mask does.
@@ -126,7 +126,7 @@ def map_stored(folder: Path) -> StoredAdapter:
         SurgeryError: the folder is not a LoRA adapter's or is damaged, says something that would
             change the result and that is not understood, or holds a tensor without its partner.
     """
-    refuse_damage(folder)
+    check_undamaged(folder)
     config, extras = read_config(folder), read_extras(folder / EXTRAS)
     alpha_of = alphas_of(config, folder / CONFIG)
     path = folder / TENSORS

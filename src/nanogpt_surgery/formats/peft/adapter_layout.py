@@ -100,7 +100,7 @@ def plan_adapter(
     )
 
 
-def refuse_unsavable(model: nn.Module) -> None:
+def check_unsavable(model: nn.Module) -> None:
     """Write a model's adapter into a temporary folder, as a training will, and remove it.
 
     Raises:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
-from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.files.writing.json_files import read_json
 from nanogpt_surgery.formats.peft.patterns import Patterns
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.stored_adapter import Updates
@@ -101,7 +101,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SurgeryError(f"{path} is damaged: it holds no table", _SAVE_AGAIN)
     with foreign_file(path):
-        _refuse_unknown(config, folder)
+        _check_unknown(config, folder)
         if problems := _wrong(config):
             shown = "; ".join(problems[:_SHOWN]) + ("; …" if problems[_SHOWN:] else "")
             raise SurgeryError(f"{path} is damaged: {shown}", _SAVE_AGAIN)
@@ -145,7 +145,7 @@ _NAMES: Kind = (
 )
 
 
-def _refuse_unknown(config: dict[str, Any], folder: Path) -> None:
+def _check_unknown(config: dict[str, Any], folder: Path) -> None:
     """Raise `SurgeryError`, with all their names, if options are set that we do not have."""
     kind = config.get("peft_type", "folder without peft_type")
     if kind != "LORA":
