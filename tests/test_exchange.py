@@ -3,12 +3,12 @@ import os
 from pathlib import Path
 
 import pytest
-from nanogpt_surgery.files.writing.disk_errors import disk_refuses
-from nanogpt_surgery.files.writing.temporary import remove_temporaries
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.files.atomic import whole_file, whole_folder
+from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.files.exchange import SetAsideError, exchange, set_aside
+from nanogpt_surgery.files.temporary import remove_temporaries
 from nanogpt_surgery.history.folder_journal import Entry
 from nanogpt_surgery.history.folder_operation import operate, undo_folder
 

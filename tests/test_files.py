@@ -8,23 +8,23 @@ import sys
 
 import pytest
 import torch
-from nanogpt_surgery.files.writing.disk_errors import disk_refuses
-from nanogpt_surgery.files.writing.json_files import read_json, replace_text, write_json
-from nanogpt_surgery.files.writing.manifest import (
+
+from nanogpt_surgery import SurgeryError
+from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.disk_errors import disk_refuses
+from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
+from nanogpt_surgery.files.manifest import (
     MANIFEST,
     check_undamaged,
     damage,
     file_hash,
     seal,
 )
-from nanogpt_surgery.files.writing.temporary import (
+from nanogpt_surgery.files.temporary import (
     is_temporary,
     remove_temporaries,
     temporary_beside,
 )
-
-from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.files.atomic import whole_folder
 from nanogpt_surgery.files.writing import link_or_copy, write_tensors
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import called
-from nanogpt_surgery.files.writing.manifest import file_hash
 
+from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.runs.checkpoint import Run
 from nanogpt_surgery.training.step import Step
 

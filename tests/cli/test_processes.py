@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 from helpers.commands import called
-from nanogpt_surgery.files.writing.manifest import file_hash
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.cli import sources
+from nanogpt_surgery.files.manifest import file_hash
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()

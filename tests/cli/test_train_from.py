@@ -8,7 +8,6 @@ import pytest
 import torch
 from helpers.commands import LETTERS, called, write_model
 from helpers.models import assert_equal_logits, randomise
-from nanogpt_surgery.files.writing.manifest import file_hash
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -23,6 +22,7 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.data.text.corpus import split_by_position
+from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.runs.checkpoint import Run
 from nanogpt_surgery.training.recipes import MUON, further_values
 from nanogpt_surgery.training.step import Step

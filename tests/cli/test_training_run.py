@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.commands import called, write_model
-from nanogpt_surgery.files.writing.manifest import file_hash
 
 from nanogpt_surgery import (
     CharacterTokenizer,
@@ -24,6 +23,7 @@ from nanogpt_surgery.cli.run_length import settings_for
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.cli.samples import one_line
 from nanogpt_surgery.cli.save_interval import SaveInterval
+from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.runs.checkpoint import Run
 from nanogpt_surgery.training.early_stopping import EarlyStopping
 from nanogpt_surgery.training.step import Step

@@ -7,11 +7,11 @@ import torch
 from helpers.commands import called, write_adapter
 from helpers.models import FAMILY_CONFIGS, tiny_model
 from helpers.tokenizers import byte_level
-from nanogpt_surgery.files.writing.manifest import MANIFEST
 from transformers import AutoTokenizer, GenerationConfig
 
 from nanogpt_surgery import GPTConfig, open_model, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.files.manifest import MANIFEST
 
 GENERATION = {
     "do_sample": True,

@@ -12,8 +12,6 @@ import torch
 from helpers.adapters import adapted, train_updates
 from helpers.merged_folders import bytes_of, logits, model_and_adapter, save_adapter_for, tied
 from helpers.models import CONFIGS, random_ids, tiny_model
-from nanogpt_surgery.files.writing.json_files import write_json
-from nanogpt_surgery.files.writing.manifest import MANIFEST, damage
 from safetensors.torch import load_file, save_file
 
 from nanogpt_surgery import (
@@ -23,6 +21,8 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
+from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.manifest import MANIFEST, damage
 from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.history.folder_journal import folder_log, read_journal

@@ -8,11 +8,11 @@ import pytest
 from helpers.commands import called
 from helpers.models import FAMILY_CONFIGS, tiny_model
 from helpers.tokenizers import byte_level
-from nanogpt_surgery.files.writing.manifest import MANIFEST
 
 from nanogpt_surgery import GPTConfig, open_model, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids
+from nanogpt_surgery.files.manifest import MANIFEST
 
 SIZE = 300
 

@@ -8,8 +8,6 @@ import torch
 from helpers.adapters import adapted, train_updates
 from helpers.merged_folders import bytes_of, model_and_adapter
 from helpers.models import CONFIGS
-from nanogpt_surgery.files.writing.json_files import write_json
-from nanogpt_surgery.files.writing.manifest import MANIFEST
 from safetensors.torch import load_file, save_file
 
 from nanogpt_surgery import (
@@ -22,6 +20,8 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.cli.framework.app import run as surgery
+from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.manifest import MANIFEST
 from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
 from nanogpt_surgery.history.folder_journal import folder_log
 from nanogpt_surgery.history.folder_operation import undo_folder

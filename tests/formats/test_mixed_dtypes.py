@@ -10,7 +10,6 @@ from helpers.adapters import train_updates
 from helpers.commands import called
 from helpers.merged_folders import bytes_of
 from helpers.models import FAMILY_CONFIGS, tiny_model
-from nanogpt_surgery.files.writing.manifest import MANIFEST
 from safetensors.torch import load_file, save_file
 
 from nanogpt_surgery import (
@@ -20,6 +19,7 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
+from nanogpt_surgery.files.manifest import MANIFEST
 from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
 from nanogpt_surgery.history.folder_operation import undo_folder
 from nanogpt_surgery.lora.layer import lora_layers

@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 import torch
-from nanogpt_surgery.files.writing.manifest import file_hash
 
+from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
 from nanogpt_surgery.runs.checkpoint import Run, start_run
 from nanogpt_surgery.training.step import Step

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from nanogpt_surgery.files.writing.manifest import file_hash
 
 from nanogpt_surgery import (
     CharacterTokenizer,
@@ -25,6 +24,7 @@ from nanogpt_surgery import (
     open_model,
     save_model,
 )
+from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.folders.run_folder import (
     best_checkpoint,
     checkpoints,
@@ -483,7 +483,7 @@ def test_a_device_that_fails_is_asked_again_a_few_times(
             raise OSError(errno.EIO, "Input/output error")
         return works(*arguments)
 
-    monkeypatch.setattr("nanogpt_surgery.files.writing.disk_errors._PAUSE", 0)
+    monkeypatch.setattr("nanogpt_surgery.files.disk_errors._PAUSE", 0)
     model, dataset, tokenizer = parts()
     optimizer = make_optimizer(model, SETTINGS)
     with start_run(run, DESCRIPTION, resume=True) as going:

@@ -72,7 +72,7 @@ class Samples:
         return self.job.tokenizer.decode(ids)
 
     def _write(self) -> None:
-        from nanogpt_surgery.files.writing.json_files import replace_text
+        from nanogpt_surgery.files.json_files import replace_text
 
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.taken]
         replace_text(self.path, "".join(lines))

@@ -136,7 +136,7 @@ def _carried_out(
     job: Job, run: Run, optimizer: torch.optim.Optimizer, stop: Stop, rate: float
 ) -> float:
     """Every step that is left, from the first validation on; returns the seconds of the steps."""
-    from nanogpt_surgery.files.writing.disk_errors import make_folder
+    from nanogpt_surgery.files.disk_errors import make_folder
     from nanogpt_surgery.history.hashing import frozen_hashes
     from nanogpt_surgery.lora.checks import check_frozen
     from nanogpt_surgery.training.distributed import world

@@ -14,11 +14,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.disk_errors import UnwrittenError, disk_refuses, make_folder
 from nanogpt_surgery.files.exchange import exchange
+from nanogpt_surgery.files.manifest import check_own_file, check_own_folder, seal
+from nanogpt_surgery.files.temporary import temporary_beside
 from nanogpt_surgery.files.writing import flush, flush_place
-from nanogpt_surgery.files.writing.disk_errors import UnwrittenError, disk_refuses, make_folder
-from nanogpt_surgery.files.writing.manifest import check_own_file, check_own_folder, seal
-from nanogpt_surgery.files.writing.temporary import temporary_beside
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     pass
+from nanogpt_surgery.files.disk_errors import tried_again
+from nanogpt_surgery.files.temporary import temporary_beside
 from nanogpt_surgery.files.writing import flush
-from nanogpt_surgery.files.writing.disk_errors import tried_again
-from nanogpt_surgery.files.writing.temporary import temporary_beside
 
 LARGEST_JSON = 128 << 20  # bytes; the largest tokenizer.json in use have a third of it
 

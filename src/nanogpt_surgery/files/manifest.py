@@ -11,9 +11,9 @@ from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     pass
+from nanogpt_surgery.files.disk_errors import tried_again, writing
+from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.writing import flush
-from nanogpt_surgery.files.writing.disk_errors import tried_again, writing
-from nanogpt_surgery.files.writing.json_files import read_json, write_json
 
 MANIFEST = "MANIFEST.json"
 

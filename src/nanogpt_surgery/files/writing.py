@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.writing.disk_errors import UnwrittenError, tried_again
-from nanogpt_surgery.files.writing.temporary import temporary_beside
+from nanogpt_surgery.files.disk_errors import UnwrittenError, tried_again
+from nanogpt_surgery.files.temporary import temporary_beside
 
 if TYPE_CHECKING:
     from torch import Tensor

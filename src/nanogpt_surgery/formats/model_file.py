@@ -8,9 +8,9 @@ from pathlib import Path
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
 from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.json_files import read_json, write_json
+from nanogpt_surgery.files.manifest import check_undamaged
 from nanogpt_surgery.files.writing import write_tensors
-from nanogpt_surgery.files.writing.json_files import read_json, write_json
-from nanogpt_surgery.files.writing.manifest import check_undamaged
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.run_folder import checkpoints, chosen_checkpoint, is_run
 from nanogpt_surgery.formats.gguf.file import is_gguf, read_gguf

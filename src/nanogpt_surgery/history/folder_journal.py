@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.json_files import replace_text
+from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.files.writing import flush
-from nanogpt_surgery.files.writing.json_files import replace_text
-from nanogpt_surgery.files.writing.manifest import file_hash
 from nanogpt_surgery.formats.folders.run_folder import RUN, is_run
 from nanogpt_surgery.report import Report
 

@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.files.exchange import exchange, set_aside
+from nanogpt_surgery.files.manifest import MANIFEST, seal
+from nanogpt_surgery.files.temporary import remove_temporaries, temporary_beside
 from nanogpt_surgery.files.writing import flush, flush_place, link_or_copy
-from nanogpt_surgery.files.writing.disk_errors import disk_refuses
-from nanogpt_surgery.files.writing.manifest import MANIFEST, seal
-from nanogpt_surgery.files.writing.temporary import remove_temporaries, temporary_beside
 from nanogpt_surgery.formats.folders.run_folder import LOCK, held, is_run
 from nanogpt_surgery.history.folder_journal import (
     AGAIN,

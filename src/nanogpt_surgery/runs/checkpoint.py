@@ -23,11 +23,11 @@ from torch import nn
 
 from nanogpt_surgery.files.atomic import whole_folder
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files.writing.manifest import MANIFEST, damage, file_hash
+from nanogpt_surgery.files.manifest import MANIFEST, damage, file_hash
 from nanogpt_surgery.files.writing import flush, link_or_copy, write_tensors
-from nanogpt_surgery.files.writing.temporary import is_temporary, remove_temporaries
-from nanogpt_surgery.files.writing.disk_errors import make_folder, tried_again, writing
-from nanogpt_surgery.files.writing.json_files import read_json, replace_text, write_json
+from nanogpt_surgery.files.temporary import is_temporary, remove_temporaries
+from nanogpt_surgery.files.disk_errors import make_folder, tried_again, writing
+from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
 from nanogpt_surgery.history.folder_journal import Entry, is_operated, read_journal, record
 from nanogpt_surgery.formats.folders.run_folder import (
     BEST,

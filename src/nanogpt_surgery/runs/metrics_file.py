@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.writing.disk_errors import disk_refuses, tried_again
-from nanogpt_surgery.files.writing.json_files import replace_text
+from nanogpt_surgery.files.disk_errors import disk_refuses, tried_again
+from nanogpt_surgery.files.json_files import replace_text
 
 
 def append_metrics(path: Path, step: dict[str, Any]) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.writing.json_files import write_json
-from nanogpt_surgery.files.writing.manifest import file_hash
+from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.manifest import file_hash
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.conversations.chat import Message

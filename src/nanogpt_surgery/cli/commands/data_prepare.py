@@ -50,7 +50,7 @@ def prepare(
     """
     from nanogpt_surgery.cli.sources import check_no_records, say_data
     from nanogpt_surgery.data.text.pieces import pieces_of
-    from nanogpt_surgery.files.writing.disk_errors import make_folder
+    from nanogpt_surgery.files.disk_errors import make_folder
     from nanogpt_surgery.formats.folders.run_folder import LOCK, held
 
     if not text:
@@ -79,7 +79,7 @@ def _aside(out: Path) -> Path:
     """Where an interrupted preparation waits, under a temporary name that follows from its own."""
     import hashlib
 
-    from nanogpt_surgery.files.writing.temporary import temporary_beside
+    from nanogpt_surgery.files.temporary import temporary_beside
 
     name = temporary_beside(out).name.rpartition("-")[0]
     return out.with_name(f"{name}-{hashlib.sha256(out.name.encode()).hexdigest()[:8]}")
@@ -135,7 +135,7 @@ def _clear(folder: Path) -> None:
     from nanogpt_surgery.data.text.parts import PARTS
     from nanogpt_surgery.data.text.preparation import ASKED
     from nanogpt_surgery.data.text.token_files import SPLITS, TOKENIZER
-    from nanogpt_surgery.files.writing.temporary import remove_temporaries
+    from nanogpt_surgery.files.temporary import remove_temporaries
 
     remove_temporaries(folder)
     for name in (TOKENIZER, PARTS):
@@ -167,7 +167,7 @@ def _check_folder(out: Path, text: Sequence[str]) -> None:
     """
     from nanogpt_surgery.data.text.preparation import ASKED
     from nanogpt_surgery.data.text.token_files import TOKENIZER
-    from nanogpt_surgery.files.writing.temporary import is_temporary
+    from nanogpt_surgery.files.temporary import is_temporary
     from nanogpt_surgery.formats.folders.run_folder import LOCK
 
     inside = [

@@ -53,7 +53,7 @@ def verify_resume(
     """
     from tempfile import TemporaryDirectory
 
-    from nanogpt_surgery.files.writing.disk_errors import writing
+    from nanogpt_surgery.files.disk_errors import writing
 
     command = _command_of(run, before, after)
     with writing(scratch or run), TemporaryDirectory(prefix="surgery-", dir=scratch) as folder:
@@ -127,7 +127,7 @@ def _command_of(run: Path, before: int, after: int) -> Command:
         SurgeryError: it is no run, records none, its text came from standard input, the folder it
             was typed in is gone, or it has too few steps.
     """
-    from nanogpt_surgery.files.writing.json_files import read_json
+    from nanogpt_surgery.files.json_files import read_json
     from nanogpt_surgery.formats.folders.run_folder import RUN, is_run
 
     if before < LEAST or after < 1:
@@ -211,7 +211,7 @@ def _losses(folder: Path) -> list[dict[str, Any]]:
 
 def _hashes(folder: Path) -> dict[str, str]:
     """The sha256 of the tensors in the newest checkpoint."""
-    from nanogpt_surgery.files.writing.manifest import file_hash
+    from nanogpt_surgery.files.manifest import file_hash
     from nanogpt_surgery.formats.folders.run_folder import latest_checkpoint
 
     checkpoint = latest_checkpoint(folder)

@@ -22,9 +22,9 @@ from nanogpt_surgery.data.text.pieces import Piece, read_span, split_at_line
 from nanogpt_surgery.data.text.token_files import DTYPES, SPLITS, Shard
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, encode_to_array
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.disk_errors import disk_refuses
+from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.writing import flush
-from nanogpt_surgery.files.writing.disk_errors import disk_refuses
-from nanogpt_surgery.files.writing.json_files import read_json, write_json
 
 PARTS = "parts"
 Ids = NDArray[Any]

@@ -40,8 +40,8 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
     vocab_size_of,
 )
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.writing.json_files import read_json, write_json
-from nanogpt_surgery.files.writing.temporary import remove_temporaries
+from nanogpt_surgery.files.json_files import read_json, write_json
+from nanogpt_surgery.files.temporary import remove_temporaries
 
 ASKED = "asked.json"
 MOST_HELD_OUT = 16 << 20  # bytes of text

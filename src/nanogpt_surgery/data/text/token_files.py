@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.writing import flush
-from nanogpt_surgery.files.writing.json_files import read_json, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from nanogpt_surgery.files.writing.json_files import read_json
+from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.huggingface.carried_files import CONFIG
 from nanogpt_surgery.formats.model_file import TENSORS
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import whole_folder
-from nanogpt_surgery.files.writing.manifest import file_hash
+from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.in_place import leave_away
 from nanogpt_surgery.formats.folders.measured_merge import Merged, add_in

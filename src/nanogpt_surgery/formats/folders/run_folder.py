@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files.writing.disk_errors import disk_refuses, tried_again
-from nanogpt_surgery.files.writing.json_files import read_json
-from nanogpt_surgery.files.writing.manifest import MANIFEST, damage
+from nanogpt_surgery.files.disk_errors import disk_refuses, tried_again
+from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.files.manifest import MANIFEST, damage
 
 SAMPLES = "samples.jsonl"
 RUN, METRICS, LATEST, BEST, LOCK = "run.json", "metrics.jsonl", "LATEST", "BEST", "LOCK"

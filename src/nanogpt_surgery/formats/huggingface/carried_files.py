@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.writing.json_files import read_json
+from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.huggingface.model_folder import config_from_json
 from nanogpt_surgery.formats.huggingface.tokenizer_files import TOKENIZER
 from nanogpt_surgery.model.config import GPTConfig

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from nanogpt_surgery.errors import SurgeryError, quoted
-from nanogpt_surgery.files.writing.json_files import read_json
+from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.stored_tensor import MappedFile, PlainTensor
 
 INDEX = "model.safetensors.index.json"

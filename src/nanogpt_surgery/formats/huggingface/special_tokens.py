@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
-from nanogpt_surgery.files.writing.json_files import read_json
+from nanogpt_surgery.files.json_files import read_json
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"

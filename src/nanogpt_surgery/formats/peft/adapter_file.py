@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError, foreign_file, listed, quoted
+from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.manifest import check_undamaged
 from nanogpt_surgery.files.writing import write_tensors
-from nanogpt_surgery.files.writing.json_files import write_json
-from nanogpt_surgery.files.writing.manifest import check_undamaged
 from nanogpt_surgery.formats.huggingface.safetensors_file import read_header
 from nanogpt_surgery.formats.peft.config import (
     CONFIG,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
-from nanogpt_surgery.files.writing.json_files import read_json
+from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.peft.patterns import Patterns
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.stored_adapter import Updates

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import whole_file, whole_folder
+from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.files.writing import write_tensors
-from nanogpt_surgery.files.writing.json_files import write_json
 from nanogpt_surgery.formats.gguf.file import read_gguf
 from nanogpt_surgery.formats.gguf.names import table
 from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of

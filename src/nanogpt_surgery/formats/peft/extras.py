@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from nanogpt_surgery.errors import SurgeryError, quoted
-from nanogpt_surgery.files.writing.json_files import read_json
+from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.peft.config import LARGEST_CONFIG
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored_adapter import Birth, Pieces, StoredAdapter

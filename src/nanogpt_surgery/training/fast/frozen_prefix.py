@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batches
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.writing.disk_errors import disk_refuses
+from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import world
