@@ -135,6 +135,11 @@ def test_an_adapter_takes_part(folder: Path) -> None:
             ["none of its 2 choices"],
         ),
         ("t.jsonl", '{"prompt": "a", "choices": ["b", ""], "answer": 0}', ["or empty"]),
+        (
+            "t.jsonl",
+            '{"prompt": "a", "question": "b", "choices": ["c", "d"], "answer": 0}',
+            ["record 1", "prompt", "question"],
+        ),
         ("t.jsonl", '{"prompt": "a"}', ["record 1", "prompt", "messages"]),
         ("t.json", "{", ["t.json, line 1, is not JSON"]),
     ],

@@ -6,10 +6,10 @@ import pytest
 from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import SurgeryError, SurgeryWarning
-from nanogpt_surgery.data.conversations.chat import ChatTemplate
+from nanogpt_surgery.data.conversations.chat import TRAINED, ChatTemplate
 from nanogpt_surgery.data.conversations.instruction_dataset import preview
 from nanogpt_surgery.data.conversations.instructions import encode_conversations, read_conversations
-from nanogpt_surgery.data.conversations.record_files import looks_like_data
+from nanogpt_surgery.data.conversations.record_files import looks_like_data, read_records
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 
 TOKENIZER = PretrainedTokenizer(byte_level(), stop_ids=[2])
@@ -67,6 +67,102 @@ def test_forms(record, messages, tmp_path):
     assert found == messages
 
 
+G = {"function": {"name": "g", "arguments": {}}}
+CALLS = {"role": "assistant", "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(
+    ("mark", "trained"),
+    [
+        *(({name: value}, value) for name in TRAINED for value in (0, 1, False, True)),
+        *(({"masked": value}, not value) for value in (0, 1, False, True)),
+        *(({"mask": value}, not value) for value in (False, True)),
+        ({"weight": 0, "train": False, "loss": None, "masked": True}, False),
+        ({"weight": 1, "trainable": True, "mask": False}, True),
+    ],
+)
+def test_marks_on_an_answer_say_whether_it_is_trained_on(mark, trained, tmp_path):
+    [found] = read(tmp_path, {"messages": [Q, A | mark]})
+    assert found == [Q, A | {"weight": int(trained)}]
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"messages": [Q, A], "conversations": [{"from": "human", "value": "q"}, A]},
+        {"messages": [Q, A], "conversations": []},
+        {"messages": [{"role": "user", "from": "human", "content": "q", "value": "q"}, A]},
+        {"messages": [{"from": "user", "content": None, "value": "q"}, A]},
+        {"messages": [{"role": "user", "content": [{"text": "q"}], "value": "q"}, A]},
+        {"prompt": "q", "instruction": "q", "completion": "a", "output": "a"},
+    ],
+)  # fmt: skip
+def test_fields_that_say_the_same_may_stand_beside_each_other(record, tmp_path):
+    [found] = read(tmp_path, record)
+    assert found == [Q, A]
+
+
+def test_tools_and_calls_under_two_names_that_say_the_same(tmp_path):
+    tools = {"tools": [TOOL], "functions": [{"name": "f"}]}
+    call = {"name": "f", "arguments": '{"x": 1}'}
+    answer = {"role": "assistant", "function_call": call, "tool_calls": [CALL | {"id": "1"}]}
+    shared = {"from": "function_call", "value": json.dumps(call), "tool_calls": [CALL]}
+    first, second = read(tmp_path, {"messages": [Q, answer]} | tools, {"messages": [Q, shared]})
+    assert first.variables == {"tools": [TOOL]}
+    assert first[1]["tool_calls"] == [CALL | {"id": "1"}]
+    assert second[1] == {"role": "assistant", "content": None, "tool_calls": [CALL]}
+
+
+@pytest.mark.parametrize(
+    ("record", "one", "other"),
+    [
+        ({"messages": [Q, A], "tools": [TOOL], "functions": [{"name": "g"}]}, "tools", "functions"),
+        ({"messages": [Q, A], "conversations": [Q, Q, A]}, "messages", "conversations"),
+        ({"messages": [Q, CALLS | {"function_call": G["function"]}]},
+         "tool_calls", r"messages\[1\]\.function_call"),
+        ({"messages": [Q, {"from": "function_call", "value": '{"name": "g"}', "tool_calls": [CALL]}
+          ]}, "tool_calls", r"messages\[1\]\.value"),
+        ({"messages": [Q, A | {"weight": 1, "train": False}]},
+         "weight", r"messages\[1\]\.train"),
+        ({"messages": [Q, A | {"loss": True, "masked": True}]}, "loss", r"messages\[1\]\.masked"),
+        ({"messages": [Q, A | {"value": "b"}]}, "content", r"messages\[1\]\.value"),
+        ({"messages": [Q, A | {"from": "human"}]}, "role", r"messages\[1\]\.from"),
+        ({"instruction": "q", "input": "x", "context": "y", "output": "a"}, "input", "context"),
+    ],
+)  # fmt: skip
+def test_fields_that_differ_are_refused_by_both_names(record, one, other, tmp_path):
+    with pytest.raises(SurgeryError, match=rf"d\.jsonl.*record 2, {other}: .*beside {one}\b"):
+        read(tmp_path, {"prompt": "q", "completion": "a"}, record)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('{"prompt": "q", "prompt": "r", "completion": "a"}', "prompt"),
+        ('{"messages": [{"role": "user", "content": "q"},'
+         ' {"role": "assistant", "content": "a", "content": "b"}]}', r"messages\[1\]\.content"),
+        ('{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "tool_calls":'
+         ' [{"function": {"name": "f", "arguments": "{\\"x\\": 1, \\"x\\": 2}"}}]}]}', "x"),
+        ('{"messages": [], "tools": "[{\\"name\\": \\"f\\", \\"name\\": \\"g\\"}]",'
+         '"prompt": "q", "completion": "a"}', r"tools: .*\[0\]\.name|messages"),
+    ],
+)  # fmt: skip
+def test_a_key_that_stands_twice_is_refused_with_its_record(text, field, tmp_path):
+    good = '{"prompt": "q", "prompt": "q", "completion": "a"}'
+    lines, whole = tmp_path / "d.jsonl", tmp_path / "d.json"
+    lines.write_text(f"{good}\n\n{text}\n")
+    whole.write_text(f"[{good},\n{text}]")
+    for path in (lines, whole):
+        with pytest.raises(SurgeryError, match=rf"{path.name}.*record 2.*{field}"):
+            read_conversations(path)
+    lines.write_text(good)
+    assert len(read_conversations(lines)) == 1
+    for line in '{"prompt": "q", "prompt": "r"}', '{"question": "q", "choices": 1, "choices": 2}':
+        lines.write_text(line)
+        with pytest.raises(SurgeryError, match=r"record 1.*twice"):
+            list(read_records(lines))
+
+
 def test_tools_are_told_to_the_template(tmp_path):
     records = [
         {"messages": [Q, A], "tools": [TOOL]},
@@ -87,6 +183,9 @@ def test_tools_are_told_to_the_template(tmp_path):
     [
         ({"messages": [Q, A | {"weight": 0.5}]}, r"messages\[1\]\.weight.*0\.5"),
         ({"messages": [Q | {"train": True}, A]}, r"messages\[0\]\.train"),
+        ({"messages": [Q | {"masked": False}, A]}, r"messages\[0\]\.masked"),
+        ({"messages": [Q, A | {"mask": 1}]}, r"messages\[1\]\.mask.*1"),
+        ({"messages": [Q, A | {"loss": 0.3}]}, r"messages\[1\]\.loss.*0\.3"),
         ({"messages": [Q, {"role": "gpt", "content": "a"}]}, r"messages\[1\]\.role.*'gpt'"),
         (
             {"messages": [Q, {"role": "assistant", "content": None}]},
@@ -110,6 +209,9 @@ def test_tools_are_told_to_the_template(tmp_path):
         ({"messages": [Q, A], "label": 0}, "label.*0"),
         ({"messages": [Q, A], "rejected": "b"}, "rejected"),
         ({"prompt": "q", "completion": "a", "weight": 0}, "weight.*0"),
+        ({"prompt": "q", "completion": "a", "train": False}, "train.*False"),
+        ({"prompt": "q", "completion": "a", "loss": "false"}, "loss.*false"),
+        ({"messages": [Q, A], "masked": True}, "masked.*True"),
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "rejected"),
         ({"instruction": "q", "prompt": "other", "output": "a"}, "prompt"),
         ({"prompt": "q", "output": "a", "response": "b"}, "output|response"),

@@ -22,7 +22,9 @@ ROLES = ("system", "user", "assistant", "tool")
 LONGEST = 1 << 20  # characters of one conversation
 _END = "<|im_end|>"  # ChatML's
 MEND_TEMPLATE = "check the roles and their order, or use a template of ours: chatml or plain"
-_NOT_SHOWN = ("weight", "train", "training")  # what of a message no template is given
+# Fields of an answer that say whether it is trained on; by their names, or the other way round.
+TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")
+MASKED = ("masked", "mask")
 
 
 class Messages(list[Message]):
@@ -150,7 +152,7 @@ class ChatTemplate:
 
 def shown(message: Message) -> Message:
     """A message as a template is given it."""
-    return {key: value for key, value in message.items() if key not in _NOT_SHOWN}
+    return {key: value for key, value in message.items() if key not in TRAINED + MASKED}
 
 
 def template_of(tokenizer: Tokenizer) -> ChatTemplate:

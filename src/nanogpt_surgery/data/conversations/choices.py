@@ -54,6 +54,8 @@ def _question(record: Any) -> Question | str:
     if not isinstance(record, dict):
         return f"is {record!r:.40}"
     prompt = record.get("prompt", record.get("question"))
+    if record.get("question", prompt) != prompt:
+        return "has a prompt and a question, which differ"
     choices, answer = record.get("choices"), record.get("answer")
     if not isinstance(prompt, str) or not prompt:
         return "has no prompt"

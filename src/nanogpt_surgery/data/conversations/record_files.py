@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,71 @@ def read_records(path: str | Path) -> Iterator[Any]:
     """The records of a file; those of a table are dicts, by the names of its columns.
 
     Raises:
-        SurgeryError: the file cannot be read, or is not what its name says (with the line).
+        SurgeryError: the file cannot be read, or is not what its name says (with the line), or a
+            record has a field twice and the two differ.
     """
     path = Path(path)
     if not path.exists():
         raise SurgeryError(f"there is no file {path}")
     with foreign_file(path):
         text = path.read_bytes().decode("utf-8-sig")  # line ends in cells are kept
-    return _rows(text, path) if path.suffix.lower() in TABLES else _values(text, path)
+    if path.suffix.lower() in TABLES:
+        return _rows(text, path)
+    return _told_once(_values(text, path), path)
+
+
+def _told_once(records: Iterable[Any], path: Path) -> Iterator[Any]:
+    for number, record in enumerate(records, 1):
+        if field := field_twice(record):
+            raise SurgeryError(
+                f"{path}, record {number}, has {field} twice, and the two say different things"
+            )
+        yield record
+
+
+class _Twice(dict[str, Any]):
+    """An object in which a key stands twice with different values."""
+
+    key = ""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) == len(pairs):
+        return found
+    differ = [key for key, value in pairs if value != found[key]]
+    if not differ:
+        return found
+    twice = _Twice(found)
+    twice.key = differ[0]
+    return twice
+
+
+def from_json(text: str) -> Any:
+    """The value of a text in JSON; `field_twice` finds a key that stands twice in it.
+
+    Raises:
+        ValueError: the text is not JSON.
+        RecursionError: it is nested too deeply.
+    """
+    return json.loads(text, object_pairs_hook=_object)
+
+
+def field_twice(value: Any) -> str:
+    """The first field of what `from_json` gave that stands twice with different values, or "" ."""
+    left = [("", value)]
+    while left:
+        place, found = left.pop()
+        if isinstance(found, _Twice):
+            return f"{place}.{quoted(found.key)[1:-1]}".removeprefix(".")
+        if isinstance(found, dict):
+            inner = [(f"{place}.{quoted(key)[1:-1]}".lstrip("."), v) for key, v in found.items()]
+        elif isinstance(found, list):
+            inner = [(f"{place}[{i}]", v) for i, v in enumerate(found)]
+        else:
+            continue
+        left += [pair for pair in reversed(inner) if isinstance(pair[1], dict | list)]
+    return ""
 
 
 def _values(text: str, path: Path) -> Iterator[Any]:
@@ -58,7 +115,7 @@ def _is_json(text: str) -> bool:
 
 def _parsed(text: str, path: Path, line: int) -> Any:
     try:
-        return json.loads(text)
+        return from_json(text)
     except (ValueError, RecursionError) as error:
         raise SurgeryError(f"{path}, line {line}, is not JSON: {error}") from None
 

@@ -2,17 +2,17 @@
 
 OpenAI's messages, ShareGPT's conversations, Alpaca's instruction, input and output (with system and
 history), TRL's prompt and completion (texts or messages), and the names that other sets of data
-give the same. A field that would change what is learned and cannot be honoured is an error.
+give the same. A field that would change what is learned and cannot be honoured is an error, and so
+are two fields that say the same kind of thing differently.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nanogpt_surgery.data.conversations.chat import ROLES, Message, Messages
-from nanogpt_surgery.data.conversations.record_files import keys_of
+from nanogpt_surgery.data.conversations.chat import MASKED, ROLES, TRAINED, Message, Messages
+from nanogpt_surgery.data.conversations.record_files import field_twice, from_json, keys_of
 from nanogpt_surgery.errors import quoted
 
 CONVERSATIONS = ("messages", "conversations", "conversation")
@@ -64,27 +64,49 @@ def conversation_of(record: Any) -> tuple[Messages, list[str]]:
     for field in NOT_TEXT:
         if record.get(field):
             raise RecordError(field, "is not text, and text alone is trained on")
-    _check_wanted(record)
-    key = next((key for key in CONVERSATIONS if isinstance(record.get(key), list)), None)
-    if key is not None:
-        known |= {key}
-        said = [_message(raw, f"{key}[{i}]") for i, raw in enumerate(record[key])]
-        fields = [f"{key}[{i}]" for i in range(len(said))]
-        if not said:
-            raise RecordError(key, "is an empty list")
-        if record.get("history"):
-            raise RecordError("history", f"stands beside {key}")
-    else:
-        said, fields, used = _pair(record)
-        known |= used
+    known |= _check_wanted(record)
+    said, fields, used = _conversation(record) or _pair(record)
+    known |= used
     system = _system(record, said)
     messages = Messages([*system, *said], _variables(record), "", ["system"] * len(system) + fields)
     unused = [name for name, value in record.items() if name not in known and not _empty(value)]
     return messages, unused
 
 
-def _check_wanted(record: dict[str, Any]) -> None:
-    """Raise `RecordError` where a record says that its answer is not one to learn."""
+def _conversation(
+    record: dict[str, Any],
+) -> tuple[list[Message], list[str], set[str]] | None:
+    """The messages of a list of them, the field of each, and the fields used; None: no list."""
+    lists = [key for key in CONVERSATIONS if isinstance(record.get(key), list)]
+    if not lists:
+        return None
+    filled = [key for key in lists if record[key]]
+    if not filled:
+        raise RecordError(lists[0], "is an empty list")
+    if record.get("history"):
+        raise RecordError("history", f"stands beside {filled[0]}")
+    said = {
+        key: [_message(raw, f"{key}[{i}]") for i, raw in enumerate(record[key])] for key in filled
+    }
+    _check_agree(said)
+    key = filled[0]
+    return said[key], [f"{key}[{i}]" for i in range(len(said[key]))], set(filled)
+
+
+def _check_agree(values: Mapping[str, Any], place: str = "") -> None:
+    """Raise `RecordError` unless fields that mean the same kind of thing say the same."""
+    for field in list(values)[1:]:
+        first = next(iter(values))
+        if values[field] != values[first]:
+            raise RecordError(f"{place}{field}", f"stands beside {first}, and says something else")
+
+
+def _check_wanted(record: dict[str, Any]) -> set[str]:
+    """The fields by which a record says that its answer is one to learn.
+
+    Raises:
+        RecordError: it says that it is not.
+    """
     if not _empty(record.get("rejected")):
         raise RecordError("rejected", "this is preference data; one answer is trained on")
     if str(record.get("label")).lower() in ("false", "0"):
@@ -92,6 +114,14 @@ def _check_wanted(record: dict[str, Any]) -> None:
     weight = record.get("weight")
     if not _empty(weight) and str(weight) not in ("1", "1.0"):
         raise RecordError("weight", f"is {quoted(weight)}; messages have weights, records none")
+    yes, no = ("true", "1", "1.0"), ("false", "0", "0.0")
+    meanings = [*((key, yes, no) for key in TRAINED), *((key, no, yes) for key in MASKED)]
+    said = {key: str(record[key]).lower() for key, _, _ in meanings if key in record}
+    for key, _, unwanted in meanings:
+        if said.get(key) in unwanted:
+            what = "the answer is not to be trained on; leave the record out"
+            raise RecordError(key, f"is {quoted(record[key])}: {what}")
+    return {key for key, wanted, _ in meanings if said.get(key) in wanted}
 
 
 def _empty(value: Any) -> bool:
@@ -114,8 +144,8 @@ def _pair(record: dict[str, Any]) -> tuple[list[Message], list[str], set[str]]:
         field = next(key for key in ANSWERS if key in record)
         raise RecordError(field, "is empty; an answer is needed")
     question, answer = (_only_one(record, keys) for keys in (asked, answers))
-    if len(beside) > 1:
-        raise RecordError(beside[1], f"stands beside {beside[0]}")
+    if beside:
+        _only_one(record, beside)
     before, after = record[question], record[answer]
     if beside:
         text = f"{_text(before, question)}\n\n{_text(record[beside[0]], beside[0])}"
@@ -131,14 +161,12 @@ def _pair(record: dict[str, Any]) -> tuple[list[Message], list[str], set[str]]:
     rest = len(said) - len(turns) - begins
     fields = [asking] * begins + ["history"] * len(turns) + [asking] * rest
     replies = _said(after, answer, "assistant")
-    used = {question, answer, *beside, "history"}
+    used = {question, answer, *beside, "history"}  # those beside say the same
     return said + replies, fields + [answer] * len(replies), used | _same(record, asked + answers)
 
 
 def _only_one(record: dict[str, Any], keys: list[str]) -> str:
-    for other in keys[1:]:
-        if record[other] != record[keys[0]]:
-            raise RecordError(other, f"stands beside {keys[0]}, and says something else")
+    _check_agree({key: record[key] for key in keys})
     return keys[0]
 
 
@@ -201,29 +229,36 @@ def _variables(record: dict[str, Any]) -> dict[str, Any]:
     variables = dict(values or {})
     if taken := {"messages", "tools", "add_generation_prompt"} & variables.keys():
         raise RecordError(f"chat_template_kwargs.{min(taken)}", "is given otherwise")
-    for field in ("tools", "functions"):
-        if _empty(record.get(field)):
-            continue
-        tools = _from_json(record[field])
-        if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-            raise RecordError(field, f"is {quoted(tools)}, not a list of tools")
-        if tools:
-            variables["tools"] = [_tool(tool) for tool in tools]
-    return variables
+    told = {field: _tools(record.get(field), field) for field in ("tools", "functions")}
+    told = {field: tools for field, tools in told.items() if tools}
+    _check_agree(told)
+    return variables | ({"tools": next(iter(told.values()))} if told else {})
+
+
+def _tools(value: Any, field: str) -> list[dict[str, Any]]:
+    if _empty(value):
+        return []
+    tools = _from_json(value, field)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise RecordError(field, f"is {quoted(tools)}, not a list of tools")
+    return [_tool(tool) for tool in tools]
 
 
 def _tool(tool: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": tool} if "function" not in tool else tool
 
 
-def _from_json(value: Any) -> Any:
+def _from_json(value: Any, field: str) -> Any:
     """What a text in JSON says; anything else as it is."""
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        found = from_json(value)
     except (ValueError, RecursionError):
         return value
+    if twice := field_twice(found):
+        raise RecordError(field, f"has {twice} twice, and the two say different things")
+    return found
 
 
 def _message(raw: Any, field: str) -> Message:
@@ -236,9 +271,9 @@ def _message(raw: Any, field: str) -> Message:
     for key in ("refusal", "audio", "train_detail", "training_detail"):
         if not _empty(raw.get(key)):
             raise RecordError(f"{field}.{key}", "cannot be honoured")
-    name = "value" if "value" in raw and "content" not in raw else "content"
+    name = _content_field(raw, field)
     content = raw.get(name)
-    calls = _calls(raw, field, content if called else None)
+    calls = _calls(raw, field, name if called else "")
     if calls:
         rest["tool_calls"] = calls
         content = None if called else content
@@ -249,20 +284,29 @@ def _message(raw: Any, field: str) -> Message:
 
 
 _READ = {
-    *("role", "from", "content", "value", "tool_calls", "function_call", "weight", "train"),
-    *("training", "refusal", "audio", "train_detail", "training_detail"),
+    *("role", "from", "content", "value", "tool_calls", "function_call", *TRAINED, *MASKED),
+    *("refusal", "audio", "train_detail", "training_detail"),
 }
 
 
 def _role(raw: dict[str, Any], field: str) -> tuple[str, bool]:
     """The role of a message, and whether ShareGPT's role says that it is a call of a tool."""
+    if "role" not in raw and "from" not in raw:
+        raise RecordError(field, f"{keys_of(raw)}; role and content are needed")
+    said = {}
     if "role" in raw:
         role = _SAME_ROLE.get(raw["role"], raw["role"]) if _is_text(raw["role"]) else raw["role"]
         if role not in ROLES:
             raise RecordError(f"{field}.role", f"is {quoted(role)}; roles are {', '.join(ROLES)}")
-        return role, False
-    if "from" not in raw:
-        raise RecordError(field, f"{keys_of(raw)}; role and content are needed")
+        said["role"] = role
+    called = False
+    if "from" in raw:
+        said["from"], called = _sharegpt_role(raw, field)
+    _check_agree(said, f"{field}.")
+    return next(iter(said.values())), called
+
+
+def _sharegpt_role(raw: dict[str, Any], field: str) -> tuple[str, bool]:
     name = raw["from"].replace("-", "_") if _is_text(raw["from"]) else raw["from"]
     if not _is_text(name) or name not in _SHAREGPT:
         known = "human, gpt, system, tool, function_call"
@@ -272,6 +316,16 @@ def _role(raw: dict[str, Any], field: str) -> tuple[str, bool]:
 
 def _is_text(value: Any) -> bool:
     return isinstance(value, str)
+
+
+def _content_field(raw: dict[str, Any], field: str) -> str:
+    """The field that holds what a message says."""
+    if raw.get("content") is None:
+        return "value" if "value" in raw else "content"
+    if "value" in raw and raw["value"] != raw["content"]:
+        texts = {key: _content(raw[key], f"{field}.{key}", True) for key in ("content", "value")}
+        _check_agree(texts, f"{field}.")
+    return "content"
 
 
 def _content(content: Any, field: str, there: bool) -> str:
@@ -290,16 +344,23 @@ def _content(content: Any, field: str, there: bool) -> str:
     return "".join(texts)
 
 
-def _calls(raw: dict[str, Any], field: str, said: Any) -> list[dict[str, Any]]:
-    """The calls of tools in a message; their arguments as templates expect them: objects."""
-    calls = raw.get("tool_calls") or []
-    if said is not None:
-        found = _from_json(said)
-        calls, field = (found if isinstance(found, list) else [found]), f"{field}.value"
-    elif not _empty(raw.get("function_call")):
-        calls, field = [raw["function_call"]], f"{field}.function_call"
-    else:
-        field = f"{field}.tool_calls"
+def _calls(raw: dict[str, Any], field: str, spoken: str) -> list[dict[str, Any]]:
+    """The calls of tools in a message; their arguments as templates expect them: objects.
+
+    `spoken`: the field whose content is a call, as ShareGPT's role says; "" for none.
+    """
+    told = {key: raw[key] for key in ("tool_calls", "function_call") if not _empty(raw.get(key))}
+    if "function_call" in told:
+        told["function_call"] = [told["function_call"]]
+    if spoken and raw.get(spoken) is not None:
+        found = _from_json(raw[spoken], f"{field}.{spoken}")
+        told[spoken] = found if isinstance(found, list) else [found]
+    calls = {key: _call_list(value, f"{field}.{key}") for key, value in told.items()}
+    _check_agree({k: [call["function"] for call in v] for k, v in calls.items()}, f"{field}.")
+    return next(iter(calls.values()), [])
+
+
+def _call_list(calls: Any, field: str) -> list[dict[str, Any]]:
     if not isinstance(calls, list):
         raise RecordError(field, f"is {quoted(calls)}, not a list of calls")
     return [_call(call, field) for call in calls]
@@ -310,24 +371,31 @@ def _call(call: Any, field: str) -> dict[str, Any]:
     if not isinstance(function, dict) or not _is_text(function.get("name")):
         raise RecordError(field, f"{quoted(call)} is no call: it has no function with a name")
     arguments = function.get("arguments")
-    parsed = _from_json(arguments)
+    parsed = _from_json(arguments, f"{field}.arguments")
     function = function | ({"arguments": parsed} if isinstance(parsed, dict) else {})
     beside = call if "function" in call else {"type": "function"}
     return beside | {"function": function}
 
 
 def _weight(raw: dict[str, Any], field: str, role: str) -> dict[str, int]:
-    """Whether an answer is trained on: OpenAI's weight, axolotl's train and training."""
-    for key in ("weight", "train", "training"):
-        value = raw.get(key)
-        if value is None:
-            continue
-        if not isinstance(value, int | float) or value not in (0, 1):
-            what = "a weight is 0 (not trained on) or 1"
-            raise RecordError(f"{field}.{key}", f"is {quoted(value)}; {what}")
-        if value and role != "assistant":
-            raise RecordError(
-                f"{field}.{key}", f"is {value} on {role}; answers alone are trained on"
-            )
-        return {"weight": int(value)}
-    return {}
+    """Whether an answer is trained on: OpenAI's weight, axolotl's train, and other names for it."""
+    found = {
+        key: _is_trained(raw[key], key, f"{field}.{key}")
+        for key in TRAINED + MASKED
+        if raw.get(key) is not None
+    }
+    for key, trained in found.items():
+        if trained and role != "assistant":
+            what = f"is {raw[key]} on {role}; answers alone are trained on"
+            raise RecordError(f"{field}.{key}", what)
+    _check_agree(found, f"{field}.")
+    return {"weight": int(next(iter(found.values())))} if found else {}
+
+
+def _is_trained(value: Any, key: str, field: str) -> bool:
+    if not isinstance(value, int | float) or value not in (0, 1):
+        what = "a weight is 0 (not trained on) or 1"
+        raise RecordError(field, f"is {quoted(value)}; {what}")
+    if key == "mask" and not isinstance(value, bool):  # 1 is either masked, or a loss mask's 1
+        raise RecordError(field, f"is {value}, which has two meanings; write weight, 0 or 1")
+    return bool(value) != (key in MASKED)
