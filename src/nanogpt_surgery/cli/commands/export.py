@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 ModelForm = Literal["F32", "F16", "BF16", "Q8_0", "huggingface"]
 Form = Literal[ModelForm, "lora-gguf", "mlx"]
-MERGE = "nanogpt_surgery.formats.gguf.merged_gguf:merge_into_gguf"
+MERGE = "nanogpt_surgery.formats.folders.merging:merge_into_gguf"
 OWN = ("model", "adapter", "path", "kind", "probe")
 MergeOptions: Any = options_of_function(MERGE, "With an adapter", leave_out=OWN)
 
@@ -107,8 +107,7 @@ def _write_merged(
     options: dict[str, Any],
 ) -> Report:
     from nanogpt_surgery.data.text.corpus import read_texts
-    from nanogpt_surgery.formats.folders.merging import merge_adapter
-    from nanogpt_surgery.formats.gguf.merged_gguf import merge_into_gguf
+    from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
 
     text = read_texts([str(probe)]) if probe else None
     if form == "huggingface":

@@ -49,10 +49,10 @@ def merge(
         print the report as JSON
     """
     from nanogpt_surgery.data.text.corpus import read_texts
-    from nanogpt_surgery.formats.folders.merging import check_own_folder, merge_adapter, plan_merge
+    from nanogpt_surgery.formats.folders.merging import check_not_itself, merge_adapter, plan_merge
 
     if out is not None and not plan:
-        check_own_folder(model, out)
+        check_not_itself(model, out)
         check_out(out, overwrite)
     text = read_texts([str(probe)]) if probe else None
     more = given(options) | {"probe": text, "keep_originals": not drop_originals}

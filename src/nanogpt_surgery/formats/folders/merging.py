@@ -1,4 +1,4 @@
-"""A model on disk and an adapter on disk become a merged model on disk, in place or elsewhere.
+"""A model and an adapter on disk become a merged model: in place, elsewhere, or as a GGUF file.
 
 W + ΔW is added in float32 and rounded once, to the dtype that W is stored in; weights without a ΔW
 keep their bits. The merged model is written, read again, compared bit by bit, and measured against
@@ -13,25 +13,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.atomic import whole_file, whole_folder
+from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.comparison import check_equal
-from nanogpt_surgery.formats.folders.in_place import leave_away
-from nanogpt_surgery.formats.folders.measured_merge import Merged, add_in
-from nanogpt_surgery.formats.folders.merge_preparation import Merge, dtype_name, prepare
 from nanogpt_surgery.formats.folders.run_folder import is_run
+from nanogpt_surgery.formats.gguf.writing import GGUFType, rounding_of, write_gguf_file
+from nanogpt_surgery.formats.huggingface.carried_files import CONFIG
 from nanogpt_surgery.formats.huggingface.hub import is_hub_name
 from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
-from nanogpt_surgery.formats.model_file import model_folder, open_model, write_model_files
+from nanogpt_surgery.formats.model_file import TENSORS, model_folder, open_model, write_model_files
 from nanogpt_surgery.formats.peft.adapter_file import TENSORS as ADAPTER_TENSORS
-from nanogpt_surgery.formats.peft.adapter_layout import adapter_folder
+from nanogpt_surgery.formats.peft.adapter_layout import adapter_folder, load_adapter
 from nanogpt_surgery.history.folder_journal import Entry, hashes_of, record
 from nanogpt_surgery.history.folder_operation import operate
-from nanogpt_surgery.lora.merge_metrics import Rounding, merge_survival, round_to
+from nanogpt_surgery.history.hashing import UPDATES, combined, plain_name, tensor_hashes
+from nanogpt_surgery.lora.layer import lora_layers
+from nanogpt_surgery.lora.merge_metrics import (
+    Rounding,
+    RoundingOf,
+    check_effect,
+    check_weights,
+    compare_logits,
+    logits_of,
+    merge_rows,
+    merge_survival,
+    round_to,
+)
 from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.lora.ties import check_undecided
+from nanogpt_surgery.lora.wrapping import merge_layers
+from nanogpt_surgery.model.finite import check_finite, check_finite_weights
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 
 
@@ -43,7 +61,7 @@ def plan_merge(
     How much of ΔW survives each precision in each layer, and the sizes to expect; the arguments are
     those of `merge_adapter`.
     """
-    check_own_folder(model, out)
+    check_not_itself(model, out)
     keep = options.pop("keep_originals", True)
     options.pop("tolerance", None)
     merge = prepare(model, adapter, **options)
@@ -97,7 +115,7 @@ def merge_adapter(
             the disk refuses. What was there is untouched then.
     """
     _check_tolerance(tolerance)
-    check_own_folder(model, out)
+    check_not_itself(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
     entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | _facts(adapter))
@@ -157,7 +175,7 @@ def _check_tolerance(tolerance: float) -> None:
         raise SurgeryError(f"tolerance is {tolerance}; it must be a number of at least 0")
 
 
-def check_own_folder(model: str | Path, out: str | Path | None) -> None:
+def check_not_itself(model: str | Path, out: str | Path | None) -> None:
     """Raise `SurgeryError` if `out` is the model itself, which could not be brought back then."""
     if out is None or not Path(model).is_dir():
         return
@@ -195,3 +213,208 @@ def _report(merged: Merged, merge: Merge, entry: Entry, goal: Path) -> Report:
         "sha256": entry.changes(),
     }
     return Report(f"merged: {merge.title}", merged.rows, summary)
+
+
+def merge_into_gguf(
+    model: str | Path,
+    adapter: str | Path,
+    path: str | Path,
+    kind: GGUFType = "F16",
+    *,
+    tolerance: float | None = None,
+    force: bool = False,
+    probe: str | None = None,
+    tied: Tied | None = None,
+) -> Report:
+    """Merge an adapter folder into a model in float32, rounded once to a GGUF file's types.
+
+    Args:
+        model: whatever `open_model` opens; it stays as it is.
+        adapter: an adapter folder, as finetune or peft writes it.
+        path: made, or replaced if it is a GGUF file.
+        kind: of the matrices.
+        tolerance: largest mean KL divergence, adapted model to written one, in nats a token; by
+            default 0.001, and 0.01 for Q8_0, which rounds all of the model.
+        force: write whatever was measured, and although the adapter was made for another base.
+        probe: a text to measure on; random tokens if None.
+        tied: what to do where the adapter changes a weight that layers share: "refuse", "untie" or
+            "both"; by default what it was made with.
+
+    Returns:
+        A row for each layer: how much of ΔW the file's rounding leaves; and the written model's
+        logits against the adapted one's.
+
+    Raises:
+        SurgeryError: as `merge_adapter` and `save_gguf`. There is no new file then.
+    """
+    merge = prepare(model, adapter, dtype="float32", probe=probe, force=force, tied=tied)
+    most = (1e-2 if kind == "Q8_0" else 1e-3) if tolerance is None else tolerance
+    merged = add_in(merge, partial(rounding_of, kind=kind), most, force)
+    with whole_file(path) as temporary:
+        again, written = write_gguf_file(merge.model, temporary, merge.tokenizer, kind, "")
+        effect = merged.measure(again)
+    summary = {"file": str(path), "layers": len(merged.rows), "base": merge.base, **effect}
+    stored = {f"stored_as_{row['stored as']}": row["tensors"] for row in written.rows}
+    return Report(f"merged: {merge.title} into {model}", merged.rows, summary | stored)
+
+
+PROBE_ROWS, PROBE_TOKENS = 4, 64
+
+
+@dataclass
+class Merge:
+    """A merge that is about to happen: the adapted model, and all that its report will say.
+
+    The model is float32; `dtypes` says what each of its tensors is to be written in, and `source`
+    what was opened; `base` is the hash of its weights.
+    """
+
+    model: SimpleGPT
+    tokenizer: Tokenizer | None
+    dtypes: dict[str, torch.dtype]
+    source: str
+    base: str
+    adapter: str
+    probe: Tensor
+    probed_on: str
+
+    @property
+    def title(self) -> str:
+        """What happens, in words."""
+        return f"merge {self.adapter}"
+
+    def planned(self) -> dict[str, Any]:
+        """The sizes to expect."""
+        own = [(plain_name(n), p) for n, p in self.model.named_parameters() if UPDATES not in n]
+        size = sum(p.numel() * self.dtypes[name].itemsize for name, p in own)
+        names = sorted({dtype_name(self.dtypes[name]) for name, _ in own})
+        return {"dtype": " and ".join(names), "model_bytes": size}
+
+    def round(self) -> None:
+        """Give each weight of the merged model the dtype that it is to be written in."""
+        for name, parameter in self.model.named_parameters():
+            parameter.data = parameter.data.to(self.dtypes[name])
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As files write it: "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def prepare(
+    model: str | Path,
+    adapter: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    probe: str | None = None,
+    force: bool = False,
+    tied: Tied | None = None,
+) -> Merge:
+    """Open a model with an adapter on it, in float32; arguments as in `merge_adapter`."""
+    network, tokenizer = open_model(model, "each")
+    stored = {name: tensor.dtype for name, tensor in network.state_dict().items()}
+    if dtype is None:
+        _check_wider(stored, str(model))
+    dtypes = stored if dtype is None else dict.fromkeys(stored, getattr(torch, dtype))
+    check_finite_weights(network, str(model))
+    network.float()
+    base = combined(tensor_hashes(network).values())
+    load_adapter(network, adapter, tied=tied, force=force)
+    ids, probed_on = _probe(network, tokenizer, probe)
+    return Merge(network, tokenizer, dtypes, str(model), base, str(adapter), ids, probed_on)
+
+
+def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:
+    """Raise `SurgeryError` for tensors that float32 would round, merged or not."""
+    wide = [name for name, dtype in stored.items() if dtype == torch.float64]
+    if wide:
+        raise SurgeryError(
+            f"{where} holds {len(wide)} tensors in float64 ({', '.join(wide[:4])}), and a merge "
+            "computes in float32",
+            "--dtype float32 writes them so",
+        )
+
+
+def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> tuple[Tensor, str]:
+    """Ids (B, T) to measure on, and what they are in words."""
+    length = min(PROBE_TOKENS, model.config.block_size)
+    if text is None:
+        draw = torch.Generator().manual_seed(0)
+        ids = torch.randint(model.config.vocab_size, (PROBE_ROWS, length), generator=draw)
+        return ids, f"{ids.numel()} random tokens"
+    hint = "without --probe it is measured on random tokens"
+    tokenizer = required_tokenizer(tokenizer, "the model", hint)
+    encoded = list(tokenizer.encode(text[: 64 * PROBE_ROWS * PROBE_TOKENS]))
+    rows = min(PROBE_ROWS, len(encoded) // length)
+    if not rows:
+        raise SurgeryError(f"the probe text has {len(encoded)} tokens, fewer than {length}",
+                           "give a longer one, or none: then it is random tokens")  # fmt: skip
+    ids = torch.tensor(encoded[: rows * length]).view(rows, length)
+    return ids, f"{ids.numel()} tokens of the text given"
+
+
+WIDER = "surgery merge into --dtype float32, or surgery export with --form F32"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What a merge did to the weights, a row a layer, and what its file is to be held against."""
+
+    rows: list[dict[str, Any]]
+    adapted: Tensor
+    probe: Tensor
+    probed_on: str
+    tolerance: float | None
+
+    def measure(self, again: SimpleGPT) -> dict[str, Any]:
+        """The effect on the logits of a model that was read again; it becomes float32.
+
+        Raises:
+            SurgeryError: it exceeds the tolerance, or the logits are not finite.
+        """
+        merged = logits_of(again.float(), self.probe)
+        check_finite(merged, again, partial(logits_of, again, self.probe), "the merged model")
+        effect = compare_logits(self.adapted, merged)
+        if self.tolerance is not None:
+            check_effect(effect, self.tolerance)
+        largest = {"largest_logit": float(self.adapted.abs().max())}
+        return {**effect, **largest, "measured_on": self.probed_on}
+
+
+def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) -> Merged:
+    """Merge the adapter of a prepared model, in float32; the model no longer carries it then.
+
+    Args:
+        merge: changed in place.
+        rounding: what the file will make of a layer's weight, by name and weight, and its name.
+        tolerance: largest mean KL divergence that `Merged.measure` lets pass.
+        force: let pass whatever is measured.
+
+    Raises:
+        SurgeryError: every weight would be the number that it is without the adapter, or one would
+            be NaN or infinite.
+    """
+    adapted, layers = logits_of(merge.model, merge.probe), lora_layers(merge.model)
+    again = partial(logits_of, merge.model, merge.probe)
+    check_finite(adapted, merge.model, again, f"the model with {merge.adapter}")
+    rows = merge_rows(layers, rounding)
+    if not force:
+        check_weights(
+            rows, layers, str(merge.adapter), WIDER, "train the adapter first, or --force"
+        )
+    check_undecided(merge.model, layers)
+    merge_layers(merge.model)  # the model is only here to be written: nothing is journaled
+    return Merged(rows, adapted, merge.probe, merge.probed_on, None if force else tolerance)
+
+
+def leave_away(new: Path, place: Path) -> None:
+    """Drop the new files that `place` has already; of configs only one that says the same.
+
+    A run may lack any of them: a kill came before its checkpoint was shown at the top.
+    """
+    for path in [path for path in new.iterdir() if path.name != TENSORS]:
+        there = place / path.name
+        if path.is_dir() and there.is_dir():
+            shutil.rmtree(path)
+        elif there.is_file() and (path.name != CONFIG or read_json(there) == read_json(path)):
+            path.unlink()
