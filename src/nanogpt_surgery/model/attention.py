@@ -11,7 +11,7 @@ Legend: B batch, T new tokens, S keys (past and new), C width, H heads, G KV hea
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.model.config import GPTConfig
-from nanogpt_surgery.model.dropout import attention_with_dropout
 from nanogpt_surgery.model.kv_cache import LayerCache
 from nanogpt_surgery.model.norm import RMSNorm
 from nanogpt_surgery.model.positions import leave, rotate
@@ -40,6 +39,7 @@ class CausalSelfAttention(nn.Module):
         self.o_proj = nn.Linear(q_width, config.n_embd, bias=config.bias in ("all", "attention"))
         self.q_norm = _head_norm(config)
         self.k_norm = _head_norm(config)
+        self.attend: Callable[..., Tensor] = causal_attention
         self.rotate: Any = rotate if config.positions == "rotary" else leave
 
     def forward(
@@ -59,7 +59,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, D)
         dropout = self.dropout if self.training else 0.0
-        y = causal_attention(q, k, v, dropout, mask)  # (B, H, T, D)
+        y = self.attend(q, k, v, dropout, mask)  # (B, H, T, D)
         out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
         return out
 
@@ -79,33 +79,15 @@ def causal_attention(
 
     Query t sees keys 0 … S − T + t, or what a mask (B, 1, T, S) lets it see. `is_causal` and no
     mask at all keep the fast kernels; only several tokens after a filled cache need it written out.
-    No kernel of a CPU has dropout.
     """
     new, keys = q.size(2), k.size(2)
-    if q.size(1) != k.size(1):
-        groups = q.size(1) // k.size(1)
-        k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)  # (B, H, S, D)
-    if dropout and q.device.type == "cpu":
-        return _in_float32(partial(attention_with_dropout, probability=dropout, mask=mask), q, k, v)
+    k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))  # (B, H, S, D)
     if mask is None and not (new == keys or new == 1):
         mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)
-    attend: Any = F.scaled_dot_product_attention
-    attend = partial(attend, attn_mask=mask, dropout_p=dropout, is_causal=mask is None and new > 1)
-    return _in_float32(attend, q, k, v)
+    is_causal = mask is None and new > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 
 
-def _in_float32(attend: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """In training on a CPU what is bfloat16 goes through attention in float32.
-
-    The backward pass of PyTorch's bfloat16 kernel takes up to three times as long there
-    (docs/log.md).
-    """
-    training = q.requires_grad or k.requires_grad or v.requires_grad
-    # Under autocast a rotation or a norm leaves q and k in float32: v tells what is computed in.
-    y: Tensor
-    if q.device.type != "cpu" or not training or v.dtype != torch.bfloat16:
-        y = attend(q, k, v)
-        return y
-    with torch.autocast("cpu", enabled=False):
-        y = attend(q.float(), k.float(), v.float())
-    return y.to(v.dtype)
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeats each KV head for the query heads that share it: (B, G, S, D) → (B, H, S, D)."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), 1)

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import GPTConfig
-from nanogpt_surgery.model.dropout import Dropout
 from nanogpt_surgery.model.initialisation import initialise
 from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.lags import make_lags
@@ -58,7 +57,7 @@ class SimpleGPT(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
         self.embed_lags: Any = make_lags(config)
         self.embed_positions = make_positions(config)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerEncoderLayer(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.model.attention import CausalSelfAttention
 from nanogpt_surgery.model.config import GPTConfig
-from nanogpt_surgery.model.dropout import Dropout
 from nanogpt_surgery.model.feed_forward import make_feed_forward
 from nanogpt_surgery.model.kv_cache import LayerCache
 from nanogpt_surgery.model.norm import make_norm
@@ -31,7 +30,7 @@ class TransformerEncoderLayer(nn.Module):
         self.self_attn = CausalSelfAttention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = make_feed_forward(config)
-        self.dropout = Dropout(config.dropout)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,

@@ -21,6 +21,7 @@ from nanogpt_surgery.lora.checks import Examiner
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.evaluation import validation_loss
 from nanogpt_surgery.training.fast.compilation import CompiledBlocks
+from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
 from nanogpt_surgery.training.fast.frozen_products import QuickProducts
 from nanogpt_surgery.training.fast.prefetch import batches
@@ -140,7 +141,7 @@ class _Loop:
             if not self.model.training:  # at the start, or after a look between two steps
                 self.model.train()
             batch = next(coming)
-            with products.active(), blocks.active():
+            with products.active(), blocks.active(), cpu_kernels(self.model):
                 losses, tokens, learned = self._gradients(batch, step)
             if examiner is not None:
                 examiner.after_backward(step)

@@ -17,6 +17,7 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.runs.checkpoint import KEPT
 from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
 from nanogpt_surgery.training.fast.compilation import CompiledBlocks
+from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 from nanogpt_surgery.training.fast.frozen_head import frozen_head
 from nanogpt_surgery.training.fast.frozen_prefix import (
     bytes_of_window,
@@ -124,7 +125,8 @@ def activation_bytes(
     device, mode = next(model.parameters()).device, model.training
     blocks = CompiledBlocks(model.train(), False, settings.gradient_checkpointing)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    with blocks.active(), hardware.seeded(0), hardware.autocast(), hooks:
+    seeded = hardware.seeded(0)
+    with blocks.active(), cpu_kernels(model), seeded, hardware.autocast(), hooks:
         model.hidden(batch[0].to(device), **apart(documents_of(batch), device))
     model.train(mode)
     return sum(size for place, size in kept.items() if place not in own)

@@ -5,9 +5,17 @@ import torch
 import torch.nn.functional as F
 from helpers.models import CONFIGS, random_ids, tiny_model
 
-from nanogpt_surgery.model import dropout as module
-from nanogpt_surgery.model.dropout import Dropout, attention_with_dropout, dropped, gain
+from nanogpt_surgery.model.attention import causal_attention
 from nanogpt_surgery.model.layout import Layout
+from nanogpt_surgery.training.fast import cpu_kernels as module
+from nanogpt_surgery.training.fast.cpu_kernels import (
+    Dropout,
+    attention_with_dropout,
+    cpu_attention,
+    cpu_kernels,
+    dropped,
+    gain,
+)
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.83])
@@ -114,6 +122,7 @@ def test_the_mean_over_many_draws_is_the_model_s_own_attention():
     layer.rotate = lambda x, rotation: x
     x = torch.randn(1, 9, 24, dtype=torch.float64).expand(4000, 9, 24)
     exact = layer(x[:1])
+    layer.attend = cpu_attention
     layer.train().dropout = 0.2
     torch.manual_seed(0)
     many = layer(x)
@@ -125,7 +134,7 @@ def test_the_mean_over_many_draws_is_the_model_s_own_attention():
 def test_documents_in_a_row_do_not_see_each_other_in_training():
     model = tiny_model(CONFIGS["llama"]).train()
     for module_ in model.modules():
-        if isinstance(module_, Dropout):
+        if isinstance(module_, torch.nn.Dropout):
             module_.p = 0.3
         elif hasattr(module_, "rotate"):
             module_.dropout = 0.3
@@ -133,8 +142,32 @@ def test_documents_in_a_row_do_not_see_each_other_in_training():
     layout = Layout.of_documents(torch.tensor([[0] * 5 + [1] * 7]))
     changed = ids.clone()
     changed[0, :5] = (changed[0, :5] + 1) % model.config.vocab_size
-    torch.manual_seed(1)
-    first = model(ids, layout=layout)[0, 5:]
-    torch.manual_seed(1)
-    second = model(changed, layout=layout)[0, 5:]
+    with cpu_kernels(model):
+        torch.manual_seed(1)
+        first = model(ids, layout=layout)[0, 5:]
+        torch.manual_seed(1)
+        second = model(changed, layout=layout)[0, 5:]
     assert torch.equal(first, second)
+
+
+def test_a_model_is_itself_again_after_the_block():
+    model = tiny_model(CONFIGS["llama"])
+    classes = [type(part) for part in model.modules()]
+    with pytest.raises(ZeroDivisionError), cpu_kernels(model):
+        assert type(model.dropout) is Dropout
+        assert model.layers[1].self_attn.attend is cpu_attention
+        raise ZeroDivisionError
+    assert [type(part) for part in model.modules()] == classes
+    assert all(layer.self_attn.attend is causal_attention for layer in model.layers)
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_in_training_attention_is_computed_in_float32(trains):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, h, 9, 8).bfloat16() for h in (6, 2, 2))
+    q.requires_grad_(trains)
+    found = cpu_attention(q, k, v)
+    exact = causal_attention(q.float(), k.float(), v.float()).bfloat16()
+    assert found.dtype == torch.bfloat16
+    expected = exact if trains else causal_attention(q, k, v)
+    assert torch.equal(found, expected)
