@@ -23,6 +23,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("generate")
     write_model(place / "m")
     (place / "prompts.txt").write_text("abc\n\nThe fox\nx\n")
+    (place / "prompts.CSV").write_text("id,prompt\n1,abc\n2,The fox\n3,x\n")
     (place / "prompts.jsonl").write_text('{"prompt": "abc"}\n"The fox"\n{"prompt": "x"}\n')
     return place
 
@@ -37,7 +38,7 @@ def alone(folder: Path, prompt: str, seed: int) -> str:
     return tokenizer.decode(list(generate(model, tokenizer.encode(prompt), 6, seed=seed)))
 
 
-@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl"])
+@pytest.mark.parametrize("name", ["prompts.txt", "prompts.jsonl", "prompts.CSV"])
 def test_a_file_of_prompts_is_continued_as_each_alone(folder: Path, name: str) -> None:
     few = [*FEW, "--samples", 2, "--batch-size", 4]
     found = records(folder, "--prompts", folder / name, *few)
@@ -48,6 +49,15 @@ def test_a_file_of_prompts_is_continued_as_each_alone(folder: Path, name: str) -
     ]
     assert {r["ended"] for r in found} == {"length"}
     assert len({r["text"] for r in found}) == 6
+
+
+def test_seeds_of_further_prompts_begin_again_after_the_largest(folder: Path) -> None:
+    last = 2**64 - 1
+    words = ["--max-new-tokens", 6, "--seed", last, "--batch-size", 1]
+    found = records(folder, "--prompts", folder / "prompts.txt", *words)
+    seeds = (last, 0, 1)
+    expected = [alone(folder, r["prompt"], seed) for r, seed in zip(found, seeds, strict=True)]
+    assert [r["text"] for r in found] == expected
 
 
 def test_log_probabilities_are_those_of_a_plain_pass(folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.generation.batch import Token, check_rows_fit, generate_batch
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_seed
 from nanogpt_surgery.generation.text import TextUntil
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -44,6 +44,7 @@ def continue_texts(
     Raises:
         SurgeryError: as `generate_batch`, or a stop string is empty.
     """
+    check_seed(seed)
     check_rows_fit(model, min(batch_size, len(prompts)), max_new_tokens)
     for first in range(0, len(prompts), batch_size):
         chunk = prompts[first : first + batch_size]
@@ -54,7 +55,7 @@ def continue_texts(
             max_new_tokens,
             sampling,
             stop_ids=stop_ids(tokenizer),
-            seed=None if seed is None else seed + first,
+            seed=None if seed is None else (int(seed) + first) % (MOST_SEED + 1),
             likeliest=likeliest,
             until=lambda token, texts=texts: texts[token.row].add(token),  # type: ignore[misc]
         )

@@ -74,7 +74,7 @@ def generate(
     prompt
         the text to continue; - reads it from standard input
     prompts
-        a file of prompts in the place of one: a line each, or JSON or JSONL with prompt
+        a file of prompts in the place of one: a line each, or JSON, JSONL, CSV or TSV with prompt
     adapter
         an adapter folder, as finetune or peft writes it
     max_new_tokens
@@ -182,12 +182,12 @@ def _say_empty(empty: int, count: int, max_new_tokens: int) -> None:
 
 
 def _prompts(prompt: str, file: Path | None) -> list[str]:
-    from nanogpt_surgery.data.conversations.record_files import read_records
+    from nanogpt_surgery.data.conversations.record_files import holds_records, read_records
     from nanogpt_surgery.data.text.corpus import read_texts
 
     if file is None:
         return [read_texts(["-"]).replace("\r\n", "\n") if prompt == "-" else prompt]
-    if file.suffix in (".json", ".jsonl"):
+    if holds_records(file):
         found = [r.get("prompt") if isinstance(r, dict) else r for r in read_records(file)]
     else:
         lines = read_texts([file]).replace("\r\n", "\n").split("\n")
