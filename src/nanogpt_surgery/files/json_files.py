@@ -15,7 +15,8 @@ from nanogpt_surgery.files.disk_errors import tried_again
 from nanogpt_surgery.files.temporary import temporary_beside
 from nanogpt_surgery.files.writing import flush
 
-LARGEST_JSON = 128 << 20  # bytes; the largest tokenizer.json in use have a third of it
+LARGEST_JSON = 48 << 20  # bytes; the largest tokenizer.json in use have two thirds of it
+MOST_VALUES = 2_500_000  # commas and brackets; Gemma 3's tokenizer.json has 1.9 million
 
 
 def write_json(path: Path, contents: Any) -> None:
@@ -43,14 +44,23 @@ def read_json(path: Path, most_bytes: int = LARGEST_JSON) -> Any:
     """The contents of a JSON file.
 
     Raises:
-        SurgeryError: it is missing, too large, not UTF-8, or not JSON (with line and column).
+        SurgeryError: it is missing, too large, of too many values, not UTF-8, or not JSON (with
+            line and column).
     """
     if path.is_file() and path.stat().st_size > most_bytes:
         raise SurgeryError(
             f"{path} has {path.stat().st_size:,} bytes; the limit for JSON is {most_bytes:,}"
         )
     try:
-        return json.loads(tried_again(lambda: path.read_text(encoding="utf-8")))
+        data = tried_again(path.read_bytes)
+        count = sum(map(data.count, (b",", b"[", b"{")))
+        if count > MOST_VALUES:
+            raise SurgeryError(
+                f"{path} has {count:,} commas and brackets; the limit for JSON is {MOST_VALUES:,}"
+            )
+        text = data.decode("utf-8")
+        del data
+        return json.loads(text)
     except FileNotFoundError:
         raise SurgeryError(f"{path} is missing") from None
     except OSError as error:

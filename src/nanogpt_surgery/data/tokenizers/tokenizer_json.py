@@ -6,15 +6,16 @@ written.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from nanogpt_surgery.data.tokenizers.bpe_tokenizer import GPT2_PATTERN
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 
+_LARGEST_VOCABULARY = 300_000  # tokens; Gemma 3 has 262,144, made by 514,906 merges
 _LONGEST_TOKEN = 256  # characters
-_MOST_MERGES = 10  # ways to make a token, on average; Gemma's vocabulary has 2.3
+_MOST_MERGES = 5  # ways to make a token, on average; Gemma's vocabulary has 2.3
 SPACE = "▁"  # SentencePiece's way to write a space
 
 # Contractions in either case, words with one sign before them, numbers, marks, then white space.
@@ -46,7 +47,7 @@ CUTTINGS = {
 
 
 def byte_level_json(
-    tokens: Sequence[str], merges: Iterable[str], special: dict[int, bool], cutting: Cutting
+    tokens: Sequence[str], merges: Sequence[str], special: dict[int, bool], cutting: Cutting
 ) -> dict[str, Any]:
     """A byte-level BPE.
 
@@ -62,7 +63,7 @@ def byte_level_json(
     stages: list[dict[str, Any]] = [split | {"invert": False}, byte_level | {"use_regex": False}]
     if cutting.digits:
         stages.insert(0, {"type": "Digits", "individual_digits": True})
-    model = {"vocab": _ids(tokens), "merges": [merge.split(" ") for merge in merges]}
+    model = {"vocab": _ids(tokens), "merges": _merges(tokens, merges)}
     return _bpe(tokens, special, model | {"ignore_merges": cutting.ignore_merges}) | {
         "normalizer": {"type": cutting.normalizer} if cutting.normalizer else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": stages},
@@ -141,11 +142,31 @@ def _check_size(token: str, index: int, n_merges: int, most: int) -> None:
         )
 
 
+def _merges(tokens: Sequence[str], merges: Sequence[str]) -> list[str]:
+    """The merges as they are, two tokens with a space between, after a look at each of them."""
+    if len(merges) > 2 * _LARGEST_VOCABULARY:
+        raise SurgeryError(
+            f"there are {len(merges):,} merges; the limit is {2 * _LARGEST_VOCABULARY:,}"
+        )
+    known = set(tokens)
+    for place, merge in enumerate(merges):
+        left, _, right = merge.partition(" ")
+        if left not in known or right not in known or left + right not in known:
+            raise SurgeryError(
+                f"merge {place:,}, {quoted(merge)}, is not of two tokens that make a third"
+            )
+    return list(merges)
+
+
 def _ids(tokens: Sequence[str]) -> dict[str, int]:
+    if len(tokens) > _LARGEST_VOCABULARY:
+        raise SurgeryError(
+            f"the vocabulary has {len(tokens):,} tokens; the limit is {_LARGEST_VOCABULARY:,}"
+        )
     ids = {token: i for i, token in enumerate(tokens)}
     if len(ids) < len(tokens):
         twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
-        raise SurgeryError(f"the vocabulary has the token {twice!r} twice")
+        raise SurgeryError(f"the vocabulary has the token {quoted(twice)} twice")
     return ids
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
 
 LARGEST_GROWTH = 8  # characters that one character may become
 LONGEST_UNIGRAM = 128  # bytes of a token; sentencepiece's own limit is 16 characters
+MOST_NESTED = 24  # tokens of a unigram vocabulary, each of which begins the next
 LONGEST_WORD = 500  # characters of a word that WordPiece looks at; BERT's limit is 100
 _CHILDREN = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 _REPEATED = ("ByteLevel", "Precompiled")  # grow a text again and again
@@ -42,11 +43,28 @@ def _check_model(model: dict[str, Any]) -> None:
                 f"a token of the unigram vocabulary in tokenizer.json has {size:,} bytes; the "
                 f"limit is {LONGEST_UNIGRAM}"
             )
+        _check_nested([text for text in texts if isinstance(text, str)])
     if type(longest) is int and longest > LONGEST_WORD:
         raise SurgeryError(
             f"max_input_chars_per_word in tokenizer.json is {longest:,}; the limit is "
             f"{LONGEST_WORD}"
         )
+
+
+def _check_nested(tokens: list[str]) -> None:
+    """Each character of a text is tried with every token that may begin there."""
+    if max(map(len, tokens), default=0) <= MOST_NESTED:
+        return
+    begun: list[str] = []  # tokens that begin this one, each within the next
+    for token in sorted(set(tokens)):
+        while begun and not token.startswith(begun[-1]):
+            begun.pop()
+        begun.append(token)
+        if len(begun) > MOST_NESTED:
+            raise SurgeryError(
+                f"{len(begun)} tokens of the unigram vocabulary in tokenizer.json begin alike, "
+                f"each within the next, up to {quoted(token)}; the limit is {MOST_NESTED}"
+            )
 
 
 def _steps(part: Any, children: str) -> list[dict[str, Any]]:

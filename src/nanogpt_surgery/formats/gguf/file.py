@@ -28,6 +28,8 @@ from nanogpt_surgery.formats.stored_tensor import MappedFile, PlainTensor, Store
 MAGIC = b"GGUF"
 MAX_METADATA = 10_000
 MAX_NAME = 64  # bytes of a tensor's name, as ggml has it
+MAX_STRINGS = 2_000_000  # in all arrays; Gemma 3 has 262,144 tokens and 514,906 merges
+MAX_HEADER = 48 << 20  # bytes of metadata; that of Gemma 3 has 16
 _MAX_KEY = 1 << 16
 _MAX_ALIGNMENT = 1 << 20
 _STRING, _ARRAY, _BOOL = 8, 9, 7
@@ -174,6 +176,7 @@ class _Reader:
 
     def __init__(self, path: Path, data: mmap.mmap, size: int):
         self.path, self.data, self.size, self.place = path, data, size, 0
+        self.strings_left = MAX_STRINGS
 
     def wrong(self, what: str) -> SurgeryError:
         return _untrusted(self.path, what)
@@ -184,6 +187,11 @@ class _Reader:
         if count > left:
             raise self.wrong(
                 f"{what} of {count:,} bytes at {self.place:,}, where {left:,} are left"
+            )
+        if self.place + count > MAX_HEADER:
+            raise self.wrong(
+                f"{what} ends at {self.place + count:,}, beyond the limit of {MAX_HEADER:,} for a "
+                "header"
             )
         self.place += count
         return self.place - count
@@ -201,6 +209,29 @@ class _Reader:
             return self.data[start : start + length].decode("utf-8")
         except UnicodeDecodeError:
             raise self.wrong(f"{what} at {start:,} is not UTF-8") from None
+
+    def strings(self, count: int, what: str) -> list[str]:
+        """So many strings, one after the other: a vocabulary."""
+        if count > self.strings_left:
+            raise self.wrong(
+                f"{what} announces {count:,} strings; the limit for a file is {MAX_STRINGS:,}"
+            )
+        self.strings_left -= count
+        data, place, length_at = self.data, self.place, struct.Struct("<Q").unpack_from
+        end, texts = min(self.size, MAX_HEADER), list[str]()
+        try:
+            while len(texts) < count and place + 8 <= end:
+                start = place + 8
+                place = start + length_at(data, place)[0]
+                if place > end:
+                    break
+                texts.append(data[start:place].decode("utf-8"))
+                self.place = place
+        except UnicodeDecodeError:
+            raise self.wrong(f"a string of {what} at {start:,} is not UTF-8") from None
+        if len(texts) < count:
+            self.string(f"a string of {what}")  # raises: it says where it goes beyond the end
+        return texts
 
 
 def _counts(reader: _Reader) -> tuple[int, int]:
@@ -252,7 +283,7 @@ def _array(reader: _Reader, key: str) -> Any:
             raise reader.wrong(
                 f"{quoted(key)} announces {length:,} strings, more than there is room for"
             )
-        return [reader.string(f"a string of {quoted(key)}") for _ in range(length)]
+        return reader.strings(length, quoted(key))
     if kind not in _NUMBERS:
         raise reader.wrong(f"{quoted(key)} is an array of the type {kind}, which is not read")
     dtype = np.dtype(_NUMBERS[kind]).newbyteorder("<")
