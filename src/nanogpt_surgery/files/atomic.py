@@ -9,16 +9,62 @@ beside it, under a name that begins with `.tmp-`.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.disk_errors import UnwrittenError, disk_refuses, make_folder
+from nanogpt_surgery.files.disk_errors import UnwrittenError, disk_refuses, make_folder, tried_again
 from nanogpt_surgery.files.exchange import exchange
 from nanogpt_surgery.files.manifest import check_own_file, check_own_folder, seal
 from nanogpt_surgery.files.temporary import temporary_beside
 from nanogpt_surgery.files.writing import flush, flush_place
+
+T = TypeVar("T")
+
+
+def write_folder(goal: str | Path, fill: Callable[[Path], T]) -> T:
+    """Write a folder whole or not at all; again, at most twice, where the device fails.
+
+    Args:
+        goal: made, or replaced as `whole_folder` says.
+        fill: writes into an empty folder, which becomes `goal`; called anew in each attempt.
+
+    Returns:
+        What `fill` returns.
+
+    Raises:
+        SurgeryError: as `whole_folder`, of the last attempt.
+    """
+
+    def write() -> T:
+        with whole_folder(goal) as temporary:
+            return fill(temporary)
+
+    return tried_again(write)
+
+
+def write_file(goal: str | Path, fill: Callable[[Path], T], magic: bytes = b"GGUF") -> T:
+    """Write a file whole or not at all; again, at most twice, where the device fails.
+
+    Args:
+        goal: made, or replaced as `whole_file` says.
+        fill: writes the file that becomes `goal`; called anew in each attempt.
+        magic: what a file that may be replaced begins with.
+
+    Returns:
+        What `fill` returns.
+
+    Raises:
+        SurgeryError: as `whole_file`, of the last attempt.
+    """
+
+    def write() -> T:
+        with whole_file(goal, magic) as temporary:
+            return fill(temporary)
+
+    return tried_again(write)
 
 
 @contextmanager

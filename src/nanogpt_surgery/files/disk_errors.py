@@ -27,6 +27,10 @@ class UnwrittenError(OSError):
         self.needed = needed
 
 
+class NotFlushedError(SurgeryError):
+    """A new state is in its place, but the disk may not keep it there."""
+
+
 def disk_refuses(goal: Path, error: OSError, needed: int | None = None) -> SurgeryError:
     """An error that says why the system refused to write `goal`, in its words and with the facts.
 
@@ -147,11 +151,12 @@ _PAUSE = 0.1  # seconds before the second attempt, twice as many before each lat
 T = TypeVar("T")
 
 
-def tried_again(action: Callable[[], T]) -> T:
+def tried_again(action: Callable[[], T], never: tuple[type[Exception], ...] = ()) -> T:
     """The result of an action, done again up to twice where the device fails for a moment.
 
     The action must begin anew each time: to flush a file again that failed to be flushed tells
-    nothing, since the system forgets what it could not write.
+    nothing, since the system forgets what it could not write. Errors of the kinds `never` are not
+    answered by another attempt.
 
     Raises:
         OSError, SurgeryError: of the last attempt, or of the first one that no attempt will mend.
@@ -161,6 +166,8 @@ def tried_again(action: Callable[[], T]) -> T:
             return action()
         except (OSError, SurgeryError) as error:
             cause = error if isinstance(error, OSError) else error.__cause__
+            if isinstance(error, never) or isinstance(cause, SetAsideError):
+                raise
             if not isinstance(cause, OSError) or cause.errno not in _PASSING:
                 raise
             time.sleep(_PAUSE * 2 ** (attempt - 1))

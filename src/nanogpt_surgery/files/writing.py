@@ -10,8 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.disk_errors import UnwrittenError, tried_again
+from nanogpt_surgery.files.disk_errors import NotFlushedError, UnwrittenError, tried_again
 from nanogpt_surgery.files.temporary import temporary_beside
 
 if TYPE_CHECKING:
@@ -31,12 +30,12 @@ def flush_place(goal: Path) -> None:
     """Ask the system to keep the place that a file or folder has just taken.
 
     Raises:
-        SurgeryError: it refuses; the new state is in its place all the same.
+        NotFlushedError: it refuses; the new state is in its place all the same.
     """
     try:
         flush(goal.parent)
     except OSError as error:
-        raise SurgeryError(
+        raise NotFlushedError(
             f"{goal} is written whole and in its place, but {goal.parent} could not be flushed to "
             f"the disk: {error.strerror or error}; a power cut may bring back what was there "
             "before",

@@ -54,7 +54,7 @@ def compare(
         warnings.warn(
             "no tokenizer was written: whoever opens the file must bring ids",
             SurgeryWarning,
-            stacklevel=4,
+            stacklevel=8,  # whoever called the function that writes the file
         )
     check_tokenizer(tokenizer, tokenizer_again, lost)
     return Report(title, rows, _logits(model, again))

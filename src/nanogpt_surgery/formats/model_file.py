@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
-from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.manifest import check_undamaged
 from nanogpt_surgery.files.writing import write_tensors
@@ -74,10 +74,13 @@ def save_model(
         SurgeryError: the model carries a LoRA, or the folder holds something else, or what was
             written does not read back. There is no new folder then.
     """
-    with whole_folder(folder) as temporary:
-        write_model_files(model, temporary, tokenizer, source)
-        again, tokenizer_again = open_model(temporary, "each")
+
+    def write(new: Path) -> None:
+        write_model_files(model, new, tokenizer, source)
+        again, tokenizer_again = open_model(new, "each")
         check_equal(model, again, tokenizer, tokenizer_again)
+
+    write_folder(folder, write)
 
 
 def write_model_files(

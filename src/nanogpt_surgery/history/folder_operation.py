@@ -14,9 +14,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.disk_errors import disk_refuses
+from nanogpt_surgery.files.disk_errors import NotFlushedError, disk_refuses, tried_again
 from nanogpt_surgery.files.exchange import exchange, set_aside
 from nanogpt_surgery.files.manifest import MANIFEST, seal
 from nanogpt_surgery.files.temporary import remove_temporaries, temporary_beside
@@ -36,6 +37,7 @@ from nanogpt_surgery.history.folder_journal import (
 from nanogpt_surgery.report import Report
 
 NEW = ".new"
+T = TypeVar("T")
 
 
 def operate(
@@ -58,6 +60,12 @@ def operate(
             elsewhere, is being written, or the disk refuses; it is untouched then. Or what `write`
             raises.
     """
+    return _tried_again(lambda: _operate(folder, write, keep_originals, gone))
+
+
+def _operate(
+    folder: Path, write: Callable[[Path], Entry], keep_originals: bool, gone: Collection[str]
+) -> Entry:
     with _twin(folder) as (twin, journal):
         before = hashes_of(twin)
         new = twin / NEW
@@ -85,7 +93,7 @@ def undo_folder(folder: str | Path) -> Report:
         SurgeryError: there is none, its originals were dropped, or a file is not what the operation
             left, or not what was kept (all of them named). The folder is untouched then.
     """
-    return _turn(Path(folder), UNDONE)
+    return _tried_again(lambda: _turn(Path(folder), UNDONE))
 
 
 def redo_folder(folder: str | Path) -> Report:
@@ -94,7 +102,12 @@ def redo_folder(folder: str | Path) -> Report:
     Raises:
         SurgeryError: as `undo_folder`.
     """
-    return _turn(Path(folder), AGAIN)
+    return _tried_again(lambda: _turn(Path(folder), AGAIN))
+
+
+def _tried_again(change: Callable[[], T]) -> T:
+    """A change, tried again as long as it has not happened: a second one would be another."""
+    return tried_again(change, never=(NotFlushedError,))
 
 
 def _turn(folder: Path, event: str) -> Report:

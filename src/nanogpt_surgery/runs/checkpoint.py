@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files.manifest import MANIFEST, damage, file_hash
 from nanogpt_surgery.files.writing import flush, link_or_copy, write_tensors
 from nanogpt_surgery.files.temporary import is_temporary, remove_temporaries
-from nanogpt_surgery.files.disk_errors import make_folder, tried_again, writing
+from nanogpt_surgery.files.disk_errors import make_folder, writing
 from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
 from nanogpt_surgery.history.folder_journal import Entry, is_operated, read_journal, record
 from nanogpt_surgery.formats.folders.run_folder import (
@@ -152,15 +152,14 @@ class Run:
         """
         goal = free_place(self.folder, step.step)
 
-        def commit() -> None:
+        def write(new: Path) -> None:
             self._flush_metrics()
-            with whole_folder(goal) as temporary:
-                write_weights(temporary)
-                write_tensors(training_state(model, optimizer), temporary / STATE)
-                beside = {"state": state or {}, "environment": self.environment}
-                write_json(temporary / SUMMARY, step.to_dict() | beside)
+            write_weights(new)
+            write_tensors(training_state(model, optimizer), new / STATE)
+            beside = {"state": state or {}, "environment": self.environment}
+            write_json(new / SUMMARY, step.to_dict() | beside)
 
-        tried_again(commit)
+        write_folder(goal, write)
         self.checkpoint = goal
         self._whole.add(goal)
         loss = validation_loss_of(goal)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.atomic import whole_file, whole_folder
+from nanogpt_surgery.files.atomic import write_file, write_folder
 from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.comparison import check_equal
@@ -149,11 +149,14 @@ class _Writing:
 
     def elsewhere(self, goal: Path, entry: Entry) -> Entry:
         """Make a folder, whose journal begins with the merge."""
-        with whole_folder(goal) as new:
-            entry = self._files(new, entry)
-            entry = replace(entry, after=hashes_of(new), originals="none")
-            record(new, entry)
-        return entry
+
+        def write(new: Path) -> Entry:
+            made = self._files(new, entry)
+            made = replace(made, after=hashes_of(new), originals="none")
+            record(new, made)
+            return made
+
+        return write_folder(goal, write)
 
     def _files(self, new: Path, entry: Entry, place: Path | None = None) -> Entry:
         """Write the files, read them again; in place, without those there already."""
@@ -250,9 +253,12 @@ def merge_into_gguf(
     merge = prepare(model, adapter, dtype="float32", probe=probe, force=force, tied=tied)
     most = (1e-2 if kind == "Q8_0" else 1e-3) if tolerance is None else tolerance
     merged = add_in(merge, partial(rounding_of, kind=kind), most, force)
-    with whole_file(path) as temporary:
-        again, written = write_gguf_file(merge.model, temporary, merge.tokenizer, kind, "")
-        effect = merged.measure(again)
+
+    def write(new: Path) -> tuple[Report, dict[str, Any]]:
+        again, written = write_gguf_file(merge.model, new, merge.tokenizer, kind, "")
+        return written, merged.measure(again)
+
+    written, effect = write_file(path, write)
     summary = {"file": str(path), "layers": len(merged.rows), "base": merge.base, **effect}
     stored = {f"stored_as_{row['stored as']}": row["tensors"] for row in written.rows}
     return Report(f"merged: {merge.title} into {model}", merged.rows, summary | stored)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.atomic import whole_file
+from nanogpt_surgery.files.atomic import write_file
 from nanogpt_surgery.formats.comparison import compare
 from nanogpt_surgery.formats.gguf.model import SCALING_KEY, open_gguf, rope_factors
 from nanogpt_surgery.formats.gguf.names import FIELDS, ROPE_FACTORS, table
@@ -67,8 +67,8 @@ def save_gguf(
         SurgeryError: llama.cpp has no such model or tokenizer, or what was written does not read
             back as it should. There is no new file then.
     """
-    with whole_file(path) as temporary:
-        return write_gguf_file(model, temporary, tokenizer, kind, f"GGUF written: {path}")[1]
+    title = f"GGUF written: {path}"
+    return write_file(path, lambda new: write_gguf_file(model, new, tokenizer, kind, title)[1])
 
 
 def write_gguf_file(

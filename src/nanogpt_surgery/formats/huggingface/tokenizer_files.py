@@ -22,7 +22,7 @@ from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokeniz
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids, vocab_size_of
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
-from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.formats.huggingface.special_tokens import (
     TOKENIZER_CONFIG,
@@ -152,9 +152,11 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
     """
     from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
 
-    with whole_folder(folder) as temporary:
-        write_tokenizer_files(tokenizer, temporary)
-        check_tokenizer(tokenizer, open_tokenizer(temporary))
+    def write(new: Path) -> None:
+        write_tokenizer_files(tokenizer, new)
+        check_tokenizer(tokenizer, open_tokenizer(new))
+
+    write_folder(folder, write)
 
 
 def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int | None = None) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, listed
-from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.formats.folders.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import rows, to_ours, to_theirs
@@ -58,8 +58,7 @@ def save_adapter(
     Raises:
         SurgeryError: there is no LoRA, it is not clear which, or the folder holds something else.
     """
-    with whole_folder(folder) as temporary:
-        write_adapter_files(model, temporary, base, name=name)
+    write_folder(folder, lambda new: write_adapter_files(model, new, base, name=name))
     return report_on(model, f"LoRA saved to {folder}")
 
 
@@ -106,8 +105,8 @@ def check_unsavable(model: nn.Module) -> None:
     Raises:
         SurgeryError: it cannot be saved, so that training it would be in vain.
     """
-    with TemporaryDirectory() as place, whole_folder(Path(place) / "adapter") as folder:
-        write_adapter_files(model, folder)
+    with TemporaryDirectory() as place:
+        write_folder(Path(place) / "adapter", lambda new: write_adapter_files(model, new))
 
 
 def load_adapter(

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.atomic import whole_file, whole_folder
+from nanogpt_surgery.files.atomic import write_file, write_folder
 from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.files.writing import write_tensors
 from nanogpt_surgery.formats.gguf.file import read_gguf
@@ -42,19 +42,26 @@ def save_lora_gguf(model: SimpleGPT, path: str | Path) -> None:
     family = _family(model)
     factors = dict(_named(model, _folded(model), family))
     alpha = float(max(a.size(0) for a, _ in factors.values()))
-    with whole_file(path) as temporary:
-        with closing(GGUFWriter(temporary, family)) as writer:
-            writer.add_type("adapter")
-            writer.add_string("adapter.type", "lora")
-            writer.add_float32("adapter.lora.alpha", alpha)
-            for name, (a, b) in factors.items():
-                scaled = b * (a.size(0) / alpha)  # the reader multiplies by alpha / R
-                writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
-                writer.add_tensor(f"{name}.lora_b", scaled.contiguous().numpy())
-            writer.write_header_to_file()
-            writer.write_kv_data_to_file()
-            writer.write_tensors_to_file()
-        _check_gguf(temporary, factors, alpha)
+
+    def write(new: Path) -> None:
+        _write_gguf(new, family, factors, alpha)
+        _check_gguf(new, factors, alpha)
+
+    write_file(path, write)
+
+
+def _write_gguf(path: Path, family: str, factors: dict[str, Factors], alpha: float) -> None:
+    with closing(GGUFWriter(path, family)) as writer:
+        writer.add_type("adapter")
+        writer.add_string("adapter.type", "lora")
+        writer.add_float32("adapter.lora.alpha", alpha)
+        for name, (a, b) in factors.items():
+            scaled = b * (a.size(0) / alpha)  # the reader multiplies by alpha / R
+            writer.add_tensor(f"{name}.lora_a", a.contiguous().numpy())
+            writer.add_tensor(f"{name}.lora_b", scaled.contiguous().numpy())
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
 
 
 def _check_gguf(path: Path, factors: dict[str, Factors], alpha: float) -> None:
@@ -97,15 +104,18 @@ def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
             "keys": sorted({name.split(".", 2)[2] for name in factors}),
         },
     }
-    with whole_folder(folder) as temporary:
-        write_json(temporary / "adapter_config.json", config)
-        write_tensors(tensors, temporary / "adapters.safetensors")
-        again = load_file(temporary / "adapters.safetensors")
+
+    def write(new: Path) -> None:
+        write_json(new / "adapter_config.json", config)
+        write_tensors(tensors, new / "adapters.safetensors")
+        again = load_file(new / "adapters.safetensors")
         found = {
             name: (again[f"model.{name}.lora_a"].t(), again[f"model.{name}.lora_b"].t())
             for name in factors
         }
         _check(factors, found)
+
+    write_folder(folder, write)
 
 
 def _mlx_tensors(model: SimpleGPT, factors: dict[str, Factors]) -> Iterator[tuple[str, Tensor]]:
