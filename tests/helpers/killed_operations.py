@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files import exchange
 from nanogpt_surgery.files.manifest import damage, seal
-from nanogpt_surgery.files.writing import exchange
 from nanogpt_surgery.history.folder_journal import Entry, hashes_of, read_journal
 from nanogpt_surgery.history.folder_operation import operate, redo_folder, undo_folder
 
