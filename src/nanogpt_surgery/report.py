@@ -48,6 +48,7 @@ CALLED = {
     "training bytes": "memory in training",
 }
 FITS_INTO = {  # what of a summary has to fit into what
+    "adapter_bytes": "free_bytes",
     "model_bytes": "free_bytes",
     "disk_bytes": "free_bytes",
     "memory_bytes": "available_bytes",
@@ -89,7 +90,8 @@ class Report:
         if len(shown) < len(self.rows):
             lines.append(f"({len(self.rows):,} lines in {len(shown):,}; --all shows each)")
         lines += [
-            f"{label(key)}: {value_text(key, value)}{_fits(key, self.summary)}"
+            f"{label(key)}: {' '.join(value_text(key, value).split()) or '(nothing)'}"
+            f"{_fits(key, self.summary)}"
             for key, value in self.summary.items()
             if key not in NOT_SHOWN
         ]

@@ -8,8 +8,6 @@ from typing import Annotated
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.framework.console import AllLayers
-
 
 @Parameter(name="*")
 @dataclass(frozen=True)
@@ -34,6 +32,5 @@ class RunOptions:
     """steps from one sample answer to the next; by default at evaluations (0: none)"""
     plan: Annotated[bool, Parameter(negative="")] = False
     """say what it will take, by a few real steps, and touch nothing"""
-    all_layers: AllLayers = False
     json: Annotated[bool, Parameter(negative="")] = False
     """print the result as JSON"""

@@ -11,6 +11,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.framework.console import Announced, say, show, watched
+from nanogpt_surgery.cli.framework.output import room
 from nanogpt_surgery.cli.framework.processes import several, told
 from nanogpt_surgery.cli.framework.signals import Stop, signals
 from nanogpt_surgery.cli.recorder import Recorder
@@ -78,6 +79,8 @@ def carry_out(job: Job, done: str) -> None:
     except Exception as error:
         raise (_out_of_memory(job, error) if is_out_of_memory(error) else error) from error
     show(report, job.options.json)
+    if job.options.plan:
+        say("the same command without --plan trains it")
 
 
 def _out_of_memory(job: Job, error: Exception) -> SurgeryError:
@@ -321,9 +324,11 @@ def _planned(job: Job) -> Report:
     """What the training will take; no folder is touched."""
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
     from nanogpt_surgery.report import Report
+    from nanogpt_surgery.training.memory_estimate import memory_for_training
     from nanogpt_surgery.training.planning import plan_training
 
     assert isinstance(job.model, SimpleGPT)
     say("timing a few steps and an evaluation")
+    free = room(memory_for_training(job.model, job.settings), job.options.out)
     summary = plan_training(job.model, job.dataset, job.settings, job.validation)
-    return Report("training planned", [], summary)
+    return Report("training planned", [], summary | free)

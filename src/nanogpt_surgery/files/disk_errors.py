@@ -122,6 +122,11 @@ def _nearest_folder(path: Path) -> Path:
     return next(folder for folder in path.absolute().parents if _is_dir(folder))
 
 
+def free_bytes(path: Path) -> int:
+    """Bytes free on the disk that a path is on, or will be."""
+    return shutil.disk_usage(path if _is_dir(path) else _nearest_folder(path)).free
+
+
 def _file_in_the_way(path: Path) -> Path | None:
     """What stands, as a file, where a path needs a folder."""
     above = [*reversed(path.parents)]

@@ -38,7 +38,8 @@ class Hardware:
         if self.device.type == "cuda":
             name = torch.cuda.get_device_name(self.device)
         elif self.device.type == "cpu":
-            name = f"CPU, {torch.get_num_threads()} threads"
+            threads = torch.get_num_threads()
+            name = f"CPU, {threads} thread{'' if threads == 1 else 's'}"
         else:
             name = self.device.type
         how = "compiled blocks" if self.compile else "not compiled"

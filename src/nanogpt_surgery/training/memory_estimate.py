@@ -8,7 +8,7 @@ from torch import nn
 from nanogpt_surgery.data.batches import Batches
 from nanogpt_surgery.data.gpt_dataset import GPTDataset
 from nanogpt_surgery.data.text.mixture import Mixture
-from nanogpt_surgery.memory import check_memory
+from nanogpt_surgery.memory import available_memory, check_memory
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import world
@@ -61,6 +61,18 @@ def _of_a_batch(width: int, settings: FitSettings, length: int) -> dict[str, int
         "ids of a batch": ID * rows * settings.accumulation * length,
         "hidden states": 2 * FLOAT32 * rows * length * width,
     }
+
+
+def memory_for_training(model: nn.Module, settings: FitSettings) -> int | None:
+    """Bytes that the training of an opened model may take in all, its weights among them.
+
+    None where the system does not say. Weights that lie where the training computes count as free,
+    since a plan's memory counts them too.
+    """
+    device = choose_hardware(settings).device
+    free = _free_on_device(settings) if device.type == "cuda" else available_memory()
+    own = (p for p in model.parameters() if p.device.type == device.type)
+    return None if free is None else free + sum(p.numel() * p.element_size() for p in own)
 
 
 def _free_on_device(settings: FitSettings) -> int | None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import platform
-import shutil
 import sys
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.framework.console import show
+from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.output import room
+from nanogpt_surgery.memory import available_memory
 
 PACKAGES = ("nanogpt-surgery", "torch", "tiktoken", "safetensors", "numpy", "rich", "cyclopts")
 
@@ -46,9 +48,10 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16": cpu_has_bfloat16(),
         "torch_compile": f"cannot work: there is no {lacking}" if lacking else "can work",
-        "free_disk_GB": round(shutil.disk_usage(".").free / 1e9, 1),
+        **room(available_memory(), Path()),
         "float32_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.float32) / 1e9),
         "bfloat16_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.bfloat16) / 1e9),
     }
     report = Report("surgery doctor", [], summary)
     show(report, json)
+    say("surgery train --out FOLDER trains a model here; with --plan it says what that takes")

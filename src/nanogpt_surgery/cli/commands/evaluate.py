@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.next_command import say_next
 from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, one_adapter, open_to_talk
 from nanogpt_surgery.data.conversations.instruction_settings import TemplateName
 
@@ -69,6 +70,7 @@ def evaluate(
     else:
         report = _answer_report(network, tokenizer, file, template, batch_size)
     show(report, json)
+    say_next(model, adapter, talks=kind == "answers")
 
 
 def _kind_of(file: str) -> str:

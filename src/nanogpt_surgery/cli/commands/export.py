@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -10,6 +11,7 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.framework.console import AllLayers, say, show
 from nanogpt_surgery.cli.framework.options import given, options_of_function
 from nanogpt_surgery.cli.framework.output import Overwrite, check_out
+from nanogpt_surgery.cli.next_command import say_next
 from nanogpt_surgery.cli.opening import WITH_ADAPTER
 from nanogpt_surgery.errors import SurgeryError
 
@@ -67,6 +69,18 @@ def export(
     else:
         show(_write_merged(model, adapter, out, form, probe, given(options)), json, all_layers)
     say(f"wrote {out}, and read it again")
+    _say_next(model, out, form)
+
+
+def _say_next(model: str, out: Path, form: str) -> None:
+    """Say the command that opens what was written."""
+    place = shlex.quote(str(out))
+    if form == "lora-gguf":
+        say(f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF")
+    elif form == "mlx":
+        say(f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {place} --prompt …")
+    else:
+        say_next(out)
 
 
 def _write_adapter(

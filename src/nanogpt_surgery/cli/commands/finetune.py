@@ -6,8 +6,9 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.framework.console import say, say_report
+from nanogpt_surgery.cli.framework.console import AllLayers, say, say_report
 from nanogpt_surgery.cli.framework.options import TargetOptions, given, options_of
+from nanogpt_surgery.cli.next_command import say_next
 from nanogpt_surgery.cli.run_length import with_length
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.data.conversations.instruction_settings import InstructionSettings
@@ -38,6 +39,7 @@ def finetune(
     target: TargetOptions = None,
     lora: LoraOptions = None,
     training: TrainingOptions = None,
+    all_layers: AllLayers = False,
 ) -> None:
     """Fine-tune a model on text, or on answers, with LoRA into an adapter folder that peft reads.
 
@@ -49,8 +51,8 @@ def finetune(
     model
         a run, a model folder, a GGUF file or a hub name
     text
-        files, folders, or - for standard input; without any, the standard library's source;
-        or JSON, JSONL, CSV or TSV of instruction data; or a folder that surgery data prepare made
+        files, folders, or - for standard input, or a folder that surgery data prepare made; without
+        any, the standard library's source
     weights
         draw from each source of text in proportion, as in 3:1 for two of them
     block_size
@@ -63,14 +65,13 @@ def finetune(
     """
     from nanogpt_surgery.cli.training_run import carry_out
 
-    asked = given(training)
-    settings, adapter = FitSettings(**asked), LoRASettings(**given(lora))
+    settings, adapter = FitSettings(**(asked := given(training))), LoRASettings(**given(lora))
     _check_first(run, settings, asked, keep_in)
     targets = given(target).get("targets")
     network, tokenizer, length = _opened(model, block_size, targets or [])
     conversations = InstructionSettings(**given(instructions))
     data = _data(text, weights, tokenizer, length, conversations)
-    job = _job(run, model, network, tokenizer, data, settings, adapter, given(target))
+    job = _job(run, model, network, tokenizer, data, settings, adapter, given(target), all_layers)
     job = with_length(_spaced(job, network, stride), asked)
     _say_training(job, text)
     named = {"model": model, "text": text, "weights": weights, "targets": targets}
@@ -79,18 +80,12 @@ def finetune(
 
 
 def _say_next(model: str, run: RunOptions, job: Job) -> None:
-    """The command that shows what was learned."""
-    import shlex
-
+    """Say the command that shows what was learned."""
     from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
 
     if run.plan:
         return
-    words = f"{shlex.quote(model)} --adapter {shlex.quote(str(run.out))}"
-    if isinstance(job.dataset, InstructionDataset):
-        say(f"surgery chat {words} talks with it")
-    else:
-        say(f"surgery generate {words} --prompt … continues a text with it")
+    say_next(model, run.out, talks=isinstance(job.dataset, InstructionDataset))
 
 
 def _check_first(
@@ -153,6 +148,7 @@ def _job(
     settings: FitSettings,
     adapter: LoRASettings,
     targets: dict[str, Any],
+    all_layers: bool,
 ) -> Job:
     """The training of a LoRA, whose weights follow from the seed, in an opened model."""
     import torch
@@ -165,7 +161,7 @@ def _job(
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
     report = inject_lora(network, **targets, settings=adapter)
-    say_report(report, run.all_layers)
+    say_report(report, all_layers)
     if not run.resume:
         check_unsavable(network)
     return Job(

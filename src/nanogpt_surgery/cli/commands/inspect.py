@@ -10,6 +10,12 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.framework.console import AllLayers, show
 
 FUSED, PARTS = "attn.c_attn", ("q_proj", "k_proj", "v_proj")
+KINDS = {  # of a tokenizer.json
+    "BPE": "byte pairs (BPE)",
+    "Unigram": "pieces of words (Unigram)",
+    "WordPiece": "pieces of words (WordPiece)",
+    "WordLevel": "whole words",
+}
 ABOUT_FUSED = (
     "c_attn is GPT-2's q_proj, k_proj and v_proj in one matrix, and so is its update: parts made "
     "apart stand in it with A stacked, B on a block diagonal and r their sum; else they share A"
@@ -18,6 +24,7 @@ ABOUT_FUSED = (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.lora.stored_adapter import LowRankUpdate
     from nanogpt_surgery.report import Report
 
@@ -75,11 +82,25 @@ def _model_report(path: str) -> Report:
         "head": "tied to the embedding" if config.tie_head else "its own matrix",
         "context": config.block_size,
         "forward_flops_per_token": config.flops_per_token(),
-        "tokenizer": f"{type(tokenizer).__name__}, {config.vocab_size} ids"
-        if tokenizer
-        else "none",
+        "tokenizer": f"{_kind_of(tokenizer)}, {config.vocab_size:,} ids" if tokenizer else "none",
     }
     return Report(f"model {path}", rows, summary)
+
+
+def _kind_of(tokenizer: Tokenizer) -> str:
+    """The kind of a tokenizer in plain words."""
+    from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
+    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+
+    if isinstance(tokenizer, CharacterTokenizer):
+        return "characters, an id each"
+    if isinstance(tokenizer, BPETokenizer):
+        return "byte pairs (BPE)"
+    if isinstance(tokenizer, PretrainedTokenizer):
+        kind = tokenizer.to_json()["model"].get("type")
+        return f"{KINDS.get(kind, kind or 'of an unnamed kind')}, from a tokenizer.json"
+    return "of another program"
 
 
 def _dtype(module: str, key: str, parameter: Tensor, types: dict[str, str]) -> str:

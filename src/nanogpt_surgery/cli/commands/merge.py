@@ -58,11 +58,11 @@ def merge(
     more = given(options) | {"probe": text, "keep_originals": not drop_originals}
     if plan:
         show(plan_merge(model, adapter, out, **more), json, all_layers)
+        say("the same command without --plan merges it")
         return
     show(merge_adapter(model, adapter, out, **more), json, all_layers)
     if out is not None:
         say(f"wrote {out}, read it again and measured it; {model} is as it was")
-    elif drop_originals:
-        say(f"changed {model}, read it again and measured it; this cannot be undone")
     else:
-        say(f"changed {model}, read it again and measured it; surgery undo {model} takes it back")
+        back = "this cannot be undone" if drop_originals else f"surgery undo {model} takes it back"
+        say(f"changed {model}, read it again and measured it; {back}")

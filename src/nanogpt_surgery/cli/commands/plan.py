@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import AllLayers, say, show
 from nanogpt_surgery.cli.framework.options import TargetOptions, given, options_of
+from nanogpt_surgery.cli.framework.output import room
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -48,11 +50,9 @@ def plan(
     from nanogpt_surgery.cli.instruction_data import window
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.formats.peft.adapter_layout import plan_adapter
-    from nanogpt_surgery.memory import available_memory
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.training.memory_estimate import check_batch
 
-    available = available_memory()  # before the model takes its part
     settings = FitSettings(batch_size=batch_size, keep_hidden=0.0)  # refuses what fit would
     network = open_model(model, torch.float32)[0]  # as finetune opens it
     length = window(block_size, network.config.block_size)
@@ -62,8 +62,6 @@ def plan(
     sizes = ("layers", "trainable_parameters", "total_parameters", "adapter_bytes")
     summary = {name: planned.summary[name] for name in sizes}
     summary |= _memory(network, given(target), adapter, settings, length)
-    if available is not None:
-        summary["available_bytes"] = available
     show(Report("LoRA planned", planned.rows, summary), json, all_layers)
     say(f"surgery finetune {model} TEXT… --out FOLDER trains it, by the same flags")
 
@@ -75,16 +73,21 @@ def _memory(
     settings: FitSettings,
     length: int,
 ) -> dict[str, int]:
-    """The memory of a training, as finetune --plan counts it, with the LoRA in its place."""
+    """The memory of a training, as finetune --plan counts it, with the LoRA in its place.
+
+    And what there is of memory and disk.
+    """
     import torch
 
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
     from nanogpt_surgery.lora.operations import inject_lora
     from nanogpt_surgery.training.hardware import choose_hardware
+    from nanogpt_surgery.training.memory_estimate import memory_for_training
     from nanogpt_surgery.training.planning import training_memory
 
     inject_lora(network, **targets, settings=adapter)
+    free = room(memory_for_training(network, settings), Path())
     hardware = choose_hardware(settings)
     network.to(hardware.device)
     data = GPTDataset.from_ids(torch.zeros(length + 1, dtype=torch.long), length)
-    return training_memory(network, data, settings, hardware)
+    return training_memory(network, data, settings, hardware) | free

@@ -10,6 +10,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.options import given, options_of
+from nanogpt_surgery.cli.next_command import say_next
 from nanogpt_surgery.cli.run_length import with_length
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
@@ -147,7 +148,7 @@ def _carry_out(job: Job, text: tuple[str, ...]) -> None:
     say_sources(job.dataset, text, job.settings.windows)
     carry_out(job, "trained")
     if not job.options.plan:
-        say(f"surgery generate {job.options.out} --prompt … continues a text with it")
+        say_next(job.options.out)
 
 
 def _config(

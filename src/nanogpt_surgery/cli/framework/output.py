@@ -16,6 +16,14 @@ REPLACE = "replace, in one step, the folder of ours or the GGUF file that lies a
 Overwrite: TypeAlias = Annotated[bool, Parameter(negative="", help=REPLACE)]
 
 
+def room(memory: int | None, out: Path) -> dict[str, int]:
+    """The free bytes that the figures of a plan are held against: of memory, and of the disk."""
+    from nanogpt_surgery.files.disk_errors import free_bytes
+
+    found = {} if memory is None else {"available_bytes": memory}
+    return found | {"free_bytes": free_bytes(out)}
+
+
 def check_out(out: Path, overwrite: bool, *, is_file: bool = False) -> None:
     """Refuse, before any work, what may not be written over; an empty folder is nothing.
 
