@@ -1,4 +1,4 @@
-"""What `finetune` and `data preview` share: conversations as rows with answers to train on."""
+"""What `finetune` and `data preview` share: conversations as examples with answers to train on."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LONGEST_WINDOW = 256
 
 
 def window(asked: int | None, context: int | None) -> int:
-    """Tokens in a window or row: what is asked for, else the model's context, at most 256.
+    """Tokens in a window: what is asked for, else the model's context, at most 256.
 
     Raises:
         SurgeryError: less than one is asked for, or more than the context.
@@ -108,7 +108,7 @@ def instruction_datasets(
 
 
 def say_left_out(dataset: InstructionDataset) -> None:
-    """How many examples a row is too short for, and what helps."""
+    """How many examples the window is too short for, and what helps."""
     counts = dataset.counts
     if counts.dropped:
         say(

@@ -39,7 +39,7 @@ class Counts:
     ends: int
     """targets that end a turn: without any, the model never learns to stop"""
     truncated: int
-    """examples longer than a row, whose end was cut off"""
+    """examples longer than the window, whose end was cut off"""
     dropped: int
     """examples of which no trained token was left"""
 
