@@ -53,7 +53,6 @@ if TYPE_CHECKING:
         inject_lora,
         merge_lora,
         remove_lora,
-        unmerge_lora,
     )
     from nanogpt_surgery.lora.settings import LoRASettings
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
@@ -112,7 +111,6 @@ _HOMES = {
         "inject_lora",
         "merge_lora",
         "remove_lora",
-        "unmerge_lora",
     ),
     "lora.settings": ("LoRASettings",),
     "history.undo": ("lora_log", "redo_lora", "undo_lora"),
@@ -187,7 +185,6 @@ __all__ = [
     "swap_lora",
     "tensor_hashes",
     "undo_lora",
-    "unmerge_lora",
 ]
 
 

@@ -137,7 +137,7 @@ def test_removing_reports_what_left_and_what_is_left():
 
 @pytest.mark.parametrize("force", [False, True])
 def test_a_merge_of_nothing_is_refused(force):
-    """The adapter that waits would leave unmerged."""
+    """The adapter that waits would leave without having been merged."""
     model = two_adapters()
     remove_lora(model, "b")
     with pytest.raises(SurgeryError, match="no adapter takes part") as caught:

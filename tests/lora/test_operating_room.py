@@ -23,20 +23,19 @@ from nanogpt_surgery import (
     swap_lora,
     tensor_hashes,
     undo_lora,
-    unmerge_lora,
 )
-from nanogpt_surgery.history.journal import chart_of
+from nanogpt_surgery.history.journal import history_of
 from nanogpt_surgery.lora.layer import active_mixture, adapter_names, has_lora, lora_layers
 from nanogpt_surgery.lora.targets import adaptable_layers
 
 NAMES = ("a", "b", "c")
-VERBS = ("inject", "inject", "inject", "enable", "disable", "remove", "merge", "unmerge", "swap",
+VERBS = ("inject", "inject", "inject", "enable", "disable", "remove", "merge", "swap",
          "blend", "train", "undo", "redo")  # fmt: skip
 
 
 def scribble(model: nn.Module) -> None:
     """Write past torch's version counter to a tensor that no operation replaces; undo must see."""
-    entry = chart_of(model).done[-1]
+    entry = history_of(model).done[-1]
     name = next(n for n, p in model.named_parameters() if "norm" in n or "smooth.bias" in n)
     if entry.hashes is None:
         return
@@ -66,7 +65,7 @@ def operate(model: nn.Module, data: st.DataObject) -> None:
         train_a_little(model)
     else:
         verbs = {"enable": enable_lora, "disable": disable_lora, "merge": merge_lora,
-                 "unmerge": unmerge_lora, "undo": undo_lora, "redo": redo_lora}  # fmt: skip
+                 "undo": undo_lora, "redo": redo_lora}  # fmt: skip
         verbs[verb](model)
 
 
@@ -101,7 +100,7 @@ def says_tied(model: nn.Module) -> bool | None:
 
 
 def operations(model: nn.Module) -> int:
-    return len(chart_of(model).done)
+    return len(history_of(model).done)
 
 
 @pytest.mark.parametrize("kind", PATIENTS)
@@ -122,7 +121,7 @@ def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
         except SurgeryError:
             assert tensor_hashes(model) == before, "a refused operation touched the model"
             assert torch.equal(logits(model, ids), output)
-        if operations(model) == count + 1 and not chart_of(model).undone:
+        if operations(model) == count + 1 and not history_of(model).undone:
             after = logits(model, ids)
             scribble(model)
             undo_lora(model)
@@ -130,14 +129,14 @@ def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
             assert torch.equal(logits(model, ids), output)
             redo_lora(model)
             assert torch.equal(logits(model, ids), after)
-    while chart_of(model).done:
+    while history_of(model).done:
         undo_lora(model)
     assert tensor_hashes(model) == first
     assert torch.equal(logits(model, ids), plain)
     assert trainable(model) == before_all
-    while chart_of(model).undone:
+    while history_of(model).undone:
         redo_lora(model)
-    while chart_of(model).done:
+    while history_of(model).done:
         undo_lora(model)
     assert tensor_hashes(model) == first
 
@@ -145,7 +144,7 @@ def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
 @pytest.mark.parametrize("kind", PATIENTS)
 @given(data=st.data())
 @settings(max_examples=15)
-def test_unmerged_and_removed_the_model_is_the_first_one(kind, data):
+def test_undone_and_removed_the_model_is_the_first_one(kind, data):
     model, ids = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS)), some_ids()
     frozen = data.draw(st.sampled_from([0, 1, 3]))  # nothing, everything, every third
     for index, parameter in enumerate(model.parameters()):
@@ -154,15 +153,16 @@ def test_unmerged_and_removed_the_model_is_the_first_one(kind, data):
     facts = trainable(model), says_tied(model), is_tied(model, kind)
     begin(model, kind, data)
     for _ in operated(model, data):
-        if not has_lora(model) and chart_of(model).merged:
+        done = history_of(model).done
+        if not has_lora(model) and done and done[-1].title == "merge":
             assert trainable(model) == facts[0]
-            unmerge_lora(model)
+            undo_lora(model)
     if has_lora(model):
         enable_lora(model)
         swap_lora(model, adapter_names(model)[0])
         merge_lora(model, force=True)
         assert trainable(model) == facts[0]
-        unmerge_lora(model)
+        undo_lora(model)
         remove_lora(model)
     assert tensor_hashes(model) == first
     assert torch.equal(logits(model, ids), plain)

@@ -18,7 +18,6 @@ from nanogpt_surgery import (
     remove_lora,
     swap_lora,
     undo_lora,
-    unmerge_lora,
 )
 
 T = 6  # tokens, and rows where the two are to be mistaken for each other
@@ -119,7 +118,6 @@ OPERATIONS = {
     "swap": lambda model: swap_lora(model, "a"),
     "blend": lambda model: blend_lora(model, {"a": 0.5}),
     "merge": merge_lora,
-    "unmerge": unmerge_lora,
     "remove": lambda model: remove_lora(model, "a"),
     "remove all": remove_lora,
     "undo": undo_lora,
@@ -133,9 +131,6 @@ def test_no_operation_is_done_inside_the_block(verb):
     model, ids = two_adapters("last"), some_ids(batch=2, tokens=T) % 31
     merge_lora(model)
     undo_lora(model)
-    if verb == "unmerge":
-        redo_lora(model)
-        inject_lora(model, "wte", name="a")
     trainable = [name for name, p in model.named_parameters() if p.requires_grad]
     log = lora_log(model).rows
     with lora_rows(model, ["a", None]):

@@ -18,7 +18,6 @@ from nanogpt_surgery import (
     swap_lora,
     tensor_hashes,
     undo_lora,
-    unmerge_lora,
 )
 from nanogpt_surgery.lora.layer import has_lora, lora_layers
 
@@ -146,12 +145,12 @@ def test_the_log_tells_what_was_done_and_undone():
     assert log.summary == {"can_undo": "inject default", "can_redo": "disable"}
 
 
-def test_unmerge_brings_the_wrappers_back():
+def test_an_undone_merge_brings_the_wrappers_back():
     model = model_with_a_trained_adapter()
     before, adapted = tensor_hashes(model), logits(model, some_ids())
     report = merge_lora(model)
     assert {row["original"] for row in report.rows} == {"kept"}
-    unmerge_lora(model)
+    undo_lora(model)
     assert tensor_hashes(model) == before
     assert torch.equal(logits(model, some_ids()), adapted)
     undo_lora(model)
@@ -166,15 +165,14 @@ def test_originals_are_dropped_only_when_told_and_freed():
     report = merge_lora(model, keep_originals=False)
     assert {row["original"] for row in report.rows} == {"dropped"}
     assert alive.expired()
-    for operation in (unmerge_lora, undo_lora):
-        with pytest.raises(SurgeryError, match="originals were dropped"):
-            operation(model)
+    with pytest.raises(SurgeryError, match="originals were dropped"):
+        undo_lora(model)
     assert "cannot be undone" in str(lora_log(model))
 
 
 @pytest.mark.parametrize("patient", PATIENTS)
 @pytest.mark.parametrize("frozen", ["nothing", "some", "all"])
-def test_unmerge_brings_back_what_could_be_trained(patient, frozen):
+def test_an_undone_merge_brings_back_what_could_be_trained(patient, frozen):
     model = PATIENTS[patient]()
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(frozen == "nothing" or (frozen == "some" and index % 3 > 0))
@@ -183,38 +181,26 @@ def test_unmerge_brings_back_what_could_be_trained(patient, frozen):
     train_a_little(model)
     merge_lora(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
-    unmerge_lora(model)
+    undo_lora(model)
     merge_lora(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
-    unmerge_lora(model)
+    undo_lora(model)
     remove_lora(model)
     assert {name: p.requires_grad for name, p in model.named_parameters()} == trainable
 
 
-@pytest.mark.parametrize("end", ["unmerge", "undo"])
-def test_unmerged_a_config_says_again_that_the_weights_are_one(end):
+def test_after_an_undone_merge_a_config_says_again_that_the_weights_are_one():
     model = PATIENTS["transformers"](tied=True)
     inject_lora(model, "lm_head", rank=2, tied="untie")
     train_a_little(model)
     for _ in range(2):
         merge_lora(model)
         assert model.config.tie_word_embeddings is False
-        {"unmerge": unmerge_lora, "undo": undo_lora}[end](model)
+        undo_lora(model)
         assert model.config.tie_word_embeddings is True
     remove_lora(model)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings is True
-
-
-def test_a_merge_with_an_operation_on_top_is_not_unmerged():
-    model = model_with_a_trained_adapter()
-    merge_lora(model)
-    inject_lora(model, "q_proj", name="second")
-    with pytest.raises(SurgeryError, match="changed after the merge"):
-        unmerge_lora(model)
-    remove_lora(model)
-    unmerge_lora(model)
-    assert has_lora(model)
 
 
 def test_a_copy_of_a_model_has_a_journal_of_its_own():

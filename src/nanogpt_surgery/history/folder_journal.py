@@ -24,9 +24,9 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.json_files import replace_text
 from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.files.writing import flush
-from nanogpt_surgery.formats.folders.run_folder import RUN, is_run
 from nanogpt_surgery.report import Report
 
+RUN = "run.json"  # what a training was asked for; a folder with it is a run
 OPERATIONS, JOURNAL = "operations", "journal.jsonl"
 DONE, UNDONE, AGAIN = "done", "undone", "done again"
 SHOWN = 12  # digits of a hash in a table
@@ -200,8 +200,7 @@ def is_operated(folder: Path) -> bool:
 def hashes_of(folder: Path) -> dict[str, str]:
     """The sha256 of each file that a model or an adapter is made of, at the top of a folder."""
     found = [path for path in folder.iterdir() if path.suffix in _SUFFIXES and path.is_file()]
-    own = {RUN} if is_run(folder) else set()
-    return {path.name: file_hash(path) for path in sorted(found) if path.name not in own}
+    return {path.name: file_hash(path) for path in sorted(found) if path.name != RUN}
 
 
 def folder_log(folder: str | Path) -> Report:

@@ -19,13 +19,14 @@ from typing import TypeVar
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.disk_errors import NotFlushedError, disk_refuses, tried_again
 from nanogpt_surgery.files.exchange import exchange, set_aside
+from nanogpt_surgery.files.lock import LOCK, file_lock
 from nanogpt_surgery.files.manifest import MANIFEST, seal
 from nanogpt_surgery.files.temporary import remove_temporaries, temporary_beside
 from nanogpt_surgery.files.writing import flush, flush_place, link_or_copy
-from nanogpt_surgery.formats.folders.run_folder import LOCK, held, is_run
 from nanogpt_surgery.history.folder_journal import (
     AGAIN,
     OPERATIONS,
+    RUN,
     SHOWN,
     UNDONE,
     Entry,
@@ -161,7 +162,7 @@ def _twin(folder: Path) -> Iterator[tuple[Path, FolderJournal]]:
     """
     _check_place(folder)
     folder = folder.resolve()
-    with held(folder / LOCK if is_run(folder) else folder):
+    with file_lock(folder / LOCK if (folder / RUN).is_file() else folder):
         remove_temporaries(folder.parent, of=folder.name)
         journal = read_journal(folder)
         _check_links(folder)

@@ -1,4 +1,4 @@
-"""The sha256 of tensors, by which the room proves that bits stayed or came back."""
+"""The sha256 of tensors, by which an operation shows that bits stayed or came back."""
 
 from __future__ import annotations
 

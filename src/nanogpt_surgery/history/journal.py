@@ -1,8 +1,9 @@
 """What was done to a model, so that it can be taken back.
 
-No operation writes into a tensor: each puts modules in the places of others, changes which adapters
-take part, or which parameters can be trained. The journal keeps those differences, and with them
-the very objects that were there; taking back is putting them in their places again.
+No operation writes into a tensor: each puts modules in the places of others, changes an attribute
+that a module's class lists in `journaled`, or changes which parameters can be trained. The journal
+keeps those differences, and with them the very objects that were there; taking back is putting them
+in their places again.
 """
 
 from __future__ import annotations
@@ -13,13 +14,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.history.hashing import tensor_hashes, written_to
-from nanogpt_surgery.lora.layer import LoRALayer, check_in_rows
+from nanogpt_surgery.history.hashing import tensor_hashes
 
-CHART = "_surgery_chart"
+HISTORY = "_surgery_history"  # the model's attribute
 _TIE = "tie_word_embeddings"
 
 
@@ -37,76 +37,50 @@ class Entry:
 
 
 @dataclass
-class Chart:
-    """What is known of one model: its journal, and what to restore when the last adapter leaves."""
+class History:
+    """What was done to one model.
+
+    Attributes:
+        done: operations that can be undone, the oldest first.
+        undone: operations that can be done again, the one undone last at the end.
+        dropped: titles of operations that can no longer be undone.
+        trainable_before: parameters that could be trained before the first adapter came.
+        closed: why no operation may be done just now.
+    """
 
     done: list[Entry] = field(default_factory=list)
     undone: list[Entry] = field(default_factory=list)
-    forgotten: list[str] = field(default_factory=list)
-    thaw: tuple[nn.Parameter, ...] | None = None
-    merged: Merge | None = None
+    dropped: list[str] = field(default_factory=list)
+    trainable_before: tuple[nn.Parameter, ...] | None = None
+    closed: SurgeryError | None = None
+
+    def check_open(self) -> None:
+        """Raises `SurgeryError` where no operation may be done just now."""
+        if self.closed is not None:
+            raise self.closed
+
+    def drop_originals(self) -> None:
+        """Drops everything that an undo would need, so that its memory is freed."""
+        self.dropped += [entry.title for entry in self.done]
+        self.done.clear()
+        self.undone.clear()
 
 
-@dataclass(frozen=True)
-class Merge:
-    """The last merge: the layers it replaced, each with what came there, and what it used up.
-
-    `hashes` are those of every tensor after it.
-    """
-
-    layers: tuple[tuple[str, nn.Module, nn.Module], ...]
-    thaw: tuple[nn.Parameter, ...] | None
-    tied: bool | None
-    hashes: dict[str, str]
-
-    def check(self, model: nn.Module) -> None:
-        """Raise `SurgeryError` unless the model is what the merge left, later adapters apart."""
-        changed = [name for name, _, now in self.layers if model.get_submodule(name) is not now]
-        if changed:
-            raise SurgeryError(
-                f"{', '.join(changed[:8])} changed after the merge",
-                "undo_lora goes back step by step",
-            )
-        changed = written_to(self.hashes, tensor_hashes(model))
-        if changed:
-            raise SurgeryError(
-                f"the merge cannot be taken out: {len(changed)} tensors were trained, cast or "
-                f"written to since ({', '.join(changed[:8])})",
-                "open the original again, or keep the model merged",
-            )
+def history_of(model: nn.Module) -> History:
+    """The model's history, begun if it has none."""
+    history: History = model.__dict__.setdefault(HISTORY, History())
+    return history
 
 
-def says_tied(model: nn.Module) -> bool | None:
-    """What a config says of the tie of head and embedding, None if it says nothing."""
+def get_tie_word_embeddings(model: nn.Module) -> bool | None:
+    """The config's `tie_word_embeddings`, None if it has none."""
     return getattr(getattr(model, "config", None), _TIE, None)
 
 
-def say_tied(model: nn.Module, tied: bool | None) -> None:
-    """Let a config that has a word on it say so."""
-    if says_tied(model) is not None:
+def set_tie_word_embeddings(model: nn.Module, tied: bool | None) -> None:
+    """Sets the config's `tie_word_embeddings`, if it has one."""
+    if get_tie_word_embeddings(model) is not None:
         setattr(model.config, _TIE, tied)
-
-
-def chart_of(model: nn.Module) -> Chart:
-    """The model's chart, begun if it has none."""
-    chart: Chart | None = model.__dict__.get(CHART)
-    if chart is None:
-        chart = Chart()
-        model.__dict__[CHART] = chart
-    return chart
-
-
-@dataclass(frozen=True)
-class Change:
-    """One place and what was in it before and after."""
-
-    place: Place
-    before: Any
-    after: Any
-
-    def put(self, back: bool) -> None:
-        """Take the change back, or make it again."""
-        self.place.set(self.before if back else self.after)
 
 
 @dataclass(frozen=True)
@@ -118,11 +92,11 @@ class Place:
     child: bool = False
 
     def get(self) -> Any:
-        """What is there, None if nothing."""
+        """Returns what is there, None if nothing."""
         return self.owner._modules.get(self.name) if self.child else getattr(self.owner, self.name)
 
     def set(self, value: Any) -> None:
-        """Put something there; None takes a child away."""
+        """Puts something there; None takes a child away."""
         if not self.child:
             setattr(self.owner, self.name, value)
         elif value is None:
@@ -131,25 +105,24 @@ class Place:
             self.owner._modules[self.name] = value
 
 
-def _places(model: nn.Module) -> dict[tuple[int, str], Place]:
-    """Every place of a model that an operation may change."""
-    chart = chart_of(model)
-    found = [Place(chart, "thaw"), Place(chart, "merged")]
-    if says_tied(model) is not None:
-        found.append(Place(model.config, _TIE))
-    for module in model.modules():
-        found += [Place(module, name, child=True) for name in module._modules]
-        if isinstance(module, LoRALayer):
-            found += [Place(module, name) for name in ("mixture", "enabled", "unties")]
-    found += [Place(parameter, "requires_grad") for parameter in model.parameters()]
-    return {(id(place.owner), place.name): place for place in found}
+@dataclass(frozen=True)
+class Change:
+    """One place and what was in it before and after."""
+
+    place: Place
+    before: Any
+    after: Any
+
+
+def put(changes: list[Change], back: bool) -> None:
+    """Takes changes back, or makes them again."""
+    for change in changes:
+        change.place.set(change.before if back else change.after)
 
 
 @contextmanager
-def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[dict[Tensor, str]]:
-    """Journal what the block does to a model; if it raises, the model is as it was.
-
-    The block is given the hashes, by tensor.
+def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[None]:
+    """Journals what the block does to a model; if it raises, the model is as it was.
 
     Args:
         model: what is operated on.
@@ -157,20 +130,31 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[dic
         hashed: hash every tensor first. An operation that replaces no tensor does without.
 
     Raises:
-        SurgeryError: each row of a batch has its own adapter for now.
+        SurgeryError: no operation may be done just now.
     """
-    check_in_rows(model)
-    chart = chart_of(model)
+    history = history_of(model)
+    history.check_open()
     before = {key: (place, place.get()) for key, place in _places(model).items()}
-    seen: dict[Tensor, str] = {}
-    hashes = tensor_hashes(model, seen) if hashed else None
+    hashes = tensor_hashes(model) if hashed else None
     try:
-        yield seen
+        yield
     except BaseException:
         put(_differences(model, before), back=True)
         raise
-    chart.done.append(Entry(title, _differences(model, before), hashes))
-    chart.undone.clear()
+    history.done.append(Entry(title, _differences(model, before), hashes))
+    history.undone.clear()
+
+
+def _places(model: nn.Module) -> dict[tuple[int, str], Place]:
+    """Every place of a model that an operation may change."""
+    found = [Place(history_of(model), "trainable_before")]
+    if get_tie_word_embeddings(model) is not None:
+        found.append(Place(model.config, _TIE))
+    for module in model.modules():
+        found += [Place(module, name, child=True) for name in module._modules]
+        found += [Place(module, name) for name in getattr(type(module), "journaled", ())]
+    found += [Place(parameter, "requires_grad") for parameter in model.parameters()]
+    return {(id(place.owner), place.name): place for place in found}
 
 
 def _differences(
@@ -194,21 +178,6 @@ def _differences(
     return changes + added
 
 
-def put(changes: list[Change], back: bool) -> None:
-    """Take changes back, or make them again."""
-    for change in changes:
-        change.put(back)
-
-
-def rejoin(module: nn.Module, replaced: nn.Module, device: torch.device) -> None:
-    """Bring a module that came back to the model's device, and to the mode of what it replaced."""
-    module.to(device).train(replaced.training)
-
-
-def forget(model: nn.Module) -> None:
-    """Let go of everything the journal keeps, so that its memory is freed."""
-    chart = chart_of(model)
-    chart.forgotten += [entry.title for entry in chart.done]
-    chart.done.clear()
-    chart.undone.clear()
-    chart.merged = None
+def device_of(model: nn.Module) -> torch.device:
+    """The device of a model's first tensor."""
+    return next(model.parameters()).device

@@ -10,15 +10,14 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import UPDATES, combined, tensor_hashes, written_to
-from nanogpt_surgery.history.journal import Entry, chart_of, put, rejoin
-from nanogpt_surgery.lora.layer import check_in_rows, device_of
+from nanogpt_surgery.history.journal import Entry, device_of, history_of, put
 from nanogpt_surgery.report import Report
 
 SHOWN = 12  # digits of a hash in a table
 
 
 def undo_lora(model: nn.Module) -> Report:
-    """Take the last operation back, and compare the hash of every tensor with that before it.
+    """Takes the last operation back, and compares the hash of every tensor with that before it.
 
     What an adapter has learned is not taken back: operations are undone, training is not.
 
@@ -37,7 +36,7 @@ def undo_lora(model: nn.Module) -> Report:
 
 
 def redo_lora(model: nn.Module) -> Report:
-    """Make the operation again that was undone last, and compare with the hashes after it.
+    """Makes the operation again that was undone last, and compares with the hashes after it.
 
     Raises:
         SurgeryError: there is nothing to redo, or a frozen tensor is not what the undo left, or
@@ -68,16 +67,16 @@ def _check_written(title: str, wanted: dict[str, str], now: dict[str, str], hint
 
 @contextmanager
 def _moved(model: nn.Module, back: bool) -> Iterator[Entry]:
-    """Take the last operation back, or make again what was; if the block raises, nothing moved.
+    """Takes the last operation back, or makes it again; if the block raises, nothing moved.
 
     Raises:
         SurgeryError: there is none, or something else has changed those places since.
     """
-    check_in_rows(model)
-    chart = chart_of(model)
-    here, there = (chart.done, chart.undone) if back else (chart.undone, chart.done)
+    history = history_of(model)
+    history.check_open()
+    here, there = (history.done, history.undone) if back else (history.undone, history.done)
     if not here:
-        because = "; the originals were dropped by a merge" if back and chart.forgotten else ""
+        because = "; the originals were dropped by a merge" if back and history.dropped else ""
         raise SurgeryError(f"there is no operation to {'undo' if back else 'redo'}{because}")
     entry = here[-1]
     _check_untouched(entry, back)
@@ -92,7 +91,8 @@ def _moved(model: nn.Module, back: bool) -> Iterator[Entry]:
     for change, other in zip(children, replaced, strict=True):
         module = change.place.get()
         if module is not None:  # where nothing was, its owner has the mode
-            rejoin(module, change.place.owner if other is None else other, device)
+            mode = (change.place.owner if other is None else other).training
+            module.to(device).train(mode)
     there.append(here.pop())
 
 
@@ -126,11 +126,11 @@ def _report(
 
 def lora_log(model: nn.Module) -> Report:
     """The operations done to a model, the oldest first."""
-    chart = chart_of(model)
-    rows = [{"operation": title, "state": "done, cannot be undone"} for title in chart.forgotten]
-    rows += [{"operation": entry.title, "state": "done"} for entry in chart.done]
-    rows += [{"operation": entry.title, "state": "undone"} for entry in reversed(chart.undone)]
-    summary = {"can_undo": _title(chart.done), "can_redo": _title(chart.undone)}
+    history = history_of(model)
+    rows = [{"operation": title, "state": "done, cannot be undone"} for title in history.dropped]
+    rows += [{"operation": entry.title, "state": "done"} for entry in history.done]
+    rows += [{"operation": entry.title, "state": "undone"} for entry in reversed(history.undone)]
+    summary = {"can_undo": _title(history.done), "can_redo": _title(history.undone)}
     return Report("operations", rows, summary)
 
 

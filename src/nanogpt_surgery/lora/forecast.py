@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from nanogpt_surgery.history.journal import CHART
+from nanogpt_surgery.history.journal import HISTORY
 from nanogpt_surgery.lora.planning import Plan, make_plan
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, Updates, tensors_of
@@ -169,9 +169,9 @@ def without_memory(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
         bare = mode.from_tensor(tensor.detach())
         is_parameter = isinstance(tensor, nn.Parameter)
         memo[id(tensor)] = nn.Parameter(bare, tensor.requires_grad) if is_parameter else bare
-    chart = model.__dict__.pop(CHART, None)
+    history = model.__dict__.pop(HISTORY, None)
     try:
         return copy.deepcopy(model, memo)
     finally:
-        if chart is not None:
-            model.__dict__[CHART] = chart
+        if history is not None:
+            model.__dict__[HISTORY] = history

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.mixture import Blend, Mixture, Rows
+from nanogpt_surgery.lora.mixture import Blend, Mixture
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.update import Update
 
@@ -35,6 +35,8 @@ class LoRALayer(nn.Module, ABC):
         enabled: off, the layer computes as if it had no update.
         unties: the choice was made that this layer may part from the one it shares a weight with.
     """
+
+    journaled = ("mixture", "enabled", "unties")  # what an operation may change
 
     def __init__(self, original_layer: nn.Module):
         super().__init__()
@@ -182,17 +184,3 @@ def active_mixture(model: nn.Module) -> Mixture:
     """Which adapters take part, the same on every layer; a blend of nothing without a LoRA."""
     layers = [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
     return layers[0].mixture if layers else Blend({})
-
-
-def check_in_rows(model: nn.Module) -> None:
-    """Raise `SurgeryError` inside a block of `lora_rows`: what it changed would end with it."""
-    if any(isinstance(m.mixture, Rows) for m in model.modules() if isinstance(m, LoRALayer)):
-        raise SurgeryError(
-            "the model is in a block of lora_rows, which gives each row its own adapter",
-            "leave the block first",
-        )
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's first tensor lies."""
-    return next(model.parameters()).device

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.history.journal import operation
-from nanogpt_surgery.lora.layer import active_mixture, check_in_rows, lora_layers
+from nanogpt_surgery.history.journal import history_of, operation
+from nanogpt_surgery.lora.layer import active_mixture, lora_layers
 from nanogpt_surgery.lora.mixture import Blend, Mixture, Rows
 from nanogpt_surgery.lora.operations import check_name
 from nanogpt_surgery.lora.rows import watched
@@ -69,7 +69,8 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         SurgeryError: the model carries no adapter of one of the names, or the LoRA is disabled;
             from the model's forward, a batch or a layer's input that has not these rows.
     """
-    check_in_rows(model)
+    history = history_of(model)
+    history.check_open()
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise SurgeryError(
             f"the rows' adapters are {names!r}",
@@ -81,8 +82,13 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
         raise SurgeryError("the LoRA is disabled, so no row would be adapted", "enable_lora(model)")
     before = active_mixture(model)
     set_mixture(model, rows)
+    history.closed = SurgeryError(
+        "the model is in a block of lora_rows, which gives each row its own adapter",
+        "leave the block first",
+    )
     try:
         with watched(model, rows):
             yield
     finally:
+        history.closed = None
         set_mixture(model, before)

@@ -1,4 +1,4 @@
-"""The verbs: inject, enable, disable, merge, unmerge, remove. Each changes the model in place.
+"""The verbs: inject, enable, disable, merge, remove. Each changes the model in place.
 
 Nothing here happens because of `.train()` or `.eval()`. Each verb returns a report, is written into
 the model's journal (`undo_lora` takes it back), and leaves the model as it was if it fails.
@@ -12,21 +12,11 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.history.hashing import tensor_hashes
-from nanogpt_surgery.history.journal import (
-    Merge,
-    chart_of,
-    forget,
-    operation,
-    rejoin,
-    say_tied,
-    says_tied,
-)
+from nanogpt_surgery.history.journal import history_of, operation
 from nanogpt_surgery.lora.layer import (
     LoRALayer,
     active_mixture,
     adapter_names,
-    device_of,
     has_lora,
     lora_layers,
 )
@@ -37,13 +27,12 @@ from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.ties import check_undecided
 from nanogpt_surgery.lora.wrapping import (
     attach,
-    let_train,
     merge_layers,
     replace,
     report_on,
+    restore_requires_grad,
     set_mixture,
     state_of,
-    thaw_rest,
     update_rows,
 )
 from nanogpt_surgery.report import Report
@@ -57,7 +46,6 @@ __all__ = [
     "lora_layers",
     "merge_lora",
     "remove_lora",
-    "unmerge_lora",
 ]
 
 
@@ -101,7 +89,7 @@ def merge_lora(
     """Put W + ΔW, added in float32 (float64 if W is), in the place of every wrapped layer.
 
     The original tensors are not written to. What takes part is merged; the other adapters leave
-    with the wrappers, and come back with `unmerge_lora`.
+    with the wrappers, and come back with `undo_lora`.
 
     Args:
         model: carries a LoRA, enabled.
@@ -110,8 +98,7 @@ def merge_lora(
         tolerance: largest mean KL divergence from the adapted model's distribution to the merged
             one's, in nats a token, that is let pass.
         force: merge whatever the probe says and the weights become.
-        keep_originals: keep the original layers and the updates in memory, for `unmerge_lora` and
-            `undo_lora`.
+        keep_originals: keep the original layers and the updates in memory, for `undo_lora`.
 
     Raises:
         SurgeryError: the probe shows more than the tolerance, the LoRA is disabled, no adapter
@@ -124,13 +111,10 @@ def merge_lora(
     rows = [{**row, "original": kept} for row in merge_rows(layers)]
     if not force:
         check_weights(rows, layers)
-    with operation(model, "merge") as seen:
-        thaw, tied = chart_of(model).thaw, says_tied(model)
+    with operation(model, "merge"):
         effect = effect_of(model, probe, merge_layers, tolerance, force)
-        replaced = tuple((n, layer, model.get_submodule(n)) for n, layer in layers.items())
-        chart_of(model).merged = Merge(replaced, thaw, tied, tensor_hashes(model, seen))
     if not keep_originals:
-        forget(model)
+        history_of(model).drop_originals()
     summary = {"layers": len(rows), "originals": kept}
     return Report("LoRA merged", rows, summary | effect)
 
@@ -146,38 +130,6 @@ def _check_mergeable(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
             f"swap_lora(model, {names[0]!r}) first, or remove_lora(model)",
         )
     check_undecided(model, layers)
-
-
-def unmerge_lora(model: nn.Module) -> Report:
-    """Take the last merge out again: the wrappers come back with the original bits beneath.
-
-    As before it, `remove_lora` lets train what could be trained before the first injection. By hash
-    every tensor is what the merge left, or it is refused: what was trained in a merged weight would
-    be thrown away, and the adapter would not fit what was trained elsewhere. Adapters that came
-    since, on other layers, are not looked at and stay.
-
-    Raises:
-        SurgeryError: nothing is merged, the originals were dropped, a merged layer has been
-            operated on since, or a tensor was trained, cast or written to. The model is untouched
-            then.
-    """
-    merged = chart_of(model).merged
-    if not merged:
-        dropped = bool(chart_of(model).forgotten)
-        raise SurgeryError(
-            "there is nothing to unmerge" + (": the originals were dropped" if dropped else "")
-        )
-    merged.check(model)
-    with operation(model, "unmerge"):
-        device = device_of(model)
-        for name, layer, now in merged.layers:
-            replace(model, name, layer)
-            rejoin(layer, now, device)
-        chart_of(model).merged, chart_of(model).thaw = None, merged.thaw
-        say_tied(model, merged.tied)
-        model.requires_grad_(False)
-        let_train(model)
-    return report_on(model, "LoRA unmerged")
 
 
 def remove_lora(model: nn.Module, name: str | None = None) -> Report:
@@ -202,7 +154,7 @@ def remove_lora(model: nn.Module, name: str | None = None) -> Report:
         if has_lora(model):
             set_mixture(model, without(mixture, names))
         else:
-            thaw_rest(model)
+            restore_requires_grad(model)
     touched = {"layers": len({row["layer"] for row in rows})}
     return Report("LoRA removed", rows, touched | state_of(model))
 

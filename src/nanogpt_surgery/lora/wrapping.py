@@ -9,7 +9,11 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.history.journal import chart_of, say_tied, says_tied
+from nanogpt_surgery.history.journal import (
+    get_tie_word_embeddings,
+    history_of,
+    set_tie_word_embeddings,
+)
 from nanogpt_surgery.lora.embedding import LoRAEmbedding
 from nanogpt_surgery.lora.layer import (
     LoRALayer,
@@ -44,7 +48,7 @@ def attach(
         unties: a merge may break the layers' ties.
     """
     if not _wrappers(model):
-        chart_of(model).thaw = tuple(p for p in model.parameters() if p.requires_grad)
+        history_of(model).trainable_before = tuple(p for p in model.parameters() if p.requires_grad)
     for name, make in makers.items():
         update = make(bare(model, name)).train(model.training)
         layer = wrapped(model, name, whole=isinstance(update, WholeUpdate))
@@ -131,8 +135,8 @@ def merge_layers(model: nn.Module) -> None:
     Layers that shared a weight and have the same W + ΔW share one again; where a tie is broken, a
     config that says `tie_word_embeddings` says no.
     """
-    thaw = chart_of(model).thaw
-    trainable = None if thaw is None else {id(parameter) for parameter in thaw}
+    before = history_of(model).trainable_before
+    trainable = None if before is None else {id(parameter) for parameter in before}
     made: dict[int, list[Any]] = {}
     for name, layer in lora_layers(model).items():
         original: Any = layer.original_layer
@@ -147,24 +151,24 @@ def merge_layers(model: nn.Module) -> None:
                 merged.weight = twin.weight
         twins.append(merged)
         replace(model, name, merged)
-    thaw_rest(model)
+    restore_requires_grad(model)
     _say_untied(model)
 
 
-def thaw_rest(model: nn.Module) -> None:
+def restore_requires_grad(model: nn.Module) -> None:
     """Let those parameters train again that could before the first injection."""
-    for parameter in chart_of(model).thaw or ():
+    for parameter in history_of(model).trainable_before or ():
         parameter.requires_grad_(True)
-    chart_of(model).thaw = None
+    history_of(model).trainable_before = None
 
 
 def _say_untied(model: nn.Module) -> None:
-    if not says_tied(model):
+    if not get_tie_word_embeddings(model):
         return
     ends = [getattr(model, f"get_{side}_embeddings", None) for side in ("input", "output")]
     weights = [getattr(end(), "weight", None) for end in ends if end is not None]
     if len(weights) == 2 and weights[0] is not weights[1]:
-        say_tied(model, False)
+        set_tie_word_embeddings(model, False)
 
 
 def report_on(model: nn.Module, title: str) -> Report:

@@ -28,20 +28,18 @@ from nanogpt_surgery.files.writing import flush, link_or_copy, write_tensors
 from nanogpt_surgery.files.temporary import is_temporary, remove_temporaries
 from nanogpt_surgery.files.disk_errors import make_folder, writing
 from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
-from nanogpt_surgery.history.folder_journal import Entry, is_operated, read_journal, record
+from nanogpt_surgery.history.folder_journal import RUN, Entry, is_operated, read_journal, record
+from nanogpt_surgery.files.lock import LOCK, file_lock
 from nanogpt_surgery.formats.folders.run_folder import (
     BEST,
     LATEST,
-    LOCK,
     METRICS,
-    RUN,
     SAMPLES,
     STATE,
     SUMMARY,
     best_checkpoint,
     checkpoints,
     free_place,
-    held,
     holds_only_its_own,
     is_run,
     latest_checkpoint,
@@ -275,7 +273,7 @@ def start_run(
     """
     check_folder(folder, resume)
     make_folder(folder)
-    with held(folder / LOCK):
+    with file_lock(folder / LOCK):
         with writing(folder):
             run = _begun(folder, description, strict, allow_changes)
         yield run
@@ -333,7 +331,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
             raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
         return
     if _ended_early(folder):
-        with held(folder / LOCK):
+        with file_lock(folder / LOCK):
             return
     if not resume:
         raise SurgeryError(

@@ -51,7 +51,7 @@ def prepare(
     from nanogpt_surgery.cli.sources import check_no_records, say_data
     from nanogpt_surgery.data.text.pieces import pieces_of
     from nanogpt_surgery.files.disk_errors import make_folder
-    from nanogpt_surgery.formats.folders.run_folder import LOCK, held
+    from nanogpt_surgery.files.lock import LOCK, file_lock
 
     if not text:
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
@@ -65,7 +65,7 @@ def prepare(
     begun = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
     make_folder(out)
     try:
-        with held(out / LOCK):
+        with file_lock(out / LOCK):
             _prepare_or_leave_nothing(pieces, out, tokenizer, given(options), begun)
     except KeyboardInterrupt:
         _put_aside(out, aside)
@@ -111,7 +111,7 @@ def _prepare_or_leave_nothing(
         SurgeryError: as `_prepare`.
     """
     from nanogpt_surgery.data.text.token_files import is_token_folder
-    from nanogpt_surgery.formats.folders.run_folder import LOCK
+    from nanogpt_surgery.files.lock import LOCK
 
     try:
         _prepare(pieces, out, tokenizer, values)
@@ -167,8 +167,8 @@ def _check_folder(out: Path, text: Sequence[str]) -> None:
     """
     from nanogpt_surgery.data.text.preparation import ASKED
     from nanogpt_surgery.data.text.token_files import TOKENIZER
+    from nanogpt_surgery.files.lock import LOCK
     from nanogpt_surgery.files.temporary import is_temporary
-    from nanogpt_surgery.formats.folders.run_folder import LOCK
 
     inside = [
         p for p in text if Path(p).is_dir() and out.resolve().is_relative_to(Path(p).resolve())

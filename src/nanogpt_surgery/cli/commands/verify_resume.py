@@ -128,7 +128,8 @@ def _command_of(run: Path, before: int, after: int) -> Command:
             was typed in is gone, or it has too few steps.
     """
     from nanogpt_surgery.files.json_files import read_json
-    from nanogpt_surgery.formats.folders.run_folder import RUN, is_run
+    from nanogpt_surgery.formats.folders.run_folder import is_run
+    from nanogpt_surgery.history.folder_journal import RUN
 
     if before < LEAST or after < 1:
         raise SurgeryError(

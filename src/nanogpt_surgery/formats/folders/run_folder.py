@@ -16,18 +16,16 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files.disk_errors import disk_refuses, tried_again
 from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.files.manifest import MANIFEST, damage
+from nanogpt_surgery.history.folder_journal import RUN
 
 SAMPLES = "samples.jsonl"
-RUN, METRICS, LATEST, BEST, LOCK = "run.json", "metrics.jsonl", "LATEST", "BEST", "LOCK"
+METRICS, LATEST, BEST = "metrics.jsonl", "LATEST", "BEST"
 STATE, SUMMARY = "training.safetensors", "training.json"
 # The number behind the steps is there where something else stood in a checkpoint's place.
 _STEP = re.compile(r"step-(\d{8})(?:-(\d{1,4}))?")
@@ -194,42 +192,3 @@ def chosen_checkpoint(run: Path) -> Path:
     if folder is None:
         raise SurgeryError(f"{run} has no whole checkpoint yet", "surgery train --resume goes on")
     return folder
-
-
-@contextmanager
-def held(path: Path) -> Iterator[None]:
-    """Hold a lock file, or a folder, against other processes; a process that dies lets go.
-
-    Raises:
-        SurgeryError: another process holds it.
-    """
-    if os.name != "posix":
-        yield
-        return
-    import fcntl
-
-    flags = os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT
-    try:
-        descriptor = tried_again(lambda: os.open(path, flags, 0o644))
-    except OSError as error:
-        raise disk_refuses(path, error) from error
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _is_held(path) from None
-        if path.is_file():
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, str(os.getpid()).encode())
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def _is_held(path: Path) -> SurgeryError:
-    owner = f" (PID {path.read_text('utf-8').strip()})" if path.is_file() else ""
-    folder = path.parent if path.is_file() else path
-    return SurgeryError(
-        f"{folder} is being written by another process{owner}",
-        "wait for it, or choose a new --out",
-    )
