@@ -171,8 +171,8 @@ def test_a_run_is_resumed_with_the_adapter_that_it_has(
     with pytest.raises(SystemExit):
         surgery([*words, "--resume"])
     said = capsys.readouterr().err
-    assert "dropout was 0.1 and is 0.0; rslora was on and is off" in said
-    assert "resume with --dropout 0.1 --rslora; or" in said
+    assert "dropout was 0.1 and is 0.0; rslora was True and is False" in said
+    assert "--rslora --dropout 0.1;" in said, "the command that began it"
     surgery([*words, "--rslora", "--dropout", "0.1", "--resume"])
     del written["adapter"]
     (run / "run.json").write_text(json.dumps(written))

@@ -61,8 +61,8 @@ def test_a_model_trained_with_it_carries_it_and_resumes_with_it_alone(
     assert theirs("naïve 日本語")["input_ids"] == tokenizer.encode("naïve 日本語")
     other = ["--tokenizer", "characters", "--max-steps", 2, "--resume"]
     _, refused = called("train", *arguments, *other, check=1)
-    assert "holds: tokenizer was words and is characters\n" in refused
-    assert "resume with --tokenizer words; or" in refused
+    assert "tokenizer was words and is characters" in refused
+    assert "--tokenizer words" in refused
     _, said = called("train", *arguments, *words, "--max-steps", 2, "--resume")
     assert "going on from step 2" in said
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -253,6 +254,7 @@ def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[
     """The run, begun or gone on with; others than the first process only read its checkpoint."""
     from nanogpt_surgery.formats.folders.run_folder import checkpoint_at
     from nanogpt_surgery.runs.checkpoint import Run, start_run
+    from nanogpt_surgery.runs.description import RunDiffersError
 
     folder = job.options.out
     own: list[Run] = []
@@ -269,7 +271,16 @@ def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[
         return own[0].first_step
 
     with ExitStack() as stack:
-        step = told(together, begin)
+        try:
+            step = told(together, begin)
+        except RunDiffersError as error:
+            arguments = (error.before.get("typed") or {}).get("arguments")
+            if not arguments:
+                raise
+            typed = f"surgery {shlex.join(arguments)}"
+            raise SurgeryError(
+                error.what, f"it was begun with: {typed}; or take a new --out"
+            ) from None
         read = checkpoint_at(folder, step)
         yield own[0] if own else Run(folder, read)
 

@@ -47,7 +47,7 @@ from nanogpt_surgery.formats.folders.run_folder import (
     summary_of_checkpoint,
     validation_loss_of,
 )
-from nanogpt_surgery.runs.description import differences, refusal
+from nanogpt_surgery.runs.description import RunDiffersError, differences
 from nanogpt_surgery.runs.metrics_file import append_metrics, trim_metrics
 from nanogpt_surgery.runs.state import restore_state, training_state
 from nanogpt_surgery.training.step import Step
@@ -358,16 +358,15 @@ def _changes(folder: Path, description: dict[str, Any], allowed: bool) -> list[s
         SurgeryError: it is not, or never is.
     """
     before, now = read_json(folder / RUN), json.loads(json.dumps(description))
-    error = refusal(folder, before, now)
-    if error is None:
+    found = differences(before, now)
+    if not found:
         return []
     if not allowed or before.get("kind") != now.get("kind"):
-        raise error
-    clauses = [difference.clause for difference in differences(before, now)]
+        raise RunDiffersError(folder, found, before)
     warnings.warn(
-        f"going on with {folder} although {'; '.join(clauses)}", SurgeryWarning, stacklevel=2
+        f"going on with {folder} although {'; '.join(found)}", SurgeryWarning, stacklevel=2
     )
-    return clauses
+    return found
 
 
 def _same_bytes(one: Path, other: Path) -> bool:
