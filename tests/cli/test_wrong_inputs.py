@@ -25,6 +25,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "command",
     [
         "generate {}",
+        "ask {} question",
+        "ask m question --adapter {}",
         "chat {}",
         "eval {} text.txt",
         "eval m {}",
