@@ -138,7 +138,7 @@ def test_every_plan_counts_the_memory_of_a_training_alike(folder: Path) -> None:
     flags = ["--targets", "q_proj", "lm_head", "--rank", 3, "--batch-size", 3, "--json"]
     (folder / "plan.txt").write_text(TEXT * 4)
     first = json.loads(called("plan", "run", *flags)[0])
-    more = ["plan.txt", "--out", "planned", "--plan", "--keep-hidden", 0, "--max-steps", 2]
+    more = ["plan.txt", "--out", "planned", "--plan", "--cache-gib", 0, "--max-steps", 2]
     then = json.loads(called("finetune", "run", *more, *flags)[0])
     sizes = ("weights", "gradient", "optimizer", "activation", "logits", "hidden_states")
     for part in sizes:

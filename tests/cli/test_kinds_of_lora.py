@@ -221,7 +221,7 @@ def test_kept_states_in_a_folder_train_the_same(
     room = FrozenPrefix._room
     monkeypatch.setattr(FrozenPrefix, "_room", lambda s, x: made.append(s.folder) or room(s, x))
     adapters = []
-    for name, place in (("memory", []), ("disk", ["--keep-in", str(tmp_path / "kept")])):
+    for name, place in (("memory", []), ("disk", ["--cache-dir", str(tmp_path / "kept")])):
         words = [*"--targets lm_head --max-steps 5 --batch-size 60 --device cpu".split(), *place]
         surgery(
             ["finetune", str(bases / "llama"), str(text), "--out", str(tmp_path / name), *words]
@@ -237,6 +237,6 @@ def test_a_file_to_keep_states_in_is_refused_before_anything_is_made(
 ) -> None:
     words = ["finetune", str(bases / "llama"), str(bases / "text.txt"), "--out"]
     with pytest.raises(SystemExit):
-        surgery([*words, str(tmp_path / "run"), "--keep-in", str(bases / "text.txt"), *STEPS])
+        surgery([*words, str(tmp_path / "run"), "--cache-dir", str(bases / "text.txt"), *STEPS])
     assert "text.txt is a file" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()

@@ -33,12 +33,12 @@ def test_without_a_recipe_muon_trains_and_without_muon_adamw_s_defaults_count(
     (tmp_path / "text.txt").write_text("to be, or not to be, that is the question\n" * 40)
     small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 2".split()
     words = ["train", tmp_path / "text.txt", *small]
-    _, said = called(*words, "--out", tmp_path / "muon", "--clip", 2)
+    _, said = called(*words, "--out", tmp_path / "muon", "--max-grad-norm", 2)
     assert f"trained by Muon, at a learning rate of {MUON['learning_rate']:g}" in said
-    _, said = called(*words, "--out", tmp_path / "adamw", "--no-muon", "--clip", 2)
+    _, said = called(*words, "--out", tmp_path / "adamw", "--no-muon", "--max-grad-norm", 2)
     assert "Muon" not in said
-    wanted = {"muon": FitSettings(**(MUON | {"max_steps": 2, "clip": 2.0}))}
-    wanted["adamw"] = FitSettings(max_steps=2, clip=2.0)
+    wanted = {"muon": FitSettings(**(MUON | {"max_steps": 2, "max_grad_norm": 2.0}))}
+    wanted["adamw"] = FitSettings(max_steps=2, max_grad_norm=2.0)
     for name, settings in wanted.items():
         run = json.loads((tmp_path / name / "run.json").read_text())
         assert run["settings"] == settings.to_dict()

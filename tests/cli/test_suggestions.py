@@ -13,9 +13,9 @@ MEANT = {
     "train": {
         "--lr": "--learning-rate",
         "--bs": "--batch-size",
-        "--gradient-accumulation-steps": "--accumulation",
-        "--grad-accum-steps": "--accumulation",
-        "--max-grad-norm": "--clip",
+        "--gradient-accumulation-steps": "--grad-accum-steps",
+        "--accumulation": "--grad-accum-steps",
+        "--clip": "--max-grad-norm",
         "--max-iters": "--max-steps",
         "--bf16": "--precision",
         "--eval-steps": "--evaluate-every",
@@ -126,4 +126,4 @@ def test_a_key_of_a_config_file_is_understood_alike(tmp_path: Path) -> None:
     config.write_text("max_steps = 3\ngradient_accumulation_steps = 4\n")
     _, said = called("train", "--out", tmp_path / "run", "--config", config, check=1)
     assert "line 2" in said
-    assert "→ accumulation?" in said
+    assert "→ grad_accum_steps?" in said

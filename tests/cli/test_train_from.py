@@ -87,9 +87,9 @@ def test_adamw_goes_on_at_a_low_rate_unless_muon_is_asked_for(place: Path) -> No
     assert described()["settings"] == FitSettings(**further_values(steps)).to_dict()
     rate = further_values({"muon": True})["learning_rate"]
     assert rate < MUON["learning_rate"]
-    said = going_on("--muon", "--clip", 2, out="muon", steps=1)
+    said = going_on("--muon", "--max-grad-norm", 2, out="muon", steps=1)
     assert f"trained by Muon, at a learning rate of {rate:g} (--no-muon: AdamW)" in said
-    asked = {**steps, "muon": True, "clip": 2.0}
+    asked = {**steps, "muon": True, "max_grad_norm": 2.0}
     assert described("muon")["settings"] == FitSettings(**further_values(asked)).to_dict()
 
 

@@ -86,7 +86,7 @@ def killed_at(step: int, *words: object) -> None:
     [
         ([], 14),  # 3 × 18 / 4
         (["--epochs", "1"], 5),
-        (["--epochs", "0.5", "--accumulation", "2"], 2),
+        (["--epochs", "0.5", "--grad-accum-steps", "2"], 2),
         (["--max-steps", "3"], 3),
     ],
 )

@@ -17,7 +17,7 @@ TRAIN = (
     "--n-embd 8 --n-head 2 --n-layer 1 --block-size 8 --n-inner 8 --n-lags 2 --evaluate-every 2"
 ).split()
 TUNE = (
-    "--targets q_proj lm_head --rank 2 --dropout 0.1 --keep-hidden 0.5 --evaluate-every 3 "
+    "--targets q_proj lm_head --rank 2 --dropout 0.1 --cache-gib 0.5 --evaluate-every 3 "
     "--warmup-steps 2 --learning-rate 0.02"
 ).split()
 

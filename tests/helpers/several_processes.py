@@ -31,7 +31,7 @@ def dropout(
     """A training with dropout, from weights that follow from a seed."""
     torch.manual_seed(seed)
     model = SimpleGPT(53, 24, 3, 2, 19, dropout=0.3)
-    sizes = {"accumulation": accumulation, "batch_size": batch_size}
+    sizes = {"grad_accum_steps": accumulation, "batch_size": batch_size}
     steps = fit(model, DROPOUT[way](), max_steps=4, learning_rate=1e-2, **sizes, **FLOAT32)
     return model, [step.loss for step in steps]
 
@@ -41,7 +41,11 @@ def alone(world: World, gone: Path) -> list[str]:
     while not gone.exists():
         time.sleep(0.01)
     model = SimpleGPT(53, 24, 3, 2, 19)
-    asked = (lambda: world.begin_alike(model), lambda: world.sums(1), lambda: world.most(1))
+    asked = (
+        lambda: world.broadcast_parameters(model),
+        lambda: world.all_reduce_sum(1),
+        lambda: world.all_reduce_max(1),
+    )
     told = []
     for ask in asked:
         try:
@@ -59,13 +63,13 @@ def main(folder: Path) -> None:
             model, steps = trained(way, torch.float32, device="cpu", precision=precision)
             found[f"{way}-{precision}"] = model, [step.to_dict() for step in steps]
         for way in DROPOUT:
-            found[way] = dropout(way, seed=world.rank, accumulation=2, batch_size=4)
+            found[way] = dropout(way, seed=world.rank, grad_accum_steps=2, batch_size=4)
         for way, (model, said) in found.items():
             name = folder / f"{way}-{world.rank}"
             weights = {key: value.clone() for key, value in model.state_dict().items()}
             save_file(weights, name.with_suffix(".safetensors"))
             name.with_suffix(".json").write_text(json.dumps(said))
-        if world.first:
+        if world.is_main_process:
             (folder / "told.json").write_text(json.dumps(alone(world, folder / "gone")))
     (folder / "gone").touch()
 

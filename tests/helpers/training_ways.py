@@ -62,7 +62,7 @@ def recipe() -> SimpleGPT:
 
 
 WAYS = {
-    "everything": (lambda: tiny_model(LLAMA), text, {"accumulation": 2}),
+    "everything": (lambda: tiny_model(LLAMA), text, {"grad_accum_steps": 2}),
     "answers": (lambda: tiny_model(LLAMA), answers, {"gradient_checkpointing": True}),
     "q and v": (lambda: adapted(".*(q|v)_proj"), text, {}),
     "head, kept": (lambda: adapted("lm_head"), answers, {}),

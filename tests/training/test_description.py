@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from nanogpt_surgery import FitSettings, GPTConfig, LoRASettings
-from nanogpt_surgery.runs.description import differences
+from nanogpt_surgery.runs.description import differences, with_current_flags, with_current_names
 from nanogpt_surgery.training.recipes import MUON
 
 ADAMW, NOW = FitSettings(), FitSettings(**MUON)
@@ -105,3 +105,13 @@ def test_another_command_and_unknown_values_differ_too():
     assert differences(described(NOW, strange=1), described(NOW)) == [
         "strange was 1 and is not given"
     ]
+
+
+def test_settings_and_flags_of_earlier_versions_have_their_present_names():
+    stored = {"clip": 0.5, "accumulation": 2, "keep_hidden": 0.0, "seed": 3}
+    now = {"max_grad_norm": 0.5, "grad_accum_steps": 2, "cache_gib": 0.0, "seed": 3}
+    assert with_current_names(stored) == now
+    words = ["text.txt", "--clip=0.5", "--keep-in", "clip", "--seed", "3"]
+    told = ["text.txt", "--max-grad-norm=0.5", "--cache-dir", "clip", "--seed", "3"]
+    assert with_current_flags(words) == told
+    assert with_current_flags(told) == told

@@ -72,7 +72,7 @@ def test_gradients_are_added_up_in_float32_at_least(monkeypatch, dtype):
     monkeypatch.setattr("torch.distributed.all_reduce", lambda t, *_: added.append(t.dtype))
     parameter = torch.nn.Parameter(torch.ones(3, dtype=dtype))
     parameter.grad = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
-    World(0, 2).add_up([parameter])
+    World(0, 2).all_reduce_gradients([parameter])
     assert added[1:] == [torch.promote_types(dtype, torch.float32)]  # after the count of gradients
     assert parameter.grad.dtype == dtype and parameter.grad.tolist() == [1.0, 2.0, 3.0]
 
@@ -80,7 +80,7 @@ def test_gradients_are_added_up_in_float32_at_least(monkeypatch, dtype):
 @pytest.mark.parametrize("way", DROPOUT)
 def test_dropout_and_rows_without_targets_too(folder, way):
     """As one process that computes in twice as many parts, from the first one's weights."""
-    model, losses = several.dropout(way, seed=0, accumulation=4, batch_size=2)
+    model, losses = several.dropout(way, seed=0, grad_accum_steps=4, batch_size=2)
     weights, found = written(folder, way, 1)
     assert found == pytest.approx(losses, rel=1e-5)
     for name, value in model.state_dict().items():
@@ -96,4 +96,4 @@ def test_that_another_has_ended_is_said_by_whatever_waits_for_it(folder):
 def test_a_device_whose_gradients_cannot_be_added_up_is_refused():
     model = SimpleGPT(53, 24, 3, 2, 19).to("meta")
     with pytest.raises(SurgeryError, match=r"not on meta(.|\n)*device cpu"):
-        World(0, 2).begin_alike(model)
+        World(0, 2).broadcast_parameters(model)

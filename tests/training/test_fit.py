@@ -58,7 +58,7 @@ def test_it_is_lazy():
 def test_a_step_says_what_was_done():
     model = model_of()
     first = evaluate_batch(model_of(), step=0)
-    steps = train(model, accumulation=2)
+    steps = train(model, grad_accum_steps=2)
     assert [step.step for step in steps] == [1, 2, 3, 4, 5, 6]
     settings = FitSettings(max_steps=6, learning_rate=1e-2, warmup_steps=2)
     assert [step.learning_rate for step in steps] == [learning_rate(i, settings) for i in range(6)]
@@ -80,13 +80,13 @@ def evaluate_batch(model: SimpleGPT, step: int) -> float:
 def test_accumulation_equals_the_big_batch(accumulation):
     big, small = model_of(), model_of()
     before = values(big)
-    plain = {"clip": 0.0, "learning_rate": 0.5, "warmup_steps": 0, "max_steps": 3}
+    plain = {"max_grad_norm": 0.0, "learning_rate": 0.5, "warmup_steps": 0, "max_steps": 3}
     expected = train(big, optimizer=sgd(big), batch_size=12, **plain)
     actual = train(
         small,
         optimizer=sgd(small),
         batch_size=12 // accumulation,
-        accumulation=accumulation,
+        grad_accum_steps=accumulation,
         **plain,
     )
     assert [s.tokens for s in actual] == [s.tokens for s in expected]
@@ -101,7 +101,7 @@ def test_accumulation_equals_the_big_batch(accumulation):
 def test_the_gradient_is_clipped_to_its_norm(clip):
     model = model_of()
     before = values(model)
-    settings = {"clip": clip, "learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 1}
+    settings = {"max_grad_norm": clip, "learning_rate": 1e-3, "warmup_steps": 0, "max_steps": 1}
     (step,) = train(model, optimizer=sgd(model), **settings)
     assert step.gradient_norm > 0.3  # told as it was before clipping
     applied = float(moved(model, before).norm()) / 1e-3

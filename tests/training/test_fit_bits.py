@@ -39,7 +39,7 @@ def test_the_parts_of_a_step_have_masks_of_their_own():
     model, window = model_of(0.5), GPTDataset(TEXT[:10], TOKENIZER, block_size=9)
     still = {"learning_rate": 0.0, "batch_size": 1, "max_steps": 1}
     (one,) = fit(model, window, SETTINGS, **still)
-    (two,) = fit(model, window, SETTINGS, accumulation=2, **still)
+    (two,) = fit(model, window, SETTINGS, grad_accum_steps=2, **still)
     assert two.loss != pytest.approx(one.loss, rel=1e-4)
 
 
@@ -61,17 +61,17 @@ def test_going_on_in_the_middle_gives_the_same_bits(dropout, targets):
         return model
 
     whole = begin()
-    losses = [step.loss for step in train(whole, accumulation=2)]
+    losses = [step.loss for step in train(whole, grad_accum_steps=2)]
     model = begin()
     optimizer = make_optimizer(model, SETTINGS)
-    steps = fit(model, DATASET, SETTINGS, optimizer=optimizer, accumulation=2)
+    steps = fit(model, DATASET, SETTINGS, optimizer=optimizer, grad_accum_steps=2)
     first = [next(steps).loss for _ in range(2)]
 
     again = begin()
     again.load_state_dict(copy.deepcopy(model.state_dict()))
     other = make_optimizer(again, SETTINGS)
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    rest = train(again, optimizer=other, first_step=2, accumulation=2)
+    rest = train(again, optimizer=other, first_step=2, grad_accum_steps=2)
     assert first + [step.loss for step in rest] == losses
     assert [step.step for step in rest] == [3, 4, 5, 6]
     assert hashes(again) == hashes(whole)

@@ -51,7 +51,7 @@ def test_accumulation_is_the_big_batch() -> None:
         network = model()
         dataset = InstructionDataset(examples(), 11)
         options = {"max_steps": 2, "precision": "float32", "device": "cpu", "compile": "off"}
-        list(fit(network, dataset, batch_size=batch_size, accumulation=accumulation, **options))
+        list(fit(network, dataset, batch_size=batch_size, grad_accum_steps=accumulation, **options))
         return network.state_dict()
 
     big, small = trained(4, 1), trained(1, 4)

@@ -139,7 +139,8 @@ def test_fit_on_packed_rows_is_fit_on_the_examples(targets: str, accumulation: i
         parts = accumulation if pack else 1
         size = len(dataset) // parts
         steps = fit(
-            model, dataset, batch_size=size, accumulation=parts, max_steps=3, learning_rate=1e-2,
+            model, dataset, batch_size=size, grad_accum_steps=parts, max_steps=3,
+            learning_rate=1e-2,
             warmup_steps=0, validation=dataset, evaluate_every=1, device="cpu",
             precision="float32", compile="off",
         )  # fmt: skip

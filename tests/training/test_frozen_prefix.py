@@ -18,7 +18,7 @@ from nanogpt_surgery.training.fast.frozen_prefix import (
 from nanogpt_surgery.training.settings import FitSettings
 
 SETTINGS = FitSettings(
-    max_steps=8, batch_size=4, accumulation=2, warmup_steps=0, learning_rate=1e-2,
+    max_steps=8, batch_size=4, grad_accum_steps=2, warmup_steps=0, learning_rate=1e-2,
     device="cpu", precision="float32", compile="off",
 )  # fmt: skip
 TARGETS = {"lm_head": 2, r"layers\.1\..*": 1, "q_proj": 0, "embed_tokens": None}
@@ -89,9 +89,9 @@ def losses(model: SimpleGPT, **changes) -> list[float]:
 @pytest.mark.parametrize("name", NAMES)
 def test_training_is_the_same_with_what_is_kept(name, targets, tmp_path):
     plain, kept, on_disk = (adapted(name, targets) for _ in range(3))
-    wanted = losses(plain, keep_hidden=0.0)
+    wanted = losses(plain, cache_gib=0.0)
     assert losses(kept) == pytest.approx(wanted, rel=1e-5)
-    assert losses(on_disk, keep_in=tmp_path) == pytest.approx(wanted, rel=1e-5)
+    assert losses(on_disk, cache_dir=tmp_path) == pytest.approx(wanted, rel=1e-5)
     assert not list(tmp_path.iterdir())
     for one, other in zip(kept.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
@@ -125,7 +125,7 @@ def test_a_full_disk_refuses_in_words_and_nothing_stays(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(tmp_path) in caught.value.what
-    assert "--keep-hidden" in caught.value.hint
+    assert "--cache-gib" in caught.value.hint
     assert not list(tmp_path.iterdir())
     assert_equal_logits(FrozenPrefix(model, 3, tmp_path).hidden(ids), model.hidden(ids))
     assert not list(tmp_path.iterdir())

@@ -39,7 +39,7 @@ def test_gradients_have_the_same_bits(dropout, targets):
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_training_has_the_same_bits(precision):
-    changes = {"precision": precision, "accumulation": 2, "max_steps": 3}
+    changes = {"precision": precision, "grad_accum_steps": 2, "max_steps": 3}
     plain, again = model_of(0.2), model_of(0.2)
     losses = [step.loss for step in fit(plain, DATASET, SETTINGS, **changes)]
     steps = fit(again, DATASET, SETTINGS, gradient_checkpointing=True, **changes)

@@ -22,7 +22,7 @@ from nanogpt_surgery.training.loss import summed_loss
 from nanogpt_surgery.training.muon import Muon
 from nanogpt_surgery.training.optimizer import update
 
-SETTINGS = FitSettings(batch_size=2, accumulation=2, max_steps=2)
+SETTINGS = FitSettings(batch_size=2, grad_accum_steps=2, max_steps=2)
 
 
 class Meta(Hardware):

@@ -78,11 +78,11 @@ def test_the_kept_hidden_states_are_counted(dtype, precision, size, monkeypatch)
     assert plan["hidden_states_bytes"] == 39 * 9 * 16 * size
     next(fit(tuned(dtype), WINDOWS, longer))
     assert rooms[-1].nbytes == plan["hidden_states_bytes"]
-    four = replace(longer, keep_hidden=4 * 9 * 16 * size / 2**30)
+    four = replace(longer, cache_gib=4 * 9 * 16 * size / 2**30)
     assert plan_training(model, WINDOWS, four)["hidden_states_bytes"] == 4 * 9 * 16 * size
     next(fit(tuned(dtype), WINDOWS, four))
     assert rooms[-1].nbytes == 4 * 9 * 16 * size
-    none = plan_training(model, WINDOWS, replace(longer, keep_hidden=0.0))
+    none = plan_training(model, WINDOWS, replace(longer, cache_gib=0.0))
     assert none["hidden_states_bytes"] == 0
     more = plan["hidden_states_bytes"] + plan["logits_bytes"] - none["logits_bytes"]
     assert plan["memory_bytes"] - none["memory_bytes"] == more
@@ -117,7 +117,7 @@ def test_the_first_pass_and_what_comes_after_are_probed_apart():
     assert plan["first_pass_steps"] == pace.first_pass_steps
     assert {"seconds_a_step", "seconds_a_step_of_the_first_pass"} <= plan.keys()
     computed.clear()
-    probed(model, WINDOWS, replace(LONGER, keep_hidden=0.0))
+    probed(model, WINDOWS, replace(LONGER, cache_gib=0.0))
     assert sum(computed) == 5 * (NEW + AGAIN)
 
 
@@ -144,12 +144,12 @@ def test_a_probe_learns_from_what_is_affordable(monkeypatch):
     """Of a machine a millionth as fast: few tokens of few rows; sizes are scaled to the batch."""
     model, steps = tuned(), []
     model.lm_head.register_forward_hook(lambda _m, inputs, _o: steps.append(inputs[0].shape))
-    whole = plan_training(model, WINDOWS, replace(LONGER, keep_hidden=0.0), WINDOWS)
+    whole = plan_training(model, WINDOWS, replace(LONGER, cache_gib=0.0), WINDOWS)
     assert affordable_part(model, WINDOWS, LONGER).tokens == LONGER.batch_size * 9
     monkeypatch.setattr("nanogpt_surgery.training.probing.matmul_rate", lambda *_: 1e3)
     part = affordable_part(model, WINDOWS, LONGER)
     assert (part.rows, part.block_size) == (1, 9)
-    large = replace(LONGER, batch_size=10**6, keep_hidden=0.0)
+    large = replace(LONGER, batch_size=10**6, cache_gib=0.0)
     steps.clear()
     plan = plan_training(model, WINDOWS, large, WINDOWS)
     assert max(shape.numel() // model.config.n_embd for shape in steps) <= 9

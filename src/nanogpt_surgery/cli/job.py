@@ -29,7 +29,7 @@ class Job:
     """what determines the run, beside settings and data"""
     write_weights: Callable[[Path], None]
     """write the files that others read: a model folder's or an adapter folder's"""
-    keep_in: Path | None = None
+    cache_dir: Path | None = None
     """where hidden states are kept, if not in memory"""
     named: dict[str, Any] = field(default_factory=dict)
     """what was typed for that of which the description has but a hash"""

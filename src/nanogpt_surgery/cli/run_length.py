@@ -64,7 +64,7 @@ def settings_for(
     if epochs is None and instructions and "max_steps" not in asked:
         epochs = EPOCHS
     if epochs is not None:
-        size = settings.batch_size * settings.accumulation
+        size = settings.batch_size * settings.grad_accum_steps
         steps = max(1, math.ceil(round(epochs * rows_in_epoch(dataset) / size, 6)))
         settings = replace(settings, max_steps=steps)
         one = "" if epochs == 1 else "s"

@@ -30,7 +30,7 @@ def summary_of(job: Job, run: Run, matmul_rate: float, beside: float) -> dict[st
     base = job.description.get("kind") == "finetune"
     plot_losses(rows_of_all, run.folder / "loss.png", title=str(job.options.out), base=base)
     seconds = sum(row["seconds"] for row in metrics)
-    rows = len(metrics) * job.settings.batch_size * job.settings.accumulation
+    rows = len(metrics) * job.settings.batch_size * job.settings.grad_accum_steps
     tokens = sum(row["tokens"] for row in metrics)
     return {
         "folder": str(job.options.out),

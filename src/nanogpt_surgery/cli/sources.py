@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanogpt_surgery.cli.framework.console import say
-from nanogpt_surgery.cli.framework.processes import several
+from nanogpt_surgery.cli.framework.processes import is_distributed
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ def open_sources(
     from nanogpt_surgery.data.text.token_files import is_token_folder, open_tokens
     from nanogpt_surgery.data.tokenizers.known_characters import check_characters
 
-    if "-" in paths and several():
+    if "-" in paths and is_distributed():
         raise SurgeryError(
             "standard input cannot be read by several processes: each would get a part of it",
             "name a file",

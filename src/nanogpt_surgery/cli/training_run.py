@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.framework.console import Announced, say, show, watched
 from nanogpt_surgery.cli.framework.output import room
-from nanogpt_surgery.cli.framework.processes import several, told
+from nanogpt_surgery.cli.framework.processes import is_distributed, run_on_main
 from nanogpt_surgery.cli.framework.signals import Stop, signals
 from nanogpt_surgery.cli.recorder import Recorder
 from nanogpt_surgery.cli.run_description import description_of
@@ -51,10 +51,10 @@ def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any
     SaveInterval.read(options.save_every)
     choose_hardware(settings)
     if options.plan:
-        if several():
+        if is_distributed():
             raise SurgeryError("a plan is made by one process", "run it without torchrun")
         return
-    told(world(), partial(_checked, options, settings))
+    run_on_main(world(), partial(_checked, options, settings))
     if options.resume and not checkpoints(options.out):
         say(f"note: there is no checkpoint in {options.out}: --resume begins at step 0")
 
@@ -64,7 +64,7 @@ def _checked(options: RunOptions, settings: FitSettings) -> int:
     from nanogpt_surgery.runs.checkpoint import check_folder
     from nanogpt_surgery.training.distributed import world
 
-    rows_of(0, settings.batch_size * settings.accumulation, world_size=world().size)
+    rows_of(0, settings.batch_size * settings.grad_accum_steps, world_size=world().size)
     check_folder(options.out, options.resume)
     return 0
 
@@ -93,8 +93,8 @@ def _out_of_memory(job: Job, error: Exception) -> SurgeryError:
         kept = f"; the last checkpoint is {found[-1]}, from which --resume goes on"
     return SurgeryError(
         f"memory ran out: {quoted(str(error).partition(chr(10))[0])}{kept}",
-        f"lower --batch-size from {job.settings.batch_size} (--accumulation makes up for it) or "
-        "--block-size, or add --gradient-checkpointing; --plan says what each takes",
+        f"lower --batch-size from {job.settings.batch_size} (--grad-accum-steps makes up for it) "
+        "or --block-size, or add --gradient-checkpointing; --plan says what each takes",
     )
 
 
@@ -114,7 +114,7 @@ def _trained(job: Job) -> dict[str, Any]:
     hardware = choose_hardware(job.settings, operations)
     together = world()
     environment = environment_of(hardware, together.size)
-    description = description_of(job, environment) if together.first else {}
+    description = description_of(job, environment) if together.is_main_process else {}
     with _opened(job, description, together) as run, signals() as stop:
         job.model.to(hardware.device)
         optimizer = make_optimizer(job.model, job.settings)
@@ -129,7 +129,7 @@ def _trained(job: Job) -> dict[str, Any]:
         _say_what_is_measured(job)
         rate = matmul_rate(hardware.device, hardware.precision) * together.size
         stepped = _carried_out(job, run, optimizer, stop, rate)
-        if not together.first:
+        if not together.is_main_process:
             return {}
         summary = summary_of(job, run, rate, monotonic() - start - stepped)
         _record(run, description, summary)
@@ -146,13 +146,14 @@ def _carried_out(
     from nanogpt_surgery.training.distributed import world
     from nanogpt_surgery.training.fit import fit
 
-    if job.keep_in:
-        make_folder(job.keep_in)
+    if job.cache_dir:
+        make_folder(job.cache_dir)
     together, validation = world(), Announced(job.validation)
-    recorder = Recorder(job, run, optimizer) if together.first else None
-    stopping = EarlyStopping(job.options.patience, _losses(run) if together.first else ())
-    if together.most(stopping.enough):
+    recorder = Recorder(job, run, optimizer) if together.is_main_process else None
+    stopping = EarlyStopping(job.options.patience, _losses(run) if together.is_main_process else ())
+    if together.all_reduce_max(stopping.enough):
         return 0.0
+    skipped = _skipped_in_a_row(run) if together.is_main_process else 0
     steps = fit(
         job.model,
         job.dataset,
@@ -160,8 +161,8 @@ def _carried_out(
         validation=validation,
         optimizer=optimizer,
         first_step=run.first_step,
-        skipped_before=together.most(_skipped_in_a_row(run) if together.first else 0),
-        keep_in=job.keep_in,
+        skipped_before=together.all_reduce_max(skipped),
+        cache_dir=job.cache_dir,
     )
     frozen = frozen_hashes(job.model) if job.options.patience else {}
     _begin(job, run, recorder)
@@ -187,17 +188,17 @@ def _stepped(
     with _saved_where_it_breaks(recorder, together):
         for step in steps:
             seconds += step.seconds
-            asked = together.most(stop.signal)  # once: it may come at any moment
+            asked = together.all_reduce_max(stop.signal)  # once: it may come at any moment
             if step.validation_loss is not None:
                 stopping.add(step.validation_loss)
-            early = bool(together.most(stopping.enough))
+            early = bool(together.all_reduce_max(stopping.enough))
             over = early or step.step == job.settings.max_steps
             if recorder:
                 recorder.after(step, last=over, asked=bool(asked))
             if over:
                 return seconds, early
             if asked:
-                together.most(0)  # what the first one writes is written
+                together.all_reduce_max(0)  # what the first one writes is written
                 _leave(job, step, asked)
     return seconds, False
 
@@ -210,7 +211,7 @@ def _saved_where_it_breaks(recorder: Recorder | None, together: World) -> Iterat
     except NotFiniteError:
         if recorder:
             recorder.save()
-        together.most(0)  # it is written before another process ends
+        together.all_reduce_max(0)  # it is written before another process ends
         raise
 
 
@@ -272,7 +273,7 @@ def _opened(job: Job, description: dict[str, Any], together: World) -> Iterator[
 
     with ExitStack() as stack:
         try:
-            step = told(together, begin)
+            step = run_on_main(together, begin)
         except RunDiffersError as error:
             arguments = (error.before.get("typed") or {}).get("arguments")
             if not arguments:

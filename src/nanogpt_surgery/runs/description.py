@@ -22,6 +22,13 @@ _NOT_COMPARED = ("named", "typed", "environment", "changes")
 _SETTINGS = {"model": GPTConfig, "settings": FitSettings, "adapter": LoRASettings}
 # How it was before a setting existed, where that is not its default.
 _BEFORE = {"settings": {"evaluate_tokens": 0}}
+# Keys, and flags, under which earlier versions stored a setting.
+_FORMER_NAMES = {
+    "accumulation": "grad_accum_steps",
+    "clip": "max_grad_norm",
+    "keep_hidden": "cache_gib",
+    "keep_in": "cache_dir",
+}
 # Values that only a hash tells apart, and the name under which they were given.
 _HASHED = {"base": "model", "train_ids": "text", "validation_ids": "text", "tokenizer": "tokenizer"}
 _SHAPES_DATA = {"tokenizer", "base", "block_size", "stride", "pack", "template", "answers_only", "weights", "data"}
@@ -73,8 +80,24 @@ def _completed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     for name, kind in _SETTINGS.items():
         if name in before:
             defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
-            completed[name] = defaults | _BEFORE.get(name, {}) | before[name]
+            completed[name] = defaults | _BEFORE.get(name, {}) | with_current_names(before[name])
     return completed
+
+
+def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
+    """Settings that an earlier version may have stored, under the names that they have now."""
+    return {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
+
+
+def with_current_flags(words: list[str]) -> list[str]:
+    """A command's words that an earlier version may have stored, with the flags of this one."""
+    flags = {_flag(former): _flag(name) for former, name in _FORMER_NAMES.items()}
+    split = [word.partition("=") for word in words]
+    return [flags.get(flag, flag) + equals + value for flag, equals, value in split]
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def _values(description: dict[str, Any]) -> Iterator[tuple[str, Any]]:

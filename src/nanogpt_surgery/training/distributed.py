@@ -35,7 +35,7 @@ class World:
     size: int = 1
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether this one writes and speaks for all."""
         return self.rank == 0
 
@@ -44,7 +44,7 @@ class World:
         """What a dataset's `batch` is told: nothing where there is one process."""
         return {} if self.size == 1 else {"rank": self.rank, "world_size": self.size}
 
-    def sums(self, *numbers: float) -> list[float]:
+    def all_reduce_sum(self, *numbers: float) -> list[float]:
         """Each number added up over the processes, in float64; all wait for each other.
 
         Raises:
@@ -58,7 +58,7 @@ class World:
         sums: list[float] = found.tolist()
         return sums
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers; all wait for each other.
 
         Raises:
@@ -71,7 +71,7 @@ class World:
             dist.all_reduce(found, dist.ReduceOp.MAX)
         return int(found)
 
-    def add_up(self, parameters: Sequence[nn.Parameter]) -> None:
+    def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients; where another process has one and this has not, it counts as 0.
 
         They are added up in float32 at least, whatever they are kept in.
@@ -81,7 +81,7 @@ class World:
         """
         if self.size == 1:
             return
-        there = self.sums(*(parameter.grad is not None for parameter in parameters))
+        there = self.all_reduce_sum(*(parameter.grad is not None for parameter in parameters))
         gradients = []
         for parameter, count in zip(parameters, there, strict=True):
             if count:
@@ -96,7 +96,7 @@ class World:
                 gradient.copy_(summed.view_as(gradient))
 
     @torch.no_grad()
-    def begin_alike(self, model: nn.Module) -> None:
+    def broadcast_parameters(self, model: nn.Module) -> None:
         """Give the model of each process the weights of the first one's.
 
         Raises:

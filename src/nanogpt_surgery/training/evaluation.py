@@ -48,7 +48,9 @@ def evaluate(
             check_documents(model, batch)
             losses.append(summed_loss(model, batch))
             count += n_trained(batch[1])
-    total, count = together.sums(sum(torch.stack(losses).tolist()) if losses else 0.0, count)
+    total, count = together.all_reduce_sum(
+        sum(torch.stack(losses).tolist()) if losses else 0.0, count
+    )
     if not count:
         raise SurgeryError(
             "nothing of what an evaluation reads is trained on", "evaluate_tokens=0 reads all"

@@ -47,7 +47,7 @@ def fit(
     first_step: int = 0,
     skipped_before: int = 0,
     examine: bool = True,
-    keep_in: Path | None = None,
+    cache_dir: Path | None = None,
     **changes: Any,
 ) -> Iterator[Step]:
     """Train what can be trained in a model, a step for each item taken from the iterator.
@@ -68,7 +68,7 @@ def fit(
         examine: check that the optimizer holds every trainable parameter, after the first and the
             last step that each update of a LoRA got a gradient and has moved, and at the end that
             no frozen parameter did, by hash.
-        keep_in: a folder for the hidden states that are kept (`keep_hidden`), instead of memory.
+        cache_dir: a folder for the hidden states that are kept (`cache_gib`), instead of memory.
         **changes: fields of `FitSettings` by name, over those of `settings`.
 
     Yields:
@@ -84,7 +84,7 @@ def fit(
     _check_no_float16(model)
     check_training(model, dataset, settings)
     check_not_packed(model, dataset)
-    loop = _Loop(model, dataset, settings, validation, optimizer, keep_in)
+    loop = _Loop(model, dataset, settings, validation, optimizer, cache_dir)
     loop.skipped = skipped_before
     return loop.steps(first_step, examine)
 
@@ -109,18 +109,18 @@ class _Loop:
         settings: FitSettings,
         validation: Batches | None,
         optimizer: torch.optim.Optimizer | None,
-        keep_in: Path | None,
+        cache_dir: Path | None,
     ):
         self.model, self.dataset, self.settings = model, dataset, settings
         operations = operations_of(model, settings, dataset.block_size)
         self.hardware = choose_hardware(settings, operations)
         model.to(self.hardware.device)
         self.together = world()
-        self.together.begin_alike(model)
+        self.together.broadcast_parameters(model)
         self.optimizer = optimizer or make_optimizer(model, settings)
         self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.skipped = 0  # steps in a row up to now
-        self.prefix = prefix_for(model, dataset, settings, keep_in)
+        self.prefix = prefix_for(model, dataset, settings, cache_dir)
         most = settings.evaluate_tokens
         self.held = None if validation is None else held_out(validation, most)
 
@@ -167,7 +167,7 @@ class _Loop:
     def _gradients(self, batch: Batch, step: int) -> tuple[list[Tensor], int, int]:
         """The gradients of a step, of all processes; this one's losses, and all tokens."""
         counts = batch[1].numel(), n_trained(batch[1])
-        tokens, learned = map(int, self.together.sums(*counts))
+        tokens, learned = map(int, self.together.all_reduce_sum(*counts))
         losses = accumulate(
             self.model,
             batch,
@@ -178,7 +178,7 @@ class _Loop:
             learned,
             self.together.rank,
         )
-        self.together.add_up(self.trained)
+        self.together.all_reduce_gradients(self.trained)
         return losses, tokens, learned
 
     def _update(self, losses: list[Tensor], step: int) -> tuple[float, float, float]:
@@ -188,10 +188,10 @@ class _Loop:
         """
         whole = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
         own_loss, norm = _read(losses, whole)
-        loss = self.together.sums(own_loss)[0]
+        loss = self.together.all_reduce_sum(own_loss)[0]
         rate = learning_rate(step, self.settings)
         if math.isfinite(loss) and math.isfinite(norm):
-            update(self.trained, self.optimizer, rate, self.settings.clip, whole)
+            update(self.trained, self.optimizer, rate, self.settings.max_grad_norm, whole)
             self.skipped = 0
         else:
             self.skipped += 1

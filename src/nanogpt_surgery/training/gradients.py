@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batch, documents_of
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
-from nanogpt_surgery.training.hardware import Hardware, sent
+from nanogpt_surgery.training.hardware import Hardware, to_device
 from nanogpt_surgery.training.loss import backward_from_hidden, backward_of_loss, n_trained
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -37,7 +37,7 @@ def accumulate(
         rank: which process this is. Its parts follow those of the one before, so that dropout
             draws what it draws where one process computes them all.
     """
-    parts = settings.accumulation
+    parts = settings.grad_accum_steps
     losses = []
     for part, piece in enumerate(
         zip(*(tensor.chunk(parts) for tensor in batch), strict=True), rank * parts
@@ -57,7 +57,7 @@ def _backward(
 ) -> Tensor:
     x, y, documents = batch[0], batch[1], documents_of(batch)
     if prefix is None:
-        x = sent(x, hardware.device)
+        x = to_device(x, hardware.device)
         return backward_of_loss(model, x, y, share, hardware.autocast, documents=documents)
     with hardware.autocast():
         hidden = prefix.hidden(x, documents)

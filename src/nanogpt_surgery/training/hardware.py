@@ -80,7 +80,7 @@ def environment_of(hardware: Hardware, processes: int) -> dict[str, Any]:
     }
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device. The host does not wait for a copy to CUDA, whose order keeps it apart.
 
     That takes pinned memory: from any other the copy would be waited for.

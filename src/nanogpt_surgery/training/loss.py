@@ -27,7 +27,7 @@ from nanogpt_surgery.training.fast.frozen_head import (
     frozen_head,
     trained_places,
 )
-from nanogpt_surgery.training.hardware import sent
+from nanogpt_surgery.training.hardware import to_device
 
 # Logits held at once: 32 MiB in float32, which a CPU's caches like; a GPU wants large products.
 MOST_LOGITS, MOST_ON_GPU = 2**23, 2**27
@@ -74,7 +74,7 @@ def backward_of_loss(
     if not isinstance(model, SimpleGPT) or _positions(model, inputs, most_logits) >= inputs.size(1):
         with autocast():
             logits = _logits(model(inputs, **apart(documents, inputs.device)))
-        loss = cross_entropy(logits, sent(targets, logits.device)) * share
+        loss = cross_entropy(logits, to_device(targets, logits.device)) * share
         loss.backward()
         return loss.detach()
     with autocast():
@@ -124,7 +124,7 @@ def _counted(model: SimpleGPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
     """
     if isinstance(getattr(model.lm_head, "mixture", None), Rows):
         places = torch.arange(targets.numel(), device=hidden.device)
-        return hidden, sent(targets, hidden.device), places
+        return hidden, to_device(targets, hidden.device), places
     places, wanted = trained_places(targets, hidden.device)
     return hidden.flatten(0, 1)[None, places], wanted[None], places
 
@@ -166,15 +166,17 @@ def check_documents(model: nn.Module, batch: Batch) -> None:
 
 def apart(documents: Tensor | None, device: torch.device) -> dict[str, Any]:
     """The argument by which a `SimpleGPT` keeps the documents (B, T) that share rows apart."""
-    return {} if documents is None else {"layout": Layout.of_documents(sent(documents, device))}
+    return (
+        {} if documents is None else {"layout": Layout.of_documents(to_device(documents, device))}
+    )
 
 
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss summed over what counts, float32, a scalar; never all logits of a `SimpleGPT`."""
     device, targets = next(model.parameters()).device, batch[1]
-    inputs = sent(batch[0], device)
+    inputs = to_device(batch[0], device)
     if not isinstance(model, SimpleGPT):
-        return _sum_of(_logits(model(inputs)), sent(targets, device))
+        return _sum_of(_logits(model(inputs)), to_device(targets, device))
     hidden = model.hidden(inputs, **apart(documents_of(batch), device))  # (B, T, C)
     hidden, targets, _ = _counted(model, hidden, targets)
     size = _positions(model, targets, most_logits_on(targets.device))

@@ -18,7 +18,7 @@ from nanogpt_surgery.training.settings import FitSettings
 FLOAT32, ID = 4, 8  # bytes
 SHORTEST = 2  # tokens that a row of a conversation has at least
 LOWER_MODEL = "a smaller model fits: lower n_embd, n_layer or the vocabulary"
-LOWER_BATCH = "lower batch_size (and raise accumulation by as much), or block_size"
+LOWER_BATCH = "lower batch_size (and raise grad_accum_steps by as much), or block_size"
 
 
 def check_new_model(config: GPTConfig, settings: FitSettings) -> None:
@@ -58,7 +58,7 @@ def _of_a_batch(width: int, settings: FitSettings, length: int) -> dict[str, int
     """The ids of a step, and what enters a block for a micro-batch: as it is, and normed."""
     rows = -(-settings.batch_size // world().size)
     return {
-        "ids of a batch": ID * rows * settings.accumulation * length,
+        "ids of a batch": ID * rows * settings.grad_accum_steps * length,
         "hidden states": 2 * FLOAT32 * rows * length * width,
     }
 

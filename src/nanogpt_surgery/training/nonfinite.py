@@ -27,7 +27,7 @@ def rows_in_batch(
     known: Any = getattr(dataset, "rows_of", None)
     if known is None:
         return []
-    size = settings.batch_size * settings.accumulation
+    size = settings.batch_size * settings.grad_accum_steps
     numbers: list[int] = known(step, size, settings.seed, **share).tolist()
     return numbers
 

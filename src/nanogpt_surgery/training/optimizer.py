@@ -49,12 +49,12 @@ def update(
     trained: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     rate: float,
-    clip: float,
+    max_grad_norm: float,
     norm: Tensor,
 ) -> None:
     """One step at a rate, the gradients clipped to a norm (0: as they are), and then cleared."""
-    if clip:
-        nn.utils.clip_grads_with_norm_(trained, clip, norm)
+    if max_grad_norm:
+        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_ratio", 1.0)
     optimizer.step()

@@ -178,7 +178,7 @@ def _pace(
     optimizer: torch.optim.Optimizer,
     part: Part,
 ) -> Pace:
-    rows = settings.batch_size * settings.accumulation
+    rows = settings.batch_size * settings.grad_accum_steps
     prefix = prefix_for(model, dataset, settings)
     new = min(NEW, max(1, prefix.windows // rows)) if prefix else NEW + AGAIN
     tokens = rows * dataset.block_size
@@ -207,10 +207,10 @@ def _step_seconds(
     short = replace(
         settings,
         batch_size=part.rows,
-        accumulation=1,
+        grad_accum_steps=1,
         max_steps=NEW + AGAIN,
         compile="off",
-        keep_hidden=0.0 if once else settings.keep_hidden,
+        cache_gib=0.0 if once else settings.cache_gib,
     )
     steps = fit(model, part, short, optimizer=optimizer, examine=False)
     seconds = [step.seconds for step in steps]

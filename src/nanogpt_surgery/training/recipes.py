@@ -35,7 +35,7 @@ MUON: dict[str, Any] = {
     "weight_decay": 0.0,
     "beta1": 0.8,
     "beta2": 0.95,
-    "clip": 0.0,
+    "max_grad_norm": 0.0,
 }
 # For weights that are good already: at MUON's own rate they are worse at once.
 FURTHER: dict[str, Any] = {"learning_rate": 3e-4}

@@ -27,7 +27,7 @@ class FitSettings:
     """optimizer steps in all"""
     batch_size: int = 12
     """windows in a batch"""
-    accumulation: int = 1
+    grad_accum_steps: int = 1
     """batches whose gradients make one step, as one big batch would"""
     muon: bool = False
     """train the matrices between embedding and head by Muon instead of AdamW (arXiv:2502.16982)"""
@@ -51,7 +51,7 @@ class FitSettings:
     """AdamW's memory of the gradient"""
     beta2: float = 0.99
     """AdamW's memory of its square"""
-    clip: float = 1.0
+    max_grad_norm: float = 1.0
     """largest norm of the gradient (0: no clipping)"""
     max_skipped_steps: int = 3
     """steps in a row that are skipped, since their gradient is not finite, before training stops"""
@@ -59,7 +59,7 @@ class FitSettings:
     """steps from one evaluation to the next (0: only at the end)"""
     evaluate_tokens: int = 2**18
     """held-out tokens that an evaluation reads, spread over all there are (0: all)"""
-    keep_hidden: float = 2.0
+    cache_gib: float = 2.0
     """GiB for hidden states before the first part that learns, kept where windows come again"""
     gradient_checkpointing: bool = False
     """compute each block again for its gradient instead of keeping it: less memory, more time"""
@@ -108,7 +108,7 @@ class FitSettings:
     @property
     def windows(self) -> int:
         """How many windows, or rows, a training reads in all."""
-        return self.max_steps * self.batch_size * self.accumulation
+        return self.max_steps * self.batch_size * self.grad_accum_steps
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
@@ -124,18 +124,18 @@ _CHOICES = {
 _LEAST = {
     "max_steps": 1,
     "batch_size": 1,
-    "accumulation": 1,
+    "grad_accum_steps": 1,
     "learning_rate": 0.0,
     "final_learning_rate": 0.0,
     "cooldown": 0.0,
     "warmup_steps": 0,
     "weight_decay": 0.0,
     "lora_plus_ratio": 0.0,
-    "keep_hidden": 0.0,
+    "cache_gib": 0.0,
     "momentum": 0.0,
     "beta1": 0.0,
     "beta2": 0.0,
-    "clip": 0.0,
+    "max_grad_norm": 0.0,
     "max_skipped_steps": 1,
     "evaluate_every": 0,
     "evaluate_tokens": 0,

@@ -34,7 +34,7 @@ def finetune(
     weights: str | None = None,
     block_size: int | None = None,
     stride: int | None = None,
-    keep_in: Path | None = None,
+    cache_dir: Path | None = None,
     instructions: InstructionOptions = None,
     target: TargetOptions = None,
     lora: LoraOptions = None,
@@ -59,14 +59,14 @@ def finetune(
         tokens in a window of text, or of an example; the model's own by default, at most 256
     stride
         tokens from the start of one window of text to the next; by default the whole window where
-        layers before the first that learns are computed once (see --keep-hidden), else 1
-    keep_in
-        a folder for the hidden states that are kept (--keep-hidden), instead of memory
+        layers before the first that learns are computed once (see --cache-gib), else 1
+    cache_dir
+        a folder for the hidden states that are kept (--cache-gib), instead of memory
     """
     from nanogpt_surgery.cli.training_run import carry_out
 
     settings, adapter = FitSettings(**(asked := given(training))), LoRASettings(**given(lora))
-    _check_first(run, settings, asked, keep_in)
+    _check_first(run, settings, asked, cache_dir)
     targets = given(target).get("targets")
     network, tokenizer, length = _opened(model, block_size, targets or [])
     conversations = InstructionSettings(**given(instructions))
@@ -75,7 +75,7 @@ def finetune(
     job = with_length(_spaced(job, network, stride), asked)
     _say_training(job, text)
     named = {"model": model, "text": text, "weights": weights, "targets": targets}
-    carry_out(replace(job, keep_in=keep_in, named=named | asdict(conversations)), "fine-tuned")
+    carry_out(replace(job, cache_dir=cache_dir, named=named | asdict(conversations)), "fine-tuned")
     _say_next(model, run, job)
 
 
@@ -89,14 +89,14 @@ def _say_next(model: str, run: RunOptions, job: Job) -> None:
 
 
 def _check_first(
-    run: RunOptions, settings: FitSettings, asked: dict[str, Any], keep_in: Path | None
+    run: RunOptions, settings: FitSettings, asked: dict[str, Any], cache_dir: Path | None
 ) -> None:
     """What can be refused before anything is read."""
     from nanogpt_surgery.cli.training_run import check_first
 
     check_first(run, settings, asked)
-    if keep_in is not None and keep_in.exists() and not keep_in.is_dir():
-        raise SurgeryError(f"{keep_in} is a file", "--keep-in names a folder")
+    if cache_dir is not None and cache_dir.exists() and not cache_dir.is_dir():
+        raise SurgeryError(f"{cache_dir} is a file", "--cache-dir names a folder")
 
 
 def _opened(

@@ -31,7 +31,7 @@ def plan(
 ) -> None:
     """Say which layers a LoRA would adapt, with its parameters, its file and its memory.
 
-    The memory is what surgery finetune --plan --keep-hidden 0 counts; with a text, that says also
+    The memory is what surgery finetune --plan --cache-gib 0 counts; with a text, that says also
     what is kept of frozen layers, and how long a training takes.
 
     Parameters
@@ -53,7 +53,7 @@ def plan(
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.training.memory_estimate import check_batch
 
-    settings = FitSettings(batch_size=batch_size, keep_hidden=0.0)  # refuses what fit would
+    settings = FitSettings(batch_size=batch_size, cache_gib=0.0)  # refuses what fit would
     network = open_model(model, torch.float32)[0]  # as finetune opens it
     length = window(block_size, network.config.block_size)
     check_batch(network.config, batch_size, length)

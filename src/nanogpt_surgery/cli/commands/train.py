@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 CHARACTERS = "characters"
 ModelOptions: Any = options_of(GPTConfig, "Model", leave_out=("vocab_size", "rope_scaling"))
-TrainingOptions: Any = options_of(FitSettings, "Training", ("lora_plus_ratio", "keep_hidden"), MUON)
+TrainingOptions: Any = options_of(FitSettings, "Training", ("lora_plus_ratio", "cache_gib"), MUON)
 Family: Any = Literal[*FAMILIES]
 Recipe: Any = Literal[*(name for name in RECIPES if name)]
 

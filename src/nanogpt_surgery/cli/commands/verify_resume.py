@@ -130,6 +130,7 @@ def _command_of(run: Path, before: int, after: int) -> Command:
     from nanogpt_surgery.files.json_files import read_json
     from nanogpt_surgery.formats.folders.run_folder import is_run
     from nanogpt_surgery.history.folder_journal import RUN
+    from nanogpt_surgery.runs.description import with_current_flags
 
     if before < LEAST or after < 1:
         raise SurgeryError(
@@ -159,7 +160,8 @@ def _command_of(run: Path, before: int, after: int) -> Command:
         raise SurgeryError(
             f"{folder}, in which the run was begun, is not there", "bring it back with its text"
         )
-    return Command(tuple(_kept(typed["arguments"])), folder, typed.get("config"))
+    arguments = with_current_flags(_kept(typed["arguments"]))
+    return Command(tuple(arguments), folder, typed.get("config"))
 
 
 def _kept(words: list[str]) -> list[str]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeAlias
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.framework.processes import speaks
+from nanogpt_surgery.cli.framework.processes import is_main_process
 from nanogpt_surgery.errors import SurgeryWarning, printable
 
 if TYPE_CHECKING:
@@ -42,13 +42,13 @@ def ready_streams() -> None:
 
 def say(text: str) -> None:
     """A line about the work; of several processes the first one speaks."""
-    if speaks():
+    if is_main_process():
         complain(text)
 
 
 def complain(text: str) -> None:
     """A line that every process may say; those after the first one with their number."""
-    who = "" if speaks() else f"process {os.environ['RANK']}: "
+    who = "" if is_main_process() else f"process {os.environ['RANK']}: "
     print(_fitted(printable(who + text), sys.stderr), file=sys.stderr, flush=True)
 
 
@@ -68,7 +68,7 @@ AllLayers: TypeAlias = Annotated[bool, ALL]
 
 def show(report: Report, as_json: bool, all_layers: bool = False) -> None:
     """The result of a command: as a table, or as JSON."""
-    if speaks():
+    if is_main_process():
         print(report.to_json() if as_json else _text(report, all_layers, sys.stdout))
 
 
@@ -129,7 +129,7 @@ def watched(
     machine's matrix products. When `validation` is read, the bar says so.
     """
     rate = _Rate(first_step, max_steps, full_rate)
-    if sys.stderr.isatty() and speaks():
+    if sys.stderr.isatty() and is_main_process():
         yield from _with_bar(steps, rate, validation)
     else:
         yield from _with_lines(steps, rate)

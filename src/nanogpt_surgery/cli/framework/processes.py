@@ -16,32 +16,32 @@ if TYPE_CHECKING:
 TOGETHER = ("train", "finetune")
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether torchrun started more than one process; others set `WORLD_SIZE` too."""
     return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def speaks() -> bool:
+def is_main_process() -> bool:
     """Whether this process is the one that speaks for all."""
-    return not several() or os.environ.get("RANK", "0") == "0"
+    return not is_distributed() or os.environ.get("RANK", "0") == "0"
 
 
-def told(together: World, action: Callable[[], int]) -> int:
+def run_on_main(together: World, action: Callable[[], int]) -> int:
     """What an action of the first process returns, at least 0, in all of them.
 
     Where it raises, the first one says why, and the others leave with status 1.
     """
-    if not together.first:
-        number = together.most(-1)
+    if not together.is_main_process:
+        number = together.all_reduce_max(-1)
         if number < 0:
             sys.exit(1)
         return number
     try:
         number = action()
     except BaseException:
-        together.most(-1)
+        together.all_reduce_max(-1)
         raise
-    return together.most(number)
+    return together.all_reduce_max(number)
 
 
 def joined(command: str) -> AbstractContextManager[object]:
@@ -50,7 +50,7 @@ def joined(command: str) -> AbstractContextManager[object]:
     Raises:
         SurgeryError: the command is none that several share, or there are fewer GPUs.
     """
-    if not several():
+    if not is_distributed():
         return nullcontext()
     if command not in TOGETHER:
         raise SurgeryError(

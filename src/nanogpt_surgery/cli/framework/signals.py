@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanogpt_surgery.cli.framework.console import say
-from nanogpt_surgery.cli.framework.processes import several
+from nanogpt_surgery.cli.framework.processes import is_distributed
 
 
 @dataclass
@@ -30,7 +30,7 @@ def signals() -> Iterator[Stop]:
 
     def ask(number: int, _frame: object) -> None:
         stop.signal = number
-        if several():
+        if is_distributed():
             say("stopping after this step")
             return
         say("stopping after this step; once more to stop at once")

@@ -16,11 +16,11 @@ _FLAGS: Mapping[tuple[str, ...], str] = {
     ("--schedule",): "lr-scheduler-type lr-scheduler scheduler lr-schedule lr-decay-style",
     ("--warmup-steps",): "warmup warmup-iters warmup-ratio num-warmup-steps lr-warmup-steps",
     ("--weight-decay",): "wd decay l2",
-    ("--clip",): "max-grad-norm grad-clip gradient-clip gradient-clipping clip-grad clip-grad-norm "
+    ("--max-grad-norm",): "clip grad-clip gradient-clip gradient-clipping clip-grad clip-grad-norm "
     "gradient-clip-val max-norm",
     ("--batch-size",): "bs batch per-device-train-batch-size per-device-batch-size "
     "micro-batch-size train-batch-size device-batch-size per-device-eval-batch-size mbs",
-    ("--accumulation",): "gradient-accumulation-steps grad-accum-steps gradient-accumulation "
+    ("--grad-accum-steps",): "gradient-accumulation-steps accumulation gradient-accumulation "
     "grad-accum grad-accumulation accum-steps accumulation-steps grad-accumulation-steps ga",
     ("--epochs", "--max-steps"): "num-train-epochs num-epochs n-epochs epoch nb-epochs",
     ("--max-steps",): "iters max-iters num-steps n-steps steps total-steps num-iterations "

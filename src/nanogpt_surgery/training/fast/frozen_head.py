@@ -33,7 +33,7 @@ from nanogpt_surgery.training.fast.frozen_products import (
     plain_update,
     watched,
 )
-from nanogpt_surgery.training.hardware import sent
+from nanogpt_surgery.training.hardware import to_device
 
 IN_CACHE = 2**20  # logits of a piece on a CPU; a GPU takes the vocabulary whole
 
@@ -113,7 +113,7 @@ def backward_of_frozen_head(
 def trained_places(targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where in targets (B, T) something is trained on, and what: (N) each, on a device."""
     places = (targets.flatten() != -100).nonzero().squeeze(1)
-    return sent(places, device), sent(targets.flatten()[places], device)
+    return to_device(places, device), to_device(targets.flatten()[places], device)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.fast.frozen_products import stored_in_bfloat16
-from nanogpt_surgery.training.hardware import choose_hardware, sent
+from nanogpt_surgery.training.hardware import choose_hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
 
 MIB, GIB = 2**20, 2**30
@@ -63,7 +63,7 @@ class FrozenPrefix:
         """
         batch = (ids,) if documents is None else (ids, documents)
         x = torch.stack([self._before(*rows) for rows in zip(*batch, strict=True)])  # (B, T, C)
-        documents = None if documents is None else sent(documents, self.device)
+        documents = None if documents is None else to_device(documents, self.device)
         return self._through(x, self.first or 0, len(self.stages), documents)
 
     def _before(self, *row: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class FrozenPrefix:
         key = b"".join(tensor.numpy().tobytes() for tensor in row)
         if key in self.places:
             assert self.kept is not None
-            return sent(self.kept[self.places[key]], self.device)  # a file's are the host's
-        on_device = [sent(tensor, self.device)[None] for tensor in row]  # (1, T) each
+            return to_device(self.kept[self.places[key]], self.device)  # a file's are the host's
+        on_device = [to_device(tensor, self.device)[None] for tensor in row]  # (1, T) each
         ids, documents = on_device[0], on_device[1] if len(row) > 1 else None
         with torch.no_grad():
             x = self._through(self._embedded(ids, documents), 0, self.first or 0, documents)[0]
@@ -126,7 +126,7 @@ def mapped_file(folder: Path, size: int, dtype: torch.dtype) -> Tensor:
         refused = disk_refuses(folder / "hidden-states.tmp", error)
         raise SurgeryError(
             f"the hidden states that are kept need {needed:,} bytes: {refused.what}",
-            "keep fewer (--keep-hidden, in GiB), or keep them elsewhere (--keep-in) or in memory",
+            "keep fewer (--cache-gib, in GiB), or keep them elsewhere (--cache-dir) or in memory",
         ) from error
 
 
@@ -173,7 +173,7 @@ def _learns(module: nn.Module) -> bool:
 
 def can_keep(model: SimpleGPT, settings: FitSettings) -> bool:
     """Whether something that never changes lies before the first part that learns."""
-    return model.config.dropout == 0 and settings.keep_hidden > 0 and bool(first_that_learns(model))
+    return model.config.dropout == 0 and settings.cache_gib > 0 and bool(first_that_learns(model))
 
 
 def prefix_for(
@@ -188,7 +188,7 @@ def prefix_for(
         return None
     if settings.windows < LEAST_VISITS * len(dataset) * world().size:
         return None
-    room = int(settings.keep_hidden * GIB) // bytes_of_window(model, dataset.block_size, settings)
+    room = int(settings.cache_gib * GIB) // bytes_of_window(model, dataset.block_size, settings)
     windows = min(len(dataset), room)
     return FrozenPrefix(model, windows, folder) if windows else None
 

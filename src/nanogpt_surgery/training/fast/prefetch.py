@@ -29,7 +29,7 @@ def batches(
     a thread would only take time from the arithmetic: there each batch is made when it is asked
     for.
     """
-    size = settings.batch_size * settings.accumulation
+    size = settings.batch_size * settings.grad_accum_steps
 
     def make(step: int) -> Batch:
         batch = dataset.batch(step, size, settings.seed, **share)
