@@ -204,6 +204,8 @@ def test_tools_are_told_to_the_template(tmp_path):
         ({"instruction": "q", "output": "a", "history": ["x"]}, r"history\[0\]"),
         ({"prompt": "q", "completion": 4}, "completion.*4"),
         ({"prompt": "q", "completion": None}, "completion"),
+        ({"prompt": "", "completion": "a"}, "prompt: .*empty"),
+        ({"instruction": None, "input": "", "output": "a"}, "instruction: .*empty"),
         ({"prompt": "q", "completion": "a", "label": False}, "label"),
         ({"prompt": "q", "completion": "a", "label": "False"}, "label.*False"),
         ({"messages": [Q, A], "label": 0}, "label.*0"),

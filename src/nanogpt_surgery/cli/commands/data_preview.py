@@ -51,7 +51,8 @@ def preview(
 
     tokenizer, context = open_tokenizer_of(model)
     length = window(block_size, context)
-    found = read_examples(data, tokenizer, InstructionSettings(**given(instructions)))
+    settings = InstructionSettings(**given(instructions))
+    found = read_examples(data, tokenizer, settings)
     dataset = instruction_dataset.InstructionDataset.for_tokenizer(found, tokenizer, length)
     pieces_of = instruction_dataset.preview_tokens if tokens else instruction_dataset.preview
     shown = [pieces_of(example.cut(length + 1), tokenizer) for example in found[:examples]]
@@ -62,7 +63,9 @@ def preview(
     else:
         _print_examples(shown, [len(example.ids) for example in found], length, tokens)
     show(Report("instruction data", [], summary), json)
-    say(f"surgery finetune {model} {' '.join(data)} --out FOLDER trains on it")
+    written = "" if settings.template == "model" else f" --template {settings.template}"
+    written += "" if settings.answers_only else " --no-answers-only"
+    say(f"surgery finetune {model} {' '.join(data)}{written} --out FOLDER trains on it")
 
 
 def _print_examples(

@@ -76,16 +76,17 @@ def finetune(
     _say_training(job, text)
     named = {"model": model, "text": text, "weights": weights, "targets": targets}
     carry_out(replace(job, cache_dir=cache_dir, named=named | asdict(conversations)), "fine-tuned")
-    _say_next(model, run, job)
+    _say_next(model, run, job, conversations.template)
 
 
-def _say_next(model: str, run: RunOptions, job: Job) -> None:
+def _say_next(model: str, run: RunOptions, job: Job, template: str) -> None:
     """Say the command that shows what was learned."""
     from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
 
     if run.plan:
         return
-    say_next(model, run.out, talks=isinstance(job.dataset, InstructionDataset))
+    talks = isinstance(job.dataset, InstructionDataset)
+    say_next(model, run.out, talks=talks, template=template)
 
 
 def _check_first(

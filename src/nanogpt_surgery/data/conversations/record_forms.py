@@ -138,7 +138,10 @@ def _pair(record: dict[str, Any]) -> tuple[list[Message], list[str], set[str]]:
     if not asked and beside[:1] == ["input"]:
         asked = [beside.pop(0)]
     answers = [key for key in ANSWERS if record.get(key) is not None]
-    if not asked or not any(key in record for key in ANSWERS):
+    answered = any(key in record for key in ANSWERS)
+    if answered and not asked and (empty := [k for k in (*QUESTIONS, "input") if k in record]):
+        raise RecordError(empty[0], "is empty; a question is needed")
+    if not asked or not answered:
         raise RecordError("", keys_of(record))
     if not answers:
         field = next(key for key in ANSWERS if key in record)
