@@ -44,16 +44,18 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.checks import learned
     from nanogpt_surgery.lora.embedding import LoRAEmbedding
     from nanogpt_surgery.lora.forecast import plan_lora
+    from nanogpt_surgery.lora.inject import inject_lora
     from nanogpt_surgery.lora.linear import LoRALinear
     from nanogpt_surgery.lora.merge_metrics import merge_survival
-    from nanogpt_surgery.lora.mixing import blend_lora, lora_rows, swap_lora
     from nanogpt_surgery.lora.operations import (
+        blend_lora,
         disable_lora,
         enable_lora,
-        inject_lora,
         merge_lora,
         remove_lora,
+        swap_lora,
     )
+    from nanogpt_surgery.lora.per_row import lora_rows
     from nanogpt_surgery.lora.settings import LoRASettings
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
     from nanogpt_surgery.model.kv_cache import KVCache
@@ -104,13 +106,15 @@ _HOMES = {
     "lora.checks": ("learned",),
     "lora.embedding": ("LoRAEmbedding",),
     "lora.linear": ("LoRALinear",),
-    "lora.mixing": ("blend_lora", "lora_rows", "swap_lora"),
+    "lora.inject": ("inject_lora",),
+    "lora.per_row": ("lora_rows",),
     "lora.operations": (
+        "blend_lora",
         "disable_lora",
         "enable_lora",
-        "inject_lora",
         "merge_lora",
         "remove_lora",
+        "swap_lora",
     ),
     "lora.settings": ("LoRASettings",),
     "history.undo": ("lora_log", "redo_lora", "undo_lora"),

@@ -19,8 +19,8 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.cli.opening import open_to_talk
-from nanogpt_surgery.lora.transplant import put_on, take_off
-from nanogpt_surgery.lora.update import Update
+from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.transplant import attach_adapter, extract_adapter
 
 NOTE = "computing in float32, with 0 MiB of weights instead of half of that; --dtype bfloat16"
 SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 60}
@@ -72,9 +72,9 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("operated")
     save_model(tiny_model(CONFIG), place / "m", CharacterTokenizer(LETTERS))
     model = adapted(CONFIG, ["q_proj", "lm_head"])
-    adapter = replace(take_off(model), whole={"norm.weight": torch.linspace(0.5, 2, 24)})
+    adapter = replace(extract_adapter(model), whole={"norm.weight": torch.linspace(0.5, 2, 24)})
     remove_lora(model)
-    put_on(model, adapter)
+    attach_adapter(model, adapter)
     save_adapter(model, place / "a")
     return place
 
@@ -83,7 +83,7 @@ def test_an_adapter_sits_on_its_base_in_bfloat16(operated) -> None:
     adapters = {"a": operated / "a"}
     exact, _ = open_to_talk(str(operated / "m"), adapters)
     model, _ = open_to_talk(str(operated / "m"), adapters, "bfloat16")
-    updates = [module for module in model.modules() if isinstance(module, Update)]
+    updates = [module for module in model.modules() if isinstance(module, LoRAUpdate)]
     thin = {parameter for update in updates for parameter in update.parameters()}
     assert {p.dtype for p in thin} == {torch.float32}
     assert {p.dtype for p in model.parameters() if p not in thin} == {torch.bfloat16}

@@ -25,8 +25,8 @@ from nanogpt_surgery.files.manifest import MANIFEST
 from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
 from nanogpt_surgery.history.folder_journal import folder_log
 from nanogpt_surgery.history.folder_operation import undo_folder
-from nanogpt_surgery.lora.layer import lora_layers
-from nanogpt_surgery.lora.transplant import put_on, take_off
+from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.transplant import attach_adapter, extract_adapter
 
 
 @pytest.fixture
@@ -112,9 +112,9 @@ def test_a_module_replaced_whole_is_a_change(place):
     model, _ = open_model(place / "model")
     inject_lora(model, "q_proj", rank=2)
     head = {"lm_head.weight": torch.randn(model.lm_head.weight.shape)}
-    adapter = replace(take_off(model), whole=head, tied="untie")
+    adapter = replace(extract_adapter(model), whole=head, tied="untie")
     remove_lora(model)
-    put_on(model, adapter)
+    attach_adapter(model, adapter)
     save_adapter(model, place / "head")
     merge_adapter(place / "model", place / "head", place / "merged")
     merged, _ = open_model(place / "merged")

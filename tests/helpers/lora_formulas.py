@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanogpt_surgery import inject_lora, plan_lora
-from nanogpt_surgery.lora.layer import lora_layers
+from nanogpt_surgery.lora.linear import lora_layers
 
 KINDS = st.fixed_dictionaries(
     {
@@ -41,7 +41,7 @@ def delta_by_formula(update: nn.Module, layer: nn.Module) -> torch.Tensor:
     weight = layer.weight.double().T if across else layer.weight.double()
     change = scale * update.lora_B.double() @ update.lora_A.double()
     if kinds["pissa"]:
-        born = (update.inner if kinds["dora"] else update).birth
+        born = (update.inner if kinds["dora"] else update).initial
         change = change - scale * born.lora_B.double() @ born.lora_A.double()
     if kinds["dora"]:
         length = (weight + change).detach().norm(dim=1, keepdim=True)
@@ -54,7 +54,7 @@ def merged_by_formula(model: nn.Module) -> dict[str, torch.Tensor]:
     merged = {}
     for name, layer in lora_layers(model).items():
         merged[name] = layer.original_layer.weight.double()
-        for adapter, weight in layer.mixture.weights.items():
+        for adapter, weight in layer.active.weights.items():
             if adapter in layer.updates:
                 update = layer.updates[adapter]
                 merged[name] = merged[name] + weight * delta_by_formula(

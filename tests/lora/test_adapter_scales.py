@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import inject_lora, load_adapter, remove_lora, save_adapter, save_model
-from nanogpt_surgery.lora.layer import lora_layers
+from nanogpt_surgery.lora.linear import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import put_on
+from nanogpt_surgery.lora.transplant import attach_adapter
 
 
 class Nested(nn.Module):
@@ -105,7 +105,7 @@ def test_modules_replaced_whole_are_an_adapter_without_any_update(name, tmp_path
     config = FAMILY_CONFIGS[name]
     model, ids = tiny_model(config), random_ids(config, 2, 9)
     base = model(ids)
-    put_on(model, StoredAdapter({}, {"lm_head.weight": torch.randn(53, 24)}))
+    attach_adapter(model, StoredAdapter({}, {"lm_head.weight": torch.randn(53, 24)}))
     adapted = model(ids)
     save_adapter(model, tmp_path / "adapter")
     remove_lora(model)

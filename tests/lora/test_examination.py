@@ -12,7 +12,7 @@ from nanogpt_surgery import (
     tensor_hashes,
 )
 from nanogpt_surgery.history.hashing import tensor_hash
-from nanogpt_surgery.lora.layer import has_lora, lora_layers
+from nanogpt_surgery.lora.linear import has_lora, lora_layers
 from nanogpt_surgery.lora.merge_metrics import (
     change_kept,
     compare_logits,
@@ -21,7 +21,7 @@ from nanogpt_surgery.lora.merge_metrics import (
     round_int8,
 )
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import put_on
+from nanogpt_surgery.lora.transplant import attach_adapter
 
 
 def adapted(dtype: torch.dtype = torch.float32, size: float = 0.1) -> nn.Module:
@@ -190,7 +190,7 @@ def test_a_merge_that_makes_nan_or_infinite_weights_is_refused_without_a_probe(d
 
 def test_a_copy_of_a_module_with_a_nan_is_not_merged():
     model = PATIENTS["SimpleGPT"]()
-    put_on(model, StoredAdapter({}, whole={"norm.weight": torch.full((24,), float("nan"))}))
+    attach_adapter(model, StoredAdapter({}, whole={"norm.weight": torch.full((24,), float("nan"))}))
     with pytest.raises(SurgeryError, match=r"NaN or infinite in 1 layers \(norm\)"):
         merge_lora(model)
     assert has_lora(model)

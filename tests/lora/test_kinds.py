@@ -15,8 +15,15 @@ from nanogpt_surgery import (
     merge_lora,
     plan_lora,
 )
-from nanogpt_surgery.lora.layer import lora_layers
-from nanogpt_surgery.lora.variants import DoRAUpdate, PiSSAUpdate, new_update, principal_factors
+from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.merging import merged_layer
+from nanogpt_surgery.lora.variants import (
+    DoRAUpdate,
+    PiSSAUpdate,
+    new_update,
+    principal_factors,
+    row_norms,
+)
 
 KINDS = {
     "plain": {},
@@ -95,7 +102,7 @@ def test_dora_gives_each_row_the_length_it_learned(bias):
     x = torch.randn(3, 4, 7)
     wanted = F.linear(x, weight, layer.original_layer.bias)
     torch.testing.assert_close(layer(x), wanted)
-    torch.testing.assert_close(layer.merged_layer()(x), wanted)
+    torch.testing.assert_close(merged_layer(layer)(x), wanted)
 
 
 def test_dora_of_an_embedding_has_a_length_for_each_feature():
@@ -112,7 +119,7 @@ def test_dora_takes_no_gradient_through_the_norm():
     layer = wrapped(linear(bias=False), LoRASettings(rank=2, dora=True))
     update, x = layer.update, torch.randn(4, 7)
     layer(x).sum().backward()
-    gain = (update.lora_magnitude / update.lengths(layer.original_layer)).detach()
+    gain = (update.lora_magnitude / row_norms(layer.original_layer, update.product())).detach()
     y = x @ (layer.original_layer.weight + update.scaling * update.lora_B @ update.lora_A).t()
     [wanted] = torch.autograd.grad((gain * y).sum(), [update.lora_B])
     torch.testing.assert_close(update.lora_B.grad, wanted)
@@ -145,7 +152,7 @@ def test_pissa_is_a_plain_update_of_twice_the_rank():
 def test_pissa_trains_as_if_the_base_were_its_residue():
     layer = wrapped(linear(bias=False), LoRASettings(rank=2, pissa=True), size=0.0)
     update, x = layer.update, torch.randn(6, 7)
-    residue = layer.original_layer.weight - update.birth.product()
+    residue = layer.original_layer.weight - update.initial.product()
     layer(x).square().sum().backward()
     a, b = (update.lora_A.detach().clone(), update.lora_B.detach().clone())
     a.requires_grad_(), b.requires_grad_()

@@ -14,9 +14,10 @@ from nanogpt_surgery import (
     remove_lora,
     swap_lora,
 )
-from nanogpt_surgery.lora.layer import adapter_names, lora_layers
+from nanogpt_surgery.lora.inject import adapter_names
+from nanogpt_surgery.lora.linear import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import put_on
+from nanogpt_surgery.lora.transplant import attach_adapter
 
 EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)
 
@@ -145,7 +146,7 @@ def test_a_name_that_is_no_text_is_refused(name):
     with pytest.raises(SurgeryError, match=r"name is .*; it must be text"):
         inject_lora(PATIENTS["another"](), "all-linear", name=name)
     with pytest.raises(SurgeryError, match="cannot be named"):
-        put_on(PATIENTS["another"](), StoredAdapter({}), name=name)
+        attach_adapter(PATIENTS["another"](), StoredAdapter({}), name=name)
 
 
 def test_a_name_that_is_taken_is_refused():

@@ -25,7 +25,8 @@ from nanogpt_surgery import (
     undo_lora,
 )
 from nanogpt_surgery.history.journal import history_of
-from nanogpt_surgery.lora.layer import active_mixture, adapter_names, has_lora, lora_layers
+from nanogpt_surgery.lora.inject import active_adapters, adapter_names
+from nanogpt_surgery.lora.linear import has_lora, lora_layers
 from nanogpt_surgery.lora.targets import adaptable_layers
 
 NAMES = ("a", "b", "c")
@@ -183,7 +184,7 @@ def test_merged_is_adapted_and_undone_is_adapted_again(kind, data):
     begin(model, kind, data)
     for _ in operated(model, data):
         pass
-    if not has_lora(model) or not active_mixture(model).adapters():
+    if not has_lora(model) or not active_adapters(model).names():
         return
     enable_lora(model)
     adapted, hashes, wanted = logits(model, ids), tensor_hashes(model), merged_by_formula(model)

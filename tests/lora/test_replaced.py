@@ -18,7 +18,7 @@ from nanogpt_surgery import (
     undo_lora,
 )
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import put_on, take_off
+from nanogpt_surgery.lora.transplant import attach_adapter, extract_adapter
 
 NEW = {"norm.weight": torch.linspace(0.5, 2, 24), "norm.bias": torch.linspace(-1, 1, 24)}
 
@@ -28,7 +28,7 @@ def model_with_another_norm() -> tuple[nn.Module, nn.Module]:
     model, wanted = PATIENTS["SimpleGPT"](), PATIENTS["SimpleGPT"]()
     inject_lora(model, "q_proj", rank=2, name="thin")
     train_a_little(model)
-    put_on(model, StoredAdapter({}, whole=NEW), "whole")
+    attach_adapter(model, StoredAdapter({}, whole=NEW), "whole")
     wanted.norm.weight.data, wanted.norm.bias.data = (t.clone() for t in NEW.values())
     return model, wanted
 
@@ -77,7 +77,7 @@ def test_it_is_merged_removed_and_undone():
 
 def test_without_any_matrix_no_share_of_a_change_is_given():
     model = PATIENTS["SimpleGPT"]()
-    put_on(model, StoredAdapter({}, whole=NEW), "whole")
+    attach_adapter(model, StoredAdapter({}, whole=NEW), "whole")
     report = merge_survival(model)
     assert report.rows == []
     assert report.summary == {"layers": 0}
@@ -85,7 +85,7 @@ def test_without_any_matrix_no_share_of_a_change_is_given():
 
 def test_it_is_taken_off_as_it_was_put_on():
     model, _ = model_with_another_norm()
-    stored = take_off(model, "whole")
+    stored = extract_adapter(model, "whole")
     assert not stored.updates
     assert all(torch.equal(stored.whole[name], tensor) for name, tensor in NEW.items())
 
@@ -96,11 +96,11 @@ def test_one_adapter_cannot_replace_what_another_updates():
     hashes = tensor_hashes(model)
     whole = StoredAdapter({}, whole={"lm_head.weight": torch.zeros(43, 24)})
     with pytest.raises(SurgeryError, match="replaced whole by another"):
-        put_on(model, whole, "whole")
+        attach_adapter(model, whole, "whole")
     assert tensor_hashes(model) == hashes
 
 
 def test_a_tensor_that_does_not_fit_is_refused():
     for whole in ({"norm.weight": torch.zeros(23)}, {"nrm.weight": torch.zeros(24)}):
         with pytest.raises(SurgeryError, match="there is no tensor"):
-            put_on(PATIENTS["SimpleGPT"](), StoredAdapter({}, whole=whole))
+            attach_adapter(PATIENTS["SimpleGPT"](), StoredAdapter({}, whole=whole))

@@ -8,9 +8,9 @@ from torch import nn
 
 from nanogpt_surgery import SurgeryError, inject_lora, merge_lora, tensor_hashes, undo_lora
 from nanogpt_surgery.lora.checks import check_gradients
-from nanogpt_surgery.lora.layer import lora_layers
+from nanogpt_surgery.lora.linear import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import put_on
+from nanogpt_surgery.lora.transplant import attach_adapter
 
 OF_A_LINEAR = ("weight", "bias", "in_features", "out_features")
 OF_AN_EMBEDDING = ("weight", "num_embeddings", "embedding_dim", "padding_idx")
@@ -64,7 +64,7 @@ def test_a_wrapper_shows_what_its_layer_is_and_owns_none_of_it():
 
 def test_a_module_replaced_whole_shows_the_copy_that_takes_part():
     model = PATIENTS["SimpleGPT"]()
-    put_on(model, StoredAdapter({}, whole={"lm_head.weight": torch.ones(43, 24)}), "whole")
+    attach_adapter(model, StoredAdapter({}, whole={"lm_head.weight": torch.ones(43, 24)}), "whole")
     assert torch.equal(model.lm_head.weight, torch.ones(43, 24))
     lora_layers(model)["lm_head"].enabled = False
     assert model.lm_head.weight is model.lm_head.original_layer.weight

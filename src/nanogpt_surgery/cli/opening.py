@@ -58,7 +58,7 @@ def open_to_talk(
     from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import check_adapter, open_model
     from nanogpt_surgery.formats.peft.adapter_layout import load_adapter
-    from nanogpt_surgery.lora.mixing import swap_lora
+    from nanogpt_surgery.lora.operations import swap_lora
 
     check_adapter(path, WITH_ADAPTER)
     wanted = None if dtype is None else getattr(torch, dtype)
@@ -77,9 +77,9 @@ def open_to_talk(
 
 def _give(model: SimpleGPT, dtype: torch.dtype) -> None:
     """Give all but the updates a dtype: A and B stay in float32."""
-    from nanogpt_surgery.lora.update import Update
+    from nanogpt_surgery.lora.linear import LoRAUpdate
 
-    updates = [module for module in model.modules() if isinstance(module, Update)]
+    updates = [module for module in model.modules() if isinstance(module, LoRAUpdate)]
     kept = {parameter for update in updates for parameter in update.parameters()}
     for parameter in model.parameters():
         if parameter not in kept:

@@ -11,14 +11,13 @@ from torch import nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import frozen_hashes
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
-from nanogpt_surgery.lora.layer import LoRALayer, has_lora
-from nanogpt_surgery.lora.update import Update
+from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate, has_lora
 from nanogpt_surgery.lora.variants import PartUpdate
 from nanogpt_surgery.report import Report
 
 
-class Examiner:
-    """Looks at a training after its first and its last step.
+class TrainingChecks:
+    """Checks a training after its first and its last step.
 
     Args:
         model: what is trained.
@@ -116,14 +115,14 @@ def check_frozen(model: nn.Module, before: Mapping[str, str]) -> None:
         )
 
 
-def trained_updates(model: nn.Module) -> dict[str, Update]:
+def trained_updates(model: nn.Module) -> dict[str, LoRAUpdate]:
     """The updates that can be trained, by layer and adapter; shared ones once."""
-    found: dict[str, Update] = {}
+    found: dict[str, LoRAUpdate] = {}
     seen: set[int] = set()
     for path, layer in model.named_modules():
         for name, update in layer.updates.items() if isinstance(layer, LoRALayer) else ():
-            shared = isinstance(update, Update) and id(update.lora_A) in seen
-            if isinstance(update, Update) and update.lora_A.requires_grad and not shared:
+            shared = isinstance(update, LoRAUpdate) and id(update.lora_A) in seen
+            if isinstance(update, LoRAUpdate) and update.lora_A.requires_grad and not shared:
                 seen.add(id(update.lora_A))
                 found[f"{path} ({name})"] = update
     return found
@@ -139,7 +138,7 @@ def linear_b_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [u.lora_B for u in updates if not isinstance(_innermost(u), LoRAEmbeddingUpdate)]
 
 
-def _innermost(update: Update) -> Update:
+def _innermost(update: LoRAUpdate) -> LoRAUpdate:
     return _innermost(update.inner) if isinstance(update, PartUpdate) else update
 
 

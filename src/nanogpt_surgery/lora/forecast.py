@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nanogpt_surgery.history.journal import HISTORY
-from nanogpt_surgery.lora.planning import Plan, make_plan
+from nanogpt_surgery.lora.inject import attach_updates, check_new_name
+from nanogpt_surgery.lora.planning import UpdatePlan, plan_updates
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, Updates, tensors_of
-from nanogpt_surgery.lora.targets import adaptable_layers
-from nanogpt_surgery.lora.wrapping import attach
+from nanogpt_surgery.lora.targets import adaptable_layers, find_targets
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import chosen
 
@@ -56,15 +56,18 @@ def plan_lora(
     Raises:
         SurgeryError: as `inject_lora`.
     """
-    plan = make_plan(model, targets, chosen(LoRASettings, settings, changes))
+    settings = chosen(LoRASettings, settings, changes)
+    check_new_name(model, settings.name)
+    matches = find_targets(model, targets)
+    plan = plan_updates(model, matches, settings)
     layers: dict[str, Any] = adaptable_layers(model)
-    rows = [_row(plan, path, layers[path]) for path in plan.settings]
+    rows = [_row(plan, matches, path, layers[path]) for path in plan.settings]
     trainable = sum(row["parameters"] for row in rows)
     summary: dict[str, Any] = {
         "layers": len(rows),
         "trainable_parameters": trainable,
         "total_parameters": sum(p.numel() for p in model.parameters()) + trainable,
-        "adapter_bytes": _file_bytes(as_saved(_born(plan, layers))),
+        "adapter_bytes": _file_bytes(as_saved(_sizes_of(plan, layers))),
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "adapter_training_bytes": (2 + ADAMW) * FLOAT32 * trainable,
     }
@@ -77,38 +80,40 @@ def plan_lora(
     return Report("LoRA planned", rows, summary)
 
 
-def _row(plan: Plan, path: str, layer: Any) -> dict[str, Any]:
+def _row(
+    plan: UpdatePlan, matches: Mapping[str, list[str]], path: str, layer: Any
+) -> dict[str, Any]:
     settings = plan.settings[path]
     shape = layer.weight.shape
     out_features, in_features = shape[::-1] if isinstance(layer, nn.Embedding) else shape
     lengths = out_features if settings.dora else 0
     parameters = settings.rank * (in_features + out_features) + lengths
     stored = (2 if settings.pissa else 1) * (parameters - lengths) + lengths
-    copies = 1 + len(plan.followers.get(path, []))
+    copies = 1 + len(plan.tied_layers.get(path, []))
     return {
         "layer": path,
-        "pattern": ", ".join(p for p, found in plan.matches.items() if path in found),
+        "pattern": ", ".join(p for p, found in matches.items() if path in found),
         "shape": f"{shape[0]}×{shape[1]}",
         "rank": settings.rank,
         "parameters": parameters,
         "bytes": copies * FLOAT32 * stored,
-        "tied to": ", ".join(plan.followers.get(path, [])) or None,
+        "tied to": ", ".join(plan.tied_layers.get(path, [])) or None,
     }
 
 
-def _born(plan: Plan, layers: Mapping[str, Any]) -> Updates:
+def _sizes_of(plan: UpdatePlan, layers: Mapping[str, Any]) -> Updates:
     """Updates of the sizes that will be saved, without memory of their own."""
     return {
-        path: _sized(plan.settings[leader], layers[path])
-        for leader in plan.settings
-        for path in [leader, *plan.followers.get(leader, [])]
+        path: _sized(plan.settings[first], layers[path])
+        for first in plan.settings
+        for path in [first, *plan.tied_layers.get(first, [])]
     }
 
 
 def _sized(settings: LoRASettings, layer: Any) -> LowRankUpdate:
     nothing, embedding = torch.zeros(()), isinstance(layer, nn.Embedding)
     out_features, in_features = layer.weight.shape[::-1] if embedding else layer.weight.shape
-    rank = settings.rank * (2 if settings.pissa else 1)  # PiSSA keeps what it was born with
+    rank = settings.rank * (2 if settings.pissa else 1)  # PiSSA keeps its initial factors
     return LowRankUpdate(
         nothing.expand(rank, in_features),
         nothing.expand(out_features, rank),
@@ -133,14 +138,14 @@ def _file_bytes(updates: Updates) -> int:
     return 8 + -(-written // 8) * 8 + end
 
 
-def activation_bytes(model: nn.Module, plan: Plan, probe: Tensor) -> int:
+def activation_bytes(model: nn.Module, plan: UpdatePlan, probe: Tensor) -> int:
     """The bytes that autograd keeps between the forward and the backward pass of a probe.
 
     Kernels, such as attention's, are those that the model's device would choose. The logits'
     gradient is counted too, as a loss over all of them needs it; what the loss itself keeps is not.
     """
     plain = {path: replace(s, pissa=False) for path, s in plan.settings.items()}
-    born_plain = replace(plan, settings=plain)  # no contents to decompose; A and B are as large
+    plain_plan = replace(plan, settings=plain)  # no contents to decompose; A and B are as large
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     twin = without_memory(model, mode)
     ids = mode.from_tensor(probe.to(next(model.parameters()).device))
@@ -154,7 +159,7 @@ def activation_bytes(model: nn.Module, plan: Plan, probe: Tensor) -> int:
 
     alive: list[Tensor] = []
     with mode, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        attach(twin, plan.name, born_plain.makers(), plan.followers, plan.unties)
+        attach_updates(twin, "planned", plain_plan.factories(), unties=False)
         own = {t.untyped_storage()._cdata for t in [*twin.parameters(), *twin.buffers()]}
         out: Any = twin.train()(ids)
     logits: Tensor = out if isinstance(out, Tensor) else out.logits

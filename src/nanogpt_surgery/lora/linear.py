@@ -2,9 +2,10 @@
 
     y = W x + b  +  s · B A x        A (R, in), B (out, R), s = α / R; W (out, in) and b frozen
 
-A is drawn at random and B is zero, so the layer is born changing nothing; training moves A and B
-alone. `LoRAUpdate` is the last term, `LoRALinear` the whole line. Several updates on one layer, and
-which of them take part, are in `lora_layer.py`; other kinds of update in `kinds.py`.
+A is drawn at random and B is zero, so at first nothing changes; training moves A and B alone.
+`LoRAUpdate` is the last term, `LoRALinear` the whole line. Around it, in files of their own:
+several adapters on one layer (several.py), other kinds of update such as DoRA and PiSSA
+(variants.py), and layers that are no Linear (embedding.py, replaced.py).
 
 Legend: R rank.
 """
@@ -12,18 +13,19 @@ Legend: R rank.
 from __future__ import annotations
 
 import math
+from operator import attrgetter
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.layer import DEFAULT, MatrixLayer
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.update import Update
+from nanogpt_surgery.lora.several import ActiveAdapters, WeightedAdapters
 
 
-class LoRAUpdate(Update):
+class LoRAUpdate(nn.Module):
     """ΔW = s · B A: two thin matrices and a scale.
 
     Args:
@@ -33,21 +35,142 @@ class LoRAUpdate(Update):
         dropout: probability of zeroing an input of the update in training.
     """
 
-    def __init__(self, layer: nn.Linear, rank: int, alpha: float, dropout: float):
-        super().__init__(rank, alpha, dropout)
-        out_features, in_features = layer.weight.shape
-        self.lora_A = nn.Parameter(torch.empty(rank, in_features, device=layer.weight.device))
-        self.lora_B = nn.Parameter(torch.zeros(out_features, rank, device=layer.weight.device))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+    def __init__(self, layer: nn.Module, rank: int, alpha: float, dropout: float = 0.0):
+        super().__init__()
+        self.rank, self.alpha, self.scaling = rank, alpha, alpha / rank
+        self.dropout = nn.Dropout(dropout)
+        a, b = self.initial_factors(layer)
+        self.lora_A = nn.Parameter(a)  # (R, in)
+        self.lora_B = nn.Parameter(b)  # (out, R)
+
+    def initial_factors(self, layer: Any) -> tuple[Tensor, Tensor]:
+        """A at random and B zero, so that ΔW is zero."""
+        (out_features, in_features), device = layer.weight.shape, layer.weight.device
+        a = torch.empty(self.rank, in_features, device=device)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        return a, torch.zeros(out_features, self.rank, device=device)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        """What is added to the layer's own output y (…, out) for its input x (…, in)."""
-        a, b = self.factors()
-        down = F.linear(self.dropout(x), a.to(x.dtype))  # (…, in) → (…, R)
-        return self.scaling * F.linear(down, b.to(x.dtype))  # (…, R) → (…, out)
+        """Returns what is added to the layer's own output y (…, out) for its input x (…, in)."""
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (…, in) → (…, R)
+        return self.scaling * F.linear(down, self.lora_B.to(x.dtype))  # (…, R) → (…, out)
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A (R, in) and B (out, R), such that ΔW = s · B A."""
+        return self.lora_A, self.lora_B
+
+    def product(self) -> Tensor:
+        """The matrix s · B A, (out, in), float32, without gradient."""
+        a, b = (factor.detach().float() for factor in self.factors())
+        return self.scaling * (b @ a)
+
+    def delta_weight(self, layer: nn.Module) -> Tensor:
+        """What the update adds to the layer's weight, in the weight's own layout, float32."""
+        return self.product()
+
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training moves."""
+        return [self.lora_A, self.lora_B]
+
+    def moved(self) -> bool:
+        """Whether training has changed what the update adds, which at first is nothing."""
+        return bool(self.lora_A.detach().any() and self.lora_B.detach().any())
+
+    def wrapper(self) -> type[LoRALayer]:
+        """The class of layer that it is put in."""
+        return LoRALinear
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:.4g}"
 
 
-class LoRALinear(MatrixLayer):
+class LoRALayer(nn.Module):
+    """A frozen layer, and beside it an update for each adapter that changes it.
+
+    Models that read a layer's weight, bias or sizes find the original's. Where a model multiplies
+    by that weight itself, instead of calling the layer, the updates take no part; no gradient
+    reaches them then, and `fit` says so after the first step.
+
+    Attributes:
+        original_layer: frozen, and never written to.
+        updates: by the name of the adapter that each belongs to.
+        active: which adapters take part, and how.
+        enabled: off, the layer computes as if it had no update.
+        unties: the choice was made that this layer may part from the one it shares a weight with.
+    """
+
+    journaled = ("active", "enabled", "unties")  # what an operation changes, and undo takes back
+    replaces_whole = False  # the module, instead of adding to its weight
+
+    def __init__(self, original_layer: nn.Module):
+        super().__init__()
+        self.original_layer: Any = original_layer.requires_grad_(False)
+        self.updates = nn.ModuleDict()
+        self.active: ActiveAdapters = WeightedAdapters({LoRASettings.name: 1.0})
+        self.enabled = True
+        self.unties = False
+
+    @classmethod
+    def around(cls, original_layer: nn.Module) -> Self:
+        """The layer wrapped, without an update yet."""
+        layer = cls.__new__(cls)
+        LoRALayer.__init__(layer, original_layer)
+        return layer.train(original_layer.training)
+
+    @property
+    def shown(self) -> nn.Module:
+        """The layer that others see."""
+        return self.original_layer  # type: ignore[no-any-return]
+
+    weight = property(attrgetter("shown.weight"))
+    bias = property(attrgetter("shown.bias"))
+    in_features = property(attrgetter("shown.in_features"))
+    out_features = property(attrgetter("shown.out_features"))
+    num_embeddings = property(attrgetter("shown.num_embeddings"))
+    embedding_dim = property(attrgetter("shown.embedding_dim"))
+    padding_idx = property(attrgetter("shown.padding_idx"))
+
+    @property
+    def update(self) -> Any:
+        """The one update that takes part.
+
+        Raises:
+            SurgeryError: none does, or several do.
+        """
+        names = [name for name in self.active.names() if name in self.updates]
+        if len(names) != 1:
+            raise SurgeryError(
+                f"{len(names)} updates take part in this layer ({', '.join(names) or 'none'})",
+                "layer.updates[NAME] is one of them",
+            )
+        return self.updates[names[0]]
+
+    lora_A = property(attrgetter("update.lora_A"))  # noqa: N815
+    lora_B = property(attrgetter("update.lora_B"))  # noqa: N815
+    scaling = property(attrgetter("update.scaling"))
+    rank = property(attrgetter("update.rank"))
+    alpha = property(attrgetter("update.alpha"))
+    dropout = property(attrgetter("update.dropout"))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            raise SurgeryError(
+                f"{name} of a {type(self).__name__} is only shown there: what is inside has it",
+                "set it before inject_lora, or after remove_lora(model) or merge_lora(model)",
+            )
+        super().__setattr__(name, value)
+
+    def delta_weight(self) -> Tensor:
+        """What the updates that take part add to the weight, in its layout, float32."""
+        return self.active.delta_weight(self)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.active}" + ("" if self.enabled else ", disabled")
+
+
+class LoRALinear(LoRALayer):
     """Wraps an `nn.Linear`, which it freezes and leaves as it is.
 
     Args:
@@ -75,22 +198,45 @@ class LoRALinear(MatrixLayer):
         LoRASettings(rank, alpha, dropout)  # which checks them
         update = LoRAUpdate(original_layer, rank, alpha, dropout)
         super().__init__(original_layer)
-        self.updates[DEFAULT] = update
+        self.updates[LoRASettings.name] = update
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out)."""
-        y: Tensor = self.original_layer(x)
-        return self.mixture(self, x, y) if self.enabled else y
+        """Returns y = W x + b + s · B A x, (…, in) → (…, out)."""
+        y: Tensor = self.original_layer(x)  # W x + b
+        if not self.enabled:
+            return y
+        if (plain := self.plain_update) is None:  # several adapters, DoRA, …
+            return self.active(self, x, y)
+        a, b, scale, dropout = plain
+        return y + scale * F.linear(F.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype))
 
-    def down_by_row(self, x: Tensor, a: Tensor, index: Tensor) -> Tensor:
-        """Row b of (B, …, in) times the matrix `index[b]` of (N, R, in) → (B, …, R)."""
-        rows = x.flatten(1, -2) if x.dim() > 2 else x.unsqueeze(1)  # (B, T, in)
-        down = torch.bmm(rows, a.to(x.dtype)[index].transpose(1, 2))  # (B, T, R)
-        return down.view(*x.shape[:-1], -1)
+    @property
+    def plain_update(self) -> tuple[Tensor, Tensor, float, nn.Dropout] | None:
+        """A, B, the scale and the dropout, if one plain update takes part and nothing else does."""
+        if not isinstance(self.active, WeightedAdapters):
+            return None
+        updates = self.updates
+        present = [(updates[n], w) for n, w in self.active.weights.items() if n in updates]
+        if len(present) != 1:
+            return None
+        update, weight = present[0]
+        if type(update) is not LoRAUpdate:
+            return None
+        return update.lora_A, update.lora_B, weight * update.scaling, update.dropout
 
-    def with_weight(self, weight: nn.Parameter) -> nn.Linear:
-        """A plain layer like the original, with another weight and the same bias."""
-        original = self.original_layer
-        layer = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
-        layer.weight, layer.bias = weight, original.bias
-        return layer.train(original.training)
+
+def lora_layers(model: nn.Module) -> dict[str, LoRALayer]:
+    """The wrapped layers by name.
+
+    Raises:
+        SurgeryError: there are none.
+    """
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LoRALayer)}
+    if not layers:
+        raise SurgeryError("the model carries no LoRA", "inject_lora(model, targets=…) first")
+    return layers
+
+
+def has_lora(model: nn.Module) -> bool:
+    """Whether any layer is wrapped."""
+    return any(isinstance(module, LoRALayer) for module in model.modules())

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.layer import LoRALayer, MatrixLayer, lora_layers, widened
+from nanogpt_surgery.lora.linear import LoRALayer, lora_layers
+from nanogpt_surgery.lora.merging import merged_layer, widened
 from nanogpt_surgery.report import Report
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
@@ -134,8 +135,8 @@ def _check_not_finite(
     names = [row["layer"] for row in wrong] + [
         name
         for name, layer in layers.items()
-        if not isinstance(layer, MatrixLayer)
-        and not all(p.isfinite().all() for p in layer.merged_layer().parameters())
+        if layer.replaces_whole
+        and not all(p.isfinite().all() for p in merged_layer(layer).parameters())
     ]
     if names:
         raise SurgeryError(
@@ -170,7 +171,7 @@ def merge_rows(
     return rows
 
 
-def _what_arrives(layer: MatrixLayer, rounded: Rounding) -> dict[str, float]:
+def _what_arrives(layer: LoRALayer, rounded: Rounding) -> dict[str, float]:
     """What a merge does to a layer's weight that is rounded after it, in numbers."""
     weight, delta = widened(layer.original_layer.weight), layer.delta_weight()
     exact = weight + delta
@@ -183,9 +184,9 @@ def _what_arrives(layer: MatrixLayer, rounded: Rounding) -> dict[str, float]:
     }
 
 
-def _matrix_layers(layers: Mapping[str, LoRALayer]) -> dict[str, MatrixLayer]:
+def _matrix_layers(layers: Mapping[str, LoRALayer]) -> dict[str, LoRALayer]:
     """The layers that have a ΔW: all but modules replaced whole."""
-    return {n: layer for n, layer in layers.items() if isinstance(layer, MatrixLayer)}
+    return {n: layer for n, layer in layers.items() if not layer.replaces_whole}
 
 
 def _ratio(delta: Tensor, weight: Tensor) -> float:

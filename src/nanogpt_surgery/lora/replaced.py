@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.layer import LoRALayer
-from nanogpt_surgery.lora.mixture import Blend
+from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.several import WeightedAdapters
 
 
 class WholeUpdate(nn.Module):
@@ -26,45 +26,45 @@ class WholeUpdate(nn.Module):
         self.module.load_state_dict({**module.state_dict(), **tensors})
 
     def forward(self, *inputs: Any) -> Any:
-        """What the copy gives."""
+        """Returns what the copy gives."""
         return self.module(*inputs)
 
     def trained(self) -> list[nn.Parameter]:
         """All its parameters."""
         return list(self.module.parameters())
 
+    def wrapper(self) -> type[LoRALayer]:
+        """The class of layer that it is put in."""
+        return ReplacedLayer
+
 
 class ReplacedLayer(LoRALayer):
     """A module and the copies that named adapters put in its place."""
 
-    def forward(self, *inputs: Any) -> Any:
-        """What the copy that takes part gives, or else the original."""
-        return self.chosen()(*inputs)
+    replaces_whole = True
 
-    def chosen(self) -> nn.Module:
-        """The module that takes part.
+    def forward(self, *inputs: Any) -> Any:
+        """Returns what the copy that takes part gives, or else the original."""
+        return self._chosen()(*inputs)
+
+    def _chosen(self) -> nn.Module:
+        """The copy that takes part, or else the original.
 
         Raises:
-            SurgeryError: the mixture is not of one adapter alone.
+            SurgeryError: the copy's adapter does not take part alone, with the weight 1.
         """
-        weights = self.mixture.weights if isinstance(self.mixture, Blend) else dict.fromkeys(
-            self.mixture.adapters(), 0.0
-        )  # fmt: skip
-        found = [name for name in weights if name in self.updates]
+        found = [name for name in self.active.names() if name in self.updates]
         if not self.enabled or not found:
             return self.original_layer  # type: ignore[no-any-return]
-        if weights != {found[0]: 1.0}:
+        if self.active != WeightedAdapters({found[0]: 1.0}):
             raise SurgeryError(
                 f"the adapter {found[0]!r} replaces whole modules, so it can only take part alone",
                 f"swap_lora(model, {found[0]!r})",
             )
         return self.updates[found[0]]
 
+    @property
     def shown(self) -> nn.Module:
         """The module that takes part, bare."""
-        chosen = self.chosen()
+        chosen = self._chosen()
         return chosen.module if isinstance(chosen, WholeUpdate) else chosen
-
-    def merged_layer(self) -> nn.Module:
-        """The module that takes part, bare; it is not rounded."""
-        return self.shown()

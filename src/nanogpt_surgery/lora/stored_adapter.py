@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
 from nanogpt_surgery.lora.linear import LoRAUpdate
-from nanogpt_surgery.lora.update import Update
 from nanogpt_surgery.lora.variants import DoRAUpdate, PiSSAUpdate
 
 # The names of PEFT's file: the prefix, the layer's path, and what it is.
@@ -145,7 +144,7 @@ def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
     return scaling * (math.sqrt(rank) if rslora else rank)
 
 
-def store(update: Update, layer: nn.Module, rslora: bool) -> LowRankUpdate:
+def store(update: LoRAUpdate, layer: nn.Module, rslora: bool) -> LowRankUpdate:
     """A copy of an update as plain tensors; `rslora` says how its adapter writes scales."""
     plain: Any = update.inner if isinstance(update, DoRAUpdate) else update
     a, b = (_copy(factor) for factor in plain.factors())
@@ -166,7 +165,7 @@ def store(update: Update, layer: nn.Module, rslora: bool) -> LowRankUpdate:
     )
 
 
-def is_rslora(update: Update) -> bool:
+def is_rslora(update: LoRAUpdate) -> bool:
     """Whether the scale is alpha / √R and not alpha / R, which at rank 1 is the same."""
     return update.rank > 1 and math.isclose(update.scaling, update.alpha / math.sqrt(update.rank))
 
@@ -175,7 +174,7 @@ def _copy(tensor: Tensor) -> Tensor:
     return tensor.detach().float().cpu().clone().contiguous()
 
 
-def restore(stored: LowRankUpdate, layer: nn.Module) -> Update:
+def restore(stored: LowRankUpdate, layer: nn.Module) -> LoRAUpdate:
     """The update as it was stored, ready to take part in a layer and to be trained on."""
     weight: Any = layer.weight
     a, b = stored.A.to(weight.device), stored.B.to(weight.device)
@@ -184,7 +183,7 @@ def restore(stored: LowRankUpdate, layer: nn.Module) -> Update:
         newborn, alpha = stored.birth
         rank -= newborn
     kind: Any = LoRAEmbeddingUpdate if stored.embedding else LoRAUpdate
-    update: Update = kind(layer, rank, alpha, stored.dropout)
+    update: LoRAUpdate = kind(layer, rank, alpha, stored.dropout)
     update.scaling = stored.scaling
     if stored.birth is not None:
         update.lora_A.data, update.lora_B.data = a[rank:].clone(), -b[:, rank:]

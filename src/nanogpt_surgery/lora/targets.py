@@ -9,9 +9,7 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError, nearest
-from nanogpt_surgery.lora.embedding import LoRAEmbedding
-from nanogpt_surgery.lora.layer import LoRALayer
-from nanogpt_surgery.lora.linear import LoRALinear
+from nanogpt_surgery.lora.linear import LoRALayer
 
 ALL_LINEAR = "all-linear"
 COMPILED = "_orig_mod"  # where torch.compile keeps the model
@@ -46,13 +44,15 @@ def find_targets(model: nn.Module, targets: str | Iterable[str]) -> dict[str, li
 
 
 def adaptable_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The Linears and Embeddings that can be wrapped, or are, by name, as they were born."""
+    """The Linears and Embeddings that can be wrapped, or are, by name, without its update."""
     layers: dict[str, nn.Module] = {}
     wrapped: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, LoRALinear | LoRAEmbedding):
+        if isinstance(module, LoRALayer) and not module.replaces_whole:
             layers[name] = module.original_layer
-        elif not name.startswith(tuple(wrapped)) and name and why_not(model, name) is None:
+        elif (
+            not name.startswith(tuple(wrapped)) and name and unsupported_reason(model, name) is None
+        ):
             layers[name] = module
         if isinstance(module, LoRALayer):
             wrapped.append(f"{name}.")
@@ -65,7 +65,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model if inside is None else inside
 
 
-def why_not(model: nn.Module, name: str) -> str | None:
+def unsupported_reason(model: nn.Module, name: str) -> str | None:
     """Why a module cannot be wrapped, or None if it can.
 
     A subclass with a forward of its own cannot, since the wrapper would not be called as its owner
@@ -82,10 +82,10 @@ def why_not(model: nn.Module, name: str) -> str | None:
         return f"read by {type(owner).__name__} past its forward, so that a LoRA would do nothing"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "an nn.Embedding with max_norm, which rewrites its own weight"
-    return _why_not_weight(module, f"an nn.{base.__name__}")
+    return _weight_problem(module, f"an nn.{base.__name__}")
 
 
-def _why_not_weight(layer: Any, kind: str) -> str | None:
+def _weight_problem(layer: Any, kind: str) -> str | None:
     """Why nothing can be added to a layer's weight, or None if it can."""
     if isinstance(layer.weight, nn.UninitializedParameter):
         return f"a {type(layer).__name__}, which has no size before its first call"
@@ -205,8 +205,8 @@ def _unfit(patterns: list[str], model: nn.Module) -> str:
         found += [[n for n, m in modules.items() if type(m).__name__ == "Conv1D"][:1]]
     if ALL_LINEAR in patterns:
         linears = [n for n, m in modules.items() if isinstance(m, nn.Linear)]
-        found += [[n for n in linears if why_not(model, n)][:1]]
-    reasons = [f"{name} is {why_not(model, name)}" for names in found for name in names]
+        found += [[n for n in linears if unsupported_reason(model, n)][:1]]
+    reasons = [f"{name} is {unsupported_reason(model, name)}" for names in found for name in names]
     if any("Conv1D" in reason for reason in reasons):
         reasons.append("a GPT-2 opened with open_model has Linears: q_proj, k_proj, v_proj, …")
     return f" ({'; '.join(reasons)})" if reasons else ""

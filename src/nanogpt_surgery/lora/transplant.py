@@ -12,16 +12,17 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.peft.base_check import check_fit, check_rows
 from nanogpt_surgery.history.journal import operation
-from nanogpt_surgery.lora.layer import (
-    DEFAULT,
-    active_mixture,
+from nanogpt_surgery.lora.inject import (
+    active_adapters,
     adapter_names,
-    lora_layers,
+    attach_updates,
+    check_new_name,
+    report_on,
 )
-from nanogpt_surgery.lora.mixture import Blend
-from nanogpt_surgery.lora.planning import check_new_name
-from nanogpt_surgery.lora.replaced import ReplacedLayer, WholeUpdate
-from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.lora.linear import LoRAUpdate, lora_layers
+from nanogpt_surgery.lora.replaced import WholeUpdate
+from nanogpt_surgery.lora.settings import LoRASettings, Tied
+from nanogpt_surgery.lora.several import WeightedAdapters
 from nanogpt_surgery.lora.stored_adapter import (
     LowRankUpdate,
     StoredAdapter,
@@ -30,9 +31,7 @@ from nanogpt_surgery.lora.stored_adapter import (
     restore,
     store,
 )
-from nanogpt_surgery.lora.ties import choose, partners
-from nanogpt_surgery.lora.update import Update
-from nanogpt_surgery.lora.wrapping import Maker, attach, report_on
+from nanogpt_surgery.lora.ties import UpdateFactory, find_tied, tied_to, with_tied_layers
 from nanogpt_surgery.report import Report
 
 
@@ -44,19 +43,19 @@ def the_adapter(model: nn.Module, name: str | None = None) -> str:
             another weight than 1, of which the adapter itself knows nothing.
     """
     lora_layers(model)
-    there, mixture = adapter_names(model), active_mixture(model)
-    for candidates in ([name] if name else [], there, mixture.adapters()):
+    there, active = adapter_names(model), active_adapters(model)
+    for candidates in ([name] if name else [], there, active.names()):
         if len(candidates) == 1 and candidates[0] in there:
-            if name is None and isinstance(mixture, Blend):
-                _check_whole(candidates[0], mixture)
+            if name is None and isinstance(active, WeightedAdapters):
+                _check_whole(candidates[0], active)
             return candidates[0]
     raise SurgeryError(
         f"which adapter? The model carries {', '.join(there)}", "give its name, or swap_lora first"
     )
 
 
-def _check_whole(name: str, blend: Blend) -> None:
-    weight = blend.weights.get(name, 1)
+def _check_whole(name: str, active: WeightedAdapters) -> None:
+    weight = active.weights.get(name, 1)
     if weight != 1:
         raise SurgeryError(
             f"{name!r} takes part at {weight:g}, and an adapter's folder has no weight",
@@ -74,7 +73,7 @@ def updates_of(model: nn.Module, name: str | None = None) -> Updates:
     updates = {
         path: update
         for path, layer in layers.items()
-        if isinstance(update := dict(layer.updates).get(name), Update)
+        if isinstance(update := dict(layer.updates).get(name), LoRAUpdate)
     }
     rslora = any(is_rslora(update) for update in updates.values())
     return {
@@ -82,7 +81,7 @@ def updates_of(model: nn.Module, name: str | None = None) -> Updates:
     }
 
 
-def take_off(model: nn.Module, name: str | None = None) -> StoredAdapter:
+def extract_adapter(model: nn.Module, name: str | None = None) -> StoredAdapter:
     """A copy of an adapter: updates, modules replaced whole, and the choice for tied weights."""
     name = the_adapter(model, name)
     whole = {
@@ -98,12 +97,15 @@ def _choice(model: nn.Module, name: str) -> Tied | None:
     layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.updates}
     if any(layer.unties for layer in layers.values()):
         return "untie"
-    shared = [p for p, layer in layers.items() if not isinstance(layer, ReplacedLayer)]
-    return "both" if any(partners(model, path) for path in shared) else None
+    shared = [p for p, layer in layers.items() if not layer.replaces_whole]
+    return "both" if any(tied_to(model, path) for path in shared) else None
 
 
-def put_on(
-    model: nn.Module, adapter: StoredAdapter, name: str = DEFAULT, tied: Tied | None = None
+def attach_adapter(
+    model: nn.Module,
+    adapter: StoredAdapter,
+    name: str = LoRASettings.name,
+    tied: Tied | None = None,
 ) -> Report:
     """Wrap the layers of a model and give them the updates of an adapter, which then acts alone.
 
@@ -123,17 +125,19 @@ def put_on(
     check_rows(model, adapter.updates)
     choice: Any = tied or adapter.tied or "refuse"
     whole = _by_module(adapter.whole)
-    choose(model, whole, "untie" if choice == "untie" else "refuse")
-    followers = _check_mirrored(adapter.updates, choose(model, adapter.updates, choice))
-    led = {other for others in followers.values() for other in others}
-    makers: dict[str, Maker] = {
+    find_tied(model, whole, "untie" if choice == "untie" else "refuse")
+    tied_layers = _check_same_updates(adapter.updates, find_tied(model, adapter.updates, choice))
+    others = {name for names in tied_layers.values() for name in names}
+    factories: dict[str, UpdateFactory] = {
         path: partial(restore, update)
         for path, update in adapter.updates.items()
-        if path not in led
+        if path not in others
     }
-    makers |= {path: partial(WholeUpdate, tensors=tensors) for path, tensors in whole.items()}
+    factories |= {path: partial(WholeUpdate, tensors=tensors) for path, tensors in whole.items()}
     with operation(model, f"load {name}"):
-        attach(model, name, makers, followers, unties=choice == "untie")
+        attach_updates(
+            model, name, with_tied_layers(factories, tied_layers), unties=choice == "untie"
+        )
     return report_on(model, "LoRA loaded")
 
 
@@ -146,24 +150,28 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return modules
 
 
-def _check_mirrored(updates: Updates, followers: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Who follows whom among the tied layers, if the file holds the same ΔW for all of them."""
-    led: dict[str, list[str]] = {}
-    for name, others in followers.items():
+def _check_same_updates(
+    updates: Updates, tied_layers: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
+    """The tied layers that get one update, if the adapter has the same ΔW for all of them."""
+    found: dict[str, list[str]] = {}
+    for name, others in tied_layers.items():
         if updates[name].embedding:
             continue
-        wrong = [o for o in others if o not in updates or not _mirror(updates[name], updates[o])]
+        wrong = [
+            o for o in others if o not in updates or not _is_same_change(updates[name], updates[o])
+        ]
         if wrong:
             raise SurgeryError(
                 f"{name} shares its weight with {', '.join(wrong)}, and the adapter changes them "
                 "differently",
                 "tied='untie' (--tied untie)",
             )
-        led[name] = others
-    return led
+        found[name] = others
+    return found
 
 
-def _mirror(head: LowRankUpdate, other: LowRankUpdate) -> bool:
+def _is_same_change(head: LowRankUpdate, other: LowRankUpdate) -> bool:
     if not other.embedding:
         return torch.equal(head.A, other.A) and torch.equal(head.B, other.B)
     return torch.equal(head.A, other.B.t()) and torch.equal(head.B, other.A.t())

@@ -1,7 +1,7 @@
 """Kinds of update, each a small part around or inside another.
 
 rsLoRA   s = α / √R                                arXiv:2312.03732
-PiSSA    ΔW = s · (B A − B₀ A₀), born at W's principal directions B₀ A₀       arXiv:2404.02948
+PiSSA    ΔW = s · (B A − B₀ A₀), from W's principal directions B₀ A₀          arXiv:2404.02948
 DoRA     W' = m · (W + ΔW) / ‖W + ΔW‖, a length m for each output             arXiv:2402.09353
 
 A length is that of a row of the matrix (out, in). Legend: R rank.
@@ -19,18 +19,32 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate, TiedEmbeddingUpdate
-from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.update import Update, as_laid_out, as_matrix
 
 
-class PartUpdate(Update):
+def as_matrix(layer: nn.Module) -> Tensor:
+    """A layer's weight as a matrix (out, in), float32, without gradient.
+
+    A Linear's is laid out so; an Embedding's is (in, out), a row for each id.
+    """
+    weight: Any = layer.weight
+    return as_laid_out(weight.detach().float(), layer)
+
+
+def as_laid_out(matrix: Tensor, layer: nn.Module) -> Tensor:
+    """A matrix (out, in) in the layout of the layer's weight; it is its own inverse."""
+    return matrix.t() if isinstance(layer, nn.Embedding) else matrix
+
+
+class PartUpdate(LoRAUpdate):
     """An update made of another one, whose A, B and scale it shows as its own."""
 
-    def __init__(self, inner: Update):
-        super().__init__(inner.rank, inner.alpha, inner.dropout.p)
+    def __init__(self, inner: LoRAUpdate):
+        nn.Module.__init__(self)
+        self.rank, self.alpha, self.scaling = inner.rank, inner.alpha, inner.scaling
+        self.dropout = nn.Dropout(inner.dropout.p)
         self.inner = inner
-        self.scaling = inner.scaling
 
     @property
     def lora_A(self) -> nn.Parameter:  # type: ignore[override]  # noqa: N802
@@ -46,6 +60,10 @@ class PartUpdate(Update):
         """Those of the part inside."""
         return self.inner.factors()
 
+    def delta_weight(self, layer: nn.Module) -> Tensor:
+        """What the update adds to the layer's weight, in the weight's own layout, float32."""
+        return as_laid_out(self.product(), layer)
+
     def trained(self) -> list[nn.Parameter]:
         """Those of the part inside."""
         return self.inner.trained()
@@ -54,32 +72,36 @@ class PartUpdate(Update):
         """Whether the part inside has."""
         return self.inner.moved()
 
+    def wrapper(self) -> type[LoRALayer]:
+        """That of the part inside."""
+        return self.inner.wrapper()
+
 
 class PiSSAUpdate(PartUpdate):
-    """An update that starts at the principal directions of W, minus itself at birth.
+    """An update that starts at the principal directions of W, minus its initial self.
 
     The paper moves B₀ A₀ out of W; here W stays as it is and B₀ A₀ is subtracted beside it, so not
-    a bit of the base changes and the layer is born changing nothing. `inner` is at its birth.
+    a bit of the base changes, and at first nothing is added. `inner` is as it is at the start.
     """
 
-    def __init__(self, inner: Update):
+    def __init__(self, inner: LoRAUpdate):
         super().__init__(inner)
-        self.birth = copy.deepcopy(inner).requires_grad_(False)
-        self.birth.dropout.p = 0.0
+        self.initial = copy.deepcopy(inner).requires_grad_(False)
+        self.initial.dropout.p = 0.0
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        """What is added to the layer's output: s · (B A − B₀ A₀) x."""
-        change: Tensor = self.inner(x, y, layer) - self.birth(x, y, layer)
+        """Returns what is added to the layer's output: s · (B A − B₀ A₀) x."""
+        change: Tensor = self.inner(x, y, layer) - self.initial(x, y, layer)
         return change
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """[A; A₀] (2R, in) and [B, −B₀] (out, 2R): the same update as a plain one."""
-        (a, b), (a0, b0) = self.inner.factors(), self.birth.factors()
+        (a, b), (a0, b0) = self.inner.factors(), self.initial.factors()
         return torch.cat((a, a0)), torch.cat((b, -b0), dim=1)
 
     def moved(self) -> bool:
-        """Whether A or B is elsewhere than at birth."""
-        pairs = zip(self.inner.trained(), self.birth.trained(), strict=True)
+        """Whether A or B is elsewhere than at the start."""
+        pairs = zip(self.inner.trained(), self.initial.trained(), strict=True)
         return any(not torch.equal(now, then) for now, then in pairs)
 
 
@@ -89,27 +111,23 @@ class DoRAUpdate(PartUpdate):
     The norm in the denominator takes no gradient, as the paper proposes in section 4.3.
     """
 
-    def __init__(self, inner: Update, layer: nn.Module):
+    def __init__(self, inner: LoRAUpdate, layer: nn.Module):
         super().__init__(inner)
         for part in inner.modules():
             if isinstance(part, nn.Dropout):
                 part.p = 0.0  # one mask, here, for all that is added
-        self.lora_magnitude = nn.Parameter(self.lengths(layer))
+        self.lora_magnitude = nn.Parameter(row_norms(layer, inner.product()))
 
-    def lengths(self, layer: nn.Module) -> Tensor:
-        """‖W + ΔW‖ for each row of the matrix, (out), float32, without gradient."""
-        return row_lengths(layer, self.inner.product())
-
-    def gain(self, layer: nn.Module) -> Tensor:
-        """M / ‖W + ΔW‖, (out)."""
-        return self.lora_magnitude / self.lengths(layer)
+    def dora_scale(self, layer: nn.Module) -> Tensor:
+        """The factor of each output, m / ‖W + ΔW‖, (out)."""
+        return self.lora_magnitude / row_norms(layer, self.inner.product())
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        """What is added to the layer's output: (gain − 1) · W x + gain · ΔW x.
+        """Returns what is added to the layer's output: (scale − 1) · W x + scale · ΔW x.
 
         In training with dropout, x is here the input after it, also beside W, as in PEFT.
         """
-        gain = self.gain(layer).to(y.dtype)
+        scale = self.dora_scale(layer).to(y.dtype)
         dropping = self.training and self.dropout.p > 0
         kept: Tensor | float = 1.0
         if dropping and isinstance(layer, nn.Embedding):
@@ -119,35 +137,35 @@ class DoRAUpdate(PartUpdate):
             y = layer(x)
         bias = getattr(layer, "bias", None)
         without_bias = y if bias is None else y - bias
-        change: Tensor = (gain - 1) * without_bias + gain * self.inner(x, y, layer)
+        change: Tensor = (scale - 1) * without_bias + scale * self.inner(x, y, layer)
         return kept * change if dropping else change
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
-        """Gain · (W + ΔW) − W in the layout of the weight, float32."""
+        """Scale · (W + ΔW) − W in the layout of the weight, float32."""
         matrix = as_matrix(layer)
-        gain = self.gain(layer).detach()[:, None]
-        return as_laid_out(gain * (matrix + self.inner.product()) - matrix, layer)
+        scale = self.dora_scale(layer).detach()[:, None]
+        return as_laid_out(scale * (matrix + self.inner.product()) - matrix, layer)
 
     def trained(self) -> list[nn.Parameter]:
         """A, B and the lengths."""
         return [*self.inner.trained(), self.lora_magnitude]
 
 
-def row_lengths(layer: nn.Module, change: Tensor | float = 0.0) -> Tensor:
+def row_norms(layer: nn.Module, change: Tensor | float = 0.0) -> Tensor:
     """‖W + ΔW‖ for each row of the matrix (out, in), (out), float32, without gradient."""
-    lengths: Tensor = torch.linalg.vector_norm(as_matrix(layer) + change, dim=1)
-    return lengths
+    norms: Tensor = torch.linalg.vector_norm(as_matrix(layer) + change, dim=1)
+    return norms
 
 
-def check_lengths(
+def check_row_norms(
     path: str, layer: nn.Module, change: Tensor | float = 0.0, hint: str = "leave dora out"
 ) -> None:
-    """Raise `SurgeryError` if a row of W + ΔW has no length, by which DoRA would divide."""
-    lengths = row_lengths(layer, change)
-    zero = int((lengths == 0).sum())
+    """Raises `SurgeryError` if a row of W + ΔW has no length, by which DoRA would divide."""
+    norms = row_norms(layer, change)
+    zero = int((norms == 0).sum())
     if zero:
         raise SurgeryError(
-            f"there is no DoRA of {path}: {zero} of its {len(lengths)} outputs have a row of "
+            f"there is no DoRA of {path}: {zero} of its {len(norms)} outputs have a row of "
             "zeros for a weight, and DoRA divides by the row's length",
             hint,
         )
@@ -159,7 +177,7 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     From the eigenvectors of W's smaller Gram matrix, which for a large vocabulary is much faster
     than a singular value decomposition.
     """
-    assert rank <= min(weight.shape), "check_kind has seen to it"
+    assert rank <= min(weight.shape), "check_settings has seen to it"
     if weight.size(0) < weight.size(1):
         a, b = principal_factors(weight.t(), rank, scaling)
         return b.t().contiguous(), a.t().contiguous()
@@ -171,36 +189,38 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     return (v * root).t().contiguous(), (u * root).contiguous()
 
 
-def check_kind(path: str, layer: Any, partners: Iterable[nn.Module], plan: LoRASettings) -> None:
-    """Raise `SurgeryError` unless there is such an update for a layer and those that follow it."""
+def check_settings(
+    path: str, layer: Any, tied_layers: Iterable[nn.Module], settings: LoRASettings
+) -> None:
+    """Raises `SurgeryError` unless there is such an update for a layer and those tied to it."""
     directions = min(layer.weight.shape)
-    if plan.rank > directions:
-        kind = "PiSSA" if plan.pissa else "an update"
+    if settings.rank > directions:
+        kind = "PiSSA" if settings.pissa else "an update"
         raise SurgeryError(
-            f"{kind} with rank {plan.rank} on {path}, a matrix of {tuple(layer.weight.shape)}: "
-            f"there are only {directions} directions",
+            f"{kind} with rank {settings.rank} on {path}, a matrix of "
+            f"{tuple(layer.weight.shape)}: there are only {directions} directions",
             f"rank={directions} or less, or rank_pattern={{{path!r}: {directions}}}",
         )
-    if plan.dora:
-        check_lengths(path, layer)
-    plain = isinstance(layer, nn.Linear) and not (plan.dora or plan.pissa)
-    for partner in partners:
-        _check_seen(partner, plain)
+    if settings.dora:
+        check_row_norms(path, layer)
+    plain = isinstance(layer, nn.Linear) and not (settings.dora or settings.pissa)
+    for tied in tied_layers:
+        _check_tied(tied, plain)
 
 
-def _check_seen(partner: nn.Module, plain: bool) -> None:
-    if isinstance(partner, nn.Embedding) and not plain:
+def _check_tied(tied: nn.Module, plain: bool) -> None:
+    if isinstance(tied, nn.Embedding) and not plain:
         raise SurgeryError(
             "tied='both' is for plain LoRA and rsLoRA: DoRA's lengths are those of the head's rows "
-            "and of the embedding's columns, and PiSSA's birth is kept by one layer",
+            "and of the embedding's columns, and PiSSA's initial factors are kept by one layer",
             "tied='untie', or leave dora and pissa out",
         )
 
 
-def new_update(layer: nn.Module, settings: LoRASettings) -> Update:
-    """A newborn update for a Linear or an Embedding; the patterns in the settings count no more."""
-    kind: Any = LoRAEmbeddingUpdate if isinstance(layer, nn.Embedding) else LoRAUpdate
-    update: Update = kind(layer, settings.rank, settings.alpha, settings.dropout)
+def new_update(layer: nn.Module, settings: LoRASettings) -> LoRAUpdate:
+    """Makes an update for a Linear or an Embedding; the settings' patterns count no more."""
+    kind = LoRAEmbeddingUpdate if isinstance(layer, nn.Embedding) else LoRAUpdate
+    update: LoRAUpdate = kind(layer, settings.rank, settings.alpha, settings.dropout)
     if settings.rslora:
         update.scaling = settings.alpha / math.sqrt(settings.rank)
     if settings.pissa:
@@ -212,14 +232,11 @@ def new_update(layer: nn.Module, settings: LoRASettings) -> Update:
     return update
 
 
-def seen_from(update: Update, partner: nn.Module) -> Update:
+def tied_view(update: LoRAUpdate, layer: nn.Module) -> LoRAUpdate:
     """An update of a Linear for the layer that shares its weight: the same A and B, once more.
 
     Raises:
         SurgeryError: the kind has no such view.
     """
-    _check_seen(partner, isinstance(update, LoRAUpdate))
-    if not isinstance(partner, nn.Embedding):
-        return update
-    assert isinstance(update, LoRAUpdate), "checked"
-    return TiedEmbeddingUpdate(update)
+    _check_tied(layer, type(update) is LoRAUpdate)
+    return TiedEmbeddingUpdate(update) if isinstance(layer, nn.Embedding) else update

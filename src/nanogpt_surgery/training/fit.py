@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batch, Batches, held_out
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.checks import Examiner
+from nanogpt_surgery.lora.checks import TrainingChecks
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.evaluation import validation_loss
 from nanogpt_surgery.training.fast.compilation import CompiledBlocks
@@ -127,10 +127,10 @@ class _Loop:
     def steps(self, first_step: int, examine: bool) -> Iterator[Step]:
         """Checks at once what can be, and gives the steps from the first on."""
         last = self.settings.max_steps - 1
-        examiner = Examiner(self.model, self.optimizer, first_step, last) if examine else None
+        examiner = TrainingChecks(self.model, self.optimizer, first_step, last) if examine else None
         return self._steps(first_step, examiner)
 
-    def _steps(self, first_step: int, examiner: Examiner | None) -> Iterator[Step]:
+    def _steps(self, first_step: int, examiner: TrainingChecks | None) -> Iterator[Step]:
         settings, hardware = self.settings, self.hardware
         blocks = CompiledBlocks(self.model, hardware.compile, settings.gradient_checkpointing)
         products = QuickProducts(self.model, hardware.precision)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batch, Batches, documents_of
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.mixture import Rows
+from nanogpt_surgery.lora.per_row import PerRowAdapters
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.fast.frozen_head import (
@@ -122,7 +122,7 @@ def _counted(model: SimpleGPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
 
     Rows with adapters of their own stay rows: (B, T, C), (B, T) and (B · T).
     """
-    if isinstance(getattr(model.lm_head, "mixture", None), Rows):
+    if isinstance(getattr(model.lm_head, "active", None), PerRowAdapters):
         places = torch.arange(targets.numel(), device=hidden.device)
         return hidden, to_device(targets, hidden.device), places
     places, wanted = trained_places(targets, hidden.device)

@@ -119,8 +119,7 @@ class Session:
         self._take_part({name: number(name, weight) for name, _, weight in pairs})
 
     def _take_part(self, weights: dict[str, float]) -> None:
-        from nanogpt_surgery.lora.mixing import blend_lora
-        from nanogpt_surgery.lora.operations import enable_lora
+        from nanogpt_surgery.lora.operations import blend_lora, enable_lora
 
         blend_lora(self.model, weights)
         enable_lora(self.model)
@@ -137,7 +136,8 @@ class Session:
 
     def do_adapters(self, _rest: str) -> None:
         """Which adapters there are, and which take part."""
-        from nanogpt_surgery.lora.layer import adapter_names, has_lora
+        from nanogpt_surgery.lora.inject import adapter_names
+        from nanogpt_surgery.lora.linear import has_lora
 
         if not has_lora(self.model):
             say("there are no adapters: surgery chat MODEL --adapter NAME=FOLDER loads one")
@@ -147,15 +147,16 @@ class Session:
             say(f"  {name}: " + (f"weight {taking[name]:g}" if name in taking else "waits"))
 
     def _taking_part(self) -> dict[str, float]:
-        from nanogpt_surgery.lora.layer import active_mixture, has_lora, lora_layers
-        from nanogpt_surgery.lora.mixture import Blend
+        from nanogpt_surgery.lora.inject import active_adapters
+        from nanogpt_surgery.lora.linear import has_lora, lora_layers
+        from nanogpt_surgery.lora.several import WeightedAdapters
 
         if not has_lora(self.model):
             return {}
-        mixture = active_mixture(self.model)
-        assert isinstance(mixture, Blend), "a conversation has one row"
+        active = active_adapters(self.model)
+        assert isinstance(active, WeightedAdapters), "a conversation has one row"
         enabled = all(layer.enabled for layer in lora_layers(self.model).values())
-        return dict(mixture.weights) if enabled else {}
+        return dict(active.weights) if enabled else {}
 
     def do_set(self, rest: str) -> None:
         """NAME VALUE: change a setting of the answers; alone, show them all."""

@@ -157,7 +157,7 @@ def _job(
     from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.cli.run_description import fingerprint
     from nanogpt_surgery.formats.peft.adapter_layout import check_unsavable, write_adapter_files
-    from nanogpt_surgery.lora.operations import inject_lora
+    from nanogpt_surgery.lora.inject import inject_lora
 
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)

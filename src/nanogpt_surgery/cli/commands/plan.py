@@ -80,7 +80,7 @@ def _memory(
     import torch
 
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.lora.operations import inject_lora
+    from nanogpt_surgery.lora.inject import inject_lora
     from nanogpt_surgery.training.hardware import choose_hardware
     from nanogpt_surgery.training.memory_estimate import memory_for_training
     from nanogpt_surgery.training.planning import training_memory

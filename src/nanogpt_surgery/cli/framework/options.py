@@ -167,5 +167,5 @@ def _argument_texts(docstring: str) -> dict[str, str]:
     return {name: " ".join(text.split()) for name, text in found}
 
 
-INJECT = "nanogpt_surgery.lora.operations:inject_lora"
+INJECT = "nanogpt_surgery.lora.inject:inject_lora"
 TargetOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "settings"))

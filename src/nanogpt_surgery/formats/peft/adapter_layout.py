@@ -27,13 +27,12 @@ from nanogpt_surgery.formats.peft.config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.formats.peft.fused_update import fuse, split
 from nanogpt_surgery.history.hashing import tensor_hash
 from nanogpt_surgery.lora.forecast import plan_lora
-from nanogpt_surgery.lora.planning import check_new_name
+from nanogpt_surgery.lora.inject import bare_layer, check_new_name, report_on
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter, Updates
 from nanogpt_surgery.lora.targets import COMPILED, uncompiled
-from nanogpt_surgery.lora.transplant import put_on, take_off
-from nanogpt_surgery.lora.update import as_matrix
-from nanogpt_surgery.lora.wrapping import bare, report_on
+from nanogpt_surgery.lora.transplant import attach_adapter, extract_adapter
+from nanogpt_surgery.lora.variants import as_matrix
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 
@@ -67,7 +66,7 @@ def write_adapter_files(
 ) -> None:
     """Write the files of an adapter folder into a folder that is being made."""
     model = uncompiled(model)
-    adapter, family = take_off(model, name), _family(model)
+    adapter, family = extract_adapter(model, name), _family(model)
     if family is not None:
         assert isinstance(model, SimpleGPT)
         adapter = replace(
@@ -143,7 +142,9 @@ def load_adapter(
     known = [path for path in theirs if path in adapter.fingerprint and _there(plain, path)]
     actual = base_fingerprint(plain, known)
     compare_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
-    return put_on(model, adapter if plain is model else adapter.inside(COMPILED), name, tied)
+    return attach_adapter(
+        model, adapter if plain is model else adapter.inside(COMPILED), name, tied
+    )
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -176,7 +177,7 @@ def _matrix(model: nn.Module, name: str) -> Tensor:
 
 
 def _matrices(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
-    return [as_matrix(bare(model, name)).cpu() for name in names]
+    return [as_matrix(bare_layer(model, name)).cpu() for name in names]
 
 
 def _ours(model: nn.Module, name: str) -> tuple[str, ...]:
@@ -238,7 +239,7 @@ def _check_sizes(adapter: StoredAdapter, family: str, model: SimpleGPT) -> None:
     for row in rows(family, model.config.n_layer):
         if len(row.ours) == 1 and not row.conv1d:
             continue
-        ours: list[Any] = [bare(model, name) for name in row.ours]
+        ours: list[Any] = [bare_layer(model, name) for name in row.ours]
         update = adapter.updates.get(row.theirs)
         if update is not None:
             wanted = sum(layer.weight.size(0) for layer in ours)

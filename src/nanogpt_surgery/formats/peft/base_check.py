@@ -14,8 +14,8 @@ from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, listed, nearest
 from nanogpt_surgery.formats.peft.config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.history.hashing import plain_name
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter, Updates
-from nanogpt_surgery.lora.targets import adaptable_layers, output_layer, why_not
-from nanogpt_surgery.lora.variants import check_lengths
+from nanogpt_surgery.lora.targets import adaptable_layers, output_layer, unsupported_reason
+from nanogpt_surgery.lora.variants import check_row_norms
 
 _SHOWN = 12  # of what does not fit
 
@@ -27,7 +27,7 @@ def check_rows(model: nn.Module, updates: Updates) -> None:
         if update.magnitude is not None:
             change = update.delta_weight.to(layers[path].weight.device)
             hint = "take another base, whose rows are not zero, or another adapter, without DoRA"
-            check_lengths(path, layers[path], change, hint)
+            check_row_norms(path, layers[path], change, hint)
 
 
 def check_fit(model: nn.Module, adapter: StoredAdapter) -> None:
@@ -90,7 +90,7 @@ def _instead(model: nn.Module, name: str) -> str:
     """What is at a name where no layer can be wrapped, or else the nearest names that can."""
     if name not in dict(model.named_modules()):
         return f"nearest: {nearest(name[:200], adaptable_layers(model))}"
-    reason = why_not(model, name) or "a layer of the other kind"
+    reason = unsupported_reason(model, name) or "a layer of the other kind"
     if "Conv1D" in reason:
         reason += "; a GPT-2 opened with open_model has Linears"
     return f"it is {reason}"

@@ -24,7 +24,7 @@ from nanogpt_surgery.formats.gguf.names import table
 from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
 from nanogpt_surgery.formats.placing import side_by_side
-from nanogpt_surgery.lora.transplant import take_off
+from nanogpt_surgery.lora.transplant import extract_adapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 Factors = tuple[Tensor, Tensor]  # A (R, in) and B (out, R), the scale folded into B
@@ -147,7 +147,7 @@ def _folded(model: SimpleGPT) -> dict[str, Factors]:
     Raises:
         SurgeryError: DoRA, an embedding or a module replaced whole: these formats have A and B.
     """
-    adapter = take_off(model)
+    adapter = extract_adapter(model)
     others = {
         "DoRA": [name for name, u in adapter.updates.items() if u.magnitude is not None],
         "an embedding's LoRA": [name for name, u in adapter.updates.items() if u.embedding],

@@ -30,7 +30,6 @@ from nanogpt_surgery.lora.linear import LoRALinear
 from nanogpt_surgery.training.fast.frozen_products import (
     folds,
     frozen_linear,
-    plain_update,
     watched,
 )
 from nanogpt_surgery.training.hardware import to_device
@@ -61,7 +60,9 @@ def frozen_head(head: nn.Module, precision: torch.dtype) -> FrozenHead | None:
     if watched(head):
         return None
     if isinstance(head, LoRALinear) and folds(head) and head.original_layer.bias is None:
-        return FrozenHead(head.original_layer.weight.detach(), precision, *plain_update(head))
+        assert head.plain_update is not None, "folds has seen to it"
+        a, b, scale, _ = head.plain_update
+        return FrozenHead(head.original_layer.weight.detach(), precision, a, b, scale)
     if frozen_linear(head) and head.bias is None:
         weight: Tensor = head.weight.detach()
         vocabulary, width = weight.shape

@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.lora.linear import LoRALinear, LoRAUpdate
-from nanogpt_surgery.lora.mixture import Blend
+from nanogpt_surgery.lora.linear import LoRALinear
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -107,17 +106,10 @@ class FoldedLinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        layer, (a, b, scale) = self.original_layer, plain_update(self)
+        assert self.plain_update is not None, "folds has seen to it"
+        layer, (a, b, scale, _) = self.original_layer, self.plain_update
         out: Tensor = FrozenProduct.apply(x, layer.weight, layer.bias, a, b, scale)
         return out
-
-
-def plain_update(layer: LoRALinear) -> tuple[Tensor, Tensor, float]:
-    """A, B and the scale, the weight of a blend in it, of the one update that takes part."""
-    blend: Any = layer.mixture
-    ((name, share),) = ((n, w) for n, w in blend.weights.items() if n in layer.updates)
-    update: Any = layer.updates[name]
-    return update.lora_A, update.lora_B, share * update.scaling
 
 
 def folds(layer: nn.Module) -> bool:
@@ -128,14 +120,12 @@ def folds(layer: nn.Module) -> bool:
     """
     if not isinstance(layer, LoRALinear) or type(layer) not in (LoRALinear, FoldedLinear):
         return False
-    if not layer.enabled or not isinstance(layer.mixture, Blend):
+    if not layer.enabled or (plain := layer.plain_update) is None:
         return False
-    present = [layer.updates[name] for name in layer.mixture.weights if name in layer.updates]
+    factor_a, factor_b, _, dropout = plain
     return (
-        len(present) == 1
-        and type(update := present[0]) is LoRAUpdate
-        and update.dropout.p == 0
-        and all(p.dtype == torch.float32 for p in update.parameters())
+        dropout.p == 0
+        and factor_a.dtype == factor_b.dtype == torch.float32
         and layer.original_layer.weight.dtype != torch.float64
         and frozen_linear(layer.original_layer)
     )
