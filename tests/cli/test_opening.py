@@ -19,8 +19,8 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.cli.opening import open_to_talk
+from nanogpt_surgery.lora.attachment import attach_adapter, extract_adapter
 from nanogpt_surgery.lora.linear import LoRAUpdate
-from nanogpt_surgery.lora.transplant import attach_adapter, extract_adapter
 
 NOTE = "computing in float32, with 0 MiB of weights instead of half of that; --dtype bfloat16"
 SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 60}

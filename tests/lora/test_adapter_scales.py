@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import inject_lora, load_adapter, remove_lora, save_adapter, save_model
+from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.linear import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import attach_adapter
 
 
 class Nested(nn.Module):

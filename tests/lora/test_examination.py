@@ -12,6 +12,7 @@ from nanogpt_surgery import (
     tensor_hashes,
 )
 from nanogpt_surgery.history.hashing import tensor_hash
+from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.linear import has_lora, lora_layers
 from nanogpt_surgery.lora.merge_metrics import (
     change_kept,
@@ -21,7 +22,6 @@ from nanogpt_surgery.lora.merge_metrics import (
     round_int8,
 )
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import attach_adapter
 
 
 def adapted(dtype: torch.dtype = torch.float32, size: float = 0.1) -> nn.Module:

@@ -14,10 +14,10 @@ from nanogpt_surgery import (
     remove_lora,
     swap_lora,
 )
+from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.inject import adapter_names
 from nanogpt_surgery.lora.linear import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import attach_adapter
 
 EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)
 

@@ -17,8 +17,8 @@ from nanogpt_surgery import (
     tensor_hashes,
     undo_lora,
 )
+from nanogpt_surgery.lora.attachment import attach_adapter, extract_adapter
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import attach_adapter, extract_adapter
 
 NEW = {"norm.weight": torch.linspace(0.5, 2, 24), "norm.bias": torch.linspace(-1, 1, 24)}
 

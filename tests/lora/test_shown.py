@@ -7,10 +7,10 @@ from helpers.models import randomise
 from torch import nn
 
 from nanogpt_surgery import SurgeryError, inject_lora, merge_lora, tensor_hashes, undo_lora
+from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.checks import check_gradients
 from nanogpt_surgery.lora.linear import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
-from nanogpt_surgery.lora.transplant import attach_adapter
 
 OF_A_LINEAR = ("weight", "bias", "in_features", "out_features")
 OF_AN_EMBEDDING = ("weight", "num_embeddings", "embedding_dim", "padding_idx")

@@ -6,7 +6,8 @@ updates of the parts are joined and split, as `fused_update.py` says.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,27 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.errors import SurgeryError, listed
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, listed
 from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.formats.folders.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import rows, to_ours, to_theirs
 from nanogpt_surgery.formats.peft.adapter_file import map_stored, write_stored
-from nanogpt_surgery.formats.peft.base_check import check_fit, compare_fingerprint
 from nanogpt_surgery.formats.peft.config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.formats.peft.fused_update import fuse, split
 from nanogpt_surgery.history.hashing import tensor_hash
+from nanogpt_surgery.lora.attachment import attach_fitting, check_fit, extract_adapter
 from nanogpt_surgery.lora.forecast import plan_lora
 from nanogpt_surgery.lora.inject import bare_layer, check_new_name, report_on
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter, Updates
 from nanogpt_surgery.lora.targets import COMPILED, uncompiled
-from nanogpt_surgery.lora.transplant import attach_adapter, extract_adapter
 from nanogpt_surgery.lora.variants import as_matrix
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 
 MODEL_CONFIG = "config.json"
+OPEN_ITS_BASE = f"open the base that its {CONFIG} names (base_model_name_or_path)"
 
 
 def save_adapter(
@@ -137,14 +138,37 @@ def load_adapter(
         assert isinstance(plain, SimpleGPT)
         adapter = _adapter_to_ours(adapter, family, plain)
     check_new_name(model, name)
-    check_fit(plain, adapter)
+    check_fit(plain, adapter, OPEN_ITS_BASE, MERGE_IN_PEFT)
     adapter = adapter.in_float32()
     known = [path for path in theirs if path in adapter.fingerprint and _there(plain, path)]
     actual = base_fingerprint(plain, known)
-    compare_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
-    return attach_adapter(
+    _check_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
+    return attach_fitting(
         model, adapter if plain is model else adapter.inside(COMPILED), name, tied
     )
+
+
+def _check_fingerprint(stored: Mapping[str, str], actual: Mapping[str, str], force: bool) -> None:
+    """Raises if an adapter was made for another base.
+
+    Args:
+        stored: the hash of each adapted weight, from the adapter; empty if unknown.
+        actual: the same from the model.
+        force: warn instead.
+
+    Raises:
+        SurgeryError: they differ and `force` is off.
+    """
+    other = [name for name, digest in stored.items() if actual.get(name) != digest]
+    if not other:
+        return
+    what = (
+        f"the adapter was made for another base: {len(other)} of {len(stored)} of the weights it "
+        f"sits on differ ({', '.join(other[:4])}{', …' if other[4:] else ''})"
+    )
+    if not force:
+        raise SurgeryError(what, "open the base it was trained on, or force=True (--force)")
+    warnings.warn(what, SurgeryWarning, stacklevel=3)
 
 
 def adapter_folder(path: str | Path) -> Path:
@@ -260,7 +284,7 @@ def _check_size(what: str, found: int, wanted: int) -> None:
         raise SurgeryError(
             f"this adapter is for another model: {what} are {wanted:,} in the model and {found:,} "
             "in the adapter",
-            f"open the base that its {CONFIG} names (base_model_name_or_path)",
+            OPEN_ITS_BASE,
         )
 
 
@@ -275,6 +299,6 @@ def _to_ours(updates: Updates, family: str, model: SimpleGPT) -> Updates:
         raise SurgeryError(
             f"this adapter is for another model: a {family} of {model.config.n_layer} layers has "
             f"no {listed(sorted(left))}",
-            f"open the base that its {CONFIG} names (base_model_name_or_path)",
+            OPEN_ITS_BASE,
         )
     return converted

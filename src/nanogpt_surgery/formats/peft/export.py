@@ -23,11 +23,10 @@ from nanogpt_surgery.formats.gguf.file import read_gguf
 from nanogpt_surgery.formats.gguf.names import table
 from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
+from nanogpt_surgery.formats.peft.fused_update import Factors, block_diagonal
 from nanogpt_surgery.formats.placing import side_by_side
-from nanogpt_surgery.lora.transplant import extract_adapter
+from nanogpt_surgery.lora.attachment import extract_adapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-
-Factors = tuple[Tensor, Tensor]  # A (R, in) and B (out, R), the scale folded into B
 
 
 def save_lora_gguf(model: SimpleGPT, path: str | Path) -> None:
@@ -142,7 +141,7 @@ def _family(model: SimpleGPT) -> str:
 
 
 def _folded(model: SimpleGPT) -> dict[str, Factors]:
-    """A and s · B, for each layer.
+    """A (R, in) and s · B (out, R), for each layer.
 
     Raises:
         SurgeryError: DoRA, an embedding or a module replaced whole: these formats have A and B.
@@ -184,16 +183,9 @@ def _joined(parts: list[Factors | None], row: Row, model: SimpleGPT) -> Factors:
     if len(parts) == 1:
         a, b = present[0]
         return a, side_by_side(b, row.interleaved) if row.interleaved else b
-    config, rank, start = model.config, sum(a.size(0) for a, _ in present), 0
-    blocks = []
-    for name, part in zip(row.ours, parts, strict=True):
-        heads = config.n_head if name.endswith("q_proj") else config.n_kv_head
-        block = torch.zeros(heads * config.head_dim, rank)
-        if part is not None:
-            block[:, start : start + part[0].size(0)] = part[1]
-            start += part[0].size(0)
-        blocks.append(block)
-    return torch.cat([a for a, _ in present]), torch.cat(blocks)
+    config = model.config
+    heads = [config.n_head if n.endswith("q_proj") else config.n_kv_head for n in row.ours]
+    return block_diagonal(parts, [n * config.head_dim for n in heads])
 
 
 def _check(factors: dict[str, Factors], found: dict[str, Factors]) -> None:

@@ -10,13 +10,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, Updates, alpha_for
+
+Factors: TypeAlias = tuple[Tensor, Tensor]  # A (R, in) and B (out, R)
 
 
 def fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankUpdate:
@@ -29,44 +33,62 @@ def fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankUp
     present = [part for part in parts if part is not None]
     scale, rslora = present[0].scaling, present[0].rslora
     assert all(part.rslora == rslora for part in present), "an adapter writes its scales one way"
-    rank = sum(part.rank for part in present)
-    blocks, start = [], 0
-    for matrix, part in zip(matrices, parts, strict=True):
-        block = torch.zeros(matrix.size(0), rank)
-        if part is not None:
-            ratio = part.scaling / scale
-            block[:, start : start + part.rank] = part.B if ratio == 1 else part.B * ratio
-            start += part.rank
-        blocks.append(block)
-    lengths = [_lengths(m, p) for m, p in zip(matrices, parts, strict=True)]
+    a, b = block_diagonal(
+        [_factors(part, scale) if part is not None else None for part in parts],
+        [matrix.size(0) for matrix in matrices],
+    )
+    norms = [_row_norms(m, p) for m, p in zip(matrices, parts, strict=True)]
     return LowRankUpdate(
-        torch.cat([part.A for part in present]),
-        torch.cat(blocks),
-        alpha_for(scale, rank, rslora),
+        a,
+        b,
+        alpha_for(scale, a.size(0), rslora),
         rslora=rslora,
-        magnitude=torch.cat(lengths) if any(p.magnitude is not None for p in present) else None,
+        magnitude=torch.cat(norms) if any(p.magnitude is not None for p in present) else None,
         dropout=max(part.dropout for part in present),
         pieces=tuple((p.rank, p.alpha, p.birth) if p else None for p in parts),
     )
 
 
-def _lengths(matrix: Tensor, part: LowRankUpdate | None) -> Tensor:
+def block_diagonal(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
+    """The A's of some updates below each other, their B's on a block diagonal.
+
+    Args:
+        parts: A (R, in) and B (out, R) of each update, None where there is none.
+        rows: out, of each.
+    """
+    rank, start, blocks = sum(part[0].size(0) for part in parts if part is not None), 0, []
+    for part, out in zip(parts, rows, strict=True):
+        block = torch.zeros(out, rank)
+        if part is not None:
+            block[:, start : start + part[0].size(0)] = part[1]
+            start += part[0].size(0)
+        blocks.append(block)
+    return torch.cat([part[0] for part in parts if part is not None]), torch.cat(blocks)
+
+
+def _factors(part: LowRankUpdate, scale: float) -> Factors:
+    """A and B of a part, as they are with another scale."""
+    ratio = part.scaling / scale
+    return part.A, part.B if ratio == 1 else part.B * ratio
+
+
+def _row_norms(matrix: Tensor, part: LowRankUpdate | None) -> Tensor:
     """The lengths of the rows of W + ΔW: those that were learned, or else those they have."""
     if part is not None and part.magnitude is not None:
         return part.magnitude
     changed = matrix if part is None else matrix + part.delta_weight
-    lengths: Tensor = torch.linalg.vector_norm(changed, dim=1)
-    return lengths
+    norms: Tensor = torch.linalg.vector_norm(changed, dim=1)
+    return norms
 
 
 def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
     """The inverse of `fuse`, for parts of these names; any other fused update splits as well."""
     count = len(names)
     rows_of_b = update.B.chunk(count)
-    lengths = [None] * count if update.magnitude is None else update.magnitude.chunk(count)
+    norms = [None] * count if update.magnitude is None else update.magnitude.chunk(count)
     if update.pieces is None:
         shares = {
-            name: _share(update, b, m) for name, b, m in zip(names, rows_of_b, lengths, strict=True)
+            name: _share(update, b, m) for name, b, m in zip(names, rows_of_b, norms, strict=True)
         }
         return {name: share for name, share in shares.items() if share is not None}
     if len(update.pieces) != count:
@@ -77,7 +99,7 @@ def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
         )
     parts: Updates = {}
     start = 0
-    for name, b, m, piece in zip(names, rows_of_b, lengths, update.pieces, strict=True):
+    for name, b, m, piece in zip(names, rows_of_b, norms, update.pieces, strict=True):
         if piece is not None:
             rank, alpha, birth = piece
             taken = slice(start, start := start + rank)

@@ -1,16 +1,17 @@
-"""Taking an adapter off a model as plain tensors, and putting one on."""
+"""Extracting an adapter from a model as plain tensors, and attaching one to a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.formats.peft.base_check import check_fit, check_rows
+from nanogpt_surgery.errors import SurgeryError, listed, nearest, quoted
+from nanogpt_surgery.history.hashing import plain_name
 from nanogpt_surgery.history.journal import operation
 from nanogpt_surgery.lora.inject import (
     active_adapters,
@@ -31,11 +32,15 @@ from nanogpt_surgery.lora.stored_adapter import (
     restore,
     store,
 )
+from nanogpt_surgery.lora.targets import adaptable_layers, output_layer, unsupported_reason
 from nanogpt_surgery.lora.ties import UpdateFactory, find_tied, tied_to, with_tied_layers
+from nanogpt_surgery.lora.variants import check_row_norms
 from nanogpt_surgery.report import Report
 
+_SHOWN = 12  # of what does not fit
 
-def the_adapter(model: nn.Module, name: str | None = None) -> str:
+
+def chosen_adapter(model: nn.Module, name: str | None = None) -> str:
     """The adapter that is meant: the named one, the only one, or the one that takes part alone.
 
     Raises:
@@ -47,14 +52,14 @@ def the_adapter(model: nn.Module, name: str | None = None) -> str:
     for candidates in ([name] if name else [], there, active.names()):
         if len(candidates) == 1 and candidates[0] in there:
             if name is None and isinstance(active, WeightedAdapters):
-                _check_whole(candidates[0], active)
+                _check_weight(candidates[0], active)
             return candidates[0]
     raise SurgeryError(
         f"which adapter? The model carries {', '.join(there)}", "give its name, or swap_lora first"
     )
 
 
-def _check_whole(name: str, active: WeightedAdapters) -> None:
+def _check_weight(name: str, active: WeightedAdapters) -> None:
     weight = active.weights.get(name, 1)
     if weight != 1:
         raise SurgeryError(
@@ -69,7 +74,7 @@ def updates_of(model: nn.Module, name: str | None = None) -> Updates:
 
     A file has room for one choice: it is rsLoRA's if any of the scales is.
     """
-    name, layers = the_adapter(model, name), lora_layers(model)
+    name, layers = chosen_adapter(model, name), lora_layers(model)
     updates = {
         path: update
         for path, layer in layers.items()
@@ -83,7 +88,7 @@ def updates_of(model: nn.Module, name: str | None = None) -> Updates:
 
 def extract_adapter(model: nn.Module, name: str | None = None) -> StoredAdapter:
     """A copy of an adapter: updates, modules replaced whole, and the choice for tied weights."""
-    name = the_adapter(model, name)
+    name = chosen_adapter(model, name)
     whole = {
         f"{path}.{key}": tensor.detach().float().cpu().clone()
         for path, layer in lora_layers(model).items()
@@ -107,7 +112,7 @@ def attach_adapter(
     name: str = LoRASettings.name,
     tied: Tied | None = None,
 ) -> Report:
-    """Wrap the layers of a model and give them the updates of an adapter, which then acts alone.
+    """Wraps the layers of a model and gives them the updates of an adapter, which then acts alone.
 
     Args:
         model: changed in place.
@@ -122,7 +127,14 @@ def attach_adapter(
     """
     check_new_name(model, name)
     check_fit(model, adapter)
-    check_rows(model, adapter.updates)
+    return attach_fitting(model, adapter, name, tied)
+
+
+def attach_fitting(
+    model: nn.Module, adapter: StoredAdapter, name: str, tied: Tied | None
+) -> Report:
+    """As `attach_adapter`, of an adapter and a name that were checked."""
+    _check_dora(model, adapter.updates)
     choice: Any = tied or adapter.tied or "refuse"
     whole = _by_module(adapter.whole)
     find_tied(model, whole, "untie" if choice == "untie" else "refuse")
@@ -139,6 +151,95 @@ def attach_adapter(
             model, name, with_tied_layers(factories, tied_layers), unties=choice == "untie"
         )
     return report_on(model, "LoRA loaded")
+
+
+def check_fit(
+    model: nn.Module,
+    adapter: StoredAdapter,
+    hint: str = "open the base that it was made for",
+    if_resized: str = "resize the vocabulary of the base as it was when the adapter was made",
+) -> None:
+    """Raises `SurgeryError`, with the first dozen of what does not fit, if an adapter does not.
+
+    Of updates and of modules replaced whole the sizes are looked at, and no number is read.
+
+    Args:
+        model: the base, bare or with other adapters.
+        adapter: with the model's own names.
+        hint: what to do with an adapter for another model.
+        if_resized: what to do where the vocabularies differ in size alone.
+    """
+    found = list(islice(_misfits(model, adapter), _SHOWN + 1))
+    if found:
+        shown = "; ".join(problem for problem, _ in found[:_SHOWN])
+        more = "; …" if found[_SHOWN:] else ""
+        resized = any(is_resized for _, is_resized in found)
+        raise SurgeryError(
+            f"this adapter is for another model: {shown}{more}",
+            if_resized if resized else hint,
+        )
+
+
+def _misfits(model: nn.Module, adapter: StoredAdapter) -> Iterator[tuple[str, bool]]:
+    """What does not fit, in words, and whether it would if merged in peft."""
+    layers = adaptable_layers(model)
+    for name, update in adapter.updates.items():
+        kind = nn.Embedding if update.embedding else nn.Linear
+        layer: Any = layers.get(name)
+        if not isinstance(layer, kind):
+            yield f"there is no {kind.__name__} {quoted(name)} ({_instead(model, name)})", False
+            continue
+        wanted = (update.B.size(0), update.A.size(1))
+        wanted = wanted[::-1] if update.embedding else wanted
+        if tuple(layer.weight.shape) != wanted:
+            actual = tuple(layer.weight.shape)
+            yield f"{name} is {actual} in the model and {wanted} in the adapter", False
+    state = _base_state(model)
+    for name, tensor in adapter.whole.items():
+        if name not in state or state[name].shape != tensor.shape:
+            resized = _resized(model, name.rpartition(".")[0], tensor)
+            shape = tuple(tensor.shape)
+            yield resized or f"there is no tensor {listed([name])} of shape {shape}", bool(resized)
+    for name, copy in adapter.base_copies.items():
+        base = state.get(f"{name}.weight")
+        alike = base if base is not None and base.shape == copy.shape else None
+        if alike is None or not torch.equal(alike.float().cpu(), copy.float()):
+            differs = f"the adapter brings its own {listed([name])}, which differs from the model's"
+            yield _resized(model, name, copy) or differs, True
+
+
+def _resized(model: nn.Module, name: str, weight: Tensor) -> str | None:
+    """What to say of an embedding's or the output layer's weight that has rows for other ids."""
+    layer: Any = adaptable_layers(model).get(name)
+    is_vocabulary = isinstance(layer, nn.Embedding) or (layer and name == output_layer(model))
+    if not is_vocabulary or layer.weight.shape[1:] != weight.shape[1:]:
+        return None
+    before, now = len(layer.weight), len(weight)
+    return None if before == now else f"the vocabulary was resized from {before} to {now} ({name})"
+
+
+def _instead(model: nn.Module, name: str) -> str:
+    """What is at a name where no layer can be wrapped, or else the nearest names that can."""
+    if name not in dict(model.named_modules()):
+        return f"nearest: {nearest(name[:200], adaptable_layers(model))}"
+    reason = unsupported_reason(model, name) or "a layer of the other kind"
+    if "Conv1D" in reason:
+        reason += "; a GPT-2 opened with open_model has Linears"
+    return f"it is {reason}"
+
+
+def _base_state(model: nn.Module) -> dict[str, Any]:
+    return {plain_name(name): tensor for name, tensor in model.state_dict().items()}
+
+
+def _check_dora(model: nn.Module, updates: Updates) -> None:
+    """Raises `SurgeryError` where DoRA meets a row of W + ΔW without a length."""
+    layers: dict[str, Any] = adaptable_layers(model)
+    for path, update in updates.items():
+        if update.magnitude is not None:
+            change = update.delta_weight.to(layers[path].weight.device)
+            hint = "take another base, whose rows are not zero, or another adapter, without DoRA"
+            check_row_norms(path, layers[path], change, hint)
 
 
 def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
