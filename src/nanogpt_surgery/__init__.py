@@ -61,6 +61,8 @@ if TYPE_CHECKING:
     from nanogpt_surgery.model.kv_cache import KVCache
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
     from nanogpt_surgery.model.transformer_encoder_layer import TransformerEncoderLayer
+    from nanogpt_surgery.runs.run import Run
+    from nanogpt_surgery.runs.training import Training
     from nanogpt_surgery.training.evaluation import evaluate
     from nanogpt_surgery.training.fit import fit
     from nanogpt_surgery.training.settings import FitSettings
@@ -122,6 +124,8 @@ _HOMES = {
     "model.kv_cache": ("KVCache",),
     "model.simple_gpt": ("SimpleGPT",),
     "model.transformer_encoder_layer": ("TransformerEncoderLayer",),
+    "runs.run": ("Run",),
+    "runs.training": ("Training",),
     "training.evaluation": ("evaluate",),
     "training.fit": ("fit",),
     "training.settings": ("FitSettings",),
@@ -146,12 +150,14 @@ __all__ = [
     "Mixture",
     "PretrainedTokenizer",
     "RopeScaling",
+    "Run",
     "SamplingSettings",
     "SimpleGPT",
     "Step",
     "SurgeryError",
     "SurgeryWarning",
     "Tokenizer",
+    "Training",
     "TransformerEncoderLayer",
     "blend_lora",
     "chat_ids",

@@ -13,7 +13,7 @@ import torch
 from helpers.commands import called
 
 from nanogpt_surgery.files.manifest import file_hash
-from nanogpt_surgery.runs.checkpoint import Run
+from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.training.step import Step
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -105,14 +105,14 @@ def test_a_resume_that_finds_nothing_says_so(folder: Path) -> None:
 def test_asked_to_stop_in_its_last_step_a_run_is_over(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    record, out = Run.record, folder / "run"
+    record, out = RunFolder.record, folder / "run"
 
-    def asked(run: Run, step: Step) -> None:
+    def asked(run: RunFolder, step: Step) -> None:
         record(run, step)
         if step.step == 10:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Run, "record", asked)
+    monkeypatch.setattr(RunFolder, "record", asked)
     command = ["train", folder / "text.txt", "--out", out, *LONG[:-4], "--max-steps", 10]
     called(*command)
     assert "train, 10 steps" in called("log", out)[0]

@@ -125,7 +125,7 @@ def test_gone_on_with_by_another_number_of_processes_it_says_so(text, tmp_path, 
     summary = tmp_path / "run" / "checkpoints" / "step-00000020" / "training.json"
     assert json.loads(summary.read_text())["processes"] == 1
     assert "processes" not in called(*words)[1]
-    monkeypatch.setattr("nanogpt_surgery.runs.checkpoint.Run.processes", 3)
+    monkeypatch.setattr("nanogpt_surgery.runs.checkpoints.RunFolder.processes", 3)
     assert "note: so far 3 at a time trained, now 1" in called(*words)[1]
 
 
@@ -155,7 +155,7 @@ def test_standard_input_is_not_shared(monkeypatch):
 
 def test_one_process_speaks_for_all(text, tmp_path, monkeypatch):
     words = ["train", text, "--out", tmp_path / "run", *TRAINING, 1]
-    monkeypatch.setattr("nanogpt_surgery.cli.framework.console.speaks", lambda: False)
+    monkeypatch.setattr("nanogpt_surgery.cli.framework.console.is_main_process", lambda: False)
     monkeypatch.setenv("RANK", "1")
     assert called(*words) == ("", "")
     assert "there is no such folder" in called("generate", text / "x", "--prompt", "x", check=1)[1]

@@ -23,7 +23,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.data.text.corpus import split_by_position
 from nanogpt_surgery.files.manifest import file_hash
-from nanogpt_surgery.runs.checkpoint import Run
+from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.training.recipes import MUON, further_values
 from nanogpt_surgery.training.step import Step
 
@@ -148,15 +148,15 @@ def test_an_interrupted_run_ends_with_the_same_bits(
 ) -> None:
     write_llama(place / "tied", tie_head=True)
     going_on(way, out="whole", base="tied", steps=6)
-    record = Run.record
+    record = RunFolder.record
 
-    def asked(run: Run, step: Step) -> None:
+    def asked(run: RunFolder, step: Step) -> None:
         record(run, step)
         if step.step == 2:
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "record", asked)
+        patch.setattr(RunFolder, "record", asked)
         assert "saved after step 3" in going_on(way, base="tied", steps=6, check=130)
     assert "going on from step 3 of 6" in going_on(way, "--resume", base="tied", steps=6)
     for name in ("model.safetensors", "training.safetensors"):

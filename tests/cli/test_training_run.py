@@ -18,13 +18,12 @@ from nanogpt_surgery import (
     open_model,
     save_model,
 )
-from nanogpt_surgery.cli import save_interval
-from nanogpt_surgery.cli.run_length import settings_for
-from nanogpt_surgery.cli.run_options import RunOptions
-from nanogpt_surgery.cli.samples import one_line
-from nanogpt_surgery.cli.save_interval import SaveInterval
 from nanogpt_surgery.files.manifest import file_hash
-from nanogpt_surgery.runs.checkpoint import Run
+from nanogpt_surgery.runs import save_interval
+from nanogpt_surgery.runs.checkpoints import RunFolder
+from nanogpt_surgery.runs.length import with_length
+from nanogpt_surgery.runs.samples import one_line
+from nanogpt_surgery.runs.save_interval import SaveInterval
 from nanogpt_surgery.training.early_stopping import EarlyStopping
 from nanogpt_surgery.training.step import Step
 
@@ -69,15 +68,15 @@ class Killed(BaseException):
 
 def killed_at(step: int, *words: object) -> None:
     """A command that ends after a step, before anything of it is written."""
-    record = Run.record
+    record = RunFolder.record
 
-    def kill(run: Run, done: Step) -> None:
+    def kill(run: RunFolder, done: Step) -> None:
         if done.step == step:
             raise Killed
         record(run, done)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(Run, "record", kill)
+        patch.setattr(RunFolder, "record", kill)
         called(*words)
 
 
@@ -106,13 +105,13 @@ def test_a_text_s_epochs_are_of_its_tokens_and_its_default_is_steps(place):
     assert found["steps"] == -(-tokens // (2 * 48))
     assert float(found["epochs"]) == pytest.approx(0.5, rel=0.1)
     dataset, usual = GPTDataset(TEXT, CharacterTokenizer(TEXT), 12), FitSettings()
-    assert settings_for(dataset, usual, {}, RunOptions(Path("o"))) == usual
+    assert with_length(usual, dataset) == usual
 
 
 @pytest.mark.parametrize(
     ("flags", "part"),
     [
-        (["--epochs", "2", "--max-steps", "5"], "--max-steps 5"),
+        (["--epochs", "2", "--max-steps", "5"], "max_steps 5"),
         (["--epochs", "0"], "0.0"),
         (["--epochs", "nan"], "nan"),
         (["--epochs", "inf"], "inf"),
@@ -192,8 +191,10 @@ def test_patience_counts_evaluations_without_improvement():
 
 def test_a_checkpoint_comes_every_so_many_steps(place, monkeypatch):
     saved = []
-    save = Run.save
-    monkeypatch.setattr(Run, "save", lambda run, *a: (saved.append(a[0].step), save(run, *a))[1])
+    save = RunFolder.save
+    monkeypatch.setattr(
+        RunFolder, "save", lambda run, *a: (saved.append(a[0].step), save(run, *a))[1]
+    )
     words = ["train", "text.txt", "--out", "o", *NEW, "--max-steps", "8", "--evaluate-every", "5"]
     called(*words, "--save-every", "3")
     assert saved == [3, 5, 6, 8]

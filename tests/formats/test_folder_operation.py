@@ -27,7 +27,7 @@ from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.history.folder_journal import folder_log, read_journal
 from nanogpt_surgery.history.folder_operation import redo_folder, undo_folder
-from nanogpt_surgery.runs.checkpoint import start_run
+from nanogpt_surgery.runs.checkpoints import open_run_folder
 
 
 @pytest.fixture
@@ -212,11 +212,11 @@ def test_a_run_gives_the_merged_model_and_goes_on_only_after_the_undo(place):
     assert damage(checkpoint) is None
     with (
         pytest.raises(SurgeryError, match="surgery undo"),
-        start_run(run, {"kind": "train"}, resume=True),
+        open_run_folder(run, {"kind": "train"}, resume=True),
     ):
         raise AssertionError("never begun")
     undo_folder(run)
     assert bytes_of(run) == first
     assert torch.equal(logits(run), plain)
-    with start_run(run, {"kind": "train"}, resume=True) as going:
+    with open_run_folder(run, {"kind": "train"}, resume=True) as going:
         assert going.first_step == 5

@@ -23,7 +23,7 @@ from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.formats.model_file import write_model_files
 from nanogpt_surgery.history.folder_journal import folder_log
 from nanogpt_surgery.history.folder_operation import undo_folder
-from nanogpt_surgery.runs.checkpoint import Run, start_run
+from nanogpt_surgery.runs.checkpoints import RunFolder, open_run_folder
 from nanogpt_surgery.training.optimizer import make_optimizer
 
 DESCRIPTION = {
@@ -38,7 +38,7 @@ def train(folder, steps):
     """Begin a run or go on with it, for so many steps, each with a checkpoint."""
     model = model_of()
     optimizer = make_optimizer(model, SETTINGS)
-    with start_run(folder, DESCRIPTION, resume=True) as run:
+    with open_run_folder(folder, DESCRIPTION, resume=True) as run:
         if run.checkpoint:
             run.restore(model, optimizer)
         first = run.first_step
@@ -92,7 +92,7 @@ def test_what_is_trained_on_after_other_hands_is_still_theirs(place):
     run = place / "run"
     merge_adapter(run, place / "adapter")
     undo_folder(run)
-    with start_run(run, DESCRIPTION, resume=True):
+    with open_run_folder(run, DESCRIPTION, resume=True):
         pass  # killed before the first checkpoint
     assert len(folder_log(run).rows) == 1
 
@@ -143,7 +143,7 @@ def test_a_run_begun_before_a_setting_existed_goes_on(place):
         del old[key][name]
     path.write_text(json.dumps(old))
     train(place / "run", 1)
-    assert Run(place / "run", checkpoint_folder(place / "run", 3)).first_step == 3
+    assert RunFolder(place / "run", checkpoint_folder(place / "run", 3)).first_step == 3
 
 
 def test_what_an_old_run_could_not_have_had_is_still_a_difference(place):
@@ -156,10 +156,10 @@ def test_what_an_old_run_could_not_have_had_is_still_a_difference(place):
         "settings": FitSettings(**(SETTINGS.to_dict() | {"muon": True})).to_dict(),
         "model": GPTConfig(**(DESCRIPTION["model"] | {"n_lags": 2})).to_dict(),
     }
-    wanted = "n-lags was 0 and is 2; muon was off and is on"
+    wanted = "n_lags was 0 and is 2; muon was False and is True"
     with (
         pytest.raises(SurgeryError, match=wanted),
-        start_run(place / "run", DESCRIPTION | changed, resume=True),
+        open_run_folder(place / "run", DESCRIPTION | changed, resume=True),
     ):
         raise AssertionError("never begun")
 
@@ -169,6 +169,6 @@ def test_an_operated_run_says_which_way_is_open(place, keep, way):
     merge_adapter(place / "run", place / "adapter", keep_originals=keep)
     with (
         pytest.raises(SurgeryError, match=way),
-        start_run(place / "run", DESCRIPTION, resume=True),
+        open_run_folder(place / "run", DESCRIPTION, resume=True),
     ):
         raise AssertionError("never begun")

@@ -16,7 +16,7 @@ import torch
 
 from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
-from nanogpt_surgery.runs.checkpoint import Run, start_run
+from nanogpt_surgery.runs.checkpoints import RunFolder, open_run_folder
 from nanogpt_surgery.training.step import Step
 
 KILLED = 9
@@ -26,7 +26,7 @@ model = torch.nn.Linear(2, 2)
 optimizer = torch.optim.AdamW(model.parameters())
 
 
-def save(run: Run, number: int) -> None:
+def save(run: RunFolder, number: int) -> None:
     step = Step(number, 1.0, 0.1, 1.0, 1, 0.1, LOSSES[number])
     run.record(step)
     run.save(step, lambda to: write(to, number), model, optimizer, {"steps": number})
@@ -38,7 +38,7 @@ def write(folder: Path, number: int) -> None:
 
 
 def go_on(folder: Path, until: int) -> None:
-    with start_run(folder, {"kind": "train"}, resume=True) as run:
+    with open_run_folder(folder, {"kind": "train"}, resume=True) as run:
         for number in range(run.first_step + 1, until + 1):
             save(run, number)
 

@@ -9,7 +9,7 @@ from helpers.models import CONFIGS, tiny_model
 from helpers.training import DATASET, SETTINGS, hashes, model_of
 
 from nanogpt_surgery import FitSettings, SurgeryError, fit, inject_lora
-from nanogpt_surgery.runs.checkpoint import Run
+from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.runs.state import training_state
 from nanogpt_surgery.training.muon import MARGIN, POLYNOMIALS, Muon, in_bfloat16, orthogonalised
 from nanogpt_surgery.training.optimizer import make_optimizer
@@ -170,12 +170,12 @@ def test_a_run_with_muon_is_resumed_to_the_bit(tmp_path):
     whole = model_of(0.1)
     optimizer = make_optimizer(whole, replace(SETTINGS, muon=True))
     done = steps(whole, optimizer, 0, 3)[-1]
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     run.save(done, lambda folder: None, whole, optimizer)
     steps(whole, optimizer, 3, 6)
     again = model_of(0.1, seed=1)
     fresh = make_optimizer(again, replace(SETTINGS, muon=True))
-    Run(tmp_path, run.checkpoint).restore(again, fresh)
+    RunFolder(tmp_path, run.checkpoint).restore(again, fresh)
     steps(again, fresh, 3, 6)
     assert hashes(again) == hashes(whole)
     assert training_state(again, fresh).keys() == training_state(whole, optimizer).keys()
@@ -187,10 +187,10 @@ def test_a_run_whose_momentum_lies_another_way_is_refused(tmp_path):
     [done] = fit(model, DATASET, SETTINGS, muon=True, max_steps=1, optimizer=optimizer)
     tall = next(p for p in optimizer.param_groups[0]["params"] if p.size(0) > p.size(1))
     optimizer.state[tall]["momentum"] = optimizer.state[tall]["momentum"].mT
-    run = Run(tmp_path)
+    run = RunFolder(tmp_path)
     run.save(done, lambda folder: None, model, optimizer)
     with pytest.raises(SurgeryError, match=r"the momentum of .* begun by an earlier one"):
-        Run(tmp_path, run.checkpoint).restore(model, optimizer)
+        RunFolder(tmp_path, run.checkpoint).restore(model, optimizer)
 
 
 def test_a_closure_is_called_with_gradients_and_its_loss_comes_back():

@@ -55,7 +55,10 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     old, new = dict(_values(_completed(before, now))), dict(_values(now))
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
     named = [description.get("named", {}) for description in (before, now)]
-    renamed = [key for key in named[0] if key in named[1] and _renamed(named, key)]
+    behind = {_HASHED[key] for key in changed if key in _HASHED}  # names that hashes stand for
+    behind |= _SHAPES_DATA if "text" in behind else set()
+    behind |= {"targets"} if "layers" in changed else set()
+    renamed = [key for key in named[0] if key in behind and key in named[1] and _renamed(named, key)]
     follows = {"layers"} if "targets" in renamed else set()
     if not _SHAPES_DATA.isdisjoint([*changed, *renamed]):
         follows |= {"train_ids", "validation_ids"}

@@ -12,7 +12,7 @@ Numbers of the host are added up by gloo, gradients on GPUs by NCCL.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -94,6 +94,24 @@ class World:
             sums = flat.split([gradient.numel() for gradient in bucket])
             for gradient, summed in zip(bucket, sums, strict=True):
                 gradient.copy_(summed.view_as(gradient))
+
+    def run_on_main(self, action: Callable[[], int]) -> int:
+        """Returns in all processes, from 0 up, what an action of the first one returns.
+
+        Raises:
+            SystemExit: with status 1, in the others where the first one raised, which says why.
+        """
+        if not self.is_main_process:
+            number = self.all_reduce_max(-1)
+            if number < 0:
+                raise SystemExit(1)
+            return number
+        try:
+            number = action()
+        except BaseException:
+            self.all_reduce_max(-1)
+            raise
+        return self.all_reduce_max(number)
 
     @torch.no_grad()
     def broadcast_parameters(self, model: nn.Module) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of, held_out
 from nanogpt_surgery.data.text.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.runs.checkpoint import KEPT
+from nanogpt_surgery.runs.checkpoints import KEPT
 from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
 from nanogpt_surgery.training.fast.compilation import CompiledBlocks
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels

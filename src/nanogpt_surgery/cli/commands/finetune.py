@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 from nanogpt_surgery.cli.framework.console import AllLayers, say, say_report
 from nanogpt_surgery.cli.framework.options import TargetOptions, given, options_of
 from nanogpt_surgery.cli.next_command import say_next
-from nanogpt_surgery.cli.run_length import with_length
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.data.conversations.instruction_settings import InstructionSettings
 from nanogpt_surgery.errors import SurgeryError
@@ -21,10 +20,10 @@ InstructionOptions: Any = options_of(InstructionSettings, "Instructions")
 TrainingOptions: Any = options_of(FitSettings, "Training")
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.data.batches import Batches
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.runs.training import Training
 
 
 def finetune(
@@ -63,23 +62,23 @@ def finetune(
     cache_dir
         a folder for the hidden states that are kept (--cache-gib), instead of memory
     """
-    from nanogpt_surgery.cli.training_run import carry_out
+    from nanogpt_surgery.cli.training_run import carry_out, prepared
 
     settings, adapter = FitSettings(**(asked := given(training))), LoRASettings(**given(lora))
     _check_first(run, settings, asked, cache_dir)
-    targets = given(target).get("targets")
-    network, tokenizer, length = _opened(model, block_size, targets or [])
+    network, tokenizer, length = _opened(model, block_size, given(target).get("targets") or [])
     conversations = InstructionSettings(**given(instructions))
     data = _data(text, weights, tokenizer, length, conversations)
     job = _job(run, model, network, tokenizer, data, settings, adapter, given(target), all_layers)
-    job = with_length(_spaced(job, network, stride), asked)
+    job = prepared(_spaced(job, network, stride), asked, run)
     _say_training(job, text)
-    named = {"model": model, "text": text, "weights": weights, "targets": targets}
-    carry_out(replace(job, cache_dir=cache_dir, named=named | asdict(conversations)), "fine-tuned")
+    named = {"model": model, "text": text, "weights": weights, **asdict(conversations)}
+    named["targets"] = given(target).get("targets")
+    carry_out(replace(job, cache_dir=cache_dir, named=named), run, "fine-tuned")
     _say_next(model, run, job, conversations.template)
 
 
-def _say_next(model: str, run: RunOptions, job: Job, template: str) -> None:
+def _say_next(model: str, run: RunOptions, job: Training, template: str) -> None:
     """Say the command that shows what was learned."""
     from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
 
@@ -118,7 +117,7 @@ def _opened(
     return network, tokenizer, window(block_size, network.config.block_size)
 
 
-def _say_training(job: Job, text: tuple[str, ...]) -> None:
+def _say_training(job: Training, text: tuple[str, ...]) -> None:
     """How much there is to train on, and how fast it is learned."""
     from nanogpt_surgery.cli.sources import say_sources, say_windows
 
@@ -150,14 +149,13 @@ def _job(
     adapter: LoRASettings,
     targets: dict[str, Any],
     all_layers: bool,
-) -> Job:
+) -> Training:
     """The training of a LoRA, whose weights follow from the seed, in an opened model."""
     import torch
 
-    from nanogpt_surgery.cli.job import Job
-    from nanogpt_surgery.cli.run_description import fingerprint
-    from nanogpt_surgery.formats.peft.adapter_layout import check_unsavable, write_adapter_files
+    from nanogpt_surgery.formats.peft.adapter_layout import check_unsavable
     from nanogpt_surgery.lora.inject import inject_lora
+    from nanogpt_surgery.runs.training import Training, fingerprint
 
     base = fingerprint(network.state_dict().values())
     torch.manual_seed(settings.seed)
@@ -165,24 +163,10 @@ def _job(
     say_report(report, all_layers)
     if not run.resume:
         check_unsavable(network)
-    return Job(
-        options=run,
-        model=network,
-        tokenizer=tokenizer,
-        dataset=data[0],
-        validation=data[1],
-        settings=settings,
-        description={
-            "kind": "finetune",
-            "base": base,
-            "lora": report.to_dict(),
-            "adapter": adapter.to_dict(),
-        },
-        write_weights=lambda folder: write_adapter_files(network, folder, model),
-    )
+    return Training.of_adapter(network, tokenizer, data, settings, report, adapter, model, base)
 
 
-def _spaced(job: Job, network: SimpleGPT, stride: int | None) -> Job:
+def _spaced(job: Training, network: SimpleGPT, stride: int | None) -> Training:
     """The windows of a text, begun as often as asked for, or as pays."""
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
     from nanogpt_surgery.data.text.mixture import Mixture

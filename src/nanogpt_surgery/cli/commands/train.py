@@ -11,16 +11,15 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.options import given, options_of
 from nanogpt_surgery.cli.next_command import say_next
-from nanogpt_surgery.cli.run_length import with_length
 from nanogpt_surgery.cli.run_options import RunOptions
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
 from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values, training_values
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.cli.job import Job
     from nanogpt_surgery.cli.sources import Sources
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+    from nanogpt_surgery.runs.training import Training
 
 CHARACTERS = "characters"
 ModelOptions: Any = options_of(GPTConfig, "Model", leave_out=("vocab_size", "rope_scaling"))
@@ -64,25 +63,24 @@ def train(
     family
         start from this family's axes; other flags still count
     """
-    from nanogpt_surgery.cli.commands.train_from import check_beside, job_from
-    from nanogpt_surgery.cli.training_run import check_first
+    from nanogpt_surgery.cli.commands.train_from import check_beside, training_from
+    from nanogpt_surgery.cli.training_run import check_first, prepared
 
     shaped, asked = given(model), given(training)
     if base is not None:
         check_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
-    values = training_values(recipe, asked) if base is None else further_values(asked)
-    settings = FitSettings(**values)
+    settings = FitSettings(
+        **(training_values(recipe, asked) if base is None else further_values(asked))
+    )
     check_first(run, settings, asked)
     if base is None:
-        job = _new(run, settings, text, weights, tokenizer or CHARACTERS, recipe, family, shaped)
+        job = _new(settings, text, weights, tokenizer or CHARACTERS, recipe, family, shaped)
     else:
-        job = job_from(base, run, settings, text, weights, shaped.get("block_size"))
-    _say_way(settings, base)
-    _carry_out(with_length(job, asked), text)
+        job = training_from(base, settings, text, weights, shaped.get("block_size"))
+    _carry_out(prepared(job, asked, run), run, text)
 
 
 def _new(
-    run: RunOptions,
     settings: FitSettings,
     text: tuple[str, ...],
     weights: str | None,
@@ -90,31 +88,30 @@ def _new(
     recipe: str | None,
     family: str | None,
     shaped: dict[str, Any],
-) -> Job:
+) -> Training:
     """The training of a new model, on what was named, in the shape that was asked for."""
     from nanogpt_surgery.training.memory_estimate import check_new_model
 
     sources = _sources(text, weights, tokenizer)
     check_new_model(_config(sources, recipe, family, shaped), settings)
-    job = _job(run, sources, _config(sources, recipe, family, shaped), settings, recipe)
+    job = _job(sources, _config(sources, recipe, family, shaped), settings, recipe)
     named = {"text": text, "weights": weights, "tokenizer": tokenizer, "family": family}
     return replace(job, named=named)
 
 
 def _job(
-    run: RunOptions,
     sources: Sources,
     config: GPTConfig,
     settings: FitSettings,
     recipe: str | None,
-) -> Job:
+) -> Training:
     """Its parts; its weights follow from the seed."""
     import torch
 
-    from nanogpt_surgery.cli.job import job_of_all
     from nanogpt_surgery.cli.sources import windows_of
     from nanogpt_surgery.model.initialisation import start_from_zero
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.runs.training import Training
 
     dataset, validation = sources.datasets(config.block_size)
     torch.manual_seed(settings.seed)
@@ -129,26 +126,28 @@ def _job(
     if 2 * tables > network.n_parameters:
         say(f"note: {tables:,} of them are lag tables, for so many kinds; --n-lags 0 is without")
     data = dataset, validation
-    return job_of_all(run, network, sources.tokenizer, data, settings, {"recipe": recipe})
+    known = {"recipe": recipe}
+    return Training.of_model(network, sources.tokenizer, data, settings, description=known)
 
 
-def _say_way(settings: FitSettings, base: str | None) -> None:
+def _say_way(settings: FitSettings, goes_on: bool) -> None:
     """What trains and how fast, unless it is AdamW from nothing, which was asked for."""
     rate = f"at a learning rate of {settings.learning_rate:g}"
     if settings.muon:
         say(f"trained by Muon, {rate} (--no-muon: AdamW)")
-    elif base is not None:
+    elif goes_on:
         say(f"trained by AdamW, {rate} (--muon: Muon)")
 
 
-def _carry_out(job: Job, text: tuple[str, ...]) -> None:
+def _carry_out(job: Training, run: RunOptions, text: tuple[str, ...]) -> None:
     from nanogpt_surgery.cli.sources import say_sources
     from nanogpt_surgery.cli.training_run import carry_out
 
+    _say_way(job.settings, "base" in job.description)
     say_sources(job.dataset, text, job.settings.windows)
-    carry_out(job, "trained")
-    if not job.options.plan:
-        say_next(job.options.out)
+    carry_out(job, run, "trained")
+    if not run.plan:
+        say_next(run.out)
 
 
 def _config(

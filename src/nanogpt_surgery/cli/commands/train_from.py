@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.cli.job import Job
-    from nanogpt_surgery.cli.run_options import RunOptions
+    from nanogpt_surgery.runs.training import Training
     from nanogpt_surgery.training.settings import FitSettings
 
 
@@ -37,14 +35,13 @@ def check_beside(base: str, asked: dict[str, Any]) -> None:
         )
 
 
-def job_from(
+def training_from(
     base: str,
-    run: RunOptions,
     settings: FitSettings,
     text: tuple[str, ...],
     weights: str | None,
     block_size: int | None,
-) -> Job:
+) -> Training:
     """The training of all weights of a model, in float32, from where they are.
 
     Raises:
@@ -54,12 +51,11 @@ def job_from(
     import torch
 
     from nanogpt_surgery.cli.instruction_data import window
-    from nanogpt_surgery.cli.job import job_of_all
-    from nanogpt_surgery.cli.run_description import fingerprint
     from nanogpt_surgery.cli.sources import check_no_records, named_sources, say_windows
     from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.model.finite import check_finite_weights
+    from nanogpt_surgery.runs.training import Training
 
     check_no_records(text, f"surgery finetune {base}")
     network, found = open_model(base, torch.float32)  # computed in what `fit` chooses
@@ -69,6 +65,6 @@ def job_from(
     dataset, validation = named_sources(text, weights, tokenizer).datasets(length)
     say_windows(dataset, validation)
     say(f"going on from {base}: all of its {network.n_parameters:,} parameters learn")
-    known = {"base": fingerprint(network.state_dict().values())}
-    job = job_of_all(run, network, tokenizer, (dataset, validation), settings, known, base)
-    return replace(job, named={"model": base, "text": text, "weights": weights})
+    named = {"model": base, "text": text, "weights": weights}
+    data = dataset, validation
+    return Training.of_model(network, tokenizer, data, settings, base, named=named)

@@ -12,10 +12,10 @@ import sys
 def main() -> None:
     """Carry out the command behind the table of signals, by step."""
     from nanogpt_surgery.cli.framework.app import run
-    from nanogpt_surgery.runs.checkpoint import Run
+    from nanogpt_surgery.runs.checkpoints import RunFolder
 
     planned = json.loads(sys.argv[1])
-    Run.signals_after = {int(step): int(number) for step, number in planned.items()}
+    RunFolder.signals_after = {int(step): int(number) for step, number in planned.items()}
     run(sys.argv[2:])
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING
 
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.training.distributed import World
+    pass
 
 TOGETHER = ("train", "finetune")
 
@@ -24,24 +22,6 @@ def is_distributed() -> bool:
 def is_main_process() -> bool:
     """Whether this process is the one that speaks for all."""
     return not is_distributed() or os.environ.get("RANK", "0") == "0"
-
-
-def run_on_main(together: World, action: Callable[[], int]) -> int:
-    """What an action of the first process returns, at least 0, in all of them.
-
-    Where it raises, the first one says why, and the others leave with status 1.
-    """
-    if not together.is_main_process:
-        number = together.all_reduce_max(-1)
-        if number < 0:
-            sys.exit(1)
-        return number
-    try:
-        number = action()
-    except BaseException:
-        together.all_reduce_max(-1)
-        raise
-    return together.all_reduce_max(number)
 
 
 def joined(command: str) -> AbstractContextManager[object]:

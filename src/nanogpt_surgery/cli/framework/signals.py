@@ -3,33 +3,24 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.processes import is_distributed
 
 
-@dataclass
-class Stop:
-    """The signal that asked to stop, 0 if none did; and what signals did before."""
-
-    signal: int = 0
-    handlers: dict[int, Any] = field(default_factory=dict)
-
-
 @contextmanager
-def signals() -> Iterator[Stop]:
-    """The first Ctrl-C or SIGTERM asks for a checkpoint after the step; a second stops at once.
+def signals(stop: Callable[[int], object]) -> Iterator[None]:
+    """Call `stop` with the number of the first Ctrl-C or SIGTERM; a second one stops at once.
 
     But not where torchrun sends one more of its own when a terminal has sent one to all.
     """
-    stop = Stop()
+    handlers: dict[int, Any] = {}
 
     def ask(number: int, _frame: object) -> None:
-        stop.signal = number
+        stop(number)
         if is_distributed():
             say("stopping after this step")
             return
@@ -37,12 +28,12 @@ def signals() -> Iterator[Stop]:
         restore()
 
     def restore() -> None:
-        for number, handler in stop.handlers.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        stop.handlers[number] = signal.signal(number, ask)
+        handlers[number] = signal.signal(number, ask)
     try:
-        yield stop
+        yield
     finally:
         restore()

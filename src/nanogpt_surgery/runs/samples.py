@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
-from nanogpt_surgery.cli.framework.console import say
+from nanogpt_surgery.data.batches import Batches
+from nanogpt_surgery.data.conversations.chat import end_ids
+from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.json_files import replace_text
 from nanogpt_surgery.formats.folders.run_folder import SAMPLES
+from nanogpt_surgery.generation.generate import generate
+from nanogpt_surgery.runs.training import Training
 
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from nanogpt_surgery.cli.job import Job
-    from nanogpt_surgery.data.batches import Batches
 
 MOST_TOKENS, PROMPT_TOKENS = 48, 32
 
@@ -24,17 +26,20 @@ class Samples:
     Nothing of it is drawn, so a training computes the same bits with it and without.
 
     Args:
-        job: the training; of instruction data the first held-out question is asked, of a text its
+        training: of instruction data the first held-out question is asked, of a text its
             held-out part continued.
         folder: the run's.
         first_step: steps done already; what was written after them is dropped.
+        say: called with a line for each answer.
     """
 
-    def __init__(self, job: Job, folder: Path, first_step: int):
-        self.job, self.path = job, folder / SAMPLES
-        self.every = job.options.sample_every
-        context = job.model.config.block_size
-        self.prompt = prompt_of(job.validation)[-max(context // 2, context - MOST_TOKENS) :]
+    def __init__(
+        self, training: Training, folder: Path, first_step: int, say: Callable[[str], object]
+    ):
+        self.training, self.path, self.say = training, folder / SAMPLES, say
+        self.every = training.sample_every
+        context = training.model.config.block_size
+        self.prompt = prompt_of(training.validation)[-max(context // 2, context - MOST_TOKENS) :]
         before = read_samples(folder) if first_step else []
         self.taken = [line for line in before if line["step"] <= first_step]
         if self.path.is_file():
@@ -52,16 +57,13 @@ class Samples:
         self.taken.append({"step": step, "prompt": prompt, "answer": answer})
         self._write()
         if step == 0:
-            say(f"sample prompt: {one_line(prompt)}")
-        say(f"sample at step {step:,}: {one_line(answer)}")
+            self.say(f"sample prompt: {one_line(prompt)}")
+        self.say(f"sample at step {step:,}: {one_line(answer)}")
 
     def _answer(self) -> str:
-        from nanogpt_surgery.data.conversations.chat import end_ids
-        from nanogpt_surgery.generation.generate import generate
-
-        model = self.job.model
+        model = self.training.model
         count = min(MOST_TOKENS, model.config.block_size - len(self.prompt))
-        ends = end_ids(self.job.tokenizer)
+        ends = end_ids(self.training.tokenizer)
         try:
             ids = list(generate(model, self.prompt, count, temperature=0, stop_ids=ends))
         except SurgeryError as error:
@@ -69,11 +71,9 @@ class Samples:
         return self._decode(ids)
 
     def _decode(self, ids: list[int]) -> str:
-        return self.job.tokenizer.decode(ids)
+        return self.training.tokenizer.decode(ids)
 
     def _write(self) -> None:
-        from nanogpt_surgery.files.json_files import replace_text
-
         lines = [json.dumps(line, ensure_ascii=False) + "\n" for line in self.taken]
         replace_text(self.path, "".join(lines))
 
@@ -92,8 +92,6 @@ def read_samples(folder: Path) -> list[dict[str, Any]]:
 
 def prompt_of(validation: Batches) -> list[int]:
     """Ids to continue: up to the first held-out answer, or the beginning of the held-out text."""
-    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
-
     if isinstance(validation, InstructionDataset):
         example = validation.first
         if start := example.trained.index(True):

@@ -31,7 +31,7 @@ from nanogpt_surgery.formats.folders.run_folder import (
     latest_checkpoint,
 )
 from nanogpt_surgery.formats.model_file import write_model_files
-from nanogpt_surgery.runs.checkpoint import Run, start_run
+from nanogpt_surgery.runs.checkpoints import RunFolder, open_run_folder
 from nanogpt_surgery.runs.state import training_state
 from nanogpt_surgery.training.optimizer import make_optimizer
 
@@ -51,7 +51,7 @@ def parts(dropout: float = 0.1) -> tuple[SimpleGPT, GPTDataset, CharacterTokeniz
 
 def train(folder: Path, *, resume: bool = False, stop_after: int = 99) -> SimpleGPT:
     model, dataset, tokenizer = parts()
-    with start_run(folder, DESCRIPTION, resume) as run:
+    with open_run_folder(folder, DESCRIPTION, resume) as run:
         optimizer = make_optimizer(model, SETTINGS)
         if run.checkpoint:
             run.restore(model, optimizer)
@@ -116,7 +116,7 @@ def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path) -> Non
     changed = DESCRIPTION | {"settings": SETTINGS.to_dict() | {"seed": 2}}
     with (
         pytest.raises(SurgeryError, match=r"seed was 1337 and is 2"),
-        start_run(tmp_path / "run", changed, resume=True),
+        open_run_folder(tmp_path / "run", changed, resume=True),
     ):
         pass
 
@@ -131,7 +131,7 @@ def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
 def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     model, dataset, tokenizer = parts()
     optimizer = make_optimizer(model, SETTINGS)
-    with start_run(tmp_path / "run", DESCRIPTION, resume=False) as run:
+    with open_run_folder(tmp_path / "run", DESCRIPTION, resume=False) as run:
         step = next(fit(model, dataset, SETTINGS, optimizer=optimizer))
         for number, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, 2.0)]:
             done = type(step)(**step.to_dict() | {"step": number, "validation_loss": loss})
@@ -205,7 +205,7 @@ def test_a_failed_save_leaves_the_last_checkpoint(tmp_path: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    run = Run(tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
     with pytest.raises(SurgeryError, match="No space left on device"):
         run.save(step, full_disk, model, optimizer)
     assert [folder.name for folder in (tmp_path / "run" / "checkpoints").iterdir()] == [
@@ -277,7 +277,7 @@ def assert_says_what_is(run: Path) -> None:
 def test_a_run_leaves_no_temporary_names(tmp_path: Path) -> None:
     model, dataset, tokenizer = parts()
     optimizer = make_optimizer(model, SETTINGS)
-    with start_run(tmp_path / "run", DESCRIPTION, resume=False) as run:
+    with open_run_folder(tmp_path / "run", DESCRIPTION, resume=False) as run:
         step = next(fit(model, dataset, SETTINGS, optimizer=optimizer))
         for number, loss in [(1, 1.0), (2, 3.0), (3, 2.0)]:  # no improvement after the first
             done = type(step)(**step.to_dict() | {"step": number, "validation_loss": loss})
@@ -300,7 +300,7 @@ def test_hints_and_the_top_are_derived_again_at_every_start(tmp_path: Path, stop
     run = tmp_path / "run"
     train(run, stop_after=stop)
     spoil_hints(run)
-    with start_run(run, DESCRIPTION, resume=True) as going:
+    with open_run_folder(run, DESCRIPTION, resume=True) as going:
         assert going.best and going.best_loss == min(validation_losses(run).values())
     assert_says_what_is(run)
 
@@ -311,17 +311,17 @@ def test_the_best_is_kept_though_a_kill_came_before_best_said_so(tmp_path: Path)
     optimizer, run = make_optimizer(model, SETTINGS), tmp_path / "run"
     first = next(fit(model, dataset, SETTINGS, optimizer=optimizer))
 
-    def save(going: Run, number: int, loss: float | None) -> None:
+    def save(going: RunFolder, number: int, loss: float | None) -> None:
         done = type(first)(**first.to_dict() | {"step": number, "validation_loss": loss})
         going.record(done)
         going.save(done, lambda f: write_model_files(model, f, tokenizer), model, optimizer)
 
-    with start_run(run, DESCRIPTION, resume=False) as going:
+    with open_run_folder(run, DESCRIPTION, resume=False) as going:
         save(going, 1, 3.0)
         save(going, 2, 1.0)
     (run / "BEST").write_text("step-00000001\n")
     (run / "LATEST").write_text("step-00000001\n")
-    with start_run(run, DESCRIPTION, resume=True) as going:
+    with open_run_folder(run, DESCRIPTION, resume=True) as going:
         for number, loss in [(3, 2.0), (4, None), (5, None)]:
             save(going, number, loss)
     assert [*validation_losses(run)] == ["step-00000002", "step-00000004", "step-00000005"]
@@ -391,7 +391,7 @@ def test_strict_stops_at_a_damaged_newest_checkpoint(tmp_path: Path) -> None:
     before = names(run)
     with (
         pytest.raises(SurgeryError, match=r"step-00000004.*model\.safetensors"),
-        start_run(run, DESCRIPTION, resume=True, strict=True),
+        open_run_folder(run, DESCRIPTION, resume=True, strict=True),
     ):
         raise AssertionError("never begun")
     assert names(run) == before
@@ -404,14 +404,14 @@ def test_allowed_changes_are_said_and_written_down(tmp_path: Path) -> None:
     model, _, _ = parts()
     with (
         pytest.warns(SurgeryWarning, match="seed was 1337 and is 2"),
-        start_run(run, changed, resume=True, allow_changes=True) as going,
+        open_run_folder(run, changed, resume=True, allow_changes=True) as going,
     ):
         assert json.loads((run / "run.json").read_text()) == DESCRIPTION  # until it fits
         going.restore(model, make_optimizer(model, SETTINGS))
     described = json.loads((run / "run.json").read_text())
     assert described["settings"]["seed"] == 2
     assert described["changes"] == [{"after_step": 2, "what": ["seed was 1337 and is 2"]}]
-    with start_run(run, changed, resume=True):
+    with open_run_folder(run, changed, resume=True):
         pass
 
 
@@ -423,7 +423,7 @@ def test_another_model_is_refused_though_changes_are_allowed(tmp_path: Path) -> 
     wider = SimpleGPT(parts()[2].vocab_size, 36, 3, 2, 10)
     with (
         pytest.warns(SurgeryWarning),
-        start_run(run, changed, resume=True, allow_changes=True) as going,
+        open_run_folder(run, changed, resume=True, allow_changes=True) as going,
         pytest.raises(SurgeryError, match=r"24.* there and .*36"),
     ):
         going.restore(wider, make_optimizer(wider, SETTINGS))
@@ -433,14 +433,14 @@ def test_another_model_is_refused_though_changes_are_allowed(tmp_path: Path) -> 
 def test_counters_come_back_with_the_checkpoint(tmp_path: Path) -> None:
     model, dataset, tokenizer = parts()
     optimizer = make_optimizer(model, SETTINGS)
-    with start_run(tmp_path / "run", DESCRIPTION, resume=False) as run:
+    with open_run_folder(tmp_path / "run", DESCRIPTION, resume=False) as run:
         assert run.state == {}
         step = next(fit(model, dataset, SETTINGS, optimizer=optimizer))
         run.record(step)
         counters = {"skipped": 3, "without_improvement": 1}
         run.save(step, lambda f: write_model_files(model, f, tokenizer), model, optimizer, counters)
     assert best_checkpoint(tmp_path / "run") is None
-    with start_run(tmp_path / "run", DESCRIPTION, resume=True) as run:
+    with open_run_folder(tmp_path / "run", DESCRIPTION, resume=True) as run:
         assert (run.first_step, run.state) == (1, counters)
 
 
@@ -449,7 +449,7 @@ def test_a_run_without_a_checkpoint_is_begun_anew(tmp_path: Path, resume: bool) 
     run = tmp_path / "run"
     train(run, stop_after=1)
     corrected = DESCRIPTION | {"settings": SETTINGS.to_dict() | {"seed": 2}}
-    with start_run(run, corrected, resume=resume):
+    with open_run_folder(run, corrected, resume=resume):
         assert json.loads((run / "run.json").read_text()) == corrected
         assert not (run / "metrics.jsonl").exists()
 
@@ -461,7 +461,7 @@ def test_a_run_without_a_checkpoint_that_holds_more_is_left_alone(tmp_path: Path
     before = names(run)
     with (
         pytest.raises(SurgeryError, match="holds a run already"),
-        start_run(run, DESCRIPTION, resume=False),
+        open_run_folder(run, DESCRIPTION, resume=False),
     ):
         raise AssertionError("never begun")
     assert names(run) == before
@@ -486,7 +486,7 @@ def test_a_device_that_fails_is_asked_again_a_few_times(
     monkeypatch.setattr("nanogpt_surgery.files.disk_errors._PAUSE", 0)
     model, dataset, tokenizer = parts()
     optimizer = make_optimizer(model, SETTINGS)
-    with start_run(run, DESCRIPTION, resume=True) as going:
+    with open_run_folder(run, DESCRIPTION, resume=True) as going:
         going.restore(model, optimizer)
         step = next(fit(model, dataset, SETTINGS, optimizer=optimizer, first_step=2))
         going.record(step)

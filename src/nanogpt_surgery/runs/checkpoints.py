@@ -57,7 +57,7 @@ _LEFT_EARLY = (RUN, METRICS, SAMPLES, LATEST, BEST, "loss.png")  # by a run with
 _NOT_SHOWN = (STATE, SUMMARY, MANIFEST)
 
 
-class Run:
+class RunFolder:
     """A run folder that is being written.
 
     Args:
@@ -143,7 +143,7 @@ class Run:
             write_weights: writes the files that others read into an empty folder.
             model: with what is trained.
             optimizer: with the state of each trained parameter.
-            state: counters to go on with, plain values; `Run.state` gives them back.
+            state: counters to go on with, plain values; `RunFolder.state` gives them back.
 
         Raises:
             SurgeryError: the disk refuses; the checkpoints that were there stay.
@@ -249,14 +249,14 @@ class Run:
 
 
 @contextmanager
-def start_run(
+def open_run_folder(
     folder: Path,
     description: dict[str, Any],
     resume: bool,
     *,
     strict: bool = False,
     allow_changes: bool = False,
-) -> Iterator[Run]:
+) -> Iterator[RunFolder]:
     """Begin a run, or go on with one from its newest whole checkpoint; the folder is locked.
 
     Args:
@@ -279,7 +279,7 @@ def start_run(
         yield run
 
 
-def _begun(folder: Path, description: dict[str, Any], strict: bool, allow_changes: bool) -> Run:
+def _begun(folder: Path, description: dict[str, Any], strict: bool, allow_changes: bool) -> RunFolder:
     """A run in a folder that is held, as its checkpoints say it stands."""
     remove_temporaries(folder)
     remove_temporaries(folder / "checkpoints")
@@ -290,7 +290,7 @@ def _begun(folder: Path, description: dict[str, Any], strict: bool, allow_change
         for name in _LEFT_EARLY:
             (folder / name).unlink(missing_ok=True)
         write_json(folder / RUN, description)
-    run = Run(folder, latest_checkpoint(folder, strict), best_checkpoint(folder))
+    run = RunFolder(folder, latest_checkpoint(folder, strict), best_checkpoint(folder))
     run.environment = description.get("environment", {})
     if changes:
         run.changes = description, changes

@@ -28,8 +28,8 @@ class SaveInterval:
         found = re.fullmatch(r"(\d{1,12})([smh]?)", text.strip(), re.ASCII)
         if not found or int(found[1]) == 0:
             raise SurgeryError(
-                f"--save-every is {text!r}, which is no number of steps and no time",
-                "for example --save-every 500 (steps), 90s, 10m or 2h",
+                f"save_every is {text!r}, which is no number of steps and no time",
+                "for example 500 (steps), 90s, 10m or 2h",
             )
         number, unit = int(found[1]), found[2]
         return cls(seconds=number * _SECONDS[unit]) if unit else cls(steps=number)

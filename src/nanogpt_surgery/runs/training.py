@@ -1,0 +1,161 @@
+"""Everything that a run needs to know of a training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.data.batches import Batches
+from nanogpt_surgery.data.text.mixture import Mixture
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, tokenizer_fingerprint
+from nanogpt_surgery.formats.model_file import write_model_files
+from nanogpt_surgery.formats.peft.adapter_layout import write_adapter_files
+from nanogpt_surgery.lora.settings import LoRASettings
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.report import Report
+from nanogpt_surgery.training.settings import FitSettings
+
+
+@dataclass(frozen=True)
+class Training:
+    """A model, the data that it learns from, and how; `of_model` and `of_adapter` make one."""
+
+    model: SimpleGPT
+    tokenizer: Tokenizer
+    dataset: Batches
+    validation: Batches
+    settings: FitSettings
+    description: dict[str, Any]
+    """what determines the run, beside settings and data"""
+    write_weights: Callable[[Path], None]
+    """writes the files that others read: a model folder's or an adapter folder's"""
+    cache_dir: Path | None = None
+    """where hidden states are kept, if not in memory"""
+    named: dict[str, Any] = field(default_factory=dict)
+    """under what names model and data were given, where the description has but a hash"""
+    patience: int = 0
+    """evaluations in a row without improvement after which the training stops (0: never)"""
+    save_every: str = "10m"
+    """steps ("500") or time ("90s", "10m", "2h") from one checkpoint to the next"""
+    sample_every: int | None = None
+    """steps from one sample answer to the next; None: at evaluations, 0: none"""
+
+    @classmethod
+    def of_model(
+        cls,
+        model: SimpleGPT,
+        tokenizer: Tokenizer,
+        data: tuple[Batches, Batches],
+        settings: FitSettings,
+        base: str | Path | None = None,
+        **more: Any,
+    ) -> Training:
+        """The training of all weights of a model.
+
+        Args:
+            model: new, or opened from `base`.
+            tokenizer: saved beside the weights.
+            data: what to learn from, and what is held out.
+            settings: see `FitSettings`.
+            base: what the model was opened from; what its folder holds beside the weights is
+                carried over to the run's.
+            **more: other fields of `Training`; entries of `description` join it.
+        """
+        known = {
+            "kind": "train",
+            "model": model.config.to_dict(),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+        if base is not None:
+            known["base"] = fingerprint(model.state_dict().values())
+        return cls(
+            model,
+            tokenizer,
+            *data,
+            settings,
+            description=known | more.pop("description", {}),
+            write_weights=lambda folder: write_model_files(model, folder, tokenizer, base),
+            **more,
+        )
+
+    @classmethod
+    def of_adapter(
+        cls,
+        model: SimpleGPT,
+        tokenizer: Tokenizer,
+        data: tuple[Batches, Batches],
+        settings: FitSettings,
+        injected: Report,
+        adapter: LoRASettings,
+        base: str,
+        base_hash: str,
+        **more: Any,
+    ) -> Training:
+        """The training of a LoRA.
+
+        Args:
+            model: carries it.
+            tokenizer: for sample answers.
+            data: what to learn from, and what is held out.
+            settings: see `FitSettings`.
+            injected: what `inject_lora` reported.
+            adapter: the settings that it was injected with.
+            base: what the model was opened from; the adapter's config names it.
+            base_hash: the `fingerprint` of its weights before the injection.
+            **more: other fields of `Training`; entries of `description` join it.
+        """
+        known = {
+            "kind": "finetune",
+            "base": base_hash,
+            "lora": injected.to_dict(),
+            "adapter": adapter.to_dict(),
+        }
+        return cls(
+            model,
+            tokenizer,
+            *data,
+            settings,
+            description=known | more.pop("description", {}),
+            write_weights=lambda folder: write_adapter_files(model, folder, base),
+            **more,
+        )
+
+    def describe(self, environment: dict[str, Any], typed: Any = None) -> dict[str, Any]:
+        """What determines the run, for a resumed one to be compared with.
+
+        Args:
+            environment: the machine that it begins on.
+            typed: the command that was typed, if one was.
+        """
+        return {
+            **self.description,
+            "typed": typed,
+            "environment": environment,
+            "named": self.named,
+            "settings": self.settings.to_dict(),
+            "block_size": self.dataset.block_size,
+            "train_ids": _data_fingerprint(self.dataset),
+            "validation_ids": _data_fingerprint(self.validation),
+        }
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> str:
+    """The sha256 of tensors, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _data_fingerprint(data: Batches) -> Any:
+    """A hash that is known already of files, or those of a mixture's sources."""
+    if isinstance(data, Mixture):
+        return {"rows": data.counts, "sources": [_data_fingerprint(s) for s in data.sources]}
+    known = getattr(data, "fingerprint", None)
+    return known or fingerprint(tensor for batch in data.whole(1024) for tensor in batch)
