@@ -13,9 +13,10 @@ from nanogpt_surgery import (
     SurgeryError,
     fit,
 )
+from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
 from nanogpt_surgery.training.fast.compilation import CompiledBlocks
+from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
-from nanogpt_surgery.training.loss import backward_of_loss
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
 
@@ -58,10 +59,10 @@ def test_compiled_blocks_that_are_computed_again_have_the_same_gradients() -> No
     found, kept = {}, {}
     for quick in (False, True):
         model.zero_grad()
-        blocks = CompiledBlocks(model, wanted=quick, checkpointed=quick)
+        blocks, again = CompiledBlocks(model, quick), CheckpointedBlocks(model, quick)
         saved: list[torch.Tensor] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(noting(saved), lambda tensor: tensor)
-        with blocks.active(), hooks:
+        with blocks.active(), again.active(), hooks:
             backward_of_loss(model, ids, targets)
         kept[quick] = sum({t.untyped_storage().data_ptr(): t.nbytes for t in saved}.values())
         found[quick] = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -13,7 +13,7 @@ from nanogpt_surgery import (
     inject_lora,
 )
 from nanogpt_surgery.data.conversations.instructions import Example
-from nanogpt_surgery.training.loss import backward_of_loss
+from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
 
 
 def examples() -> list[Example]:

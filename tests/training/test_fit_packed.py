@@ -10,8 +10,8 @@ from torch import Tensor
 from nanogpt_surgery import InstructionDataset, SimpleGPT, evaluate, fit, inject_lora
 from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.model.layout import Layout
+from nanogpt_surgery.training.fast.chunked_logits import backward_from_hidden, backward_of_loss
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
-from nanogpt_surgery.training.loss import backward_from_hidden, backward_of_loss
 
 NAMES = ["gpt2", "llama", "qwen3-bias-untied", "learned-rmsnorm-swiglu"]  # learned and rotary
 SIZE = 17

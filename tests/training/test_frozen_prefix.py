@@ -11,7 +11,7 @@ from nanogpt_surgery.training.distributed import World
 from nanogpt_surgery.training.fast import frozen_prefix
 from nanogpt_surgery.training.fast.frozen_prefix import (
     FrozenPrefix,
-    first_that_learns,
+    first_trainable_stage,
     mapped_file,
     prefix_for,
 )
@@ -38,14 +38,14 @@ def dataset() -> GPTDataset:
 
 @pytest.mark.parametrize("targets, first", TARGETS.items())
 def test_the_first_part_that_learns(targets, first):
-    found = first_that_learns(adapted("llama", targets))
+    found = first_trainable_stage(adapted("llama", targets))
     assert found == (3 if targets == "lm_head" else first)  # two layers and the norm are frozen
 
 
 def test_a_norm_that_learns_is_not_kept():
     model = adapted("llama")
     model.norm.weight.requires_grad_(True)
-    assert first_that_learns(model) == 2
+    assert first_trainable_stage(model) == 2
 
 
 @pytest.mark.parametrize("targets", ["lm_head", r"layers\.1\..*"])

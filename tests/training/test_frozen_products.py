@@ -20,11 +20,11 @@ from nanogpt_surgery import (
     lora_rows,
     swap_lora,
 )
-from nanogpt_surgery.training.fast.frozen_products import (
-    FoldedLinear,
+from nanogpt_surgery.training.fast.fused_lora import (
     FrozenProduct,
-    QuickProducts,
-    quick_classes,
+    FusedLoRA,
+    FusedLoRALinear,
+    fused_classes,
 )
 
 SETTINGS = FitSettings(
@@ -72,9 +72,9 @@ def test_a_training_is_the_plain_one_in_float32(name, targets, dtype, monkeypatc
     quick = prepared(name, targets, dtype)
     plain = copy.deepcopy(quick).float()
     losses = [step.loss for step in fit(quick, DATA, SETTINGS)]
-    nowhere = "nanogpt_surgery.training.fast.frozen_products.quick_classes"
+    nowhere = "nanogpt_surgery.training.fast.fused_lora.fused_classes"
     monkeypatch.setattr(nowhere, lambda *_: {})
-    monkeypatch.setattr("nanogpt_surgery.training.loss.frozen_head", lambda *_: None)
+    monkeypatch.setattr("nanogpt_surgery.training.fast.chunked_logits.frozen_head", lambda *_: None)
     assert losses == pytest.approx([step.loss for step in fit(plain, DATA, SETTINGS)], rel=1e-5)
     for one, other in zip(quick.parameters(), plain.parameters(), strict=True):
         assert one.dtype == (torch.float32 if one.requires_grad else dtype)
@@ -118,30 +118,30 @@ def test_only_one_plain_update_is_folded(prepare, taken):
     model = tiny_model(FAMILY_CONFIGS["llama"])
     prepare(model)
     layers = {module for module in model.modules() if isinstance(module, LoRALinear)}
-    assert set(quick_classes(model, torch.float32)) == (layers if taken else set())
-    assert quick_classes(model, torch.bfloat16) == {}  # there W would swallow the update
+    assert set(fused_classes(model, torch.float32)) == (layers if taken else set())
+    assert fused_classes(model, torch.bfloat16) == {}  # there W would swallow the update
 
 
 def test_rows_with_adapters_of_their_own_are_not_folded():
     model = tiny_model(FAMILY_CONFIGS["llama"])
     inject_lora(model, "q_proj")
     with lora_rows(model, ["default", None]):
-        assert quick_classes(model, torch.float32) == {}
+        assert fused_classes(model, torch.float32) == {}
 
 
 def test_what_learns_is_never_cast():
     model = tiny_model(FAMILY_CONFIGS["llama"]).bfloat16()
-    assert quick_classes(model, torch.float32) == {}
+    assert fused_classes(model, torch.float32) == {}
     model.requires_grad_(False)
-    assert len(quick_classes(model, torch.float32)) == 2 * 7 + 2
+    assert len(fused_classes(model, torch.float32)) == 2 * 7 + 2
 
 
 def test_outside_of_a_step_the_layers_are_what_they_were():
     model = prepared("llama", "all-linear", torch.float32)
     classes, before = [type(module) for module in model.modules()], hashes(model)
-    products = QuickProducts(model, torch.float32)
+    products = FusedLoRA(model, torch.float32)
     with pytest.raises(ZeroDivisionError), products.active():
-        assert any(type(module) is FoldedLinear for module in model.modules())
+        assert any(type(module) is FusedLoRALinear for module in model.modules())
         raise ZeroDivisionError
     assert [type(module) for module in model.modules()] == classes
     assert hashes(model) == before

@@ -6,8 +6,8 @@ from helpers.training import DATASET, SETTINGS, hashes, model_of
 from torch import Tensor
 
 from nanogpt_surgery import SimpleGPT, fit, inject_lora
-from nanogpt_surgery.training.fast.compilation import CompiledBlocks
-from nanogpt_surgery.training.loss import backward_of_loss
+from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
+from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
 
 
 def gradients(model: SimpleGPT, checkpointed: bool) -> dict[str, Tensor]:
@@ -15,7 +15,7 @@ def gradients(model: SimpleGPT, checkpointed: bool) -> dict[str, Tensor]:
     x, y = DATASET.batch(0, 5)
     torch.manual_seed(3)
     model.zero_grad()
-    with CompiledBlocks(model.train(), False, checkpointed).active():
+    with CheckpointedBlocks(model.train(), checkpointed).active():
         backward_of_loss(model, x, y)
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -59,7 +59,7 @@ def saved_bytes(model: SimpleGPT, ids: Tensor, checkpointed: bool) -> int:
         return tensor
 
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    blocks = CompiledBlocks(model.train(), False, checkpointed)
+    blocks = CheckpointedBlocks(model.train(), checkpointed)
     with blocks.active(), torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         model.hidden(ids)
     return sum(size for place, size in kept.items() if place not in own)

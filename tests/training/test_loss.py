@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_surgery.training.loss import cross_entropy
+from nanogpt_surgery.model.loss import cross_entropy
 
 
 @given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 9), st.floats(0.1, 30))

@@ -4,8 +4,9 @@ from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 from torch import Tensor, nn
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, evaluate, inject_lora, lora_rows
-from nanogpt_surgery.training import loss as loss_module
-from nanogpt_surgery.training.loss import backward_of_loss, cross_entropy
+from nanogpt_surgery.model.loss import cross_entropy
+from nanogpt_surgery.training.fast import chunked_logits as loss_module
+from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
 
 NAMES = ["gpt2", "gpt2-gelu-untied", "llama"]
 

@@ -14,13 +14,13 @@ from helpers.training_ways import adapted, answers, recipe, text
 from torch import nn
 
 from nanogpt_surgery import FitSettings, SimpleGPT
-from nanogpt_surgery.training import loss
+from nanogpt_surgery.training.fast import chunked_logits as loss
+from nanogpt_surgery.training.fast.accelerate import Accelerated
+from nanogpt_surgery.training.fast.chunked_logits import summed_loss
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
-from nanogpt_surgery.training.gradients import accumulate
 from nanogpt_surgery.training.hardware import Hardware
-from nanogpt_surgery.training.loss import summed_loss
 from nanogpt_surgery.training.muon import Muon
-from nanogpt_surgery.training.optimizer import update
+from nanogpt_surgery.training.optimizer import set_learning_rate
 
 SETTINGS = FitSettings(batch_size=2, grad_accum_steps=2, max_steps=2)
 
@@ -46,13 +46,21 @@ MODELS = {
 }
 
 
+def losses_of_a_step(model, data, prefix):
+    fast = Accelerated(model, SETTINGS, data, META, {}, None)
+    fast.prefix = prefix
+    batch = data.batch(0, 4, 1)
+    parts = zip(*(tensor.chunk(2) for tensor in batch), strict=True)
+    return [fast.forward_backward(rows, 0.5) for rows in parts]
+
+
 @pytest.mark.parametrize("most", [40, 2**23])
 @pytest.mark.parametrize("data", [text, answers])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_is_asked_for_and_not_waited_for(name, data, most, monkeypatch):
     monkeypatch.setattr(loss, "MOST_LOGITS", most)
     model = MODELS[name]().to("meta").train()
-    found = accumulate(model, data().batch(0, 4, 1), SETTINGS, 0, None, META, 40)
+    found = losses_of_a_step(model, data(), None)
     assert [value.device.type for value in found] == ["meta", "meta"]
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
@@ -63,7 +71,7 @@ def test_nor_with_states_that_are_kept(targets, data):
     model = adapted(targets).to("meta").train()
     prefix = FrozenPrefix(model, windows=9)
     for _ in range(2):  # computed, and then looked up
-        found = accumulate(model, data().batch(0, 4, 1), SETTINGS, 0, prefix, META, 40)
+        found = losses_of_a_step(model, data(), prefix)
         assert found[0].device.type == "meta"
     assert len(prefix.places) == 4
 
@@ -92,5 +100,7 @@ def test_nor_in_an_update():
         matrix.grad = torch.randn_like(matrix)
     muon = Muon([{"params": matrices, "muon": True}], 0.02, 0.9, (0.9, 0.99))
     norm = nn.utils.get_total_norm([matrix.grad for matrix in matrices])
-    update(matrices, muon, 0.02, 1.0, norm)
+    nn.utils.clip_grads_with_norm_(matrices, 1.0, norm)
+    set_learning_rate(muon, 0.02)
+    muon.step()
     assert muon.state[matrices[0]]["momentum"].device.type == "meta"

@@ -90,7 +90,7 @@ def test_the_kept_hidden_states_are_counted(dtype, precision, size, monkeypatch)
 
 @pytest.mark.parametrize("most", [2**23, 13 * 10])
 def test_over_a_frozen_head_one_tensor_is_as_wide_as_the_vocabulary(most, monkeypatch):
-    monkeypatch.setattr("nanogpt_surgery.training.loss.MOST_LOGITS", most)
+    monkeypatch.setattr("nanogpt_surgery.training.fast.chunked_logits.MOST_LOGITS", most)
     rooms, forward = [], frozen_head.forward
     monkeypatch.setattr(
         frozen_head,

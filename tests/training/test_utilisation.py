@@ -6,8 +6,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
 from nanogpt_surgery.training import hardware
+from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
 from nanogpt_surgery.training.hardware import matmul_rate
-from nanogpt_surgery.training.loss import backward_of_loss
 from nanogpt_surgery.training.recipes import RECIPES
 from nanogpt_surgery.training.utilisation import training_flops_per_token
 

@@ -10,13 +10,16 @@ from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.runs.loss_plot import plot_losses, read_metrics
 from nanogpt_surgery.runs.samples import read_samples
 from nanogpt_surgery.runs.training import Training
-from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
 from nanogpt_surgery.training.utilisation import training_flops_per_token
 
 
 def operations_per_token(training: Training) -> int:
     """Floating-point operations of a training step for each token."""
-    kept = prefix_for(training.model, training.dataset, training.settings) is not None
+    kept = False
+    if training.settings.fast:
+        from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
+
+        kept = prefix_for(training.model, training.dataset, training.settings) is not None
     return training_flops_per_token(training.model, training.dataset.block_size, kept)
 
 

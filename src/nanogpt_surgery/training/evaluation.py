@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Measured
+from nanogpt_surgery.data.batches import Batch, Measured, documents_of
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import ALONE, World
-from nanogpt_surgery.training.fast.frozen_prefix import first_that_learns
-from nanogpt_surgery.training.fast.frozen_products import QuickProducts, stored_in_bfloat16
-from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16
-from nanogpt_surgery.training.loss import check_documents, n_trained, summed_loss
+from nanogpt_surgery.training.forward import check_no_documents, logits_of
+from nanogpt_surgery.training.hardware import Hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
+from nanogpt_surgery.training.trainable_stages import first_trainable_stage
 
 EVALUATED_AT_ONCE = 64  # windows
 LITTLE = 2**20  # numbers in hidden states that are no burden
@@ -27,28 +27,29 @@ def evaluate(
     model: nn.Module,
     dataset: Measured,
     batch_size: int = EVALUATED_AT_ONCE,
-    together: World = ALONE,
+    processes: World = ALONE,
+    fast: bool = True,
 ) -> float:
     """The mean loss over every target of a dataset that counts, in nats a token.
 
     A text is cut into windows that do not overlap, the last one shorter, so each token but the
     first is predicted once; of conversations only what is trained on counts. Computed in the
     model's own precision, in eval mode, on its device; weights in bfloat16 are cast for their
-    products on a processor that has no bfloat16 arithmetic. Processes that are `together` read
-    each its share of the batches, and all return the same.
+    products on a processor that has no bfloat16 arithmetic. Of several processes each
+    reads its share of the batches, and all return the same. `fast` makes the logits of some
+    positions at a time.
 
     Raises:
         SurgeryError: rows hold several documents, and the model is no `SimpleGPT`.
     """
-    device = next(model.parameters()).device
     losses: list[Tensor] = []
     count: float = 0
-    with eval_mode(model), torch.inference_mode(), _quick_products(model, device):
-        for batch in islice(dataset.whole(batch_size), together.rank, None, together.size):
-            check_documents(model, batch)
-            losses.append(summed_loss(model, batch))
-            count += n_trained(batch[1])
-    total, count = together.all_reduce_sum(
+    with eval_mode(model), torch.inference_mode(), _way(model, fast) as summed:
+        for batch in islice(dataset.whole(batch_size), processes.rank, None, processes.size):
+            check_no_documents(model, batch)
+            losses.append(summed(model, batch))
+            count += count_trained(batch[1])
+    total, count = processes.all_reduce_sum(
         sum(torch.stack(losses).tolist()) if losses else 0.0, count
     )
     if not count:
@@ -59,11 +60,16 @@ def evaluate(
 
 
 def validation_loss(
-    model: nn.Module, held: Measured, settings: FitSettings, hardware: Hardware, together: World
+    model: nn.Module,
+    eval_data: Measured,
+    settings: FitSettings,
+    hardware: Hardware,
+    processes: World,
 ) -> float:
     """The loss on held-out data as a training measures it: in its precision, by all processes."""
+    windows = windows_at_once(model, settings)
     with hardware.evaluating():
-        return evaluate(model, held, windows_at_once(model, settings), together)
+        return evaluate(model, eval_data, windows, processes, settings.fast)
 
 
 def windows_at_once(model: nn.Module, settings: FitSettings) -> int:
@@ -72,20 +78,30 @@ def windows_at_once(model: nn.Module, settings: FitSettings) -> int:
     It holds the tensors of one block, and a step those of all that learn or come after one. A small
     model needs little anyway.
     """
-    if not isinstance(model, SimpleGPT):
+    if not isinstance(model, SimpleGPT) or not settings.fast:
         return min(EVALUATED_AT_ONCE, settings.batch_size)
-    blocks = len(model.layers) - (first_that_learns(model) or 0)
+    blocks = len(model.layers) - (first_trainable_stage(model) or 0)
     if settings.gradient_checkpointing:
         blocks = 1
     little = LITTLE // (model.config.block_size * model.config.n_embd)
     return min(EVALUATED_AT_ONCE, max(1, blocks) * settings.batch_size + little)
 
 
-def _quick_products(model: nn.Module, device: torch.device) -> AbstractContextManager[None]:
-    """Products in float32 with weights in bfloat16, where that is quicker."""
-    if device.type != "cpu" or cpu_has_bfloat16() or not stored_in_bfloat16(model):
-        return nullcontext()
-    return QuickProducts(model, torch.float32).active()
+def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """Returns the loss summed over what counts, float32, a scalar."""
+    logits = logits_of(model, batch[0], documents_of(batch))  # (B, T, V)
+    return cross_entropy(logits, to_device(batch[1], logits.device), "sum")
+
+
+def _way(
+    model: nn.Module, fast: bool
+) -> AbstractContextManager[Callable[[nn.Module, Batch], Tensor]]:
+    """The way to a batch's loss: as above, or the same, sooner."""
+    if not fast:
+        return nullcontext(summed_loss)
+    from nanogpt_surgery.training.fast.accelerate import accelerate_evaluation
+
+    return accelerate_evaluation(model)
 
 
 @contextmanager

@@ -1,7 +1,10 @@
-"""The one training loop. It yields a `Step` after each step; it never prints and never saves.
+"""The one training loop: batch, loss, backward, clip, step, yield.
 
+It yields a `Step` after each update; it never prints and never saves: the caller decides.
 Fine-tuning is the same loop on a model with fewer trainable parameters. Everything random follows
 from (seed, step), so going on from a checkpoint needs the weights, the optimizer and a number.
+
+Legend: B windows in a batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
@@ -9,28 +12,25 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, held_out
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.data.batches import Batch, Batches, documents_of, held_out
 from nanogpt_surgery.lora.checks import TrainingChecks
+from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.evaluation import validation_loss
-from nanogpt_surgery.training.fast.compilation import CompiledBlocks
-from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
-from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
-from nanogpt_surgery.training.fast.frozen_products import QuickProducts
-from nanogpt_surgery.training.fast.prefetch import batches
-from nanogpt_surgery.training.gradients import accumulate
-from nanogpt_surgery.training.hardware import choose_hardware, operations_of
-from nanogpt_surgery.training.loss import check_not_packed, n_trained
+from nanogpt_surgery.training.forward import check_not_packed, logits_of
+from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
+from nanogpt_surgery.training.hardware import choose_hardware, operations_of, to_device, to_host
 from nanogpt_surgery.training.memory_estimate import check_training
-from nanogpt_surgery.training.nonfinite import not_finite, rows_in_batch
-from nanogpt_surgery.training.optimizer import make_optimizer, update
+from nanogpt_surgery.training.nonfinite import check_no_float16, raise_not_finite
+from nanogpt_surgery.training.optimizer import make_optimizer, set_learning_rate
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step
@@ -81,26 +81,16 @@ def fit(
             finite. Each was skipped, and changed no weight.
     """
     settings = chosen(FitSettings, settings, changes)
-    _check_no_float16(model)
+    check_no_float16(model)
     check_training(model, dataset, settings)
     check_not_packed(model, dataset)
-    loop = _Loop(model, dataset, settings, validation, optimizer, cache_dir)
-    loop.skipped = skipped_before
-    return loop.steps(first_step, examine)
+    training = Training(model, dataset, settings, validation, optimizer, cache_dir)
+    checks = training.checks(first_step) if examine else None
+    return training.steps(first_step, skipped_before, checks)
 
 
-def _check_no_float16(model: nn.Module) -> None:
-    half = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
-    if half:
-        raise SurgeryError(
-            f"{len(half)} parameters are float16 ({half[0]}, …): the gradients of such a model are "
-            "often too small for float16, and become 0",
-            "open_model(path, torch.float32), or model.float(); bfloat16 where memory is short",
-        )
-
-
-class _Loop:
-    """What the steps of a training share."""
+class Training:
+    """The parts of a training, and its steps."""
 
     def __init__(
         self,
@@ -115,112 +105,115 @@ class _Loop:
         operations = operations_of(model, settings, dataset.block_size)
         self.hardware = choose_hardware(settings, operations)
         model.to(self.hardware.device)
-        self.together = world()
-        self.together.broadcast_parameters(model)
+        self.world = world()
+        self.world.broadcast_parameters(model)  # all processes begin with the first one's weights
         self.optimizer = optimizer or make_optimizer(model, settings)
-        self.trained = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.skipped = 0  # steps in a row up to now
-        self.prefix = prefix_for(model, dataset, settings, cache_dir)
-        most = settings.evaluate_tokens
-        self.held = None if validation is None else held_out(validation, most)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.skipped = 0  # steps in a row, up to now
+        tokens = settings.evaluate_tokens
+        self.eval_data = None if validation is None else held_out(validation, tokens)
+        self.checkpointed = CheckpointedBlocks(model, settings.gradient_checkpointing)
+        self.fast: Any = None
+        if settings.fast:
+            from nanogpt_surgery.training.fast.accelerate import accelerate
 
-    def steps(self, first_step: int, examine: bool) -> Iterator[Step]:
-        """Checks at once what can be, and gives the steps from the first on."""
-        last = self.settings.max_steps - 1
-        examiner = TrainingChecks(self.model, self.optimizer, first_step, last) if examine else None
-        return self._steps(first_step, examiner)
+            share = self.world.share
+            self.fast = accelerate(model, settings, dataset, self.hardware, share, cache_dir)
 
-    def _steps(self, first_step: int, examiner: TrainingChecks | None) -> Iterator[Step]:
-        settings, hardware = self.settings, self.hardware
-        blocks = CompiledBlocks(self.model, hardware.compile, settings.gradient_checkpointing)
-        products = QuickProducts(self.model, hardware.precision)
+    def checks(self, first_step: int) -> TrainingChecks:
+        """Returns what looks at the first and the last step."""
+        return TrainingChecks(self.model, self.optimizer, first_step, self.settings.max_steps - 1)
+
+    def steps(self, first_step: int, skipped: int, checks: TrainingChecks | None) -> Iterator[Step]:
+        """Yields after each step, from the first on."""
+        self.skipped = skipped
         self.optimizer.zero_grad()  # what the caller's own backward passes may have left
-        coming = batches(self.dataset, settings, first_step, hardware.device, self.together.share)
-        for step in range(first_step, settings.max_steps):
-            start = time.perf_counter()
-            if not self.model.training:  # at the start, or after a look between two steps
-                self.model.train()
-            batch = next(coming)
-            with products.active(), blocks.active(), cpu_kernels(self.model):
-                losses, tokens, learned = self._gradients(batch, step)
-            if examiner is not None:
-                examiner.after_backward(step)
-            loss, norm, rate = self._update(losses, step)
-            if self.skipped:
-                self._skip(batch, step)
-            if examiner is not None:
-                examiner.after_skip(step) if self.skipped else examiner.after_update(step)
-            seconds = time.perf_counter() - start
-            yield Step(
-                step=step + 1,
-                loss=loss,
-                learning_rate=rate,
-                gradient_norm=norm,
-                tokens=tokens,
-                seconds=seconds,
-                validation_loss=self._validation_loss(step + 1),
-                trained_tokens=learned,
-                processes=self.together.size,
-                skipped=self.skipped > 0,
-            )
+        batches = self.fast.batches(first_step) if self.settings.fast else self._batches(first_step)
+        for step in range(first_step, self.settings.max_steps):
+            done = self._step(step, batches, checks)
+            yield replace(done, validation_loss=self._validation_loss(step + 1))
 
-    def _gradients(self, batch: Batch, step: int) -> tuple[list[Tensor], int, int]:
-        """The gradients of a step, of all processes; this one's losses, and all tokens."""
-        counts = batch[1].numel(), n_trained(batch[1])
-        tokens, learned = map(int, self.together.all_reduce_sum(*counts))
-        losses = accumulate(
-            self.model,
-            batch,
-            self.settings,
-            step,
-            self.prefix,
-            self.hardware,
-            learned,
-            self.together.rank,
-        )
-        self.together.all_reduce_gradients(self.trained)
-        return losses, tokens, learned
+    def _step(self, step: int, batches: Iterator[Batch], checks: TrainingChecks | None) -> Step:
+        """Batch, loss, backward, clip, step."""
+        start = time.perf_counter()
+        if not self.model.training:  # at the start, or after a look between two steps
+            self.model.train()
 
-    def _update(self, losses: list[Tensor], step: int) -> tuple[float, float, float]:
-        """One update of the weights, unless loss or gradient is not finite; all processes alike.
+        # This process's share of the batch: inputs and targets, (B, T) each.
+        batch = next(batches)
+        counts = batch[1].numel(), count_trained(batch[1])
+        tokens, trained = map(int, self.world.all_reduce_sum(*counts))
 
-        Returns the loss, the norm of its gradient and the rate.
-        """
-        whole = nn.utils.get_total_norm([p.grad for p in self.trained if p.grad is not None])
-        own_loss, norm = _read(losses, whole)
-        loss = self.together.all_reduce_sum(own_loss)[0]
+        # The gradients of the mean loss over all that is trained on in it, of all processes.
+        losses = self._losses(batch, step, trained)
+        self.world.all_reduce_gradients(self.parameters)
+        if checks:
+            checks.after_backward(step)
+
+        # Their norm. Here, once in a step, the host waits for the device.
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        total_norm = nn.utils.get_total_norm(gradients)
+        own_loss, norm = to_host(losses, total_norm)
+        loss = self.world.all_reduce_sum(own_loss)[0]
+
+        # Clip and update at the schedule's rate; if a number is not finite, no weight changes.
         rate = learning_rate(step, self.settings)
         if math.isfinite(loss) and math.isfinite(norm):
-            update(self.trained, self.optimizer, rate, self.settings.max_grad_norm, whole)
+            if limit := self.settings.max_grad_norm:
+                nn.utils.clip_grads_with_norm_(self.parameters, limit, total_norm)
+            set_learning_rate(self.optimizer, rate)
+            self.optimizer.step()
             self.skipped = 0
         else:
             self.skipped += 1
-        return loss, norm, rate
-
-    def _skip(self, batch: Batch, step: int) -> None:
-        """Forget the gradients of a step, or stop after too many in a row."""
-        error = None
-        if self.skipped >= self.settings.max_skipped_steps:
-            rows = rows_in_batch(self.dataset, step, self.settings, self.together.share)
-            error = not_finite(self.model, batch, rows, step + 1, self.skipped, self.hardware)
+            if self.skipped >= self.settings.max_skipped_steps:
+                raise_not_finite(self, batch, step)
         self.optimizer.zero_grad()
-        if error is not None:
-            raise error
+        if checks:
+            checks.after_skip(step) if self.skipped else checks.after_update(step)
+
+        seconds, skipped = time.perf_counter() - start, self.skipped > 0
+        return Step(
+            step + 1, loss, rate, norm, tokens, seconds, None, trained, self.world.size, skipped
+        )
+
+    def _batches(self, first_step: int) -> Iterator[Batch]:
+        """Yields the batch of each step: a pure function of (seed, step, rank)."""
+        rows = self.settings.batch_size * self.settings.grad_accum_steps
+        for step in range(first_step, self.settings.max_steps):
+            yield self.dataset.batch(step, rows, self.settings.seed, **self.world.share)
+
+    def _losses(self, batch: Batch, step: int, trained: int) -> list[Tensor]:
+        """Adds up the gradients, some rows at a time; returns what adds up to the mean loss.
+
+        That is the mean over `trained` tokens of the whole batch, of all processes.
+        """
+        forward_backward = self.fast.forward_backward if self.settings.fast else self._backward
+        accelerated = self.fast.active() if self.settings.fast else nullcontext()
+        parts = self.settings.grad_accum_steps
+        split = zip(*(tensor.chunk(parts) for tensor in batch), strict=True)
+        losses = []
+        with accelerated, self.checkpointed.active():
+            # Parts are counted through all processes, so that dropout draws what one would draw.
+            for part, rows in enumerate(split, self.world.rank * parts):
+                if counted := count_trained(rows[1]):
+                    with self.hardware.seeded(hash((self.settings.seed, step, part))):
+                        losses.append(forward_backward(rows, counted / trained))
+        return losses
+
+    def _backward(self, rows: Batch, share: float) -> Tensor:
+        """Adds the gradients of `share` times the mean loss over some rows; returns that loss."""
+        with self.hardware.autocast():
+            logits = logits_of(self.model, rows[0], documents_of(rows))  # (B, T, V)
+        loss = cross_entropy(logits, to_device(rows[1], logits.device)) * share
+        loss.backward()
+        return loss.detach()
 
     def _validation_loss(self, steps: int) -> float | None:
-        """After so many steps, where it is time for it."""
-        if self.held is None or not _evaluates(steps, self.settings):
+        """Returns the loss on the validation data where it is time for it."""
+        every = self.settings.evaluate_every
+        due = steps == self.settings.max_steps or (every > 0 and steps % every == 0)
+        if self.eval_data is None or not due:
             return None
-        return validation_loss(self.model, self.held, self.settings, self.hardware, self.together)
-
-
-def _read(losses: list[Tensor], norm: Tensor) -> tuple[float, float]:
-    """The sum of the losses and the norm: all that the host waits for in a step."""
-    dtype = torch.promote_types(norm.dtype, torch.float32)
-    *parts, read = torch.stack([value.to(dtype) for value in (*losses, norm)]).tolist()
-    return sum(parts), read
-
-
-def _evaluates(steps: int, settings: FitSettings) -> bool:
-    every = settings.evaluate_every
-    return steps == settings.max_steps or (every > 0 and steps % every == 0)
+        data, hardware = self.eval_data, self.hardware
+        return validation_loss(self.model, data, self.settings, hardware, self.world)

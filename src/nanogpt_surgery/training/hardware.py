@@ -90,6 +90,13 @@ def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     return pinned(tensor).to(device, non_blocking=True)
 
 
+def to_host(losses: list[Tensor], norm: Tensor) -> tuple[float, float]:
+    """Returns the sum of the losses, and the norm, in one transfer."""
+    dtype = torch.promote_types(norm.dtype, torch.float32)
+    *parts, read = torch.stack([value.to(dtype) for value in (*losses, norm)]).tolist()
+    return sum(parts), read
+
+
 def pinned(tensor: Tensor) -> Tensor:
     """The same in pinned memory, dense: a strided tensor would be copied unpinned."""
     return tensor if tensor.is_pinned() else tensor.contiguous().pin_memory()
@@ -111,9 +118,8 @@ def choose_hardware(settings: FitSettings, operations: float = 0) -> Hardware:
             f"torch.compile cannot work here: there is no {lacking}",
             f"install {lacking}, or leave compile at auto",
         )
-    compiled = settings.compile == "on" or (
-        settings.compile == "auto" and not lacking and operations > _COMPILING_PAYS[device.type]
-    )
+    pays = settings.fast and not lacking and operations > _COMPILING_PAYS[device.type]
+    compiled = settings.compile == "on" or (settings.compile == "auto" and pays)
     return Hardware(device, _precision(settings.precision, device), compiled)
 
 

@@ -17,7 +17,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.training.fast.uncompiled import AdamW, Uncompiled
 from nanogpt_surgery.training.hardware import has_bfloat16
 
 Polynomials: TypeAlias = tuple[tuple[float, float, float], ...]
@@ -78,7 +77,7 @@ def in_bfloat16(matrices: Tensor, polynomials: Polynomials) -> Tensor:
     return x
 
 
-class Muon(Uncompiled):
+class Muon(torch.optim.Optimizer):
     """Muon for matrices, AdamW for all else; one optimizer, so that a run saves and resumes it.
 
     Groups with `muon` true hold matrices. A matrix moves by the learning rate times
@@ -93,6 +92,8 @@ class Muon(Uncompiled):
         polynomials: see `orthogonalised`.
     """
 
+    adamw_class: type[torch.optim.AdamW] = torch.optim.AdamW
+
     def __init__(
         self,
         groups: list[dict[str, Any]],
@@ -104,7 +105,7 @@ class Muon(Uncompiled):
         self.polynomials = polynomials
         super().__init__(groups, {"lr": lr, "momentum": momentum, "weight_decay": 0.0})
         others = [group for group in self.param_groups if not group["muon"]]
-        self.adamw = AdamW(others, lr=lr, betas=betas, fused=True) if others else None
+        self.adamw = self.adamw_class(others, lr=lr, betas=betas, fused=True) if others else None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

@@ -2,59 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import nn
 
-from nanogpt_surgery.data.batches import Batch, Batches
-from nanogpt_surgery.errors import NotFiniteError
+from nanogpt_surgery.data.batches import Batch
+from nanogpt_surgery.errors import NotFiniteError, SurgeryError
 from nanogpt_surgery.model.finite import first_not_finite
-from nanogpt_surgery.training.evaluation import eval_mode
+from nanogpt_surgery.model.loss import count_trained
+from nanogpt_surgery.training.evaluation import eval_mode, summed_loss
 from nanogpt_surgery.training.hardware import Hardware
-from nanogpt_surgery.training.loss import n_trained, summed_loss
-from nanogpt_surgery.training.settings import FitSettings
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.training.fit import Training
 
 MOST_ROWS = 12  # whose numbers are said
 
 
-def rows_in_batch(
-    dataset: Batches, step: int, settings: FitSettings, share: Mapping[str, int]
-) -> list[int]:
-    """The numbers of the windows, or rows, in this process's part of a batch; [] if unknown."""
-    known: Any = getattr(dataset, "rows_of", None)
-    if known is None:
-        return []
-    size = settings.batch_size * settings.grad_accum_steps
-    numbers: list[int] = known(step, size, settings.seed, **share).tolist()
-    return numbers
+def check_no_float16(model: nn.Module) -> None:
+    """Raises if weights are float16, in which small gradients become 0."""
+    half = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
+    if half:
+        raise SurgeryError(
+            f"{len(half)} parameters are float16 ({half[0]}, …): the gradients of such a model are "
+            "often too small for float16, and become 0",
+            "open_model(path, torch.float32), or model.float(); bfloat16 where memory is short",
+        )
 
 
-def not_finite(
-    model: nn.Module, batch: Batch, rows: list[int], step: int, skipped: int, hardware: Hardware
-) -> NotFiniteError:
-    """The error that ends a training, while the gradients of its last step are still there.
+def raise_not_finite(training: Training, batch: Batch, step: int) -> NoReturn:
+    """Ends a training, and says where, while the gradients of its last step are still there.
 
     Args:
-        model: what is trained.
+        training: of which too many steps in a row were skipped.
         batch: the last step's.
-        rows: the numbers of its rows in the data, [] if unknown.
-        step: its number, the first being 1.
-        skipped: how many steps in a row were skipped, this one included.
-        hardware: in whose precision to compute.
+        step: its number, the first being 0.
     """
-    where = _where(model, batch, rows, hardware)
+    model = training.model
     what = (
-        f"{skipped} steps in a row, the last of them step {step}, had a gradient that is not "
-        f"finite, and were skipped: no weight was changed by them; {where}"
+        f"{training.skipped} steps in a row, the last of them step {step + 1}, had a gradient that "
+        "is not finite, and were skipped: no weight was changed by them; "
+        f"{_where(model, batch, _rows_of(training, step), training.hardware)}"
     )
     if name := _first_gradient(model):
         what += f"; the first gradient that is not finite is that of {name}"
-    return NotFiniteError(
+    training.optimizer.zero_grad()
+    raise NotFiniteError(
         what, "lower the learning rate; where the precision is bfloat16, float32 may help as well"
     )
+
+
+def _rows_of(training: Training, step: int) -> list[int]:
+    """The numbers of the windows, or rows, in this process's part of a batch; [] if unknown."""
+    known: Any = getattr(training.dataset, "rows_of", None)
+    if known is None:
+        return []
+    settings = training.settings
+    size = settings.batch_size * settings.grad_accum_steps
+    numbers: list[int] = known(step, size, settings.seed, **training.world.share).tolist()
+    return numbers
 
 
 def _first_gradient(model: nn.Module) -> str:
@@ -67,7 +75,7 @@ def _where(model: nn.Module, batch: Batch, rows: list[int], hardware: Hardware) 
     """Which rows it was, and the module in which the loss of the first bad one is lost."""
     for index in range(len(batch[1])):
         row = tuple(tensor[index : index + 1] for tensor in batch)
-        if n_trained(row[1]) and not _finite_loss(model, row, hardware):
+        if count_trained(row[1]) and not _finite_loss(model, row, hardware):
             origin = first_not_finite(model, partial(_loss, model, row, hardware))
             number = rows[index] if rows else index
             of = "row" if rows else "row, in the batch,"

@@ -8,12 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.checks import linear_b_matrices
 from nanogpt_surgery.lora.targets import output_layer
-from nanogpt_surgery.training.fast.uncompiled import AdamW
 from nanogpt_surgery.training.muon import Muon
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -42,23 +41,22 @@ def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optim
         return _muon(model, trainable, settings)
     groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
     betas = (settings.beta1, settings.beta2)
-    return AdamW(groups, lr=settings.learning_rate, betas=betas, fused=True)
+    return _classes(settings.fast)[0](groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
-def update(
-    trained: list[nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    rate: float,
-    max_grad_norm: float,
-    norm: Tensor,
-) -> None:
-    """One step at a rate, the gradients clipped to a norm (0: as they are), and then cleared."""
-    if max_grad_norm:
-        nn.utils.clip_grads_with_norm_(trained, max_grad_norm, norm)
+def _classes(fast: bool) -> tuple[type[torch.optim.AdamW], type[Muon]]:
+    """AdamW and Muon; the fast ones do not load PyTorch's compiler."""
+    if not fast:
+        return torch.optim.AdamW, Muon
+    from nanogpt_surgery.training.fast import uncompiled
+
+    return uncompiled.AdamW, uncompiled.Muon
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets each group's rate, `rate_ratio` times the schedule's where it carries one."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("rate_ratio", 1.0)
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 def _adamw_groups(
@@ -104,4 +102,4 @@ def _muon(model: nn.Module, trainable: list[nn.Parameter], settings: FitSettings
     ]
     groups = [{"muon": False} | group for group in groups if group["params"]]
     betas = (settings.beta1, settings.beta2)
-    return Muon(groups, settings.learning_rate, settings.momentum, betas)
+    return _classes(settings.fast)[1](groups, settings.learning_rate, settings.momentum, betas)

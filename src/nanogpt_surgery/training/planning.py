@@ -16,19 +16,20 @@ from nanogpt_surgery.data.text.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.runs.checkpoints import KEPT
 from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
-from nanogpt_surgery.training.fast.compilation import CompiledBlocks
+from nanogpt_surgery.training.fast.chunked_logits import most_logits_on
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 from nanogpt_surgery.training.fast.frozen_head import frozen_head
 from nanogpt_surgery.training.fast.frozen_prefix import (
     bytes_of_window,
-    first_that_learns,
     prefix_for,
 )
+from nanogpt_surgery.training.forward import layout_of
+from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.live_tensors import LiveTensors
-from nanogpt_surgery.training.loss import apart, most_logits_on
 from nanogpt_surgery.training.probing import Part, affordable_part, cut, probed
 from nanogpt_surgery.training.settings import FitSettings
+from nanogpt_surgery.training.trainable_stages import first_trainable_stage
 
 FLOAT32 = 4  # bytes
 ADAMW = 2  # numbers of state for each parameter
@@ -123,11 +124,11 @@ def activation_bytes(
 
     batch = dataset.batch(0, dataset.rows, settings.seed)
     device, mode = next(model.parameters()).device, model.training
-    blocks = CompiledBlocks(model.train(), False, settings.gradient_checkpointing)
+    blocks = CheckpointedBlocks(model.train(), settings.gradient_checkpointing)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
     seeded = hardware.seeded(0)
     with blocks.active(), cpu_kernels(model), seeded, hardware.autocast(), hooks:
-        model.hidden(batch[0].to(device), **apart(documents_of(batch), device))
+        model.hidden(batch[0].to(device), **layout_of(documents_of(batch), device))
     model.train(mode)
     return sum(size for place, size in kept.items() if place not in own)
 
@@ -139,7 +140,7 @@ def _activation_bytes(
     kept = activation_bytes(model, part, settings, hardware)
     if settings.gradient_checkpointing:
         whole = replace(settings, gradient_checkpointing=False)
-        blocks = max(1, len(model.layers) - (first_that_learns(model) or 0))
+        blocks = max(1, len(model.layers) - (first_trainable_stage(model) or 0))
         kept += activation_bytes(model, part, whole, hardware) // blocks
     return kept * settings.batch_size * part.data.block_size // part.tokens
 

@@ -7,7 +7,7 @@ not load torch.
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from nanogpt_surgery.errors import SurgeryError
@@ -71,6 +71,8 @@ class FitSettings:
     """what matrix products are computed in; weights and optimizer stay float32"""
     compile: Compile = "auto"
     """torch.compile for each block: where it pays, always, or never"""
+    fast: bool = field(default=True, metadata={"negative": "--plain"})
+    """the quicker ways to the same numbers (training/fast); without, the code as it is read"""
 
     def __post_init__(self) -> None:
         found = [
@@ -95,6 +97,8 @@ class FitSettings:
                 f"lora_plus_ratio is {self.lora_plus_ratio}, and Muon trains no B of a LoRA; it "
                 "must be 1 with muon"
             )
+        if self.compile == "on" and not self.fast:
+            found.append("compile is on, which is one of the quicker ways; it must be off or auto")
         if self.cooldown > 1:
             found.append(f"cooldown is {self.cooldown}; it must be at most 1")
         found += [

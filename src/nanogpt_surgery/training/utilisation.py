@@ -13,7 +13,7 @@ from __future__ import annotations
 from torch import nn
 
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.training.fast.frozen_prefix import first_that_learns
+from nanogpt_surgery.training.trainable_stages import first_trainable_stage
 
 
 def training_flops_per_token(model: SimpleGPT, context: int, prefix_kept: bool = False) -> int:
@@ -23,7 +23,7 @@ def training_flops_per_token(model: SimpleGPT, context: int, prefix_kept: bool =
     `prefix_kept` what lies there is not even computed. With every parameter trained it is three
     times `GPTConfig.flops_per_token`.
     """
-    first = first_that_learns(model)
+    first = first_trainable_stage(model)
     first = 0 if first is None else first
     config = model.config
     attention = 4 * config.n_head * config.head_dim * context

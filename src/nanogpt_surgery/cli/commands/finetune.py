@@ -170,7 +170,7 @@ def _spaced(job: Training, network: SimpleGPT, stride: int | None) -> Training:
     """The windows of a text, begun as often as asked for, or as pays."""
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
     from nanogpt_surgery.data.text.mixture import Mixture
-    from nanogpt_surgery.training.fast.frozen_prefix import can_keep
+    from nanogpt_surgery.training.trainable_stages import can_keep
 
     data = job.dataset
     if not isinstance(data, GPTDataset | Mixture):

@@ -1,1 +1,4 @@
-"""Equal numbers, only sooner: nothing here is needed to train."""
+"""Equal numbers, only sooner: nothing here is needed to train.
+
+`fit` calls `accelerate` once (accelerate.py); with `fast=False` nothing of this folder is loaded.
+"""

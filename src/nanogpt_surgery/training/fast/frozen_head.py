@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.lora.linear import LoRALinear
-from nanogpt_surgery.training.fast.frozen_products import (
-    folds,
+from nanogpt_surgery.training.fast.fused_lora import (
+    can_fuse,
     frozen_linear,
     watched,
 )
@@ -59,8 +59,8 @@ def frozen_head(head: nn.Module, precision: torch.dtype) -> FrozenHead | None:
     """A model's head as a `FrozenHead`, or None if it is more than that."""
     if watched(head):
         return None
-    if isinstance(head, LoRALinear) and folds(head) and head.original_layer.bias is None:
-        assert head.plain_update is not None, "folds has seen to it"
+    if isinstance(head, LoRALinear) and can_fuse(head) and head.original_layer.bias is None:
+        assert head.plain_update is not None, "can_fuse has seen to it"
         a, b, scale, _ = head.plain_update
         return FrozenHead(head.original_layer.weight.detach(), precision, a, b, scale)
     if frozen_linear(head) and head.bias is None:

@@ -27,9 +27,10 @@ from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import world
-from nanogpt_surgery.training.fast.frozen_products import stored_in_bfloat16
+from nanogpt_surgery.training.fast.fused_lora import stored_in_bfloat16
 from nanogpt_surgery.training.hardware import choose_hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
+from nanogpt_surgery.training.trainable_stages import can_keep, first_trainable_stage
 
 MIB, GIB = 2**20, 2**30
 LEAST_VISITS = 1.5  # of each window in a training, on average, for keeping it to pay
@@ -48,7 +49,7 @@ class FrozenPrefix:
         self.model = model
         self.device = model.embed_tokens.weight.device
         self.stages: list[nn.Module] = [*model.layers, model.norm]
-        self.first = first_that_learns(model)
+        self.first = first_trainable_stage(model)
         assert self.first is not None, "the embedding learns, so nothing is frozen before it"
         self.windows = windows
         self.folder = folder
@@ -156,26 +157,6 @@ def _layout(ids: Tensor, documents: Tensor | None) -> tuple[Tensor, Tensor | Non
     return layout.positions, layout.mask
 
 
-def first_that_learns(model: SimpleGPT) -> int | None:
-    """The first of the layers and the norm, in this order, that has a parameter to train.
-
-    Their number if none has (the head alone learns), and None if the embedding learns.
-    """
-    if any(p.requires_grad for name, p in model.named_parameters() if name.startswith("embed_")):
-        return None
-    stages = [*model.layers, model.norm]
-    return next((i for i, stage in enumerate(stages) if _learns(stage)), len(stages))
-
-
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
-def can_keep(model: SimpleGPT, settings: FitSettings) -> bool:
-    """Whether something that never changes lies before the first part that learns."""
-    return model.config.dropout == 0 and settings.cache_gib > 0 and bool(first_that_learns(model))
-
-
 def prefix_for(
     model: nn.Module, dataset: Batches, settings: FitSettings, folder: Path | None = None
 ) -> FrozenPrefix | None:
@@ -184,7 +165,7 @@ def prefix_for(
     It pays where something lies before the first part that learns and windows come again, to the
     same process where there are several.
     """
-    if not isinstance(model, SimpleGPT) or not can_keep(model, settings):
+    if not isinstance(model, SimpleGPT) or not settings.fast or not can_keep(model, settings):
         return None
     if settings.windows < LEAST_VISITS * len(dataset) * world().size:
         return None

@@ -6,6 +6,8 @@ from inspect import unwrap
 
 import torch
 
+from nanogpt_surgery.training import muon
+
 
 class Uncompiled(torch.optim.Optimizer):
     """An optimizer whose bookkeeping is called as it is written.
@@ -24,3 +26,9 @@ class AdamW(Uncompiled, torch.optim.AdamW):
     """PyTorch's AdamW (arXiv:1711.05101)."""
 
     step = torch.no_grad()(unwrap(torch.optim.AdamW.step))
+
+
+class Muon(Uncompiled, muon.Muon):
+    """Muon, with that AdamW beside it."""
+
+    adamw_class = AdamW

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.lora.linear import LoRALinear
+from nanogpt_surgery.training.trainable_stages import is_trainable
 
 
 class FrozenProduct(torch.autograd.Function):
@@ -101,24 +102,24 @@ class CastLayerNorm(nn.LayerNorm):
         return F.layer_norm(x, self.normalized_shape, self.weight.float(), bias, self.eps)
 
 
-class FoldedLinear(LoRALinear):
+class FusedLoRALinear(LoRALinear):
     """A `LoRALinear` with one plain update taking part, on float32 inputs."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        assert self.plain_update is not None, "folds has seen to it"
+        assert self.plain_update is not None, "can_fuse has seen to it"
         layer, (a, b, scale, _) = self.original_layer, self.plain_update
         out: Tensor = FrozenProduct.apply(x, layer.weight, layer.bias, a, b, scale)
         return out
 
 
-def folds(layer: nn.Module) -> bool:
-    """Whether a layer is a `LoRALinear` that `FoldedLinear` computes.
+def can_fuse(layer: nn.Module) -> bool:
+    """Whether a layer is a `LoRALinear` that `FusedLoRALinear` computes.
 
     One update takes part, of the plain kind (LoRA, rsLoRA), without dropout, in float32, and what
     it is added to is no wider.
     """
-    if not isinstance(layer, LoRALinear) or type(layer) not in (LoRALinear, FoldedLinear):
+    if not isinstance(layer, LoRALinear) or type(layer) not in (LoRALinear, FusedLoRALinear):
         return False
     if not layer.enabled or (plain := layer.plain_update) is None:
         return False
@@ -133,7 +134,7 @@ def folds(layer: nn.Module) -> bool:
 
 def frozen_linear(layer: nn.Module) -> bool:
     """Whether a layer is a plain Linear that learns nothing and that nobody watches."""
-    return type(layer) in (nn.Linear, CastLinear) and not watched(layer) and not _learns(layer)
+    return type(layer) in (nn.Linear, CastLinear) and not watched(layer) and not is_trainable(layer)
 
 
 def watched(layer: nn.Module) -> bool:
@@ -149,10 +150,6 @@ def watched(layer: nn.Module) -> bool:
     )
 
 
-def _learns(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters())
-
-
 CASTS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Linear: CastLinear,
     nn.Embedding: CastEmbedding,
@@ -160,12 +157,12 @@ CASTS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def quick_classes(model: nn.Module, precision: torch.dtype) -> dict[nn.Module, type[nn.Module]]:
+def fused_classes(model: nn.Module, precision: torch.dtype) -> dict[nn.Module, type[nn.Module]]:
     """For each module that a float32 training step can do with less, the class that does so."""
     if precision != torch.float32:
         return {}
     modules = list(model.modules())
-    classes: dict[nn.Module, type[nn.Module]] = {m: FoldedLinear for m in modules if folds(m)}
+    classes: dict[nn.Module, type[nn.Module]] = {m: FusedLoRALinear for m in modules if can_fuse(m)}
     if stored_in_bfloat16(model):
         classes |= {m: CASTS[type(m)] for m in modules if type(m) in CASTS}
     return classes
@@ -182,7 +179,7 @@ def stored_in_bfloat16(model: nn.Module) -> bool:
     return torch.bfloat16 in frozen and learning <= {torch.float32}
 
 
-class QuickProducts:
+class FusedLoRA:
     """A model's frozen products done the quick way within `active()`, and nowhere else.
 
     A module of another class with the same parameters stands for itself: its class is changed and
@@ -195,7 +192,7 @@ class QuickProducts:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Within, the products are done the quick way; what takes part may change between steps."""
-        classes = quick_classes(self.model, self.precision)
+        classes = fused_classes(self.model, self.precision)
         plain = {module: type(module) for module in classes}
         try:
             for module, quick in classes.items():

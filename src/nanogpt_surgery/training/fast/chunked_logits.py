@@ -1,4 +1,4 @@
-"""Cross-entropy: the mean of −ln p(the token that came), in nats.
+"""The loss and its gradients without ever holding all logits.
 
 With a large vocabulary the logits are the largest tensor of a training step by far, so a
 `SimpleGPT`'s are made for some positions at a time, turned into a loss and a gradient, and
@@ -11,22 +11,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, documents_of
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.data.batches import Batch, documents_of
 from nanogpt_surgery.lora.per_row import PerRowAdapters
-from nanogpt_surgery.model.layout import Layout
+from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.fast.frozen_head import (
     backward_of_frozen_head,
     frozen_head,
     trained_places,
 )
+from nanogpt_surgery.training.forward import layout_of, logits_of
 from nanogpt_surgery.training.hardware import to_device
 
 # Logits held at once: 32 MiB in float32, which a CPU's caches like; a GPU wants large products.
@@ -36,11 +34,6 @@ MOST_LOGITS, MOST_ON_GPU = 2**23, 2**27
 def most_logits_on(device: torch.device) -> int:
     """How many numbers of logits are held at once on a device, about."""
     return MOST_ON_GPU if device.type == "cuda" else MOST_LOGITS
-
-
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over all positions, float32: logits (B, T, V), targets (B, T) → a scalar."""
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 def backward_of_loss(
@@ -68,17 +61,17 @@ def backward_of_loss(
     Returns:
         The loss times `share`, a scalar on the inputs' device.
     """
-    if not n_trained(targets):
+    if not count_trained(targets):
         return torch.zeros((), device=inputs.device)
     most_logits = most_logits or most_logits_on(inputs.device)
     if not isinstance(model, SimpleGPT) or _positions(model, inputs, most_logits) >= inputs.size(1):
         with autocast():
-            logits = _logits(model(inputs, **apart(documents, inputs.device)))
+            logits = logits_of(model, inputs, documents)
         loss = cross_entropy(logits, to_device(targets, logits.device)) * share
         loss.backward()
         return loss.detach()
     with autocast():
-        hidden = model.hidden(inputs, **apart(documents, inputs.device))  # (B, T, C)
+        hidden = model.hidden(inputs, **layout_of(documents, inputs.device))  # (B, T, C)
     return backward_from_hidden(model, hidden, targets, share, autocast, most_logits)
 
 
@@ -91,7 +84,7 @@ def backward_from_hidden(
     most_logits: int | None = None,
 ) -> Tensor:
     """As `backward_of_loss`, from what the head reads: (B, T, C)."""
-    if not n_trained(targets):
+    if not count_trained(targets):
         return torch.zeros((), device=hidden.device)
     most_logits = most_logits or most_logits_on(hidden.device)
     frozen = frozen_head(model.lm_head, _precision(hidden, autocast))
@@ -101,12 +94,12 @@ def backward_from_hidden(
     read, wanted_of, places = _counted(model, hidden.detach(), targets)
     size = _positions(model, wanted_of, most_logits)
     total = torch.zeros((), device=hidden.device)
-    gradients, a_token = [], share / max(1, n_trained(targets))
+    gradients, a_token = [], share / max(1, count_trained(targets))
     for part, wanted in zip(read.split(size, 1), wanted_of.split(size, 1), strict=True):
         leaf = part.detach().requires_grad_(hidden.requires_grad)  # (1, n, C)
         with autocast():
             logits = model.lm_head(leaf)  # (1, n, V)
-        loss = _sum_of(logits, wanted) * a_token
+        loss = cross_entropy(logits, wanted, "sum") * a_token
         loss.backward()
         total += loss.detach()
         gradients.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
@@ -139,56 +132,20 @@ def _precision(
         return torch.get_autocast_dtype(kind) if casts else hidden.dtype
 
 
-def n_trained(targets: Tensor) -> int:
-    """How many targets count in the loss: all that are not −100, as `F.cross_entropy` has it."""
-    return int((targets != -100).sum())
-
-
 def _positions(model: SimpleGPT, ids: Tensor, most_logits: int) -> int:
     """How many positions' logits are made at a time, for ids (B, T)."""
     return max(1, most_logits // (ids.size(0) * model.config.vocab_size))
 
 
-def check_not_packed(model: nn.Module, data: Batches) -> None:
-    """Raise `SurgeryError` where documents share rows and the model cannot keep them apart."""
-    check_documents(model, data.batch(0, 1))
-
-
-def check_documents(model: nn.Module, batch: Batch) -> None:
-    """As `check_not_packed`, for one batch."""
-    if not isinstance(model, SimpleGPT) and documents_of(batch) is not None:
-        raise SurgeryError(
-            "the dataset packs several documents into a row, and a model that is no SimpleGPT "
-            "would let them see each other",
-            "make it with pack=False",
-        )
-
-
-def apart(documents: Tensor | None, device: torch.device) -> dict[str, Any]:
-    """The argument by which a `SimpleGPT` keeps the documents (B, T) that share rows apart."""
-    return (
-        {} if documents is None else {"layout": Layout.of_documents(to_device(documents, device))}
-    )
-
-
 def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The loss summed over what counts, float32, a scalar; never all logits of a `SimpleGPT`."""
-    device, targets = next(model.parameters()).device, batch[1]
-    inputs = to_device(batch[0], device)
+    device, documents = next(model.parameters()).device, documents_of(batch)
+    inputs, targets = to_device(batch[0], device), batch[1]
     if not isinstance(model, SimpleGPT):
-        return _sum_of(_logits(model(inputs)), to_device(targets, device))
-    hidden = model.hidden(inputs, **apart(documents_of(batch), device))  # (B, T, C)
+        logits = logits_of(model, inputs, documents)
+        return cross_entropy(logits, to_device(targets, device), "sum")
+    hidden = model.hidden(inputs, **layout_of(documents, device))  # (B, T, C)
     hidden, targets, _ = _counted(model, hidden, targets)
     size = _positions(model, targets, most_logits_on(targets.device))
     parts = zip(hidden.split(size, 1), targets.split(size, 1), strict=True)
-    return torch.stack([_sum_of(model.lm_head(h), y) for h, y in parts]).sum()
-
-
-def _logits(out: Any) -> Tensor:
-    """What a model gives, if it is a tensor, or what a transformers model calls its logits."""
-    logits: Tensor = out if isinstance(out, Tensor) else out.logits
-    return logits
-
-
-def _sum_of(logits: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, -2).float(), targets.flatten(), reduction="sum")
+    return torch.stack([cross_entropy(model.lm_head(h), y, "sum") for h, y in parts]).sum()
