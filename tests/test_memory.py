@@ -54,7 +54,6 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train text.txt --from m --out new --block-size 12 --batch-size 100000000000",
         "finetune m text.txt --out new --block-size 12 --batch-size 100000000000",
         "finetune m text.txt --out new --block-size 12 --batch-size 100000000000 --plan",
-        "plan m --batch-size 100000000000",
         "generate m --samples 100000000000000",
         "generate m --samples 10000000 --batch-size 100000000 --max-new-tokens 150",
     ],
@@ -145,7 +144,7 @@ def test_fit_refuses_before_a_step():
 def test_memory_that_runs_out_all_the_same_is_a_sentence(kind, made, monkeypatch):
     """The last checkpoint is named, and is whole."""
     monkeypatch.chdir(made)
-    run, steps, gradients = f"run-{kind.__module__}", [], fit_module.accumulate
+    run, steps, gradients = f"run-{kind.__module__}", [], fit_module.Training._losses
 
     def hungry(*arguments, **more):
         steps.append(1)
@@ -156,7 +155,7 @@ def test_memory_that_runs_out_all_the_same_is_a_sentence(kind, made, monkeypatch
 
     flags = [*SMALL, "--max-steps", 4, "--evaluate-every", 2, "--out", run]
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module, "accumulate", hungry)
+        patch.setattr(fit_module.Training, "_losses", hungry)
         _, said = called("train", "text.txt", *flags, check=1)
     assert "step-00000002" in said
     assert "--batch-size from 4" in said

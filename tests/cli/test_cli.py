@@ -132,30 +132,9 @@ def test_plan_says_what_finetune_would_train(folder: Path) -> None:
     trained = json.loads((folder / "adapter" / "run.json").read_text())["lora"]
     assert report["trainable_parameters"] == trained["trainable_parameters"]
     assert [row["layer"] for row in report["rows"]] == [row["layer"] for row in trained["rows"]]
-
-
-def test_every_plan_counts_the_memory_of_a_training_alike(folder: Path) -> None:
-    flags = ["--targets", "q_proj", "lm_head", "--rank", 3, "--batch-size", 3, "--json"]
-    (folder / "plan.txt").write_text(TEXT * 4)
-    first = json.loads(called("plan", "run", *flags)[0])
-    more = ["plan.txt", "--out", "planned", "--plan", "--cache-gib", 0, "--max-steps", 2]
-    then = json.loads(called("finetune", "run", *more, *flags)[0])
-    sizes = ("weights", "gradient", "optimizer", "activation", "logits", "hidden_states")
-    for part in sizes:
-        assert first[f"{part}_bytes"] == then[f"{part}_bytes"], part
-    assert first["trainable_parameters"] == then["trained_parameters"]
-    assert first["memory_bytes"] == sum(first[f"{part}_bytes"] for part in sizes)
-    assert first["memory_bytes"] <= then["memory_bytes"]
-
-
-def test_plan_counts_the_activations_of_a_batch(folder: Path) -> None:
-    sizes = [["--batch-size", 2], ["--batch-size", 4], ["--batch-size", 4, "--block-size", 3]]
-    found = [json.loads(called("plan", "run", *more, "--json")[0]) for more in sizes]
-    two, four, short = (report["activation_bytes"] for report in found)
-    assert four == 2 * two
-    assert 0 < short < four
-    assert all("not_counted" not in report for report in found)
-    assert "it must be" in called("plan", "run", "--batch-size", 0, check=1)[1]
+    assert all(row["shape"] and row["bytes"] > 0 for row in report["rows"])
+    size = (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert report["adapter_bytes"] == size
 
 
 def test_export_writes_what_opens_again(folder: Path, tmp_path: Path) -> None:

@@ -22,7 +22,6 @@ STEPS = "--max-steps 2 --batch-size 2 --evaluate-every 0".split()
 PLANS = {
     "train": ["train", "t.txt", "--out", "none", "--plan", *TINY, *STEPS],
     "finetune": ["finetune", "m", "t.txt", "--out", "none", "--plan", "--block-size", "16", *STEPS],
-    "plan": ["plan", "m", "--block-size", "16", "--batch-size", "2"],
 }
 
 

@@ -143,12 +143,15 @@ def _out_of_memory(training: Training, options: RunOptions, error: Exception) ->
 def _planned(training: Training, options: RunOptions) -> Report:
     """What the training will take; no folder is touched."""
     from nanogpt_surgery.report import Report
-    from nanogpt_surgery.training.memory_estimate import check_training, memory_for_training
-    from nanogpt_surgery.training.planning import plan_training
+    from nanogpt_surgery.runs.checkpoints import KEPT
+    from nanogpt_surgery.training.estimates.memory_check import check_training, memory_for_training
+    from nanogpt_surgery.training.estimates.plan import plan_training
 
     model, settings = training.model, training.settings
     check_training(model, training.dataset, settings)
     say("timing a few steps and an evaluation")
     free = room(memory_for_training(model, settings), options.out)
-    summary = plan_training(model, training.dataset, settings, training.validation)
+    checkpoints = KEPT + 2  # the best, and a new one before an old one goes
+    data = training.dataset, training.validation
+    summary = plan_training(model, data[0], settings, data[1], checkpoints)
     return Report("training planned", [], summary | free)

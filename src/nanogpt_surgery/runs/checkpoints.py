@@ -21,15 +21,14 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files.manifest import MANIFEST, damage, file_hash
-from nanogpt_surgery.files.writing import flush, link_or_copy, write_tensors
-from nanogpt_surgery.files.temporary import is_temporary, remove_temporaries
+from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.disk_errors import make_folder, writing
 from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
-from nanogpt_surgery.history.folder_journal import RUN, Entry, is_operated, read_journal, record
 from nanogpt_surgery.files.lock import LOCK, file_lock
+from nanogpt_surgery.files.manifest import MANIFEST, damage, file_hash
+from nanogpt_surgery.files.temporary import is_temporary, remove_temporaries
+from nanogpt_surgery.files.writing import flush, link_or_copy, write_tensors
 from nanogpt_surgery.formats.folders.run_folder import (
     BEST,
     LATEST,
@@ -47,6 +46,7 @@ from nanogpt_surgery.formats.folders.run_folder import (
     summary_of_checkpoint,
     validation_loss_of,
 )
+from nanogpt_surgery.history.folder_journal import RUN, Entry, is_operated, read_journal, record
 from nanogpt_surgery.runs.description import RunDiffersError, differences
 from nanogpt_surgery.runs.metrics_file import append_metrics, trim_metrics
 from nanogpt_surgery.runs.state import restore_state, training_state
@@ -279,7 +279,9 @@ def open_run_folder(
         yield run
 
 
-def _begun(folder: Path, description: dict[str, Any], strict: bool, allow_changes: bool) -> RunFolder:
+def _begun(
+    folder: Path, description: dict[str, Any], strict: bool, allow_changes: bool
+) -> RunFolder:
     """A run in a folder that is held, as its checkpoints say it stands."""
     remove_temporaries(folder)
     remove_temporaries(folder / "checkpoints")

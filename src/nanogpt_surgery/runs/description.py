@@ -31,7 +31,17 @@ _FORMER_NAMES = {
 }
 # Values that only a hash tells apart, and the name under which they were given.
 _HASHED = {"base": "model", "train_ids": "text", "validation_ids": "text", "tokenizer": "tokenizer"}
-_SHAPES_DATA = {"tokenizer", "base", "block_size", "stride", "pack", "template", "answers_only", "weights", "data"}
+_SHAPES_DATA = {
+    "tokenizer",
+    "base",
+    "block_size",
+    "stride",
+    "pack",
+    "template",
+    "answers_only",
+    "weights",
+    "data",
+}
 
 
 class RunDiffersError(SurgeryError):
@@ -58,11 +68,15 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     behind = {_HASHED[key] for key in changed if key in _HASHED}  # names that hashes stand for
     behind |= _SHAPES_DATA if "text" in behind else set()
     behind |= {"targets"} if "layers" in changed else set()
-    renamed = [key for key in named[0] if key in behind and key in named[1] and _renamed(named, key)]
+    renamed = [
+        key for key in named[0] if key in behind and key in named[1] and _renamed(named, key)
+    ]
     follows = {"layers"} if "targets" in renamed else set()
     if not _SHAPES_DATA.isdisjoint([*changed, *renamed]):
         follows |= {"train_ids", "validation_ids"}
-    found = [_changed(key, old, new) for key in changed if key not in _HASHED and key not in follows]
+    found = [
+        _changed(key, old, new) for key in changed if key not in _HASHED and key not in follows
+    ]
     found += [_changed(key, *named) for key in renamed if key in _HASHED or key not in changed]
     for key, name in _HASHED.items():
         if key in changed and key not in follows and name not in renamed:

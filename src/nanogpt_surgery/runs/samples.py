@@ -16,7 +16,6 @@ from nanogpt_surgery.formats.folders.run_folder import SAMPLES
 from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.runs.training import Training
 
-
 MOST_TOKENS, PROMPT_TOKENS = 48, 32
 
 

@@ -10,7 +10,7 @@ from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.runs.loss_plot import plot_losses, read_metrics
 from nanogpt_surgery.runs.samples import read_samples
 from nanogpt_surgery.runs.training import Training
-from nanogpt_surgery.training.utilisation import training_flops_per_token
+from nanogpt_surgery.training.estimates.flops import training_flops_per_token
 
 
 def operations_per_token(training: Training) -> int:
@@ -23,7 +23,9 @@ def operations_per_token(training: Training) -> int:
     return training_flops_per_token(training.model, training.dataset.block_size, kept)
 
 
-def summary_of(training: Training, run: RunFolder, matmul_rate: float, beside: float) -> dict[str, Any]:
+def summary_of(
+    training: Training, run: RunFolder, matmul_rate: float, beside: float
+) -> dict[str, Any]:
     """The summary; `beside` are the seconds for evaluations and else that was no step."""
     rows_of_all = read_metrics(run.folder / METRICS)
     metrics = [row for row in rows_of_all if row["step"]]
@@ -35,7 +37,9 @@ def summary_of(training: Training, run: RunFolder, matmul_rate: float, beside: f
     return {
         "folder": str(run.folder),
         "steps": len(metrics),
-        "trained_parameters": sum(p.numel() for p in training.model.parameters() if p.requires_grad),
+        "trained_parameters": sum(
+            p.numel() for p in training.model.parameters() if p.requires_grad
+        ),
         "tokens": tokens,
         "trained_tokens": sum(row.get("trained_tokens", row["tokens"]) for row in metrics),
         "seconds_of_steps": round(seconds, 2),

@@ -24,11 +24,11 @@ from nanogpt_surgery.data.batches import Batch, Batches, documents_of, held_out
 from nanogpt_surgery.lora.checks import TrainingChecks
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.training.distributed import world
+from nanogpt_surgery.training.estimates.memory_check import check_training
 from nanogpt_surgery.training.evaluation import validation_loss
 from nanogpt_surgery.training.forward import check_not_packed, logits_of
 from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of, to_device, to_host
-from nanogpt_surgery.training.memory_estimate import check_training
 from nanogpt_surgery.training.nonfinite import check_no_float16, raise_not_finite
 from nanogpt_surgery.training.optimizer import make_optimizer, set_learning_rate
 from nanogpt_surgery.training.schedule import learning_rate

@@ -42,12 +42,6 @@ def check_training(model: nn.Module, dataset: Batches, settings: FitSettings) ->
     check_memory("this training", parts, LOWER_BATCH, _free_on_device(settings))
 
 
-def check_batch(config: GPTConfig, rows: int, block_size: int) -> None:
-    """Raise `SurgeryError` where not even the ids and hidden states of a batch fit."""
-    settings = FitSettings(batch_size=rows)
-    check_memory("this batch", _of_a_batch(config.n_embd, settings, block_size), LOWER_BATCH)
-
-
 def _learning(parameters: int, settings: FitSettings) -> dict[str, int]:
     """Gradients, and what the optimizer keeps: two numbers with AdamW, at least one with Muon."""
     state = 1 if settings.muon else 2

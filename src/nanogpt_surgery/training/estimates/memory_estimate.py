@@ -1,86 +1,28 @@
-"""`plan_training`: what a training will take, from its sizes and from a few real steps."""
+"""The memory of a training step: what it holds at once, part by part, in bytes."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.batches import Batch, Batches, Measured, documents_of, held_out
-from nanogpt_surgery.data.text.mixture import passes
+from nanogpt_surgery.data.batches import Batches, documents_of
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.runs.checkpoints import KEPT
-from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
+from nanogpt_surgery.training.estimates.timing import Part, affordable_part
 from nanogpt_surgery.training.fast.chunked_logits import most_logits_on
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 from nanogpt_surgery.training.fast.frozen_head import frozen_head
-from nanogpt_surgery.training.fast.frozen_prefix import (
-    bytes_of_window,
-    prefix_for,
-)
+from nanogpt_surgery.training.fast.frozen_prefix import bytes_of_window, prefix_for
 from nanogpt_surgery.training.forward import layout_of
 from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
-from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
-from nanogpt_surgery.training.live_tensors import LiveTensors
-from nanogpt_surgery.training.probing import Part, affordable_part, cut, probed
+from nanogpt_surgery.training.hardware import Hardware
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.trainable_stages import first_trainable_stage
 
 FLOAT32 = 4  # bytes
 ADAMW = 2  # numbers of state for each parameter
-EVALUATED = 2  # batches of the held-out data
-_OF_A_STEP = ("gradient_bytes", "activation_bytes", "logits_bytes")  # gone when it has ended
-
-
-def plan_training(
-    model: SimpleGPT,
-    dataset: Batches,
-    settings: FitSettings,
-    validation: Batches | None = None,
-) -> dict[str, Any]:
-    """Sizes in bytes, numbers, and seconds; a few steps are taken and undone to the bit.
-
-    Steps and evaluations are measured on as few tokens as take about two seconds, and scaled.
-    Where hidden states before the first part that learns are kept, the first pass over the windows,
-    which computes them, is timed apart. Nothing is written.
-
-    Raises:
-        SurgeryError: as `fit`.
-    """
-    hardware = choose_hardware(settings, operations_of(model, settings, dataset.block_size))
-    model.to(hardware.device)
-    part = affordable_part(model, dataset, settings)
-    pace, state = probed(model, dataset, settings, part)
-    memory = training_memory(model, dataset, settings, hardware, part, state)
-    trained = memory["gradient_bytes"]
-    rows = settings.windows
-    evaluations = 0 if validation is None else _evaluations(settings)
-    one, more = 0.0, 0
-    if validation is not None:
-        held = held_out(validation, settings.evaluate_tokens)
-        one, more = _evaluation(model, held, settings, hardware, part)
-    evaluating = memory["memory_bytes"] - sum(memory[part] for part in _OF_A_STEP) + more
-    return {
-        "computing_on": hardware.describe(),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "trained_parameters": trained // FLOAT32,
-        **memory,
-        "evaluation_bytes": more,
-        "memory_bytes": max(memory["memory_bytes"], evaluating),
-        "disk_bytes": (KEPT + 2) * (2 * trained + state),  # the best, and a new one at first
-        "steps": settings.max_steps,
-        "tokens": rows * dataset.block_size,
-        "epochs": ", ".join(f"{share:.3g}" for share in passes(dataset, rows)),
-        **pace.to_dict(),
-        "evaluations": evaluations,
-        "seconds_an_evaluation": one,
-        "seconds": pace.seconds(settings.max_steps) + evaluations * one,
-    }
 
 
 def training_memory(
@@ -126,8 +68,8 @@ def activation_bytes(
     device, mode = next(model.parameters()).device, model.training
     blocks = CheckpointedBlocks(model.train(), settings.gradient_checkpointing)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-    seeded = hardware.seeded(0)
-    with blocks.active(), cpu_kernels(model), seeded, hardware.autocast(), hooks:
+    kernels = cpu_kernels(model) if settings.fast else nullcontext()
+    with blocks.active(), kernels, hardware.seeded(0), hardware.autocast(), hooks:
         model.hidden(batch[0].to(device), **layout_of(documents_of(batch), device))
     model.train(mode)
     return sum(size for place, size in kept.items() if place not in own)
@@ -154,6 +96,8 @@ def _logits_bytes(
     and on a GPU, which has them in one piece, what its products make of them.
     """
     whole = settings.batch_size * dataset.block_size * model.config.vocab_size
+    if not settings.fast:
+        return 4 * FLOAT32 * whole
     most = most_logits_on(hardware.device)
     kept = prefix_for(model, dataset, settings) is not None
     if (whole <= most and not kept) or frozen_head(model.lm_head, hardware.precision) is None:
@@ -167,40 +111,3 @@ def _hidden_states_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettin
     prefix = prefix_for(model, dataset, settings)
     one = bytes_of_window(model, dataset.block_size, settings)
     return prefix.windows * one if prefix else 0
-
-
-def _evaluations(settings: FitSettings) -> int:
-    every = settings.evaluate_every
-    return -(-settings.max_steps // every) if every else 1
-
-
-@dataclass(frozen=True)
-class _Some:
-    """The first batches of held-out data, cut short."""
-
-    first: list[Batch]
-
-    def whole(self, batch_size: int) -> Iterator[Batch]:
-        yield from self.first
-
-
-def _evaluation(
-    model: SimpleGPT, held: Measured, settings: FitSettings, hardware: Hardware, part: Part
-) -> tuple[float, int]:
-    """The seconds of an evaluation, and the most bytes that it holds beside the weights.
-
-    Two batches of as many rows as an evaluation reads at once are measured, or of a part's.
-    """
-    at_once = windows_at_once(model, settings)
-    rows = at_once if part.tokens == part.data.block_size * settings.batch_size else part.rows
-    some = [cut(batch, part.block_size) for batch in islice(held.whole(rows), EVALUATED)]
-    start = time.perf_counter()
-    with hardware.evaluating():
-        evaluate(model, _Some(some), rows)
-    took = time.perf_counter() - start
-    with LiveTensors([*model.parameters(), *model.buffers()]) as live, hardware.evaluating():
-        evaluate(model, _Some(some[:1]), rows)
-    measured = sum(batch[1].numel() for batch in some)
-    whole = sum(batch[1].numel() for batch in held.whole(at_once))
-    largest = min(whole, at_once * part.data.block_size)
-    return took * whole / measured, int(live.most * max(1.0, largest / some[0][1].numel()))

@@ -1,0 +1,349 @@
+"""A run: one training in a folder, begun or gone on with, saved, summarised and signed off.
+
+    with Run.begin("runs/book", Training.of_model(model, tokenizer, data, settings)) as run:
+        for step in run.train():
+            print(step.step, step.loss)
+        print(run.finish())
+
+Where `torch.distributed` has joined several processes, all of them call it alike; the first one
+writes the folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from itertools import takewhile
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+from nanogpt_surgery.data.batches import Batches, Spread, held_out
+from nanogpt_surgery.data.gpt_dataset import rows_of
+from nanogpt_surgery.errors import NotFiniteError
+from nanogpt_surgery.files.disk_errors import make_folder
+from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
+from nanogpt_surgery.history.folder_journal import Entry, hashes_of, read_journal, record
+from nanogpt_surgery.history.hashing import frozen_hashes
+from nanogpt_surgery.lora.checks import check_frozen
+from nanogpt_surgery.runs.checkpoints import RunFolder, check_folder, open_run_folder
+from nanogpt_surgery.runs.loss_plot import read_metrics
+from nanogpt_surgery.runs.samples import Samples
+from nanogpt_surgery.runs.save_interval import SaveInterval
+from nanogpt_surgery.runs.summary import operations_per_token, summary_of
+from nanogpt_surgery.runs.training import Training
+from nanogpt_surgery.training.distributed import world
+from nanogpt_surgery.training.early_stopping import EarlyStopping
+from nanogpt_surgery.training.evaluation import validation_loss
+from nanogpt_surgery.training.fit import fit
+from nanogpt_surgery.training.hardware import (
+    Hardware,
+    choose_hardware,
+    environment_of,
+    matmul_rate,
+    operations_of,
+)
+from nanogpt_surgery.training.optimizer import make_optimizer
+from nanogpt_surgery.training.settings import FitSettings
+from nanogpt_surgery.training.step import Step
+
+Say = Callable[[str], object]
+
+
+def check_run(folder: Path, settings: FitSettings, resume: bool = False) -> None:
+    """Whether a run can begin, or go on, in a folder: known before any model or data is read.
+
+    Raises:
+        SurgeryError: as `check_folder`, or the processes cannot share the batch of a step.
+    """
+
+    def check() -> int:
+        rows_of(0, settings.batch_size * settings.grad_accum_steps, world_size=world().size)
+        check_folder(folder, resume)
+        return 0
+
+    world().run_on_main(check)
+
+
+class Run:
+    """A training in its folder; `begin` and `resume` give one, as context managers.
+
+    Attributes:
+        folder: what lies on disk.
+        training: what is trained, and on what.
+        stopped: the number given to `stop` where that ended it, else 0.
+        stopped_early: because nothing was gained any more (`Training.patience`).
+    """
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        training: Training,
+        hardware: Hardware,
+        description: dict[str, Any],
+        say: Say,
+    ):
+        self.folder, self.training, self.say = folder, training, say
+        self.description = description
+        self.hardware, self.world = hardware, world()
+        self.stopped, self.stopped_early = 0, False
+        self._began, self._in_steps = monotonic(), 0.0
+        self._asked = 0
+        self._unsaved: Step | None = None
+        training.model.to(hardware.device)
+        self.optimizer = make_optimizer(training.model, training.settings)
+        if folder.checkpoint:
+            folder.restore(training.model, self.optimizer)
+        self._say_how()
+        self.matmul_rate = matmul_rate(hardware.device, hardware.precision) * self.world.size
+        self._interval = SaveInterval.read(training.save_every)
+        if self.world.is_main_process:
+            self._samples = Samples(training, folder.folder, folder.first_step, say)
+
+    @classmethod
+    def begin(
+        cls, folder: str | Path, training: Training, **options: Any
+    ) -> AbstractContextManager[Run]:
+        """Begin a run in a new folder, which is locked until the block ends.
+
+        Args:
+            folder: made; it holds metrics, checkpoints, and the best model or adapter at its top.
+            training: what is trained, and on what.
+            **options: `typed`, the command to record; `say`, called with a line on what goes on.
+
+        Raises:
+            SurgeryError: the folder holds a run already, or something else, or the disk refuses.
+        """
+        return cls._open(Path(folder), training, resume=False, **options)
+
+    @classmethod
+    def resume(
+        cls, folder: str | Path, training: Training, **options: Any
+    ) -> AbstractContextManager[Run]:
+        """Go on from a run's newest whole checkpoint; its steps have the bits of an unbroken run.
+
+        Args:
+            folder: of the run; one that has no checkpoint yet is begun.
+            training: the same that it was begun with, or it is refused.
+            **options: as `begin`; `strict`: go on from the newest checkpoint or not at all;
+                `allow_changes`: go on although the training is another one, with a warning.
+
+        Raises:
+            RunDiffersError: the training is another one (all differences).
+            SurgeryError: another process is writing it, it is damaged, or the disk refuses.
+        """
+        return cls._open(Path(folder), training, resume=True, **options)
+
+    @classmethod
+    @contextmanager
+    def _open(
+        cls,
+        folder: Path,
+        training: Training,
+        *,
+        resume: bool,
+        strict: bool = False,
+        allow_changes: bool = False,
+        typed: Any = None,
+        say: Say = lambda _: None,
+    ) -> Iterator[Run]:
+        settings, together = training.settings, world()
+        operations = operations_of(training.model, settings, training.dataset.block_size)
+        hardware = choose_hardware(settings, operations)
+        environment = environment_of(hardware, together.size)
+        main = together.is_main_process
+        description = training.describe(environment, typed) if main else {}
+        with ExitStack() as stack:
+            own: list[RunFolder] = []
+
+            def opened() -> int:
+                own.append(
+                    stack.enter_context(
+                        open_run_folder(
+                            folder, description, resume, strict=strict, allow_changes=allow_changes
+                        )
+                    )
+                )
+                return own[0].first_step
+
+            step = together.run_on_main(opened)
+            there = own[0] if own else RunFolder(folder, checkpoint_at(folder, step))
+            there.environment = environment
+            yield cls(there, training, hardware, description, say)
+
+    def train(self, validation: Batches | None = None) -> Iterator[Step]:
+        """The steps that are left, after an evaluation before the first one.
+
+        Each is recorded, and saved where it is time, before the next one begins.
+
+        Args:
+            validation: the held-out data as somebody watches it being read; by default the
+                training's own.
+
+        Raises:
+            NotFiniteError: loss or gradient was not finite too many steps in a row; the steps
+                before are saved.
+            SurgeryError: as `fit`, or the disk refuses.
+        """
+        training, rows = self.training, self._metrics()
+        losses = [row["validation_loss"] for row in rows if row["step"]]
+        seen = [loss for loss in losses if loss is not None]
+        stopping = EarlyStopping(training.patience, seen)
+        if self.world.all_reduce_max(stopping.enough):
+            return iter(())
+        if training.cache_dir:
+            make_folder(training.cache_dir)
+        skipped = len(list(takewhile(lambda row: row.get("skipped"), reversed(rows))))
+        steps = fit(
+            training.model,
+            training.dataset,
+            training.settings,
+            validation=validation or training.validation,
+            optimizer=self.optimizer,
+            first_step=self.folder.first_step,
+            skipped_before=self.world.all_reduce_max(skipped),
+            cache_dir=training.cache_dir,
+        )
+        frozen = frozen_hashes(training.model) if training.patience else {}
+        if not self.folder.first_step:
+            self._evaluate_first()
+        return self._steps(steps, stopping, frozen)
+
+    def _steps(
+        self, steps: Iterator[Step], stopping: EarlyStopping, frozen: dict[str, str]
+    ) -> Iterator[Step]:
+        with self._saved_where_it_breaks():
+            for step in steps:
+                try:
+                    yield step
+                finally:  # also where nobody asks for another one
+                    self._keep(step, stopping)
+                if self.stopped or self.stopped_early:
+                    break
+        if self.stopped_early:
+            check_frozen(self.training.model, frozen)  # what `fit` does after the last step
+
+    def stop(self, number: int = 1) -> None:
+        """Ask for a checkpoint after the step that goes on, and for no further step.
+
+        Args:
+            number: why, above 0: a signal's; `stopped` says it in all processes.
+        """
+        self._asked = number
+
+    @property
+    def full_rate(self) -> float:
+        """Tokens a second, were every operation as fast as the machine's matrix products."""
+        return self.matmul_rate / operations_per_token(self.training)
+
+    def finish(self) -> dict[str, Any]:
+        """Sum the run up, draw its losses, and sign it off in the folder's journal.
+
+        Returns the summary, as plain values; none in other processes than the first.
+        """
+        if not self.world.is_main_process:
+            return {}
+        beside = monotonic() - self._began - self._in_steps
+        summary = summary_of(self.training, self.folder, self.matmul_rate, beside)
+        files = hashes_of(self.folder.folder)
+        if read_journal(self.folder.folder).files != files:  # else it has been signed off
+            named, kind = self.training.named, self.description["kind"]
+            origin = f" from {named['model']}" if "model" in named else ""
+            operation = f"{kind}{origin}, {summary['steps']:,} steps"
+            base = self.description.get("base", "")
+            entry = Entry(operation, base, {}, files, "none", measured=summary)
+            record(self.folder.folder, entry)
+        return summary
+
+    def _keep(self, step: Step, stopping: EarlyStopping) -> None:
+        """Record a step that was made, and save it where it is time; all processes agree on it."""
+        self._in_steps += step.seconds
+        asked = self.world.all_reduce_max(self._asked)  # once: it may come at any moment
+        if step.validation_loss is not None:
+            stopping.add(step.validation_loss)
+        enough = bool(self.world.all_reduce_max(stopping.enough))
+        last = enough or step.step == self.training.settings.max_steps
+        if self.world.is_main_process:
+            self._record(step, last, bool(asked))
+        self.stopped_early = enough and step.step < self.training.settings.max_steps
+        self.stopped = 0 if last else asked
+        if self.stopped:
+            self.world.all_reduce_max(0)  # what the first one writes is written
+
+    def _record(self, step: Step, last: bool, asked: bool) -> None:
+        self.folder.record(step)
+        self._unsaved = step
+        evaluated = step.validation_loss is not None
+        if self._samples.due(step.step, evaluated, last):
+            self._samples.take(step.step)
+        if evaluated or last or asked or self._interval.due(step.step):
+            self._save()
+
+    def _save(self) -> None:
+        """Write a checkpoint of the last step, unless it has one."""
+        if self._unsaved is not None:
+            training = self.training
+            self.folder.save(self._unsaved, training.write_weights, training.model, self.optimizer)
+            self._interval.saved()
+            self._unsaved = None
+
+    @contextmanager
+    def _saved_where_it_breaks(self) -> Iterator[None]:
+        """Save the steps since the last checkpoint where numbers are no longer finite."""
+        try:
+            yield
+        except NotFiniteError:
+            if self.world.is_main_process:
+                self._save()
+            self.world.all_reduce_max(0)  # it is written before another process ends
+            raise
+
+    def _evaluate_first(self) -> None:
+        """Measure what the model is worth before the first step, and let it answer."""
+        training = self.training
+        data = held_out(training.validation, training.settings.evaluate_tokens)
+        self.say("evaluating before the first step")
+        loss = validation_loss(training.model, data, training.settings, self.hardware, self.world)
+        if self.world.is_main_process:
+            self.folder.record_start(loss)
+            most = training.settings.max_steps
+            self.say(f"step 0 of {most:,}  validation loss {loss:.4f}")
+            if self._samples.due(0, evaluated=True, last=False):
+                self._samples.take(0)
+
+    def _metrics(self) -> list[dict[str, Any]]:
+        """The lines of the steps so far; of the first process, which writes them."""
+        path = self.folder.folder / METRICS
+        return read_metrics(path) if self.world.is_main_process and path.is_file() else []
+
+    def _say_how(self) -> None:
+        """Say from where it goes on, on what it computes, and what an evaluation reads."""
+        folder, settings = self.folder, self.training.settings
+        if folder.checkpoint:
+            self.say(f"going on from step {folder.first_step:,} of {settings.max_steps:,}")
+            if found := _other_environment(folder.environment_before, folder.environment):
+                self.say(
+                    f"note: {'; '.join(found)}: the same batches, sums in another order, so losses "
+                    "alike but not to the bit"
+                )
+        many = f"; {self.world.size} processes" if self.world.size > 1 else ""
+        self.say(f"computing on {self.hardware.describe()}{many}")
+        if self.hardware.compile:
+            self.say("compiling the first step, which takes longer than the others")
+        data = held_out(self.training.validation, settings.evaluate_tokens)
+        if isinstance(data, Spread):
+            self.say(
+                f"an evaluation reads one in {data.every} of the held-out windows, the same each "
+                "time; evaluate-tokens 0 reads all"
+            )
+
+
+def _other_environment(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """In what the machine differs, so that the bits will be others than an unbroken run's."""
+    found = []
+    if before.get("processes", now["processes"]) != now["processes"]:
+        found = [f"so far {before['processes']} at a time trained, now {now['processes']}"]
+    for name in now.keys() & before.keys() - {"processes"}:
+        if before[name] != now[name]:
+            found.append(f"{name} was {before[name]} and is {now[name]}")
+    return sorted(found)
