@@ -253,6 +253,23 @@ def test_bombs_end_with_our_own_error_in_little_time_and_memory(tmp_path):
         assert BOMBS[name][2] in (cost.error or "opened"), name
 
 
+INSPECTING = """
+import contextlib, io
+from nanogpt_surgery.cli.commands.inspect import inspect
+from nanogpt_surgery.formats.peft import adapter_file, adapter_layout, fused_update
+def opened(path):
+    with contextlib.redirect_stdout(io.StringIO()):
+        inspect(path, json=True)
+"""
+
+
+def test_bombs_are_inspected_in_little_time_and_memory(tmp_path):
+    found = costs(INSPECTING, write_bombs(tmp_path))
+    for name, cost in found.items():
+        assert_cheap(cost, name)
+    assert found["sparse"].error is None, "its shapes are shown, without norms"
+
+
 REFUSED_HEADERS = {
     "integers": {A: tensor([2, 24], 0, "I32"), B: tensor([60, 2], 192, "I32")},
     "bytes": {A: tensor([2, 24], 0, "U8", 1), B: tensor([60, 2], 48, "U8", 1)},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,6 +10,9 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import AllLayers, show
 
+LARGEST_FACTOR = 1 << 24  # numbers of a factor; larger ones are not read for their norm
+MOST_READ = 1 << 30  # numbers of an adapter
+NORM, PARTS_RANKS = "norm of ΔW", "r of its parts"
 FUSED, PARTS = "attn.c_attn", ("q_proj", "k_proj", "v_proj")
 KINDS = {  # of a tokenizer.json
     "BPE": "byte pairs (BPE)",
@@ -109,32 +113,47 @@ def _dtype(module: str, key: str, parameter: Tensor, types: dict[str, str]) -> s
 
 
 def _adapter_report(path: str) -> Report:
-    from nanogpt_surgery.formats.peft.adapter_file import read_adapter
+    from nanogpt_surgery.formats.peft.adapter_file import map_stored
     from nanogpt_surgery.formats.peft.adapter_layout import adapter_folder
-    from nanogpt_surgery.formats.peft.fused_update import split
     from nanogpt_surgery.report import Report
 
-    updates = read_adapter(adapter_folder(path))
-    rows = [_adapter_row(name, update) for name, update in updates.items()]
-    summary = {"layers": len(rows)}
-    parts = {n: split(u, PARTS) for n, u in updates.items() if n.endswith(FUSED)}
-    if not parts:
-        return Report(f"adapter {path}", rows, summary)
-    for row in rows:
-        ranks = [f"{name} {part.rank}" for name, part in parts.get(row["layer"], {}).items()]
-        row["r of its parts"] = ", ".join(ranks) or None
-    return Report(f"adapter {path}", rows, summary | {"fused": ABOUT_FUSED})
+    updates = map_stored(adapter_folder(path)).updates
+    rows, left = [], MOST_READ
+    for name, update in updates.items():  # one layer at a time in float32
+        left -= update.A.numel() + update.B.numel()
+        measured = max(update.A.numel(), update.B.numel()) <= LARGEST_FACTOR and left >= 0
+        rows.append(_shapes(name, update) | (_norms(name, update) if measured else {}))
+    keys = dict.fromkeys(key for row in rows for key in row)
+    rows = [{key: row.get(key) for key in keys} for row in rows]
+    summary: dict[str, Any] = {"layers": len(rows)}
+    unread = sum(row.get(NORM) is None for row in rows)
+    if unread:
+        summary["layers too large for norms"] = unread
+    if PARTS_RANKS in keys:
+        summary["fused"] = ABOUT_FUSED
+    return Report(f"adapter {path}", rows, summary)
 
 
-def _adapter_row(name: str, update: LowRankUpdate) -> dict[str, Any]:
-    values = update.singular_values
-    floor = values.max() * 1e-6
+def _shapes(name: str, update: LowRankUpdate) -> dict[str, Any]:
     return {
         "layer": name,
         "shape": f"{update.B.size(0)}×{update.A.size(1)}",
         "r": update.rank,
         "alpha": update.alpha,
-        "norm of ΔW": float(values.square().sum().sqrt()),
-        "largest singular value": float(values.max()),
-        "rank of ΔW": int((values > floor).sum()),
     }
+
+
+def _norms(name: str, mapped: LowRankUpdate) -> dict[str, Any]:
+    from nanogpt_surgery.formats.peft.fused_update import split
+
+    update = replace(mapped, A=mapped.A.float(), B=mapped.B.float())
+    values = update.singular_values
+    norms = {
+        NORM: float(values.square().sum().sqrt()),
+        "largest singular value": float(values.max()),
+        "rank of ΔW": int((values > values.max() * 1e-6).sum()),
+    }
+    if name.endswith(FUSED):
+        ranks = [f"{part} {share.rank}" for part, share in split(update, PARTS).items()]
+        norms[PARTS_RANKS] = ", ".join(ranks)
+    return norms
