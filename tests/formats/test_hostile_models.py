@@ -150,6 +150,12 @@ def with_model(contents: dict, **model: object) -> str:
     return json.dumps(contents | {"model": contents["model"] | model})
 
 
+def with_added(count: int) -> str:
+    flags = {"single_word": False, "lstrip": True, "rstrip": True, "normalized": True}
+    added = [flags | {"id": 99 + i, "content": f"t{i}", "special": False} for i in range(count)]
+    return json.dumps(byte_level() | {"added_tokens": added})
+
+
 JSON_BOMBS: dict[str, Callable[[], str]] = {
     "doubling normalizer": lambda: steps("normalizer", "normalizers", *[REPLACE] * 40),
     "doubling decoder": lambda: steps("decoder", "decoders", *[REPLACE] * 40),
@@ -178,6 +184,14 @@ JSON_BOMBS: dict[str, Callable[[], str]] = {
     "sentencepiece": lambda: json.dumps(sentencepiece_like()),
     "merges": lambda: with_model(byte_level(), merges=[["a", "a"]] * 300_000),
     "expression": lambda: cut_by("(a+)+$b"),
+    "expression that looks to the end": lambda: cut_by("a(?=a*b)"),
+    "expression of repeated groups": lambda: cut_by("((((a{1,99}){1,99}){1,99}){1,99}){1,99}b"),
+    "long expression": lambda: cut_by("|".join(["a"] * 500_000)),
+    "100,000 added tokens": lambda: with_added(100_000),
+    "50,000 added tokens": lambda: with_added(50_000),
+    "wide string": lambda: '{"a":"😀' + "a" * (47 << 20) + '"}',
+    "wide strings": lambda: '{"a":[' + ",".join(['"😀' + "a" * 900 + '"'] * 38_000) + "]}",
+    "wide string in ASCII": lambda: '{"a":"\\ud83d\\ude00' + "a" * (47 << 20) + '"}',
     "wordpiece": lambda: json.dumps(
         byte_level()
         | {
@@ -190,7 +204,12 @@ JSON_BOMBS: dict[str, Callable[[], str]] = {
         }
     ),
 }  # fmt: skip
-OPEN = {"unigram of one character", "unigram of growing tokens", "sentencepiece"}
+OPEN = {
+    "unigram of one character",
+    "unigram of growing tokens",
+    "sentencepiece",
+    "50,000 added tokens",
+}
 
 
 def write_ggufs(folder: Path) -> list[Path]:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
-
-if TYPE_CHECKING:
-    pass
 from nanogpt_surgery.files.disk_errors import tried_again
 from nanogpt_surgery.files.temporary import temporary_beside
 from nanogpt_surgery.files.writing import flush
 
 LARGEST_JSON = 48 << 20  # bytes; the largest tokenizer.json in use have two thirds of it
+LARGEST_WIDE = 36 << 20  # bytes, with a character beyond U+FFFF: four bytes each in memory
 MOST_VALUES = 2_500_000  # commas and brackets; Gemma 3's tokenizer.json has 1.9 million
 
 
@@ -57,6 +55,11 @@ def read_json(path: Path, most_bytes: int = LARGEST_JSON) -> Any:
         if count > MOST_VALUES:
             raise SurgeryError(
                 f"{path} has {count:,} commas and brackets; the limit for JSON is {MOST_VALUES:,}"
+            )
+        if len(data) > LARGEST_WIDE and max(data) >= 0xF0:
+            raise SurgeryError(
+                f"{path} has {len(data):,} bytes with characters beyond U+FFFF; the limit for such "
+                f"JSON is {LARGEST_WIDE:,}"
             )
         text = data.decode("utf-8")
         del data

@@ -148,7 +148,7 @@ def _norms(name: str, mapped: LowRankUpdate) -> dict[str, Any]:
 
     update = replace(mapped, A=mapped.A.float(), B=mapped.B.float())
     values = update.singular_values
-    norms = {
+    norms: dict[str, Any] = {
         NORM: float(values.square().sum().sqrt()),
         "largest singular value": float(values.max()),
         "rank of ΔW": int((values > values.max() * 1e-6).sum()),

@@ -14,7 +14,11 @@ from tokenizers import AddedToken
 from tokenizers import Tokenizer as Encoder
 
 from nanogpt_surgery.data.tokenizers.post_processor import added_around, begin_with
-from nanogpt_surgery.data.tokenizers.tokenizer_limits import check_limits
+from nanogpt_surgery.data.tokenizers.tokenizer_limits import (
+    check_limits,
+    check_speed,
+    expressions,
+)
 from nanogpt_surgery.errors import SurgeryError, foreign_file
 
 _LARGEST_ID = 2**31 - 1
@@ -66,6 +70,7 @@ class PretrainedTokenizer:
         named = dict(special_tokens or {})
         with foreign_file(_WHERE):
             check_limits(contents)
+            self._has_expressions = bool(expressions(contents))
             self._written = _bytes(contents)
             self._encoder = Encoder.from_buffer(self._written)
             tokens = _missing(self._encoder, added_tokens, named, extra_special_tokens)
@@ -145,6 +150,8 @@ class PretrainedTokenizer:
         """The same ids, and for each the position of its first character in the text."""
         _check_unicode(text)
         with foreign_file(_WHERE, "encoding a text"):
+            if self._has_expressions:
+                check_speed(self._encoder.encode, text)
             found = self._encoder.encode(text, add_special_tokens=False)
         return found.ids, [start for start, _ in found.offsets]
 
@@ -188,11 +195,13 @@ class PretrainedTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`."""
-        Path(path).write_bytes(self._written)
+        Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False), encoding="utf-8")
 
     def _encoding(self, text: str) -> list[int]:
         _check_unicode(text)
         with foreign_file(_WHERE, "encoding a text"):
+            if self._has_expressions:
+                check_speed(self._encoder.encode, text)
             return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
 
@@ -207,8 +216,11 @@ def _check_unicode(text: str) -> None:
 
 
 def _bytes(contents: dict[str, Any]) -> bytes:
-    """A `tokenizer.json`, in which form it takes a tenth of the memory that its parts take."""
-    return json.dumps(contents, ensure_ascii=False).encode()
+    """A `tokenizer.json`, in which form it takes a tenth of the memory that its parts take.
+
+    In ASCII: one character beyond U+FFFF makes all of a str take four bytes each.
+    """
+    return json.dumps(contents).encode()
 
 
 def _missing(

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
+import time
+from collections.abc import Callable
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, quoted
@@ -11,6 +14,12 @@ LARGEST_GROWTH = 8  # characters that one character may become
 LONGEST_UNIGRAM = 128  # bytes of a token; sentencepiece's own limit is 16 characters
 MOST_NESTED = 24  # tokens of a unigram vocabulary, each of which begins the next
 LONGEST_WORD = 500  # characters of a word that WordPiece looks at; BERT's limit is 100
+MOST_ADDED = 50_000  # tokens; Gemma 3 has 6,400, models of speech 28,000
+LONGEST_EXPRESSION = 10_000  # characters; those in use have some hundred
+MOST_REPEATED = 1_000  # times that an expression repeats a group, groups within it multiplied
+LONGEST_WAIT = 60  # seconds that an expression may be foreseen to take for a text
+_PROBED = 16_384  # characters on which that is measured
+_GROUP_COUNT = re.compile(r"\)[?*+]?\{(\d*),?(\d*)\}")
 _CHILDREN = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "decoder": "decoders"}
 _REPEATED = ("ByteLevel", "Precompiled")  # grow a text again and again
 
@@ -27,9 +36,69 @@ def check_limits(contents: dict[str, Any]) -> None:
                 f"the {part} of tokenizer.json makes up to {growth:,} characters of one; the limit "
                 f"is {LARGEST_GROWTH}"
             )
+    for expression in expressions(contents):
+        _check_expression(expression)
+    added = contents.get("added_tokens")
+    if isinstance(added, list) and len(added) > MOST_ADDED:
+        raise SurgeryError(
+            f"tokenizer.json has {len(added):,} added tokens; the limit is {MOST_ADDED:,}"
+        )
     model = contents.get("model")
     if isinstance(model, dict):
         _check_model(model)
+
+
+def expressions(contents: dict[str, Any]) -> list[str]:
+    """The regular expressions by which a `tokenizer.json` cuts or changes a text."""
+    steps = [
+        s for part, children in _CHILDREN.items() for s in _steps(contents.get(part), children)
+    ]
+    patterns = [step["pattern"].get("Regex") for step in steps if _is_object(step.get("pattern"))]
+    return [pattern for pattern in patterns if isinstance(pattern, str)]
+
+
+def _is_object(value: Any) -> bool:
+    return isinstance(value, dict)
+
+
+def _check_expression(expression: str) -> None:
+    if len(expression) > LONGEST_EXPRESSION:
+        raise SurgeryError(
+            f"a regular expression in tokenizer.json has {len(expression):,} characters; the limit "
+            f"is {LONGEST_EXPRESSION:,}"
+        )
+    counts = [int((most or least or "1")[:9]) for least, most in _GROUP_COUNT.findall(expression)]
+    repeated = math.prod(max(1, count) for count in counts)
+    if repeated > MOST_REPEATED:
+        raise SurgeryError(
+            f"the regular expression {quoted(expression)} in tokenizer.json repeats a group up to "
+            f"{repeated:,} times; the limit is {MOST_REPEATED:,}"
+        )
+
+
+def check_speed(encode: Callable[[str], Any], text: str) -> None:
+    """Raise `SurgeryError` if the time for a text grows with its square, beyond all measure.
+
+    No look at a regular expression can tell; the beginning of the text is encoded to measure it.
+    """
+    if len(text) <= 2 * _PROBED:
+        return
+    encode("a")  # what is slow once alone
+    quarter, whole = (_seconds(encode, text[:n]) for n in (_PROBED // 4, _PROBED))
+    foreseen = whole * (len(text) / _PROBED) ** 2
+    if whole > 0.05 and whole > 8 * quarter and foreseen > LONGEST_WAIT:
+        raise SurgeryError(
+            f"a regular expression in tokenizer.json takes {whole:.2g} s for {_PROBED:,} "
+            f"characters of the text and {quarter:.2g} s for {_PROBED // 4:,}, so about "
+            f"{foreseen:,.0f} s for all {len(text):,}; the limit is {LONGEST_WAIT} s",
+            "encode it in shorter parts",
+        )
+
+
+def _seconds(encode: Callable[[str], Any], text: str) -> float:
+    begun = time.process_time()
+    encode(text)
+    return time.process_time() - begun
 
 
 def _check_model(model: dict[str, Any]) -> None:
