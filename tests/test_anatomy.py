@@ -71,7 +71,7 @@ def test_it_shows_the_default_model() -> None:
     default = {field.name: field.default for field in fields(GPTConfig)}
     assert (default["positions"], "embed_positions" in words) == ("learned", True)
     assert (default["mlp"], "gate_proj" in words) == ("gelu", False)
-    assert (default["tie_head"], default["n_lags"], default["qk_norm"]) == (False, 0, False)
+    assert (default["tie_head"], default["n_prev_tokens"], default["qk_norm"]) == (False, 0, False)
     model = SimpleGPT(11, n_embd=8, n_head=2, n_layer=2, block_size=4)
     parts = {name for name, _ in model.named_modules()}
     last = {name.split(".")[-1] for name in parts} - {"", "0", "1", "layers"}

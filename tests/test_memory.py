@@ -47,7 +47,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train text.txt --out new --block-size 12 --n-embd 100000000",
         "train text.txt --out new --block-size 12 --n-layer 1000000000",
         "train text.txt --out new --block-size 12 --n-inner 1000000000000",
-        "train text.txt --out new --block-size 12 --n-lags 1000000000000",
+        "train text.txt --out new --block-size 12 --n-prev-tokens 1000000000000",
         "train text.txt --out new --block-size 12 --grad-accum-steps 100000000000",
         "train text.txt --out new --block-size 1000000000000",
         "train text.txt --out new --block-size 12 --n-embd 100000000 --plan",

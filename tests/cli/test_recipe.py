@@ -19,7 +19,7 @@ def test_the_recipe_trains_what_it_says_and_generates(tmp_path: Path, monkeypatc
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     assert run["recipe"] == "fast"
     assert (run["settings"]["muon"], run["settings"]["momentum"]) == (True, 0.8)
-    assert (run["model"]["n_lags"], run["model"]["mlp"]) == (3, "relu2")
+    assert (run["model"]["n_prev_tokens"], run["model"]["mlp"]) == (3, "relu2")
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     kinds = run["model"]["vocab_size"]
     assert abs(first["loss"] - math.log(kinds)) < 1e-4  # a head of zeros knows nothing
@@ -51,9 +51,9 @@ def test_tables_that_outgrow_the_model_are_said(tmp_path: Path) -> None:
     small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 2 --plan".split()
     words = ["train", tmp_path / "text.txt", "--out", tmp_path / "run", "--recipe", "fast", *small]
     _, said = called(*words)
-    assert "note: 49,152 of them are lag tables" in said
-    _, said = called(*words, "--n-lags", 0)
-    assert "lag tables" not in said
+    assert "note: 49,152 of them are tables of previous tokens" in said
+    _, said = called(*words, "--n-prev-tokens", 0)
+    assert "tables of previous tokens" not in said
 
 
 def test_what_was_typed_for_a_run_is_said_where_it_was_forgotten(tmp_path, monkeypatch) -> None:

@@ -14,7 +14,8 @@ KEPT = Path(__file__).parents[1] / "kept"
 VERSIONS = sorted(path.name for path in KEPT.iterdir() if path.is_dir())
 COMMON = "--batch-size 4 --max-steps 8 --seed 3 --device cpu --precision float32 --compile off"
 TRAIN = (
-    "--n-embd 8 --n-head 2 --n-layer 1 --block-size 8 --n-inner 8 --n-lags 2 --evaluate-every 2"
+    "--n-embd 8 --n-head 2 --n-layer 1 --block-size 8 --n-inner 8 "
+    "--n-prev-tokens 2 --evaluate-every 2"
 ).split()
 TUNE = (
     "--targets q_proj lm_head --rank 2 --dropout 0.1 --cache-gib 0.5 --evaluate-every 3 "

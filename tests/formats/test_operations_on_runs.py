@@ -139,7 +139,7 @@ def test_tensors_that_are_not_the_models_stay(place):
 def test_a_run_begun_before_a_setting_existed_goes_on(place):
     path = place / "run" / "run.json"
     old = json.loads(path.read_text())
-    for key, name in [("model", "n_lags"), ("settings", "muon"), ("settings", "cooldown")]:
+    for key, name in [("model", "n_prev_tokens"), ("settings", "muon"), ("settings", "cooldown")]:
         del old[key][name]
     path.write_text(json.dumps(old))
     train(place / "run", 1)
@@ -150,13 +150,13 @@ def test_what_an_old_run_could_not_have_had_is_still_a_difference(place):
     path = place / "run" / "run.json"
     old = json.loads(path.read_text())
     del old["settings"]["muon"]
-    del old["model"]["n_lags"]
+    del old["model"]["n_prev_tokens"]
     path.write_text(json.dumps(old))
     changed = {
         "settings": FitSettings(**(SETTINGS.to_dict() | {"muon": True})).to_dict(),
-        "model": GPTConfig(**(DESCRIPTION["model"] | {"n_lags": 2})).to_dict(),
+        "model": GPTConfig(**(DESCRIPTION["model"] | {"n_prev_tokens": 2})).to_dict(),
     }
-    wanted = "n_lags was 0 and is 2; muon was False and is True"
+    wanted = "n_prev_tokens was 0 and is 2; muon was False and is True"
     with (
         pytest.raises(SurgeryError, match=wanted),
         open_run_folder(place / "run", DESCRIPTION | changed, resume=True),

@@ -33,10 +33,10 @@ def said(talk, text, tokens=6, **more):
     return "".join(talk.ask(text, tokens, seed=SEED, **more))
 
 
-LAGGED = replace(CONFIGS["learned-rmsnorm-swiglu"], n_lags=2)
+PREV_TOKENS = replace(CONFIGS["learned-rmsnorm-swiglu"], n_prev_tokens=2)
 
 
-@pytest.mark.parametrize("config", [*CONFIGS.values(), LAGGED], ids=[*CONFIGS, "lagged"])
+@pytest.mark.parametrize("config", [*CONFIGS.values(), PREV_TOKENS], ids=[*CONFIGS, "prev-tokens"])
 def test_with_a_past_the_ids_are_those_without(config):
     model = tiny_model(config)
     past, text = Past(), [3, 1, 4]

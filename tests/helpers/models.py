@@ -52,10 +52,10 @@ OWN_CONFIGS = {
     "learned-rmsnorm-swiglu": GPTConfig(
         **_LLAMA, norm="rmsnorm", mlp="swiglu", bias="qkv", qk_norm=True, tie_head=True
     ),
-    "lags-relu2": GPTConfig(
-        **_LLAMA, positions="rotary", norm="rmsnorm", mlp="relu2", bias="none", n_lags=3
+    "prev-tokens-relu2": GPTConfig(
+        **_LLAMA, positions="rotary", norm="rmsnorm", mlp="relu2", bias="none", n_prev_tokens=3
     ),
-    "learned-lags-tied": GPTConfig(**_GPT2, n_lags=1, tie_head=True),
+    "learned-prev-tokens-tied": GPTConfig(**_GPT2, n_prev_tokens=1, tie_head=True),
     "llama-uneven-width": GPTConfig.for_family("llama", **(_LLAMA | {"n_embd": 20})),
 }
 CONFIGS = FAMILY_CONFIGS | OWN_CONFIGS

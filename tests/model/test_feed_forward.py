@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from helpers.models import randomise
 
 from nanogpt_surgery import GPTConfig
-from nanogpt_surgery.model.feed_forward import make_feed_forward
+from nanogpt_surgery.model.transformer_encoder_layer import make_feed_forward
 
 
 def exact_gelu(x):

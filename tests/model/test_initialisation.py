@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from helpers.models import random_ids
 
 from nanogpt_surgery import FAMILIES, GPTConfig, SimpleGPT
-from nanogpt_surgery.model.initialisation import initialise, start_from_zero
+from nanogpt_surgery.model.initialisation import start_from_zero
+from nanogpt_surgery.model.simple_gpt import initialise
 
 # Ending of the name → deviation, for 3 layers of width 64 and an untied head.
 DEVIATIONS = {
@@ -77,7 +78,7 @@ def test_nothing_of_the_old_weights_stays():
 FROM_ZERO = DEVIATIONS | {
     "embed_tokens.weight": 1.0,
     "embed_positions.weight": 1.0,
-    "embed_lags": 0.5,
+    "embed_prev_tokens": 0.5,
     "o_proj.weight": 0.0,
     "down_proj.weight": 0.0,
     "lm_head.weight": 0.0,
@@ -89,7 +90,7 @@ FROM_ZERO = DEVIATIONS | {
 def test_a_start_from_zero_is_drawn_as_the_second_table_says(tied, positions):
     torch.manual_seed(0)
     config = GPTConfig(
-        97, n_embd=64, n_head=4, n_layer=3, block_size=60, n_lags=2, positions=positions,
+        97, n_embd=64, n_head=4, n_layer=3, block_size=60, n_prev_tokens=2, positions=positions,
         tie_head=tied,
     )  # fmt: skip
     model = SimpleGPT.from_config(config)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt_surgery import GPTConfig, RopeScaling
-from nanogpt_surgery.model.positions import make_positions, rotary_frequencies, rotate
+from nanogpt_surgery.model.embeddings import make_positions, rotary_frequencies, rotate
 
 LLAMA_3 = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192

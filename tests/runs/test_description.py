@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 
 from nanogpt_surgery import FitSettings, GPTConfig, LoRASettings
-from nanogpt_surgery.runs.description import differences, with_current_flags, with_current_names
+from nanogpt_surgery.formats.folders.old_keys import with_current_flags, with_current_names
+from nanogpt_surgery.runs.description import differences
 from nanogpt_surgery.training.recipes import MUON
 
 ADAMW, NOW = FitSettings(), FitSettings(**MUON)

@@ -212,7 +212,7 @@ def test_lora_plus_beside_muon_is_refused():
 
 
 def test_the_groups_hold_every_parameter_once_and_the_head_is_no_matrix():
-    model = tiny_model(CONFIGS["lags-relu2"])
+    model = tiny_model(CONFIGS["prev-tokens-relu2"])
     optimizer = make_optimizer(model, FitSettings(muon=True))
     names = {id(p): name for name, p in model.named_parameters()}
     held = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]

@@ -16,8 +16,8 @@ CONFIGS = [
     GPTConfig(31, **SIZES),
     GPTConfig.for_family("llama", vocab_size=31, n_kv_head=1, head_dim=10, **SIZES),
     GPTConfig.for_family("qwen2", vocab_size=31, tie_head=True, **SIZES),
-    GPTConfig(31, **SIZES, n_lags=2),
-    GPTConfig(31, **SIZES, **(RECIPES["fast"].model | {"n_lags": 1})),
+    GPTConfig(31, **SIZES, n_prev_tokens=2),
+    GPTConfig(31, **SIZES, **(RECIPES["fast"].model | {"n_prev_tokens": 1})),
 ]
 # What a layer's attention kernel computes again for its gradient, for each token, in CONFIGS[0].
 AGAIN = 2 * 24 * 16

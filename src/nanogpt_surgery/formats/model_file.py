@@ -12,6 +12,7 @@ from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.manifest import check_undamaged
 from nanogpt_surgery.files.writing import write_tensors
 from nanogpt_surgery.formats.comparison import check_equal
+from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import checkpoints, chosen_checkpoint, is_run
 from nanogpt_surgery.formats.gguf.file import is_gguf, read_gguf
 from nanogpt_surgery.formats.gguf.model import config_of, family_of_file, open_gguf
@@ -149,6 +150,8 @@ def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokeni
         config = config_from_json(contents)
     stored = stored_tensors(folder, TENSORS)
     family = MODEL_TYPES.get(contents["model_type"], OWN)
+    if family == OWN:
+        stored = with_current_modules(stored)
     table = identity(stored) if family == OWN else NAME_MAPS[family]
     names = normal_names(stored, family)
     tokenizer = open_tokenizer(folder)  # first: what it needs in passing is free again for weights

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.generation.cache_memory import check_cache_fits
 from nanogpt_surgery.generation.generate import (
     Window,
     check_bias,
@@ -25,7 +26,7 @@ from nanogpt_surgery.generation.generate import (
 from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_count, check_seed
 from nanogpt_surgery.model.finite import check_finite
-from nanogpt_surgery.model.kv_cache import KVCache, check_cache_fits
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 

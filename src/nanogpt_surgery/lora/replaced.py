@@ -55,7 +55,7 @@ class ReplacedLayer(LoRALayer):
         """
         found = [name for name in self.active.names() if name in self.updates]
         if not self.enabled or not found:
-            return self.original_layer  # type: ignore[no-any-return]
+            return self.original_layer
         if self.active != WeightedAdapters({found[0]: 1.0}):
             raise SurgeryError(
                 f"the adapter {found[0]!r} replaces whole modules, so it can only take part alone",

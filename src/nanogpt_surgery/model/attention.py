@@ -6,84 +6,107 @@ Grouped queries (arXiv:2305.13245) let several query heads share one key-value h
                              ╲ │ ╱      ╲ │ ╱
     key-value    G = 2        kv0        kv1
 
+The RMSNorm of a head's queries and keys is the one that blocks may use as well.
+
 Legend: B batch, T new tokens, S keys (past and new), C width, H heads, G KV heads, D head width.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.embeddings import Rotation, identity, rotate
 from nanogpt_surgery.model.kv_cache import LayerCache
-from nanogpt_surgery.model.norm import RMSNorm
-from nanogpt_surgery.model.positions import leave, rotate
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square, multiplies by a learned weight (arXiv:1910.07467).
+
+    Works in float32 and casts back before the weight, as Llama's does. Shape (…, width) → same.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Returns the part that `print(model)` shows."""
+        return f"{self.weight.numel()}, eps={self.eps}"
 
 
 class CausalSelfAttention(nn.Module):
-    """Four projections with Hugging Face's names around `causal_attention`."""
+    """Four projections, with Hugging Face's names, around `causal_attention`.
+
+    With `qk_norm` each head's queries and keys are normalised (Qwen3); with rotary positions they
+    are turned by their positions. Values are neither.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
-        qkv_bias = config.bias != "none"
-        self.head_dim = config.head_dim
-        self.dropout = config.dropout
+        qkv_bias, o_bias = config.bias != "none", config.bias in ("all", "attention")
+        self.head_dim, self.dropout = config.head_dim, config.dropout
         self.q_proj = nn.Linear(config.n_embd, q_width, bias=qkv_bias)
         self.k_proj = nn.Linear(config.n_embd, kv_width, bias=qkv_bias)
         self.v_proj = nn.Linear(config.n_embd, kv_width, bias=qkv_bias)
-        self.o_proj = nn.Linear(q_width, config.n_embd, bias=config.bias in ("all", "attention"))
-        self.q_norm = _head_norm(config)
-        self.k_norm = _head_norm(config)
+        self.o_proj = nn.Linear(q_width, config.n_embd, bias=o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.rotate: Callable[..., Tensor] = rotate if config.positions == "rotary" else identity
         self.attend: Callable[..., Tensor] = causal_attention
-        self.rotate: Any = rotate if config.positions == "rotary" else leave
 
     def forward(
         self,
         x: Tensor,
-        rotation: Any = None,
+        rotation: Rotation | None = None,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C); with a cache, the T tokens follow the S − T it holds.
+        """Lets each token of (B, T, C) gather from those it may see: (B, T, C).
 
-        `mask` (B, 1, T, S), true where a token may look, stands for the causal one.
+        With a cache, the T tokens follow the S − T it holds. A mask (B, 1, T, S), true where a
+        token may look, stands for the causal one.
         """
-        q = self.rotate(self.q_norm(self._heads(self.q_proj(x))), rotation)  # (B, H, T, D)
-        k = self.rotate(self.k_norm(self._heads(self.k_proj(x))), rotation)  # (B, G, T, D)
-        v = self._heads(self.v_proj(x))  # (B, G, T, D)
+        q = self.q_norm(self._split_heads(self.q_proj(x)))  # (B, H, T, D)
+        k = self.k_norm(self._split_heads(self.k_proj(x)))  # (B, G, T, D)
+        v = self._split_heads(self.v_proj(x))  # (B, G, T, D)
+        q, k = self.rotate(q, rotation), self.rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, D)
         dropout = self.dropout if self.training else 0.0
         y = self.attend(q, k, v, dropout, mask)  # (B, H, T, D)
-        out: Tensor = self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
-        return out
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
-    def _heads(self, x: Tensor) -> Tensor:
+    def _split_heads(self, x: Tensor) -> Tensor:
         batch, tokens, _ = x.shape
         return x.view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
-
-
-def _head_norm(config: GPTConfig) -> nn.Module:
-    return RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
 
 
 def causal_attention(
     q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None
 ) -> Tensor:
-    """Softmax-weighted values: (B, H, T, D), (B, G, S, D), (B, G, S, D) → (B, H, T, D).
+    """Returns softmax(q kᵀ / √D) v: (B, H, T, D), (B, G, S, D), (B, G, S, D) → (B, H, T, D).
 
-    Query t sees keys 0 … S − T + t, or what a mask (B, 1, T, S) lets it see. `is_causal` and no
-    mask at all keep the fast kernels; only several tokens after a filled cache need it written out.
+    Query t sees keys 0 … S − T + t, or what a mask (B, 1, T, S) lets it see.
     """
     new, keys = q.size(2), k.size(2)
     k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))  # (B, H, S, D)
+    # PyTorch's `is_causal` counts from the first key, and a single new token sees every key: only
+    # several tokens after a filled cache need the mask written out.
     if mask is None and not (new == keys or new == 1):
-        mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)
+        mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)  # (T, S)
     is_causal = mask is None and new > 1
     return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
 

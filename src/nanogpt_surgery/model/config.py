@@ -37,7 +37,7 @@ AXES: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """A stretching of the rotary wavelengths: Llama 3's, or the same for all ("linear").
+    """A scaling of the rotary wavelengths: Llama 3's, or the same for all ("linear").
 
     `linear` makes every wavelength `factor` times longer and reads nothing else. `llama3`:
     wavelengths under `original_max_position_embeddings / high_freq_factor` tokens stay, those over
@@ -96,8 +96,8 @@ class GPTConfig:
     """feed-forward: GELU, its tanh form (GPT-2's), ReLU squared, or the gated SwiGLU (Llama's)"""
     bias: Bias = "all"
     """which layers carry a bias: all (norms too), q k v, the whole attention, or none"""
-    n_lags: int = 0
-    """earlier tokens that are added to each token's embedding, each from a table of its own"""
+    n_prev_tokens: int = 0
+    """previous tokens whose embeddings are added to each token's, with a table for each distance"""
     qk_norm: bool = False
     """RMSNorm over each head's queries and keys (Qwen3)"""
     tie_head: bool = False
@@ -107,13 +107,13 @@ class GPTConfig:
     rope_theta: float = 10000.0
     """base of the rotary wavelengths"""
     rope_scaling: RopeScaling | None = None
-    """a stretching of the rotary wavelengths: Llama 3's, or linear"""
+    """a scaling of the rotary wavelengths: Llama 3's, or linear"""
     dropout: float = 0.0
     """probability of zeroing an activation in training"""
 
     def __post_init__(self) -> None:
         problems = wrong(self, SIZE, "vocab_size", "n_embd", "n_head", "n_layer", "block_size")
-        problems += wrong(self, SIZE_OR_0, "n_kv_head", "head_dim", "n_inner", "n_lags")
+        problems += wrong(self, SIZE_OR_0, "n_kv_head", "head_dim", "n_inner", "n_prev_tokens")
         sizes = {} if problems else self._derived_sizes()
         problems += self._wrong_values() + (self._contradictions(sizes) if sizes else [])
         raise_all("this model cannot be built", problems)
@@ -162,7 +162,7 @@ class GPTConfig:
     @property
     def n_parameters(self) -> int:
         """Number of distinct weights, a tied head counted once."""
-        embeddings = (1 + self.n_lags) * self.vocab_size * self.n_embd
+        embeddings = (1 + self.n_prev_tokens) * self.vocab_size * self.n_embd
         if self.positions == "learned":
             embeddings += self.block_size * self.n_embd
         head = 0 if self.tie_head else self.vocab_size * self.n_embd
@@ -211,7 +211,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("layernorm",),
         "mlp": ("gelu_tanh", "gelu"),
         "bias": ("all",),
-        "n_lags": (0,),
+        "n_prev_tokens": (0,),
         "qk_norm": (False,),
         "tie_head": (True, False),
     },
@@ -220,7 +220,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("rmsnorm",),
         "mlp": ("swiglu",),
         "bias": ("none", "all", "attention"),
-        "n_lags": (0,),
+        "n_prev_tokens": (0,),
         "qk_norm": (False,),
         "tie_head": (False, True),
     },
@@ -229,7 +229,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("rmsnorm",),
         "mlp": ("swiglu",),
         "bias": ("qkv",),
-        "n_lags": (0,),
+        "n_prev_tokens": (0,),
         "qk_norm": (False,),
         "tie_head": (True, False),
     },
@@ -238,7 +238,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "norm": ("rmsnorm",),
         "mlp": ("swiglu",),
         "bias": ("none", "attention"),
-        "n_lags": (0,),
+        "n_prev_tokens": (0,),
         "qk_norm": (True,),
         "tie_head": (True, False),
     },

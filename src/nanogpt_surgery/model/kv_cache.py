@@ -1,8 +1,8 @@
 """The keys and values of past tokens, kept so that each is computed once.
 
 The cache belongs to the caller and is an argument of the model, which stays stateless. Its tensors
-are allocated once; appending writes into them and returns views. The ids are kept as well, for
-models that are told earlier tokens at the entrance.
+are allocated once; appending writes into them and returns views. The ids are kept as well: a model
+may add embeddings of previous tokens, and a caller can see what the cache holds.
 
 Legend: B batch, T new tokens, S tokens so far, G key-value heads, D head width.
 """
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.config import GPTConfig
 
 
@@ -26,7 +25,7 @@ class LayerCache:
         self.length = 0
 
     def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add (B, G, T, D) keys and values; return all so far, (B, G, S, D)."""
+        """Adds keys and values (B, G, T, D), and returns all so far, (B, G, S, D)."""
         end = self.length + keys.size(2)
         self.keys[:, :, self.length : end] = keys
         self.values[:, :, self.length : end] = values
@@ -59,7 +58,6 @@ class KVCache:
                 f"a cache of {self.max_length} tokens exceeds the model's block_size of "
                 f"{config.block_size}"
             )
-        check_cache_fits(config, batch_size, self.max_length, dtype, device)
         self.batch_size = batch_size
         self.ids = torch.zeros(batch_size, self.max_length, dtype=torch.long, device=device)
         shape = (batch_size, config.n_kv_head, self.max_length, config.head_dim)
@@ -70,27 +68,27 @@ class KVCache:
         """Number of tokens in the cache, S."""
         return self.layers[0].length
 
-    def ids_with(self, new: Tensor) -> Tensor:
-        """The ids so far and the new ones (B, T), which are about to be computed: (B, S)."""
+    def append_ids(self, new: Tensor) -> Tensor:
+        """Adds ids (B, T) whose keys and values come next, and returns all so far, (B, S)."""
         end = self.length + new.size(1)
         self.ids[:, self.length : end] = new
         return self.ids[:, :end]
 
     def take_over(self, other: KVCache, count: int) -> None:
-        """Begin with copies of the first `count` tokens of another cache of the same model."""
+        """Begins with copies of the first `count` tokens of another cache of the same model."""
         assert self.length == 0, f"the cache holds {self.length} tokens already"
         self.ids[:, :count] = other.ids[:, :count]
         for layer, old in zip(self.layers, other.layers, strict=True):
             layer.append(old.keys[:, :, :count], old.values[:, :, :count])
 
     def truncate(self, length: int) -> None:
-        """Forget every token from position `length` on."""
+        """Forgets every token from position `length` on."""
         assert 0 <= length <= self.length, f"cannot truncate {self.length} tokens to {length}"
         for layer in self.layers:
             layer.length = length
 
     def check_room(self, batch_size: int, n_tokens: int) -> None:
-        """Raise `SurgeryError` unless (batch_size, n_tokens) more ids fit."""
+        """Raises `SurgeryError` unless (batch_size, n_tokens) more ids fit."""
         if batch_size != self.batch_size:
             raise SurgeryError(
                 f"{batch_size} rows of ids, but the cache was made for {self.batch_size}"
@@ -101,21 +99,3 @@ class KVCache:
                 f"{self.max_length}",
                 "generate() slides the window; or make a larger KVCache",
             )
-
-
-def check_cache_fits(
-    config: GPTConfig, rows: int, tokens: int, dtype: torch.dtype, device: torch.device | str
-) -> None:
-    """Raise `SurgeryError` where the keys and values of so many rows and tokens do not fit."""
-    numbers = 2 * config.n_layer * rows * tokens * config.n_kv_head * config.head_dim
-    check_memory(
-        f"a cache of {rows:,} rows of {tokens:,} tokens",
-        {"keys and values": numbers * dtype.itemsize},
-        "lower batch_size or max_new_tokens",
-        _free(torch.device(device)),
-    )
-
-
-def _free(device: torch.device) -> int | None:
-    """Bytes that a GPU has free; None, for what the machine has, elsewhere."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None

@@ -1,30 +1,37 @@
 """The whole model: embeddings, a stack of blocks, a norm, a head.
 
-    ids ── embed_tokens ── lags ── positions ── layers × n_layer ── norm ── lm_head ── logits
+    ids ─ embed_tokens ─ embed_prev_tokens ─ embed_positions ─ layers ─ norm ─ lm_head ─ logits
 
 Submodules and Linears carry Hugging Face's names. There is one model for every family: what
 differs is settled by the constructors of its parts, from `GPTConfig`.
 
-Legend: B batch, T tokens, C width, V vocabulary.
+Legend: B batch, T tokens, S tokens so far (past and new), C width, V vocabulary.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import GPTConfig
-from nanogpt_surgery.model.initialisation import initialise
+from nanogpt_surgery.model.embeddings import (
+    PrevTokenEmbeddings,
+    Rotation,
+    identity,
+    make_positions,
+)
 from nanogpt_surgery.model.kv_cache import KVCache
-from nanogpt_surgery.model.lags import make_lags
-from nanogpt_surgery.model.layout import Layout
-from nanogpt_surgery.model.norm import make_norm
-from nanogpt_surgery.model.positions import make_positions
-from nanogpt_surgery.model.transformer_encoder_layer import TransformerEncoderLayer
+from nanogpt_surgery.model.transformer_encoder_layer import TransformerEncoderLayer, make_norm
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.model.layout import Layout
 
 
 class SimpleGPT(nn.Module):
@@ -55,7 +62,7 @@ class SimpleGPT(nn.Module):
         config = GPTConfig(vocab_size, n_embd, n_head, n_layer, block_size, **axes)
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.n_embd)
-        self.embed_lags: Any = make_lags(config)
+        self.embed_prev_tokens = PrevTokenEmbeddings(config) if config.n_prev_tokens else identity
         self.embed_positions = make_positions(config)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(TransformerEncoderLayer(config) for _ in range(config.n_layer))
@@ -67,7 +74,7 @@ class SimpleGPT(nn.Module):
 
     @classmethod
     def from_config(cls, config: GPTConfig) -> SimpleGPT:
-        """A new model of this config, freshly initialised."""
+        """Returns a new model of this config, freshly initialised."""
         values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
         return cls(**values)
 
@@ -79,42 +86,44 @@ class SimpleGPT(nn.Module):
     def forward(
         self, ids: Tensor, cache: KVCache | None = None, layout: Layout | None = None
     ) -> Tensor:
-        """Logits (B, T, V) for ids (B, T); with a cache, the ids follow the tokens it holds.
+        """Returns logits (B, T, V) for ids (B, T).
 
-        A layout says so where a row is not one text from its first column on.
+        Args:
+            ids: token ids, int64.
+            cache: the ids follow the tokens that it holds, and are added to it.
+            layout: positions (B, T) and a mask (B, 1, T, S), for rows that are not one text each
+                from the first column on: several texts in a row, or padding before one.
 
         Raises:
             SurgeryError: the context is longer than `block_size`, or than the cache has room for.
         """
-        logits: Tensor = self.lm_head(self.hidden(ids, cache, layout))
-        return logits
+        return self.lm_head(self.hidden(ids, cache, layout))  # (B, T, V)
 
     def hidden(
         self, ids: Tensor, cache: KVCache | None = None, layout: Layout | None = None
     ) -> Tensor:
-        """What the head reads: (B, T, C), after the final norm."""
-        start = self._start(ids, cache)
-        positions = torch.arange(start, start + ids.size(1), device=ids.device)  # (T,)
-        mask = None
-        if layout is not None:
+        """Returns the head's input, (B, T, C), after the final norm; see `forward`."""
+        start = self._check_ids(ids, cache)
+        if layout is None:
+            positions, mask = torch.arange(start, start + ids.size(1), device=ids.device), None
+        else:
             positions, mask = layout.positions, layout.mask  # (B, T), (B, 1, T, S)
         x, rotation = self.embed(ids, positions, cache)  # (B, T, C)
         x = self.dropout(x)
         for index, layer in enumerate(self.layers):
             x = layer(x, rotation, cache.layers[index] if cache is not None else None, mask)
-        out: Tensor = self.norm(x)
-        return out
+        return self.norm(x)
 
     def embed(
         self, ids: Tensor, positions: Tensor, cache: KVCache | None = None
-    ) -> tuple[Tensor, Any]:
-        """What the first block reads: (B, T, C), and the rotation that blocks are given."""
-        texts = ids if cache is None else cache.ids_with(ids)  # (B, S)
-        x = self.embed_lags(self.embed_tokens(ids), texts, positions)  # (B, T, C)
-        embedded: tuple[Tensor, Any] = self.embed_positions(x, positions)
-        return embedded
+    ) -> tuple[Tensor, Rotation | None]:
+        """Returns the first block's input, (B, T, C), and the rotation that all blocks use."""
+        so_far = ids if cache is None else cache.append_ids(ids)  # (B, S)
+        x = self.embed_prev_tokens(self.embed_tokens(ids), so_far, positions)  # (B, T, C)
+        return self.embed_positions(x, positions)
 
-    def _start(self, ids: Tensor, cache: KVCache | None) -> int:
+    def _check_ids(self, ids: Tensor, cache: KVCache | None) -> int:
+        """Returns the position of the first id, or raises if the ids do not fit."""
         if ids.dim() != 2:
             raise SurgeryError(
                 f"ids have the shape {tuple(ids.shape)}; the model takes (batch, tokens)",
@@ -128,3 +137,45 @@ class SimpleGPT(nn.Module):
                 f"{ids.size(1)} tokens exceed the model's block_size of {self.config.block_size}"
             )
         return 0
+
+
+def initialise(model: nn.Module, config: GPTConfig) -> None:
+    """Draws every weight of a `SimpleGPT` anew, in place, from torch's global generator.
+
+    | weight                                    | drawn from                                      |
+    |-------------------------------------------|-------------------------------------------------|
+    | embeddings                                | normal, deviation 0.02 (GPT-2)                  |
+    | projections into attention, feed-forward  | normal, deviation 0.5 / √C: GPT-2's 0.02 at its |
+    |                                           | width, in proportion at others (docs/log.md)    |
+    | `o_proj`, `down_proj`                     | the same / √(2 · layers): 2 · layers branches   |
+    |                                           | add up in the residual stream (GPT-2)           |
+    | the head, and the embedding tied to it    | normal, deviation min(0.02, 0.2 / √C): logits   |
+    |                                           | start near 0, so the first loss is near ln V    |
+    | biases                                    | 0                                               |
+    | weights of norms                          | 1                                               |
+    """
+    matrix = 0.5 / math.sqrt(config.n_embd)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        elif name == "lm_head.weight" or (config.tie_head and name == "embed_tokens.weight"):
+            nn.init.normal_(parameter, std=min(0.02, 0.2 / math.sqrt(config.n_embd)))
+        elif name.startswith("embed_"):
+            nn.init.normal_(parameter, std=0.02)
+        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+            nn.init.normal_(parameter, std=matrix / math.sqrt(2 * config.n_layer))
+        else:
+            nn.init.normal_(parameter, std=matrix)
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Computes in eval mode within the block, and gives the model its own mode back after it."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

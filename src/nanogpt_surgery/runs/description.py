@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.folders.old_keys import with_current_modules, with_current_names
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.training.settings import FitSettings
@@ -22,13 +23,6 @@ _NOT_COMPARED = ("named", "typed", "environment", "changes")
 _SETTINGS = {"model": GPTConfig, "settings": FitSettings, "adapter": LoRASettings}
 # How it was before a setting existed, where that is not its default.
 _BEFORE = {"settings": {"evaluate_tokens": 0}}
-# Keys, and flags, under which earlier versions stored a setting.
-_FORMER_NAMES = {
-    "accumulation": "grad_accum_steps",
-    "clip": "max_grad_norm",
-    "keep_hidden": "cache_gib",
-    "keep_in": "cache_dir",
-}
 # Values that only a hash tells apart, and the name under which they were given.
 _HASHED = {"base": "model", "train_ids": "text", "validation_ids": "text", "tokenizer": "tokenizer"}
 _SHAPES_DATA = {
@@ -90,6 +84,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 def _completed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A description with the values that its version did not know yet."""
+    before = with_current_modules(before)
     known = {"stride": 1} if "stride" in now else {}
     if "adapter" in now:
         known["adapter"] = now["adapter"]
@@ -99,22 +94,6 @@ def _completed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
             defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
             completed[name] = defaults | _BEFORE.get(name, {}) | with_current_names(before[name])
     return completed
-
-
-def with_current_names(values: dict[str, Any]) -> dict[str, Any]:
-    """Settings that an earlier version may have stored, under the names that they have now."""
-    return {_FORMER_NAMES.get(name, name): value for name, value in values.items()}
-
-
-def with_current_flags(words: list[str]) -> list[str]:
-    """A command's words that an earlier version may have stored, with the flags of this one."""
-    flags = {_flag(former): _flag(name) for former, name in _FORMER_NAMES.items()}
-    split = [word.partition("=") for word in words]
-    return [flags.get(flag, flag) + equals + value for flag, equals, value in split]
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _values(description: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 
 
 def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
@@ -53,7 +54,7 @@ def _read(file: Path) -> dict[str, Tensor]:
             f"{file.parent} holds no {file.name}, which a training goes on from",
             "it is a model: surgery train TEXT --from MODEL --out NEW trains it further",
         )
-    return load_file(file)
+    return with_current_modules(load_file(file))
 
 
 def _check_another(

@@ -49,7 +49,7 @@ RECIPES: dict[str | None, Recipe] = {
             "mlp": "relu2",
             "bias": "none",
             "qk_norm": True,
-            "n_lags": 3,
+            "n_prev_tokens": 3,
         },
         training=MUON,
         from_zero=True,

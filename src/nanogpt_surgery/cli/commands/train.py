@@ -122,9 +122,12 @@ def _job(
         f"{windows_of(dataset, validation)}; tokens of "
         f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
     )
-    tables = config.n_lags * config.vocab_size * config.n_embd
+    tables = config.n_prev_tokens * config.vocab_size * config.n_embd
     if 2 * tables > network.n_parameters:
-        say(f"note: {tables:,} of them are lag tables, for so many kinds; --n-lags 0 is without")
+        say(
+            f"note: {tables:,} of them are tables of previous tokens, for so many kinds; "
+            "--n-prev-tokens 0 is without"
+        )
     data = dataset, validation
     known = {"recipe": recipe}
     return Training.of_model(network, sources.tokenizer, data, settings, description=known)

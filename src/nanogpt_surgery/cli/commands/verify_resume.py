@@ -128,9 +128,9 @@ def _command_of(run: Path, before: int, after: int) -> Command:
             was typed in is gone, or it has too few steps.
     """
     from nanogpt_surgery.files.json_files import read_json
+    from nanogpt_surgery.formats.folders.old_keys import with_current_flags
     from nanogpt_surgery.formats.folders.run_folder import is_run
     from nanogpt_surgery.history.folder_journal import RUN
-    from nanogpt_surgery.runs.description import with_current_flags
 
     if before < LEAST or after < 1:
         raise SurgeryError(

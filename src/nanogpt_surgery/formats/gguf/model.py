@@ -24,7 +24,7 @@ from nanogpt_surgery.formats.huggingface.tokenizer_files import check_ids
 from nanogpt_surgery.formats.placing import Dtype, build_model, place
 from nanogpt_surgery.formats.stored_tensor import PlainTensor, Stored
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
-from nanogpt_surgery.model.positions import rotary_frequencies, stretch
+from nanogpt_surgery.model.embeddings import rotary_frequencies, scale_rope_frequencies
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 # Keys that change nothing in these architectures, and those that do so at other values than these.
@@ -259,4 +259,4 @@ def rope_factors(config: GPTConfig) -> Tensor:
     """By how much each rotary pair is slowed, (D/2) float32: what llama.cpp divides by."""
     assert config.rope_scaling is not None
     plain = rotary_frequencies(replace(config, rope_scaling=None))
-    return plain / stretch(plain, config.rope_scaling)
+    return plain / scale_rope_frequencies(plain, config.rope_scaling)

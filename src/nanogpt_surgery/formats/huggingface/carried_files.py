@@ -13,7 +13,8 @@ from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.json_files import read_json
-from nanogpt_surgery.formats.huggingface.model_folder import config_from_json
+from nanogpt_surgery.formats.folders.old_keys import with_current_fields
+from nanogpt_surgery.formats.huggingface.model_folder import OWN, config_from_json
 from nanogpt_surgery.formats.huggingface.tokenizer_files import TOKENIZER
 from nanogpt_surgery.model.config import GPTConfig
 
@@ -66,5 +67,7 @@ def carried_config(source: Path, written: dict[str, Any], config: GPTConfig) -> 
         keys = ("tie_word_embeddings", "tie_head")
         changed |= {key: written[key] for key in keys if key in written}
     changed |= {key: written["dtype"] for key in ("dtype", "torch_dtype") if key in old}
+    if old["model_type"] == OWN:
+        old = with_current_fields(old)
     merged: dict[str, Any] = old | changed
     return merged

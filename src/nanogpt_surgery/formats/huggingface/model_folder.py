@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, quoted
+from nanogpt_surgery.formats.folders.old_keys import with_current_fields
 from nanogpt_surgery.formats.huggingface.config_options import (
     ABSENT,
     ACTIVATIONS,
@@ -156,7 +157,7 @@ def config_from_json(contents: Any) -> GPTConfig:
 
 
 _NEEDED = ("vocab_size", "n_embd", "n_head", "n_layer", "block_size")
-_ADDED = {"n_lags": 0}  # what a folder of an older version does not say
+_ADDED = {"n_prev_tokens": 0}  # what a folder of an older version does not say
 _KINDS = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
 
 
@@ -174,6 +175,7 @@ def _check_types(values: dict[str, Any], names: dict[str, str]) -> None:
 
 def _own_config(contents: dict[str, Any]) -> GPTConfig:
     known = {field.name for field in dataclasses.fields(GPTConfig)}
+    contents = with_current_fields(contents)
     values = _ADDED | {key: value for key, value in contents.items() if key in known}
     about = {"model_type", "architectures", "dtype", "bos_token_id", "eos_token_id", "auto_map"}
     problems = sorted(set(contents) - known - about)

@@ -16,6 +16,7 @@ from nanogpt_surgery.errors import SurgeryError, foreign_file, listed, quoted
 from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.files.manifest import check_undamaged
 from nanogpt_surgery.files.writing import write_tensors
+from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.huggingface.safetensors_file import read_header
 from nanogpt_surgery.formats.peft.config import (
     CONFIG,
@@ -280,7 +281,8 @@ def _map_tensors(path: Path) -> dict[str, Tensor]:
             f"is {_MOST_COPIED:,}",
             "save it again with safetensors 0.3 or newer, which pads the header",
         )
-    tensors = {name.removeprefix(PREFIX): tensor.read() for name, tensor in stored.items()}
+    named = with_current_modules(stored).items()
+    tensors = {name.removeprefix(PREFIX): tensor.read() for name, tensor in named}
     if len(tensors) < len(stored):
         raise SurgeryError(f"{path}: a tensor is there with the prefix {PREFIX} and without")
     return tensors

@@ -10,6 +10,7 @@ from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
 from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.peft.patterns import Patterns
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.stored_adapter import Updates
@@ -105,7 +106,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         if problems := _wrong(config):
             shown = "; ".join(problems[:_SHOWN]) + ("; …" if problems[_SHOWN:] else "")
             raise SurgeryError(f"{path} is damaged: {shown}", _SAVE_AGAIN)
-    return config
+    current: dict[str, Any] = with_current_modules(config)
+    return current
 
 
 def alphas_of(config: dict[str, Any], path: Path) -> Callable[[str], float]:

@@ -12,6 +12,7 @@ from typing import Any, get_args
 
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.peft.config import LARGEST_CONFIG
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.stored_adapter import Birth, Pieces, StoredAdapter
@@ -72,7 +73,8 @@ def read_extras(path: Path) -> dict[str, Any]:
             )
     if problems:
         raise SurgeryError(f"{path} is damaged: {'; '.join(problems[:12])}", f"rm {path}")
-    return extras or {}
+    current: dict[str, Any] = with_current_modules(extras)
+    return current
 
 
 def parts_of(extras: dict[str, Any], name: str, rank: int) -> tuple[Birth | None, Pieces | None]:

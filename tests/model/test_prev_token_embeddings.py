@@ -1,18 +1,18 @@
-"""Lagged embeddings beside the convolution over one-hot ids that they are."""
+"""Embeddings of previous tokens beside the convolution over one-hot ids that they are."""
 
 import torch
 import torch.nn.functional as F
 from helpers.models import CONFIGS, randomise
 
 from nanogpt_surgery import GPTConfig, SimpleGPT
-from nanogpt_surgery.model.lags import make_lags
+from nanogpt_surgery.model.embeddings import PrevTokenEmbeddings
 from nanogpt_surgery.model.layout import Layout
 
-CONFIG = GPTConfig(11, n_embd=6, n_head=2, n_lags=3)
+CONFIG = GPTConfig(11, n_embd=6, n_head=2, n_prev_tokens=3)
 
 
-def lags(config=CONFIG):
-    return randomise(make_lags(config)).double()
+def embeddings():
+    return randomise(PrevTokenEmbeddings(CONFIG)).double()
 
 
 def random_ids(batch, tokens):
@@ -20,7 +20,7 @@ def random_ids(batch, tokens):
 
 
 def test_it_is_a_causal_convolution_over_one_hot_ids():
-    part, ids = lags(), random_ids(2, 9)
+    part, ids = embeddings(), random_ids(2, 9)
     x = torch.randn(2, 9, 6, dtype=torch.float64)
     tables = [table.weight for table in part]  # of distances 1, 2, 3
     kernel = torch.stack([*reversed(tables), torch.zeros_like(tables[0])], dim=-1)  # (V, C, 4)
@@ -30,7 +30,7 @@ def test_it_is_a_causal_convolution_over_one_hot_ids():
 
 
 def test_new_tokens_see_those_before_them():
-    part, ids = lags(), random_ids(2, 9)
+    part, ids = embeddings(), random_ids(2, 9)
     x = torch.randn(2, 9, 6, dtype=torch.float64)
     whole = part(x, ids, torch.arange(9))
     for start in (1, 2, 5, 8):
@@ -40,7 +40,7 @@ def test_new_tokens_see_those_before_them():
 
 
 def test_a_text_sees_nothing_of_the_one_before_it():
-    part, first, second = lags(), random_ids(1, 4), random_ids(1, 5)
+    part, first, second = embeddings(), random_ids(1, 4), random_ids(1, 5)
     both = torch.cat((first, second), 1)
     layout = Layout.of_documents(torch.tensor([[1] * 4 + [2] * 5]))
     x = torch.zeros(1, 9, 6, dtype=torch.float64)
@@ -48,16 +48,15 @@ def test_a_text_sees_nothing_of_the_one_before_it():
     torch.testing.assert_close(part(x, both, layout.positions), torch.cat(alone, 1))
 
 
-def test_a_row_shorter_than_the_lags():
-    part, ids = lags(), random_ids(3, 2)
+def test_a_row_shorter_than_the_distance():
+    part, ids = embeddings(), random_ids(3, 2)
     x = torch.zeros(3, 2, 6, dtype=torch.float64)
     first, second = part(x, ids, torch.arange(2)).unbind(1)
     assert not first.any()
     torch.testing.assert_close(second, part[0].weight[ids[:, 0]])
 
 
-def test_without_lags_nothing_is_added():
-    part = make_lags(CONFIGS["llama"])
-    x = torch.randn(2, 3, 6)
-    assert part(x, random_ids(2, 3), torch.arange(3)) is x
-    assert "embed_lags" not in dict(SimpleGPT.from_config(CONFIGS["llama"]).named_children())
+def test_without_previous_tokens_nothing_is_added():
+    model, x = SimpleGPT.from_config(CONFIGS["llama"]), torch.randn(2, 3, 6)
+    assert model.embed_prev_tokens(x, random_ids(2, 3), torch.arange(3)) is x
+    assert "embed_prev_tokens" not in dict(model.named_children())

@@ -1,0 +1,126 @@
+"""How a model knows the order of its tokens: positions, and the tokens just before each one.
+
+Learned positions are added to the embedding once. Rotary positions (RoFormer, arXiv:2104.09864)
+turn each pair of numbers in a query or key by an angle proportional to its position, so that the
+product of a query and a key depends on their distance alone:
+
+    angle(position, pair i) = position · θ^(−2i / D)         pair i = numbers i and i + D/2
+
+A model may also add embeddings of the previous tokens to each token's, with a table for each
+distance. That is a causal convolution over one-hot ids, done by lookups; its first layers need not
+find out which tokens came just before:
+
+    x(t) = E₀[id(t)] + E₁[id(t − 1)] + E₂[id(t − 2)] + …
+
+Legend: B batch, T tokens, S tokens so far (past and new), C width, H heads, D head width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogpt_surgery.model.config import GPTConfig, RopeScaling
+
+Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, (T, D) or (B, 1, T, D) each
+
+
+def make_positions(config: GPTConfig) -> nn.Module:
+    """Returns the kind of positions that a config chooses.
+
+    It is called on embeddings (B, T, C) and positions, (T,) for all rows or (B, T), and gives
+    embeddings and the rotation of queries and keys, if there is one.
+    """
+    return RotaryPositions(config) if config.positions == "rotary" else LearnedPositions(config)
+
+
+class LearnedPositions(nn.Embedding):
+    """A table with a row for each position, added to the token embedding; it rotates nothing."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config.block_size, config.n_embd)
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        """Adds the rows of the positions; see `make_positions`."""
+        return x + super().forward(positions), None  # (B, T, C)
+
+
+class RotaryPositions(nn.Module):
+    """The angles by which attention turns queries and keys; the embedding passes unchanged."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        # A plain attribute: `.to(bfloat16)` must not round it, nor a meta device swallow it.
+        self.frequencies = rotary_frequencies(config)  # (D/2,)
+        self._there: dict[torch.device, Tensor] = {}  # copied once: each copy makes a GPU wait
+
+    def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
+        """Computes cosines and sines in float32, and gives them in x's dtype."""
+        if x.device not in self._there:
+            self._there[x.device] = self.frequencies.to(x.device)
+        angles = positions.float()[..., None] * self._there[x.device]  # (T, D/2)
+        angles = torch.cat((angles, angles), dim=-1)  # (T, D)
+        if positions.dim() == 2:
+            angles = angles[:, None]  # (B, 1, T, D), the same for every head
+        return x, (angles.cos().to(x.dtype), angles.sin().to(x.dtype))
+
+
+def rotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """Turns each pair of (B, H, T, D) queries or keys by its angle."""
+    cos, sin = rotation
+    first, second = x.chunk(2, dim=-1)  # (B, H, T, D/2) each
+    return x * cos + torch.cat((-second, first), dim=-1) * sin  # (B, H, T, D)
+
+
+def rotary_frequencies(config: GPTConfig) -> Tensor:
+    """Returns radians a token for each pair, (D/2,) float32, on the CPU."""
+    exponents = (
+        torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
+    )  # (D/2,)
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling:
+        return scale_rope_frequencies(frequencies, config.rope_scaling)
+    return frequencies
+
+
+def scale_rope_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
+    """Divides frequencies (D/2,) by `factor`, so that a model trained on short texts reads long.
+
+    "linear" divides all of them alike. "llama3" keeps the waves that turn often within the original
+    context, divides those that hardly turn, and goes from one to the other by a ramp.
+    """
+    if scaling.rope_type == "linear":
+        return frequencies / scaling.factor
+    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
+    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    kept = kept.clamp(0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
+
+
+class PrevTokenEmbeddings(nn.ModuleList):
+    """Adds embeddings of the previous n tokens to each token's embedding."""
+
+    def __init__(self, config: GPTConfig):
+        n, size = config.n_prev_tokens, (config.vocab_size, config.n_embd)
+        super().__init__(nn.Embedding(*size) for _ in range(n))
+
+    def forward(self, x: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
+        """Adds to x (B, T, C), for its positions (T,) or (B, T) from each text's beginning.
+
+        `ids` (B, S) are all so far, the last T those of x. Before position 0 there is nothing.
+        """
+        new = slice(ids.size(1) - x.size(1), ids.size(1))
+        for distance, table in enumerate(self, 1):
+            previous = F.pad(ids, (distance, 0))[:, new]  # (B, T)
+            is_there = (positions >= distance).to(x.dtype).unsqueeze(-1)  # (T, 1) or (B, T, 1)
+            x = x + table(previous) * is_there  # (B, T, C)
+        return x
+
+
+def identity(x: Tensor, *_: object) -> Tensor:
+    """Returns x: where a config chooses no rotation, or no previous tokens."""
+    return x
