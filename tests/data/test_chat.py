@@ -132,7 +132,7 @@ def test_training_and_chat_begin_alike(name):
     next(talk.ask(TALK[0]["content"], 3, seed=0))
     asked = chat_ids(tokenizer, TALK[:1], template)
     assert asked[0] == 0
-    assert talk.past.window.ids.tolist()[: len(asked)] == asked
+    assert talk.ids[: len(asked)] == asked
     for answers_only in (True, False):
         [example] = encode_conversations([TALK[:2]], tokenizer, template, answers_only=answers_only)
         assert list(example.ids[: len(asked)]) == asked

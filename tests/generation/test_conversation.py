@@ -8,11 +8,17 @@ from helpers.commands import LETTERS
 from helpers.models import CONFIGS, FAMILY_CONFIGS, tiny_model
 from helpers.tokenizers import byte_level
 
-from nanogpt_surgery import CharacterTokenizer, GPTConfig, SimpleGPT, SurgeryError, generate
+from nanogpt_surgery import (
+    CharacterTokenizer,
+    GPTConfig,
+    KVCache,
+    SimpleGPT,
+    SurgeryError,
+    generate,
+)
 from nanogpt_surgery.data.conversations.chat import ChatTemplate
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.generation.conversation import Conversation
-from nanogpt_surgery.generation.generate import Past
 
 TOKENIZER = CharacterTokenizer(LETTERS)
 CONFIG = GPTConfig.for_family(
@@ -37,19 +43,19 @@ PREV_TOKENS = replace(CONFIGS["learned-rmsnorm-swiglu"], n_prev_tokens=2)
 
 
 @pytest.mark.parametrize("config", [*CONFIGS.values(), PREV_TOKENS], ids=[*CONFIGS, "prev-tokens"])
-def test_with_a_past_the_ids_are_those_without(config):
+def test_with_a_cache_the_ids_are_those_without(config):
     model = tiny_model(config)
-    past, text = Past(), [3, 1, 4]
+    cache, text = KVCache(config), [3, 1, 4]
     for new in ([1, 5], [9], [2, 6, 5]):
         text = text + new
-        with_past = list(generate(model, text, 3, seed=SEED, past=past))
-        assert with_past == list(generate(model, text, 3, seed=SEED))
-        text = text + with_past
+        with_cache = list(generate(model, text, 3, seed=SEED, cache=cache))
+        assert with_cache == list(generate(model, text, 3, seed=SEED))
+        text = text + with_cache
     other = [*text[:4], 7, 7]
-    assert list(generate(model, other, 3, seed=SEED, past=past)) == list(
+    assert list(generate(model, other, 3, seed=SEED, cache=cache)) == list(
         generate(model, other, 3, seed=SEED)
     )
-    same = [list(generate(model, other, 3, seed=SEED, past=past)) for _ in range(2)]
+    same = [list(generate(model, other, 3, seed=SEED, cache=cache)) for _ in range(2)]
     assert same[0] == same[1] == list(generate(model, other, 3, seed=SEED))
 
 
@@ -60,11 +66,11 @@ def test_what_both_texts_begin_with_is_not_computed_again(monkeypatch):
         "hidden",
         lambda self, ids, *a: widths.append(ids.size(1)) or hidden(self, ids, *a),
     )
-    past = Past()
-    first = list(generate(model, [1, 2, 3, 4], 2, 0, past=past))
-    list(generate(model, [1, 2, 3, 4, *first, 8, 9], 1, 0, past=past))
+    cache = KVCache(model.config)
+    first = list(generate(model, [1, 2, 3, 4], 2, 0, cache=cache))
+    list(generate(model, [1, 2, 3, 4, *first, 8, 9], 1, 0, cache=cache))
     assert widths == [4, 1, 3], "of the second prompt only what the first pass had not computed"
-    list(generate(model, [1, 2, 7, 7], 1, 0, past=past))
+    list(generate(model, [1, 2, 7, 7], 1, 0, cache=cache))
     assert widths[3:] == [2]
 
 
@@ -113,8 +119,8 @@ def test_an_answer_that_was_stopped_is_remembered_as_far_as_it_came():
     assert talk.messages[-1]["content"] == ""
     taken = next(pieces) + next(pieces)
     assert talk.messages[-1]["content"] == taken
-    with_past = said(talk, "cd")
-    assert with_past == continued(talk.model, f"ab{taken}cd", 6)
+    with_cache = said(talk, "cd")
+    assert with_cache == continued(talk.model, f"ab{taken}cd", 6)
 
 
 def test_undo_takes_one_exchange_back_and_reset_all():
@@ -138,7 +144,7 @@ def test_a_plain_answer_ends_before_the_next_speaker():
     begin = len(TOKENIZER.encode("User:\nab\n\nAssistant:\n"))
 
     def scripted(hidden):
-        place = talk.past.window.ids.numel() - begin
+        place = len(talk.ids) - begin
         return torch.nn.functional.one_hot(torch.tensor(script[place]), 96) * 1e4
 
     talk.model.lm_head.forward = scripted
@@ -158,7 +164,7 @@ def test_a_models_own_template_is_used_and_bos_comes_once():
     talk = Conversation(tiny_model(config), tokenizer)
     said(talk, "hello")
     text = "<|endoftext|><|im_start|>user:hello<|im_end|><|im_start|>assistant:"
-    prompt = talk.past.window.ids.tolist()[: len(tokenizer.encode(text))]
+    prompt = talk.ids[: len(tokenizer.encode(text))]
     assert prompt == tokenizer.encode(text)
     assert prompt.count(0) == 1
 
@@ -173,7 +179,7 @@ def test_a_chatml_answer_ends_at_its_end_where_the_tokenizer_stops_at_another_to
     begin = len(tokenizer.encode(talk.template.render([{"role": "user", "content": "ab"}])))
 
     def scripted(hidden):
-        place = talk.past.window.ids.numel() - begin
+        place = len(talk.ids) - begin
         return torch.nn.functional.one_hot(torch.tensor(script[place]), 300) * 1e4
 
     talk.model.lm_head.forward = scripted

@@ -13,7 +13,8 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
 from nanogpt_surgery.model.finite import check_finite
-from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.loss import kl_divergence
+from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
 from nanogpt_surgery.report import Report
 
 # How far a number may move, as a share of the largest in its row.
@@ -121,19 +122,15 @@ def _logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
     length = min(_PROBE, model.config.block_size)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=draw)
     device = model.embed_tokens.weight.device
-    training = model.training
-    with torch.no_grad(), computing_in_float32(model):
-        ours = model.eval()(ids.to(device)).cpu()
+    with eval_mode(model), torch.no_grad(), computing_in_float32(model):
+        ours = model(ids.to(device)).cpu()
         theirs = again(ids).float()
-    model.train(training)
     with computing_in_float32(model):
         check_finite(ours, model, lambda: model(ids.to(device)))
     check_finite(theirs, again, lambda: again(ids), "the written model")
-    log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
-    divergence = (log_ours.exp() * (log_ours - log_theirs)).sum(-1).mean()
     return {
         "largest_logit_error": float((ours - theirs).abs().max()),
-        "kl_divergence": max(0.0, float(divergence)),  # rounding can take it below
+        "kl_divergence": float(kl_divergence(ours, theirs)),
         "top_token_unchanged": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
     }
 

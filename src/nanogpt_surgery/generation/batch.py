@@ -14,21 +14,20 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.cache_memory import check_cache_fits
+from nanogpt_surgery.generation.cache_memory import check_rows_fit
 from nanogpt_surgery.generation.generate import (
-    Window,
     check_bias,
     check_model,
     check_prompt,
     last_logits,
-    prompt_ids,
+    new_cache,
+    next_logits,
 )
 from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_count, check_seed
 from nanogpt_surgery.model.finite import check_finite
-from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.layout import Layout
-from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,8 @@ def generate_batch(
     check_seed(seed)
     if not prompts:
         raise SurgeryError("there are no prompts")
-    check_rows_fit(model, len(prompts), max_new_tokens)
-    rows = [prompt_ids(prompt).flatten() for prompt in prompts]
-    for row in rows:
-        check_prompt(model, row)
+    check_rows_fit(model, len(prompts), 1 + max_new_tokens)
+    rows = [check_prompt(model, prompt) for prompt in prompts]
     settings = sampling or SamplingSettings()
     check_bias(model, settings)
     lines = [
@@ -91,27 +88,20 @@ def generate_batch(
     return _tokens(model, lines, max_new_tokens)
 
 
-def check_rows_fit(model: SimpleGPT, rows: int, max_new_tokens: int) -> None:
-    """Raise `SurgeryError` where so many rows cannot be continued at once, whatever they hold."""
-    weight = next(model.parameters())
-    tokens = min(model.config.block_size, 1 + max_new_tokens)
-    check_cache_fits(model.config, rows, tokens, weight.dtype, weight.device)
-
-
 def _tokens(model: SimpleGPT, lines: list[_Line], max_new_tokens: int) -> Iterator[Token]:
     room = model.config.block_size - max_new_tokens
     together = [line for line in lines if len(line.prompt) <= room]
     engines = [_Together(model, together, max_new_tokens)] if together else []
     alone = [line for line in lines if len(line.prompt) > room]
-    windows = [(line, Window(model, line.prompt, max_new_tokens)) for line in alone]
+    caches = [new_cache(model, 1, model.config.block_size) for _ in alone]
     for _ in range(max_new_tokens):
         for engine in engines:
             yield from engine.step()
-        for line, window in windows:
+        for line, cache in zip(alone, caches, strict=True):
             if line.running:
-                token = line.take(window.next_logits().cpu())
+                logits = next_logits(model, [*line.prompt, *line.answer], cache)
+                token = line.take(logits.cpu())
                 if token is not None:
-                    window.append(token.id)
                     yield token
         if not any(line.running for line in lines):
             return
@@ -123,7 +113,7 @@ class _Line:
     def __init__(
         self,
         row: int,
-        prompt: Tensor,
+        prompt: list[int],
         settings: SamplingSettings,
         stop_ids: Collection[int],
         seed: int | None,
@@ -142,7 +132,7 @@ class _Line:
 
     def take(self, logits: Tensor) -> Token | None:
         """Choose from logits (V,); None ends the row."""
-        chosen = choose(logits, self.settings, self.prompt.tolist(), self.answer, self.generator)
+        chosen = choose(logits, self.settings, self.prompt, self.answer, self.generator)
         if chosen in self.stop_ids:
             self.running = False
             return None
@@ -160,18 +150,15 @@ class _Together:
     """Rows that share a cache; each step is one pass over all of them."""
 
     def __init__(self, model: SimpleGPT, lines: list[_Line], max_new_tokens: int):
-        weight = next(model.parameters())  # the embedding, which surgery may have wrapped
         longest = max(len(line.prompt) for line in lines)
         self.model, self.lines = model, lines
+        self.cache = new_cache(model, len(lines), longest + max_new_tokens)
         self.padding = torch.tensor(
-            [longest - len(line.prompt) for line in lines], device=weight.device
+            [longest - len(line.prompt) for line in lines], device=self.cache.ids.device
         )
         self.new = torch.zeros(len(lines), longest, dtype=torch.long)  # (B, T)
         for row, line in zip(self.new, lines, strict=True):
-            row[longest - len(line.prompt) :] = line.prompt
-        self.cache = KVCache(
-            model.config, len(lines), longest + max_new_tokens, weight.dtype, weight.device
-        )
+            row[longest - len(line.prompt) :] = torch.tensor(line.prompt)
 
     def step(self) -> list[Token]:
         """The next token of every row that goes on."""
@@ -192,19 +179,13 @@ class _Together:
 
     def _anew(self, line: _Line) -> Tensor:
         """The logits of one row by itself."""
-        ids = torch.tensor([*line.prompt.tolist(), *line.answer], device=self.padding.device)
+        ids = torch.tensor([*line.prompt, *line.answer], device=self.padding.device)
         return last_logits(self.model, ids)
 
     def _logits(self) -> Tensor:
         """Logits (B, V) after the new columns."""
         new = self.new.to(self.padding.device)
         layout = Layout.after_padding(self.padding, self.cache.length, new.size(1))
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                hidden = self.model.hidden(new, self.cache, layout)  # (B, T, C)
-                logits: Tensor = self.model.lm_head(hidden[:, -1])  # (B, V)
-        finally:
-            self.model.train(training)
-        return logits
+        with eval_mode(self.model), torch.inference_mode():
+            hidden = self.model.hidden(new, self.cache, layout)  # (B, T, C)
+            return self.model.lm_head(hidden[:, -1])  # (B, V)

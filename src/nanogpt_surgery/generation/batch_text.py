@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
-from nanogpt_surgery.generation.batch import Token, check_rows_fit, generate_batch
+from nanogpt_surgery.generation.batch import Token, generate_batch
+from nanogpt_surgery.generation.cache_memory import check_rows_fit
 from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_seed
 from nanogpt_surgery.generation.text import TextUntil
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -45,7 +46,7 @@ def continue_texts(
         SurgeryError: as `generate_batch`, or a stop string is empty.
     """
     check_seed(seed)
-    check_rows_fit(model, min(batch_size, len(prompts)), max_new_tokens)
+    check_rows_fit(model, min(batch_size, len(prompts)), 1 + max_new_tokens)
     for first in range(0, len(prompts), batch_size):
         chunk = prompts[first : first + batch_size]
         texts = [_Text(TextUntil(tokenizer, stop, prompt)) for prompt in chunk]

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 
 from nanogpt_surgery.memory import check_memory
-from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
-def check_cache_fits(
-    config: GPTConfig, rows: int, tokens: int, dtype: torch.dtype, device: torch.device
-) -> None:
-    """Raises `SurgeryError` where the keys and values of so many rows and tokens do not fit."""
+def check_rows_fit(model: SimpleGPT, rows: int, tokens: int) -> None:
+    """Raises `SurgeryError` where so many rows of so many tokens cannot be continued at once."""
+    config, weight = model.config, next(model.parameters())
+    tokens = min(config.block_size, tokens)
     numbers = 2 * config.n_layer * rows * tokens * config.n_kv_head * config.head_dim
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    on_gpu = weight.device.type == "cuda"
     check_memory(
         f"a cache of {rows:,} rows of {tokens:,} tokens",
-        {"keys and values": numbers * dtype.itemsize},
+        {"keys and values": numbers * weight.dtype.itemsize},
         "lower batch_size or max_new_tokens",
-        free,
+        torch.cuda.mem_get_info(weight.device)[0] if on_gpu else None,
     )

@@ -11,11 +11,13 @@ from nanogpt_surgery.data.conversations.chat import (
     chat_ids,
     template_of,
 )
-from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.generate import Past
+from nanogpt_surgery.generation.cache_memory import check_rows_fit
+from nanogpt_surgery.generation.generate import generate, new_cache
 from nanogpt_surgery.generation.settings import SamplingSettings
-from nanogpt_surgery.generation.text import generate_text
+from nanogpt_surgery.generation.text import stream_text
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -40,15 +42,15 @@ class Conversation:
         self.system = ""
         self.messages: list[Message] = []
         self.forgotten = 0
-        self.past = Past()
+        self.ids: list[int] = []  # of the last prompt, and of its answer as far as it was taken
+        self.cache: KVCache | None = None  # of the text that these are
         self.room = 0  # tokens that the last answer could have
         self._full = 0  # ids of the text, were all of them used
 
     @property
     def cut_off(self) -> bool:
         """Whether the last answer ended because it had no more room, not because it was over."""
-        window = self.past.window
-        return window is not None and 0 < self._full == len(window.ids)
+        return 0 < self._full == len(self.ids)
 
     def ask(
         self,
@@ -78,18 +80,35 @@ class Conversation:
         answer: Message = {"role": "assistant", "content": ""}
         self.room = min(max_new_tokens, self.model.config.block_size - len(ids))
         self._full = len(ids) + self.room
-        pieces = generate_text(
+        check_rows_fit(self.model, 1, self._full)
+        new_ids = generate(
             self.model,
-            self.tokenizer,
             ids,
             self.room,
-            sampling,
-            stop=(*self.template.stop, *stop),
+            sampling=sampling,
+            stop_ids=stop_ids(self.tokenizer),
             seed=seed,
-            past=self.past,
+            cache=self._cache_for(self._full),
         )
+        stop = (*self.template.stop, *stop)
+        pieces = stream_text(self.tokenizer, self._taken(ids, new_ids), stop, ids)
         self.messages = [*said, answer]
         return self._remembered(pieces, answer, before)
+
+    def _cache_for(self, length: int) -> KVCache:
+        """Returns a cache with room for a text, and with the keys and values of the last one."""
+        cache = new_cache(self.model, 1, length)
+        if self.cache is not None:
+            cache.take_over(self.cache, min(self.cache.length, length))
+        self.cache = cache
+        return cache
+
+    def _taken(self, prompt: list[int], new_ids: Iterator[int]) -> Iterator[int]:
+        """Gives new ids on, and keeps those that were taken."""
+        self.ids = text = list(prompt)
+        for new in new_ids:
+            yield new
+            text.append(new)
 
     def _remembered(
         self, pieces: Iterator[str], answer: Message, before: list[Message]
@@ -159,4 +178,4 @@ class Conversation:
 
     def weights_changed(self) -> None:
         """Keys and values of before are of no use: call it after any change of the model."""
-        self.past = Past()
+        self.cache = None

@@ -19,7 +19,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import not_finite
-from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
 
 POSITIONS = 1024  # whose logits are held at once
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
@@ -123,20 +123,13 @@ def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tens
         "lower batch_size or context",
     )
     rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(device)  # (B, T)
-    training = model.training
-    model.eval()
-    try:
-        with torch.inference_mode():
-            hidden = model.hidden(rows[:, :-1]).flatten(0, 1)  # (B (T − 1), C)
-            parts = zip(
-                hidden.split(POSITIONS), rows[:, 1:].flatten().split(POSITIONS), strict=True
-            )
-            found = [_scores(model.lm_head(h).float(), targets) for h, targets in parts]
-            chosen, likeliest, finite = (
-                torch.cat(part).view(len(texts), -1).cpu() for part in zip(*found, strict=True)
-            )
-    finally:
-        model.train(training)
+    with eval_mode(model), torch.inference_mode():
+        hidden = model.hidden(rows[:, :-1]).flatten(0, 1)  # (B (T − 1), C)
+        parts = zip(hidden.split(POSITIONS), rows[:, 1:].flatten().split(POSITIONS), strict=True)
+        found = [_scores(model.lm_head(h).float(), targets) for h, targets in parts]
+        chosen, likeliest, finite = (
+            torch.cat(part).view(len(texts), -1).cpu() for part in zip(*found, strict=True)
+        )
     lengths = [len(text) - 1 for text in texts]
     for i, n in enumerate(lengths):
         if not bool(finite[i, :n].all()):

@@ -1,4 +1,7 @@
-"""Generation: a generator of ids, one forward pass of one token each."""
+"""Generation: a generator of ids, one forward pass of one token each.
+
+Legend: T tokens, S tokens so far, C width, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import SamplingSettings, check_count, check_seed
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.kv_cache import KVCache
-from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
 
 
 def generate(
@@ -26,11 +29,11 @@ def generate(
     sampling: SamplingSettings | None = None,
     stop_ids: Collection[int] = (),
     seed: int | None = None,
-    past: Past | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[int]:
-    """Continue a prompt, an id for each item taken from the iterator.
+    """Continues a prompt, an id for each item taken from the iterator.
 
-    Keys and values of the past are kept, so each token costs one pass of one token. Past
+    Keys and values of the tokens so far are kept, so each token costs one pass of one token. Past
     `block_size` the window slides: each new token is computed from the last `block_size` ids anew,
     and a `SurgeryWarning` says so once.
 
@@ -43,60 +46,104 @@ def generate(
         sampling: every setting of the draw, in the place of temperature and top_k.
         stop_ids: ids after which to stop; the one met is not yielded.
         seed: of the draw; None draws differently each time.
-        past: keys and values of the last call that was given it; where the prompt begins as that
-            text did, they are not computed again. Only for the same weights.
+        cache: keys and values of an earlier text, from the same weights; where the prompt begins as
+            that text does, they are not computed again. Those of this text lie in it afterwards.
 
     Raises:
-        SurgeryError: an empty prompt, an id outside the vocabulary, or a setting outside its range.
+        SurgeryError: an empty prompt, an id outside the vocabulary, a setting outside its range, or
+            a cache with too little room.
+        NotFiniteError: while ids are taken, a logit is no finite number.
     """
     check_model(model)
-    prompt = prompt_ids(ids)
-    check_prompt(model, prompt)
+    prompt = check_prompt(model, ids)
     check_count(max_new_tokens)
     check_seed(seed)
     settings = sampling or SamplingSettings(temperature, top_k)
     check_bias(model, settings)
-    return _ids(model, prompt.flatten(), max_new_tokens, settings, stop_ids, seed, past or Past())
+    room = min(model.config.block_size, len(prompt) + max_new_tokens)
+    cache = cache or new_cache(model, 1, room)
+    if cache.max_length < room:
+        raise SurgeryError(f"the cache has room for {cache.max_length} tokens of the text's {room}")
+    return _generate(model, prompt, max_new_tokens, settings, stop_ids, seed, cache)
 
 
-def check_prompt(model: SimpleGPT, prompt: Tensor) -> None:
-    """Raise `SurgeryError` unless a prompt (T,) has ids, and all of the vocabulary."""
-    vocab_size = model.config.vocab_size
-    if prompt.dim() != 1 and prompt.shape[:-1] != (1,):
-        raise SurgeryError(
-            f"the prompt has the shape {tuple(prompt.shape)}; it must be one row of ids",
-            "call generate for each prompt",
-        )
-    if prompt.numel() == 0:
-        raise SurgeryError("the prompt is empty; generation starts from at least one token")
-    if not 0 <= int(prompt.min()) <= int(prompt.max()) < vocab_size:
-        raise SurgeryError(
-            f"the prompt has ids from {int(prompt.min())} to {int(prompt.max())}; the model's "
-            f"vocabulary is 0 to {vocab_size - 1}"
-        )
+def _generate(
+    model: SimpleGPT,
+    prompt: list[int],
+    max_new_tokens: int,
+    settings: SamplingSettings,
+    stop_ids: Collection[int],
+    seed: int | None,
+    cache: KVCache,
+) -> Iterator[int]:
+    draw = torch.Generator()
+    draw.seed() if seed is None else draw.manual_seed(int(seed))
+    # What the cache holds beyond the prompt's own beginning belongs to another text.
+    cache.truncate(_n_shared(cache, prompt))
+    text, answer = list(prompt), list[int]()
+    for _ in range(max_new_tokens):
+        logits = next_logits(model, text, cache).cpu()  # (V,)
+        new = choose(logits, settings, prompt, answer, draw)
+        if new in stop_ids:
+            return
+        yield new
+        text.append(new)
+        answer.append(new)
 
 
-def prompt_ids(ids: Sequence[int] | Tensor) -> Tensor:
-    """A prompt's ids as a tensor of int64.
+def next_logits(model: SimpleGPT, text: list[int], cache: KVCache) -> Tensor:
+    """Returns the logits (V,) of the token after a text, and adds the text's new ids to the cache.
 
     Raises:
-        SurgeryError: they are no whole numbers.
+        NotFiniteError: one of them is no finite number.
     """
-    try:
-        found = torch.as_tensor(ids)
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        found = None
-    if found is None or (found.numel() and (found.is_floating_point() or found.is_complex())):
-        kind = type(ids).__name__ if found is None else str(found.dtype)
-        raise SurgeryError(
-            f"the prompt is {quoted(ids)} ({kind}); it must be ids, which are whole numbers",
-            "tokenizer.encode(text) makes ids of a text",
-        )
-    return found.to(torch.long)
+    block_size = model.config.block_size
+    if len(text) > block_size:
+        if cache.length < block_size or len(text) == block_size + 1:
+            _warn_of_sliding(block_size)
+        # Each id is at another position than before, so all keys and values are computed anew.
+        cache.truncate(0)
+        text = text[-block_size:]
+    device = cache.ids.device
+    new = torch.tensor([text[cache.length :]], device=device)  # (1, T)
+    with eval_mode(model), torch.inference_mode():
+        hidden = model.hidden(new, cache)  # (1, T, C)
+        logits: Tensor = model.lm_head(hidden[0, -1])  # (V,)
+    check_finite(logits, model, lambda: last_logits(model, torch.tensor(text, device=device)))
+    return logits
+
+
+def last_logits(model: SimpleGPT, ids: Tensor) -> Tensor:
+    """Returns the logits (V,) after ids (T,), computed without a cache."""
+    return model.lm_head(model.hidden(ids[None])[0, -1])
+
+
+def new_cache(model: SimpleGPT, rows: int, length: int) -> KVCache:
+    """Returns an empty cache with the dtype and the device of a model's weights."""
+    weight = next(model.parameters())  # the embedding, which surgery may have wrapped
+    return KVCache(model.config, rows, length, weight.dtype, weight.device)
+
+
+def _n_shared(cache: KVCache, prompt: list[int]) -> int:
+    """Returns how many ids a cache and a prompt begin with alike, the prompt's last one apart."""
+    held = cache.ids[0, : min(cache.length, len(prompt) - 1)].tolist()
+    differing = (
+        i for i, (one, other) in enumerate(zip(held, prompt, strict=False)) if one != other
+    )
+    return next(differing, len(held))
+
+
+def _warn_of_sliding(block_size: int) -> None:
+    warnings.warn(
+        f"the text has outgrown the model's block_size of {block_size} tokens: the window slides, "
+        "and the oldest are forgotten",
+        SurgeryWarning,
+        stacklevel=4,  # the code that takes the ids
+    )
 
 
 def check_model(model: nn.Module) -> None:
-    """Raise `SurgeryError` unless it is a model that generates here, compiled or not."""
+    """Raises `SurgeryError` unless it is a model that generates here, compiled or not."""
     if not isinstance(getattr(model, "_orig_mod", model), SimpleGPT):
         kind = type(model)
         raise SurgeryError(
@@ -106,109 +153,43 @@ def check_model(model: nn.Module) -> None:
         )
 
 
+def check_prompt(model: SimpleGPT, ids: Sequence[int] | Tensor) -> list[int]:
+    """Returns a prompt's ids.
+
+    Raises:
+        SurgeryError: they are no whole numbers, not one row, none, or not of the vocabulary.
+    """
+    try:
+        prompt = torch.as_tensor(ids)
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        prompt = None
+    if prompt is None or (prompt.numel() and (prompt.is_floating_point() or prompt.is_complex())):
+        kind = type(ids).__name__ if prompt is None else str(prompt.dtype)
+        raise SurgeryError(
+            f"the prompt is {quoted(ids)} ({kind}); it must be ids, which are whole numbers",
+            "tokenizer.encode(text) makes ids of a text",
+        )
+    if prompt.dim() != 1 and prompt.shape[:-1] != (1,):
+        raise SurgeryError(
+            f"the prompt has the shape {tuple(prompt.shape)}; it must be one row of ids",
+            "call generate for each prompt",
+        )
+    if prompt.numel() == 0:
+        raise SurgeryError("the prompt is empty; generation starts from at least one token")
+    least, most, vocab_size = int(prompt.min()), int(prompt.max()), model.config.vocab_size
+    if not 0 <= least <= most < vocab_size:
+        raise SurgeryError(
+            f"the prompt has ids from {least} to {most}; the model's vocabulary is 0 to "
+            f"{vocab_size - 1}"
+        )
+    return prompt.to(torch.long).flatten().tolist()
+
+
 def check_bias(model: SimpleGPT, settings: SamplingSettings) -> None:
-    """Raise `SurgeryError` if a bias is on an id outside the vocabulary."""
+    """Raises `SurgeryError` if a bias is on an id outside the vocabulary."""
     vocab_size = model.config.vocab_size
     outside = [index for index in settings.logit_bias if not 0 <= index < vocab_size]
     if outside:
         raise SurgeryError(
             f"logit_bias names the id {outside[0]}; the model's vocabulary is 0 to {vocab_size - 1}"
         )
-
-
-def last_logits(model: SimpleGPT, ids: Tensor) -> Tensor:
-    """Logits (V,) after ids (T,), computed anew without a cache."""
-    logits: Tensor = model.lm_head(model.hidden(ids[None])[0, -1])
-    return logits
-
-
-class Past:
-    """What a call of `generate` leaves behind for the next one."""
-
-    def __init__(self) -> None:
-        self.window: Window | None = None
-
-    def follow(self, window: Window) -> None:
-        """Give a new window what it has in common with the last one, and remember it."""
-        if self.window is not None:
-            window.take_over(self.window)
-        self.window = window
-
-
-def _ids(
-    model: SimpleGPT,
-    prompt: Tensor,
-    max_new_tokens: int,
-    settings: SamplingSettings,
-    stop_ids: Collection[int],
-    seed: int | None,
-    past: Past,
-) -> Iterator[int]:
-    draw = torch.Generator()
-    draw.seed() if seed is None else draw.manual_seed(int(seed))
-    before, answer = prompt.tolist(), list[int]()
-    window = Window(model, prompt, max_new_tokens)
-    past.follow(window)
-    for _ in range(max_new_tokens):
-        new = choose(window.next_logits().cpu(), settings, before, answer, draw)
-        if new in stop_ids:
-            return
-        yield new
-        answer.append(new)
-        window.append(new)
-
-
-class Window:
-    """The last `block_size` ids, and the cache of all but those not yet computed."""
-
-    def __init__(self, model: SimpleGPT, prompt: Tensor, max_new_tokens: int):
-        weight = next(model.parameters())  # the embedding, which surgery may have wrapped
-        self.model = model
-        self.ids = prompt.to(weight.device)
-        self.block_size = model.config.block_size
-        room = min(self.block_size, len(prompt) + max_new_tokens)
-        self.cache = KVCache(model.config, 1, room, weight.dtype, weight.device)
-        self.warned = False
-
-    def take_over(self, other: Window) -> None:
-        """Copy the keys and values of the ids that both texts begin with, all but the last id."""
-        most = min(len(self.ids) - 1, other.cache.length, self.cache.max_length)
-        equal = self.ids[:most] == other.ids[:most]
-        count = int(equal.long().cumprod(0).sum())
-        self.cache.take_over(other.cache, count)
-
-    def append(self, new: int) -> None:
-        """Add an id to the text."""
-        self.ids = torch.cat((self.ids, self.ids.new_tensor([new])))
-
-    def next_logits(self) -> Tensor:
-        """Logits (V,) of the token after the ids.
-
-        Raises:
-            NotFiniteError: one of them is no finite number.
-        """
-        if len(self.ids) > self.block_size:
-            self._slide()
-        new = self.ids[None, self.cache.length :]
-        training = self.model.training
-        self.model.eval()
-        try:
-            with torch.inference_mode():
-                hidden = self.model.hidden(new, self.cache)  # (1, T, C)
-                logits: Tensor = self.model.lm_head(hidden[0, -1])  # (V,)
-        finally:
-            self.model.train(training)
-        check_finite(logits, self.model, lambda: last_logits(self.model, self.ids))
-        return logits
-
-    def _slide(self) -> None:
-        if not self.warned:
-            warnings.warn(
-                f"the text has outgrown the model's block_size of {self.block_size} tokens: the "
-                "window slides, and the oldest are forgotten",
-                SurgeryWarning,
-                stacklevel=4,
-            )
-            self.warned = True
-        self.ids = self.ids[-self.block_size :]
-        self.cache.truncate(0)

@@ -7,8 +7,10 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from nanogpt_surgery.data.text.text_stream import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids as stop_ids_of
-from nanogpt_surgery.generation.generate import Past, generate
+from nanogpt_surgery.generation.cache_memory import check_rows_fit
+from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.generation.settings import SamplingSettings, check_stop
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -88,15 +90,16 @@ def generate_text(
     stop: Sequence[str] = (),
     stop_ids: Collection[int] | None = None,
     seed: int | None = None,
-    past: Past | None = None,
+    cache: KVCache | None = None,
 ) -> Iterator[str]:
     """Continue a prompt in pieces of text; see `generate` and `stream_text`.
 
     `stop_ids` are the tokenizer's own unless others are given. What is wrong with the arguments is
     a `SurgeryError` at the call, before anything is generated.
     """
+    check_rows_fit(model, 1, len(prompt) + max_new_tokens)
     ends = stop_ids_of(tokenizer) if stop_ids is None else stop_ids
     ids = generate(
-        model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed, past=past
+        model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed, cache=cache
     )
     return stream_text(tokenizer, ids, stop, prompt)

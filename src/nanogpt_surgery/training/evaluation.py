@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.data.batches import Batch, Measured, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
-from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
 from nanogpt_surgery.training.distributed import ALONE, World
 from nanogpt_surgery.training.forward import check_no_documents, logits_of
 from nanogpt_surgery.training.hardware import Hardware, to_device
@@ -102,14 +102,3 @@ def _way(
     from nanogpt_surgery.training.fast.accelerate import accelerate_evaluation
 
     return accelerate_evaluation(model)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Eval mode for the block; the model's own mode after it."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

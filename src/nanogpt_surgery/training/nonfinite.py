@@ -12,7 +12,8 @@ from nanogpt_surgery.data.batches import Batch
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError
 from nanogpt_surgery.model.finite import first_not_finite
 from nanogpt_surgery.model.loss import count_trained
-from nanogpt_surgery.training.evaluation import eval_mode, summed_loss
+from nanogpt_surgery.model.simple_gpt import eval_mode
+from nanogpt_surgery.training.evaluation import summed_loss
 from nanogpt_surgery.training.hardware import Hardware
 
 if TYPE_CHECKING:
