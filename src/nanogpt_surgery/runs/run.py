@@ -34,6 +34,7 @@ from nanogpt_surgery.runs.summary import operations_per_token, summary_of
 from nanogpt_surgery.runs.training import Training
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.early_stopping import EarlyStopping
+from nanogpt_surgery.training.estimates import check_training
 from nanogpt_surgery.training.evaluation import validation_loss
 from nanogpt_surgery.training.fit import fit
 from nanogpt_surgery.training.hardware import (
@@ -148,6 +149,7 @@ class Run:
         say: Say = lambda _: None,
     ) -> Iterator[Run]:
         settings, together = training.settings, world()
+        check_training(training.model, training.dataset, settings)  # before a folder is made
         operations = operations_of(training.model, settings, training.dataset.block_size)
         hardware = choose_hardware(settings, operations)
         environment = environment_of(hardware, together.size)
