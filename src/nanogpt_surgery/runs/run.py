@@ -34,7 +34,7 @@ from nanogpt_surgery.runs.summary import operations_per_token, summary_of
 from nanogpt_surgery.runs.training import Training
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.early_stopping import EarlyStopping
-from nanogpt_surgery.training.estimates import check_training
+from nanogpt_surgery.training.estimates.memory_check import check_training
 from nanogpt_surgery.training.evaluation import validation_loss
 from nanogpt_surgery.training.fit import fit
 from nanogpt_surgery.training.hardware import (
