@@ -43,7 +43,6 @@ if TYPE_CHECKING:
     from nanogpt_surgery.history.undo import lora_log, redo_lora, undo_lora
     from nanogpt_surgery.lora.checks import learned
     from nanogpt_surgery.lora.embedding import LoRAEmbedding
-    from nanogpt_surgery.lora.forecast import plan_lora
     from nanogpt_surgery.lora.inject import inject_lora
     from nanogpt_surgery.lora.linear import LoRALinear
     from nanogpt_surgery.lora.merge_metrics import merge_survival
@@ -56,6 +55,7 @@ if TYPE_CHECKING:
         swap_lora,
     )
     from nanogpt_surgery.lora.per_row import lora_rows
+    from nanogpt_surgery.lora.plan import plan_lora
     from nanogpt_surgery.lora.settings import LoRASettings
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
     from nanogpt_surgery.model.kv_cache import KVCache
@@ -103,7 +103,7 @@ _HOMES = {
     "formats.model_file": ("open_model", "save_model"),
     "generation.generate": ("generate",),
     "lora.merge_metrics": ("merge_survival",),
-    "lora.forecast": ("plan_lora",),
+    "lora.plan": ("plan_lora",),
     "history.hashing": ("tensor_hashes",),
     "lora.checks": ("learned",),
     "lora.embedding": ("LoRAEmbedding",),

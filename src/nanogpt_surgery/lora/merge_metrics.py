@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.linear import LoRALayer, lora_layers
 from nanogpt_surgery.lora.merging import merged_layer, widened
+from nanogpt_surgery.model.loss import kl_divergence
 from nanogpt_surgery.report import Report
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
@@ -49,11 +50,10 @@ def compare_logits(before: Tensor, after: Tensor) -> dict[str, float]:
     second in nats, and the share of positions with the same most likely token.
     """
     gap = (after - before).abs()
-    p, q = F.log_softmax(before.double(), -1), F.log_softmax(after.double(), -1)
     return {
         "largest_error": float(gap.max()),
         "mean_error": float(gap.mean()),
-        "kl": float((p.exp() * (p - q)).sum(-1).mean().clamp_min(0)),
+        "kl": float(kl_divergence(before, after)),
         "top_token_unchanged": float((before.argmax(-1) == after.argmax(-1)).double().mean()),
     }
 

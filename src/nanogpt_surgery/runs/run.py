@@ -305,7 +305,7 @@ class Run:
         training = self.training
         data = held_out(training.validation, training.settings.evaluate_tokens)
         self.say("evaluating before the first step")
-        loss = validation_loss(training.model, data, training.settings, self.hardware, self.world)
+        loss = validation_loss(training.model, data, training.settings, self.hardware)
         if self.world.is_main_process:
             self.folder.record_start(loss)
             most = training.settings.max_steps

@@ -55,8 +55,7 @@ class World:
         found = torch.tensor(numbers, dtype=torch.float64)
         with _others_there():
             dist.all_reduce(found)
-        sums: list[float] = found.tolist()
-        return sums
+        return found.tolist()
 
     def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers; all wait for each other.

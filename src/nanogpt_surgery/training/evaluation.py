@@ -13,7 +13,7 @@ from nanogpt_surgery.data.batches import Batch, Measured, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
-from nanogpt_surgery.training.distributed import ALONE, World
+from nanogpt_surgery.training.distributed import ALONE, World, world
 from nanogpt_surgery.training.forward import check_no_documents, logits_of
 from nanogpt_surgery.training.hardware import Hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
@@ -64,12 +64,11 @@ def validation_loss(
     eval_data: Measured,
     settings: FitSettings,
     hardware: Hardware,
-    processes: World,
 ) -> float:
     """The loss on held-out data as a training measures it: in its precision, by all processes."""
     windows = windows_at_once(model, settings)
     with hardware.evaluating():
-        return evaluate(model, eval_data, windows, processes, settings.fast)
+        return evaluate(model, eval_data, windows, world(), settings.fast)
 
 
 def windows_at_once(model: nn.Module, settings: FitSettings) -> int:

@@ -29,7 +29,7 @@ from nanogpt_surgery.training.evaluation import validation_loss
 from nanogpt_surgery.training.forward import check_not_packed, logits_of
 from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of, to_device, to_host
-from nanogpt_surgery.training.nonfinite import check_no_float16, raise_not_finite
+from nanogpt_surgery.training.nonfinite import check_no_float16, check_skipped_steps
 from nanogpt_surgery.training.optimizer import make_optimizer, set_learning_rate
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
@@ -52,22 +52,19 @@ def fit(
 ) -> Iterator[Step]:
     """Train what can be trained in a model, a step for each item taken from the iterator.
 
-    Where `torch.distributed` has joined several processes, all call this alike: each takes its
-    share of every batch, and all begin with the first one's weights (`distributed.py`).
+    Processes that `torch.distributed` has joined call this alike, and share every batch.
 
     Args:
         model: called on ids (B, T) it gives logits (B, T, V), or an output of transformers that has
             them; trained in place, on the device that `settings` choose.
         dataset: the windows, or rows, to learn from; documents that share a row are kept apart.
         settings: see `FitSettings`; its defaults if None.
-        validation: evaluated every `evaluate_every` steps and at the end, on the same
-            `evaluate_tokens` of it.
+        validation: evaluated every `evaluate_every` steps and at the end.
         optimizer: to go on with; if None a new one, AdamW or Muon. The schedule sets its rates.
         first_step: steps done already.
         skipped_before: how many of the last of them were skipped in a row.
-        examine: check that the optimizer holds every trainable parameter, after the first and the
-            last step that each update of a LoRA got a gradient and has moved, and at the end that
-            no frozen parameter did, by hash.
+        examine: check that the optimizer holds every trainable parameter, that each update of a
+            LoRA learns in the first and last step, and by hash that no frozen parameter moves.
         cache_dir: a folder for the hidden states that are kept (`cache_gib`), instead of memory.
         **changes: fields of `FitSettings` by name, over those of `settings`.
 
@@ -85,12 +82,15 @@ def fit(
     check_training(model, dataset, settings)
     check_not_packed(model, dataset)
     training = Training(model, dataset, settings, validation, optimizer, cache_dir)
-    checks = training.checks(first_step) if examine else None
-    return training.steps(first_step, skipped_before, checks)
+    training.skipped, last = skipped_before, settings.max_steps - 1
+    checks = TrainingChecks(model, training.optimizer, first_step, last) if examine else None
+    return training.steps(first_step, checks)
 
 
 class Training:
     """The parts of a training, and its steps."""
+
+    active = nullcontext  # the fast way changes the model while it computes
 
     def __init__(
         self,
@@ -113,32 +113,29 @@ class Training:
         tokens = settings.evaluate_tokens
         self.eval_data = None if validation is None else held_out(validation, tokens)
         self.checkpointed = CheckpointedBlocks(model, settings.gradient_checkpointing)
-        self.fast: Any = None
+        # What follows below is the plain way; the fast one computes the same, sooner.
+        self.way: Any = self
         if settings.fast:
             from nanogpt_surgery.training.fast.accelerate import accelerate
 
             share = self.world.share
-            self.fast = accelerate(model, settings, dataset, self.hardware, share, cache_dir)
+            self.way = accelerate(model, settings, dataset, self.hardware, share, cache_dir)
 
-    def checks(self, first_step: int) -> TrainingChecks:
-        """Returns what looks at the first and the last step."""
-        return TrainingChecks(self.model, self.optimizer, first_step, self.settings.max_steps - 1)
-
-    def steps(self, first_step: int, skipped: int, checks: TrainingChecks | None) -> Iterator[Step]:
+    def steps(self, first_step: int, checks: TrainingChecks | None) -> Iterator[Step]:
         """Yields after each step, from the first on."""
-        self.skipped = skipped
         self.optimizer.zero_grad()  # what the caller's own backward passes may have left
-        batches = self.fast.batches(first_step) if self.settings.fast else self._batches(first_step)
+        batches = self.way.batches(first_step)
         for step in range(first_step, self.settings.max_steps):
             done = self._step(step, batches, checks)
-            yield replace(done, validation_loss=self._validation_loss(step + 1))
+            loss = None
+            if self.eval_data is not None and self.settings.evaluates_after(step + 1):
+                loss = validation_loss(self.model, self.eval_data, self.settings, self.hardware)
+            yield replace(done, validation_loss=loss)
 
     def _step(self, step: int, batches: Iterator[Batch], checks: TrainingChecks | None) -> Step:
         """Batch, loss, backward, clip, step."""
         start = time.perf_counter()
-        if not self.model.training:  # at the start, or after a look between two steps
-            self.model.train()
-
+        self.model.train()
         # This process's share of the batch: inputs and targets, (B, T) each.
         batch = next(batches)
         counts = batch[1].numel(), count_trained(batch[1])
@@ -151,8 +148,7 @@ class Training:
             checks.after_backward(step)
 
         # Their norm. Here, once in a step, the host waits for the device.
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        total_norm = nn.utils.get_total_norm(gradients)
+        total_norm = nn.utils.get_total_norm(p.grad for p in self.parameters if p.grad is not None)
         own_loss, norm = to_host(losses, total_norm)
         loss = self.world.all_reduce_sum(own_loss)[0]
 
@@ -166,8 +162,7 @@ class Training:
             self.skipped = 0
         else:
             self.skipped += 1
-            if self.skipped >= self.settings.max_skipped_steps:
-                raise_not_finite(self, batch, step)
+            check_skipped_steps(self, batch, step)
         self.optimizer.zero_grad()
         if checks:
             checks.after_skip(step) if self.skipped else checks.after_update(step)
@@ -177,43 +172,29 @@ class Training:
             step + 1, loss, rate, norm, tokens, seconds, None, trained, self.world.size, skipped
         )
 
-    def _batches(self, first_step: int) -> Iterator[Batch]:
+    def batches(self, first_step: int) -> Iterator[Batch]:
         """Yields the batch of each step: a pure function of (seed, step, rank)."""
         rows = self.settings.batch_size * self.settings.grad_accum_steps
         for step in range(first_step, self.settings.max_steps):
             yield self.dataset.batch(step, rows, self.settings.seed, **self.world.share)
 
     def _losses(self, batch: Batch, step: int, trained: int) -> list[Tensor]:
-        """Adds up the gradients, some rows at a time; returns what adds up to the mean loss.
-
-        That is the mean over `trained` tokens of the whole batch, of all processes.
-        """
-        forward_backward = self.fast.forward_backward if self.settings.fast else self._backward
-        accelerated = self.fast.active() if self.settings.fast else nullcontext()
+        """Adds up the gradients, some rows at a time; returns what adds up to the mean loss."""
         parts = self.settings.grad_accum_steps
         split = zip(*(tensor.chunk(parts) for tensor in batch), strict=True)
         losses = []
-        with accelerated, self.checkpointed.active():
+        with self.way.active(), self.checkpointed.active():
             # Parts are counted through all processes, so that dropout draws what one would draw.
             for part, rows in enumerate(split, self.world.rank * parts):
                 if counted := count_trained(rows[1]):
                     with self.hardware.seeded(hash((self.settings.seed, step, part))):
-                        losses.append(forward_backward(rows, counted / trained))
+                        losses.append(self.way.forward_backward(rows, counted / trained))
         return losses
 
-    def _backward(self, rows: Batch, share: float) -> Tensor:
+    def forward_backward(self, rows: Batch, share: float) -> Tensor:
         """Adds the gradients of `share` times the mean loss over some rows; returns that loss."""
         with self.hardware.autocast():
             logits = logits_of(self.model, rows[0], documents_of(rows))  # (B, T, V)
         loss = cross_entropy(logits, to_device(rows[1], logits.device)) * share
         loss.backward()
         return loss.detach()
-
-    def _validation_loss(self, steps: int) -> float | None:
-        """Returns the loss on the validation data where it is time for it."""
-        every = self.settings.evaluate_every
-        due = steps == self.settings.max_steps or (every > 0 and steps % every == 0)
-        if self.eval_data is None or not due:
-            return None
-        data, hardware = self.eval_data, self.hardware
-        return validation_loss(self.model, data, self.settings, hardware, self.world)

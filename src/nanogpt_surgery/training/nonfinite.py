@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -33,14 +33,16 @@ def check_no_float16(model: nn.Module) -> None:
         )
 
 
-def raise_not_finite(training: Training, batch: Batch, step: int) -> NoReturn:
-    """Ends a training, and says where, while the gradients of its last step are still there.
+def check_skipped_steps(training: Training, batch: Batch, step: int) -> None:
+    """Raises after too many skipped steps in a row, and says where their numbers arose.
 
     Args:
-        training: of which too many steps in a row were skipped.
+        training: while the gradients of its last step are still there.
         batch: the last step's.
         step: its number, the first being 0.
     """
+    if training.skipped < training.settings.max_skipped_steps:
+        return
     model = training.model
     what = (
         f"{training.skipped} steps in a row, the last of them step {step + 1}, had a gradient that "
@@ -62,8 +64,7 @@ def _rows_of(training: Training, step: int) -> list[int]:
         return []
     settings = training.settings
     size = settings.batch_size * settings.grad_accum_steps
-    numbers: list[int] = known(step, size, settings.seed, **training.world.share).tolist()
-    return numbers
+    return known(step, size, settings.seed, **training.world.share).tolist()
 
 
 def _first_gradient(model: nn.Module) -> str:

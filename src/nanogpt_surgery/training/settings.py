@@ -114,6 +114,11 @@ class FitSettings:
         """How many windows, or rows, a training reads in all."""
         return self.max_steps * self.batch_size * self.grad_accum_steps
 
+    def evaluates_after(self, steps: int) -> bool:
+        """Returns whether it is time for an evaluation after so many steps."""
+        every = self.evaluate_every
+        return steps == self.max_steps or (every > 0 and steps % every == 0)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, for JSON."""
         return asdict(self)

@@ -81,8 +81,7 @@ class CastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        out: Tensor = FrozenProduct.apply(x, self.weight, self.bias, None, None, 1.0)
-        return out
+        return FrozenProduct.apply(x, self.weight, self.bias, None, None, 1.0)
 
 
 class CastEmbedding(nn.Embedding):
@@ -109,8 +108,7 @@ class FusedLoRALinear(LoRALinear):
         """(…, in) → (…, out)."""
         assert self.plain_update is not None, "can_fuse has seen to it"
         layer, (a, b, scale, _) = self.original_layer, self.plain_update
-        out: Tensor = FrozenProduct.apply(x, layer.weight, layer.bias, a, b, scale)
-        return out
+        return FrozenProduct.apply(x, layer.weight, layer.bias, a, b, scale)
 
 
 def can_fuse(layer: nn.Module) -> bool:
