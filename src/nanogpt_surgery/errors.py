@@ -1,4 +1,4 @@
-"""What the user can mend, in a sentence with a hint. Anything else is a bug with its traceback."""
+"""Errors that a user can mend, a sentence with a hint each; anything else is a bug."""
 
 from __future__ import annotations
 

@@ -81,7 +81,7 @@ def _of_machine() -> int | None:
 
 
 def _of_groups() -> int | None:
-    """What is left of the tightest limit of the control groups that this process is in."""
+    """Returns the bytes left of the tightest limit of this process's control groups."""
     found = []
     for line in _read(PROC / "self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
@@ -101,7 +101,7 @@ def _folders(root: Path, path: str) -> Iterator[Path]:
 
 
 def _left(folder: Path, limit: str, used: str) -> int | None:
-    """What a group leaves: copies of files in memory are given back when it is needed."""
+    """Returns the bytes that a group leaves; cached files count as free."""
     most, now = _read(folder / limit).strip(), _read(folder / used).strip()
     if not most.isdigit() or not now.isdigit() or int(most) >= 1 << 60:
         return None

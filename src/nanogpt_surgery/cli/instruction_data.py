@@ -1,4 +1,4 @@
-"""What `finetune` and `data preview` share: conversations as examples with answers to train on."""
+"""Conversations as examples with answers to train on, for `finetune` and `data preview`."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def say_left_out(dataset: InstructionDataset) -> None:
 
 
 def counts_of(**datasets: InstructionDataset) -> Report:
-    """What instruction datasets hold, a row for each."""
+    """Counts what instruction datasets hold, a row for each."""
     from nanogpt_surgery.report import Report
 
     rows = [
@@ -134,7 +134,7 @@ def counts_of(**datasets: InstructionDataset) -> Report:
 
 
 def counts_in(dataset: InstructionDataset) -> dict[str, Any]:
-    """What an instruction dataset holds, and what is not trained on or had to be left out."""
+    """Counts what an instruction dataset holds, what is not trained on, and what was left out."""
     counts = dataset.counts
     return {
         "examples": counts.examples,

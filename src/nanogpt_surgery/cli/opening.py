@@ -1,4 +1,4 @@
-"""What every command that puts text into a model begins with."""
+"""Opens the model, adapter and tokenizer for commands that put text into a model."""
 
 from __future__ import annotations
 

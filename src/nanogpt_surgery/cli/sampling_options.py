@@ -18,7 +18,7 @@ Chosen: Any = options_of(SamplingSettings, "Sampling", leave_out=("logit_bias",)
 @Parameter(name="*", group="Sampling", negative="")
 @dataclass(frozen=True)
 class SamplingOptions:
-    """What is drawn, and where it ends."""
+    """Options of sampling, and of where a text ends."""
 
     stop: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
     """a text that ends an answer and is not shown; may be given several times"""

@@ -1,4 +1,4 @@
-"""What was named to learn from, as datasets: texts, folders of ids, or a mixture of both."""
+"""The named sources as datasets: texts, folders of ids, or a mixture of both."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sources:
 def named_sources(
     paths: tuple[str, ...], weights: str | None, tokenizer: Tokenizer | None
 ) -> Sources:
-    """What `train` learns from: what was named, else Python's language reference."""
+    """Returns the sources of `train`: those named, else Python's language reference."""
     from nanogpt_surgery.data.text.corpus import python_reference, python_source
     from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 

@@ -1,4 +1,4 @@
-"""What `train` and `finetune` share: a run on the command line, watched and interruptible."""
+"""A run on the command line, watched and interruptible, for `train` and `finetune`."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def _with_typed(error: RunDiffersError) -> SurgeryError:
 
 
 def _out_of_memory(training: Training, options: RunOptions, error: Exception) -> SurgeryError:
-    """What to lower, and where the run can go on."""
+    """Says what to lower, and where the run can go on."""
     from nanogpt_surgery.formats.folders.run_folder import checkpoints
 
     kept = "" if options.plan else "; there is no checkpoint yet"
@@ -141,7 +141,7 @@ def _out_of_memory(training: Training, options: RunOptions, error: Exception) ->
 
 
 def _planned(training: Training, options: RunOptions) -> Report:
-    """What the training will take; no folder is touched."""
+    """Reports the memory and time that the training will take; no folder is touched."""
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.runs.checkpoints import KEPT
     from nanogpt_surgery.training.estimates.memory_check import check_training, memory_for_training

@@ -1,4 +1,4 @@
-"""What a training asks of its data, of whatever kind it is.
+"""Batches: the interface between data of every kind and training.
 
 Legend: B rows in a batch, T tokens in a row.
 """
@@ -41,7 +41,7 @@ class Batches(Protocol):
 
 
 class Measured(Protocol):
-    """What a loss is measured on."""
+    """Data that a loss is measured on."""
 
     def whole(self, batch_size: int) -> Iterator[Batch]:
         """Batches, each target at most once."""
@@ -70,7 +70,7 @@ class Spread:
 
 
 def held_out(data: Batches, most: int) -> Measured:
-    """What an evaluation reads: all, or about `most` tokens spread over all (0: all).
+    """Returns what an evaluation reads: all, or about `most` tokens spread over all (0: all).
 
     Data that has no number of `tokens` is read whole.
     """

@@ -128,7 +128,7 @@ def free_bytes(path: Path) -> int:
 
 
 def _file_in_the_way(path: Path) -> Path | None:
-    """What stands, as a file, where a path needs a folder."""
+    """Returns the file that stands where a path needs a folder."""
     above = [*reversed(path.parents)]
     return next((part for part in above if _is_there(part) and not _is_dir(part)), None)
 

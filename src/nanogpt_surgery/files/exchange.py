@@ -58,7 +58,7 @@ def _by_renames(one: Path, other: Path) -> None:
 
 
 def set_aside(path: Path) -> list[Path]:
-    """What a kill in the middle of an exchange left of a folder, under names nobody cleans up."""
+    """Returns the folders that a kill in the middle of an exchange left set aside."""
     pattern = f"{_ASIDE}{glob.escape(path.name)}-{'[0-9a-f]' * 8}"
     return sorted(path.parent.glob(pattern))
 

@@ -1,4 +1,4 @@
-"""What was written against what it was written from: a file that does not agree is not kept."""
+"""Compares a written file with what it was written from; one that does not agree is not kept."""
 
 from __future__ import annotations
 

@@ -159,12 +159,12 @@ class _NoDraws(TorchFunctionMode):
 
 
 def _heads(table: Iterable[Row]) -> list[str]:
-    """What a file calls the head, which a tied model does not read."""
+    """The names in a file of the head, which a tied model does not read."""
     return [f"{row.theirs}.weight" for row in table if row.ours == ("lm_head",)]
 
 
 def _dtypes(placements: list[Placement], dtype: Dtype) -> list[torch.dtype]:
-    """What each is loaded in."""
+    """Returns the dtype that each is loaded in."""
     stored = [p.stored.dtype or torch.float32 for p in placements]
     if any(p.stored.dtype is None for p in placements):
         stored = [torch.float32] * len(stored)

@@ -34,7 +34,7 @@ class Stored(Protocol):
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What its numbers are stored in; None if they are quantised."""
+        """The dtype that its numbers are stored in; None if they are quantised."""
         ...
 
     def mapped(self) -> Tensor | None:

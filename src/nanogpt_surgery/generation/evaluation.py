@@ -41,7 +41,7 @@ class Perplexity:
 
     @property
     def bits(self) -> float:
-        """What it takes to write the predicted tokens with the model, in bits."""
+        """The bits that it takes to write the predicted tokens with the model."""
         return self.loss * self.tokens / math.log(2)
 
 

@@ -105,7 +105,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         return ids, len(ids) - 1
 
     def _encoder(self, context: str) -> Callable[[str], list[int]]:
-        """What encodes texts that begin with a context: a conversation is encoded as in a chat."""
+        """Returns the encoder of texts that begin with a context; chats are encoded as chats."""
         if self._is_conversation(context):
             return lambda text: encode_conversation(self.tokenizer, self.template, text)[0]
         return partial(prompt_ids, self.tokenizer)
@@ -187,7 +187,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         return found.text
 
     def _stop(self, context: str, wanted: str | Sequence[str]) -> list[str]:
-        """What ends an answer: what the task says, and in a conversation what the template does."""
+        """Returns the texts that end an answer: the task's, and in a chat the template's."""
         said = [wanted] if isinstance(wanted, str) else list(wanted)
         return said + list(self.template.stop if self._is_conversation(context) else ())
 

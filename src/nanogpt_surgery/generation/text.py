@@ -60,13 +60,13 @@ class TextUntil:
         return shown
 
     def finish(self) -> str:
-        """What is left when no id follows."""
+        """Returns the rest when no id follows."""
         shown, held, self.found = _until(self._held + self._stream.finish(), self._stop)
         return shown + ("" if self.found else held)
 
 
 def _until(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
-    """What can be shown, what may be the beginning of a stop string, and whether one was found."""
+    """Splits off what may begin a stop string; says whether a whole one was found."""
     ends = [(text.find(string) + len(string), -len(string)) for string in stop if string in text]
     if ends:
         return text[: sum(min(ends))], "", True

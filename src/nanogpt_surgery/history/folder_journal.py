@@ -1,4 +1,4 @@
-"""What was done to a folder: `operations/journal.jsonl`, a line for each thing that happened.
+"""The journal of a folder: `operations/journal.jsonl`, a line for each thing that happened.
 
 FOLDER/
   config.json, model.safetensors, …   the model as it is now

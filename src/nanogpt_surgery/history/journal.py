@@ -1,4 +1,4 @@
-"""What was done to a model, so that it can be taken back.
+"""The journal of a model: every operation on it, so that it can be undone.
 
 No operation writes into a tensor: each puts modules in the places of others, changes an attribute
 that a module's class lists in `journaled`, or changes which parameters can be trained. The journal
@@ -38,7 +38,7 @@ class Entry:
 
 @dataclass
 class History:
-    """What was done to one model.
+    """The operations on one model.
 
     Attributes:
         done: operations that can be undone, the oldest first.
@@ -160,7 +160,7 @@ def _places(model: nn.Module) -> dict[tuple[int, str], Place]:
 def _differences(
     model: nn.Module, before: dict[tuple[int, str], tuple[Place, Any]]
 ) -> list[Change]:
-    """What is elsewhere now, in the places of before and of now.
+    """Returns the places that differ, as they were before and as they are now.
 
     Owners that were not there before are new: their contents come and go with them.
     """

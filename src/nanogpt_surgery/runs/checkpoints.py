@@ -96,7 +96,7 @@ class RunFolder:
 
     @property
     def state(self) -> dict[str, Any]:
-        """What was given to `save` beside the step, with the checkpoint to go on from."""
+        """The values given to `save` beside the step, with the checkpoint to go on from."""
         return dict(self._said().get("state", {}))
 
     @property

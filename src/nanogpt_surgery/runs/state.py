@@ -1,4 +1,4 @@
-"""What a training goes on from: the trained parameters and the optimizer's state of each."""
+"""The state that a training goes on from: trained parameters, and the optimizer's state of each."""
 
 from __future__ import annotations
 

@@ -127,7 +127,7 @@ class Training:
         )
 
     def describe(self, environment: dict[str, Any], typed: Any = None) -> dict[str, Any]:
-        """What determines the run, for a resumed one to be compared with.
+        """Returns everything that determines the run, for a resumed one to be compared with.
 
         Args:
             environment: the machine that it begins on.

@@ -29,7 +29,7 @@ class _Known:
     """the record as /load read it, which leaves the session's adapters and settings as they are"""
 
     def lost(self, record: Mapping[str, Any]) -> str:
-        """What of it would be gone, were a record written over it, in words."""
+        """Says in words which of it would be gone, were a record written over it."""
         other = {k for k in OF_THE_SESSION if self.read.get(k, record[k]) != record[k]}
         return ", ".join(sorted(self.beside | other))
 

@@ -1,4 +1,4 @@
-"""What happens to a line typed into `surgery chat`: it is said to the model, or is a command."""
+"""Lines typed into `surgery chat`: each is said to the model, or is a command."""
 
 from __future__ import annotations
 

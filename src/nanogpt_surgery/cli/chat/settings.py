@@ -37,7 +37,7 @@ class ChatSettings:
             self.seed = (self.seed + 1) % (MOST_SEED + 1)
 
     def to_dict(self) -> dict[str, Any]:
-        """What `change` takes, by name."""
+        """The settings that `change` takes, by name."""
         named = [field.name for field in fields(SamplingSettings) if field.name != "logit_bias"]
         found = {name: getattr(self.sampling, name) for name in named}
         return found | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}

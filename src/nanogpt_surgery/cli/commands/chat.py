@@ -103,7 +103,7 @@ def _greet(template: ChatTemplate, adapters: list[str]) -> None:
 
 
 def _lines() -> Iterator[str]:
-    """What the user types, line by line, up to the end of standard input."""
+    """Yields the lines that the user types, up to the end of standard input."""
     if not sys.stdin.isatty():
         yield from _piped()
         return

@@ -91,7 +91,7 @@ def _say_next(model: str, run: RunOptions, job: Training, template: str) -> None
 def _check_first(
     run: RunOptions, settings: FitSettings, asked: dict[str, Any], cache_dir: Path | None
 ) -> None:
-    """What can be refused before anything is read."""
+    """Raises what can be known to be wrong before anything is read."""
     from nanogpt_surgery.cli.training_run import check_first
 
     check_first(run, settings, asked)
@@ -194,7 +194,7 @@ def _data(
     length: int,
     settings: InstructionSettings,
 ) -> tuple[Batches, Batches]:
-    """What to train on and what is held out: windows of text, or rows of conversations."""
+    """Returns training and held-out data: windows of text, or rows of conversations."""
     from nanogpt_surgery.cli import instruction_data
     from nanogpt_surgery.cli.sources import open_sources, text_datasets
     from nanogpt_surgery.data.text.corpus import python_source

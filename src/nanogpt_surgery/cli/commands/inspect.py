@@ -108,7 +108,7 @@ def _kind_of(tokenizer: Tokenizer) -> str:
 
 
 def _dtype(module: str, key: str, parameter: Tensor, types: dict[str, str]) -> str:
-    """What a file stores a parameter as, by GGUF's name for it; its dtype in other files."""
+    """The type that a file stores a parameter in: GGUF's name for it, or the dtype."""
     return types.get(f"{module}.{key}", str(parameter.dtype).removeprefix("torch."))
 
 

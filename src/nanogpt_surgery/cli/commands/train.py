@@ -134,7 +134,7 @@ def _job(
 
 
 def _say_way(settings: FitSettings, goes_on: bool) -> None:
-    """What trains and how fast, unless it is AdamW from nothing, which was asked for."""
+    """Says which optimizer trains and how fast, unless it is AdamW from nothing."""
     rate = f"at a learning rate of {settings.learning_rate:g}"
     if settings.muon:
         say(f"trained by Muon, {rate} (--no-muon: AdamW)")
@@ -165,7 +165,7 @@ def _config(
 
 
 def _sources(paths: tuple[str, ...], weights: str | None, tokenizer: str) -> Sources:
-    """What to learn from, and the tokenizer that was named, or the sources' own."""
+    """Returns the sources to learn from, with the tokenizer that was named, or their own."""
     from nanogpt_surgery.cli.sources import named_sources
 
     return named_sources(

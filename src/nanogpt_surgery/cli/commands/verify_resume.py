@@ -202,7 +202,7 @@ def _report(run: Path, before: int, whole: Path, cut: Path) -> Report:
 
 
 def _losses(folder: Path) -> list[dict[str, Any]]:
-    """What the metrics say of each step, but for its time."""
+    """Returns the metrics of each step, without its time."""
     import json
 
     from nanogpt_surgery.formats.folders.run_folder import METRICS

@@ -174,7 +174,7 @@ def _typed(value: Any) -> Any:
 
 
 def _missing(error: CycloptsError) -> str:
-    """What a command needs and was not given, "" where that is not what is wrong."""
+    """Names the argument that is missing, "" where that is not what is wrong."""
     argument = error.argument
     if not isinstance(error, MissingArgumentError) or argument is None or argument.tokens:
         return ""

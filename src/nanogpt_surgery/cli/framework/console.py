@@ -1,4 +1,4 @@
-"""What goes where: data to stdout, everything about the work to stderr."""
+"""Output: data to stdout, everything about the work to stderr."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class _Rate:
         self.seconds += step.seconds
 
     def parts(self, step: Step) -> list[str]:
-        """What is said of a step, the most important first."""
+        """The parts of the line about a step, the most important first."""
         from nanogpt_surgery.report import duration
 
         elapsed = monotonic() - self.start

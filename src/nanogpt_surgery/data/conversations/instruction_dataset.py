@@ -29,7 +29,7 @@ UNTRAINED = -100  # what cross-entropy passes over
 
 @dataclass(frozen=True)
 class Counts:
-    """What a dataset holds, and what had to be left out."""
+    """Counts of what a dataset holds, and of what had to be left out."""
 
     examples: int
     rows: int

@@ -179,7 +179,7 @@ def _same(record: dict[str, Any], keys: list[str]) -> set[str]:
 
 
 def _said(value: Any, field: str, role: str) -> list[Message]:
-    """What a field says: a text of a role, or messages."""
+    """Returns the messages in a field: a text of a role, or a list of messages."""
     if isinstance(value, list):
         if not value:
             raise RecordError(field, "is an empty list")
@@ -225,7 +225,7 @@ def _system(record: dict[str, Any], said: Sequence[Message]) -> list[Message]:
 
 
 def _variables(record: dict[str, Any]) -> dict[str, Any]:
-    """What a template is given beside the messages."""
+    """Returns the variables that a template is given beside the messages."""
     values = record.get("chat_template_kwargs")
     if not _empty(values) and not isinstance(values, dict):
         raise RecordError("chat_template_kwargs", f"is {quoted(values)}, not an object")
@@ -252,7 +252,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _from_json(value: Any, field: str) -> Any:
-    """What a text in JSON says; anything else as it is."""
+    """Parses a text as JSON; returns anything else as it is."""
     if not isinstance(value, str):
         return value
     try:

@@ -20,7 +20,7 @@ _GRACE = 10  # seconds beyond the limit of one rendering, which the process keep
 
 
 def replies(job: dict[str, Any], asked: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """What `template_worker.py` says to each conversation, as it comes, in several processes.
+    """Yields the reply of `template_worker.py` to each conversation, in several processes.
 
     The last reply is an error where a process had to be ended; no more come then.
 

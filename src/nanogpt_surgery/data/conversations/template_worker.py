@@ -37,7 +37,7 @@ class Generation(Extension):
 
 
 def environment() -> ImmutableSandboxedEnvironment:
-    """What templates are written for: transformers' globals and filters, its treatment of space."""
+    """Makes the environment that templates expect: transformers' globals and filters."""
     made = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
     )

@@ -32,7 +32,7 @@ Ids = NDArray[Any]
 
 @dataclass(frozen=True)
 class Work:
-    """What a process needs to know to turn any piece into its part."""
+    """Everything that a process needs to encode any chunk of the corpus."""
 
     folder: Path
     pieces: tuple[Piece, ...]

@@ -51,7 +51,7 @@ class TextStream:
         return piece
 
     def finish(self) -> str:
-        """What is left when no id follows; an incomplete character is shown as U+FFFD."""
+        """Returns the rest when no id follows; an incomplete character is shown as U+FFFD."""
         text = self.tokenizer.decode(self._ids)[self._shown :]
         self._shown += len(text)
         return text

@@ -45,7 +45,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class TokenHeader:
-    """What `tokens.json` says."""
+    """The contents of `tokens.json`."""
 
     version: int
     dtype: str
@@ -122,7 +122,7 @@ def _mapped(folder: Path, header: TokenHeader, split: str) -> Tensor:
 
 
 def read_header(folder: Path) -> TokenHeader:
-    """What a folder's `tokens.json` says.
+    """Reads a folder's `tokens.json`.
 
     Raises:
         SurgeryError: it is missing or makes no sense.

@@ -1,4 +1,4 @@
-"""What the `post_processor` of a `tokenizer.json` puts around a text."""
+"""The ids that the `post_processor` of a `tokenizer.json` puts around a text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every tokenizer can do, and how a large text becomes ids without a Python list."""
+"""The Tokenizer protocol, and large texts as ids without a Python list."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ from nanogpt_surgery.report import Report
 def plan_merge(
     model: str | Path, adapter: str | Path, out: str | Path | None = None, **options: Any
 ) -> Report:
-    """What `merge_adapter` would do, while nothing is written.
+    """Reports what `merge_adapter` would do, while nothing is written.
 
     How much of ΔW survives each precision in each layer, and the sizes to expect; the arguments are
     those of `merge_adapter`.
@@ -286,7 +286,7 @@ class Merge:
 
     @property
     def title(self) -> str:
-        """What happens, in words."""
+        """The operation in words."""
         return f"merge {self.adapter}"
 
     def planned(self) -> dict[str, Any]:
@@ -364,7 +364,7 @@ WIDER = "surgery merge into --dtype float32, or surgery export with --form F32"
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge did to the weights, a row a layer, and what its file is to be held against."""
+    """A merge's effect on the weights, a row a layer, and the logits to compare its file with."""
 
     rows: list[dict[str, Any]]
     adapted: Tensor

@@ -1,4 +1,4 @@
-"""What lies in a GGUF file (version 3), read by hand and checked before anything is allocated.
+"""GGUF files (version 3), read by hand and checked before anything is allocated.
 
     "GGUF" | version | number of tensors | number of metadata | metadata | tensor infos | data
 

@@ -78,7 +78,7 @@ def open_gguf(path: str | Path, dtype: Dtype) -> tuple[SimpleGPT, Tokenizer | No
 
 
 def types_in(path: str | Path) -> dict[str, str]:
-    """What a file stores each of our tensors as, such as "F16" or "Q4_1", by our names."""
+    """Returns the type that each tensor is stored in, such as "F16" or "Q4_1", by our names."""
     file = read_gguf(path)
     family = family_of_file(file)
     config = config_of(file, family)

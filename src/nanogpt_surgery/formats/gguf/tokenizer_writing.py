@@ -125,7 +125,7 @@ def _write_ids(writer: GGUFWriter, tokenizer: Tokenizer, tokens: list[str]) -> N
 
 
 def _wrong_ends(tokenizer: BPETokenizer | PretrainedTokenizer) -> Iterator[str]:
-    """What is put around a text must be BOS before it and EOS behind it."""
+    """Raises unless the ids put around a text are BOS before it and EOS behind it."""
     for where, ids, name in (("before", "prefix_ids", "bos"), ("behind", "suffix_ids", "eos")):
         found = list(getattr(tokenizer, ids, []))
         if found not in ([], [getattr(tokenizer, f"{name}_id", None)]):

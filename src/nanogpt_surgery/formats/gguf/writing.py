@@ -186,7 +186,7 @@ def _packed(tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[Any]:
 
 
 def write_metadata(writer: GGUFWriter, config: GPTConfig, family: str) -> None:
-    """What llama.cpp must know of a config, under its names."""
+    """Returns a config under llama.cpp's names."""
     writer.add_type("model")
     writer.add_name("nanogpt-surgery")
     writer.add_uint32(f"{family}.vocab_size", config.vocab_size)

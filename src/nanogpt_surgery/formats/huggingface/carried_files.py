@@ -1,4 +1,4 @@
-"""What a model folder holds beside its weights, carried over to a folder written from it.
+"""Files of a model folder beside its weights, carried over to a folder written from it.
 
 How to generate, the tokenizer with its padding and its templates, and what `config.json` says to
 others: none of it is ours to drop.
@@ -48,7 +48,7 @@ def carry_files(source: Path, new: Path) -> None:
 
 
 def carried_config(source: Path, written: dict[str, Any], config: GPTConfig) -> dict[str, Any]:
-    """What the `config.json` of `source` says, but for the dtype and the tied head as written.
+    """Returns the `config.json` of `source`, with the dtype and the tied head as written.
 
     Of another model (other sizes than `config`) nothing is taken over.
     """

@@ -1,4 +1,4 @@
-"""What a `config.json` may leave out, and the options in it that we do not have.
+"""The defaults of `config.json`, and the options in it that we do not have.
 
 Options that transformers reads for these architectures and that would change a logit are refused by
 name. Others (how to initialise, what to return, where to pad) are passed over.

@@ -1,4 +1,4 @@
-"""What lies in a safetensors file, read from its header and checked before anything is allocated.
+"""Safetensors files: the header is read and checked before anything is allocated.
 
     8 bytes: length N of the header | N bytes of JSON | the tensors, one after the other
 

@@ -213,7 +213,7 @@ def _class_defaults(config: dict[str, Any], model: dict[str, Any]) -> dict[str, 
 
 
 def _carried(config: dict[str, Any]) -> dict[str, Any]:
-    """What a `tokenizer_config.json` says beyond its tokens, as far as it is harmless."""
+    """Returns the harmless part of a `tokenizer_config.json` beyond its tokens."""
     kept = {
         key: value
         for key, value in config.items()

@@ -221,7 +221,7 @@ def check_ids(tokenizer: Tokenizer | None, rows: int, path: str | Path) -> None:
 
 
 def special_ids(tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What `config.json` says of a tokenizer: `bos_token_id` and `eos_token_id`."""
+    """Returns `bos_token_id` and `eos_token_id` of a `config.json`."""
     first = getattr(tokenizer, "eos_id", None)
     ends = sorted(stop_ids(tokenizer), key=lambda i: (i != first, i))
     eos = ends[0] if len(ends) == 1 else ends or None
