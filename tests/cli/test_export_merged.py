@@ -20,7 +20,7 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 40, "n_inner": 64}
 CONFIG = GPTConfig.for_family("llama", vocab_size=300, **SIZES)

@@ -26,7 +26,7 @@ from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
 from nanogpt_surgery.history.folder_journal import folder_log
 from nanogpt_surgery.history.folder_operation import undo_folder
 from nanogpt_surgery.lora.attachment import attach_adapter, extract_adapter
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 
 @pytest.fixture

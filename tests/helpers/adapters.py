@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from helpers.models import tiny_model
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 EVERY_LINEAR = r".*_proj|lm_head"
 

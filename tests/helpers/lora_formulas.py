@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanogpt_surgery import inject_lora, plan_lora
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 KINDS = st.fixed_dictionaries(
     {

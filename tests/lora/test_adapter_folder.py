@@ -15,7 +15,7 @@ from nanogpt_surgery import (
     remove_lora,
     save_adapter,
 )
-from nanogpt_surgery.lora.linear import has_lora, lora_layers
+from nanogpt_surgery.lora.several import has_lora, lora_layers
 
 CONFIG, TENSORS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "MANIFEST.json"
 LLAMA = FAMILY_CONFIGS["llama"]

@@ -15,7 +15,7 @@ from nanogpt_surgery import (
     load_adapter,
     save_adapter,
 )
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
 LLAMA = FAMILY_CONFIGS["llama"]

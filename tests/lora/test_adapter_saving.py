@@ -17,7 +17,7 @@ from nanogpt_surgery import (
     swap_lora,
     undo_lora,
 )
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 LLAMA = FAMILY_CONFIGS["llama"]
 IDS = random_ids(LLAMA, 2, 9)

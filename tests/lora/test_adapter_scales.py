@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import inject_lora, load_adapter, remove_lora, save_adapter, save_model
 from nanogpt_surgery.lora.attachment import attach_adapter
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 
 

@@ -13,7 +13,6 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.history.hashing import tensor_hash
 from nanogpt_surgery.lora.attachment import attach_adapter
-from nanogpt_surgery.lora.linear import has_lora, lora_layers
 from nanogpt_surgery.lora.merge_metrics import (
     change_kept,
     compare_logits,
@@ -21,6 +20,7 @@ from nanogpt_surgery.lora.merge_metrics import (
     round_int4,
     round_int8,
 )
+from nanogpt_surgery.lora.several import has_lora, lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 
 

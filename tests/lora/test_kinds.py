@@ -15,8 +15,8 @@ from nanogpt_surgery import (
     merge_lora,
     plan_lora,
 )
-from nanogpt_surgery.lora.linear import lora_layers
 from nanogpt_surgery.lora.merging import merged_layer
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.variants import (
     DoRAUpdate,
     PiSSAUpdate,

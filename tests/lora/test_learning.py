@@ -12,7 +12,7 @@ from nanogpt_surgery import (
     learned,
 )
 from nanogpt_surgery.lora.checks import check_gradients, check_moved, check_optimizer
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.settings import FitSettings
 

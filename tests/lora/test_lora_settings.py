@@ -16,7 +16,7 @@ from nanogpt_surgery import (
     tensor_hashes,
 )
 from nanogpt_surgery.cli.framework.options import options_of
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 
 def test_settings_that_contradict_are_told_all_at_once():

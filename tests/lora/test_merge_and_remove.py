@@ -14,7 +14,7 @@ from nanogpt_surgery import (
     remove_lora,
     swap_lora,
 )
-from nanogpt_surgery.lora.linear import has_lora, lora_layers
+from nanogpt_surgery.lora.several import has_lora, lora_layers
 
 EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 LLAMA = FAMILY_CONFIGS["llama"]

@@ -15,8 +15,7 @@ from nanogpt_surgery import (
     swap_lora,
 )
 from nanogpt_surgery.lora.attachment import attach_adapter
-from nanogpt_surgery.lora.inject import adapter_names
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import adapter_names, lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 
 EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)

@@ -25,8 +25,7 @@ from nanogpt_surgery import (
     undo_lora,
 )
 from nanogpt_surgery.history.journal import history_of
-from nanogpt_surgery.lora.inject import active_adapters, adapter_names
-from nanogpt_surgery.lora.linear import has_lora, lora_layers
+from nanogpt_surgery.lora.several import active_adapters, adapter_names, has_lora, lora_layers
 from nanogpt_surgery.lora.targets import adaptable_layers
 
 NAMES = ("a", "b", "c")

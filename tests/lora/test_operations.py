@@ -16,7 +16,7 @@ from nanogpt_surgery import (
     merge_lora,
     remove_lora,
 )
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 LLAMA = FAMILY_CONFIGS["llama"]

@@ -15,7 +15,7 @@ from nanogpt_surgery import (
     tensor_hashes,
 )
 from nanogpt_surgery.formats.peft.adapter_layout import plan_adapter
-from nanogpt_surgery.lora.linear import has_lora
+from nanogpt_surgery.lora.several import has_lora
 
 
 @pytest.mark.parametrize("patient", PATIENTS)

@@ -9,7 +9,7 @@ from torch import nn
 from nanogpt_surgery import SurgeryError, inject_lora, merge_lora, tensor_hashes, undo_lora
 from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.checks import check_gradients
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 
 OF_A_LINEAR = ("weight", "bias", "in_features", "out_features")

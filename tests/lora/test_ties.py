@@ -14,7 +14,7 @@ from nanogpt_surgery import (
     save_adapter,
     undo_lora,
 )
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)
 

@@ -19,7 +19,7 @@ from nanogpt_surgery import (
     tensor_hashes,
     undo_lora,
 )
-from nanogpt_surgery.lora.linear import has_lora, lora_layers
+from nanogpt_surgery.lora.several import has_lora, lora_layers
 
 
 def model_with_a_trained_adapter() -> nn.Module:

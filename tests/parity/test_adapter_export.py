@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, generate, inject_lora
 from nanogpt_surgery.formats.gguf.writing import save_gguf
 from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 LETTERS = CharacterTokenizer("the quick brown fox jumps over the lazy dog\n 0123456789")
 

@@ -19,7 +19,7 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.targets import find_targets
 
 pytestmark = [  # PEFT's own, none of which ours can help

@@ -21,7 +21,7 @@ from nanogpt_surgery import (
     tensor_hashes,
 )
 from nanogpt_surgery.lora.checks import trained_updates
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.variants import PiSSAUpdate
 
 transformers = pytest.importorskip("transformers")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery import inject_lora, lora_rows
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 
 PADDING = 3
 MASK = torch.tensor([0.0, 2, 0, 2, 2, 0])

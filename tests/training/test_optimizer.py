@@ -4,7 +4,7 @@ from helpers.models import FAMILY_CONFIGS, tiny_model
 from torch import nn
 
 from nanogpt_surgery import FitSettings, SurgeryError, inject_lora
-from nanogpt_surgery.lora.linear import lora_layers
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.training.optimizer import make_optimizer
 
 SETTINGS = FitSettings(learning_rate=0.1, weight_decay=0.5, beta1=0.8, beta2=0.95)

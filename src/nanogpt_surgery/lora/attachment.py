@@ -13,17 +13,18 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError, listed, nearest, quoted
 from nanogpt_surgery.history.hashing import plain_name
 from nanogpt_surgery.history.journal import operation
-from nanogpt_surgery.lora.inject import (
-    active_adapters,
-    adapter_names,
-    attach_updates,
-    check_new_name,
-    report_on,
-)
-from nanogpt_surgery.lora.linear import LoRAUpdate, lora_layers
+from nanogpt_surgery.lora.inject import attach_updates
+from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.replaced import WholeUpdate
 from nanogpt_surgery.lora.settings import LoRASettings, Tied
-from nanogpt_surgery.lora.several import WeightedAdapters
+from nanogpt_surgery.lora.several import (
+    WeightedAdapters,
+    active_adapters,
+    adapter_names,
+    check_new_name,
+    lora_layers,
+    report_on,
+)
 from nanogpt_surgery.lora.stored_adapter import (
     LowRankUpdate,
     StoredAdapter,

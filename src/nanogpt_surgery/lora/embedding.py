@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.several import LoRALayer
 
 
 class LoRAEmbeddingUpdate(LoRAUpdate):

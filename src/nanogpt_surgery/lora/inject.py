@@ -6,7 +6,6 @@ model's journal, so that `undo_lora` takes it back.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -14,15 +13,20 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.journal import history_of, operation
-from nanogpt_surgery.lora.linear import LoRALayer, has_lora, lora_layers
 from nanogpt_surgery.lora.planning import plan_updates
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.several import ActiveAdapters, WeightedAdapters
-from nanogpt_surgery.lora.targets import find_targets
+from nanogpt_surgery.lora.several import (
+    LoRALayer,
+    WeightedAdapters,
+    active_adapters,
+    check_new_name,
+    has_lora,
+    lora_layers,
+    report_on,
+    set_active,
+)
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import chosen
-
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
 
 
 def inject_lora(
@@ -50,10 +54,9 @@ def inject_lora(
     """
     settings = chosen(LoRASettings, settings, changes)
     check_new_name(model, settings.name)
-    # Which layers each pattern means; one that means none is an error with the real names.
-    matches = find_targets(model, targets)
-    # The rank, alpha and kind of each layer's update, and what becomes of shared weights.
-    plan = plan_updates(model, matches, settings)
+    # Which layers the targets mean, the rank, alpha and kind of each layer's update, and what
+    # becomes of weights that several layers share; all is checked before anything is touched.
+    plan = plan_updates(model, targets, settings)
     # If anything fails in here, the model is as it was.
     with operation(model, f"inject {settings.name}"):
         attach_updates(model, settings.name, plan.factories(), settings.tied == "untie")
@@ -123,12 +126,6 @@ def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
                 parent._modules[child] = layer
 
 
-def set_active(model: nn.Module, active: ActiveAdapters) -> None:
-    """Chooses which adapters take part, on every layer."""
-    for layer in lora_layers(model).values():
-        layer.active = active
-
-
 def train_active(model: nn.Module) -> None:
     """Lets the parameters of the adapters that take part be trained, and those of no other."""
     layers, active = lora_layers(model).values(), active_adapters(model).names()
@@ -138,92 +135,3 @@ def train_active(model: nn.Module) -> None:
             if trains is (name in active):
                 for parameter in update.trained():
                     parameter.requires_grad_(trains)
-
-
-def active_adapters(model: nn.Module) -> ActiveAdapters:
-    """Which adapters take part, the same on every layer; none without a LoRA."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
-    return layers[0].active if layers else WeightedAdapters({})
-
-
-def adapter_names(model: nn.Module) -> list[str]:
-    """The names of the adapters on a model, the oldest first."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
-    return list(dict.fromkeys(name for layer in layers for name in layer.updates))
-
-
-def check_name(model: nn.Module, name: str) -> str:
-    """The name, if an adapter carries it.
-
-    Raises:
-        SurgeryError: none does; the names that are there.
-    """
-    there = adapter_names(model)
-    if name not in there:
-        raise SurgeryError(
-            f"the model carries no adapter {name!r}",
-            f"it carries {', '.join(there)}" if there else "inject_lora(model, targets=…) first",
-        )
-    return name
-
-
-def check_new_name(model: nn.Module, name: str) -> None:
-    """Raises `SurgeryError` unless a new adapter can have this name."""
-    text = isinstance(name, str)
-    if not text or not _NAME.fullmatch(name) or hasattr(nn.ModuleDict(), name):
-        raise SurgeryError(
-            f"an adapter cannot be named {name!r}",
-            "letters, digits, - and _, at most 64, and no attribute of an nn.ModuleDict",
-        )
-    if name in adapter_names(model):
-        layers = lora_layers(model)
-        raise SurgeryError(
-            f"the model carries a LoRA already, named {name!r}, on {len(layers)} layers "
-            f"({next(iter(layers))}, …)",
-            "give the new one another name, or merge_lora(model) or remove_lora(model) first",
-        )
-
-
-def report_on(model: nn.Module, title: str) -> Report:
-    """A row for each update on each layer, and the model's parameters."""
-    rows = update_rows(model, adapter_names(model))
-    return Report(title, rows, {"layers": len(lora_layers(model)), **state_of(model)})
-
-
-def update_rows(model: nn.Module, adapters: list[str]) -> list[dict[str, Any]]:
-    """A row for each update of some adapters on each layer."""
-    active = active_adapters(model).names()
-    return [
-        _row(name, adapter, update, adapter in active)
-        for name, layer in lora_layers(model).items()
-        for adapter, update in layer.updates.items()
-        if adapter in adapters
-    ]
-
-
-def _row(name: str, adapter: str, update: Any, active: bool) -> dict[str, Any]:
-    a, b = update.factors() if hasattr(update, "factors") else (None, None)
-    return {
-        "layer": name,
-        "adapter": adapter,
-        "in": None if a is None else a.size(1),
-        "out": None if b is None else b.size(0),
-        "rank": getattr(update, "rank", None),
-        "alpha": getattr(update, "alpha", None),
-        "parameters": sum(parameter.numel() for parameter in update.trained()),
-        "active": active,
-    }
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    """What takes part, the model's parameters, and what to do where adapters only wait."""
-    active, names = active_adapters(model), adapter_names(model)
-    parameters = list(model.parameters())
-    state: dict[str, Any] = {
-        "active": str(active),
-        "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-        "total_parameters": sum(p.numel() for p in parameters),
-    }
-    if names and not active.names():
-        state["next"] = f"no adapter takes part: swap_lora(model, {names[0]!r})"
-    return state

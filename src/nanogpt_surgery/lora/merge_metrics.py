@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.linear import LoRALayer, lora_layers
 from nanogpt_surgery.lora.merging import merged_layer, widened
+from nanogpt_surgery.lora.several import LoRALayer, lora_layers
 from nanogpt_surgery.model.loss import kl_divergence
 from nanogpt_surgery.report import Report
 

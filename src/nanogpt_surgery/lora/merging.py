@@ -13,7 +13,7 @@ from nanogpt_surgery.history.journal import (
     set_tie_word_embeddings,
 )
 from nanogpt_surgery.lora.inject import replace_module
-from nanogpt_surgery.lora.linear import LoRALayer, lora_layers
+from nanogpt_surgery.lora.several import LoRALayer, lora_layers
 
 
 def merge_layers(model: nn.Module) -> None:

@@ -13,21 +13,22 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.journal import history_of, operation
-from nanogpt_surgery.lora.inject import (
+from nanogpt_surgery.lora.inject import replace_module, train_active
+from nanogpt_surgery.lora.merge_metrics import Probe, check_weights, effect_of, merge_rows
+from nanogpt_surgery.lora.merging import merge_layers, restore_requires_grad
+from nanogpt_surgery.lora.several import (
+    LoRALayer,
+    WeightedAdapters,
     active_adapters,
     adapter_names,
     check_name,
-    replace_module,
+    has_lora,
+    lora_layers,
     report_on,
     set_active,
     state_of,
-    train_active,
     update_rows,
 )
-from nanogpt_surgery.lora.linear import LoRALayer, has_lora, lora_layers
-from nanogpt_surgery.lora.merge_metrics import Probe, check_weights, effect_of, merge_rows
-from nanogpt_surgery.lora.merging import merge_layers, restore_requires_grad
-from nanogpt_surgery.lora.several import WeightedAdapters
 from nanogpt_surgery.lora.ties import check_undecided
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values

@@ -22,8 +22,13 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.journal import history_of
-from nanogpt_surgery.lora.inject import active_adapters, check_name, set_active
-from nanogpt_surgery.lora.linear import LoRALayer, lora_layers
+from nanogpt_surgery.lora.several import (
+    LoRALayer,
+    active_adapters,
+    check_name,
+    lora_layers,
+    set_active,
+)
 from nanogpt_surgery.lora.variants import DoRAUpdate
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from nanogpt_surgery.lora.inject import check_new_name
 from nanogpt_surgery.lora.planning import UpdatePlan, plan_updates
 from nanogpt_surgery.lora.settings import LoRASettings
+from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, Updates, tensors_of
-from nanogpt_surgery.lora.targets import adaptable_layers, find_targets
+from nanogpt_surgery.lora.targets import adaptable_layers
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import chosen
 
@@ -49,10 +49,9 @@ def plan_lora(
     """
     settings = chosen(LoRASettings, settings, changes)
     check_new_name(model, settings.name)
-    matches = find_targets(model, targets)
-    plan = plan_updates(model, matches, settings)
+    plan = plan_updates(model, targets, settings)
     layers: dict[str, Any] = adaptable_layers(model)
-    rows = [_row(plan, matches, path, layers[path]) for path in plan.settings]
+    rows = [_row(plan, path, layers[path]) for path in plan.settings]
     trainable = sum(row["parameters"] for row in rows)
     summary: dict[str, Any] = {
         "layers": len(rows),
@@ -63,9 +62,7 @@ def plan_lora(
     return Report("LoRA planned", rows, summary)
 
 
-def _row(
-    plan: UpdatePlan, matches: Mapping[str, list[str]], path: str, layer: Any
-) -> dict[str, Any]:
+def _row(plan: UpdatePlan, path: str, layer: Any) -> dict[str, Any]:
     settings = plan.settings[path]
     shape = layer.weight.shape
     out_features, in_features = shape[::-1] if isinstance(layer, nn.Embedding) else shape
@@ -75,7 +72,7 @@ def _row(
     copies = 1 + len(plan.tied_layers.get(path, []))
     return {
         "layer": path,
-        "pattern": ", ".join(p for p, found in matches.items() if path in found),
+        "pattern": ", ".join(p for p, found in plan.matches.items() if path in found),
         "shape": f"{shape[0]}×{shape[1]}",
         "rank": settings.rank,
         "parameters": parameters,

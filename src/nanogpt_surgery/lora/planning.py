@@ -1,11 +1,11 @@
-"""Which update each layer gets: its rank, alpha and kind, and what follows from shared weights.
+"""Which layers get an update, and which: rank, alpha, kind, and what follows from shared weights.
 
 All is checked here, before anything is touched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.targets import adaptable_layers, by_pattern
+from nanogpt_surgery.lora.targets import adaptable_layers, by_pattern, find_targets
 from nanogpt_surgery.lora.ties import UpdateFactory, find_tied, with_tied_layers
 from nanogpt_surgery.lora.variants import check_settings, new_update
 
@@ -24,10 +24,12 @@ class UpdatePlan:
     """What each layer gets.
 
     Attributes:
+        matches: the layers that each target means.
         settings: by the layer's name, in the model's order.
         tied_layers: layers that share a layer's weight and get the same A and B, by its name.
     """
 
+    matches: dict[str, list[str]]
     settings: dict[str, LoRASettings]
     tied_layers: dict[str, list[str]]
 
@@ -40,21 +42,21 @@ class UpdatePlan:
 
 
 def plan_updates(
-    model: nn.Module, matches: Mapping[str, list[str]], settings: LoRASettings
+    model: nn.Module, targets: str | Iterable[str], settings: LoRASettings
 ) -> UpdatePlan:
-    """Checks the settings of every layer that a pattern matches.
+    """Finds the layers that the targets mean, and checks what each of them is to get.
 
     Raises:
-        SurgeryError: a pattern of the settings matches no target, a target is tied, or a layer
-            cannot have such an update.
+        SurgeryError: a target means no layer, a pattern of the settings matches no target, a target
+            is tied, or a layer cannot have such an update.
     """
-    layers = adaptable_layers(model)
+    matches, layers = find_targets(model, targets), adaptable_layers(model)
     matched = {layer for found in matches.values() for layer in found}
     names = [layer for layer in layers if layer in matched]
     _check_patterns({**(settings.rank_pattern or {}), **(settings.alpha_pattern or {})}, names)
     by_layer = {layer: _settings_of(layer, settings) for layer in names}
     plan = _with_one_update_a_weight(
-        UpdatePlan(by_layer, find_tied(model, names, settings.tied)), layers
+        UpdatePlan(matches, by_layer, find_tied(model, names, settings.tied)), layers
     )
     for path, chosen in plan.settings.items():
         tied = [layers[other] for other in plan.tied_layers.get(path, [])]
@@ -90,7 +92,7 @@ def _with_one_update_a_weight(plan: UpdatePlan, layers: Mapping[str, nn.Module])
             tied_layers.pop(other, None)
         settings[first] = chosen
         tied_layers[first] = [other for other in group if other != first]
-    return UpdatePlan(settings, tied_layers)
+    return UpdatePlan(plan.matches, settings, tied_layers)
 
 
 def _check_patterns(patterns: dict[str, Any], names: list[str]) -> None:

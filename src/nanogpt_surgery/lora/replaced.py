@@ -8,8 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.linear import LoRALayer
-from nanogpt_surgery.lora.several import WeightedAdapters
+from nanogpt_surgery.lora.several import LoRALayer, WeightedAdapters
 
 
 class WholeUpdate(nn.Module):

@@ -13,9 +13,10 @@ from typing import TypeAlias
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.replaced import WholeUpdate
 from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.lora.several import LoRALayer
 from nanogpt_surgery.lora.variants import tied_view
 
 UpdateFactory: TypeAlias = Callable[[nn.Module], LoRAUpdate | WholeUpdate]

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate, TiedEmbeddingUpdate
-from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.settings import LoRASettings
+from nanogpt_surgery.lora.several import LoRALayer
 
 
 def as_matrix(layer: nn.Module) -> Tensor:

@@ -136,8 +136,7 @@ class Session:
 
     def do_adapters(self, _rest: str) -> None:
         """Which adapters there are, and which take part."""
-        from nanogpt_surgery.lora.inject import adapter_names
-        from nanogpt_surgery.lora.linear import has_lora
+        from nanogpt_surgery.lora.several import adapter_names, has_lora
 
         if not has_lora(self.model):
             say("there are no adapters: surgery chat MODEL --adapter NAME=FOLDER loads one")
@@ -147,9 +146,12 @@ class Session:
             say(f"  {name}: " + (f"weight {taking[name]:g}" if name in taking else "waits"))
 
     def _taking_part(self) -> dict[str, float]:
-        from nanogpt_surgery.lora.inject import active_adapters
-        from nanogpt_surgery.lora.linear import has_lora, lora_layers
-        from nanogpt_surgery.lora.several import WeightedAdapters
+        from nanogpt_surgery.lora.several import (
+            WeightedAdapters,
+            active_adapters,
+            has_lora,
+            lora_layers,
+        )
 
         if not has_lora(self.model):
             return {}

@@ -33,7 +33,6 @@ from nanogpt_surgery.formats.peft.adapter_layout import adapter_folder, load_ada
 from nanogpt_surgery.history.folder_journal import Entry, hashes_of, record
 from nanogpt_surgery.history.folder_operation import operate
 from nanogpt_surgery.history.hashing import UPDATES, combined, plain_name, tensor_hashes
-from nanogpt_surgery.lora.linear import lora_layers
 from nanogpt_surgery.lora.merge_metrics import (
     Rounding,
     RoundingOf,
@@ -47,6 +46,7 @@ from nanogpt_surgery.lora.merge_metrics import (
 )
 from nanogpt_surgery.lora.merging import merge_layers
 from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.ties import check_undecided
 from nanogpt_surgery.model.finite import check_finite, check_finite_weights
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
