@@ -110,7 +110,7 @@ class LoRALayer(nn.Module):
     @property
     def shown(self) -> nn.Module:
         """The layer that others see."""
-        return self.original_layer  # type: ignore[no-any-return]
+        return self.original_layer
 
     weight = property(attrgetter("shown.weight"))
     bias = property(attrgetter("shown.bias"))
