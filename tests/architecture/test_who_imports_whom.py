@@ -63,6 +63,14 @@ def test_a_room_imports_only_the_rooms_it_may(path):
     assert (rooms - {room} <= MAY_IMPORT[room]) is not on_the_way
 
 
+def test_the_fast_way_never_imports_the_loop_and_the_loop_only_its_door():
+    training = PACKAGE / "training"
+    for path in (training / "fast").glob("*.py"):
+        assert "nanogpt_surgery.training.fit" not in set(imported(path)), path
+    fast = {name for name in imported(training / "fit.py") if ".training.fast" in name}
+    assert fast == {"nanogpt_surgery.training.fast.accelerate"}
+
+
 def test_every_room_is_in_the_table():
     assert {room_of(path) for path in SOURCES} <= MAY_IMPORT.keys()
 

@@ -120,7 +120,7 @@ def test_a_full_disk_refuses_in_words_and_nothing_stays(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(tmp_path) in caught.value.what
-    assert "--cache-gib" in caught.value.hint
+    assert "cache_gib" in caught.value.hint
     assert not list(tmp_path.iterdir())
     assert_equal_logits(FrozenPrefix(model, 3, tmp_path).hidden(ids), model.hidden(ids))
     assert not list(tmp_path.iterdir())

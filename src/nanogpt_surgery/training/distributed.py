@@ -185,7 +185,7 @@ def _others_there() -> Iterator[None]:
     except RuntimeError as error:
         raise SurgeryError(
             "another process of this training has ended",
-            "its own message says why; --resume goes on from the last checkpoint",
+            "its own message says why; the run can be resumed from its last checkpoint",
         ) from error
 
 

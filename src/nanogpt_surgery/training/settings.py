@@ -71,7 +71,7 @@ class FitSettings:
     """what matrix products are computed in; weights and optimizer stay float32"""
     compile: Compile = "auto"
     """torch.compile for each block: where it pays, always, or never"""
-    fast: bool = field(default=True, metadata={"negative": "--plain"})
+    fast: bool = field(default=True, metadata={"opposite": "plain"})
     """the quicker ways to the same numbers (training/fast); without, the code as it is read"""
 
     def __post_init__(self) -> None:

@@ -62,8 +62,8 @@ def _annotated(
     own = "the model's" if field.default is dataclasses.MISSING else field.default
     default = defaults.get(field.name, own)
     parameter = Parameter(help=text, show_default=lambda _: default)
-    if negative := field.metadata.get("negative"):
-        parameter = Parameter.combine(parameter, Parameter(negative=negative))
+    if opposite := field.metadata.get("opposite"):
+        parameter = Parameter.combine(parameter, Parameter(negative=f"--{opposite}"))
     if any(get_origin(kind) is dict for kind in get_args(hint)):
         parameter = Parameter.combine(parameter, PAIRS)
     return Annotated[hint | None, parameter]

@@ -127,7 +127,7 @@ def mapped_file(folder: Path, size: int, dtype: torch.dtype) -> Tensor:
         refused = disk_refuses(folder / "hidden-states.tmp", error)
         raise SurgeryError(
             f"the hidden states that are kept need {needed:,} bytes: {refused.what}",
-            "keep fewer (--cache-gib, in GiB), or keep them elsewhere (--cache-dir) or in memory",
+            "lower cache_gib, or choose another cache_dir, or none: then they are kept in memory",
         ) from error
 
 
