@@ -17,12 +17,12 @@ from nanogpt_surgery.cli.framework.options import given, options_of_function
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.text.pieces import Piece
+    from nanogpt_surgery.data.text.chunks import Chunk
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.report import Report
 
 PREPARE = "nanogpt_surgery.data.text.preparation:prepare_tokens"
-LEFT_OUT = ("pieces", "folder", "tokenizer_of")
+LEFT_OUT = ("chunks", "folder", "tokenizer_of")
 PrepareOptions: Any = options_of_function(PREPARE, "Preparation", leave_out=LEFT_OUT)
 
 
@@ -49,7 +49,7 @@ def prepare(
         print the result as JSON
     """
     from nanogpt_surgery.cli.sources import check_no_records, say_data
-    from nanogpt_surgery.data.text.pieces import pieces_of
+    from nanogpt_surgery.data.text.chunks import chunks_of
     from nanogpt_surgery.files.disk_errors import make_folder
     from nanogpt_surgery.files.lock import LOCK, file_lock
 
@@ -58,7 +58,7 @@ def prepare(
     _check_folder(out, text)
     check_no_records(text)
     say_data(text)
-    pieces = pieces_of(text)
+    chunks = chunks_of(text)
     aside = _aside(out)
     if aside.is_dir() and not out.exists():
         aside.rename(out)
@@ -66,7 +66,7 @@ def prepare(
     make_folder(out)
     try:
         with file_lock(out / LOCK):
-            _prepare_or_leave_nothing(pieces, out, tokenizer, given(options), begun)
+            _prepare_or_leave_nothing(chunks, out, tokenizer, given(options), begun)
     except KeyboardInterrupt:
         _put_aside(out, aside)
         say(f"stopped; the same command goes on with {out}")
@@ -101,7 +101,7 @@ def _put_aside(out: Path, aside: Path) -> None:
 
 
 def _prepare_or_leave_nothing(
-    pieces: list[Piece], out: Path, tokenizer: str, values: dict[str, Any], begun: bool
+    chunks: list[Chunk], out: Path, tokenizer: str, values: dict[str, Any], begun: bool
 ) -> None:
     """Prepare, or remove what an error leaves unfinished.
 
@@ -114,7 +114,7 @@ def _prepare_or_leave_nothing(
     from nanogpt_surgery.files.lock import LOCK
 
     try:
-        _prepare(pieces, out, tokenizer, values)
+        _prepare(chunks, out, tokenizer, values)
     except SurgeryError as error:
         if is_token_folder(out):
             raise
@@ -125,7 +125,7 @@ def _prepare_or_leave_nothing(
                 out.rmdir()
             raise
         say(f"note: {out} was left unfinished by another command, and is begun anew")
-        _prepare_or_leave_nothing(pieces, out, tokenizer, values, begun=False)
+        _prepare_or_leave_nothing(chunks, out, tokenizer, values, begun=False)
 
 
 def _clear(folder: Path) -> None:
@@ -144,16 +144,16 @@ def _clear(folder: Path) -> None:
         (folder / name).unlink(missing_ok=True)
 
 
-def _prepare(pieces: list[Piece], out: Path, tokenizer: str, values: dict[str, Any]) -> None:
+def _prepare(chunks: list[Chunk], out: Path, tokenizer: str, values: dict[str, Any]) -> None:
     """Everything that is done while the folder is held."""
     from nanogpt_surgery.data.text.preparation import prepare_tokens
     from nanogpt_surgery.data.text.token_files import TOKENIZER, is_token_folder, verify_tokens
     from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
 
     finished = is_token_folder(out)
-    _provide_tokenizer(tokenizer, out / TOKENIZER, pieces, values.get("workers", 0))
+    _provide_tokenizer(tokenizer, out / TOKENIZER, chunks, values.get("workers", 0))
     opens = partial(open_tokenizer, out / TOKENIZER)
-    _watch(prepare_tokens(pieces, out, opens, **values), len(pieces))
+    _watch(prepare_tokens(chunks, out, opens, **values), len(chunks))
     if finished:
         verify_tokens(out)
         say(f"{out} was finished before: every byte is as it was written")
@@ -184,7 +184,7 @@ def _check_folder(out: Path, text: Sequence[str]) -> None:
         raise SurgeryError(f"{out} exists and is no folder of tokens", "choose a new --out")
 
 
-def _provide_tokenizer(named: str, folder: Path, pieces: list[Piece], workers: int) -> None:
+def _provide_tokenizer(named: str, folder: Path, chunks: list[Chunk], workers: int) -> None:
     """Make the tokenizer's folder, or check the one that is there.
 
     Raises:
@@ -197,7 +197,7 @@ def _provide_tokenizer(named: str, folder: Path, pieces: list[Piece], workers: i
 
     wanted = None if named == CHARACTERS else opened_tokenizer(named)
     if not folder.exists():
-        save_tokenizer(wanted or _of_characters(pieces, workers), folder)
+        save_tokenizer(wanted or _of_characters(chunks, workers), folder)
         return
     there = open_tokenizer(folder)
     if there is None:
@@ -214,18 +214,18 @@ def _provide_tokenizer(named: str, folder: Path, pieces: list[Piece], workers: i
         )
 
 
-def _of_characters(pieces: list[Piece], workers: int) -> Tokenizer:
+def _of_characters(chunks: list[Chunk], workers: int) -> Tokenizer:
     from nanogpt_surgery.data.text.preparation import characters_of
     from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 
-    return CharacterTokenizer.from_characters(characters_of(pieces, workers))
+    return CharacterTokenizer.from_characters(characters_of(chunks, workers))
 
 
-def _watch(done: Iterable[int], pieces: int) -> None:
+def _watch(done: Iterable[int], chunks: int) -> None:
     last = monotonic()
     for number in done:
         if monotonic() - last >= PLAIN_LINE_EVERY:
-            say(f"{number:,} of {pieces:,} pieces are done")
+            say(f"{number:,} of {chunks:,} chunks are done")
             last = monotonic()
 
 

@@ -1,4 +1,4 @@
-"""The parts of a folder of ids in the making: a part for each piece of the corpus.
+"""The parts of a folder of ids in the making: a part for each chunk of the corpus.
 
 A part's ids lie in a file for each split, `parts/00007.train.bin`; `parts/00007.json` has their
 numbers and hashes, and is written after them. At the end the parts are joined in order, and
@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt_surgery.data.text.pieces import Piece, read_span, split_at_line
+from nanogpt_surgery.data.text.chunks import Chunk, read_span, split_at_line
 from nanogpt_surgery.data.text.token_files import DTYPES, SPLITS, Shard
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, encode_to_array
 from nanogpt_surgery.errors import SurgeryError
@@ -35,7 +35,7 @@ class Work:
     """Everything that a process needs to encode any chunk of the corpus."""
 
     folder: Path
-    pieces: tuple[Piece, ...]
+    chunks: tuple[Chunk, ...]
     tokenizer_of: Callable[[], Tokenizer | None]
     held_out: float
     dtype: str
@@ -52,7 +52,7 @@ class Work:
 
 
 def is_done(work: Work, number: int) -> bool:
-    """Whether a piece's part is there, whole."""
+    """Whether a chunk's part is there, whole."""
     if not work.part(number, "json").is_file():
         return False
     return all(_is_there(work, number, split) for split in SPLITS)
@@ -70,8 +70,8 @@ def _shard(work: Work, number: int, split: str) -> Shard:
     return Shard(**read_json(work.part(number, "json"))[split])
 
 
-def encode_piece(work: Work, tokenizer: Tokenizer, number: int) -> int:
-    """Write the part of a piece: ids first, then their sizes and hashes, each in one rename.
+def encode_chunk(work: Work, tokenizer: Tokenizer, number: int) -> int:
+    """Write the part of a chunk: ids first, then their sizes and hashes, each in one rename.
 
     Raises:
         SurgeryError: the disk refuses, or the text is not UTF-8 or not in the vocabulary.
@@ -95,9 +95,9 @@ def encode_piece(work: Work, tokenizer: Tokenizer, number: int) -> int:
 
 
 def _ids_of(work: Work, tokenizer: Tokenizer, number: int) -> tuple[Ids, Ids]:
-    """The ids of a piece: those to train on, and those held out."""
-    documents = [(read_span(span), span.first) for span in work.pieces[number]]
-    # Before the first document lies nothing; before another piece, what was held out of the last.
+    """The ids of a chunk: those to train on, and those held out."""
+    documents = [(read_span(span), span.first) for span in work.chunks[number]]
+    # Before the first document lies nothing; before another chunk, what was held out of the last.
     apart = number > 0
     documents[0] = (documents[0][0], apart and (documents[0][1] or work.held_out > 0))
     left = int(sum(len(text) for text, _ in documents) * (1 - work.held_out))
@@ -133,7 +133,7 @@ def join_parts(work: Work, split: str) -> tuple[Shard, ...]:
     Raises:
         SurgeryError: the file has lost parts that went into it, or the disk refuses.
     """
-    numbers = range(len(work.pieces))
+    numbers = range(len(work.chunks))
     shards = [_shard(work, number, split) for number in numbers]
     paths = [work.part(number, f"{split}.bin") for number in numbers]
     first = next((i for i, path in enumerate(paths) if path.is_file()), len(paths))

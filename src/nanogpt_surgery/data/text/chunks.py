@@ -1,8 +1,8 @@
-"""A corpus cut into pieces that can be worked on alone: the same cuts, whoever does the work.
+"""A corpus cut into chunks that can be worked on alone: the same cuts, whoever does the work.
 
 Long files are cut about every so many bytes, between two lines that a single newline parts: there
 byte-pair encodings join no token. Without such a place near by it is the start of a line, or of a
-character. Short files share a piece. Where the cuts lie follows from the files alone.
+character. Short files share a chunk. Where the cuts lie follows from the files alone.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from nanogpt_surgery.data.text.corpus import files_of
 from nanogpt_surgery.errors import SurgeryError, quoted
 
-PIECE = 8 << 20  # bytes, about: a piece has at most twice as many
+PIECE = 8 << 20  # bytes, about: a chunk has at most twice as many
 _LOOK = 1 << 16  # bytes that are searched for a place
 # Where white space is longer than one newline, byte-pair encodings look at what follows it.
 _BETWEEN_LINES, _LINE_START = re.compile(rb"\S\n(?=\S)"), re.compile(rb"\n(?=\S)")
@@ -37,30 +37,30 @@ class Span:
         return self.start == 0
 
 
-Piece = tuple[Span, ...]
+Chunk = tuple[Span, ...]
 
 
-def pieces_of(paths: Iterable[str | Path], size: int = PIECE) -> list[Piece]:
-    """The pieces of files and folders, in order; each of at most 2 · `size` bytes.
+def chunks_of(paths: Iterable[str | Path], size: int = PIECE) -> list[Chunk]:
+    """The chunks of files and folders, in order; each of at most 2 · `size` bytes.
 
     Raises:
         SurgeryError: a path is missing or cannot be read (all of them at once), is standard input,
             or there is no text at all.
     """
     paths = list(paths)
-    pieces: list[list[Span]] = []
+    chunks: list[list[Span]] = []
     room = 0
     for span in _spans(paths, size):
         length = span.end - span.start
         if length > room:
-            pieces.append([])
+            chunks.append([])
             room = size
-        pieces[-1].append(span)
+        chunks[-1].append(span)
         room -= length
-    if not pieces:
+    if not chunks:
         named = quoted(", ".join(map(str, paths)))
         raise SurgeryError(f"there is no text in {named}", "name files that are not empty")
-    return [tuple(piece) for piece in pieces]
+    return [tuple(chunk) for chunk in chunks]
 
 
 def _spans(paths: Iterable[str | Path], size: int) -> Iterator[Span]:

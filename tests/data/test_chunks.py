@@ -1,4 +1,4 @@
-"""Pieces are the text, cut where a line begins."""
+"""Chunks are the text, cut where a line begins."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.data.text.pieces import pieces_of, read_span, split_at_line
+from nanogpt_surgery.data.text.chunks import chunks_of, read_span, split_at_line
 
 
 @settings(max_examples=60, deadline=None)
@@ -18,19 +18,19 @@ def test_pieces_are_the_text_and_no_longer_than_twice_the_size(tmp_path_factory,
     file.write_bytes(text.encode())
     if not text:
         with pytest.raises(SurgeryError, match="no text"):
-            pieces_of([file], size)
+            chunks_of([file], size)
         return
-    pieces = pieces_of([file], size)
-    assert "".join(read_span(span) for piece in pieces for span in piece) == text
-    assert all(span.end - span.start <= 2 * size for piece in pieces for span in piece)
+    chunks = chunks_of([file], size)
+    assert "".join(read_span(span) for chunk in chunks for span in chunk) == text
+    assert all(span.end - span.start <= 2 * size for chunk in chunks for span in chunk)
 
 
 def test_a_piece_begins_with_a_readable_line_where_there_is_one(tmp_path):
     corpus(tmp_path)
-    pieces = pieces_of([tmp_path / "long.txt"], 700)
-    assert len(pieces) > 5
+    chunks = chunks_of([tmp_path / "long.txt"], 700)
+    assert len(chunks) > 5
     data = (tmp_path / "long.txt").read_bytes()
-    for (span,) in pieces[1:]:
+    for (span,) in chunks[1:]:
         around = data[span.start - 2 : span.start + 1]
         assert around[1:2] == b"\n"
         assert not around[:1].isspace()
@@ -38,8 +38,8 @@ def test_a_piece_begins_with_a_readable_line_where_there_is_one(tmp_path):
 
 
 def test_short_files_share_a_piece(tmp_path):
-    pieces = pieces_of(corpus(tmp_path)[1:], 300)
-    names = [[Path(span.file).name for span in piece] for piece in pieces]
+    chunks = chunks_of(corpus(tmp_path)[1:], 300)
+    names = [[Path(span.file).name for span in chunk] for chunk in chunks]
     assert names == [["1.txt", "2.txt"], ["3.txt"], ["4.txt"]]
 
 
@@ -53,4 +53,4 @@ def test_a_text_is_split_without_loss(share):
 
 def test_paths_that_cannot_be_cut_are_refused_all_at_once(tmp_path):
     with pytest.raises(SurgeryError, match=r"standard input .*; .*nowhere does not exist"):
-        pieces_of(["-", tmp_path / "nowhere"])
+        chunks_of(["-", tmp_path / "nowhere"])
