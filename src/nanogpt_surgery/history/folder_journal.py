@@ -168,7 +168,7 @@ def read_journal(folder: Path) -> FolderJournal:
 
 
 def write_journal(folder: Path, journal: FolderJournal) -> None:
-    """Write the journal, in one rename, and let go of the files that nothing needs any more."""
+    """Writes the journal, in one rename, and deletes the files that nothing needs any more."""
     place = folder / OPERATIONS
     place.mkdir(exist_ok=True)
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in journal.lines)
@@ -181,7 +181,7 @@ def write_journal(folder: Path, journal: FolderJournal) -> None:
 
 
 def record(folder: Path, entry: Entry) -> None:
-    """Write down what made a folder, such as a training; the folder itself is not touched.
+    """Records what made a folder, such as a training; the folder itself is not touched.
 
     Raises:
         SurgeryError: the journal that is there cannot be read.

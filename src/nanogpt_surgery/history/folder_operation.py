@@ -47,7 +47,7 @@ def operate(
     keep_originals: bool = True,
     gone: Collection[str] = (),
 ) -> Entry:
-    """Replace files of a folder, in one step, with a line in its journal.
+    """Replaces files of a folder, in one step, with a line in its journal.
 
     Args:
         folder: a run or a model folder.
@@ -88,7 +88,7 @@ def _operate(
 
 
 def undo_folder(folder: str | Path) -> Report:
-    """Take the last operation on a folder back: every file has the bytes it had.
+    """Takes the last operation on a folder back: every file has the bytes it had.
 
     Raises:
         SurgeryError: there is none, its originals were dropped, or a file is not what the operation
@@ -98,7 +98,7 @@ def undo_folder(folder: str | Path) -> Report:
 
 
 def redo_folder(folder: str | Path) -> Report:
-    """Do the operation on a folder again that was undone last: every file has the bytes it got.
+    """Does the operation on a folder again that was undone last: every file has the bytes it got.
 
     Raises:
         SurgeryError: as `undo_folder`.
@@ -208,7 +208,7 @@ def _check_links(folder: Path) -> None:
 
 
 def _check_changes(place: Path, folder: Path, wanted: dict[str, str], because: str) -> None:
-    """Raise `SurgeryError` if files are not what they should be, and name them."""
+    """Raises `SurgeryError` if files are not what they should be, and name them."""
     there = hashes_of(place)
     wrong = [
         f"{name} has the sha256 {there[name][:SHOWN]} instead of {digest[:SHOWN]}"
@@ -225,13 +225,13 @@ def _check_changes(place: Path, folder: Path, wanted: dict[str, str], because: s
 
 
 def _put_by(twin: Path, name: str, digest: str) -> None:
-    """Move a file of the twin into its operations, under its hash."""
+    """Moves a file of the twin into its operations, under its hash."""
     (twin / OPERATIONS).mkdir(exist_ok=True)
     (twin / name).replace(twin / OPERATIONS / digest)
 
 
 def _flush_all(folder: Path) -> None:
-    """Put on the disk what the twin has of its own; what is linked lies there already."""
+    """Flushes the twin's own files to the disk; what is linked lies there already."""
     for path in [*folder.rglob("*"), folder]:
         if path.is_dir() or path.stat().st_nlink == 1:
             flush(path)

@@ -182,7 +182,7 @@ def check_fit(
 
 
 def _misfits(model: nn.Module, adapter: StoredAdapter) -> Iterator[tuple[str, bool]]:
-    """What does not fit, in words, and whether it would if merged in peft."""
+    """Each thing that does not fit, in words, and whether it would if merged in peft."""
     layers = adaptable_layers(model)
     for name, update in adapter.updates.items():
         kind = nn.Embedding if update.embedding else nn.Linear
@@ -210,7 +210,7 @@ def _misfits(model: nn.Module, adapter: StoredAdapter) -> Iterator[tuple[str, bo
 
 
 def _resized(model: nn.Module, name: str, weight: Tensor) -> str | None:
-    """What to say of an embedding's or the output layer's weight that has rows for other ids."""
+    """The words for an embedding's or the output layer's weight that has rows for other ids."""
     layer: Any = adaptable_layers(model).get(name)
     is_vocabulary = isinstance(layer, nn.Embedding) or (layer and name == output_layer(model))
     if not is_vocabulary or layer.weight.shape[1:] != weight.shape[1:]:
@@ -220,7 +220,7 @@ def _resized(model: nn.Module, name: str, weight: Tensor) -> str | None:
 
 
 def _instead(model: nn.Module, name: str) -> str:
-    """What is at a name where no layer can be wrapped, or else the nearest names that can."""
+    """The reason why no layer can be wrapped at a name, or else the nearest names that can."""
     if name not in dict(model.named_modules()):
         return f"nearest: {nearest(name[:200], adaptable_layers(model))}"
     reason = unsupported_reason(model, name) or "a layer of the other kind"

@@ -1,4 +1,4 @@
-"""Did it learn? A training that moves nothing looks like one that works, until it is used."""
+"""Checks that a training learns: one that moves nothing seems to work, until it is used."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class TrainingChecks:
         self.frozen = frozen_hashes(model) if has_lora(model) else {}
 
     def after_backward(self, step: int) -> None:
-        """Has a gradient reached every update?"""
+        """Checks that a gradient has reached every update."""
         if step in self.steps:
             check_gradients(self.model)
 
     def after_update(self, step: int) -> None:
-        """Has every update moved, and, at the end, has no frozen parameter?"""
+        """Checks that every update has moved, and, at the end, that no frozen parameter has."""
         if step in self.steps:
             check_moved(self.model)
         if step == self.last:
@@ -58,7 +58,7 @@ class TrainingChecks:
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Raise `SurgeryError` unless every trainable parameter is in the optimizer.
+    """Raises `SurgeryError` unless every trainable parameter is in the optimizer.
 
     All that are missing are named.
     """
@@ -72,7 +72,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Raise `SurgeryError` unless each update that is trained got a gradient.
+    """Raises `SurgeryError` unless each update that is trained got a gradient.
 
     To be called after a backward pass, before the gradients are cleared. A gradient that is zero in
     all its parameters is none; all updates without are named.
@@ -90,7 +90,7 @@ def check_gradients(model: nn.Module) -> None:
 
 
 def check_moved(model: nn.Module) -> None:
-    """Raise `SurgeryError` unless each update that is trained has left its birth, where ΔW is 0.
+    """Raises `SurgeryError` unless each update that is trained has left its start, where ΔW is 0.
 
     For most that means ‖B‖ > 0; all that have not are named.
     """
@@ -103,7 +103,7 @@ def check_moved(model: nn.Module) -> None:
 
 
 def check_frozen(model: nn.Module, before: Mapping[str, str]) -> None:
-    """Raise `SurgeryError` unless every frozen parameter has the hash it had; all are named.
+    """Raises `SurgeryError` unless every frozen parameter has the hash it had; all are named.
 
     `before` is from `frozen_hashes`.
     """

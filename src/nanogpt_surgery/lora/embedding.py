@@ -39,7 +39,7 @@ class LoRAEmbeddingUpdate(LoRAUpdate):
         return self.scaling * F.linear(down * kept, b.to(y.dtype))  # (…, R) → (…, C)
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
-        """What the update adds to the table, (V, C), float32."""
+        """ΔE, (V, C), float32."""
         return self.product().t()
 
     def wrapper(self) -> type[LoRALayer]:

@@ -64,7 +64,7 @@ class LoRAUpdate(nn.Module):
         return self.scaling * (b @ a)
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
-        """What the update adds to the layer's weight, in the weight's own layout, float32."""
+        """ΔW in the layout of the layer's weight, float32."""
         return self.product()
 
     def trained(self) -> list[nn.Parameter]:
@@ -80,7 +80,7 @@ class LoRAUpdate(nn.Module):
         return LoRALinear
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The text that `print(model)` shows."""
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:.4g}"
 
 

@@ -65,7 +65,7 @@ def effect_of(
     tolerance: float,
     force: bool,
 ) -> dict[str, float]:
-    """Make a change and measure what it does to the probe's logits.
+    """Makes a change and measures what it does to the probe's logits.
 
     Raises:
         SurgeryError: the KL divergence exceeds the tolerance, or is not a number, and `force` is
@@ -83,7 +83,7 @@ def effect_of(
 
 
 def check_effect(effect: Mapping[str, float], tolerance: float) -> None:
-    """Raise `SurgeryError` if a KL divergence exceeds the tolerance, or is not a number."""
+    """Raises `SurgeryError` if a KL divergence exceeds the tolerance, or is not a number."""
     if not effect["kl"] <= tolerance:
         raise SurgeryError(
             f"the merged model is not the adapted one: its distribution is {effect['kl']:.3g} nats "
@@ -101,7 +101,7 @@ def check_weights(
     wider: str = "merge into float32 weights, or force=True",
     trained: str = "train the adapter first, or force=True",
 ) -> None:
-    """Raise `SurgeryError` if a merge with these rows makes NaN or infinities, or changes nothing.
+    """Raises `SurgeryError` if a merge with these rows makes NaN or infinities, or changes nothing.
 
     Args:
         rows: from `merge_rows`.
@@ -172,7 +172,7 @@ def merge_rows(
 
 
 def _what_arrives(layer: LoRALayer, rounded: Rounding) -> dict[str, float]:
-    """What a merge does to a layer's weight that is rounded after it, in numbers."""
+    """Numbers on what a merge does to a layer's weight that is rounded after it."""
     weight, delta = widened(layer.original_layer.weight), layer.delta_weight()
     exact = weight + delta
     before, after = rounded(weight), rounded(exact)

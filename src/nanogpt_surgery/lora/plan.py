@@ -31,7 +31,7 @@ def plan_lora(
     as_saved: Callable[[Updates], Updates] = dict,
     **changes: Any,
 ) -> Report:
-    """Say what `inject_lora` with the same arguments would do; nothing is touched.
+    """Says what `inject_lora` with the same arguments would do; nothing is touched.
 
     Args:
         model: any module.

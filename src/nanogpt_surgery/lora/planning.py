@@ -21,7 +21,7 @@ from nanogpt_surgery.lora.variants import check_settings, new_update
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """What each layer gets.
+    """The layers that get an update, and its settings.
 
     Attributes:
         matches: the layers that each target means.

@@ -1,4 +1,4 @@
-"""What an adapter is told at its birth, with its defaults: the only place where they stand.
+"""Settings of a new adapter, with their defaults: the only place where they stand.
 
 The command line's flags and the keys of a config file are made from these fields. This module does
 not load torch.

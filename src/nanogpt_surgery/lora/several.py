@@ -34,7 +34,7 @@ class ActiveAdapters(Protocol):
         """The names of the adapters that take part."""
 
     def delta_weight(self, layer: LoRALayer) -> Tensor:
-        """What they add to the layer's weight."""
+        """The sum that they add to the layer's weight."""
 
 
 @dataclass(frozen=True)
@@ -151,11 +151,11 @@ class LoRALayer(nn.Module):
         super().__setattr__(name, value)
 
     def delta_weight(self) -> Tensor:
-        """What the updates that take part add to the weight, in its layout, float32."""
+        """ΔW of the updates that take part, in the weight's layout, float32."""
         return self.active.delta_weight(self)
 
     def extra_repr(self) -> str:
-        """What `print(model)` shows."""
+        """The text that `print(model)` shows."""
         return f"{self.active}" + ("" if self.enabled else ", disabled")
 
 
@@ -258,7 +258,7 @@ def _row(name: str, adapter: str, update: Any, active: bool) -> dict[str, Any]:
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:
-    """What takes part, the model's parameters, and what to do where adapters only wait."""
+    """The adapters that take part, the parameters, and what to do where adapters only wait."""
     active, names = active_adapters(model), adapter_names(model)
     parameters = list(model.parameters())
     state: dict[str, Any] = {

@@ -19,8 +19,8 @@ FACTOR_A, FACTOR_B = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 MAGNITUDE = ".lora_magnitude_vector"
 
-Birth: TypeAlias = tuple[int, float]  # rank and alpha
-Pieces: TypeAlias = tuple[tuple[int, float, Birth | None] | None, ...]
+RankAndAlpha: TypeAlias = tuple[int, float]
+FusedParts: TypeAlias = tuple[tuple[int, float, RankAndAlpha | None] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class LowRankUpdate:
         magnitude: DoRA's length for each output, (out), or None.
         embedding: the layer is an Embedding; its in are ids.
         dropout: on the input, in training.
-        birth: PiSSA: how many of the last rows of A and columns of B are the update at birth,
+        initial: PiSSA: how many of the last rows of A and columns of B are the initial update,
             negated, and alpha without them. A reader that does not know it loses nothing but the
             knowledge of what was trained.
-        pieces: for a fused matrix, rank, alpha and birth of the updates it was put together from
-            (None where there was none).
+        fused_parts: for a fused matrix, rank, alpha and initial of the updates it was
+            put together from (None where there was none).
     """
 
     A: Tensor
@@ -49,8 +49,8 @@ class LowRankUpdate:
     magnitude: Tensor | None = None
     embedding: bool = False
     dropout: float = 0.0
-    birth: Birth | None = None
-    pieces: Pieces | None = None
+    initial: RankAndAlpha | None = None
+    fused_parts: FusedParts | None = None
 
     @property
     def rank(self) -> int:
@@ -59,7 +59,7 @@ class LowRankUpdate:
 
     @property
     def scaling(self) -> float:
-        """What B A is multiplied with."""
+        """s, the factor of B A."""
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def finite(self) -> bool:
@@ -86,7 +86,7 @@ Updates: TypeAlias = dict[str, LowRankUpdate]
 
 @dataclass(frozen=True)
 class StoredAdapter:
-    """What an adapter folder holds.
+    """The contents of an adapter folder.
 
     Attributes:
         updates: by the layer's name.
@@ -148,11 +148,11 @@ def store(update: LoRAUpdate, layer: nn.Module, rslora: bool) -> LowRankUpdate:
     """A copy of an update as plain tensors; `rslora` says how its adapter writes scales."""
     plain: Any = update.inner if isinstance(update, DoRAUpdate) else update
     a, b = (_copy(factor) for factor in plain.factors())
-    birth, alpha = None, update.alpha
+    initial, alpha = None, update.alpha
     if not math.isclose(alpha_for(update.scaling, update.rank, rslora), alpha, rel_tol=1e-12):
         alpha = alpha_for(update.scaling, update.rank, rslora)  # not how this one was made
     if isinstance(plain, PiSSAUpdate):
-        birth, alpha = (update.rank, alpha), alpha_for(update.scaling, a.size(0), rslora)
+        initial, alpha = (update.rank, alpha), alpha_for(update.scaling, a.size(0), rslora)
     return LowRankUpdate(
         a,
         b,
@@ -161,7 +161,7 @@ def store(update: LoRAUpdate, layer: nn.Module, rslora: bool) -> LowRankUpdate:
         magnitude=_copy(update.lora_magnitude) if isinstance(update, DoRAUpdate) else None,
         embedding=isinstance(layer, nn.Embedding),
         dropout=update.dropout.p,
-        birth=birth,
+        initial=initial,
     )
 
 
@@ -179,13 +179,13 @@ def restore(stored: LowRankUpdate, layer: nn.Module) -> LoRAUpdate:
     weight: Any = layer.weight
     a, b = stored.A.to(weight.device), stored.B.to(weight.device)
     rank, alpha = stored.rank, stored.alpha
-    if stored.birth is not None:
-        newborn, alpha = stored.birth
-        rank -= newborn
+    if stored.initial is not None:
+        initial_rank, alpha = stored.initial
+        rank -= initial_rank
     kind: Any = LoRAEmbeddingUpdate if stored.embedding else LoRAUpdate
     update: LoRAUpdate = kind(layer, rank, alpha, stored.dropout)
     update.scaling = stored.scaling
-    if stored.birth is not None:
+    if stored.initial is not None:
         update.lora_A.data, update.lora_B.data = a[rank:].clone(), -b[:, rank:]
         update = PiSSAUpdate(update)
     update.lora_A.data, update.lora_B.data = a[:rank].clone(), b[:, :rank].clone()
@@ -201,8 +201,8 @@ def same(one: LowRankUpdate, other: LowRankUpdate) -> bool:
         torch.equal(one.A, other.A)
         and torch.equal(one.B, other.B)
         and _equal(one.magnitude, other.magnitude)
-        and (one.scaling, one.embedding, one.birth, one.pieces)
-        == (other.scaling, other.embedding, other.birth, other.pieces)
+        and (one.scaling, one.embedding, one.initial, one.fused_parts)
+        == (other.scaling, other.embedding, other.initial, other.fused_parts)
     )
 
 

@@ -198,7 +198,7 @@ def _separated(patterns: list[str], names: list[str]) -> str:
 
 
 def _unfit(patterns: list[str], model: nn.Module) -> str:
-    """What else carries the names, and why it cannot be wrapped."""
+    """The other modules that carry the names, and why they cannot be wrapped."""
     modules = {n: m for n, m in model.named_modules() if n and not isinstance(m, LoRALayer)}
     found = [_named(pattern, modules)[:1] for pattern in patterns if pattern != ALL_LINEAR]
     if ALL_LINEAR in patterns or not any(found):

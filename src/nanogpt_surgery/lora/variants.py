@@ -62,7 +62,7 @@ class PartUpdate(LoRAUpdate):
         return self.inner.factors()
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
-        """What the update adds to the layer's weight, in the weight's own layout, float32."""
+        """ΔW in the layout of the layer's weight, float32."""
         return as_laid_out(self.product(), layer)
 
     def trained(self) -> list[nn.Parameter]:

@@ -25,7 +25,7 @@ from nanogpt_surgery.formats.peft.config import (
     config_for,
     read_config,
 )
-from nanogpt_surgery.formats.peft.extras import EXTRAS, extras_of, parts_of, read_extras
+from nanogpt_surgery.formats.peft.extras import EXTRAS, extras_of, fused_parts_of, read_extras
 from nanogpt_surgery.history.hashing import tensor_hash
 from nanogpt_surgery.lora.stored_adapter import (
     EMBEDDING_A,
@@ -54,7 +54,7 @@ def write_stored(
     fan_in_fan_out: bool = False,
     task: str | None = "CAUSAL_LM",
 ) -> None:
-    """Write the files of a PEFT adapter folder, read them again and compare every bit.
+    """Writes the files of a PEFT adapter folder, reads them again and compares every bit.
 
     Args:
         adapter: with the names of the model that PEFT will load it on.
@@ -81,7 +81,7 @@ def write_stored(
 
 
 def _check_not_finite(adapter: StoredAdapter) -> None:
-    """Raise `SurgeryError`, with their names, if layers have learned what is no finite number.
+    """Raises `SurgeryError`, with their names, if layers have learned what is no finite number.
 
     A module replaced whole may hold infinities, as a mask does.
     """
@@ -116,12 +116,12 @@ def read_adapter(folder: str | Path) -> Updates:
 
 
 def read_stored(folder: Path) -> StoredAdapter:
-    """What a PEFT adapter folder holds, in float32; see `map_stored`."""
+    """The contents of a PEFT adapter folder, in float32; see `map_stored`."""
     return map_stored(folder).in_float32()
 
 
 def map_stored(folder: Path) -> StoredAdapter:
-    """What a PEFT adapter folder holds, by the names in the file, mapped and not yet read.
+    """The contents of a PEFT adapter folder, by the names in the file, mapped and not yet read.
 
     Raises:
         SurgeryError: the folder is not a LoRA adapter's or is damaged, says something that would
@@ -156,7 +156,7 @@ def _take_updates(
     extras: dict[str, Any],
     alpha_of: Callable[[str], float],
 ) -> Updates:
-    """Take every layer's A, B and lengths out of the tensors of a file."""
+    """Takes every layer's A, B and lengths out of the tensors of a file."""
     found: Updates = {}
     for keys in ((FACTOR_A, FACTOR_B), (EMBEDDING_A, EMBEDDING_B)):
         for key in [key for key in tensors if key.endswith(keys[0])]:
@@ -173,7 +173,7 @@ def _take(
     extras: dict[str, Any],
     alpha: float,
 ) -> LowRankUpdate:
-    """Take one layer's tensors out of those of a file."""
+    """Takes one layer's tensors out of those of a file."""
     a, b = tensors.pop(name + keys[0]), tensors.pop(name + keys[1], None)
     if a.dim() > 2:
         raise SurgeryError(
@@ -192,7 +192,7 @@ def _take(
             f"{name} has no lora_magnitude_vector of length {b.size(0)}",
             "restore the file from a copy",
         )
-    birth, pieces = parts_of(extras, name, a.size(0))
+    initial, fused_parts = fused_parts_of(extras, name, a.size(0))
     return LowRankUpdate(
         a,
         b,
@@ -201,19 +201,19 @@ def _take(
         magnitude=magnitude,
         embedding=keys[0] == EMBEDDING_A,
         dropout=float(config.get("lora_dropout") or 0.0),
-        birth=birth,
-        pieces=pieces,
+        initial=initial,
+        fused_parts=fused_parts,
     )
 
 
 def _take_copies(tensors: dict[str, Tensor], ending: str) -> dict[str, Tensor]:
-    """Take the base's own tensors, which PEFT writes beside an embedding's update, or unasked."""
+    """Takes the base's own tensors, which PEFT writes beside an embedding's update, or unasked."""
     keys = [key for key in tensors if key.endswith(ending) and ".lora_" not in key]
     return {key.removesuffix(ending): tensors.pop(key) for key in keys}
 
 
 def _take_whole(tensors: dict[str, Tensor], config: dict[str, Any]) -> dict[str, Tensor]:
-    """Take the tensors of the modules_to_save, each of which may hold others."""
+    """Takes the tensors of the modules_to_save, each of which may hold others."""
     names = config.get("modules_to_save") or []
     endings = tuple(names)
     whole = {
@@ -247,7 +247,7 @@ def _above(key: str) -> list[str]:
 
 
 def _take_twins(tensors: dict[str, Tensor], whole: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Take what a tied module's tensors are written as once more, under its partner's name."""
+    """Takes what a tied module's tensors are written as once more, under its partner's name."""
     shapes = {tensor.shape for tensor in whole.values()}
     alike = {key: tensor for key, tensor in tensors.items() if tensor.shape in shapes}
     hashes = {tensor_hash(tensor) for tensor in whole.values()} if alike else set()

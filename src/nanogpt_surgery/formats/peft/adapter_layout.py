@@ -44,7 +44,7 @@ OPEN_ITS_BASE = f"open the base that its {CONFIG} names (base_model_name_or_path
 def save_adapter(
     model: nn.Module, folder: str | Path, base: str = "", *, name: str | None = None
 ) -> Report:
-    """Write an adapter of a model as a PEFT adapter folder, whole or not at all.
+    """Writes an adapter of a model as a PEFT adapter folder, whole or not at all.
 
     For a `SimpleGPT` on a family's axes the names are those of transformers' model, on which `peft`
     loads the folder; any other module keeps its own names. What is written is read again and
@@ -66,7 +66,7 @@ def save_adapter(
 def write_adapter_files(
     model: nn.Module, folder: Path, base: str = "", *, name: str | None = None
 ) -> None:
-    """Write the files of an adapter folder into a folder that is being made."""
+    """Writes the files of an adapter folder into a folder that is being made."""
     model = uncompiled(model)
     adapter, family = extract_adapter(model, name), _family(model)
     if family is not None:
@@ -86,7 +86,7 @@ def write_adapter_files(
 def plan_adapter(
     model: nn.Module, targets: str | Iterable[str] = ("q_proj", "v_proj"), **options: Any
 ) -> Report:
-    """What `inject_lora` would do, as `plan_lora` says it, and the size that `save_adapter` writes.
+    """Says what `inject_lora` would do, as `plan_lora`, and the size that `save_adapter` writes.
 
     Raises:
         SurgeryError: as `inject_lora`.
@@ -101,7 +101,7 @@ def plan_adapter(
 
 
 def check_unsavable(model: nn.Module) -> None:
-    """Write a model's adapter into a temporary folder, as a training will, and remove it.
+    """Writes a model's adapter into a temporary folder, as a training will, and removes it.
 
     Raises:
         SurgeryError: it cannot be saved, so that training it would be in vain.
@@ -118,7 +118,7 @@ def load_adapter(
     tied: Tied | None = None,
     force: bool = False,
 ) -> Report:
-    """Put the LoRA of a PEFT adapter folder on a model, strictly; it then takes part alone.
+    """Puts the LoRA of a PEFT adapter folder on a model, strictly; it then takes part alone.
 
     Args:
         model: changed in place.
@@ -260,7 +260,7 @@ def _adapter_to_ours(adapter: StoredAdapter, family: str, model: SimpleGPT) -> S
 
 
 def _check_sizes(adapter: StoredAdapter, family: str, model: SimpleGPT) -> None:
-    """Raise `SurgeryError` if what is to be split or turned has not the size of the model's."""
+    """Raises `SurgeryError` if what is to be split or turned has not the size of the model's."""
     for row in rows(family, model.config.n_layer):
         if len(row.ours) == 1 and not row.conv1d:
             continue

@@ -35,8 +35,8 @@ _CHANGE_THE_RESULT = """
     arrow_config use_qalora velora_config use_bdlora kasa_config monteclora_config
 """.split()
 _NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter without any update
-# How A and B were born is past, unless the birth changed the base, as PEFT's "pissa" does.
-_HARMLESS_BIRTHS = (True, False, None, "gaussian", "eva", "orthogonal")
+# How A and B began is past, unless it changed the base, as PEFT's "pissa" does.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_for(
@@ -148,7 +148,7 @@ _NAMES: Kind = (
 
 
 def _check_unknown(config: dict[str, Any], folder: Path) -> None:
-    """Raise `SurgeryError`, with all their names, if options are set that we do not have."""
+    """Raises `SurgeryError`, with all their names, if options are set that we do not have."""
     kind = config.get("peft_type", "folder without peft_type")
     if kind != "LORA":
         raise SurgeryError(
@@ -158,7 +158,7 @@ def _check_unknown(config: dict[str, Any], folder: Path) -> None:
     found = [key for key in _CHANGE_THE_RESULT if config.get(key)]
     if config.get("bias", "none") != "none":
         found.append("bias")
-    if config.get("init_lora_weights", True) not in _HARMLESS_BIRTHS:
+    if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
         found.append(f"init_lora_weights {quoted(config['init_lora_weights'])}")
     if found:
         raise SurgeryError(

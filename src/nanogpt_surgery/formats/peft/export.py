@@ -30,7 +30,7 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
 def save_lora_gguf(model: SimpleGPT, path: str | Path) -> None:
-    """Write the LoRA that a model carries as llama.cpp's adapter file, whole or not at all.
+    """Writes the LoRA that a model carries as llama.cpp's adapter file, whole or not at all.
 
     A GGUF file that lies there is replaced.
 
@@ -76,7 +76,7 @@ def _check_gguf(path: Path, factors: dict[str, Factors], alpha: float) -> None:
 
 
 def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
-    """Write the LoRA that a model carries as an adapter folder of mlx-lm, whole or not at all.
+    """Writes the LoRA that a model carries as an adapter folder of mlx-lm, whole or not at all.
 
     MLX adapts the same projections in each of the last layers, with one rank: smaller updates are
     filled up with zeros, and so are layers between that have none. A folder of ours that lies there

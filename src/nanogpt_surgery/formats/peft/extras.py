@@ -15,10 +15,11 @@ from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.peft.config import LARGEST_CONFIG
 from nanogpt_surgery.lora.settings import Tied
-from nanogpt_surgery.lora.stored_adapter import Birth, Pieces, StoredAdapter
+from nanogpt_surgery.lora.stored_adapter import FusedParts, RankAndAlpha, StoredAdapter
 from nanogpt_surgery.values import NOT_0, SIZE, TABLE, Kind, wrong_values
 
 EXTRAS = "surgery.json"
+# In the file an update's initial rank and alpha are called its birth, fused parts pieces.
 
 
 def extras_of(adapter: StoredAdapter) -> dict[str, Any]:
@@ -27,19 +28,19 @@ def extras_of(adapter: StoredAdapter) -> dict[str, Any]:
     return {
         "fingerprint": adapter.fingerprint,
         "tied": adapter.tied,
-        "births": {name: u.birth for name, u in updates.items() if u.birth},
-        "pieces": {name: u.pieces for name, u in updates.items() if u.pieces},
+        "births": {name: u.initial for name, u in updates.items() if u.initial},
+        "pieces": {name: u.fused_parts for name, u in updates.items() if u.fused_parts},
     }
 
 
-def _is_birth(value: Any) -> bool:
+def _is_rank_and_alpha(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 2 and SIZE[1](value[0]) and NOT_0[1](value[1])
 
 
-def _is_piece(value: Any) -> bool:
+def _is_fused_part(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 3:
         return value is None
-    return _is_birth(value[:2]) and (value[2] is None or _is_birth(value[2]))
+    return _is_rank_and_alpha(value[:2]) and (value[2] is None or _is_rank_and_alpha(value[2]))
 
 
 _TIED: Kind = (
@@ -48,10 +49,10 @@ _TIED: Kind = (
 )
 _ENTRIES: dict[str, Kind] = {
     "fingerprint": ("a sha256", lambda x: isinstance(x, str)),
-    "births": ("[rank, alpha]", _is_birth),
+    "births": ("[rank, alpha]", _is_rank_and_alpha),
     "pieces": (
-        "a list, each null or [rank, alpha, null or a birth]",
-        lambda x: isinstance(x, list) and all(_is_piece(piece) for piece in x),
+        "a list, each null or [rank, alpha, null or [rank, alpha]]",
+        lambda x: isinstance(x, list) and all(_is_fused_part(part) for part in x),
     ),
 }
 
@@ -77,24 +78,26 @@ def read_extras(path: Path) -> dict[str, Any]:
     return current
 
 
-def parts_of(extras: dict[str, Any], name: str, rank: int) -> tuple[Birth | None, Pieces | None]:
-    """What the update of a layer was put together from.
+def fused_parts_of(
+    extras: dict[str, Any], name: str, rank: int
+) -> tuple[RankAndAlpha | None, FusedParts | None]:
+    """The initial rank and alpha of a layer's update, and the parts that it was fused from.
 
     Raises:
         SurgeryError: it does not add up to the rank.
     """
-    birth = (extras.get("births") or {}).get(name)
-    pieces = (extras.get("pieces") or {}).get(name) or []
-    found = [piece for piece in pieces if piece is not None]
-    births = [(rank, birth), *((whole, newborn) for whole, _, newborn in found)]
-    adds_up = not pieces or sum(whole for whole, _, _ in found) == rank
-    if not adds_up or any(newborn and newborn[0] >= whole for whole, newborn in births):
+    initial = (extras.get("births") or {}).get(name)
+    parts = (extras.get("pieces") or {}).get(name) or []
+    found = [part for part in parts if part is not None]
+    initials = [(rank, initial), *((whole, one) for whole, _, one in found)]
+    adds_up = not parts or sum(whole for whole, _, _ in found) == rank
+    if not adds_up or any(one and one[0] >= whole for whole, one in initials):
         raise SurgeryError(
             f"{EXTRAS} and the rank {rank} of {name} do not agree", f"delete that {EXTRAS}"
         )
-    parts = tuple(piece and (*piece[:2], _birth(piece[2])) for piece in pieces)
-    return _birth(birth), parts or None
+    read = tuple(part and (*part[:2], _rank_and_alpha(part[2])) for part in parts)
+    return _rank_and_alpha(initial), read or None
 
 
-def _birth(value: list[Any] | None) -> Birth | None:
+def _rank_and_alpha(value: list[Any] | None) -> RankAndAlpha | None:
     return None if value is None else (int(value[0]), float(value[1]))

@@ -45,7 +45,7 @@ def fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankUp
         rslora=rslora,
         magnitude=torch.cat(norms) if any(p.magnitude is not None for p in present) else None,
         dropout=max(part.dropout for part in present),
-        pieces=tuple((p.rank, p.alpha, p.birth) if p else None for p in parts),
+        fused_parts=tuple((p.rank, p.alpha, p.initial) if p else None for p in parts),
     )
 
 
@@ -86,26 +86,26 @@ def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
     count = len(names)
     rows_of_b = update.B.chunk(count)
     norms = [None] * count if update.magnitude is None else update.magnitude.chunk(count)
-    if update.pieces is None:
+    if update.fused_parts is None:
         shares = {
             name: _share(update, b, m) for name, b, m in zip(names, rows_of_b, norms, strict=True)
         }
         return {name: share for name, share in shares.items() if share is not None}
-    if len(update.pieces) != count:
+    if len(update.fused_parts) != count:
         raise SurgeryError(
             f"the adapter's surgery.json says that a matrix of {count} parts ({', '.join(names)}) "
-            f"was put together from {len(update.pieces)}",
+            f"was put together from {len(update.fused_parts)}",
             "delete that surgery.json",
         )
     parts: Updates = {}
     start = 0
-    for name, b, m, piece in zip(names, rows_of_b, norms, update.pieces, strict=True):
+    for name, b, m, piece in zip(names, rows_of_b, norms, update.fused_parts, strict=True):
         if piece is not None:
-            rank, alpha, birth = piece
+            rank, alpha, initial = piece
             taken = slice(start, start := start + rank)
             part = replace(
                 update, A=update.A[taken].clone(), B=b[:, taken].clone(), alpha=alpha,
-                magnitude=m, birth=birth, pieces=None,
+                magnitude=m, initial=initial, fused_parts=None,
             )  # fmt: skip
             ratio = part.scaling / update.scaling
             parts[name] = part if abs(ratio - 1) < 1e-9 else replace(part, B=part.B / ratio)
@@ -113,7 +113,7 @@ def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
 
 
 def _share(update: LowRankUpdate, b: Tensor, magnitude: Tensor | None) -> LowRankUpdate | None:
-    """What a part has of a fused update that another program wrote: its rows of B.
+    """A part's share of a fused update that another program wrote: its rows of B.
 
     A component that is zero in these rows and not in the others belongs to another part; a part
     that none belongs to has no update.
@@ -125,5 +125,5 @@ def _share(update: LowRankUpdate, b: Tensor, magnitude: Tensor | None) -> LowRan
         return None
     alpha = alpha_for(update.scaling, int(own.sum()), update.rslora)
     return replace(
-        update, A=update.A[own], B=b[:, own].clone(), alpha=alpha, magnitude=magnitude, birth=None
+        update, A=update.A[own], B=b[:, own].clone(), alpha=alpha, magnitude=magnitude, initial=None
     )
