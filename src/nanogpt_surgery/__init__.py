@@ -55,7 +55,7 @@ if TYPE_CHECKING:
         swap_lora,
     )
     from nanogpt_surgery.lora.per_row import lora_rows
-    from nanogpt_surgery.lora.plan import plan_lora
+    from nanogpt_surgery.lora.planning import plan_lora
     from nanogpt_surgery.lora.settings import LoRASettings
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
     from nanogpt_surgery.model.kv_cache import KVCache
@@ -103,7 +103,7 @@ _HOMES = {
     "formats.model_file": ("open_model", "save_model"),
     "generation.generate": ("generate",),
     "lora.merge_metrics": ("merge_survival",),
-    "lora.plan": ("plan_lora",),
+    "lora.planning": ("plan_lora",),
     "history.hashing": ("tensor_hashes",),
     "lora.checks": ("learned",),
     "lora.embedding": ("LoRAEmbedding",),

@@ -28,7 +28,7 @@ from nanogpt_surgery.formats.peft.fused_update import fuse, split
 from nanogpt_surgery.history.hashing import tensor_hash
 from nanogpt_surgery.lora.attachment import attach_fitting, check_fit, extract_adapter
 from nanogpt_surgery.lora.inject import bare_layer
-from nanogpt_surgery.lora.plan import plan_lora
+from nanogpt_surgery.lora.planning import plan_lora
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import check_new_name, report_on
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter, Updates
