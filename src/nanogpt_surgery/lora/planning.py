@@ -95,11 +95,11 @@ def _with_one_update_a_weight(plan: UpdatePlan, layers: Mapping[str, nn.Module])
                 "tied='untie'",
             )
         first = min(group, key=lambda other: isinstance(layers[other], nn.Embedding))
-        chosen = settings[name]
+        its_settings = settings[name]
         for other in group:
             settings.pop(other, None)
             tied_layers.pop(other, None)
-        settings[first] = chosen
+        settings[first] = its_settings
         tied_layers[first] = [other for other in group if other != first]
     return UpdatePlan(plan.matches, settings, tied_layers)
 
