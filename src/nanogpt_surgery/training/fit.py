@@ -23,17 +23,17 @@ from torch import Tensor, nn
 from nanogpt_surgery.data.batches import Batch, Batches, documents_of, held_out
 from nanogpt_surgery.lora.checks import TrainingChecks
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
+from nanogpt_surgery.training.checks import check_fit
 from nanogpt_surgery.training.distributed import world
-from nanogpt_surgery.training.estimates.memory_check import check_training
 from nanogpt_surgery.training.evaluation import validation_loss
-from nanogpt_surgery.training.forward import check_not_packed, logits_of
+from nanogpt_surgery.training.forward import logits_of
 from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of, to_device, to_host
-from nanogpt_surgery.training.nonfinite import check_no_float16, check_skipped_steps
+from nanogpt_surgery.training.nonfinite import check_skipped_steps
 from nanogpt_surgery.training.optimizer import make_optimizer, set_learning_rate
 from nanogpt_surgery.training.schedule import learning_rate
 from nanogpt_surgery.training.settings import FitSettings
-from nanogpt_surgery.training.step import Step
+from nanogpt_surgery.training.step import Step, Way
 from nanogpt_surgery.values import chosen
 
 
@@ -78,9 +78,7 @@ def fit(
             finite. Each was skipped, and changed no weight.
     """
     settings = chosen(FitSettings, settings, changes)
-    check_no_float16(model)
-    check_training(model, dataset, settings)
-    check_not_packed(model, dataset)
+    check_fit(model, dataset, settings)
     training = Training(model, dataset, settings, validation, optimizer, cache_dir)
     training.skipped, last = skipped_before, settings.max_steps - 1
     checks = TrainingChecks(model, training.optimizer, first_step, last) if examine else None
@@ -114,12 +112,11 @@ class Training:
         self.eval_data = None if validation is None else held_out(validation, tokens)
         self.checkpointed = CheckpointedBlocks(model, settings.gradient_checkpointing)
         # What follows below is the plain way; the fast one computes the same, sooner.
-        self.way: Any = self
+        self.way: Way = self
         if settings.fast:
             from nanogpt_surgery.training.fast.accelerate import accelerate
 
-            share = self.world.share
-            self.way = accelerate(model, settings, dataset, self.hardware, share, cache_dir)
+            self.way = accelerate(model, settings, dataset, self.hardware, self.world, cache_dir)
 
     def steps(self, first_step: int, checks: TrainingChecks | None) -> Iterator[Step]:
         """Yields after each step, from the first on."""
@@ -135,7 +132,8 @@ class Training:
     def _step(self, step: int, batches: Iterator[Batch], checks: TrainingChecks | None) -> Step:
         """Batch, loss, backward, clip, step."""
         start = time.perf_counter()
-        self.model.train()
+        if not self.model.training:  # at the start, or after a look between two steps
+            self.model.train()
         # This process's share of the batch: inputs and targets, (B, T) each.
         batch = next(batches)
         counts = batch[1].numel(), count_trained(batch[1])

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.data.batches import Batch
-from nanogpt_surgery.errors import NotFiniteError, SurgeryError
+from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.model.finite import first_not_finite
 from nanogpt_surgery.model.loss import count_trained
 from nanogpt_surgery.model.simple_gpt import eval_mode
@@ -20,17 +20,6 @@ if TYPE_CHECKING:
     from nanogpt_surgery.training.fit import Training
 
 MOST_ROWS = 12  # whose numbers are said
-
-
-def check_no_float16(model: nn.Module) -> None:
-    """Raises if weights are float16, in which small gradients become 0."""
-    half = [name for name, p in model.named_parameters() if p.dtype == torch.float16]
-    if half:
-        raise SurgeryError(
-            f"{len(half)} parameters are float16 ({half[0]}, …): the gradients of such a model are "
-            "often too small for float16, and become 0",
-            "open_model(path, torch.float32), or model.float(); bfloat16 where memory is short",
-        )
 
 
 def check_skipped_steps(training: Training, batch: Batch, step: int) -> None:

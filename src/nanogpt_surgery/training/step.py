@@ -1,10 +1,17 @@
-"""What a training says of a step."""
+"""A step of a training: what it did, and the ways to compute it."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanogpt_surgery.data.batches import Batch
 
 
 @dataclass(frozen=True)
@@ -41,3 +48,19 @@ class Step:
 
 def _finite(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+class Way(Protocol):
+    """How steps are computed: as `fit` has it, or the same, sooner."""
+
+    def batches(self, first_step: int) -> Iterator[Batch]:
+        """Yields the batch of each step, or this process's share."""
+        ...
+
+    def active(self) -> AbstractContextManager[None]:
+        """The context in which a step's forward and backward passes are computed."""
+        ...
+
+    def forward_backward(self, rows: Batch, share: float) -> Tensor:
+        """Adds the gradients of `share` times the mean loss over some rows; returns that loss."""
+        ...

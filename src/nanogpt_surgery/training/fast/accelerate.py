@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.data.batches import Batch, Batches, documents_of
+from nanogpt_surgery.training.distributed import World
 from nanogpt_surgery.training.fast.chunked_logits import (
     backward_from_hidden,
     backward_of_loss,
@@ -29,7 +30,7 @@ def accelerate(
     settings: FitSettings,
     dataset: Batches,
     hardware: Hardware,
-    share: Mapping[str, int],
+    processes: World,
     cache_dir: Path | None = None,
 ) -> Accelerated:
     """Prepares the quicker ways through the steps of a training.
@@ -39,10 +40,10 @@ def accelerate(
         settings: of the training.
         dataset: what it learns from.
         hardware: where and in what precision it computes.
-        share: which part of each batch is this process's, as `Batches.batch` takes it.
+        processes: which of them this is; each computes its share of a batch.
         cache_dir: a folder for the hidden states that are kept, instead of memory.
     """
-    return Accelerated(model, settings, dataset, hardware, share, cache_dir)
+    return Accelerated(model, settings, dataset, hardware, processes, cache_dir)
 
 
 class Accelerated:
@@ -54,11 +55,11 @@ class Accelerated:
         settings: FitSettings,
         dataset: Batches,
         hardware: Hardware,
-        share: Mapping[str, int],
+        processes: World,
         cache_dir: Path | None,
     ):
         self.model, self.settings, self.dataset = model, settings, dataset
-        self.hardware, self.share = hardware, share
+        self.hardware, self.share = hardware, processes.share
         self.prefix = prefix_for(model, dataset, settings, cache_dir)
         self.blocks = CompiledBlocks(model, hardware.compile)
         self.fused = FusedLoRA(model, hardware.precision)
