@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shlex
 import sys
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -73,30 +74,16 @@ def prepared(training: Training, asked: dict[str, Any], options: RunOptions) -> 
 
 
 def carry_out(training: Training, options: RunOptions, done: str) -> None:
-    """Train and show the report under what was `done`, or, with --plan, show what it will take."""
+    """Train to the end, or to a signal, and report what was `done`; with --plan, what it takes."""
     from nanogpt_surgery.report import Report
-    from nanogpt_surgery.runs.description import RunDiffersError
 
-    try:
-        if options.plan:
-            report = _planned(training, options)
-        else:
-            report = Report(done, [], _trained(training, options))
-    except RunDiffersError as error:
-        raise _with_typed(error) from None
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise _out_of_memory(training, options, error) from error
-        raise
-    show(report, options.json)
     if options.plan:
+        with _explained(training, options):
+            show(_planned(training, options), options.json)
         say("the same command without --plan trains it")
-
-
-def _trained(training: Training, options: RunOptions) -> dict[str, Any]:
-    """Train to the end, or to a signal; returns the summary for the report."""
+        return
     validation = Announced(training.validation)
-    with _opened(training, options) as run, signals(run.stop):
+    with _explained(training, options), _opened(training, options) as run, signals(run.stop):
         steps, most = run.train(validation), training.settings.max_steps
         for step in watched(steps, run.folder.first_step, most, run.full_rate, validation):
             last = step.step
@@ -104,7 +91,22 @@ def _trained(training: Training, options: RunOptions) -> dict[str, Any]:
             place = options.out
             say(f"saved after step {last:,} in {place}; the same command with --resume goes on")
             sys.exit(128 + run.stopped)
-        return run.finish()
+        show(Report(done, [], run.finish()), options.json)
+
+
+@contextmanager
+def _explained(training: Training, options: RunOptions) -> Iterator[None]:
+    """Errors of the block say which command began the run, and what to lower for memory."""
+    from nanogpt_surgery.runs.description import RunDiffersError
+
+    try:
+        yield
+    except RunDiffersError as error:
+        raise _with_typed(error) from None
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise _out_of_memory(training, options, error) from error
+        raise
 
 
 def _opened(training: Training, options: RunOptions) -> AbstractContextManager[Run]:
