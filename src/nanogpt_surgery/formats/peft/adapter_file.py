@@ -110,11 +110,6 @@ def _alike(one: StoredAdapter, other: StoredAdapter, name: str) -> bool:
     return same(one.updates[name], other.updates[name])
 
 
-def read_adapter(folder: str | Path) -> Updates:
-    """The updates in a PEFT adapter folder, by the names in the file; see `read_stored`."""
-    return read_stored(Path(folder)).updates
-
-
 def read_stored(folder: Path) -> StoredAdapter:
     """The contents of a PEFT adapter folder, in float32; see `map_stored`."""
     return map_stored(folder).in_float32()
