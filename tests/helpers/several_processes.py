@@ -26,12 +26,12 @@ DROPOUT = {"dropout": text, "dropout, first rows": first_rows}
 
 
 def dropout(
-    way: str, seed: int, accumulation: int, batch_size: int
+    way: str, seed: int, grad_accum_steps: int, batch_size: int
 ) -> tuple[SimpleGPT, list[float]]:
     """A training with dropout, from weights that follow from a seed."""
     torch.manual_seed(seed)
     model = SimpleGPT(53, 24, 3, 2, 19, dropout=0.3)
-    sizes = {"grad_accum_steps": accumulation, "batch_size": batch_size}
+    sizes = {"grad_accum_steps": grad_accum_steps, "batch_size": batch_size}
     steps = fit(model, DROPOUT[way](), max_steps=4, learning_rate=1e-2, **sizes, **FLOAT32)
     return model, [step.loss for step in steps]
 
