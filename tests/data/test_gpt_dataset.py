@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from nanogpt_surgery import CharacterTokenizer, GPTDataset, SurgeryError
-from nanogpt_surgery.data.gpt_dataset import shuffled
+from nanogpt_surgery.data.shuffling import shuffled
 
 TEXT = "In the beginning was the word.\n" * 3
 
@@ -235,7 +235,7 @@ def test_it_feeds_a_data_loader():
 def test_whole_covers_every_target_once_in_order():
     ids = torch.arange(23, dtype=torch.int32)
     for length, size in ((7, 2), (11, 9), (22, 1), (5, 64)):
-        batches = list(GPTDataset.from_ids(ids, length, stride=3).whole(size))
+        batches = list(GPTDataset.from_ids(ids, length, stride=3).iter_all(size))
         assert torch.cat([y.flatten() for _, y in batches]).tolist() == list(range(1, 23))
         assert all(torch.equal(x + 1, y) and x.dtype == torch.int64 for x, y in batches)
         assert all(len(x) <= size and x.size(1) <= length for x, _ in batches)

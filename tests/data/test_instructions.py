@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, SurgeryWarning
-from nanogpt_surgery.data.batches import documents_of
 from nanogpt_surgery.data.conversations.chat import ChatTemplate, template_of
 from nanogpt_surgery.data.conversations.instruction_dataset import (
     UNTRAINED,
@@ -23,6 +22,7 @@ from nanogpt_surgery.data.conversations.instructions import (
     is_instruction_data,
     read_conversations,
 )
+from nanogpt_surgery.data.gpt_dataset import documents_of
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 
 TOKENIZER = PretrainedTokenizer(byte_level(), stop_ids=[2])
@@ -177,8 +177,8 @@ def test_packing_keeps_every_example_whole_and_apart(lengths, size):
 def test_batches_say_which_tokens_belong_together_where_rows_are_shared():
     examples = [example(4, 1, 100 * i) for i in range(7)]
     alone, packed = (InstructionDataset(examples, 7, pack=pack) for pack in (False, True))
-    assert [len(batch) for batch in alone.whole(4)] == [2, 2]
-    batches = list(packed.whole(3))
+    assert [len(batch) for batch in alone.iter_all(4)] == [2, 2]
+    batches = list(packed.iter_all(3))
     assert torch.equal(torch.cat([documents for *_, documents in batches]), packed.documents)
     assert torch.equal(torch.cat([inputs for inputs, *_ in batches]), packed.inputs.long())
     rows = packed.rows_of(2, 3, 1)

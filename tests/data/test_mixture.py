@@ -99,7 +99,7 @@ def test_a_batch_that_ranks_cannot_share_is_refused():
 
 def test_all_of_it_is_measured_once():
     mixed = mixture((5, 1))
-    targets = torch.cat([y.flatten() for _, y in mixed.whole(3)])
+    targets = torch.cat([y.flatten() for _, y in mixed.iter_all(3)])
     assert targets.tolist() == [*range(1, 40), *range(1001, 1049)]
 
 

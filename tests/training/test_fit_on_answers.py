@@ -103,12 +103,12 @@ def test_evaluate_counts_what_is_trained_on_alone(pack: bool) -> None:
 class Prompts:
     """Rows in which nothing is trained on."""
 
-    def whole(self, batch_size: int):
+    def iter_all(self, batch_size: int):
         yield torch.ones(2, 5, dtype=torch.long), torch.full((2, 5), -100)
 
 
 def test_where_nothing_is_trained_on_there_is_no_loss() -> None:
-    [(inputs, targets)] = Prompts().whole(2)
+    [(inputs, targets)] = Prompts().iter_all(2)
     assert backward_of_loss(model(), inputs, targets, most_logits=30) == 0
     with pytest.raises(SurgeryError, match="nothing of what an evaluation reads is trained on"):
         evaluate(model(), Prompts())

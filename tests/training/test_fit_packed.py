@@ -30,7 +30,7 @@ def examples() -> list[Example]:
 def packed() -> tuple[Tensor, ...]:
     dataset = InstructionDataset(examples(), SIZE, pack=True)
     assert len(dataset) == 3
-    return next(dataset.whole(9))
+    return next(dataset.iter_all(9))
 
 
 def gradients(model: SimpleGPT) -> dict[str, Tensor]:

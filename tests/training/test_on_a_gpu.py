@@ -91,7 +91,7 @@ def test_states_kept_in_a_file_stand_beside_computed_ones():
 def test_nor_in_an_evaluation(name, data):
     model = MODELS[name]().to("meta").eval()
     with torch.no_grad():
-        assert summed_loss(model, next(data().whole(4))).device.type == "meta"
+        assert summed_loss(model, next(data().iter_all(4))).device.type == "meta"
 
 
 def test_nor_in_an_update():

@@ -11,8 +11,7 @@ from nanogpt_surgery.cli.framework.processes import is_distributed
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.batches import Batches
-    from nanogpt_surgery.data.gpt_dataset import GPTDataset
+    from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
     from nanogpt_surgery.data.text.token_files import TokenFiles
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 

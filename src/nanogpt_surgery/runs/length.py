@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from nanogpt_surgery.data.batches import Batches
 from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.data.text.mixture import rows_in_epoch
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.training.settings import FitSettings

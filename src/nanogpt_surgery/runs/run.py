@@ -18,8 +18,8 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from nanogpt_surgery.data.batches import Batches, Spread, held_out
-from nanogpt_surgery.data.gpt_dataset import rows_of
+from nanogpt_surgery.data.gpt_dataset import Batches, Subsampled, subsample
+from nanogpt_surgery.data.shuffling import rows_of
 from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.files.disk_errors import make_folder
 from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
@@ -303,7 +303,7 @@ class Run:
     def _evaluate_first(self) -> None:
         """Measure what the model is worth before the first step, and let it answer."""
         training = self.training
-        data = held_out(training.validation, training.settings.evaluate_tokens)
+        data = subsample(training.validation, training.settings.evaluate_tokens)
         self.say("evaluating before the first step")
         loss = validation_loss(training.model, data, training.settings, self.hardware)
         if self.world.is_main_process:
@@ -332,8 +332,8 @@ class Run:
         self.say(f"computing on {self.hardware.describe()}{many}")
         if self.hardware.compile:
             self.say("compiling the first step, which takes longer than the others")
-        data = held_out(self.training.validation, settings.evaluate_tokens)
-        if isinstance(data, Spread):
+        data = subsample(self.training.validation, settings.evaluate_tokens)
+        if isinstance(data, Subsampled):
             self.say(
                 f"an evaluation reads one in {data.every} of the held-out windows, the same each "
                 "time; evaluate-tokens 0 reads all"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.data.batches import Batches
 from nanogpt_surgery.data.conversations.chat import end_ids
 from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.json_files import replace_text
 from nanogpt_surgery.formats.folders.run_folder import SAMPLES
@@ -96,7 +96,7 @@ def prompt_of(validation: Batches) -> list[int]:
         if start := example.trained.index(True):
             return list(example.ids[:start])
         return list(example.ids[:PROMPT_TOKENS])
-    inputs = next(iter(validation.whole(1)))[0]
+    inputs = next(iter(validation.iter_all(1)))[0]
     return inputs[0, :PROMPT_TOKENS].tolist()
 
 

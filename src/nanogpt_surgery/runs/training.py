@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.batches import Batches
+from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.data.text.mixture import Mixture
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, tokenizer_fingerprint
 from nanogpt_surgery.formats.model_file import write_model_files
@@ -158,4 +158,4 @@ def _data_fingerprint(data: Batches) -> Any:
     if isinstance(data, Mixture):
         return {"rows": data.counts, "sources": [_data_fingerprint(s) for s in data.sources]}
     known = getattr(data, "fingerprint", None)
-    return known or fingerprint(tensor for batch in data.whole(1024) for tensor in batch)
+    return known or fingerprint(tensor for batch in data.iter_all(1024) for tensor in batch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nanogpt_surgery.data.batches import Batches
+from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.training.estimates.memory_check import check_training
 from nanogpt_surgery.training.forward import check_not_packed

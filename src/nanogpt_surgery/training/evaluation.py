@@ -9,7 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Measured, documents_of
+from nanogpt_surgery.data.gpt_dataset import Batch, EvalData, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
@@ -25,7 +25,7 @@ LITTLE = 2**20  # numbers in hidden states that are no burden
 
 def evaluate(
     model: nn.Module,
-    dataset: Measured,
+    dataset: EvalData,
     batch_size: int = EVALUATED_AT_ONCE,
     processes: World = ALONE,
     fast: bool = True,
@@ -45,7 +45,7 @@ def evaluate(
     losses: list[Tensor] = []
     count: float = 0
     with eval_mode(model), torch.inference_mode(), _way(model, fast) as summed:
-        for batch in islice(dataset.whole(batch_size), processes.rank, None, processes.size):
+        for batch in islice(dataset.iter_all(batch_size), processes.rank, None, processes.size):
             check_no_documents(model, batch)
             losses.append(summed(model, batch))
             count += count_trained(batch[1])
@@ -61,7 +61,7 @@ def evaluate(
 
 def validation_loss(
     model: nn.Module,
-    eval_data: Measured,
+    eval_data: EvalData,
     settings: FitSettings,
     hardware: Hardware,
 ) -> float:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, documents_of, held_out
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of, subsample
 from nanogpt_surgery.lora.checks import TrainingChecks
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.training.checks import check_fit
@@ -109,7 +109,7 @@ class Training:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         self.skipped = 0  # steps in a row, up to now
         tokens = settings.evaluate_tokens
-        self.eval_data = None if validation is None else held_out(validation, tokens)
+        self.eval_data = None if validation is None else subsample(validation, tokens)
         self.checkpointed = CheckpointedBlocks(model, settings.gradient_checkpointing)
         # What follows below is the plain way; the fast one computes the same, sooner.
         self.way: Way = self

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, documents_of
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

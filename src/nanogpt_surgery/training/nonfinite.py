@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from nanogpt_surgery.data.batches import Batch
+from nanogpt_surgery.data.gpt_dataset import Batch
 from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.model.finite import first_not_finite
 from nanogpt_surgery.model.loss import count_trained

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from nanogpt_surgery.data.batches import Batch
+    from nanogpt_surgery.data.gpt_dataset import Batch
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ InstructionOptions: Any = options_of(InstructionSettings, "Instructions")
 TrainingOptions: Any = options_of(FitSettings, "Training")
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.batches import Batches
+    from nanogpt_surgery.data.gpt_dataset import Batches
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
     from nanogpt_surgery.runs.training import Training

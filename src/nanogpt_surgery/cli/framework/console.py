@@ -20,7 +20,7 @@ from nanogpt_surgery.errors import SurgeryWarning, printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from nanogpt_surgery.data.batches import Batch, Batches
+    from nanogpt_surgery.data.gpt_dataset import Batch, Batches
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.training.step import Step
 
@@ -149,10 +149,10 @@ class Announced:
     def __len__(self) -> int:
         return len(self.data)
 
-    def whole(self, batch_size: int, *every: int) -> Iterator[Batch]:
+    def iter_all(self, batch_size: int, *every: int) -> Iterator[Batch]:
         """As the data's own."""
         self.begin()
-        yield from self.data.whole(batch_size, *every)
+        yield from self.data.iter_all(batch_size, *every)
         self.end()
 
 

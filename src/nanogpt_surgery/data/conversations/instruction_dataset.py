@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nanogpt_surgery.data.batches import Batch
 from nanogpt_surgery.data.conversations.chat import end_ids
 from nanogpt_surgery.data.conversations.instructions import Example
-from nanogpt_surgery.data.gpt_dataset import rows_of, visited
+from nanogpt_surgery.data.gpt_dataset import Batch
+from nanogpt_surgery.data.shuffling import rows_of, visited
 from nanogpt_surgery.data.text.text_stream import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
@@ -149,7 +149,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         """How many places for tokens the rows have."""
         return self.inputs.numel()
 
-    def whole(self, batch_size: int, every: int = 1) -> Iterator[Batch]:
+    def iter_all(self, batch_size: int, every: int = 1) -> Iterator[Batch]:
         """All rows once, in their order, or every so many of them one."""
         for rows in torch.arange(0, len(self), every).split(batch_size):
             yield self._batch_of(rows)

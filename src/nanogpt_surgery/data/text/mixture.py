@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.batches import Batches
-from nanogpt_surgery.data.gpt_dataset import GPTDataset, Ids, rows_of, shuffled, visited
+from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
+from nanogpt_surgery.data.shuffling import Ids, rows_of, shuffled, visited
 from nanogpt_surgery.errors import SurgeryError
 
 LEAST_GROUP, MOST_SHARES = 1024, 20_000
@@ -79,13 +79,13 @@ class Mixture:
 
     @property
     def tokens(self) -> int:
-        """How many targets `whole` has."""
+        """How many targets `iter_all` has."""
         return sum(source.tokens for source in self.sources)
 
-    def whole(self, batch_size: int, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+    def iter_all(self, batch_size: int, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """Each source whole, or every so many of its windows, whatever its weight."""
         for source in self.sources:
-            yield from source.whole(batch_size, every)
+            yield from source.iter_all(batch_size, every)
 
     def drawn(self, rows: range, seed: int) -> tuple[Ids, Ids]:
         """Which source each row comes from, and which of its windows it is: (B,), (B,)."""

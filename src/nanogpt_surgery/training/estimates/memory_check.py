@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from nanogpt_surgery.data.batches import Batches
-from nanogpt_surgery.data.gpt_dataset import GPTDataset
+from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
 from nanogpt_surgery.data.text.mixture import Mixture
 from nanogpt_surgery.memory import available_memory, check_memory
 from nanogpt_surgery.model.config import GPTConfig

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.batches import Batches, documents_of
+from nanogpt_surgery.data.gpt_dataset import Batches, documents_of
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.estimates.timing import Part, affordable_part
 from nanogpt_surgery.training.fast.chunked_logits import most_logits_on

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from nanogpt_surgery.data.batches import Batch, Batches, Measured, held_out
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches, EvalData, subsample
 from nanogpt_surgery.data.text.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.estimates.live_tensors import LiveTensors
@@ -48,7 +48,7 @@ def plan_training(
     evaluations = 0 if validation is None else _evaluations(settings)
     one, more = 0.0, 0
     if validation is not None:
-        eval_data = held_out(validation, settings.evaluate_tokens)
+        eval_data = subsample(validation, settings.evaluate_tokens)
         one, more = _evaluation(model, eval_data, settings, hardware, part)
     evaluating = memory["memory_bytes"] - sum(memory[part] for part in _OF_A_STEP) + more
     return {
@@ -80,12 +80,12 @@ class _Some:
 
     first: list[Batch]
 
-    def whole(self, batch_size: int) -> Iterator[Batch]:
+    def iter_all(self, batch_size: int) -> Iterator[Batch]:
         yield from self.first
 
 
 def _evaluation(
-    model: SimpleGPT, eval_data: Measured, settings: FitSettings, hardware: Hardware, part: Part
+    model: SimpleGPT, eval_data: EvalData, settings: FitSettings, hardware: Hardware, part: Part
 ) -> tuple[float, int]:
     """The seconds of an evaluation, and the most bytes that it holds beside the weights.
 
@@ -93,7 +93,7 @@ def _evaluation(
     """
     at_once = windows_at_once(model, settings)
     rows = at_once if part.tokens == part.data.block_size * settings.batch_size else part.rows
-    some = [cut(batch, part.block_size) for batch in islice(eval_data.whole(rows), EVALUATED)]
+    some = [cut(batch, part.block_size) for batch in islice(eval_data.iter_all(rows), EVALUATED)]
     start = time.perf_counter()
     with hardware.evaluating():
         evaluate(model, _Some(some), rows)
@@ -101,6 +101,6 @@ def _evaluation(
     with LiveTensors([*model.parameters(), *model.buffers()]) as live, hardware.evaluating():
         evaluate(model, _Some(some[:1]), rows)
     measured = sum(batch[1].numel() for batch in some)
-    whole = sum(batch[1].numel() for batch in eval_data.whole(at_once))
+    whole = sum(batch[1].numel() for batch in eval_data.iter_all(at_once))
     largest = min(whole, at_once * part.data.block_size)
     return took * whole / measured, int(live.most * max(1.0, largest / some[0][1].numel()))

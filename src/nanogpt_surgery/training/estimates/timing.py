@@ -19,8 +19,8 @@ from statistics import median
 
 import torch
 
-from nanogpt_surgery.data.batches import Batch, Batches
 from nanogpt_surgery.data.conversations.instruction_dataset import UNTRAINED
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
 from nanogpt_surgery.training.fast.uncompiled import Uncompiled
@@ -87,9 +87,9 @@ class Part:
         assert world_size == 1, "a plan is made by one process"
         return cut(self.data.batch(step % self.batches, batch_size, seed), self.block_size)
 
-    def whole(self, batch_size: int) -> Iterator[Batch]:
+    def iter_all(self, batch_size: int) -> Iterator[Batch]:
         """As the data's own, cut short."""
-        return (cut(batch, self.block_size) for batch in self.data.whole(batch_size))
+        return (cut(batch, self.block_size) for batch in self.data.iter_all(batch_size))
 
     def half(self) -> Part:
         """Half of its rows, or where there is one, half of its length."""

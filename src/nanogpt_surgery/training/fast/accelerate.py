@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, Batches, documents_of
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of
 from nanogpt_surgery.training.distributed import World
 from nanogpt_surgery.training.fast.chunked_logits import (
     backward_from_hidden,

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batch, documents_of
+from nanogpt_surgery.data.gpt_dataset import Batch, documents_of
 from nanogpt_surgery.lora.per_row import PerRowAdapters
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

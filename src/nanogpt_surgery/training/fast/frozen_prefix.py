@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.batches import Batches
+from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.model.layout import Layout

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 import torch
 
-from nanogpt_surgery.data.batches import Batch, Batches
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches
 from nanogpt_surgery.training.hardware import pinned
 from nanogpt_surgery.training.settings import FitSettings
 
