@@ -129,7 +129,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         return len(self.ids) - 1
 
     def iter_all(self, batch_size: int, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields windows side by side, the last one shorter: each id but the first is a target once.
+        """Yields windows side by side, the last one shorter: every id but the first once.
 
         With `every` above 1 only each so many windows one, the first among them.
         """
