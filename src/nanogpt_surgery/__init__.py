@@ -43,24 +43,16 @@ if TYPE_CHECKING:
     from nanogpt_surgery.history.undo import lora_log, redo_lora, undo_lora
     from nanogpt_surgery.lora.checks import learned
     from nanogpt_surgery.lora.embedding import LoRAEmbedding
-    from nanogpt_surgery.lora.inject import inject_lora
+    from nanogpt_surgery.lora.inject import disable_lora, enable_lora, inject_lora
     from nanogpt_surgery.lora.linear import LoRALinear
     from nanogpt_surgery.lora.merge_metrics import merge_survival
-    from nanogpt_surgery.lora.operations import (
-        blend_lora,
-        disable_lora,
-        enable_lora,
-        merge_lora,
-        remove_lora,
-        swap_lora,
-    )
+    from nanogpt_surgery.lora.operations import blend_lora, merge_lora, remove_lora, swap_lora
     from nanogpt_surgery.lora.per_row import lora_rows
     from nanogpt_surgery.lora.planning import plan_lora
     from nanogpt_surgery.lora.settings import LoRASettings
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
-    from nanogpt_surgery.model.kv_cache import KVCache
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
-    from nanogpt_surgery.model.transformer_encoder_layer import TransformerEncoderLayer
+    from nanogpt_surgery.model.transformer_encoder_layer import KVCache, TransformerEncoderLayer
     from nanogpt_surgery.runs.run import Run
     from nanogpt_surgery.runs.training import Training
     from nanogpt_surgery.training.evaluation import evaluate
@@ -108,12 +100,10 @@ _HOMES = {
     "lora.checks": ("learned",),
     "lora.embedding": ("LoRAEmbedding",),
     "lora.linear": ("LoRALinear",),
-    "lora.inject": ("inject_lora",),
+    "lora.inject": ("disable_lora", "enable_lora", "inject_lora"),
     "lora.per_row": ("lora_rows",),
     "lora.operations": (
         "blend_lora",
-        "disable_lora",
-        "enable_lora",
         "merge_lora",
         "remove_lora",
         "swap_lora",
@@ -121,9 +111,8 @@ _HOMES = {
     "lora.settings": ("LoRASettings",),
     "history.undo": ("lora_log", "redo_lora", "undo_lora"),
     "model.config": ("FAMILIES", "GPTConfig", "RopeScaling"),
-    "model.kv_cache": ("KVCache",),
     "model.simple_gpt": ("SimpleGPT",),
-    "model.transformer_encoder_layer": ("TransformerEncoderLayer",),
+    "model.transformer_encoder_layer": ("KVCache", "TransformerEncoderLayer"),
     "runs.run": ("Run",),
     "runs.training": ("Training",),
     "training.evaluation": ("evaluate",),

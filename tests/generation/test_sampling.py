@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nanogpt_surgery.generation.sampling import sample
+from nanogpt_surgery.generation.generate import sample
 
 numbers = st.floats(-20, 20, width=32)
 logits_lists = st.lists(numbers, min_size=1, max_size=30, unique=True)

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.generation.sampling import adjusted, choose, kept, sample
+from nanogpt_surgery.generation.generate import adjusted, choose, kept, sample
 from nanogpt_surgery.generation.settings import SamplingSettings
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from helpers.models import CONFIGS, random_ids, tiny_model
 
-from nanogpt_surgery.model.attention import causal_attention
+from nanogpt_surgery.model.transformer_encoder_layer import causal_attention
 
 
 def naive(q, k, v):

@@ -2,8 +2,7 @@ import torch
 import torch.nn.functional as F
 
 from nanogpt_surgery import GPTConfig
-from nanogpt_surgery.model.attention import RMSNorm
-from nanogpt_surgery.model.transformer_encoder_layer import make_norm
+from nanogpt_surgery.model.transformer_encoder_layer import RMSNorm, make_norm
 
 
 def test_rmsnorm_equals_pytorchs():

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from helpers.models import CONFIGS, random_ids, tiny_model
 
-from nanogpt_surgery.model.attention import causal_attention
 from nanogpt_surgery.model.layout import Layout
+from nanogpt_surgery.model.transformer_encoder_layer import causal_attention
 from nanogpt_surgery.training.fast import cpu_kernels as module
 from nanogpt_surgery.training.fast.cpu_kernels import (
     Dropout,

@@ -15,7 +15,7 @@ from nanogpt_surgery import (
     inject_lora,
     remove_lora,
 )
-from nanogpt_surgery.training.schedule import learning_rate
+from nanogpt_surgery.training.optimizer import learning_rate
 
 
 def sgd(model: nn.Module) -> torch.optim.Optimizer:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt_surgery import FitSettings
-from nanogpt_surgery.training.schedule import learning_rate
+from nanogpt_surgery.training.optimizer import learning_rate
 
 SETTINGS = FitSettings(max_steps=41, warmup_steps=4, learning_rate=2.0, final_learning_rate=0.25)
 

@@ -19,11 +19,11 @@ from nanogpt_surgery.generation.generate import (
     check_bias,
     check_model,
     check_prompt,
+    choose,
     last_logits,
     new_cache,
     next_logits,
 )
-from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_count, check_seed
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.layout import Layout

@@ -17,8 +17,8 @@ from nanogpt_surgery.generation.cache_memory import check_rows_fit
 from nanogpt_surgery.generation.generate import generate, new_cache
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.generation.text import stream_text
-from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 
 class Conversation:

@@ -5,6 +5,7 @@ Legend: T tokens, S tokens so far, C width, V vocabulary.
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
 
@@ -12,11 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
-from nanogpt_surgery.generation.sampling import choose
 from nanogpt_surgery.generation.settings import SamplingSettings, check_count, check_seed
 from nanogpt_surgery.model.finite import check_finite
-from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
+from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 
 def generate(
@@ -193,3 +193,74 @@ def check_bias(model: SimpleGPT, settings: SamplingSettings) -> None:
         raise SurgeryError(
             f"logit_bias names the id {outside[0]}; the model's vocabulary is 0 to {vocab_size - 1}"
         )
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+) -> int:
+    """One id drawn from logits (V,).
+
+    Temperature 0 is the largest logit. Otherwise the `top_k` largest (all of them, if there are no
+    more) are divided by the temperature, and one is drawn by their softmax.
+    """
+    return choose(logits, SamplingSettings(temperature, top_k), (), (), generator)
+
+
+def choose(
+    logits: Tensor,
+    settings: SamplingSettings,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    generator: torch.Generator | None = None,
+) -> int:
+    """One id drawn from logits (V,), given the ids of the prompt and of the answer so far."""
+    logits = adjusted(logits, settings, prompt, answer)
+    if settings.logit_bias and float(logits.max()) == -math.inf:
+        raise SurgeryError("logit_bias bans every id", "leave one that can be drawn")
+    if settings.temperature == 0:
+        return int(logits.argmax())
+    logits = logits.float()
+    # Relative to the largest, so that no temperature, however small, makes infinities.
+    temperature = max(settings.temperature, torch.finfo(logits.dtype).tiny)
+    logits, ids = kept((logits - logits.max()) / temperature, settings)
+    return int(ids[torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)])
+
+
+def adjusted(
+    logits: Tensor, settings: SamplingSettings, prompt: Sequence[int], answer: Sequence[int]
+) -> Tensor:
+    """Logits (V,) after penalties and biases; the argument is left as it is."""
+    if not settings.penalises and not settings.logit_bias:
+        return logits
+    logits = logits.float().clone()
+    seen = torch.tensor(sorted({*prompt, *answer}), dtype=torch.long)
+    values = logits[seen]
+    penalty = settings.repetition_penalty
+    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    counts = torch.bincount(torch.tensor(answer, dtype=torch.long), minlength=logits.numel())
+    logits -= settings.frequency_penalty * counts + settings.presence_penalty * (counts > 0)
+    for index, bias in settings.logit_bias.items():
+        logits[index] += bias
+    return logits
+
+
+def kept(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+    """The logits among which to draw, and their ids, both (K,)."""
+    ids = torch.arange(logits.numel(), device=logits.device)
+    if settings.top_k is not None and settings.top_k < logits.numel():
+        logits, ids = logits.topk(settings.top_k)
+    if settings.top_p < 1:
+        logits, order = logits.sort(descending=True)
+        ids = ids[order]
+        probabilities = torch.softmax(logits, -1)
+        before = probabilities.cumsum(-1) - probabilities  # of all that are likelier
+        count = int((before < settings.top_p).sum())
+        logits, ids = logits[:count], ids[:count]
+    if settings.min_p > 0:
+        probabilities = torch.softmax(logits, -1)
+        likely = probabilities >= settings.min_p * probabilities.max()
+        logits, ids = logits[likely], ids[likely]
+    return logits, ids

@@ -10,8 +10,8 @@ from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids as stop_ids_of
 from nanogpt_surgery.generation.cache_memory import check_rows_fit
 from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.generation.settings import SamplingSettings, check_stop
-from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 
 def stream_text(

@@ -1,4 +1,4 @@
-"""Injection: freeze a model, and put an update beside each of the layers that were named.
+"""Injection: freeze a model, put an update beside each layer that was named; and switch it off.
 
 LoRA knows `nn.Linear` and `nn.Embedding`, and no model. What an injection does is written into the
 model's journal, so that `undo_lora` takes it back.
@@ -61,6 +61,24 @@ def inject_lora(
     with operation(model, f"inject {settings.name}"):
         attach_updates(model, settings.name, plan.factories(), settings.tied == "untie")
     return report_on(model, "LoRA injected")
+
+
+def enable_lora(model: nn.Module) -> Report:
+    """Lets the updates take part again."""
+    return _switch(model, True)
+
+
+def disable_lora(model: nn.Module) -> Report:
+    """Computes as if no update were there; the updates stay."""
+    return _switch(model, False)
+
+
+def _switch(model: nn.Module, enabled: bool) -> Report:
+    layers = lora_layers(model)
+    with operation(model, "enable" if enabled else "disable", hashed=False):
+        for layer in layers.values():
+            layer.enabled = enabled
+    return report_on(model, "LoRA enabled" if enabled else "LoRA disabled")
 
 
 def attach_updates(

@@ -1,8 +1,8 @@
-"""The verbs for adapters on a model: enable, disable, swap, blend, merge, remove.
+"""The verbs for adapters on a model: swap, blend, merge, remove; the others are in inject.py.
 
 Nothing here happens because of `.train()` or `.eval()`. Each verb changes the model in place,
 returns a report, is written into the model's journal (`undo_lora` takes it back), and leaves the
-model as it was if it fails. Injection is in inject.py.
+model as it was if it fails.
 """
 
 from __future__ import annotations
@@ -32,24 +32,6 @@ from nanogpt_surgery.lora.several import (
 from nanogpt_surgery.lora.ties import check_undecided
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
-
-
-def enable_lora(model: nn.Module) -> Report:
-    """Lets the updates take part again."""
-    return _switch(model, True)
-
-
-def disable_lora(model: nn.Module) -> Report:
-    """Computes as if no update were there; the updates stay."""
-    return _switch(model, False)
-
-
-def _switch(model: nn.Module, enabled: bool) -> Report:
-    layers = lora_layers(model)
-    with operation(model, "enable" if enabled else "disable", hashed=False):
-        for layer in layers.values():
-            layer.enabled = enabled
-    return report_on(model, "LoRA enabled" if enabled else "LoRA disabled")
 
 
 def swap_lora(model: nn.Module, name: str) -> Report:

@@ -1,11 +1,19 @@
-"""One block of the stack, by hand, because PyTorch's own cannot be operated on.
-
-`torch.nn.TransformerEncoderLayer` has a fused path that skips its submodules, so a LoRA inside does
-nothing, and it has no KV cache. With equal weights this one computes what PyTorch's computes with
-`norm_first=True, activation="gelu"` and a causal mask.
+"""One block of the stack: causal self-attention with its cache, and the feed-forward.
 
     x ──┬── norm ── attention ──┬── norm ── feed-forward ──┬── x
         └────────── + ──────────┴─────────── + ────────────┘
+
+It is written by hand: PyTorch's own, `torch.nn.TransformerEncoderLayer`, cannot be operated on. It
+has a fused path that skips its submodules, so a LoRA inside does nothing, and no KV cache. With
+equal weights this one computes what PyTorch's computes with `norm_first=True, activation="gelu"`
+and a causal mask.
+
+In attention each token looks at itself and at those before it. Grouped queries (arXiv:2305.13245)
+let several query heads share one key-value head:
+
+    query heads  H = 6     q0 q1 q2   q3 q4 q5
+                             ╲ │ ╱      ╲ │ ╱
+    key-value    G = 2        kv0        kv1
 
 The feed-forward takes each token on its own, widens it, bends it, and narrows it:
 
@@ -13,7 +21,13 @@ The feed-forward takes each token on its own, widens it, bends it, and narrows i
     ReLU²     down(max(0, up(x))²)                  Primer; arXiv:2109.08668
     SwiGLU    down(silu(gate(x)) · up(x))           Llama; arXiv:2002.05202
 
-Legend: B batch, T tokens, C width, I width inside the feed-forward.
+The keys and values of past tokens are kept, so that each is computed once. The cache belongs to the
+caller and is an argument of the model, which stays stateless. Its tensors are allocated once;
+appending writes into them and returns views. The ids are kept as well: a model may add embeddings
+of previous tokens, and a caller can see what the cache holds.
+
+Legend: B batch, T new tokens, S keys (past and new), C width, H heads, G KV heads, D head width,
+I width inside the feed-forward.
 """
 
 from __future__ import annotations
@@ -21,13 +35,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.model.attention import CausalSelfAttention, RMSNorm
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import GPTConfig
-from nanogpt_surgery.model.embeddings import Rotation
-from nanogpt_surgery.model.kv_cache import LayerCache
+from nanogpt_surgery.model.embeddings import Rotation, identity, rotate
 
 
 class TransformerEncoderLayer(nn.Module):
@@ -108,3 +122,180 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu2": squared_relu,
 }
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root mean square, multiplies by a learned weight (arXiv:1910.07467).
+
+    Works in float32 and casts back before the weight, as Llama's does. Shape (…, width) → same.
+    """
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalises the last dimension."""
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """Returns the part that `print(model)` shows."""
+        return f"{self.weight.numel()}, eps={self.eps}"
+
+
+class CausalSelfAttention(nn.Module):
+    """Four projections, with Hugging Face's names, around `causal_attention`.
+
+    With `qk_norm` each head's queries and keys are normalised (Qwen3); with rotary positions they
+    are turned by their positions. Values are neither.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        q_width, kv_width = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+        qkv_bias, o_bias = config.bias != "none", config.bias in ("all", "attention")
+        self.head_dim, self.dropout = config.head_dim, config.dropout
+        self.q_proj = nn.Linear(config.n_embd, q_width, bias=qkv_bias)
+        self.k_proj = nn.Linear(config.n_embd, kv_width, bias=qkv_bias)
+        self.v_proj = nn.Linear(config.n_embd, kv_width, bias=qkv_bias)
+        self.o_proj = nn.Linear(q_width, config.n_embd, bias=o_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.rotate: Callable[..., Tensor] = rotate if config.positions == "rotary" else identity
+        self.attend: Callable[..., Tensor] = causal_attention
+
+    def forward(
+        self,
+        x: Tensor,
+        rotation: Rotation | None = None,
+        cache: LayerCache | None = None,
+        mask: Tensor | None = None,
+    ) -> Tensor:
+        """Lets each token of (B, T, C) gather from those it may see: (B, T, C).
+
+        With a cache, the T tokens follow the S − T it holds. A mask (B, 1, T, S), true where a
+        token may look, stands for the causal one.
+        """
+        q = self.q_norm(self._split_heads(self.q_proj(x)))  # (B, H, T, D)
+        k = self.k_norm(self._split_heads(self.k_proj(x)))  # (B, G, T, D)
+        v = self._split_heads(self.v_proj(x))  # (B, G, T, D)
+        q, k = self.rotate(q, rotation), self.rotate(k, rotation)
+        if cache is not None:
+            k, v = cache.append(k, v)  # (B, G, S, D)
+        dropout = self.dropout if self.training else 0.0
+        y = self.attend(q, k, v, dropout, mask)  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        batch, tokens, _ = x.shape
+        return x.view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # (B, H, T, D)
+
+
+def causal_attention(
+    q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, mask: Tensor | None = None
+) -> Tensor:
+    """Returns softmax(q kᵀ / √D) v: (B, H, T, D), (B, G, S, D), (B, G, S, D) → (B, H, T, D).
+
+    Query t sees keys 0 … S − T + t, or what a mask (B, 1, T, S) lets it see.
+    """
+    new, keys = q.size(2), k.size(2)
+    k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))  # (B, H, S, D)
+    # PyTorch's `is_causal` counts from the first key, and a single new token sees every key: only
+    # several tokens after a filled cache need the mask written out.
+    if mask is None and not (new == keys or new == 1):
+        mask = torch.ones(new, keys, dtype=torch.bool, device=q.device).tril(keys - new)  # (T, S)
+    is_causal = mask is None and new > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Repeats each KV head for the query heads that share it: (B, G, S, D) → (B, H, S, D)."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), 1)
+
+
+class LayerCache:
+    """The keys and values of one layer."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str):
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Adds keys and values (B, G, T, D), and returns all so far, (B, G, S, D)."""
+        end = self.length + keys.size(2)
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KVCache:
+    """One `LayerCache` for each block of a model, and the ids.
+
+    Args:
+        config: the model's config.
+        batch_size: rows, B.
+        max_length: tokens there is room for; `config.block_size` by default.
+        dtype: of the keys and values; the model's, usually.
+        device: where they lie.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        batch_size: int = 1,
+        max_length: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ):
+        self.max_length = config.block_size if max_length is None else max_length
+        if self.max_length > config.block_size:
+            raise SurgeryError(
+                f"a cache of {self.max_length} tokens exceeds the model's block_size of "
+                f"{config.block_size}"
+            )
+        self.batch_size = batch_size
+        self.ids = torch.zeros(batch_size, self.max_length, dtype=torch.long, device=device)
+        shape = (batch_size, config.n_kv_head, self.max_length, config.head_dim)
+        self.layers = [LayerCache(shape, dtype, device) for _ in range(config.n_layer)]
+
+    @property
+    def length(self) -> int:
+        """Number of tokens in the cache, S."""
+        return self.layers[0].length
+
+    def append_ids(self, new: Tensor) -> Tensor:
+        """Adds ids (B, T) whose keys and values come next, and returns all so far, (B, S)."""
+        end = self.length + new.size(1)
+        self.ids[:, self.length : end] = new
+        return self.ids[:, :end]
+
+    def take_over(self, other: KVCache, count: int) -> None:
+        """Begins with copies of the first `count` tokens of another cache of the same model."""
+        assert self.length == 0, f"the cache holds {self.length} tokens already"
+        self.ids[:, :count] = other.ids[:, :count]
+        for layer, old in zip(self.layers, other.layers, strict=True):
+            layer.append(old.keys[:, :, :count], old.values[:, :, :count])
+
+    def truncate(self, length: int) -> None:
+        """Forgets every token from position `length` on."""
+        assert 0 <= length <= self.length, f"cannot truncate {self.length} tokens to {length}"
+        for layer in self.layers:
+            layer.length = length
+
+    def check_room(self, batch_size: int, n_tokens: int) -> None:
+        """Raises `SurgeryError` unless (batch_size, n_tokens) more ids fit."""
+        if batch_size != self.batch_size:
+            raise SurgeryError(
+                f"{batch_size} rows of ids, but the cache was made for {self.batch_size}"
+            )
+        if self.length + n_tokens > self.max_length:
+            raise SurgeryError(
+                f"{self.length} tokens in the cache and {n_tokens} new ones exceed its room for "
+                f"{self.max_length}",
+                "generate() slides the window; or make a larger KVCache",
+            )

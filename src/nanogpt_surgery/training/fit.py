@@ -30,8 +30,7 @@ from nanogpt_surgery.training.forward import logits_of
 from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of, to_device, to_host
 from nanogpt_surgery.training.nonfinite import check_skipped_steps
-from nanogpt_surgery.training.optimizer import make_optimizer, set_learning_rate
-from nanogpt_surgery.training.schedule import learning_rate
+from nanogpt_surgery.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step, Way
 from nanogpt_surgery.values import chosen

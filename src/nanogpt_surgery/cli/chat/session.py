@@ -119,7 +119,8 @@ class Session:
         self._take_part({name: number(name, weight) for name, _, weight in pairs})
 
     def _take_part(self, weights: dict[str, float]) -> None:
-        from nanogpt_surgery.lora.operations import blend_lora, enable_lora
+        from nanogpt_surgery.lora.inject import enable_lora
+        from nanogpt_surgery.lora.operations import blend_lora
 
         blend_lora(self.model, weights)
         enable_lora(self.model)
@@ -128,7 +129,7 @@ class Session:
 
     def do_base(self, _rest: str) -> None:
         """The model without any adapter."""
-        from nanogpt_surgery.lora.operations import disable_lora
+        from nanogpt_surgery.lora.inject import disable_lora
 
         disable_lora(self.model)
         self.conversation.weights_changed()

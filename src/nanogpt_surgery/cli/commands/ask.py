@@ -112,7 +112,7 @@ class _Asker:
     def pieces(self, who: str = "answer") -> Iterator[str]:
         """The pieces of an answer: of the base for "base", else with the adapter."""
         from nanogpt_surgery.generation.conversation import Conversation
-        from nanogpt_surgery.lora.operations import disable_lora, enable_lora
+        from nanogpt_surgery.lora.inject import disable_lora, enable_lora
         from nanogpt_surgery.lora.several import has_lora
 
         if has_lora(self.network):

@@ -17,8 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.model.attention import CausalSelfAttention, causal_attention, repeat_heads
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.transformer_encoder_layer import (
+    CausalSelfAttention,
+    causal_attention,
+    repeat_heads,
+)
 
 LEVELS = 2**16
 QUERIES = 64  # in a block
