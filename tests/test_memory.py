@@ -51,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train text.txt --out new --block-size 12 --grad-accum-steps 100000000000",
         "train text.txt --out new --block-size 1000000000000",
         "train text.txt --out new --block-size 12 --n-embd 100000000 --plan",
-        "train text.txt --from m --out new --block-size 12 --batch-size 100000000000",
+        "train text.txt --init-from m --out new --block-size 12 --batch-size 100000000000",
         "finetune m text.txt --out new --block-size 12 --batch-size 100000000000",
         "finetune m text.txt --out new --block-size 12 --batch-size 100000000000 --plan",
         "generate m --samples 100000000000000",

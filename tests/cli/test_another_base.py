@@ -10,7 +10,7 @@ COMMANDS = {
     "chat": lambda model, adapter, out: ["chat", model, "--adapter", adapter],
     "eval": lambda model, adapter, out: ["eval", model, out / "text.txt", "--adapter", adapter],
     "export": lambda model, adapter, out: [
-        "export", model, "--adapter", adapter, "--form", "huggingface", "--out", out / "made",
+        "export", model, "--adapter", adapter, "--format", "huggingface", "--out", out / "made",
     ],
 }  # fmt: skip
 

@@ -140,19 +140,19 @@ def test_plan_says_what_finetune_would_train(folder: Path) -> None:
 def test_export_writes_what_opens_again(folder: Path, tmp_path: Path) -> None:
     tanh = ["--out", "tanh", "--mlp", "gelu_tanh"]
     called("train", "text.txt", *tanh, *SMALL, *STEPS)
-    called("export", "tanh", "--form", "F32", "--out", tmp_path / "m.gguf")
+    called("export", "tanh", "--format", "F32", "--out", tmp_path / "m.gguf")
     prompt = [1, 2, 3]
     models = [open_model(path)[0] for path in (folder / "tanh", tmp_path / "m.gguf")]
     first, second = (list(generate(model, prompt, 8, temperature=0)) for model in models)
     assert first == second
     half, tuned = tmp_path / "h.gguf", tmp_path / "tuned"
-    called("export", "tanh", "--form", "F16", "--out", half)
+    called("export", "tanh", "--format", "F16", "--out", half)
     called("finetune", half, "text.txt", "--out", tuned, *STEPS)
     arguments = ["--adapter", tuned, "--prompt", "to be", "--max-new-tokens", 4]
     assert called("generate", half, *arguments)[0].startswith("to be")
     _, said = called("export", "run", "--out", tmp_path / "e.gguf", check=1)
     assert "gelu_tanh" in said
-    form = ["--form", "lora-gguf", "--out", tmp_path / "a.gguf"]
+    form = ["--format", "lora-gguf", "--out", tmp_path / "a.gguf"]
     assert "add --adapter" in called("export", "run", *form, check=1)[1]
     called("export", "run", "--adapter", "adapter", *form)
     assert (tmp_path / "a.gguf").read_bytes().startswith(b"GGUF")

@@ -95,7 +95,7 @@ def test_ids_of_another_tokenizer_are_refused(place, tokens, capsys):
 
 
 def test_a_mixture_draws_in_proportion(place, tokens, capsys):
-    arguments = ["train", "a.txt", "b.txt", *SMALL, *STEPS, "--weights"]
+    arguments = ["train", "a.txt", "b.txt", *SMALL, *STEPS, "--mix"]
     report, said = surgery(capsys, *arguments, "3:1", "--out", "run")
     reads = [
         4 * 4 * share * 12 / (int(len(text) * 0.9) - 1)
@@ -105,11 +105,11 @@ def test_a_mixture_draws_in_proportion(place, tokens, capsys):
     assert f"a.txt: read {reads[0]:.3g} times" in said
     assert json.loads(Path("run/run.json").read_text())["train_ids"]["rows"] == [768, 256]
     mixed = ["train", "tokens", "a.txt", *SMALL, *STEPS]
-    assert surgery(capsys, *mixed, "--weights", "1:2", "--out", "mixed")[0]["steps"] == 4
-    assert "--weights 3:1" in refused(capsys, *mixed, "--out", "no")
+    assert surgery(capsys, *mixed, "--mix", "1:2", "--out", "mixed")[0]["steps"] == 4
+    assert "--mix 3:1" in refused(capsys, *mixed, "--out", "no")
     for weights, chunk in (("3", "1 weights for 2"), ("3:x", "no weights"), ("3:0", "above 0")):
         assert chunk in refused(capsys, *arguments, weights, "--out", "no")
-    assert "2 weights for 0" in refused(capsys, "train", "--weights", "1:2", "--out", "no")
+    assert "2 weights for 0" in refused(capsys, "train", "--mix", "1:2", "--out", "no")
     assert not Path("no").exists()
 
 

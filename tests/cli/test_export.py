@@ -23,12 +23,12 @@ def place(tmp_path: Path) -> Path:
     model, tokenizer = tiny_model(CONFIG), PretrainedTokenizer(byte_level(), stop_ids=[2])
     save_model(model, tmp_path / "m", tokenizer)
     write_adapter(model, tmp_path / "a", 1)
-    called("export", tmp_path / "m", "--form", "F32", "--out", tmp_path / "m.gguf")
+    called("export", tmp_path / "m", "--format", "F32", "--out", tmp_path / "m.gguf")
     return tmp_path
 
 
 def test_a_gguf_file_becomes_a_folder_that_transformers_opens(place: Path) -> None:
-    form = ["--form", "huggingface", "--out", place / "out"]
+    form = ["--format", "huggingface", "--out", place / "out"]
     _, errors = called("export", place / "m.gguf", *form)
     assert "and read it again" in errors
     model, tokenizer = open_model(place / "out")
@@ -48,7 +48,7 @@ def test_a_gguf_file_becomes_a_folder_that_transformers_opens(place: Path) -> No
 
 
 def test_with_an_adapter_the_folder_holds_the_merged_model(place: Path) -> None:
-    form = ["--form", "huggingface", "--adapter", place / "a", "--out", place / "out"]
+    form = ["--format", "huggingface", "--adapter", place / "a", "--out", place / "out"]
     called("export", place / "m", *form)
     merged, _ = open_model(place / "m")
     load_adapter(merged, place / "a")

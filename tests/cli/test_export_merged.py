@@ -43,7 +43,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def exported(place: Path, adapter: str, form: str, out: Path, *more: object) -> tuple[dict, str]:
-    arguments = ["export", place / "base", "--adapter", place / adapter, "--form", form]
+    arguments = ["export", place / "base", "--adapter", place / adapter, "--format", form]
     said, errors = called(*arguments, "--out", out, "--json", *more)
     return json.loads(said), errors
 
@@ -87,7 +87,7 @@ def test_what_a_quantised_file_keeps_is_told(place, tmp_path) -> None:
     down = by_layer["layers.1.mlp.down_proj"]
     assert down["dtype"] == "Q8_0"
     assert down["change kept"] < by_layer[Q_PROJ]["change kept"]
-    called("export", place / "base", "--form", "Q8_0", "--out", tmp_path / "base.gguf")
+    called("export", place / "base", "--format", "Q8_0", "--out", tmp_path / "base.gguf")
     ours, base = (open_model(tmp_path / f"{n}.gguf")[0].layers[1].mlp.down_proj.weight
                   for n in ("m", "base"))  # fmt: skip
     assert down["weights changed"] == float((ours != base).double().mean()) > 0
@@ -95,7 +95,7 @@ def test_what_a_quantised_file_keeps_is_told(place, tmp_path) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_adapter_that_never_learned_is_refused(place, tmp_path, form) -> None:
-    arguments = ["export", place / "base", "--adapter", place / "newborn", "--form", form]
+    arguments = ["export", place / "base", "--adapter", place / "newborn", "--format", form]
     _, said = called(*arguments, "--out", tmp_path / "m", check=1)
     assert "newborn would change no weight: ΔW is 0 in all 4 layers" in said
     assert not list(tmp_path.iterdir())
@@ -110,16 +110,16 @@ def test_a_change_that_the_form_swallows_is_refused(place, tmp_path, form, name)
     train_updates(model, 1e-5)
     save_adapter(model, tmp_path / "dust")
     arguments = ["export", place / "base", "--adapter", tmp_path / "dust", "--out", tmp_path / "m"]
-    _, said = called(*arguments, "--form", form, check=1)
+    _, said = called(*arguments, "--format", form, check=1)
     assert f"lost in the rounding to {name}" in said
-    assert "--form F32" in said
+    assert "--format F32" in said
     assert not (tmp_path / "m").exists()
-    called(*arguments, "--form", "F32")
+    called(*arguments, "--format", "F32")
 
 
 @pytest.mark.parametrize("form", ["BF16", "huggingface"])
 def test_what_is_not_the_adapted_model_is_refused(place, tmp_path, form) -> None:
-    arguments = ["export", place / "base", "--adapter", place / "plain", "--form", form]
+    arguments = ["export", place / "base", "--adapter", place / "plain", "--format", form]
     more = ["--out", tmp_path / "m", "--tolerance", 1e-12]
     _, said = called(*arguments, *more, check=1)
     assert "the merged model is not the adapted one" in said

@@ -77,7 +77,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
     [
         ("export m --out new", "nanogpt_surgery.files.atomic:flush", signal.SIGINT),
         (
-            "export m --out new --form huggingface",
+            "export m --out new --format huggingface",
             "nanogpt_surgery.files.atomic:seal",
             signal.SIGTERM,
         ),

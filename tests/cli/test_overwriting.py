@@ -19,12 +19,12 @@ ADAPTED = ["--adapter", "{one}-a"]
 COMMANDS = {
     "tokenizer train": ["tokenizer", "train", "text.txt", "--vocab-size", "{size}"],
     "merge": ["merge", "{one}", "{one}-a"],
-    "export GGUF": ["export", "{one}", "--form", "F32"],
-    "export folder": ["export", "{one}", "--form", "huggingface"],
-    "export merged GGUF": ["export", "{one}", "--form", "F32", *ADAPTED],
-    "export merged folder": ["export", "{one}", "--form", "huggingface", *ADAPTED],
-    "export lora-gguf": ["export", "{one}", "--form", "lora-gguf", "--adapter", "{one}-q"],
-    "export mlx": ["export", "{one}", "--form", "mlx", "--adapter", "{one}-q"],
+    "export GGUF": ["export", "{one}", "--format", "F32"],
+    "export folder": ["export", "{one}", "--format", "huggingface"],
+    "export merged GGUF": ["export", "{one}", "--format", "F32", *ADAPTED],
+    "export merged folder": ["export", "{one}", "--format", "huggingface", *ADAPTED],
+    "export lora-gguf": ["export", "{one}", "--format", "lora-gguf", "--adapter", "{one}-q"],
+    "export mlx": ["export", "{one}", "--format", "mlx", "--adapter", "{one}-q"],
 }
 
 

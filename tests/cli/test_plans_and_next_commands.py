@@ -78,9 +78,15 @@ def test_a_plan_says_that_memory_does_not_suffice(
         (["eval", "m", "t.txt"], "surgery generate m "),
         (["eval", "m", "pairs.json", "--adapter", "a"], "surgery chat m --adapter a"),
         (["export", "m", "--out", "f.gguf"], "surgery generate f.gguf "),
-        (["export", "m", "--out", "folder", "--form", "huggingface"], "surgery generate folder "),
-        (["export", "m", "--adapter", "a", "--out", "l.gguf", "--form", "lora-gguf"], "--lora l."),
-        (["export", "m", "--adapter", "b", "--out", "mlx", "--form", "mlx"], "--adapter-path mlx"),
+        (["export", "m", "--out", "folder", "--format", "huggingface"], "surgery generate folder "),
+        (
+            ["export", "m", "--adapter", "a", "--out", "l.gguf", "--format", "lora-gguf"],
+            "--lora l.",
+        ),
+        (
+            ["export", "m", "--adapter", "b", "--out", "mlx", "--format", "mlx"],
+            "--adapter-path mlx",
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

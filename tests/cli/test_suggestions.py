@@ -20,7 +20,8 @@ MEANT = {
         "--bf16": "--precision",
         "--eval-steps": "--evaluate-every",
         "--max-seq-length": "--block-size",
-        "--init-from": "--from",
+        "--from": "--init-from",
+        "--weights": "--mix",
         "-o": "--out",
         "--hidden-size": "--n-embd",
     },
@@ -45,7 +46,12 @@ MEANT = {
         "--lora": "--adapter",
     },
     "eval": {"--n-ctx": "--context"},
-    "export": {"--output-format": "--form", "--outtype": "--form", "--outfile": "--out"},
+    "export": {
+        "--form": "--format",
+        "--output-format": "--format",
+        "--outtype": "--format",
+        "--outfile": "--out",
+    },
     "chat": {"--system-prompt": "--system"},
     "data prepare": {"--num-proc": "--workers", "--val-split": "--held-out"},
 }

@@ -30,7 +30,7 @@ COMMANDS = {
     "chat": ["chat", "base"],
     "eval": ["eval", "base", "text.txt"],
     "merge": ["merge", "base", "--out", "out"],
-    "export": ["export", "base", "--form", "huggingface", "--out", "out"],
+    "export": ["export", "base", "--format", "huggingface", "--out", "out"],
 }
 WRITING = ("merge", "export")
 

@@ -1,4 +1,4 @@
-"""`surgery train --from`: all weights of a model go on, in the loop that begins others."""
+"""`surgery train --init-from`: all weights of a model go on, in the loop that begins others."""
 
 import json
 import signal
@@ -45,7 +45,7 @@ def going_on(
     *arguments: object, base: str = "m", out: str = "run", steps: int = 3, check: int = 0
 ) -> str:
     """What is said; the text is text.txt, the run is `run`, unless told otherwise."""
-    words = ["train", "text.txt", "--from", base, "--out", out, *SHORT, "--max-steps", steps]
+    words = ["train", "text.txt", "--init-from", base, "--out", out, *SHORT, "--max-steps", steps]
     return called(*words, *arguments, check=check)[1]
 
 
@@ -108,7 +108,9 @@ def test_adamw_goes_on_at_a_low_rate_unless_muon_is_asked_for(place: Path) -> No
 )
 def test_what_the_model_settles_is_refused(place: Path, flags: tuple[object, ...]) -> None:
     said = going_on(*flags, base="nowhere", check=1)
-    assert f"--from nowhere brings the model and its tokenizer, which settle {flags[0]}\n" in said
+    assert (
+        f"--init-from nowhere brings the model and its tokenizer, which settle {flags[0]}\n" in said
+    )
     assert "leave it out; --block-size alone" in said
 
 
@@ -123,7 +125,7 @@ def test_a_block_size_cuts_windows_and_leaves_the_model(place: Path) -> None:
     going_on(steps=1)
     assert described()["block_size"] == 12
     assert open_model("run")[0].config.block_size == 200
-    words = ["train", "text.txt", "--from", "m", "--out", "longer", "--block-size", 201]
+    words = ["train", "text.txt", "--init-from", "m", "--out", "longer", "--block-size", 201]
     said = called(*words, check=1)[1]
     assert "a block_size of 201 tokens exceeds the model's of 200" in said
     assert not Path("longer").exists()
@@ -131,7 +133,7 @@ def test_a_block_size_cuts_windows_and_leaves_the_model(place: Path) -> None:
 
 def test_instruction_data_is_left_to_finetune(place: Path) -> None:
     Path("answers.jsonl").write_text('{"prompt": "a?", "completion": "b"}\n' * 12)
-    words = ["--from", "m", "--out", "run", *SHORT, "--max-steps", 1]
+    words = ["--init-from", "m", "--out", "run", *SHORT, "--max-steps", 1]
     said = called("train", "text.txt", "answers.jsonl", *words, check=1)[1]
     assert "answers.jsonl holds questions with answers, not text" in said
     assert "surgery finetune m answers.jsonl --out ADAPTER trains on the answers" in said
@@ -175,7 +177,7 @@ def test_a_resume_is_told_which_model_it_began_with(place: Path) -> None:
     words = ["train", "text.txt", "--out", "run", *SHORT, "--max-steps", 1, "--resume"]
     said = called(*words, check=1)[1]
     assert "model was m and is not given" in said
-    assert "--from m" in said
+    assert "--init-from m" in said
     going_on("--resume", base="./m", steps=1)
     write_model(place / "m", seed=2)
     assert "holds: the model m has changed since\n" in going_on("--resume", steps=1, check=1)
@@ -228,13 +230,15 @@ def test_a_gguf_file_goes_on_too(place: Path) -> None:
 
 
 def test_a_plan_touches_nothing(place: Path) -> None:
-    out = called("train", "text.txt", "--from", "m", "--out", "run", *SHORT, "--plan", "--json")[0]
+    out = called(
+        "train", "text.txt", "--init-from", "m", "--out", "run", *SHORT, "--plan", "--json"
+    )[0]
     assert json.loads(out)["trained_parameters"] == open_model("m")[0].n_parameters
     assert sorted(path.name for path in place.iterdir()) == ["m", "text.txt"]
 
 
 def test_a_config_file_may_name_the_model(place: Path) -> None:
-    Path("on.toml").write_text('from = "m"\nout = "run"\nmax_steps = 1\nblock_size = 12\n')
+    Path("on.toml").write_text('init_from = "m"\nout = "run"\nmax_steps = 1\nblock_size = 12\n')
     assert "going on from m" in called("train", "text.txt", "--config", "on.toml")[1]
 
 

@@ -261,7 +261,9 @@ def test_samples_come_as_often_as_asked_and_change_no_bit(place):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("command", [["train", "text.txt", "--from", "bad"], ["finetune", "bad"]])
+@pytest.mark.parametrize(
+    "command", [["train", "text.txt", "--init-from", "bad"], ["finetune", "bad"]]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_base_that_is_not_finite_is_refused_by_name(place, command, value):
     model, tokenizer = open_model("m")
@@ -298,7 +300,17 @@ LOW = (
 
 def test_skipped_steps_are_counted_and_resume_to_the_same_bits(place, monkeypatch):
     overflowing(monkeypatch, {2, 5})
-    words = ["train", "text.txt", "--from", "far", *LOW, "--save-every", "3", "--sample-every", "0"]
+    words = [
+        "train",
+        "text.txt",
+        "--init-from",
+        "far",
+        *LOW,
+        "--save-every",
+        "3",
+        "--sample-every",
+        "0",
+    ]
     found = summary(*words, "--out", "whole")
     assert found["skipped_steps"] == 2
     assert [row["step"] for row in lines("whole") if row.get("skipped")] == [3, 6]
@@ -309,7 +321,7 @@ def test_skipped_steps_are_counted_and_resume_to_the_same_bits(place, monkeypatc
 
 def test_too_many_in_a_row_are_saved_and_the_end(place, monkeypatch):
     overflowing(monkeypatch, {3, 4, 5, 6, 7})
-    words = ["train", "text.txt", "--from", "far", *LOW, "--out", "o"]
+    words = ["train", "text.txt", "--init-from", "far", *LOW, "--out", "o"]
     said = called(*words, "--max-skipped-steps", "2", check=1)[1]
     assert "2 steps in a row" in said and "step 5" in said and "row" in said
     assert (Path("o") / "LATEST").read_text() == "step-00000004\n"
@@ -319,7 +331,7 @@ def test_too_many_in_a_row_are_saved_and_the_end(place, monkeypatch):
 @pytest.mark.parametrize("killed", [5, 6])  # in the midst of them
 def test_the_count_of_those_in_a_row_goes_on_across_a_resume(place, monkeypatch, killed):
     overflowing(monkeypatch, {1, 3, 4, 5, 6, 7})
-    words = ["train", "text.txt", "--from", "far", *LOW, "--out", "o", "--save-every", "1"]
+    words = ["train", "text.txt", "--init-from", "far", *LOW, "--out", "o", "--save-every", "1"]
     words += ["--max-skipped-steps", "4"]
     killed_at(killed, *words)
     said = called(*words, "--resume", check=1)[1]

@@ -19,7 +19,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("words", [["finetune", "m", "known.txt", "late.txt", *FEW],
-                                   ["finetune", "m", ".", "--weights", "1", *FEW],
+                                   ["finetune", "m", ".", "--mix", "1", *FEW],
                                    ["eval", "m", "late.txt"]])  # fmt: skip
 def test_text_names_the_file_and_the_place_in_it(place: Path, words: list[str]) -> None:
     (place / "m").rename(place / ".m")

@@ -41,7 +41,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "finetune {} text.txt --out new",
         "finetune m {} --out new",
         "train {} --out new",
-        "train text.txt --from {} --out new",
+        "train text.txt --init-from {} --out new",
         "tokenizer train {} --vocab-size 300 --out new",
         "data prepare {} --tokenizer m --out new",
         "data preview m {}",

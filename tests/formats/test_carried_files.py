@@ -60,17 +60,19 @@ def write_json(path, contents):
 
 
 WAYS = {
-    "export": lambda t: ["export", t / "base", "--form", "huggingface", "--out", t / "out"],
+    "export": lambda t: ["export", t / "base", "--format", "huggingface", "--out", t / "out"],
     "export with an adapter": lambda t: [
-        "export", t / "base", "--adapter", t / "a", "--form", "huggingface", "--force",
+        "export", t / "base", "--adapter", t / "a", "--format", "huggingface", "--force",
         "--out", t / "out",
     ],
     "merge": lambda t: ["merge", t / "base", t / "a", "--force", "--out", t / "out"],
     "train": lambda t: [
-        "train", t / "text.txt", "--from", t / "base", "--max-steps", "1", "--batch-size", "2",
+        "train", t / "text.txt", "--init-from", t / "base", "--max-steps", "1", "--batch-size", "2",
         "--block-size", "16", "--out", t / "out",
     ],
-    "export of a run": lambda t: ["export", t / "run", "--form", "huggingface", "--out", t / "out"],
+    "export of a run": lambda t: [
+        "export", t / "run", "--format", "huggingface", "--out", t / "out",
+    ],
 }  # fmt: skip
 
 
@@ -128,7 +130,7 @@ def test_a_gguf_file_says_what_ends_a_turn_and_what_pads(base, tmp_path):
     contents = json.loads((base / "tokenizer.json").read_text())
     contents["added_tokens"][-1]["rstrip"] = False
     write_json(base / "tokenizer.json", contents)
-    called("export", base, "--form", "F32", "--out", tmp_path / "m.gguf")
+    called("export", base, "--format", "F32", "--out", tmp_path / "m.gguf")
     _, tokenizer = open_model(tmp_path / "m.gguf")
     assert (tokenizer.eos_id, tokenizer.stop_ids) == (2, {2, 0})
     assert (tokenizer.pad_id, tokenizer.unk_id) == (0, None)

@@ -64,7 +64,7 @@ def test_what_ends_a_text_is_an_id_of_the_vocabulary(eos, ends, said, folder, tm
     texts = [str(warning.message) for warning in caught]
     assert any("eos_token_id" in text and said in text for text in texts) if said else not texts
     for form, out in (("F32", "m.gguf"), ("huggingface", "hf")):
-        called("export", folder, "--form", form, "--out", tmp_path / out)
+        called("export", folder, "--format", form, "--out", tmp_path / out)
     written = json.loads((tmp_path / "hf" / "config.json").read_text()).get("eos_token_id")
     kept = written if isinstance(written, list) else [written]
     assert {i for i in kept if i is not None and i in range(SIZE)} == ends
@@ -75,12 +75,12 @@ def test_what_ends_a_text_is_an_id_of_the_vocabulary(eos, ends, said, folder, tm
     "command",
     [
         "finetune m text.txt --out new --max-steps 1",
-        "train text.txt --from m --out new --max-steps 1",
+        "train text.txt --init-from m --out new --max-steps 1",
         "generate m --prompt a --max-new-tokens 1",
         "ask m a",
         "eval m text.txt",
-        "export m --form F32 --out new",
-        "export m --form huggingface --out new",
+        "export m --format F32 --out new",
+        "export m --format huggingface --out new",
     ],
 )
 def test_a_token_beyond_the_model_is_said_before_anything_is_written(command, folder, tmp_path):

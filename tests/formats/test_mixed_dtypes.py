@@ -143,7 +143,7 @@ def read_raw(path):
 @pytest.mark.parametrize("config", ["llama", "gpt2-gelu-untied", "qwen2-untied"])
 def test_a_folder_written_from_mixed_dtypes_has_the_bits_of_its_source(tmp_path, config, kept):
     first = write_mixed(tmp_path / "base", config, kept)
-    called("export", tmp_path / "base", "--form", "huggingface", "--out", tmp_path / "out")
+    called("export", tmp_path / "base", "--format", "huggingface", "--out", tmp_path / "out")
     now = load_file(tmp_path / "out" / WEIGHTS)
     assert now.keys() == first.keys()
     for name, tensor in first.items():
@@ -158,7 +158,7 @@ STEPS = {"F32": 0.0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 0.51 / 127}
 def test_a_gguf_file_is_rounded_once_from_what_is_stored(tmp_path, form):
     first = write_mixed(tmp_path / "base")
     out, _ = called(
-        "export", tmp_path / "base", "--form", form, "--out", tmp_path / "m.gguf", "--json"
+        "export", tmp_path / "base", "--format", form, "--out", tmp_path / "m.gguf", "--json"
     )
     numbers, _ = read_raw(tmp_path / "m.gguf")
     norm, matrix = "model.norm.weight", "model.layers.1.mlp.up_proj.weight"
@@ -179,14 +179,14 @@ def test_a_gguf_file_is_rounded_once_from_what_is_stored(tmp_path, form):
 
 def test_a_gguf_file_is_written_again_from_the_numbers_it_holds(tmp_path):
     write_mixed(tmp_path / "base")
-    called("export", tmp_path / "base", "--form", "F16", "--out", tmp_path / "a.gguf")
-    called("export", tmp_path / "a.gguf", "--form", "F32", "--out", tmp_path / "b.gguf")
+    called("export", tmp_path / "base", "--format", "F16", "--out", tmp_path / "a.gguf")
+    called("export", tmp_path / "a.gguf", "--format", "F32", "--out", tmp_path / "b.gguf")
     numbers, types = read_raw(tmp_path / "a.gguf")
     again, _ = read_raw(tmp_path / "b.gguf")
     assert {types["output.weight"], types["output_norm.weight"]} == {"F16", "F32"}
     for name, tensor in numbers.items():
         assert torch.equal(again[name].float(), tensor.float()), name
-    called("export", tmp_path / "a.gguf", "--form", "huggingface", "--out", tmp_path / "out")
+    called("export", tmp_path / "a.gguf", "--format", "huggingface", "--out", tmp_path / "out")
     now = load_file(tmp_path / "out" / WEIGHTS)
     assert torch.equal(now["model.norm.weight"], numbers["output_norm.weight"])
 
@@ -194,7 +194,7 @@ def test_a_gguf_file_is_written_again_from_the_numbers_it_holds(tmp_path):
 def test_the_error_of_float64_is_that_of_its_rounding(tmp_path):
     write_mixed(tmp_path / "base", kept=torch.float64)
     out, _ = called(
-        "export", tmp_path / "base", "--form", "F32", "--out", tmp_path / "m.gguf", "--json"
+        "export", tmp_path / "base", "--format", "F32", "--out", tmp_path / "m.gguf", "--json"
     )
     rows = json.loads(out)["rows"]
     assert 0 < rows[0]["largest error"] < 2**-23
@@ -207,7 +207,7 @@ def test_weights_that_are_not_finite_are_named_and_not_exported(tmp_path, form, 
     first["model.layers.1.mlp.up_proj.weight"][2, 3] = value
     save_file(first, tmp_path / "base" / WEIGHTS, {"format": "pt"})
     _, errors = called(
-        "export", tmp_path / "base", "--form", form, "--out", tmp_path / "o", check=1
+        "export", tmp_path / "base", "--format", form, "--out", tmp_path / "o", check=1
     )
     assert "layers.1.mlp.up_proj.weight" in errors
     assert not (tmp_path / "o").exists()
@@ -230,7 +230,7 @@ def test_logits_that_are_not_finite_are_an_error(tmp_path):
             layer.mlp.gate_proj.weight *= 1e30
     save_model(model, tmp_path / "base")
     _, errors = called(
-        "export", tmp_path / "base", "--form", "F32", "--out", tmp_path / "o", check=1
+        "export", tmp_path / "base", "--format", "F32", "--out", tmp_path / "o", check=1
     )
     assert "logits" in errors
     assert not (tmp_path / "o").exists()

@@ -57,7 +57,7 @@ def test_it_goes_on_as_in_llama_cpp(one, tmp_path):  # noqa: F811
 def test_commands_take_a_part(one, tmp_path):  # noqa: F811
     parts = split(one, tmp_path / "m.gguf")
     called("inspect", parts[1])
-    called("export", parts[1], "--form", "huggingface", "--out", tmp_path / "hf")
+    called("export", parts[1], "--format", "huggingface", "--out", tmp_path / "hf")
     model, _ = open_model(parts[0])
     with torch.no_grad():
         assert_equal_logits(open_model(tmp_path / "hf")[0](IDS), model(IDS))

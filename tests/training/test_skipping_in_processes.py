@@ -107,7 +107,15 @@ def test_both_stop_early_at_the_same_step_and_count_what_was_skipped(text, tmp_p
     flags = "--learning-rate 0.3 --no-muon --warmup-steps 0 --schedule stable --cooldown 0 "
     flags += "--max-steps 60 --evaluate-every 2 --patience 2 --sample-every 0 --batch-size 4 "
     flags += "--block-size 12 --precision float32 --max-skipped-steps 9 --json"
-    words = ["train", text, "--from", tmp_path / "far", "--out", tmp_path / "run", *flags.split()]
+    words = [
+        "train",
+        text,
+        "--init-from",
+        tmp_path / "far",
+        "--out",
+        tmp_path / "run",
+        *flags.split(),
+    ]
     done = run_in_two("-m", "nanogpt_surgery", *words)
     assert done.returncode == 0, done.stderr  # else one would have waited for the other in vain
     summary = json.loads(done.stdout)

@@ -128,7 +128,7 @@ def open_sources(
     if folders and ratios is None and len(paths) > 1:
         raise SurgeryError(
             f"{folders[0]} holds ids, which are not joined with another source",
-            "add --weights, as in --weights 3:1, to draw from several in proportion",
+            "add --mix, as in --mix 3:1, to draw from several in proportion",
         )
     groups = [paths] if ratios is None else [(path,) for path in paths]
     opened = [
@@ -153,7 +153,7 @@ def _ratios(weights: str | None, paths: tuple[str, ...]) -> list[float] | None:
     if len(ratios) != len(paths):
         raise SurgeryError(
             f"there are {len(ratios)} weights for {len(paths)} sources",
-            "give one weight for each, in their order, as in --weights 3:1",
+            "give one weight for each, in their order, as in --mix 3:1",
         )
     return ratios
 

@@ -30,7 +30,7 @@ def export(
     *,
     out: Path,
     overwrite: Overwrite = False,
-    form: Form = "F16",
+    form: Annotated[Form, Parameter(name="--format")] = "F16",
     adapter: Path | None = None,
     probe: Path | None = None,
     options: MergeOptions = None,

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import AllLayers, say, say_report
 from nanogpt_surgery.cli.framework.options import TargetOptions, given, options_of
@@ -30,7 +32,7 @@ def finetune(
     model: str,
     *text: str,
     run: RunOptions,
-    weights: str | None = None,
+    weights: Annotated[str | None, Parameter(name="--mix")] = None,
     block_size: int | None = None,
     stride: int | None = None,
     cache_dir: Path | None = None,
@@ -205,7 +207,7 @@ def _data(
         say("no text was named: training on the source of Python's standard library")
         return text_datasets(python_source(), tokenizer, length)
     if weights is not None:
-        raise SurgeryError("--weights mixes texts, not instruction data", "name all files without")
+        raise SurgeryError("--mix mixes texts, not instruction data", "name all files without")
     examples = instruction_data.read_examples(paths, tokenizer, settings)
     found = instruction_data.instruction_datasets(examples, tokenizer, length, settings)
     say_report(instruction_data.counts_of(trained_on=found[0], held_out=found[1]))

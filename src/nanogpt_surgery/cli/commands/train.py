@@ -31,8 +31,8 @@ Recipe: Any = Literal[*(name for name in RECIPES if name)]
 def train(
     *text: str,
     run: RunOptions,
-    base: Annotated[str | None, Parameter(name="--from")] = None,
-    weights: str | None = None,
+    base: Annotated[str | None, Parameter(name="--init-from")] = None,
+    weights: Annotated[str | None, Parameter(name="--mix")] = None,
     tokenizer: Annotated[str | None, Parameter(show_default=lambda _: CHARACTERS)] = None,
     recipe: Recipe | None = None,
     family: Annotated[Family | None, Parameter(group="Model")] = None,
@@ -42,8 +42,8 @@ def train(
     """Train a GPT on text, into a run folder.
 
     Muon trains its matrices, at a learning rate that suits it; with --no-muon AdamW trains all,
-    and the defaults of other flags are AdamW's, those of fit and finetune. With --from AdamW trains
-    all at a low rate, or with --muon Muon at a low one.
+    and the defaults of other flags are AdamW's, those of fit and finetune. With --init-from
+    AdamW trains all at a low rate, or with --muon Muon at a low one.
 
     Parameters
     ----------

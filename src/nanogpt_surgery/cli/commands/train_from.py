@@ -1,4 +1,4 @@
-"""`surgery train --from`: all weights of a model that is there learn from more text."""
+"""`surgery train --init-from`: all weights of a model that is there learn from more text."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ def check_beside(base: str, asked: dict[str, Any]) -> None:
     ]
     if found:
         raise SurgeryError(
-            f"--from {base} brings the model and its tokenizer, which settle {', '.join(found)}",
+            f"--init-from {base} brings the model and its tokenizer, which settle "
+            f"{', '.join(found)}",
             f"leave {'it' if len(found) == 1 else 'them'} out; --block-size alone may stand beside "
-            "--from, for shorter windows",
+            "--init-from, for shorter windows",
         )
 
 

@@ -56,7 +56,7 @@ _FLAGS: Mapping[tuple[str, ...], str] = {
     "save-to output-file logging-dir checkpoint-dir run-dir save-model",
     ("--overwrite",): "overwrite-output-dir f yes y replace",
     ("--resume",): "resume-from-checkpoint continue resume-from load-checkpoint auto-resume",
-    ("--from", "--adapter"): "init-from pretrained finetune-from base-model checkpoint ckpt",
+    ("--init-from", "--adapter"): "from pretrained finetune-from base-model checkpoint ckpt",
     ("--block-size", "--context"): "max-length max-seq-length max-seq-len seq-len seq-length "
     "sequence-length sequence-len context-length context-size ctx-size ctx n-ctx cutoff-len c "
     "model-max-length max-position-embeddings window max-source-length",
@@ -73,13 +73,13 @@ _FLAGS: Mapping[tuple[str, ...], str] = {
     ("--template",): "chat-template prompt-template prompt-format",
     ("--adapter",): "lora lora-path adapter-path adapters peft peft-model adapter-name-or-path "
     "lora-weights lora-adapter",
-    ("--form",): "output-format outtype quant quantization quantize format type q qtype ftype "
+    ("--format",): "output-format outtype quant quantization quantize form type q qtype ftype "
     "save-method",
     ("--held-out",): "val-split test-size val-size validation-split test-split split val-set-size",
     ("--workers",): "num-workers num-proc j jobs threads processes preprocessing-num-workers",
     ("--tokenizer",): "tokenizer-name tokenizer-path tokenizer-dir vocab",
     ("--vocab-size",): "vocab num-tokens n-vocab vocabulary-size",
-    ("--weights",): "mix mixture interleave-probs data-weights proportions",
+    ("--mix",): "weights mixture interleave-probs data-weights proportions",
     ("--answers-only",): "train-on-inputs train-on-prompt mask-prompt completion-only-loss "
     "train-on-completions assistant-only-loss",
     ("--pack",): "packing sample-packing",

@@ -359,7 +359,7 @@ def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> t
     return ids, f"{ids.numel()} tokens of the text given"
 
 
-WIDER = "surgery merge into --dtype float32, or surgery export with --form F32"
+WIDER = "surgery merge into --dtype float32, or surgery export with --format F32"
 
 
 @dataclass(frozen=True)

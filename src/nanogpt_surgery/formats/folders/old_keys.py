@@ -17,6 +17,8 @@ _SETTINGS = {
     "keep_hidden": "cache_gib",
     "keep_in": "cache_dir",
 }
+# Flags of a command whose settings are stored under the name that they had.
+_FLAGS = {"--from": "--init-from", "--weights": "--mix", "--form": "--format"}
 # Modules of a model, in the names of tensors and of layers.
 _MODULES = {"embed_lags": "embed_prev_tokens"}
 
@@ -33,7 +35,7 @@ def with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 def with_current_flags(words: list[str]) -> list[str]:
     """Returns the words of a stored command with the flags of now."""
-    flags = {_flag(former): _flag(name) for former, name in _SETTINGS.items()}
+    flags = {_flag(former): _flag(name) for former, name in _SETTINGS.items()} | _FLAGS
     split = [word.partition("=") for word in words]
     return [flags.get(flag, flag) + equals + value for flag, equals, value in split]
 
