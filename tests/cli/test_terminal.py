@@ -1,12 +1,22 @@
 """What a training and a note look like on terminals of several widths."""
 
+import logging
+import os
 import re
+import sys
+import warnings
 
 import pytest
 from helpers.commands import Terminal
 
-from nanogpt_surgery import Step
-from nanogpt_surgery.cli.framework.console import Announced, say, watched
+from nanogpt_surgery import Step, SurgeryWarning
+from nanogpt_surgery.cli.framework.console import (
+    Announced,
+    quiet_libraries,
+    say,
+    spoken_warnings,
+    watched,
+)
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
@@ -55,3 +65,27 @@ def test_a_skipped_step_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     first, second = capsys.readouterr().err.splitlines()
     assert "skipped" in first and "nan" not in first and "4.5" in first
     assert "loss 4.1000" in second and "skipped" not in second
+
+
+@pytest.mark.filterwarnings("default")
+def test_no_remark_of_a_library_is_shown(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A log of torch's compiler, a warning; an error stays, and so does what is ours."""
+    monkeypatch.delenv("TORCH_LOGS", raising=False)
+    log = logging.getLogger("torch.utils.cpp_extension")
+    handler = logging.StreamHandler(sys.stderr)
+    log.addHandler(handler)
+    try:
+        with quiet_libraries(), spoken_warnings():
+            log.warning("stray log")
+            warnings.warn("stray warning", UserWarning, stacklevel=1)
+            log.error("an error")
+            warnings.warn("ours", SurgeryWarning, stacklevel=1)
+        assert os.environ["TOKENIZERS_PARALLELISM"] == "false"
+        log.warning("heard again")
+    finally:
+        log.removeHandler(handler)
+    said = capsys.readouterr().err
+    assert "stray" not in said
+    assert all(text in said for text in ("an error", "ours", "heard again"))

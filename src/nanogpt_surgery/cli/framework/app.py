@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from cyclopts import (
 )
 
 from nanogpt_surgery.cli.framework.config_file import FLAG, take_config, unknown_key
-from nanogpt_surgery.cli.framework.console import complain, spoken_warnings
+from nanogpt_surgery.cli.framework.console import complain, quiet_libraries, spoken_warnings
 from nanogpt_surgery.cli.framework.options import first_line
 from nanogpt_surgery.cli.framework.processes import joined
 from nanogpt_surgery.cli.framework.suggestions import nearest_command, nearest_flag
@@ -96,7 +96,7 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         app = make_app()
-        with typing(arguments), spoken_warnings():
+        with typing(arguments), nullcontext() if debug else quiet_libraries(), spoken_warnings():
             if FLAG in arguments:
                 app.config = take_config(arguments)
             with joined(" ".join(_command(arguments))):

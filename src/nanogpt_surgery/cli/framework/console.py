@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import sys
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.training.step import Step
 
 LEAST_BAR = 10  # columns
+QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
 PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
 
 
@@ -88,17 +90,32 @@ def width_of(stream: TextIO) -> int | None:
 
 
 @contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """No remark of a library comes between our lines, unless the user's environment asks for it.
+
+    A download shows its progress on a terminal alone.
+    """
+    bars = {} if sys.stderr.isatty() else {"HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    for name, value in (QUIET | bars).items():
+        os.environ.setdefault(name, value)
+    before = logging.root.manager.disable
+    if "TORCH_LOGS" not in os.environ:
+        logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextmanager
 def spoken_warnings() -> Iterator[None]:
-    """Our own warnings become lines on stderr; a repeated one is said once."""
+    """Our own warnings become lines on stderr, a repeated one once; no others are shown."""
     with warnings.catch_warnings():
         warnings.simplefilter("default", SurgeryWarning)
-        default = warnings.showwarning
 
         def shown(message: Any, category: Any, *place: Any, **more: Any) -> None:
             if issubclass(category, SurgeryWarning):
                 say(f"note: {message}")
-            else:
-                default(message, category, *place, **more)
 
         setattr(warnings, "showwarning", shown)  # noqa: B010 - typeshed wants its exact signature
         yield
