@@ -49,6 +49,25 @@ def test_shell_blocks(page: Path, tmp_path: Path) -> None:
         assert done.stdout
 
 
+def heading_anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=lambda page: page.name)
+def test_links_lead_somewhere_and_named_modules_exist(page: Path) -> None:
+    text = page.read_text("utf-8")
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in heading_anchors(target), link
+    for name in re.findall(r"`(\w+/[\w/]+\.py)`", text):
+        places = (ROOT, ROOT / "src", ROOT / "src" / "nanogpt_surgery")
+        assert any((place / name).is_file() for place in places), name
+
+
 def test_main_is_one_page_and_tells_the_story(tmp_path: Path) -> None:
     """The real page, with fewer steps and less text: CI runs it whole."""
     page = ROOT / "src" / "main.py"
