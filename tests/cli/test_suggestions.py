@@ -6,7 +6,7 @@ import pytest
 from helpers.commands import called
 
 from nanogpt_surgery.cli.framework import suggestions
-from nanogpt_surgery.cli.framework.app import COMMANDS, GROUPS, make_app
+from nanogpt_surgery.cli.framework.app import COMMANDS, GROUPS, make_app, with_flags
 from nanogpt_surgery.cli.framework.suggestions import meanings, nearest_command
 
 MEANT = {
@@ -133,3 +133,19 @@ def test_a_key_of_a_config_file_is_understood_alike(tmp_path: Path) -> None:
     _, said = called("train", "--out", tmp_path / "run", "--config", config, check=1)
     assert "line 2" in said
     assert "→ grad_accum_steps?" in said
+
+
+@pytest.mark.parametrize(
+    ("hint", "typed"),
+    [
+        ("force=True", "--force"),
+        ("tied='untie' lets it", "--tied untie lets it"),
+        ("evaluate_tokens=0 reads all", "--evaluate-tokens 0 reads all"),
+        ("answers_only=False trains", "--no-answers-only trains"),
+        ("out=FOLDER writes a new one", "--out FOLDER writes a new one"),
+        ("open_model(p, dtype='float32'), force=True", "open_model(p, dtype='float32'), --force"),
+        ("stop=['text']", "stop=['text']"),
+    ],
+)
+def test_a_setting_in_a_hint_of_the_library_becomes_its_flag(hint: str, typed: str) -> None:
+    assert with_flags(hint) == typed

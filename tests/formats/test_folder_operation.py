@@ -181,7 +181,7 @@ def test_a_full_disk_loses_nothing(place):
 
 def test_where_it_cannot_be_done_in_place_it_says_so(place, monkeypatch):
     model = place / "model"
-    with pytest.raises(SurgeryError, match="--out"):
+    with pytest.raises(SurgeryError, match="out="):
         merge_adapter("owner/name", place / "adapter")
     monkeypatch.chdir(model)
     with pytest.raises(SurgeryError, match="you stand in"):

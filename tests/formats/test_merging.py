@@ -141,7 +141,7 @@ def test_merging_over_the_model_itself_is_refused_since_it_has_no_undo(place, ou
     (place / "link").symlink_to(place / "model")
     before = bytes_of(place / "model")
     for merging in (plan_merge, merge_adapter):
-        with pytest.raises(SurgeryError, match=r"(?s)the model itself.*leave out --out"):
+        with pytest.raises(SurgeryError, match=r"(?s)the model itself.*in place, with undo"):
             merging(place / "model", place / "adapter", place / out)
     assert bytes_of(place / "model") == before
 

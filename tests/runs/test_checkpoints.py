@@ -107,7 +107,7 @@ def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     train(tmp_path / "run", stop_after=2)
-    with pytest.raises(SurgeryError, match=r"holds a run already[\s\S]*--resume"):
+    with pytest.raises(SurgeryError, match=r"holds a run already[\s\S]*resume=True"):
         train(tmp_path / "run")
 
 

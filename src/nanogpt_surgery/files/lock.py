@@ -48,5 +48,5 @@ def _is_held(path: Path) -> SurgeryError:
     folder = path.parent if path.is_file() else path
     return SurgeryError(
         f"{folder} is being written by another process{owner}",
-        "wait for it, or choose a new --out",
+        "wait for it, or choose a new folder",
     )

@@ -203,7 +203,7 @@ def _check_links(folder: Path) -> None:
         raise SurgeryError(
             f"{folder} holds links to files elsewhere ({', '.join(sorted(links)[:4])}), so it "
             "cannot be operated on in place",
-            "add --out FOLDER",
+            "out=FOLDER writes a new one",
         )
 
 
@@ -220,7 +220,7 @@ def _check_changes(place: Path, folder: Path, wanted: dict[str, str], because: s
     if wrong:
         raise SurgeryError(
             f"{folder} was changed by other hands: {'; '.join(wrong[:8])} ({because})",
-            "restore it from a copy, or leave it alone and write elsewhere with --out",
+            "restore it from a copy, or leave it alone and write elsewhere",
         )
 
 

@@ -267,7 +267,7 @@ def _check_same_updates(
             raise SurgeryError(
                 f"{name} shares its weight with {', '.join(wrong)}, and the adapter changes them "
                 "differently",
-                "tied='untie' (--tied untie)",
+                "tied='untie'",
             )
         found[name] = others
     return found

@@ -90,7 +90,7 @@ def check_effect(effect: Mapping[str, float], tolerance: float) -> None:
             f"a token away (tolerance {tolerance:g}), the largest logit error "
             f"{effect['largest_error']:.3g}, the top token unchanged at "
             f"{effect['top_token_unchanged']:.1%} of positions",
-            "merge into float32 weights, raise the tolerance, or force=True (--force)",
+            "merge into float32 weights, raise the tolerance, or force=True",
         )
 
 

@@ -57,8 +57,8 @@ def find_tied(model: nn.Module, names: Iterable[str], tied: Tied) -> dict[str, l
         raise SurgeryError(
             f"these layers share one weight: {shown}. Merged, an update of one of them breaks the "
             "tie",
-            "tied='untie' (--tied untie) lets it: the adapted layer gets a weight of its own when "
-            "merged; tied='both' (--tied both) adapts both by the same ΔW, so that they stay tied",
+            "tied='untie' lets it: the adapted layer gets a weight of its own when "
+            "merged; tied='both' adapts both by the same ΔW, so that they stay tied",
         )
     return ties if tied == "both" else {}
 

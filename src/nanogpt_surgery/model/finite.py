@@ -83,7 +83,7 @@ def not_finite(
         hint = "restore the model from a copy, or go back to a checkpoint before it broke"
     elif origin.dtype in _HALVES:
         hint = (
-            "compute in float32, which has room for larger numbers: --dtype float32, or "
+            "compute in float32, which has room for larger numbers: dtype='float32', or "
             "open_model(path, torch.float32)"
         )
     else:

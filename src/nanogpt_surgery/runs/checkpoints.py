@@ -330,18 +330,18 @@ def check_folder(folder: Path, resume: bool) -> None:
 def _check_folder(folder: Path, resume: bool) -> None:
     if not is_run(folder):
         if folder.exists() and (not folder.is_dir() or _foreign(folder)):
-            raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder for --out")
+            raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder")
         return
     if _ended_early(folder):
         with file_lock(folder / LOCK):
             return
     if not resume:
         raise SurgeryError(
-            f"{folder} holds a run already", "add --resume to go on with it, or choose a new --out"
+            f"{folder} holds a run already", "resume=True goes on with it; or choose a new folder"
         )
     if is_operated(folder):
         lasting = any(entry.originals != "none" for entry in read_journal(folder).settled)
-        way = "choose a new --out" if lasting else f"surgery undo {folder} takes it back"
+        way = "choose a new folder" if lasting else f"surgery undo {folder} takes it back"
         raise SurgeryError(
             f"{folder} was operated on since, and going on would write over the result",
             f"surgery log {folder} says what was done; {way}",
@@ -349,7 +349,7 @@ def _check_folder(folder: Path, resume: bool) -> None:
     if checkpoints(folder) and not (folder / METRICS).is_file():
         raise SurgeryError(
             f"{folder / METRICS} is gone, where the losses of the run's steps stood",
-            "put it back, or begin anew in another --out",
+            "put it back, or begin anew in another folder",
         )
 
 

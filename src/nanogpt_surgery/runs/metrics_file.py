@@ -54,7 +54,7 @@ def trim_metrics(path: Path, steps: int) -> None:
         raise SurgeryError(
             f"{path} has the lines of {whole} steps, and the checkpoint to go on from is that of "
             f"step {steps}",
-            "put the lines back from a copy, or begin anew in another --out",
+            "put the lines back from a copy, or begin anew in another folder",
         )
     replace_text(path, "".join(line + "\n" for line in start + lines[:steps]))
 

@@ -73,7 +73,7 @@ def _check_another(
         more = f"; {len(wrong) - 4} more" if wrong[4:] else ""
         raise SurgeryError(
             f"{file} is not the state of this training: {'; '.join(sorted(wrong)[:4])}{more}",
-            "go on with the settings that it was begun with, or choose a new --out",
+            "go on with the settings that it was begun with, or choose a new folder",
         )
 
 
@@ -83,5 +83,5 @@ def _check_state(name: str, parameter: nn.Parameter, state: dict[str, Tensor]) -
             raise SurgeryError(
                 f"the {key} of {name} is {tuple(tensor.shape)} in the checkpoint, and of this "
                 f"version's {tuple(parameter.shape)}: the run was begun by an earlier one",
-                "begin it anew, in another --out",
+                "begin it anew, in another folder",
             )

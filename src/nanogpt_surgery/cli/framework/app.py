@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from contextlib import nullcontext, suppress
 from pathlib import Path
@@ -48,6 +49,8 @@ EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
 )
+
+_SETTING = re.compile(r"\b([a-z_]+)=(True|False|FOLDER|'[^'\]]*'|-?[\d.]*\d)(?![\w'\]])")
 
 
 def make_app() -> App:
@@ -105,7 +108,7 @@ def run(arguments: list[str] | None = None) -> None:
     except SurgeryError as error:
         if debug:
             raise
-        complain(f"surgery: {error}")
+        complain(f"surgery: {SurgeryError(error.what, with_flags(error.hint))}")
         sys.exit(1)
     except BrokenPipeError:  # the reader of our stdout has gone (`surgery inspect … | head`)
         _forget_stdout()
@@ -122,6 +125,21 @@ def run(arguments: list[str] | None = None) -> None:
             raise
         complain(f"surgery: memory ran out: {quoted(str(error).partition(NEWLINE)[0])}\n  → {LESS}")
         sys.exit(1)
+
+
+def with_flags(hint: str) -> str:
+    """A hint of the library with its settings as flags: `force=True` is --force."""
+
+    def flag(found: re.Match[str]) -> str:
+        before = hint[: found.start()]
+        if before.count("(") > before.count(")"):  # an argument of a call
+            return found[0]
+        name, value = found[1].replace("_", "-"), found[2].strip("'")
+        if value in ("True", "False"):
+            return f"--{name}" if value == "True" else f"--no-{name}"
+        return f"--{name} {value}"
+
+    return _SETTING.sub(flag, hint)
 
 
 def _forget_stdout() -> None:

@@ -157,7 +157,7 @@ def encode_conversations(
     if problems:
         raise SurgeryError(
             f"the model's chat template fails: {listed(problems)}",
-            f"{MEND_TEMPLATE}; --no-answers-only trains on every token",
+            f"{MEND_TEMPLATE}; answers_only=False trains on every token",
         )
     for example in examples:
         warn_of_two_bos(tokenizer, example.ids)

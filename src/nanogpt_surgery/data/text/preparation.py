@@ -162,7 +162,7 @@ def _check_asked(folder: Path, now: dict[str, Any]) -> None:
         shown = "; ".join(changed[:5]) + (f"; {len(changed) - 5} more" if changed[5:] else "")
         raise SurgeryError(
             f"{folder} was begun with something else: {shown}",
-            "give what it was begun with, or choose a new --out",
+            "give what it was begun with, or choose a new folder",
         )
 
 

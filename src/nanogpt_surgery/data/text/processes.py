@@ -47,7 +47,7 @@ def in_processes(
         raise SurgeryError(
             f"one of {min(workers, len(tasks))} processes was ended from outside, as the system "
             "does where memory runs out",
-            "give fewer --workers; what is finished is kept",
+            "ask for fewer workers; what is finished is kept",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)

@@ -185,7 +185,7 @@ def check_not_itself(model: str | Path, out: str | Path | None) -> None:
     if Path(out).resolve() in (Path(model).resolve(), model_folder(model).resolve()):
         raise SurgeryError(
             f"{out} is the model itself, and writing over it has no undo",
-            "leave out --out to merge in place, with undo",
+            "leave out the new folder to merge in place, with undo",
         )
 
 
@@ -202,7 +202,7 @@ def _in_place(model: str | Path) -> Path:
         raise SurgeryError(f"there is no folder {model}", "name a run or a model folder")
     kind = "no folder" if folder.exists() else "a model on the hub"
     raise SurgeryError(f"{model} is {kind}, so it cannot be merged into in place",
-                       "add --out FOLDER")  # fmt: skip
+                       "out=FOLDER writes a new one")  # fmt: skip
 
 
 def _report(merged: Merged, merge: Merge, entry: Entry, goal: Path) -> Report:
@@ -337,7 +337,7 @@ def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:
         raise SurgeryError(
             f"{where} holds {len(wide)} tensors in float64 ({', '.join(wide[:4])}), and a merge "
             "computes in float32",
-            "--dtype float32 writes them so",
+            "dtype='float32' writes them so",
         )
 
 
@@ -348,7 +348,7 @@ def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> t
         draw = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.vocab_size, (PROBE_ROWS, length), generator=draw)
         return ids, f"{ids.numel()} random tokens"
-    hint = "without --probe it is measured on random tokens"
+    hint = "without a probe it is measured on random tokens"
     tokenizer = required_tokenizer(tokenizer, "the model", hint)
     encoded = list(tokenizer.encode(text[: 64 * PROBE_ROWS * PROBE_TOKENS]))
     rows = min(PROBE_ROWS, len(encoded) // length)
@@ -359,7 +359,7 @@ def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> t
     return ids, f"{ids.numel()} tokens of the text given"
 
 
-WIDER = "surgery merge into --dtype float32, or surgery export with --format F32"
+WIDER = "merge with dtype='float32', or export with format='F32'"
 
 
 @dataclass(frozen=True)
@@ -406,7 +406,7 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
     rows = merge_rows(layers, rounding)
     if not force:
         check_weights(
-            rows, layers, str(merge.adapter), WIDER, "train the adapter first, or --force"
+            rows, layers, str(merge.adapter), WIDER, "train the adapter first, or force=True"
         )
     check_undecided(merge.model, layers)
     merge_layers(merge.model)  # the model is only here to be written: nothing is journaled

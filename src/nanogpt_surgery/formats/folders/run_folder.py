@@ -148,7 +148,7 @@ def latest_checkpoint(run: Path, strict: bool = False) -> Path | None:
         if strict:
             raise SurgeryError(
                 f"the newest checkpoint is damaged: {folder}: {problem}",
-                "restore it from a copy, or leave --strict out to go on from the one before",
+                "restore it from a copy, or strict=False goes on from the one before",
             )
         _pass_over(folder, problem)
     return None
@@ -190,5 +190,5 @@ def chosen_checkpoint(run: Path) -> Path:
     """
     folder = best_checkpoint(run) or latest_checkpoint(run)
     if folder is None:
-        raise SurgeryError(f"{run} has no whole checkpoint yet", "surgery train --resume goes on")
+        raise SurgeryError(f"{run} has no whole checkpoint yet", "resume=True goes on with it")
     return folder

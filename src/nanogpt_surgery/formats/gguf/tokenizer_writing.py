@@ -70,7 +70,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -
         raise SurgeryError(
             f"llama.cpp has no place for parts of this tokenizer: {'; '.join(problems[:8])}"
             + (f"; {len(problems) - 8} more" if problems[8:] else ""),
-            "export to --format huggingface carries it over as it is",
+            "format='huggingface' carries it over as it is",
         )
     tokens, types = _vocabulary(contents, vocab_size)
     lost: set[Lost] = set()

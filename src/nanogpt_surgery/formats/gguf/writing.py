@@ -105,7 +105,7 @@ def _family(model: SimpleGPT) -> str:
         )
     unknown = []
     if family == "gpt2" and config.mlp != "gelu_tanh":
-        unknown.append("gpt2 with the exact GELU, mlp gelu (train with --mlp gelu_tanh)")
+        unknown.append("gpt2 with the exact GELU, mlp gelu (train with mlp='gelu_tanh')")
     if family == "qwen3" and config.bias != "none":
         unknown.append("qwen3 with biases")
     if family == "qwen2" and config.n_head * config.head_dim != config.n_embd:

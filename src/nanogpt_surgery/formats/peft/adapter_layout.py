@@ -168,7 +168,7 @@ def _check_fingerprint(stored: Mapping[str, str], actual: Mapping[str, str], for
         f"sits on differ ({', '.join(other[:4])}{', …' if other[4:] else ''})"
     )
     if not force:
-        raise SurgeryError(what, "open the base it was trained on, or force=True (--force)")
+        raise SurgeryError(what, "open the base it was trained on, or force=True")
     warnings.warn(what, SurgeryWarning, stacklevel=3)
 
 
