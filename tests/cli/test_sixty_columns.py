@@ -21,25 +21,19 @@ def lines_of(*arguments: object) -> list[str]:
     return re.split(r"[\r\n]+", CONTROL.sub("", shown))
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("w")
-
-
 @pytest.fixture(autouse=True)
-def narrow(place, monkeypatch):
+def narrow(tmp_path, monkeypatch):
     """Relative names: a path has no blank to break it at."""
-    monkeypatch.chdir(place)
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", str(WIDTH))
     monkeypatch.setenv("LINES", "24")
     monkeypatch.setenv("TERM", "xterm")
-    if not Path("t.txt").exists():
-        Path("t.txt").write_text(
-            "What is the cat? It sat on a mat plus one, and was 1,234 to 567,890 years old.\n" * 300
-            + LETTERS
-        )
-        pairs = [{"prompt": f"What is {i} plus one?", "completion": str(i + 1)} for i in range(40)]
-        Path("p.json").write_text(json.dumps(pairs))
+    Path("t.txt").write_text(
+        "What is the cat? It sat on a mat plus one, and was 1,234 to 567,890 years old.\n" * 300
+        + LETTERS
+    )
+    pairs = [{"prompt": f"What is {i} plus one?", "completion": str(i + 1)} for i in range(40)]
+    Path("p.json").write_text(json.dumps(pairs))
 
 
 # In this order: each needs what those before it made.
@@ -73,16 +67,29 @@ COMMANDS = {
 }  # fmt: skip
 
 
-SLOW = {"verify-resume": pytest.mark.slow}  # five processes of its own
+SLOW = ("verify-resume",)  # five processes of its own
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in COMMANDS])
-def test_lines_fit_and_numbers_stay_whole(name, monkeypatch):
+def held(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs a command, which may need what those before it made, and looks at its lines."""
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"What is 3?\n/help\n")))
     lines = lines_of(*COMMANDS[name])
-    assert any(lines)
+    assert any(lines), name
     wide = [line for line in lines if len(line) > WIDTH and " " in line.strip()]
-    assert wide == []
+    assert wide == [], name
     cut = [pair for pair in pairwise(lines) if re.search(r"\d[,.]?$", pair[0])
            and re.match(r"[,.]?\d", pair[1]) and len(pair[0]) == WIDTH]  # fmt: skip
-    assert cut == []
+    assert cut == [], name
+
+
+def test_lines_fit_and_numbers_stay_whole(monkeypatch):
+    """One test, since each command needs what the ones before it made."""
+    for name in COMMANDS:
+        if name not in SLOW:
+            held(name, monkeypatch)
+
+
+@pytest.mark.slow
+def test_lines_of_slow_commands_fit(monkeypatch):
+    for name in ("train", *SLOW):
+        held(name, monkeypatch)
