@@ -15,13 +15,17 @@ Settings = TypeVar("Settings")
 
 Kind: TypeAlias = tuple[str, Callable[[Any], bool]]
 
-SIZE: Kind = ("a positive integer", lambda x: type(x) is int and x > 0)
-SIZE_OR_0: Kind = ("a positive integer, or 0", lambda x: type(x) is int and x >= 0)
+_MOST = 2**53  # up to which every program that reads JSON has the same integers
+SIZE: Kind = ("a positive integer up to 2^53", lambda x: type(x) is int and 0 < x <= _MOST)
+SIZE_OR_0: Kind = ("an integer from 0 to 2^53", lambda x: type(x) is int and 0 <= x <= _MOST)
 POSITIVE: Kind = (
     "a number above 0 and below 1e30",
     lambda x: type(x) in (int, float) and 0 < x < 1e30,
 )
-FACTOR: Kind = ("a number of at least 1", lambda x: type(x) in (int, float) and x >= 1)
+FACTOR: Kind = (
+    "a number of at least 1, below 1e30",
+    lambda x: type(x) in (int, float) and 1 <= x < 1e30,
+)
 NOT_0: Kind = (
     "a number other than 0, below 1e30 either way",
     lambda x: type(x) in (int, float) and 0 < abs(x) < 1e30,

@@ -35,6 +35,7 @@ def test_the_log_of_a_run_is_readable_and_whole_at_80_columns(
         assert f"{row['']} {row['when']} {row['operation']}: {row['state']}" in words
         for file in (*row["files"].split(", "), row["on base"]):
             assert file in words
-        for name in ("kl", "top token unchanged", "validation loss"):
-            assert row[name] is None or f"{name}: {row[name]:.4g}" in words
+        shown = {"kl": "KL divergence", "validation loss": "validation loss"}
+        for name, label in shown.items():
+            assert row[name] is None or f"{label}: {row[name]:.4g}" in words
     assert "can undo: merge second" in out

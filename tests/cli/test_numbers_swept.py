@@ -111,7 +111,7 @@ def test_a_number_out_of_reason(command, flag, value, place, a_run, in_time, mon
             (folder / path.name).symlink_to(path)
     before = sorted(folder.iterdir())
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     words, flags = NEEDED[command]
     flags = {name: flags[name] for name in flags if name != flag}
     more = [word for name in flags for word in (name, flags[name])]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanogpt_surgery import CharacterTokenizer, GPTDataset, SimpleGPT, SurgeryError, evaluate
-from nanogpt_surgery.data.text.chunks import pieces_of
+from nanogpt_surgery.data.text.chunks import chunks_of
 from nanogpt_surgery.data.text.preparation import prepare_tokens
 from nanogpt_surgery.data.text.token_files import (
     Shard,
@@ -27,8 +27,8 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text(TEXT)
     folder = tmp_path / "tokens"
     folder.mkdir()
-    pieces = pieces_of([tmp_path / "text.txt"], 1000)
-    list(prepare_tokens(pieces, folder, lambda: CharacterTokenizer(TEXT), workers=1))
+    chunks = chunks_of([tmp_path / "text.txt"], 1000)
+    list(prepare_tokens(chunks, folder, lambda: CharacterTokenizer(TEXT), workers=1))
     return folder
 
 
@@ -62,8 +62,8 @@ class Far:
 def test_large_ids_take_four_bytes_and_come_back(tmp_path):
     (tmp_path / "text.txt").write_text(TEXT)
     (tmp_path / "far").mkdir()
-    pieces = pieces_of([tmp_path / "text.txt"])
-    list(prepare_tokens(pieces, tmp_path / "far", Far, held_out=0, workers=1))
+    chunks = chunks_of([tmp_path / "text.txt"])
+    list(prepare_tokens(chunks, tmp_path / "far", Far, held_out=0, workers=1))
     tokens = open_tokens(tmp_path / "far")
     assert tokens.header.dtype == "uint32"
     assert (tmp_path / "far" / "train.bin").stat().st_size == 4 * len(TEXT)

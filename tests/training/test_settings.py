@@ -33,8 +33,9 @@ def test_settings_that_contradict_are_told_all_at_once():
 
 
 def test_what_it_computes_on_is_said_in_one_line():
-    line = choose_hardware(SETTINGS).describe()
-    assert line == f"CPU, {torch.get_num_threads()} threads, float32, not compiled"
+    threads = torch.get_num_threads()
+    counted = f"{threads} thread{'s' if threads > 1 else ''}"
+    assert choose_hardware(SETTINGS).describe() == f"CPU, {counted}, float32, not compiled"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device")

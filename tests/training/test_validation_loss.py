@@ -4,7 +4,7 @@ from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 from torch import nn
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, evaluate, inject_lora
-from nanogpt_surgery.training import evaluation
+from nanogpt_surgery.training.fast import accelerate
 
 LLAMA = FAMILY_CONFIGS["llama"]
 
@@ -94,7 +94,7 @@ def test_bfloat16_weights_are_cast_where_the_processor_cannot_multiply_them(fami
     data = GPTDataset.from_ids(random_ids(model.config, 1, 200)[0], 11)
     found = {}
     for has_bfloat16 in (True, False):
-        monkeypatch.setattr(evaluation, "cpu_has_bfloat16", lambda has=has_bfloat16: has)
+        monkeypatch.setattr(accelerate, "cpu_has_bfloat16", lambda has=has_bfloat16: has)
         found[has_bfloat16] = evaluate(model, data)
     assert found[False] != found[True] == pytest.approx(found[False], rel=1e-2)
     assert type(model.lm_head) is nn.Linear

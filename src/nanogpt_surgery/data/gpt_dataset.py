@@ -79,7 +79,8 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
                 f"last target need {block_size + 1}",
                 "give a longer text or a smaller block_size",
             )
-        self.ids, self.block_size, self.stride = ids.contiguous(), block_size, stride
+        self.ids, self.block_size = ids.contiguous(), block_size
+        self.stride = min(stride, len(ids))  # from there on there is one window
 
     def __len__(self) -> int:
         return (len(self.ids) - self.block_size - 1) // self.stride + 1

@@ -16,6 +16,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
 Shape = Literal["cosine", "stable"]
+MOST = 1e15  # of any setting: steps are counted, and rows of all steps are numbered in 64 bits
 MOST_SEED = 2**41  # what the order of batches is worked out from has 64 bits
 
 
@@ -81,9 +82,9 @@ class FitSettings:
             if not getattr(self, name) >= least
         ]
         found += [
-            f"{name} is {getattr(self, name)}; it must be finite"
+            f"{name} is {getattr(self, name)}; it must be finite, and at most {MOST:g}"
             for name in _LEAST
-            if getattr(self, name) == math.inf
+            if MOST < getattr(self, name) <= math.inf
         ]
         found += [
             f"{name} is {getattr(self, name)}; it must be below 1"

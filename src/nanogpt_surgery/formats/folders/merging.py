@@ -7,6 +7,7 @@ the adapted one; only then does it take its place.
 
 from __future__ import annotations
 
+import math
 import shutil
 from dataclasses import dataclass, replace
 from functools import partial
@@ -174,8 +175,8 @@ def _facts(adapter: str | Path) -> dict[str, str]:
 
 
 def _check_tolerance(tolerance: float) -> None:
-    if not tolerance >= 0:  # also NaN
-        raise SurgeryError(f"tolerance is {tolerance}; it must be a number of at least 0")
+    if not 0 <= tolerance < math.inf:  # also NaN
+        raise SurgeryError(f"tolerance is {tolerance}; it must be at least 0 and finite")
 
 
 def check_not_itself(model: str | Path, out: str | Path | None) -> None:
