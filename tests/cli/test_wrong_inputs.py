@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from helpers.commands import called, write_model
 
-WRONG = ("missing", "folder", "empty.json", "random.json")
+WRONG = ("missing", "folder", "others", "empty.json", "random.json")
 
 
 @pytest.fixture(scope="module")
@@ -15,6 +15,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (place / "text.txt").write_text("to be, or not to be\n" * 40)
     write_model(place / "m")
     (place / "folder").mkdir()
+    (place / "others").mkdir()
+    (place / "others" / "picture.png").write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(40))
+    (place / "others" / "run.json.txt").write_text("{}")
     (place / "empty.json").touch()
     (place / "random.json").write_bytes(bytes([200, 1, 255]) + os.urandom(400))
     return place
@@ -54,3 +57,15 @@ def test_a_wrong_path_is_named(command, path, place, monkeypatch):
     assert path in said
     assert "Traceback" not in said
     assert not Path("new").exists()
+
+
+@pytest.mark.parametrize("command", ["generate {}", "inspect {}", "ask {} hello", "plan {}"])
+def test_a_hub_name_without_network_is_said(command, place, monkeypatch):
+    """The tests have no network (HF_HUB_OFFLINE), and nothing of this name lies in a cache."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("HF_HUB_CACHE", str(place / "cache"))
+    name = "nobody-at-all/no-such-model"
+    _, said = called(*command.format(name).split(), check=1)
+    assert name in said
+    assert "Traceback" not in said
+    assert said.count("surgery: ") == 1

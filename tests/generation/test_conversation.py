@@ -217,3 +217,12 @@ def test_the_search_for_what_fits_begins_where_the_last_one_ended(monkeypatch):
     said(anew, "y", tokens=10)
     assert talk.forgotten == anew.forgotten
     assert talk.messages == anew.messages
+
+
+def test_an_answer_that_a_stop_string_ends_in_its_last_token_is_not_cut_off():
+    talk = conversation()
+    answer = said(talk, "hello", 6)
+    assert talk.cut_off, "it had no more room"
+    again = conversation()
+    assert said(again, "hello", 6, stop=(answer,)) == "", "a stop string is not shown"
+    assert not again.cut_off

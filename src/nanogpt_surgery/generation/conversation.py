@@ -16,7 +16,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.cache_memory import check_rows_fit
 from nanogpt_surgery.generation.generate import generate, new_cache
 from nanogpt_surgery.generation.settings import SamplingSettings
-from nanogpt_surgery.generation.text import stream_text
+from nanogpt_surgery.generation.text import TextUntil, stream_until
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
@@ -46,11 +46,13 @@ class Conversation:
         self.cache: KVCache | None = None  # of the text that these are
         self.room = 0  # tokens that the last answer could have
         self._full = 0  # ids of the text, were all of them used
+        self._answer: TextUntil | None = None  # the last one
 
     @property
     def cut_off(self) -> bool:
         """Whether the last answer ended because it had no more room, not because it was over."""
-        return 0 < self._full == len(self.ids)
+        stopped = self._answer is not None and self._answer.found
+        return 0 < self._full == len(self.ids) and not stopped
 
     def ask(
         self,
@@ -91,7 +93,8 @@ class Conversation:
             cache=self._cache_for(self._full),
         )
         stop = (*self.template.stop, *stop)
-        pieces = stream_text(self.tokenizer, self._taken(ids, new_ids), stop, ids)
+        self._answer = TextUntil(self.tokenizer, stop, ids)
+        pieces = stream_until(self._answer, self._taken(ids, new_ids))
         self.messages = [*said, answer]
         return self._remembered(pieces, answer, before)
 

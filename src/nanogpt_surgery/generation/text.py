@@ -31,10 +31,11 @@ def stream_text(
     Raises:
         SurgeryError: a stop string is empty.
     """
-    return _stream(TextUntil(tokenizer, stop, before), ids)
+    return stream_until(TextUntil(tokenizer, stop, before), ids)
 
 
-def _stream(text: TextUntil, ids: Iterable[int]) -> Iterator[str]:
+def stream_until(text: TextUntil, ids: Iterable[int]) -> Iterator[str]:
+    """Yields the text of ids, taken one by one, up to the first stop string."""
     for index in ids:
         shown = text.push(index)
         if shown:
