@@ -209,7 +209,7 @@ def test_parts_that_a_kill_left_behind_go(place, tokens, capsys):
 
 
 def test_a_process_that_is_ended_from_outside_is_said():
-    with pytest.raises(SurgeryError, match=r"one of 2 processes was ended.*\n.*fewer --workers"):
+    with pytest.raises(SurgeryError, match=r"one of 2 processes was ended.*\n.*fewer workers"):
         list(in_processes(os._exit, [1, 1], 2))
 
 

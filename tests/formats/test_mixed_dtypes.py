@@ -117,7 +117,7 @@ def test_a_plan_counts_each_dtype(tmp_path):
 def test_float64_is_refused_where_it_would_be_rounded_unasked(tmp_path):
     write_mixed(tmp_path / "base", kept=torch.float64)
     write_adapter(tmp_path / "base", tmp_path / "adapter", "q_proj")
-    with pytest.raises(SurgeryError, match=r"float64[\s\S]*--dtype float32"):
+    with pytest.raises(SurgeryError, match=r"float64[\s\S]*dtype='float32'"):
         merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out")
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float32")
 
