@@ -15,6 +15,9 @@ from nanogpt_surgery import CharacterTokenizer, GPTConfig, save_model
 from nanogpt_surgery.cli.framework.app import run
 from nanogpt_surgery.cli.framework.console import ready_streams
 from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals
+from nanogpt_surgery.formats.folders.run_folder import checkpoints, step_of
+from nanogpt_surgery.runs.checkpoints import RunFolder
+from nanogpt_surgery.training.step import Step
 
 TEXT = "to be, or not to be: that is the question.\n" * 60
 SIZES = "--n-embd 16 --n-head 2 --n-layer 1 --block-size 12 --max-steps 3 --out new".split()
@@ -210,3 +213,29 @@ def test_a_stdout_that_takes_nothing(shell: str, status: int, said: str, folder:
     assert "Traceback" not in done.stderr
     assert "Errno" not in done.stderr
     assert said in done.stderr
+
+
+@pytest.mark.parametrize("number", list(STATUS))
+def test_a_second_one_ends_a_training_at_once(number, folder, monkeypatch, capfd):
+    """It comes while the first one's step is being recorded; what was saved can be gone on from."""
+    record = RunFolder.record
+
+    def twice(going: RunFolder, step: Step) -> None:
+        record(going, step)
+        if step.step == 4:
+            signal.raise_signal(number)
+            signal.raise_signal(number)
+
+    command = f"train text.txt {' '.join(SIZES[:8])} --evaluate-every 2 --out twice-{number}"
+    with monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "record", twice)
+        with pytest.raises(SystemExit) as left, AnsweredSignals():
+            run([*command.split(), "--max-steps", "6"])
+    assert left.value.code == STATUS[number]
+    said = capfd.readouterr().err
+    assert "Traceback" not in said
+    assert said.count("surgery: ") == 1
+    assert not list(Path(f"twice-{number}").rglob(".tmp-*"))
+    assert [step_of(path) for path in checkpoints(Path(f"twice-{number}"))] == [2]
+    run([*command.split(), "--max-steps", "6", "--resume"])
+    assert "going on from step 2 of 6" in capfd.readouterr().err

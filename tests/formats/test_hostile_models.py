@@ -188,7 +188,7 @@ JSON_BOMBS: dict[str, Callable[[], str]] = {
     "expression of repeated groups": lambda: cut_by("((((a{1,99}){1,99}){1,99}){1,99}){1,99}b"),
     "long expression": lambda: cut_by("|".join(["a"] * 500_000)),
     "100,000 added tokens": lambda: with_added(100_000),
-    "50,000 added tokens": lambda: with_added(50_000),
+    "70,000 added tokens": lambda: with_added(70_000),
     "wide string": lambda: '{"a":"😀' + "a" * (47 << 20) + '"}',
     "wide strings": lambda: '{"a":[' + ",".join(['"😀' + "a" * 900 + '"'] * 38_000) + "]}",
     "wide string in ASCII": lambda: '{"a":"\\ud83d\\ude00' + "a" * (47 << 20) + '"}',
@@ -208,7 +208,7 @@ OPEN = {
     "unigram of one character",
     "unigram of growing tokens",
     "sentencepiece",
-    "50,000 added tokens",
+    "70,000 added tokens",
 }
 
 
