@@ -1,0 +1,1 @@
+"""A training run on disk: begun, saved, resumed, summarised."""
