@@ -213,6 +213,15 @@ def test_the_mode_is_left_as_it_was(training):
         assert all(module.training == training for module in model.modules())
 
 
+def test_a_part_in_a_mode_of_its_own_stays_in_it():
+    model = SimpleGPT(53, 24, 3, 2, 19, dropout=0.5).train()
+    model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    assert True in modes and False in modes
+    next(generate(model, [1, 2, 3], 1, temperature=0))
+    assert [module.training for module in model.modules()] == modes
+
+
 def test_it_computes_in_eval_mode():
     model = SimpleGPT(53, 24, 3, 2, 19, dropout=0.5).train()
     expected = list(generate(model.eval(), [1, 2, 3], 12, temperature=0))

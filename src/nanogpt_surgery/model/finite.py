@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import NotFiniteError
+from nanogpt_surgery.model.simple_gpt import eval_mode
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -98,13 +99,10 @@ def first_not_finite(model: nn.Module, run: Callable[[], object]) -> Origin:
     for name, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(watch.entering(name)))
         handles.append(module.register_forward_hook(watch.leaving(name)))
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with eval_mode(model), torch.no_grad():
             run()
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     module, place, dtype = watch.found or ("", "", None)

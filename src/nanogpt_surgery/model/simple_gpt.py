@@ -175,10 +175,12 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Computes in eval mode within the block, and gives the model its own mode back after it."""
-    training = model.training
-    model.eval()
+    """Computes in eval mode within the block; each module has its own mode back after it."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
     try:
         yield
     finally:
-        model.train(training)
+        for module in training:
+            module.training = True
