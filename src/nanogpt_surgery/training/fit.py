@@ -79,7 +79,8 @@ def fit(
     settings = chosen(FitSettings, settings, changes)
     check_fit(model, dataset, settings)
     training = Training(model, dataset, settings, validation, optimizer, cache_dir)
-    training.skipped, last = skipped_before, settings.max_steps - 1
+    training.skipped = skipped_before
+    last = settings.max_steps - 1
     checks = TrainingChecks(model, training.optimizer, first_step, last) if examine else None
     return training.steps(first_step, checks)
 
@@ -87,7 +88,7 @@ def fit(
 class Training:
     """The parts of a training, and its steps."""
 
-    active = nullcontext  # the fast way changes the model while it computes
+    active = nullcontext  # the plain way's; the fast one changes the model while it computes
 
     def __init__(
         self,
@@ -110,7 +111,8 @@ class Training:
         tokens = settings.evaluate_tokens
         self.eval_data = None if validation is None else subsample(validation, tokens)
         self.checkpointed = CheckpointedBlocks(model, settings.gradient_checkpointing)
-        # What follows below is the plain way; the fast one computes the same, sooner.
+        # The last methods below are the plain way to a step's batches and gradients; the fast way
+        # has the same methods, which compute the same, sooner.
         self.way: Way = self
         if settings.fast:
             from nanogpt_surgery.training.fast.accelerate import accelerate
@@ -164,10 +166,10 @@ class Training:
         if checks:
             checks.after_skip(step) if self.skipped else checks.after_update(step)
 
-        seconds, skipped = time.perf_counter() - start, self.skipped > 0
-        return Step(
-            step + 1, loss, rate, norm, tokens, seconds, None, trained, self.world.size, skipped
-        )
+        seconds = time.perf_counter() - start
+        done = Step(step + 1, loss, rate, norm, tokens, seconds)
+        size, skipped = self.world.size, self.skipped > 0
+        return replace(done, trained_tokens=trained, processes=size, skipped=skipped)
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Yields the batch of each step: a pure function of (seed, step, rank)."""
@@ -184,6 +186,7 @@ class Training:
             # Parts are counted through all processes, so that dropout draws what one would draw.
             for part, rows in enumerate(split, self.world.rank * parts):
                 if counted := count_trained(rows[1]):
+                    # A hash of integers is the same in every process and on every machine.
                     with self.hardware.seeded(hash((self.settings.seed, step, part))):
                         losses.append(self.way.forward_backward(rows, counted / trained))
         return losses

@@ -24,7 +24,7 @@ EMBEDDING_RATIO, OTHER_RATIO = 1.5, 0.5
 def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
     """AdamW (arXiv:1711.05101), or Muon with AdamW beside it, over what can be trained.
 
-    AdamW is fused where the device has it. Its matrices decay, biases and norms do not; beside Muon
+    AdamW is PyTorch's fused one. Its matrices decay, biases and norms do not; beside Muon
     only Muon's matrices decay: neither the embeddings nor the head do. With LoRA+
     (arXiv:2402.12354) the B of each Linear's update is in a group of its own, which learns
     `settings.lora_plus_ratio` times faster.
@@ -42,10 +42,11 @@ def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optim
         return _muon(model, trainable, settings)
     groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
     betas = (settings.beta1, settings.beta2)
-    return _classes(settings.fast)[0](groups, lr=settings.learning_rate, betas=betas, fused=True)
+    adamw, _ = _optimizers(settings.fast)
+    return adamw(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
-def _classes(fast: bool) -> tuple[type[torch.optim.AdamW], type[Muon]]:
+def _optimizers(fast: bool) -> tuple[type[torch.optim.AdamW], type[Muon]]:
     """AdamW and Muon; the fast ones do not load PyTorch's compiler."""
     if not fast:
         return torch.optim.AdamW, Muon
@@ -54,28 +55,22 @@ def _classes(fast: bool) -> tuple[type[torch.optim.AdamW], type[Muon]]:
     return uncompiled.AdamW, uncompiled.Muon
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Sets each group's rate, `rate_ratio` times the schedule's where it carries one."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate * group.get("rate_ratio", 1.0)
-
-
 def _adamw_groups(
     model: nn.Module, trainable: list[nn.Parameter], settings: FitSettings
 ) -> list[dict[str, Any]]:
     ratio, decay = settings.lora_plus_ratio, settings.weight_decay
-    fast = {id(parameter) for parameter in linear_b_matrices(model)} if ratio != 1 else set()
+    b_matrices = {id(p) for p in linear_b_matrices(model)} if ratio != 1 else set()
     return [
         {
-            "params": [p for p in trainable if p.dim() >= 2 and id(p) not in fast],
+            "params": [p for p in trainable if p.dim() >= 2 and id(p) not in b_matrices],
             "weight_decay": decay,
         },
         {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
         {
-            "params": [p for p in trainable if id(p) in fast],
+            "params": [p for p in trainable if id(p) in b_matrices],
             "weight_decay": decay,
             "rate_ratio": ratio,
-            "lr": ratio * settings.learning_rate,
+            "lr": ratio * settings.learning_rate,  # for a loop of one's own, without the schedule
         },
     ]
 
@@ -103,7 +98,14 @@ def _muon(model: nn.Module, trainable: list[nn.Parameter], settings: FitSettings
     ]
     groups = [{"muon": False} | group for group in groups if group["params"]]
     betas = (settings.beta1, settings.beta2)
-    return _classes(settings.fast)[1](groups, settings.learning_rate, settings.momentum, betas)
+    _, muon = _optimizers(settings.fast)
+    return muon(groups, settings.learning_rate, settings.momentum, betas)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets each group's rate, `rate_ratio` times the schedule's where it carries one."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("rate_ratio", 1.0)
 
 
 def learning_rate(step: int, settings: FitSettings) -> float:
