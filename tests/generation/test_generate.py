@@ -4,9 +4,9 @@ import warnings
 import pytest
 import torch
 from helpers.models import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.sampling import sample
 
 from nanogpt_surgery import SimpleGPT, SurgeryError, SurgeryWarning, generate, inject_lora
-from nanogpt_surgery.generation.generate import sample
 from nanogpt_surgery.lora.several import lora_layers
 
 EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)

@@ -1,9 +1,8 @@
 import pytest
 import torch
+from helpers.sampling import sample
 from hypothesis import given
 from hypothesis import strategies as st
-
-from nanogpt_surgery.generation.generate import sample
 
 numbers = st.floats(-20, 20, width=32)
 logits_lists = st.lists(numbers, min_size=1, max_size=30, unique=True)

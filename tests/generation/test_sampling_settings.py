@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from helpers.sampling import sample
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import (
@@ -15,7 +16,7 @@ from transformers import (
 )
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.generation.generate import adjusted, choose, kept, sample
+from nanogpt_surgery.generation.generate import candidates, choose, penalised
 from nanogpt_surgery.generation.settings import SamplingSettings
 
 
@@ -41,7 +42,7 @@ def test_what_is_kept_is_what_transformers_keeps(seed, temperature, top_k, top_p
         MinPLogitsWarper(min_p),
     ):
         theirs = warper(None, theirs)
-    values, ids = kept(logits / temperature, settings)
+    values, ids = candidates(logits / temperature, settings)
     ours = torch.full_like(logits, -math.inf)
     ours[ids] = values
     assert torch.equal(ours, theirs[0])
@@ -51,7 +52,7 @@ def test_what_is_kept_is_what_transformers_keeps(seed, temperature, top_k, top_p
 def test_the_repetition_penalty_is_transformers(seed, penalty, seen):
     logits = random_logits(seed)
     settings = SamplingSettings(repetition_penalty=penalty)
-    ours = adjusted(logits, settings, seen[:3], seen[3:])
+    ours = penalised(logits, settings, seen[:3], seen[3:])
     if not seen:
         assert torch.equal(ours, logits)
         return
@@ -61,7 +62,7 @@ def test_the_repetition_penalty_is_transformers(seed, penalty, seen):
 
 def test_presence_counts_once_frequency_every_time_and_neither_the_prompt():
     settings = SamplingSettings(presence_penalty=0.5, frequency_penalty=0.25)
-    moved = adjusted(torch.zeros(5), settings, [0, 0], [1, 2, 2, 2])
+    moved = penalised(torch.zeros(5), settings, [0, 0], [1, 2, 2, 2])
     assert moved.tolist() == [0, -0.75, -1.25, 0, 0]
 
 

@@ -80,36 +80,36 @@ def _generate(
     draw.seed() if seed is None else draw.manual_seed(int(seed))
     # What the cache holds beyond the prompt's own beginning belongs to another text.
     cache.truncate(_n_shared(cache, prompt))
-    text, answer = list(prompt), list[int]()
+    so_far, answer = list(prompt), list[int]()
     for _ in range(max_new_tokens):
-        logits = next_logits(model, text, cache).cpu()  # (V,)
+        logits = next_logits(model, so_far, cache).cpu()  # (V,)
         new = choose(logits, settings, prompt, answer, draw)
         if new in stop_ids:
             return
         yield new
-        text.append(new)
+        so_far.append(new)
         answer.append(new)
 
 
-def next_logits(model: SimpleGPT, text: list[int], cache: KVCache) -> Tensor:
-    """Returns the logits (V,) of the token after a text, and adds the text's new ids to the cache.
+def next_logits(model: SimpleGPT, so_far: list[int], cache: KVCache) -> Tensor:
+    """Returns the logits (V,) of the id after these, and adds the new ones to the cache.
 
     Raises:
         NotFiniteError: one of them is no finite number.
     """
     block_size = model.config.block_size
-    if len(text) > block_size:
-        if cache.length < block_size or len(text) == block_size + 1:
+    if len(so_far) > block_size:
+        if cache.length < block_size or len(so_far) == block_size + 1:  # the first time
             _warn_of_sliding(block_size)
         # Each id is at another position than before, so all keys and values are computed anew.
         cache.truncate(0)
-        text = text[-block_size:]
+        so_far = so_far[-block_size:]
     device = cache.ids.device
-    new = torch.tensor([text[cache.length :]], device=device)  # (1, T)
+    new = torch.tensor([so_far[cache.length :]], device=device)  # (1, T)
     with eval_mode(model), torch.inference_mode():
         hidden = model.hidden(new, cache)  # (1, T, C)
         logits: Tensor = model.lm_head(hidden[0, -1])  # (V,)
-    check_finite(logits, model, lambda: last_logits(model, torch.tensor(text, device=device)))
+    check_finite(logits, model, lambda: last_logits(model, torch.tensor(so_far, device=device)))
     return logits
 
 
@@ -125,12 +125,15 @@ def new_cache(model: SimpleGPT, rows: int, length: int) -> KVCache:
 
 
 def _n_shared(cache: KVCache, prompt: list[int]) -> int:
-    """Returns how many ids a cache and a prompt begin with alike, the prompt's last one apart."""
-    held = cache.ids[0, : min(cache.length, len(prompt) - 1)].tolist()
+    """Returns how many ids a cache and a prompt begin with alike.
+
+    The prompt's last one is left out: it is computed in any case, since its logits are wanted.
+    """
+    cached = cache.ids[0, : min(cache.length, len(prompt) - 1)].tolist()
     differing = (
-        i for i, (one, other) in enumerate(zip(held, prompt, strict=False)) if one != other
+        i for i, (one, other) in enumerate(zip(cached, prompt, strict=False)) if one != other
     )
-    return next(differing, len(held))
+    return next(differing, len(cached))
 
 
 def _warn_of_sliding(block_size: int) -> None:
@@ -140,6 +143,63 @@ def _warn_of_sliding(block_size: int) -> None:
         SurgeryWarning,
         stacklevel=4,  # the code that takes the ids
     )
+
+
+def choose(
+    logits: Tensor,
+    settings: SamplingSettings,
+    prompt: Sequence[int],
+    answer: Sequence[int],
+    generator: torch.Generator | None = None,
+) -> int:
+    """Draws one id from logits (V,), given the ids of the prompt and of the answer so far."""
+    logits = penalised(logits, settings, prompt, answer)
+    if settings.logit_bias and float(logits.max()) == -math.inf:
+        raise SurgeryError("logit_bias bans every id", "leave one that can be drawn")
+    if settings.temperature == 0:
+        return int(logits.argmax())
+    logits = logits.float()
+    # Relative to the largest, so that no temperature, however small, makes infinities.
+    temperature = max(settings.temperature, torch.finfo(logits.dtype).tiny)
+    logits, ids = candidates((logits - logits.max()) / temperature, settings)
+    return int(ids[torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)])
+
+
+def penalised(
+    logits: Tensor, settings: SamplingSettings, prompt: Sequence[int], answer: Sequence[int]
+) -> Tensor:
+    """Returns logits (V,) after penalties and biases; the argument is left as it is."""
+    if not settings.penalises and not settings.logit_bias:
+        return logits
+    logits = logits.float().clone()
+    seen = torch.tensor(sorted({*prompt, *answer}), dtype=torch.long)
+    values = logits[seen]
+    penalty = settings.repetition_penalty
+    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
+    counts = torch.bincount(torch.tensor(answer, dtype=torch.long), minlength=logits.numel())
+    logits -= settings.frequency_penalty * counts + settings.presence_penalty * (counts > 0)
+    for index, bias in settings.logit_bias.items():
+        logits[index] += bias
+    return logits
+
+
+def candidates(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+    """Returns the logits among which to draw, and their ids, both (K,)."""
+    ids = torch.arange(logits.numel(), device=logits.device)
+    if settings.top_k is not None and settings.top_k < logits.numel():
+        logits, ids = logits.topk(settings.top_k)
+    if settings.top_p < 1:
+        logits, order = logits.sort(descending=True)
+        ids = ids[order]
+        probabilities = torch.softmax(logits, -1)
+        before = probabilities.cumsum(-1) - probabilities  # of all that are likelier
+        count = int((before < settings.top_p).sum())
+        logits, ids = logits[:count], ids[:count]
+    if settings.min_p > 0:
+        probabilities = torch.softmax(logits, -1)
+        likely = probabilities >= settings.min_p * probabilities.max()
+        logits, ids = logits[likely], ids[likely]
+    return logits, ids
 
 
 def check_model(model: nn.Module) -> None:
@@ -193,74 +253,3 @@ def check_bias(model: SimpleGPT, settings: SamplingSettings) -> None:
         raise SurgeryError(
             f"logit_bias names the id {outside[0]}; the model's vocabulary is 0 to {vocab_size - 1}"
         )
-
-
-def sample(
-    logits: Tensor,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> int:
-    """One id drawn from logits (V,).
-
-    Temperature 0 is the largest logit. Otherwise the `top_k` largest (all of them, if there are no
-    more) are divided by the temperature, and one is drawn by their softmax.
-    """
-    return choose(logits, SamplingSettings(temperature, top_k), (), (), generator)
-
-
-def choose(
-    logits: Tensor,
-    settings: SamplingSettings,
-    prompt: Sequence[int],
-    answer: Sequence[int],
-    generator: torch.Generator | None = None,
-) -> int:
-    """One id drawn from logits (V,), given the ids of the prompt and of the answer so far."""
-    logits = adjusted(logits, settings, prompt, answer)
-    if settings.logit_bias and float(logits.max()) == -math.inf:
-        raise SurgeryError("logit_bias bans every id", "leave one that can be drawn")
-    if settings.temperature == 0:
-        return int(logits.argmax())
-    logits = logits.float()
-    # Relative to the largest, so that no temperature, however small, makes infinities.
-    temperature = max(settings.temperature, torch.finfo(logits.dtype).tiny)
-    logits, ids = kept((logits - logits.max()) / temperature, settings)
-    return int(ids[torch.multinomial(torch.softmax(logits, -1), 1, generator=generator)])
-
-
-def adjusted(
-    logits: Tensor, settings: SamplingSettings, prompt: Sequence[int], answer: Sequence[int]
-) -> Tensor:
-    """Logits (V,) after penalties and biases; the argument is left as it is."""
-    if not settings.penalises and not settings.logit_bias:
-        return logits
-    logits = logits.float().clone()
-    seen = torch.tensor(sorted({*prompt, *answer}), dtype=torch.long)
-    values = logits[seen]
-    penalty = settings.repetition_penalty
-    logits[seen] = torch.where(values > 0, values / penalty, values * penalty)
-    counts = torch.bincount(torch.tensor(answer, dtype=torch.long), minlength=logits.numel())
-    logits -= settings.frequency_penalty * counts + settings.presence_penalty * (counts > 0)
-    for index, bias in settings.logit_bias.items():
-        logits[index] += bias
-    return logits
-
-
-def kept(logits: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
-    """The logits among which to draw, and their ids, both (K,)."""
-    ids = torch.arange(logits.numel(), device=logits.device)
-    if settings.top_k is not None and settings.top_k < logits.numel():
-        logits, ids = logits.topk(settings.top_k)
-    if settings.top_p < 1:
-        logits, order = logits.sort(descending=True)
-        ids = ids[order]
-        probabilities = torch.softmax(logits, -1)
-        before = probabilities.cumsum(-1) - probabilities  # of all that are likelier
-        count = int((before < settings.top_p).sum())
-        logits, ids = logits[:count], ids[:count]
-    if settings.min_p > 0:
-        probabilities = torch.softmax(logits, -1)
-        likely = probabilities >= settings.min_p * probabilities.max()
-        logits, ids = logits[likely], ids[likely]
-    return logits, ids

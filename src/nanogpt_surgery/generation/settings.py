@@ -11,49 +11,8 @@ from typing import Any
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.values import Kind
 
-
-def check_stop(stop: Sequence[str]) -> None:
-    """Raise `SurgeryError` if a string that is to end a text is empty."""
-    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
-        raise SurgeryError(f"stop is {quoted(stop)}; it must be several texts", "stop=['text']")
-    if "" in stop:
-        raise SurgeryError("a stop string is empty; it would end every text at once")
-
-
 MOST_SEED = 2**64 - 1  # a generator of PyTorch's takes 64 bits
 _MOST = 1e30  # in float32, with a logit's size to spare
-
-
-def check_seed(seed: int | None) -> None:
-    """Raise `SurgeryError` unless a generator takes a seed; None is one of its own choice."""
-    if seed is not None and not (_whole(seed) and 0 <= seed <= MOST_SEED):
-        raise SurgeryError(
-            f"seed is {quoted(seed)}; it must be a whole number from 0 to {MOST_SEED}"
-        )
-
-
-def check_count(max_new_tokens: int, least: int = 0) -> None:
-    """Raise `SurgeryError` unless it is a number of tokens to generate."""
-    if not _whole(max_new_tokens) or max_new_tokens < least:
-        raise SurgeryError(
-            f"max_new_tokens is {quoted(max_new_tokens)}; it must be a whole number of at least "
-            f"{least}"
-        )
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, Integral) and not isinstance(value, bool)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
-
-
-def _are_biases(biases: Any) -> bool:
-    return isinstance(biases, Mapping) and all(
-        _whole(index) and _number(bias) and (bias == -math.inf or abs(bias) < _MOST)
-        for index, bias in biases.items()
-    )
 
 
 @dataclass(frozen=True)
@@ -108,3 +67,43 @@ class SamplingSettings:
     def penalises(self) -> bool:
         """Whether logits depend on what came before."""
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raise `SurgeryError` if a string that is to end a text is empty."""
+    if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
+        raise SurgeryError(f"stop is {quoted(stop)}; it must be several texts", "stop=['text']")
+    if "" in stop:
+        raise SurgeryError("a stop string is empty; it would end every text at once")
+
+
+def check_seed(seed: int | None) -> None:
+    """Raise `SurgeryError` unless a generator takes a seed; None is one of its own choice."""
+    if seed is not None and not (_whole(seed) and 0 <= seed <= MOST_SEED):
+        raise SurgeryError(
+            f"seed is {quoted(seed)}; it must be a whole number from 0 to {MOST_SEED}"
+        )
+
+
+def check_count(max_new_tokens: int, least: int = 0) -> None:
+    """Raise `SurgeryError` unless it is a number of tokens to generate."""
+    if not _whole(max_new_tokens) or max_new_tokens < least:
+        raise SurgeryError(
+            f"max_new_tokens is {quoted(max_new_tokens)}; it must be a whole number of at least "
+            f"{least}"
+        )
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _are_biases(biases: Any) -> bool:
+    return isinstance(biases, Mapping) and all(
+        _whole(index) and _number(bias) and (bias == -math.inf or abs(bias) < _MOST)
+        for index, bias in biases.items()
+    )

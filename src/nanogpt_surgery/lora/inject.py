@@ -63,24 +63,6 @@ def inject_lora(
     return report_on(model, "LoRA injected")
 
 
-def enable_lora(model: nn.Module) -> Report:
-    """Lets the updates take part again."""
-    return _switch(model, True)
-
-
-def disable_lora(model: nn.Module) -> Report:
-    """Computes as if no update were there; the updates stay."""
-    return _switch(model, False)
-
-
-def _switch(model: nn.Module, enabled: bool) -> Report:
-    layers = lora_layers(model)
-    with operation(model, "enable" if enabled else "disable", hashed=False):
-        for layer in layers.values():
-            layer.enabled = enabled
-    return report_on(model, "LoRA enabled" if enabled else "LoRA disabled")
-
-
 def attach_updates(
     model: nn.Module,
     adapter: str,
@@ -153,3 +135,21 @@ def train_active(model: nn.Module) -> None:
             if trains is (name in active):
                 for parameter in update.trained():
                     parameter.requires_grad_(trains)
+
+
+def enable_lora(model: nn.Module) -> Report:
+    """Lets the updates take part again."""
+    return _switch(model, True)
+
+
+def disable_lora(model: nn.Module) -> Report:
+    """Computes as if no update were there; the updates stay."""
+    return _switch(model, False)
+
+
+def _switch(model: nn.Module, enabled: bool) -> Report:
+    layers = lora_layers(model)
+    with operation(model, "enable" if enabled else "disable", hashed=False):
+        for layer in layers.values():
+            layer.enabled = enabled
+    return report_on(model, "LoRA enabled" if enabled else "LoRA disabled")

@@ -1,4 +1,4 @@
-"""The values in which GPTs differ, and the families whose checkpoints we speak.
+"""The values in which GPTs differ, and the families whose checkpoints can be opened.
 
 A family is a choice on orthogonal axes, never a branch in the code: what differs between GPT-2 and
 Qwen3 is a row of `FAMILIES`. This module does not load torch, so the command line can read it.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.values import (
@@ -28,10 +28,10 @@ Mlp = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 Bias = Literal["all", "qkv", "attention", "none"]
 
 AXES: dict[str, tuple[str, ...]] = {
-    "positions": ("learned", "rotary"),
-    "norm": ("layernorm", "rmsnorm"),
-    "mlp": ("gelu", "gelu_tanh", "relu2", "swiglu"),
-    "bias": ("all", "qkv", "attention", "none"),
+    "positions": get_args(Positions),
+    "norm": get_args(Norm),
+    "mlp": get_args(Mlp),
+    "bias": get_args(Bias),
 }
 
 
@@ -89,7 +89,7 @@ class GPTConfig:
     n_inner: int = 0
     """width inside the feed-forward (0: 4 C, or 8/3 C rounded up to a multiple of 32 for SwiGLU)"""
     positions: Positions = "learned"
-    """how order is told: a learned table added once, or a rotation of queries and keys"""
+    """how order is represented: a learned table added once, or a rotation of queries and keys"""
     norm: Norm = "layernorm"
     """LayerNorm (mean and variance) or RMSNorm (root mean square alone)"""
     mlp: Mlp = "gelu"
