@@ -169,34 +169,6 @@ class Batches(Protocol):
         ...
 
 
-class EvalData(Protocol):
-    """Data that a loss is measured on."""
-
-    def iter_all(self, batch_size: int) -> Iterator[Batch]:
-        """Yields batches, each target at most once."""
-        ...
-
-
-class Subsampled:
-    """Validation data that is measured in part: one in `every` rows, the same ones each time."""
-
-    def __init__(self, data: GPTDataset, every: int):
-        self.data, self.every = data, every
-
-    def iter_all(self, batch_size: int) -> Iterator[Batch]:
-        """Yields batches of the rows whose number is a multiple of `every`."""
-        return self.data.iter_all(batch_size, self.every)
-
-
-def subsample(data: Batches, most: int) -> EvalData:
-    """Returns all of the data, or about `most` of its tokens, spread over it (0: all).
-
-    Data without a number of `tokens` is read whole.
-    """
-    tokens = getattr(data, "tokens", 0) if most else 0
-    return Subsampled(data, -(-tokens // most)) if tokens > most else data  # type: ignore[arg-type]
-
-
 def documents_of(batch: Sequence[Tensor]) -> Tensor | None:
     """Returns which tokens of a batch belong together, (B, T); None if each row is one document."""
     return batch[2] if len(batch) > 2 else None

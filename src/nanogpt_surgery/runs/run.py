@@ -18,7 +18,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from nanogpt_surgery.data.gpt_dataset import Batches, Subsampled, subsample
+from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.data.shuffling import rows_of
 from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.files.disk_errors import make_folder
@@ -35,7 +35,7 @@ from nanogpt_surgery.runs.training import Training
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.early_stopping import EarlyStopping
 from nanogpt_surgery.training.estimates.memory_check import check_training
-from nanogpt_surgery.training.evaluation import validation_loss
+from nanogpt_surgery.training.evaluation import Subsampled, subsample, validation_loss
 from nanogpt_surgery.training.fit import fit
 from nanogpt_surgery.training.hardware import (
     Hardware,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import islice
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.gpt_dataset import Batch, EvalData, documents_of
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches, GPTDataset, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
@@ -101,3 +102,31 @@ def _way(
     from nanogpt_surgery.training.fast.accelerate import accelerate_evaluation
 
     return accelerate_evaluation(model)
+
+
+class EvalData(Protocol):
+    """Data that a loss is measured on."""
+
+    def iter_all(self, batch_size: int) -> Iterator[Batch]:
+        """Yields batches, each target at most once."""
+        ...
+
+
+class Subsampled:
+    """Validation data that is measured in part: one in `every` rows, the same ones each time."""
+
+    def __init__(self, data: GPTDataset, every: int):
+        self.data, self.every = data, every
+
+    def iter_all(self, batch_size: int) -> Iterator[Batch]:
+        """Yields batches of the rows whose number is a multiple of `every`."""
+        return self.data.iter_all(batch_size, self.every)
+
+
+def subsample(data: Batches, most: int) -> EvalData:
+    """Returns all of the data, or about `most` of its tokens, spread over it (0: all).
+
+    Data without a number of `tokens` is read whole.
+    """
+    tokens = getattr(data, "tokens", 0) if most else 0
+    return Subsampled(data, -(-tokens // most)) if tokens > most else data  # type: ignore[arg-type]

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of, subsample
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of
 from nanogpt_surgery.lora.checks import TrainingChecks
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
 from nanogpt_surgery.training.checks import check_fit
 from nanogpt_surgery.training.distributed import world
-from nanogpt_surgery.training.evaluation import validation_loss
+from nanogpt_surgery.training.evaluation import subsample, validation_loss
 from nanogpt_surgery.training.forward import logits_of
 from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of, to_device, to_host

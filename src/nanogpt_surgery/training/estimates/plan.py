@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from nanogpt_surgery.data.gpt_dataset import Batch, Batches, EvalData, subsample
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches
 from nanogpt_surgery.data.text.mixture import passes
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.estimates.live_tensors import LiveTensors
 from nanogpt_surgery.training.estimates.memory_estimate import FLOAT32, training_memory
 from nanogpt_surgery.training.estimates.timing import Part, affordable_part, cut, probed
-from nanogpt_surgery.training.evaluation import evaluate, windows_at_once
+from nanogpt_surgery.training.evaluation import EvalData, evaluate, subsample, windows_at_once
 from nanogpt_surgery.training.hardware import Hardware, choose_hardware, operations_of
 from nanogpt_surgery.training.settings import FitSettings
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from nanogpt_surgery import GPTDataset
-from nanogpt_surgery.data.gpt_dataset import Subsampled, subsample
 from nanogpt_surgery.data.text.mixture import Mixture
+from nanogpt_surgery.training.evaluation import Subsampled, subsample
 
 DATA = GPTDataset.from_ids(torch.arange(10_001), 10)  # 1,000 windows side by side
 
