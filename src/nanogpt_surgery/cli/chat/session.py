@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from nanogpt_surgery.cli.chat.files import ChatFiles, file_named
+from nanogpt_surgery.cli.chat.files import file_named, load_conversation, save_conversation
 from nanogpt_surgery.cli.chat.settings import ChatSettings, number
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError, nearest, printable
@@ -26,7 +26,6 @@ class Session:
     def __init__(self, conversation: Conversation, settings: ChatSettings):
         self.conversation, self.model = conversation, conversation.model
         self.settings = settings
-        self.files = ChatFiles()
 
     def hear(self, line: str) -> bool:
         """Answer a line or obey it; whether to go on."""
@@ -88,7 +87,6 @@ class Session:
     def do_reset(self, _rest: str) -> None:
         """Begin anew; the system prompt stays."""
         self.conversation.reset()
-        self.files.forget()
         say("nothing has been said")
 
     def do_undo(self, _rest: str) -> None:
@@ -181,12 +179,12 @@ class Session:
             "adapters": self._taking_part(),
             "settings": self.settings.to_dict(),
         }
-        self.files.save(path, record)
+        save_conversation(path, record)
         say(f"wrote {path}")
 
     def do_load(self, rest: str) -> None:
         """FILE: go on with a conversation that was saved."""
-        messages = self.files.load(file_named(rest, "/load"))
+        messages = load_conversation(file_named(rest, "/load"))
         begins = messages[0]["role"] == "system"
         self.conversation.reset()
         self.conversation.system = messages[0]["content"] if begins else ""
