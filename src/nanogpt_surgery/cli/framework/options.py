@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import inspect
-import re
-import textwrap
 from collections.abc import Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,6 +11,7 @@ from types import MappingProxyType
 from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
+from docstring_parser import Docstring, DocstringStyle, parse, parse_from_object
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import Tied
@@ -30,7 +28,7 @@ def options_of(
     The help of a flag is the string under its field; the default shown is the field's own, if
     `defaults` has no other.
     """
-    hints, texts = get_type_hints(source), _field_texts(source)
+    hints, texts = get_type_hints(source), _texts(parse_from_object(source))
     fields = [
         (
             field.name,
@@ -73,17 +71,6 @@ def _none() -> Any:
     return dataclasses.field(default=None)
 
 
-def _field_texts(source: type) -> dict[str, str]:
-    body = ast.parse(textwrap.dedent(inspect.getsource(source))).body[0]
-    assert isinstance(body, ast.ClassDef)
-    texts = {}
-    for field, text in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
-            assert isinstance(field.target, ast.Name)
-            texts[field.target.id] = ast.literal_eval(text.value)
-    return texts
-
-
 def options_of_function(where: str, group: str, leave_out: tuple[str, ...] = ()) -> Any:
     """A dataclass with the parameters of a function ("module:name"), each None unless given.
 
@@ -91,7 +78,7 @@ def options_of_function(where: str, group: str, leave_out: tuple[str, ...] = ())
     Args of its docstring.
     """
     function = _function(where)
-    texts = _argument_texts(ast.get_docstring(function) or "")
+    texts = _texts(parse(ast.get_docstring(function) or "", DocstringStyle.GOOGLE))
     arguments = [*function.args.args, *function.args.kwonlyargs]
     nothing = [None] * (len(function.args.args) - len(function.args.defaults))
     defaults = [*nothing, *function.args.defaults, *function.args.kw_defaults]
@@ -161,12 +148,9 @@ def _tokens(tokens: Any) -> Iterator[Any]:
         yield from _tokens(inner)
 
 
-def _argument_texts(docstring: str) -> dict[str, str]:
-    """The Args of a google-style docstring, as written, each on one line."""
-    _, _, rest = docstring.partition("Args:\n")
-    body = re.split(r"\n\n", rest, maxsplit=1)[0]
-    found = re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", body, re.MULTILINE | re.DOTALL)
-    return {name: " ".join(text.split()) for name, text in found}
+def _texts(docstring: Docstring) -> dict[str, str]:
+    """Returns what a docstring says of each field or argument, each on one line."""
+    return {one.arg_name: " ".join((one.description or "").split()) for one in docstring.params}
 
 
 INJECT = "nanogpt_surgery.lora.inject:inject_lora"
