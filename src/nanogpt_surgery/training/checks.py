@@ -1,4 +1,4 @@
-"""What must hold before a training begins."""
+"""Checks before a training begins."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ class World:
 
     @property
     def share(self) -> dict[str, int]:
-        """What a dataset's `batch` is told: nothing where there is one process."""
+        """Arguments of a dataset's `batch` that choose this process's share; none if alone."""
         return {} if self.size == 1 else {"rank": self.rank, "world_size": self.size}
 
     def all_reduce_sum(self, *numbers: float) -> list[float]:
@@ -179,7 +179,7 @@ def _own_gpu(number: int, there: int) -> int:
 
 @contextmanager
 def _others_there() -> Iterator[None]:
-    """What needs the other processes, with a word where one of them is gone."""
+    """Turns a failure to reach the other processes into a `SurgeryError`."""
     try:
         yield
     except RuntimeError as error:

@@ -190,7 +190,7 @@ def cpu_has_bfloat16() -> bool:
 
 
 def lacking_to_compile(device: torch.device) -> str:
-    """What `torch.compile` needs on a device and is not there; "" if nothing."""
+    """Names the tool that `torch.compile` needs on a device and lacks; "" if none."""
     if device.type == "cpu":
         compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
         return "" if shutil.which(compiler) else f"C++ compiler ({compiler})"

@@ -13,7 +13,7 @@ Name = Literal["fast"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What `surgery train` does unless it is told otherwise."""
+    """Sizes, start and settings that were measured together; None names those of no recipe."""
 
     model: dict[str, Any] = field(default_factory=dict)
     """values for `GPTConfig`"""
@@ -58,7 +58,7 @@ RECIPES: dict[str | None, Recipe] = {
 
 
 def training_values(recipe: str | None, asked: dict[str, Any]) -> dict[str, Any]:
-    """What `FitSettings` is told: the recipe's values under those asked for.
+    """Values for `FitSettings`: a recipe's, under those asked for.
 
     They were measured with Muon; without it `FitSettings` has its own, which are AdamW's.
     """
@@ -66,5 +66,5 @@ def training_values(recipe: str | None, asked: dict[str, Any]) -> dict[str, Any]
 
 
 def further_values(asked: dict[str, Any]) -> dict[str, Any]:
-    """What `FitSettings` is told where a training goes on from a model, under what is asked for."""
+    """Defaults for continuing from a trained model; values asked for win."""
     return (FURTHER_BY_MUON if asked.get("muon") else FURTHER) | asked

@@ -1,4 +1,4 @@
-"""What a training is told, with its defaults: the only place where they stand.
+"""Settings of a training, with their defaults: the only place where they stand.
 
 The command line's flags and the keys of a config file are made from these fields. This module does
 not load torch.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Step:
-    """What one optimizer step did."""
+    """The record of one optimizer step."""
 
     step: int
     """steps done so far, this one included"""

@@ -1,1 +1,1 @@
-"""What a training takes in memory and time, before it runs."""
+"""Memory and time of a training, before it runs."""

@@ -1,4 +1,4 @@
-"""What a training is certain to need, held against what there is before anything is allocated."""
+"""Checks that the memory a training is certain to need is there, before anything is allocated."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def training_memory(
 def activation_bytes(
     model: SimpleGPT, dataset: Part, settings: FitSettings, hardware: Hardware
 ) -> int:
-    """What autograd keeps of a part of a batch between forward and backward pass, in bytes."""
+    """Returns the bytes that autograd keeps of a part of a batch until the backward pass."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
     alive: list[Tensor] = []
@@ -78,7 +78,7 @@ def activation_bytes(
 def _activation_bytes(
     model: SimpleGPT, part: Part, settings: FitSettings, hardware: Hardware
 ) -> int:
-    """What autograd keeps of a batch, and of a block that is computed again what it keeps then."""
+    """Returns the bytes kept of a batch, and those of a block that is computed again."""
     kept = activation_bytes(model, part, settings, hardware)
     if settings.gradient_checkpointing:
         whole = replace(settings, gradient_checkpointing=False)
@@ -90,7 +90,7 @@ def _activation_bytes(
 def _logits_bytes(
     model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware
 ) -> int:
-    """What is as wide as the vocabulary, held at once.
+    """Returns the bytes of tensors as wide as the vocabulary, held at once.
 
     Logits, their logarithms, and the gradients of both; over a frozen head the exponentials alone,
     and on a GPU, which has them in one piece, what its products make of them.

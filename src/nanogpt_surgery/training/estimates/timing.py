@@ -50,7 +50,7 @@ class Pace:
     """steps until each window was there once, about; 0 where no states are kept"""
 
     def seconds(self, steps: int) -> float:
-        """What so many steps take."""
+        """Returns the seconds of so many steps."""
         filling = max(1, min(self.first_pass_steps, steps))
         return self.first + (filling - 1) * self.first_pass + (steps - filling) * self.later
 

@@ -47,7 +47,7 @@ def accelerate(
 
 
 class Accelerated:
-    """What `fit` uses in the place of its own batches and its own forward and backward pass."""
+    """The quicker way to batches and gradients, with the methods of `fit`'s own."""
 
     def __init__(
         self,

@@ -111,7 +111,7 @@ def backward_from_hidden(
 
 
 def _counted(model: SimpleGPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the loss is made of: hidden states (1, N, C), targets (1, N), and their places (N).
+    """Returns the parts of the loss: hidden states (1, N, C), targets (1, N), and their places (N).
 
     Rows with adapters of their own stay rows: (B, T, C), (B, T) and (B · T).
     """
@@ -125,7 +125,7 @@ def _counted(model: SimpleGPT, hidden: Tensor, targets: Tensor) -> tuple[Tensor,
 def _precision(
     hidden: Tensor, autocast: Callable[[], AbstractContextManager[object]]
 ) -> torch.dtype:
-    """What products with hidden states are computed in."""
+    """Returns the dtype of products with hidden states."""
     kind = hidden.device.type
     with autocast():
         casts = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -89,7 +89,7 @@ def dropped(x: Tensor, probability: float) -> Tensor:
 
 
 def gain(probability: float) -> float:
-    """What the numbers that stay are multiplied with, so that their sum is expected to stay."""
+    """Returns the factor of the numbers that stay, which keeps the expected sum."""
     return LEVELS / (LEVELS - _level(probability))
 
 

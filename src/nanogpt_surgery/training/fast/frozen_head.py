@@ -119,7 +119,7 @@ def trained_places(targets: Tensor, device: torch.device) -> tuple[Tensor, Tenso
 
 @dataclass(frozen=True)
 class Part:
-    """What the forward pass of some tokens h (n, C), after which ids y (n) came, leaves behind."""
+    """Saved by the forward pass of tokens h (n, C), with next ids y (n), for the backward."""
 
     h: Tensor
     y: Tensor

@@ -1,4 +1,4 @@
-"""What lies before the first part that learns never changes: computed once, and kept.
+"""Hidden states before the first part that learns never change: computed once, and kept.
 
     ids ─ embedding ─ layer 0 ─ … ─ layer k − 1 ┊ layer k ─ … ─ norm ─ head
                         frozen: kept            ┊ learns: computed
@@ -57,7 +57,7 @@ class FrozenPrefix:
         self.kept: Tensor | None = None
 
     def hidden(self, ids: Tensor, documents: Tensor | None = None) -> Tensor:
-        """What the head reads for ids (B, T): (B, T, C), as `SimpleGPT.hidden` gives it.
+        """Returns the head's input for ids (B, T): (B, T, C), as `SimpleGPT.hidden` does.
 
         Documents (B, T) that share a row are kept apart. Both lie in the host's memory, where
         windows are told from each other without waiting for a GPU.
@@ -175,7 +175,7 @@ def prefix_for(
 
 
 def bytes_of_window(model: SimpleGPT, tokens: int, settings: FitSettings) -> int:
-    """What the hidden states of one window (T, C) take, in what `fit` reads the embedding in."""
+    """Returns the bytes of the hidden states of one window (T, C), in the embedding's dtype."""
     size = model.embed_tokens.weight.element_size()
     if stored_in_bfloat16(model) and choose_hardware(settings).precision == torch.float32:
         size = torch.float32.itemsize
