@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
 
-WORTH_A_LOOK = 1 << 28  # bytes; less is not held against what there is
+WORTH_A_LOOK = 1 << 28  # bytes; less is not compared with what there is
 PROC, CGROUPS = Path("/proc"), Path("/sys/fs/cgroup")
 _SAYS_SO = re.compile(
     r"(can.?t|cannot|unable to|failed to|not enough memory to) allocate|out of memory|bad_alloc"

@@ -1,4 +1,4 @@
-"""The flags by which `generate` and `chat` are told how answers are drawn and where they end."""
+"""The flags of `generate` and `chat` for how answers are drawn and where they end."""
 
 from __future__ import annotations
 

@@ -62,8 +62,8 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
 
     All that are missing are named.
     """
-    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
+    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in optimised]
     if missing:
         raise SurgeryError(
             f"{len(missing)} trainable parameters are not in the optimizer: {_some(missing)}",

@@ -3,7 +3,7 @@
 The matrices of each row's adapter are gathered and multiplied in one batched product. A row's
 adapter is known by its place in the batch, and some layers are called on what has no such places:
 the positions 0 … T − 1, the same for every row. Sizes alone do not show it where there are as many
-rows as tokens, so dimensions count as well, and what cannot be told is refused.
+rows as tokens, so dimensions count as well, and what is ambiguous is refused.
 
 Legend: B rows of a batch, T tokens, N adapters, R rank.
 """

@@ -207,7 +207,7 @@ class RunFolder:
     def _publish(self, files: list[Path]) -> None:
         """Show files of a checkpoint at the top of the run folder, where other programs look.
 
-        A journal that says which files should be there is told that they change from here on.
+        A journal that lists which files should be there records that they change from here on.
         """
         if read_journal(self.folder).files:
             record(self.folder, Entry("training went on", "", {}, {}, "none"))
@@ -282,7 +282,7 @@ def open_run_folder(
 def _begun(
     folder: Path, description: dict[str, Any], strict: bool, allow_changes: bool
 ) -> RunFolder:
-    """A run in a folder that is held, as its checkpoints say it stands."""
+    """A run in a folder that is locked, as its checkpoints say it stands."""
     remove_temporaries(folder)
     remove_temporaries(folder / "checkpoints")
     changes: list[str] = []

@@ -145,7 +145,7 @@ def _clear(folder: Path) -> None:
 
 
 def _prepare(chunks: list[Chunk], out: Path, tokenizer: str, values: dict[str, Any]) -> None:
-    """Everything that is done while the folder is held."""
+    """Prepares the folder while it is locked."""
     from nanogpt_surgery.data.text.preparation import prepare_tokens
     from nanogpt_surgery.data.text.token_files import TOKENIZER, is_token_folder, verify_tokens
     from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer

@@ -17,7 +17,7 @@ Overwrite: TypeAlias = Annotated[bool, Parameter(negative="", help=REPLACE)]
 
 
 def room(memory: int | None, out: Path) -> dict[str, int]:
-    """The free bytes that the figures of a plan are held against: of memory, and of the disk."""
+    """The free bytes that the figures of a plan are compared with: of memory, and of the disk."""
     from nanogpt_surgery.files.disk_errors import free_bytes
 
     found = {} if memory is None else {"available_bytes": memory}

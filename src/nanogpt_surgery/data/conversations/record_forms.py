@@ -232,10 +232,10 @@ def _variables(record: dict[str, Any]) -> dict[str, Any]:
     variables = dict(values or {})
     if taken := {"messages", "tools", "add_generation_prompt"} & variables.keys():
         raise RecordError(f"chat_template_kwargs.{min(taken)}", "is given otherwise")
-    told = {field: _tools(record.get(field), field) for field in ("tools", "functions")}
-    told = {field: tools for field, tools in told.items() if tools}
-    _check_agree(told)
-    return variables | ({"tools": next(iter(told.values()))} if told else {})
+    given = {field: _tools(record.get(field), field) for field in ("tools", "functions")}
+    given = {field: tools for field, tools in given.items() if tools}
+    _check_agree(given)
+    return variables | ({"tools": next(iter(given.values()))} if given else {})
 
 
 def _tools(value: Any, field: str) -> list[dict[str, Any]]:
@@ -352,13 +352,13 @@ def _calls(raw: dict[str, Any], field: str, spoken: str) -> list[dict[str, Any]]
 
     `spoken`: the field whose content is a call, as ShareGPT's role says; "" for none.
     """
-    told = {key: raw[key] for key in ("tool_calls", "function_call") if not _empty(raw.get(key))}
-    if "function_call" in told:
-        told["function_call"] = [told["function_call"]]
+    given = {key: raw[key] for key in ("tool_calls", "function_call") if not _empty(raw.get(key))}
+    if "function_call" in given:
+        given["function_call"] = [given["function_call"]]
     if spoken and raw.get(spoken) is not None:
         found = _from_json(raw[spoken], f"{field}.{spoken}")
-        told[spoken] = found if isinstance(found, list) else [found]
-    calls = {key: _call_list(value, f"{field}.{key}") for key, value in told.items()}
+        given[spoken] = found if isinstance(found, list) else [found]
+    calls = {key: _call_list(value, f"{field}.{key}") for key, value in given.items()}
     _check_agree({k: [call["function"] for call in v] for k, v in calls.items()}, f"{field}.")
     return next(iter(calls.values()), [])
 

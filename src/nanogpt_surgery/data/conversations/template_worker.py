@@ -120,7 +120,7 @@ class Template:
             return {"text": text, "answers": spans}
         except MemoryError:
             return {"error": f"it needs more than {MEMORY:,} bytes"}
-        except Exception as error:  # whatever a template does wrong is told to the caller
+        except Exception as error:  # whatever a template does wrong is reported to the caller
             return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
@@ -137,7 +137,7 @@ def find_answers(render: Render, messages: list[Any], answers: list[int]) -> tup
 
     An answer begins where the text of the messages before it asks for one, and ends where the text
     of the messages up to it ends. Such a prefix is rendered once for each text that stands between
-    two messages: where the same text comes again, it is parted at the same place. So the work
+    two messages: where the same text comes again, it is divided at the same place. So the work
     grows with the length of the conversation, not with its square.
 
     Args:
@@ -146,7 +146,7 @@ def find_answers(render: Render, messages: list[Any], answers: list[int]) -> tup
         answers: which of them are answers, in order.
 
     Raises:
-        RewritingError: answers cannot be told from questions.
+        RewritingError: answers cannot be distinguished from questions.
     """
     whole = render(messages, False)
     contents = mark_contents(render, messages, whole) if len(answers) > 1 else {}

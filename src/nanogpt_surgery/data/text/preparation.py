@@ -56,8 +56,8 @@ def prepare_tokens(
 ) -> Iterator[int]:
     """Encode chunks into a token folder, or go on where an earlier attempt was stopped.
 
-    Documents are parted by the tokenizer's end of text, where it has one, else by a newline; so are
-    stretches that do not follow each other in the text, as the last part of each chunk is held out
+    Documents are separated by the tokenizer's end of text, where it has one, else by a newline; so are
+    parts that do not follow each other in the text, as the last part of each chunk is held out
     for validation.
 
     Args:

@@ -6,7 +6,7 @@ FOLDER/
   validation.bin     the held-out ones
   tokenizer/         the tokenizer that made them
 
-The dtype follows the vocabulary: 2 bytes an id up to 65,536 ids, else 4. A shard is a stretch of a
+The dtype follows the vocabulary: 2 bytes an id up to 65,536 ids, else 4. A shard is a range of a
 file that was made in one go, with its number of ids and its sha256. `tokens.json` is written last:
 a folder without it is not finished.
 """
@@ -37,7 +37,7 @@ _AT_ONCE = 1 << 24  # bytes hashed at a time
 
 @dataclass(frozen=True)
 class Shard:
-    """A stretch of a split's file: its ids and the sha256 of their bytes."""
+    """A range of a split's file: its ids and the sha256 of their bytes."""
 
     tokens: int
     sha256: str

@@ -1,7 +1,7 @@
 """A tokenizer as llama.cpp's metadata: carried over whole, or refused by the name of the part.
 
 llama.cpp knows a tokenizer by its kind and by a few names, where a `tokenizer.json` puts one
-together from parts: each part is held against what the kind does. What llama.cpp does otherwise in
+together from parts: each part is compared with what the kind does. What llama.cpp does otherwise in
 a few texts alone is written, and said (`Lost`).
 """
 

@@ -1,4 +1,4 @@
-"""How many operations a training step needs, to be held against what the machine can do.
+"""How many operations a training step needs, to be compared with what the machine can do.
 
 Counted are the matrix products that training cannot do without, two operations for each weight and
 token: all of them forward, again for the gradient of what went into a layer, and again for the

@@ -60,7 +60,7 @@ class FrozenPrefix:
         """Returns the head's input for ids (B, T): (B, T, C), as `SimpleGPT.hidden` does.
 
         Documents (B, T) that share a row are kept apart. Both lie in the host's memory, where
-        windows are told from each other without waiting for a GPU.
+        windows are distinguished without waiting for a GPU.
         """
         batch = (ids,) if documents is None else (ids, documents)
         x = torch.stack([self._before(*rows) for rows in zip(*batch, strict=True)])  # (B, T, C)
