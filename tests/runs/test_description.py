@@ -5,7 +5,11 @@ from dataclasses import replace
 import pytest
 
 from nanogpt_surgery import FitSettings, GPTConfig, LoRASettings
-from nanogpt_surgery.formats.folders.old_keys import with_current_flags, with_current_names
+from nanogpt_surgery.formats.folders.old_keys import (
+    with_current_config,
+    with_current_flags,
+    with_current_names,
+)
 from nanogpt_surgery.runs.description import differences
 from nanogpt_surgery.training.recipes import MUON
 
@@ -116,3 +120,13 @@ def test_settings_and_flags_of_earlier_versions_have_their_present_names():
     told = ["text.txt", "--max-grad-norm=0.5", "--cache-dir", "clip", "--seed", "3"]
     assert with_current_flags(words) == told
     assert with_current_flags(told) == told
+
+
+def test_every_former_flag_and_key_has_its_name_of_now():
+    words = ["train", "a.txt", "--from", "m", "--weights=3:1", "--n-lags", "2", "--form", "F32"]
+    now = ["train", "a.txt", "--init-from", "m", "--mix=3:1", "--n-prev-tokens", "2"]
+    assert with_current_flags(words) == [*now, "--format", "F32"]
+    text = 'from = "m"\nkeep-hidden = 2\n# weights = 1\nn_lags=3\nmax_steps = 4\n'
+    assert with_current_config(text) == (
+        'init_from = "m"\ncache_gib = 2\n# weights = 1\nn_prev_tokens=3\nmax_steps = 4\n'
+    )

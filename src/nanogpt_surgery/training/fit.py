@@ -78,14 +78,14 @@ def fit(
     """
     settings = chosen(FitSettings, settings, changes)
     check_fit(model, dataset, settings)
-    training = Training(model, dataset, settings, validation, optimizer, cache_dir)
-    training.skipped = skipped_before
+    loop = TrainingLoop(model, dataset, settings, validation, optimizer, cache_dir)
+    loop.skipped = skipped_before
     last = settings.max_steps - 1
-    checks = TrainingChecks(model, training.optimizer, first_step, last) if examine else None
-    return training.steps(first_step, checks)
+    checks = TrainingChecks(model, loop.optimizer, first_step, last) if examine else None
+    return loop.steps(first_step, checks)
 
 
-class Training:
+class TrainingLoop:
     """The parts of a training, and its steps."""
 
     active = nullcontext  # the plain way's; the fast one changes the model while it computes

@@ -17,43 +17,43 @@ from nanogpt_surgery.training.evaluation import summed_loss
 from nanogpt_surgery.training.hardware import Hardware
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.training.fit import Training
+    from nanogpt_surgery.training.fit import TrainingLoop
 
 MOST_ROWS = 12  # whose numbers are said
 
 
-def check_skipped_steps(training: Training, batch: Batch, step: int) -> None:
+def check_skipped_steps(loop: TrainingLoop, batch: Batch, step: int) -> None:
     """Raises after too many skipped steps in a row, and says where their numbers arose.
 
     Args:
-        training: while the gradients of its last step are still there.
+        loop: while the gradients of its last step are still there.
         batch: the last step's.
         step: its number, the first being 0.
     """
-    if training.skipped < training.settings.max_skipped_steps:
+    if loop.skipped < loop.settings.max_skipped_steps:
         return
-    model = training.model
+    model = loop.model
     what = (
-        f"{training.skipped} steps in a row, the last of them step {step + 1}, had a gradient that "
+        f"{loop.skipped} steps in a row, the last of them step {step + 1}, had a gradient that "
         "is not finite, and were skipped: no weight was changed by them; "
-        f"{_where(model, batch, _rows_of(training, step), training.hardware)}"
+        f"{_where(model, batch, _rows_of(loop, step), loop.hardware)}"
     )
     if name := _first_gradient(model):
         what += f"; the first gradient that is not finite is that of {name}"
-    training.optimizer.zero_grad()
+    loop.optimizer.zero_grad()
     raise NotFiniteError(
         what, "lower the learning rate; where the precision is bfloat16, float32 may help as well"
     )
 
 
-def _rows_of(training: Training, step: int) -> list[int]:
+def _rows_of(loop: TrainingLoop, step: int) -> list[int]:
     """The numbers of the windows, or rows, in this process's part of a batch; [] if unknown."""
-    known: Any = getattr(training.dataset, "rows_of", None)
+    known: Any = getattr(loop.dataset, "rows_of", None)
     if known is None:
         return []
-    settings = training.settings
+    settings = loop.settings
     size = settings.batch_size * settings.grad_accum_steps
-    return known(step, size, settings.seed, **training.world.share).tolist()
+    return known(step, size, settings.seed, **loop.world.share).tolist()
 
 
 def _first_gradient(model: nn.Module) -> str:

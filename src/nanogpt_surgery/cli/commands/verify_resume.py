@@ -128,7 +128,7 @@ def _command_of(run: Path, before: int, after: int) -> Command:
             was typed in is gone, or it has too few steps.
     """
     from nanogpt_surgery.files.json_files import read_json
-    from nanogpt_surgery.formats.folders.old_keys import with_current_flags
+    from nanogpt_surgery.formats.folders.old_keys import with_current_config, with_current_flags
     from nanogpt_surgery.formats.folders.run_folder import is_run
     from nanogpt_surgery.history.folder_journal import RUN
 
@@ -161,7 +161,8 @@ def _command_of(run: Path, before: int, after: int) -> Command:
             f"{folder}, in which the run was begun, is not there", "bring it back with its text"
         )
     arguments = with_current_flags(_kept(typed["arguments"]))
-    return Command(tuple(arguments), folder, typed.get("config"))
+    config = typed.get("config")
+    return Command(tuple(arguments), folder, config and with_current_config(config))
 
 
 def _kept(words: list[str]) -> list[str]:

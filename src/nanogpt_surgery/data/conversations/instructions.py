@@ -140,7 +140,7 @@ def encode_conversations(
 
     Raises:
         SurgeryError: a conversation has no answer, or the template does not write a conversation
-            as a continuation of its beginning, so that answers cannot be distinguished from questions.
+            as a continuation of its beginning, so that answers and questions look alike.
     """
     template = template or template_of(tokenizer)
     talks = [_plain(messages, number) for number, messages in enumerate(conversations, 1)]

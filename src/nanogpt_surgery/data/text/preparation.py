@@ -56,9 +56,8 @@ def prepare_tokens(
 ) -> Iterator[int]:
     """Encode chunks into a token folder, or go on where an earlier attempt was stopped.
 
-    Documents are separated by the tokenizer's end of text, where it has one, else by a newline; so are
-    parts that do not follow each other in the text, as the last part of each chunk is held out
-    for validation.
+    The tokenizer's end of text, or else a newline, separates documents, and parts that do not
+    follow each other in the text, as the last part of each chunk is held out for validation.
 
     Args:
         chunks: from `chunks_of`.

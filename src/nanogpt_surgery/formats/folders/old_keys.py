@@ -5,6 +5,7 @@ Readers ask here; nothing else knows an old name, and nothing is written under o
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 # Fields of `GPTConfig`.
@@ -17,8 +18,8 @@ _SETTINGS = {
     "keep_hidden": "cache_gib",
     "keep_in": "cache_dir",
 }
-# Flags of a command whose settings are stored under the name that they had.
-_FLAGS = {"--from": "--init-from", "--weights": "--mix", "--form": "--format"}
+# Flags of a command, and keys of a config file, that are no settings.
+_FLAGS = {"from": "init_from", "weights": "mix", "form": "format"}
 # Modules of a model, in the names of tensors and of layers.
 _MODULES = {"embed_lags": "embed_prev_tokens"}
 
@@ -35,9 +36,19 @@ def with_current_names(settings: dict[str, Any]) -> dict[str, Any]:
 
 def with_current_flags(words: list[str]) -> list[str]:
     """Returns the words of a stored command with the flags of now."""
-    flags = {_flag(former): _flag(name) for former, name in _SETTINGS.items()} | _FLAGS
+    flags = {_flag(former): _flag(name) for former, name in (_SETTINGS | _FLAGS).items()}
     split = [word.partition("=") for word in words]
     return [flags.get(flag, flag) + equals + value for flag, equals, value in split]
+
+
+def with_current_config(text: str) -> str:
+    """Returns the text of a stored config file, which is TOML, with the keys of now."""
+    keys = _SETTINGS | _FLAGS
+
+    def current(found: re.Match[str]) -> str:
+        return keys.get(found[1].replace("-", "_"), found[1])
+
+    return re.sub(r"^[ \t]*([\w-]+)(?=[ \t]*=)", current, text, flags=re.MULTILINE)
 
 
 def _flag(name: str) -> str:

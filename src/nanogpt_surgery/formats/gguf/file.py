@@ -2,7 +2,7 @@
 
     "GGUF" | version | number of tensors | number of metadata | metadata | tensor infos | data
 
-Every number in it is a claim of whoever wrote the file: a length is compared with the bytes that are
+Every number in it is a claim of whoever wrote the file: a length is compared with the bytes
 left before it is believed. `docs/gguf.md` of the ggml repository describes the format.
 """
 
