@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -98,6 +98,12 @@ def listed(names: Iterable[str], most: int = 8) -> str:
         n if len(n) <= LONGEST_QUOTE else f"{n[:LONGEST_QUOTE]}…" for n in names[:most]
     )
     return f"{shown}, … ({len(names):,} in all)" if names[most:] else shown
+
+
+def first_problems(problems: Sequence[str], most: int = 5) -> str:
+    """The first of several problems, and how many more there are."""
+    more = f"; {len(problems) - most:,} more" if problems[most:] else ""
+    return "; ".join(problems[:most]) + more
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

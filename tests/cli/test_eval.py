@@ -15,7 +15,7 @@ from nanogpt_surgery import BPETokenizer, SimpleGPT, open_model, read_conversati
 from nanogpt_surgery.data.conversations.chat import ChatTemplate
 from nanogpt_surgery.data.conversations.instructions import encode_conversations
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizers.tokenizer import bytes_of_first
+from nanogpt_surgery.data.tokenizers.token_text import bytes_of_first
 
 TEXT = "The quick brown fox jumps over the lazy dog, and over it again; then it rests.\n" * 6
 QUESTIONS = [

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.data.text.chunks import chunks_of, read_span, split_at_line
+from nanogpt_surgery.data.text.corpus import chunks_of, read_span, split_at_line
 
 
 @settings(max_examples=60, deadline=None)

@@ -11,7 +11,7 @@ import pytest
 from helpers.corpora import TEXT, corpus
 
 from nanogpt_surgery import BPETokenizer, CharacterTokenizer, SurgeryError, read_texts
-from nanogpt_surgery.data.text.chunks import chunks_of
+from nanogpt_surgery.data.text.corpus import chunks_of
 from nanogpt_surgery.data.text.preparation import characters_of, prepare_tokens
 from nanogpt_surgery.data.text.token_files import open_tokens
 
@@ -99,7 +99,7 @@ KILLED_EVERYWHERE = """
 import os, signal, sys
 from pathlib import Path
 from nanogpt_surgery import CharacterTokenizer
-from nanogpt_surgery.data.text.chunks import chunks_of
+from nanogpt_surgery.data.text.corpus import chunks_of
 from nanogpt_surgery.data.text.preparation import prepare_tokens
 
 text, place = Path(sys.argv[1]), Path(sys.argv[2])

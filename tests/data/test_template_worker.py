@@ -121,8 +121,8 @@ def test_a_record_that_goes_beyond_a_limit_is_named_and_ends_the_rest():
 
 
 def test_replies_come_in_order_from_several_processes(monkeypatch):
-    monkeypatch.setattr("nanogpt_surgery.data.conversations.template_process._FOR_ONE", 3)
-    monkeypatch.setattr("nanogpt_surgery.data.conversations.template_process.cores", lambda: 3)
+    monkeypatch.setattr("nanogpt_surgery.data.conversations.chat._FOR_ONE", 3)
+    monkeypatch.setattr("nanogpt_surgery.data.conversations.chat.cores", lambda: 3)
     template = ChatTemplate("{% for m in messages %}{{ m.content }}{% endfor %}")
     talks = [[{"role": "user", "content": f"{i} " * (i % 7)}] for i in range(50)]
     assert [one.text for one in template.write(talks)] == [f"{i} " * (i % 7) for i in range(50)]

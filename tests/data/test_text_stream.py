@@ -4,9 +4,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt_surgery import CharacterTokenizer
-from nanogpt_surgery.data.text.text_stream import TextStream
 from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.token_text import TextStream
 
 TOKENIZERS = {
     "byte-level": PretrainedTokenizer(byte_level()),
@@ -39,7 +39,7 @@ def test_bytes_that_are_no_text_join_to_what_decoding_all_gives(kind, data):
 
 
 def _id_of_byte(tokenizer, byte):
-    from nanogpt_surgery.data.tokenizers.byte_alphabet import CHARACTER_OF_BYTE
+    from nanogpt_surgery.data.tokenizers.token_text import CHARACTER_OF_BYTE
 
     vocab = tokenizer.to_json()["model"]["vocab"]
     return [vocab[CHARACTER_OF_BYTE[byte]]]

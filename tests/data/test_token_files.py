@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from nanogpt_surgery import CharacterTokenizer, GPTDataset, SimpleGPT, SurgeryError, evaluate
-from nanogpt_surgery.data.text.chunks import chunks_of
+from nanogpt_surgery.data.text.corpus import chunks_of
 from nanogpt_surgery.data.text.preparation import prepare_tokens
 from nanogpt_surgery.data.text.token_files import (
     Shard,

@@ -12,7 +12,7 @@ from nanogpt_surgery.data.conversations.chat import ChatTemplate, chat_ids, temp
 from nanogpt_surgery.data.conversations.instruction_dataset import preview, preview_tokens
 from nanogpt_surgery.data.conversations.instructions import encode_conversations
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizers.token_offsets import encode_with_offsets
+from nanogpt_surgery.data.tokenizers.token_text import encode_with_offsets
 
 # The body of an answer is marked, as some templates do, so that transformers gives a mask too.
 TEMPLATE = """{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>\n' }}

@@ -3,20 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
-    from nanogpt_surgery.data.conversations.instruction_settings import InstructionSettings
     from nanogpt_surgery.data.conversations.instructions import Example
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.report import Report
 
 LONGEST_WINDOW = 256
+DataKind = Literal["auto", "text", "instructions"]
+TemplateName = Literal["model", "chatml", "plain"]
+
+
+@dataclass(frozen=True)
+class InstructionSettings:
+    """Which files are instruction data, and what of them is trained on."""
+
+    data: DataKind = "auto"
+    """what the files hold; auto: instructions where all are JSON, JSONL, CSV or TSV"""
+    template: TemplateName = "model"
+    """how conversations are written: as the model's own template does, or as one of ours"""
+    answers_only: bool = True
+    """train on answers and what ends them, or on every token"""
+    pack: bool = False
+    """put several conversations in a row; they do not see each other"""
 
 
 def window(asked: int | None, context: int | None) -> int:
@@ -52,10 +67,10 @@ def read_examples(
     """The conversations of all files, as ids."""
     from nanogpt_surgery.data.conversations.chat import template_of
     from nanogpt_surgery.data.conversations.instructions import (
+        check_conversations,
         encode_conversations,
         read_conversations,
     )
-    from nanogpt_surgery.data.tokenizers.known_characters import check_conversations
 
     if not paths:
         raise SurgeryError(

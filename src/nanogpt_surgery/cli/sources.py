@@ -113,9 +113,8 @@ def open_sources(
             need weights, the weights are not as many numbers as there are paths, or several
             processes would read standard input.
     """
-    from nanogpt_surgery.data.text.corpus import read_texts
+    from nanogpt_surgery.data.text.corpus import check_characters, read_texts
     from nanogpt_surgery.data.text.token_files import is_token_folder, open_tokens
-    from nanogpt_surgery.data.tokenizers.known_characters import check_characters
 
     if "-" in paths and is_distributed():
         raise SurgeryError(

@@ -24,13 +24,14 @@ def write_json(path: Path, contents: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one rename, flushed to the disk."""
-    tried_again(lambda: _replace_text(path, text))
+    tried_again(lambda: replace_bytes(path, text.encode()))
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Write a file in one rename, flushed to the disk; what the disk refuses is an `OSError`."""
     temporary = temporary_beside(path)
     try:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_bytes(data)
         flush(temporary)
         temporary.replace(path)
     finally:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
 
-from nanogpt_surgery.data.text.text_stream import TextStream
+from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids as stop_ids_of
 from nanogpt_surgery.generation.cache_memory import check_rows_fit

@@ -17,7 +17,7 @@ from nanogpt_surgery.cli.framework.options import given, options_of_function
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.text.chunks import Chunk
+    from nanogpt_surgery.data.text.corpus import Chunk
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.report import Report
 
@@ -49,7 +49,7 @@ def prepare(
         print the result as JSON
     """
     from nanogpt_surgery.cli.sources import check_no_records, say_data
-    from nanogpt_surgery.data.text.chunks import chunks_of
+    from nanogpt_surgery.data.text.corpus import chunks_of
     from nanogpt_surgery.files.disk_errors import make_folder
     from nanogpt_surgery.files.lock import LOCK, file_lock
 
@@ -132,8 +132,7 @@ def _clear(folder: Path) -> None:
     """Remove what a preparation puts into a folder, but for the lock."""
     import shutil
 
-    from nanogpt_surgery.data.text.parts import PARTS
-    from nanogpt_surgery.data.text.preparation import ASKED
+    from nanogpt_surgery.data.text.preparation import ASKED, PARTS
     from nanogpt_surgery.data.text.token_files import SPLITS, TOKENIZER
     from nanogpt_surgery.files.temporary import remove_temporaries
 

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, show
 from nanogpt_surgery.cli.framework.options import given, options_of
-from nanogpt_surgery.data.conversations.instruction_settings import InstructionSettings
+from nanogpt_surgery.cli.instruction_data import InstructionSettings
 from nanogpt_surgery.errors import printable
 
 InstructionOptions: Any = options_of(

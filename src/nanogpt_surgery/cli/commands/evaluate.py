@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.instruction_data import TemplateName
 from nanogpt_surgery.cli.next_command import say_next
 from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, one_adapter, open_to_talk
-from nanogpt_surgery.data.conversations.instruction_settings import TemplateName
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -74,8 +74,7 @@ def evaluate(
 
 
 def _kind_of(file: str) -> str:
-    from nanogpt_surgery.data.conversations.choices import has_choices
-    from nanogpt_surgery.data.conversations.record_files import holds_records
+    from nanogpt_surgery.data.conversations.record_files import has_choices, holds_records
 
     if not holds_records(file):
         return "text"
@@ -91,9 +90,9 @@ def _text_report(
     batch_size: int,
 ) -> Report:
     from nanogpt_surgery.cli.sources import say_data
-    from nanogpt_surgery.data.text.corpus import read_texts
-    from nanogpt_surgery.data.tokenizers.known_characters import check_characters
-    from nanogpt_surgery.data.tokenizers.tokenizer import bytes_of_first, prompt_ids
+    from nanogpt_surgery.data.text.corpus import check_characters, read_texts
+    from nanogpt_surgery.data.tokenizers.token_text import bytes_of_first
+    from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
     from nanogpt_surgery.generation.evaluation import perplexity
     from nanogpt_surgery.report import Report
 
@@ -120,7 +119,7 @@ def _text_report(
 
 
 def _choice_report(model: SimpleGPT, tokenizer: Tokenizer, file: str) -> Report:
-    from nanogpt_surgery.data.conversations.choices import read_questions
+    from nanogpt_surgery.data.conversations.record_files import read_questions
     from nanogpt_surgery.generation.evaluation import multiple_choice
     from nanogpt_surgery.report import Report
 
@@ -147,10 +146,10 @@ def _answer_report(
 ) -> Report:
     from nanogpt_surgery.data.conversations.chat import template_of
     from nanogpt_surgery.data.conversations.instructions import (
+        check_conversations,
         encode_conversations,
         read_conversations,
     )
-    from nanogpt_surgery.data.tokenizers.known_characters import check_conversations
     from nanogpt_surgery.generation.evaluation import answer_loss
     from nanogpt_surgery.report import Report
 

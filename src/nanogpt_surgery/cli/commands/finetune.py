@@ -10,9 +10,9 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import AllLayers, say, say_report
 from nanogpt_surgery.cli.framework.options import TargetOptions, given, options_of
+from nanogpt_surgery.cli.instruction_data import InstructionSettings
 from nanogpt_surgery.cli.next_command import say_next
 from nanogpt_surgery.cli.run_options import RunOptions
-from nanogpt_surgery.data.conversations.instruction_settings import InstructionSettings
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.training.settings import FitSettings

@@ -20,7 +20,7 @@ from nanogpt_surgery.data.conversations.chat import end_ids
 from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.data.gpt_dataset import Batch
 from nanogpt_surgery.data.shuffling import rows_of, visited
-from nanogpt_surgery.data.text.text_stream import TextStream
+from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from nanogpt_surgery.data.conversations.chat import (
 from nanogpt_surgery.data.conversations.record_files import holds_records, read_records
 from nanogpt_surgery.data.conversations.record_forms import EXPECTED, RecordError, conversation_of
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems, quoted
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,8 @@ def read_conversations(path: str | Path) -> list[Messages]:
         conversations.append(messages)
         unused.update(beside)
     if problems or not conversations:
-        shown_ = listed(problems) or "there are no records"
-        raise SurgeryError(f"{path} is not instruction data: {shown_}", EXPECTED)
+        problem = first_problems(problems) or "there are no records"
+        raise SurgeryError(f"{path} is not instruction data: {problem}", EXPECTED)
     if unused:
         _warn(f"{path} has fields that are not used: {counted(unused)}")
     return conversations
@@ -156,17 +156,12 @@ def encode_conversations(
             examples.append(_example(found, tokenizer, template, answers_only))
     if problems:
         raise SurgeryError(
-            f"the model's chat template fails: {listed(problems)}",
+            f"the model's chat template fails: {first_problems(problems)}",
             f"{MEND_TEMPLATE}; answers_only=False trains on every token",
         )
     for example in examples:
         warn_of_two_bos(tokenizer, example.ids)
     return examples
-
-
-def listed(problems: Sequence[str]) -> str:
-    """The first of several problems, and how many more there are."""
-    return "; ".join(problems[:5]) + (f"; {len(problems) - 5:,} more" if problems[5:] else "")
 
 
 def _plain(messages: Sequence[Message], number: int) -> Messages:
@@ -191,7 +186,7 @@ def _check_answers(conversations: Sequence[Messages], answers: Sequence[Sequence
             problems.append(f"{messages.where} has {what}")
     if problems:
         raise SurgeryError(
-            f"there is nothing to train on: {listed(problems)}",
+            f"there is nothing to train on: {first_problems(problems)}",
             "an answer is a message of the role assistant (ShareGPT's gpt)",
         )
 
@@ -263,3 +258,17 @@ def _example(
     borders = [place for span in written.answers for place in span]  # start, end, start, …
     within = np.searchsorted(borders, offsets, side="right") % 2 == 1  # (T,)
     return Example(tuple(ids), tuple((within == answers_only).tolist()))
+
+
+def check_conversations(conversations: Sequence[Messages], tokenizer: Tokenizer) -> None:
+    """Look for characters that a vocabulary lacks in what records say.
+
+    Raises:
+        SurgeryError: there is one (the first, with its record, field and place there).
+    """
+    check: Callable[[str, str], None] | None = getattr(tokenizer, "check", None)
+    if check is None:
+        return
+    for messages in conversations:
+        for field, message in zip(messages.fields, messages, strict=True):
+            check(message["content"] or "", f"{messages.where}, {field}")

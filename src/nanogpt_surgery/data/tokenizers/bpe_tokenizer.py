@@ -22,8 +22,8 @@ from tokenizers import Tokenizer as Encoder
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
-from nanogpt_surgery.data.tokenizers.byte_alphabet import CHARACTER_OF_BYTE, read_bytes
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.data.tokenizers.token_text import CHARACTER_OF_BYTE, read_bytes
+from nanogpt_surgery.errors import SurgeryError, first_problems
 
 # Contractions, then words, numbers and marks, each with one space before it, then white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -262,5 +262,4 @@ def _check(vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[s
     elif merged != sorted(merged):
         problems.append("the merges come in another order than the ids of what they make")
     if problems:
-        shown = "; ".join(problems[:8]) + (f"; {len(problems) - 8} more" if problems[8:] else "")
-        raise SurgeryError(f"this is no byte-level BPE: {shown}")
+        raise SurgeryError(f"this is no byte-level BPE: {first_problems(problems, 8)}")

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from nanogpt_surgery.data.tokenizers.byte_alphabet import BYTE_OF_CHARACTER
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-_BYTE = re.compile("<0x[0-9A-F]{2}>")  # how SentencePiece writes the token of a single byte
 
 
 @runtime_checkable
@@ -72,20 +67,6 @@ def required_tokenizer(tokenizer: Tokenizer | None, whose: str, hint: str = "") 
 def stop_ids(tokenizer: Tokenizer | None) -> frozenset[int]:
     """The tokens after which a text or a turn is over, where the tokenizer has any."""
     return frozenset(getattr(tokenizer, "stop_ids", ()))
-
-
-def bytes_of_first(tokenizer: Tokenizer, text: str, index: int) -> int:
-    """For how many bytes of a text its first token stands, also where it is part of a character."""
-    shown = tokenizer.decode([index])
-    if text.startswith(shown):
-        return len(shown.encode())
-    token_of: Callable[[int], str | None] = getattr(tokenizer, "token_of", lambda _: None)
-    written = token_of(index) or ""
-    if _BYTE.fullmatch(written):
-        return 1
-    if written and set(written) <= BYTE_OF_CHARACTER.keys():
-        return len(written)  # the alphabet has a character for each byte
-    return len(text[0].encode())
 
 
 def vocab_size_of(tokenizer: Tokenizer) -> int:

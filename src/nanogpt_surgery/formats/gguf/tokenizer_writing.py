@@ -15,12 +15,12 @@ from typing import Any, Literal, TypeAlias
 from gguf import GGUFWriter
 
 from nanogpt_surgery.data.tokenizers.bpe_tokenizer import GPT2_PATTERN, BPETokenizer
-from nanogpt_surgery.data.tokenizers.byte_alphabet import BYTE_OF_CHARACTER
 from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.token_text import BYTE_OF_CHARACTER
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer_json import CUTTINGS, SPACE, Cutting
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems, quoted
 from nanogpt_surgery.formats.gguf.tokenizer import (
     BYTE,
     CONTROL,
@@ -68,8 +68,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -
     problems = [*_wrong_parts(contents, is_sentencepiece), *_wrong_ends(tokenizer)]
     if problems:
         raise SurgeryError(
-            f"llama.cpp has no place for parts of this tokenizer: {'; '.join(problems[:8])}"
-            + (f"; {len(problems) - 8} more" if problems[8:] else ""),
+            f"llama.cpp has no place for parts of this tokenizer: {first_problems(problems, 8)}",
             "format='huggingface' carries it over as it is",
         )
     tokens, types = _vocabulary(contents, vocab_size)
