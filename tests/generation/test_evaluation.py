@@ -15,7 +15,6 @@ from nanogpt_surgery.generation.evaluation import (
     multiple_choice,
     perplexity,
     scored,
-    token_log_probabilities,
 )
 
 MODEL = tiny_model(FAMILY_CONFIGS["llama-scaled-tied"])
@@ -50,9 +49,8 @@ def test_every_token_is_predicted_once_from_the_first_window_that_can(stride, le
 
 def test_rows_of_different_lengths_are_scored_as_alone():
     texts = [text(5, 1), text(12, 2), text(2, 3)]
-    together = token_log_probabilities(MODEL, texts)
-    for row, ids in zip(together, texts, strict=True):
-        assert torch.allclose(row, token_log_probabilities(MODEL, [ids])[0], atol=1e-5)
+    for (row, _), ids in zip(scored(MODEL, texts), texts, strict=True):
+        assert torch.allclose(row, scored(MODEL, [ids])[0][0], atol=1e-5)
 
 
 def test_the_likelihood_of_an_answer_is_that_of_its_tokens_after_the_question():

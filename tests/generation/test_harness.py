@@ -83,7 +83,7 @@ def test_answers_are_greedy_and_end_at_a_stop_string():
     assert asked("generate_until", ("The quick", {"max_gen_toks": 9})) == [free]
     until = {"until": [free[3:5]], "max_gen_toks": 9, "do_sample": False, "temperature": 0.7}
     assert asked("generate_until", ("The quick", until)) == [free.partition(free[3:5])[0]]
-    with pytest.raises(SurgeryError, match="settings that we do not have: num_beams"):
+    with pytest.raises(SurgeryError, match="num_beams"):
         asked("generate_until", ("a", {"num_beams": 4}))
     with pytest.raises(SurgeryError, match="answers of 30 tokens"):
         asked("generate_until", ("a", {"max_gen_toks": 30}))

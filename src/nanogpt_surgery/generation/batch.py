@@ -9,12 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.cache_memory import check_rows_fit
 from nanogpt_surgery.generation.generate import (
     check_bias,
     check_model,
@@ -25,6 +25,7 @@ from nanogpt_surgery.generation.generate import (
     next_logits,
 )
 from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_count, check_seed
+from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
@@ -88,62 +89,73 @@ def generate_batch(
     return _tokens(model, lines, max_new_tokens)
 
 
+def check_rows_fit(model: SimpleGPT, rows: int, tokens: int) -> None:
+    """Raises `SurgeryError` if the keys and values of rows of so many tokens outgrow the memory."""
+    config, weight = model.config, next(model.parameters())
+    tokens = min(config.block_size, tokens)
+    numbers = 2 * config.n_layer * rows * tokens * config.n_kv_head * config.head_dim
+    on_gpu = weight.device.type == "cuda"
+    check_memory(
+        f"a cache of {rows:,} rows of {tokens:,} tokens",
+        {"keys and values": numbers * weight.dtype.itemsize},
+        "lower batch_size or max_new_tokens",
+        torch.cuda.mem_get_info(weight.device)[0] if on_gpu else None,
+    )
+
+
 def _tokens(model: SimpleGPT, lines: list[_Line], max_new_tokens: int) -> Iterator[Token]:
     room = model.config.block_size - max_new_tokens
     together = [line for line in lines if len(line.prompt) <= room]
-    engines = [_Together(model, together, max_new_tokens)] if together else []
-    alone = [line for line in lines if len(line.prompt) > room]
-    caches = [new_cache(model, 1, model.config.block_size) for _ in alone]
+    shared = _Together(model, together, max_new_tokens) if together else None
+    alone = [
+        (line, new_cache(model, 1, model.config.block_size))
+        for line in lines
+        if len(line.prompt) > room
+    ]
     for _ in range(max_new_tokens):
-        for engine in engines:
-            yield from engine.step()
-        for line, cache in zip(alone, caches, strict=True):
+        if shared is not None:
+            yield from shared.step()
+        for line, cache in alone:
             if line.running:
                 logits = next_logits(model, [*line.prompt, *line.answer], cache)
-                token = line.take(logits.cpu())
-                if token is not None:
-                    yield token
+                yield from line.take(logits.cpu())
         if not any(line.running for line in lines):
             return
 
 
+@dataclass
 class _Line:
     """One row: its prompt, its answer so far, and its own draws."""
 
-    def __init__(
-        self,
-        row: int,
-        prompt: list[int],
-        settings: SamplingSettings,
-        stop_ids: Collection[int],
-        seed: int | None,
-        likeliest: int,
-        until: Callable[[Token], bool] | None,
-    ):
-        self.row, self.prompt, self.settings = row, prompt, settings
-        self.stop_ids, self.likeliest, self.until = stop_ids, likeliest, until
-        self.answer: list[int] = []
-        self.running = True
+    row: int
+    prompt: list[int]
+    settings: SamplingSettings
+    stop_ids: Collection[int]
+    seed: int | None
+    likeliest: int
+    until: Callable[[Token], bool] | None
+
+    def __post_init__(self) -> None:
+        self.answer, self.running = list[int](), True
         self.generator = torch.Generator()
-        if seed is None:
+        if self.seed is None:
             self.generator.seed()
         else:
-            self.generator.manual_seed((int(seed) + row) % (MOST_SEED + 1))
+            self.generator.manual_seed((int(self.seed) + self.row) % (MOST_SEED + 1))
 
-    def take(self, logits: Tensor) -> Token | None:
-        """Choose from logits (V,); None ends the row."""
+    def take(self, logits: Tensor) -> list[Token]:
+        """Chooses from logits (V,); nothing where the choice ends the row."""
         chosen = choose(logits, self.settings, self.prompt, self.answer, self.generator)
         if chosen in self.stop_ids:
             self.running = False
-            return None
+            return []
         self.answer.append(chosen)
         log_probabilities = logits.float().log_softmax(-1)
         values, ids = log_probabilities.topk(min(self.likeliest, logits.numel()))
         others = dict(zip(ids.tolist(), values.tolist(), strict=True))
         token = Token(self.row, chosen, float(log_probabilities[chosen]), others)
-        if self.until is not None and self.until(token):
-            self.running = False
-        return token
+        self.running = self.until is None or not self.until(token)
+        return [token]
 
 
 class _Together:
@@ -168,13 +180,10 @@ class _Together:
         self.new = torch.zeros(len(self.lines), 1, dtype=torch.long)
         tokens = []
         for i, line in enumerate(self.lines):
-            if not line.running:
-                continue
-            check_finite(logits[i], self.model, lambda line=line: self._anew(line))  # type: ignore[misc]
-            token = line.take(logits[i])
-            if token is not None:
-                self.new[i] = token.id
-                tokens.append(token)
+            if line.running:
+                check_finite(logits[i], self.model, partial(self._anew, line))
+                tokens += line.take(logits[i])
+                self.new[i] = line.answer[-1] if line.running else 0
         return tokens
 
     def _anew(self, line: _Line) -> Tensor:

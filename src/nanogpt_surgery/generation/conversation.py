@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from bisect import bisect_left
 from collections.abc import Iterator
 
@@ -13,10 +14,10 @@ from nanogpt_surgery.data.conversations.chat import (
 )
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.cache_memory import check_rows_fit
+from nanogpt_surgery.generation.batch import check_rows_fit
 from nanogpt_surgery.generation.generate import generate, new_cache
 from nanogpt_surgery.generation.settings import SamplingSettings
-from nanogpt_surgery.generation.text import TextUntil, stream_until
+from nanogpt_surgery.generation.text import TextUntil
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
@@ -45,14 +46,7 @@ class Conversation:
         self.ids: list[int] = []  # of the last prompt, and of its answer as far as it was taken
         self.cache: KVCache | None = None  # of the text that these are
         self.room = 0  # tokens that the last answer could have
-        self._full = 0  # ids of the text, were all of them used
-        self._answer: TextUntil | None = None  # the last one
-
-    @property
-    def cut_off(self) -> bool:
-        """Whether the last answer ended because it had no more room, not because it was over."""
-        stopped = self._answer is not None and self._answer.found
-        return 0 < self._full == len(self.ids) and not stopped
+        self.cut_off = False  # whether it ended for want of room, and not because it was over
 
     def ask(
         self,
@@ -76,27 +70,24 @@ class Conversation:
             SurgeryError: the text is too long for the context, or the template refuses it; or,
                 while pieces are taken, the model's logits are not finite. Nothing was said then.
         """
-        before, said = self.messages, [*self.messages, {"role": "user", "content": text}]
-        room = min(max_new_tokens, max(1, self.model.config.block_size // 2))
-        ids, self.forgotten = self._fitting(said, room)
-        answer: Message = {"role": "assistant", "content": ""}
-        self.room = min(max_new_tokens, self.model.config.block_size - len(ids))
-        self._full = len(ids) + self.room
-        check_rows_fit(self.model, 1, self._full)
+        block, before = self.model.config.block_size, self.messages
+        said: list[Message] = [*before, {"role": "user", "content": text}]
+        self.ids, self.forgotten = self._fitting(said, min(max_new_tokens, max(1, block // 2)))
+        self.room, self.cut_off = min(max_new_tokens, block - len(self.ids)), False
+        check_rows_fit(self.model, 1, len(self.ids) + self.room)
+        until = TextUntil(self.tokenizer, (*self.template.stop, *stop), self.ids)
         new_ids = generate(
             self.model,
-            ids,
+            self.ids,
             self.room,
             sampling=sampling,
             stop_ids=stop_ids(self.tokenizer),
             seed=seed,
-            cache=self._cache_for(self._full),
+            cache=self._cache_for(len(self.ids) + self.room),
         )
-        stop = (*self.template.stop, *stop)
-        self._answer = TextUntil(self.tokenizer, stop, ids)
-        pieces = stream_until(self._answer, self._taken(ids, new_ids))
+        answer: Message = {"role": "assistant", "content": ""}
         self.messages = [*said, answer]
-        return self._remembered(pieces, answer, before)
+        return self._remembered(self.ids, new_ids, until, answer, before)
 
     def _cache_for(self, length: int) -> KVCache:
         """Returns a cache with room for a text, and with the keys and values of the last one."""
@@ -106,21 +97,27 @@ class Conversation:
         self.cache = cache
         return cache
 
-    def _taken(self, prompt: list[int], new_ids: Iterator[int]) -> Iterator[int]:
-        """Gives new ids on, and keeps those that were taken."""
-        self.ids = text = list(prompt)
-        for new in new_ids:
-            yield new
-            text.append(new)
-
     def _remembered(
-        self, pieces: Iterator[str], answer: Message, before: list[Message]
+        self,
+        ids: list[int],
+        new_ids: Iterator[int],
+        until: TextUntil,
+        answer: Message,
+        before: list[Message],
     ) -> Iterator[str]:
-        """The pieces, kept in the answer; where one fails, nothing was said."""
+        """The pieces of an answer, kept in it and in ids; where one fails, nothing was said."""
+        full = len(ids) + self.room
+
+        def taken() -> Iterator[int]:
+            for new in new_ids:
+                yield new
+                ids.append(new)
+
         try:
-            for piece in pieces:
+            for piece in until.stream(taken()):
                 answer["content"] += piece
                 yield piece
+            self.cut_off = len(ids) == full and not until.found
         except SurgeryError:
             self.messages = before
             self.weights_changed()
@@ -132,12 +129,14 @@ class Conversation:
         The search begins where the last one ended, so a long talk is not written out anew.
         """
         block = self.model.config.block_size
-        found: dict[int, list[int]] = {}
+        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
+
+        @functools.cache
+        def ids_from(first: int) -> list[int]:
+            return chat_ids(self.tokenizer, [*system, *said[first:]], self.template)
 
         def fits(first: int) -> bool:
-            if first not in found:
-                found[first] = self._ids(said[first:])
-            return len(found[first]) + room <= block
+            return len(ids_from(first)) + room <= block
 
         asked = [i for i, message in enumerate(said) if message["role"] == "user"]
         firsts = [0, *asked[1:]]
@@ -147,20 +146,13 @@ class Conversation:
         else:
             place = bisect_left(firsts, True, lo=near, key=fits)
         if place < len(firsts):
-            assert fits(firsts[place])
-            return found[firsts[place]], firsts[place]
-        ids = found[firsts[-1]]
+            return ids_from(firsts[place]), firsts[place]
         raise SurgeryError(
-            f"the message has {len(ids):,} tokens with all that belongs to it; the model's "
-            f"block_size is {block:,}, of which {room:,} are kept for the answer",
+            f"the message has {len(ids_from(firsts[-1])):,} tokens with all that belongs to it; "
+            f"the model's block_size is {block:,}, of which {room:,} are kept for the answer",
             "say it in fewer words, or ask for a shorter answer: max_new_tokens=8 "
             "(/set max_new_tokens 8)",
         )
-
-    def _ids(self, talk: list[Message]) -> list[int]:
-        """The ids of messages, after the system prompt, up to where an answer begins."""
-        system: list[Message] = [{"role": "system", "content": self.system}] if self.system else []
-        return chat_ids(self.tokenizer, [*system, *talk], self.template)
 
     def undo(self) -> str:
         """Take the last exchange back; what the user had said in it.

@@ -84,8 +84,8 @@ def perplexity(
     starts = list(range(0, max(1, len(text) - 1 - block + stride), stride))
     for first in range(0, len(starts), batch_size):
         chunk = starts[first : first + batch_size]
-        scores = token_log_probabilities(model, [text[s : s + block + 1] for s in chunk])
-        for start, row in zip(chunk, scores, strict=True):
+        scores = scored(model, [text[s : s + block + 1] for s in chunk])
+        for start, (row, _) in zip(chunk, scores, strict=True):
             new = start + len(row) - done  # targets that no window before has predicted
             total -= float(row[len(row) - new :].double().sum())
             done += new
@@ -99,37 +99,30 @@ def check_batch_size(batch_size: int) -> None:
         raise SurgeryError(f"batch_size is {batch_size}; it must be at least 1")
 
 
-def token_log_probabilities(model: SimpleGPT, texts: Sequence[Tensor]) -> list[Tensor]:
-    """The log-probability of each token but the first of each text (T,): (T − 1,) float32.
-
-    Shorter rows are padded on the right, where no token of theirs can see.
-    """
-    return [chosen for chosen, _ in scored(model, texts)]
-
-
 def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Beside the log-probability of each token, whether it is the likeliest: (T − 1,) twice.
+    """For each text (T,), of each token but the first: ln p, and whether it is the likeliest.
 
+    Both are (T − 1,). Shorter rows are padded on the right, where no token of theirs can see.
     Logits are made for a few positions at a time, so those of all are never held at once.
 
     Raises:
         NotFiniteError: one of the logits of a text is no finite number.
     """
-    device = next(model.parameters()).device
     longest = max(map(len, texts))
     check_memory(
         f"a pass over {len(texts):,} rows of {longest:,} tokens",
         {"hidden states": 2 * len(texts) * longest * model.config.n_embd * 2},  # at least bfloat16
         "lower batch_size or context",
     )
+    device = next(model.parameters()).device
     rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True).to(device)  # (B, T)
     with eval_mode(model), torch.inference_mode():
         hidden = model.hidden(rows[:, :-1]).flatten(0, 1)  # (B (T − 1), C)
         parts = zip(hidden.split(POSITIONS), rows[:, 1:].flatten().split(POSITIONS), strict=True)
         found = [_scores(model.lm_head(h).float(), targets) for h, targets in parts]
-        chosen, likeliest, finite = (
-            torch.cat(part).view(len(texts), -1).cpu() for part in zip(*found, strict=True)
-        )
+    chosen, likeliest, finite = (
+        torch.cat(part).view(len(texts), -1).cpu() for part in zip(*found, strict=True)
+    )  # (B, T − 1) each
     lengths = [len(text) - 1 for text in texts]
     for i, n in enumerate(lengths):
         if not bool(finite[i, :n].all()):
@@ -138,13 +131,9 @@ def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tens
 
 
 def _scores(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of logits (N, V): the targets' log-probabilities, and whether they are the largest, (N,).
-
-    The third says whether all logits of a position are finite.
-    """
-    chosen = logits.gather(-1, targets[:, None])[:, 0]
-    likeliest = logits.argmax(-1) == targets
-    return chosen - logits.logsumexp(-1), likeliest, logits.isfinite().all(-1)
+    """Of logits (N, V): ln p of the targets, whether it is the largest, whether all are finite."""
+    chosen = logits.gather(-1, targets[:, None])[:, 0] - logits.logsumexp(-1)  # (N,)
+    return chosen, logits.argmax(-1) == targets, logits.isfinite().all(-1)
 
 
 def answer_loss(model: SimpleGPT, examples: Sequence[Example], batch_size: int = 8) -> Perplexity:
@@ -158,7 +147,7 @@ def answer_loss(model: SimpleGPT, examples: Sequence[Example], batch_size: int =
     for first in range(0, len(examples), batch_size):
         chunk = examples[first : first + batch_size]
         texts = [torch.tensor(example.ids[:length]) for example in chunk]
-        for example, scores in zip(chunk, token_log_probabilities(model, texts), strict=True):
+        for example, (scores, _) in zip(chunk, scored(model, texts), strict=True):
             trained = torch.tensor(example.trained[1:length])
             total -= float(scores[trained].double().sum())
             count += int(trained.sum())
@@ -201,10 +190,10 @@ def multiple_choice(
     if longest > block + 1:
         raise SurgeryError(f"question and answer have {longest} tokens, the block_size is {block}")
     starts = [max(1, _common(before, text)) for text in texts]
-    scores = token_log_probabilities(model, [torch.tensor(text) for text in texts])
+    scores = scored(model, [torch.tensor(text) for text in texts])
     return [
         Choice(answer, float(row[start - 1 :].double().sum()), len(row) - start + 1)
-        for answer, row, start in zip(answers, scores, starts, strict=True)
+        for answer, (row, _), start in zip(answers, scores, starts, strict=True)
     ]
 
 

@@ -25,13 +25,13 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
     tokenizer_fingerprint,
 )
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.generation.batch_text import continue_texts
 from nanogpt_surgery.generation.evaluation import check_batch_size, scored
 from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.text import continue_texts
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.values import chosen
 
 ANSWER = 256  # tokens, where a task does not say
-_SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 
 
 class HarnessModel(LM):  # type: ignore[misc]
@@ -115,72 +115,50 @@ class HarnessModel(LM):  # type: ignore[misc]
         return any(context[:size] in texts for size, texts in self._conversations.items())
 
     def _windows(self, ids: list[int]) -> list[tuple[list[int], int]]:
-        block = self.model.config.block_size
-        ends = [min(first + block, len(ids) - 1) for first in range(0, len(ids) - 1, block)]
-        firsts = range(0, len(ids) - 1, block)
-        return [
-            (ids[max(0, end - block) : end + 1], end - first)
-            for first, end in zip(firsts, ends, strict=True)
-        ]
+        block, last = self.model.config.block_size, len(ids) - 1
+        spans = [(first, min(first + block, last)) for first in range(0, last, block)]
+        return [(ids[max(0, end - block) : end + 1], end - first) for first, end in spans]
 
     def _scored(self, pairs: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
         """For ids and how many at their end count: Σ log p, and whether each was the likeliest."""
-        order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]))
         answers = [(0.0, True)] * len(pairs)
+        order = sorted(
+            (i for i, (_, n) in enumerate(pairs) if n > 0), key=lambda i: -len(pairs[i][0])
+        )
         for first in range(0, len(order), self.batch_size):
-            chunk = [i for i in order[first : first + self.batch_size] if pairs[i][1] > 0]
-            if not chunk:
-                continue
-            texts = [torch.tensor(self._cut(pairs[i][0], pairs[i][1])) for i in chunk]
+            chunk = order[first : first + self.batch_size]
+            texts = [torch.tensor(self._cut(*pairs[i])) for i in chunk]
             for i, (scores, likeliest) in zip(chunk, scored(self.model, texts), strict=True):
-                count = pairs[i][1]
-                answers[i] = float(scores[-count:].double().sum()), bool(likeliest[-count:].all())
+                n = pairs[i][1]
+                answers[i] = float(scores[-n:].double().sum()), bool(likeliest[-n:].all())
         return answers
 
     def _cut(self, ids: list[int], needed: int) -> list[int]:
-        most = self.model.config.block_size + 1
-        if needed >= most:
+        block = self.model.config.block_size
+        if needed > block:
             raise SurgeryError(
                 f"a continuation has {needed} tokens; with one before it the model's block_size of "
-                f"{most - 1} holds {most - 1}"
+                f"{block} holds {block}"
             )
-        if len(ids) > most:
-            self._warn(len(ids), most)
-        return ids[-most:]
-
-    def _warn(self, length: int, most: int) -> None:
-        warnings.warn(
-            f"a text of {length} tokens loses its beginning: {most} fit",
-            SurgeryWarning,
-            stacklevel=5,
-        )
+        return _last(ids, block + 1)
 
     def _answer(self, context: str, arguments: dict[str, Any]) -> str:
-        arguments = dict(arguments)
-        stop = arguments.pop("until", None) or []
-        length = int(arguments.pop("max_gen_toks", ANSWER))
-        if not arguments.pop("do_sample", False):
-            arguments["temperature"] = 0.0
-        unknown = sorted(arguments.keys() - set(_SAMPLING))
-        if unknown:
-            raise SurgeryError(
-                f"a task asks for settings that we do not have: {', '.join(unknown)}"
-            )
-        ids = self._encoder(context)(context) or self.prefix
+        asked = {"do_sample": False, "max_gen_toks": ANSWER, "until": None} | arguments
+        stop, length = asked.pop("until") or [], int(asked.pop("max_gen_toks"))
+        if not asked.pop("do_sample"):
+            asked["temperature"] = 0.0
         room = self.model.config.block_size - length
         if room < 1:
             raise SurgeryError(
                 f"a task asks for answers of {length} tokens; the model's block_size is "
                 f"{self.model.config.block_size}"
             )
-        if len(ids) > room:
-            self._warn(len(ids), room)
         [found] = continue_texts(
             self.model,
             self.tokenizer,
-            [ids[-room:]],
+            [_last(self._encoder(context)(context) or self.prefix, room)],
             length,
-            SamplingSettings(**arguments),
+            chosen(SamplingSettings, None, asked),
             stop=self._stop(context, stop),
             seed=self.seed,
         )
@@ -207,3 +185,14 @@ class HarnessModel(LM):  # type: ignore[misc]
         text = self.template.render(chat_history, add_generation_prompt)
         self._conversations.setdefault(len(text), set()).add(text)
         return text
+
+
+def _last(ids: list[int], most: int) -> list[int]:
+    """Returns the last ids of a text, with a warning if those are not all."""
+    if len(ids) > most:
+        warnings.warn(
+            f"a text of {len(ids)} tokens loses its beginning: {most} fit",
+            SurgeryWarning,
+            stacklevel=5,
+        )
+    return ids[-most:]

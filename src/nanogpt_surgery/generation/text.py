@@ -3,76 +3,73 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids as stop_ids_of
-from nanogpt_surgery.generation.cache_memory import check_rows_fit
+from nanogpt_surgery.generation.batch import Token, check_rows_fit, generate_batch
 from nanogpt_surgery.generation.generate import generate
-from nanogpt_surgery.generation.settings import SamplingSettings, check_stop
+from nanogpt_surgery.generation.settings import (
+    MOST_SEED,
+    SamplingSettings,
+    check_seed,
+    check_stop,
+)
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 
-def stream_text(
-    tokenizer: Tokenizer, ids: Iterable[int], stop: Sequence[str] = (), before: Sequence[int] = ()
-) -> Iterator[str]:
-    """Decode ids as they come, up to the stop string that is complete first; it is not shown.
+class TextUntil:
+    """Ids in, text out, up to the stop string that is complete first; it is not shown.
 
     A stop string is found wherever it begins, also across the edges of tokens: what may be its
-    beginning is held back until it is clear. No more ids are taken once one is found.
+    beginning is held back until it is clear.
 
     Args:
         tokenizer: decodes.
-        ids: taken one by one.
         stop: strings that end the text.
         before: ids of the text that is continued.
 
     Raises:
         SurgeryError: a stop string is empty.
     """
-    return stream_until(TextUntil(tokenizer, stop, before), ids)
-
-
-def stream_until(text: TextUntil, ids: Iterable[int]) -> Iterator[str]:
-    """Yields the text of ids, taken one by one, up to the first stop string."""
-    for index in ids:
-        shown = text.push(index)
-        if shown:
-            yield shown
-        if text.found:
-            return
-    rest = text.finish()
-    if rest:
-        yield rest
-
-
-class TextUntil:
-    """Ids in, text out, up to the stop string that is complete first; see `stream_text`."""
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = (), before: Sequence[int] = ()):
         check_stop(stop)
         self._stream, self._stop, self._held = TextStream(tokenizer, before), stop, ""
-        self.found = False
+        self.found = False  # whether a stop string is complete
 
     def push(self, index: int) -> str:
-        """The text that one more id completes; sets `found` when a stop string is complete."""
-        shown, self._held, self.found = _until(self._held + self._stream.push(index), self._stop)
-        return shown
+        """The text that one more id completes."""
+        return self._shown(self._stream.push(index))
 
     def finish(self) -> str:
         """Returns the rest when no id follows."""
-        shown, held, self.found = _until(self._held + self._stream.finish(), self._stop)
-        return shown + ("" if self.found else held)
+        return "" if self.found else self._shown(self._stream.finish()) + self._held
 
+    def stream(self, ids: Iterable[int]) -> Iterator[str]:
+        """Yields the pieces of the text of ids; no more are taken once a stop string is found."""
+        for index in ids:
+            if piece := self.push(index):
+                yield piece
+            if self.found:
+                return
+        if rest := self.finish():
+            yield rest
 
-def _until(text: str, stop: Sequence[str]) -> tuple[str, str, bool]:
-    """Splits off what may begin a stop string; says whether a whole one was found."""
-    ends = [(text.find(string) + len(string), -len(string)) for string in stop if string in text]
-    if ends:
-        return text[: sum(min(ends))], "", True
-    longest = max((_overlap(text, string) for string in stop), default=0)
-    return text[: len(text) - longest], text[len(text) - longest :], False
+    def _shown(self, new: str) -> str:
+        """Adds to the text; what may begin a stop string is held back."""
+        text, stop = self._held + new, self._stop
+        ends = [(text.find(s) + len(s), text.find(s)) for s in stop if s in text]
+        if ends:
+            self.found, self._held = True, ""
+            return text[: min(ends)[1]]
+        shown = len(text) - max((_overlap(text, string) for string in stop), default=0)
+        self._held = text[shown:]
+        return text[:shown]
 
 
 def _overlap(text: str, string: str) -> int:
@@ -93,7 +90,7 @@ def generate_text(
     seed: int | None = None,
     cache: KVCache | None = None,
 ) -> Iterator[str]:
-    """Continue a prompt in pieces of text; see `generate` and `stream_text`.
+    """Continue a prompt in pieces of text; see `generate`, and `TextUntil` for `stop`.
 
     `stop_ids` are the tokenizer's own unless others are given. What is wrong with the arguments is
     a `SurgeryError` at the call, before anything is generated.
@@ -103,4 +100,64 @@ def generate_text(
     ids = generate(
         model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed, cache=cache
     )
-    return stream_text(tokenizer, ids, stop, prompt)
+    return TextUntil(tokenizer, stop, prompt).stream(ids)
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """How one prompt went on."""
+
+    text: str
+    """up to a stop string, which is not in it"""
+    tokens: tuple[Token, ...]
+    """all that were drawn, those of a stop string among them"""
+    ended: Literal["stop", "length"]
+    """by a stop string or a token that ends a text, or because max_new_tokens were drawn"""
+
+
+def continue_texts(
+    model: SimpleGPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: SamplingSettings | None = None,
+    *,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    likeliest: int = 0,
+    batch_size: int = 8,
+) -> Iterator[Continuation]:
+    """Continue prompts, `batch_size` at a time, each as it is continued alone; in their order.
+
+    Row i draws with the seed `seed` + i; see `generate_batch`.
+
+    Raises:
+        SurgeryError: as `generate_batch`, or a stop string is empty.
+    """
+    check_seed(seed)
+    check_rows_fit(model, min(batch_size, len(prompts)), 1 + max_new_tokens)
+    for first in range(0, len(prompts), batch_size):
+        chunk = prompts[first : first + batch_size]
+        rows = [TextUntil(tokenizer, stop, prompt) for prompt in chunk]
+        pieces, tokens = [list[str]() for _ in chunk], [list[Token]() for _ in chunk]
+        for token in generate_batch(
+            model,
+            chunk,
+            max_new_tokens,
+            sampling,
+            stop_ids=stop_ids_of(tokenizer),
+            seed=None if seed is None else (int(seed) + first) % (MOST_SEED + 1),
+            likeliest=likeliest,
+            until=partial(_add, rows, pieces),
+        ):
+            tokens[token.row].append(token)
+        for row, shown, drawn in zip(rows, pieces, tokens, strict=True):
+            text = "".join(shown) + row.finish()
+            cut = len(drawn) == max_new_tokens and not row.found
+            yield Continuation(text, tuple(drawn), "length" if cut else "stop")
+
+
+def _add(rows: Sequence[TextUntil], pieces: Sequence[list[str]], token: Token) -> bool:
+    """Adds a token to the text of its row; whether a stop string ends it."""
+    pieces[token.row].append(rows[token.row].push(token.id))
+    return rows[token.row].found

@@ -18,7 +18,7 @@ from nanogpt_surgery.memory import check_memory
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-    from nanogpt_surgery.generation.batch_text import Continuation
+    from nanogpt_surgery.generation.text import Continuation
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -135,7 +135,7 @@ def _one_by_one(
 ) -> Iterator[str]:
     """Each continuation as it is shown, in the order of the prompts."""
     from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
-    from nanogpt_surgery.generation.batch_text import continue_texts
+    from nanogpt_surgery.generation.text import continue_texts
 
     ids = [prompt_ids(tokenizer, text) for text in texts]
     listed = 8 * many.samples * len(texts)  # a reference to each prompt for each of its samples
