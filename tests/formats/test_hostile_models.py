@@ -176,7 +176,7 @@ JSON_BOMBS: dict[str, Callable[[], str]] = {
         unigram(), vocab=[["<unk>", 0.0], *[["a" * i, -1.0] for i in range(1, 129)]]
     ),
     "unigram of growing tokens": lambda: with_model(
-        unigram(), vocab=[["<unk>", 0.0], *[["a" * i, -1.0] for i in range(1, 25)]]
+        unigram(), vocab=[["<unk>", 0.0], *[["a" * i, -1.0] for i in range(1, 33)]]
     ),
     "unigram of a long token": lambda: with_model(
         unigram(), vocab=[["<unk>", 0.0], ["a" * 10_000, 0.0]]
@@ -187,8 +187,8 @@ JSON_BOMBS: dict[str, Callable[[], str]] = {
     "expression that looks to the end": lambda: cut_by("a(?=a*b)"),
     "expression of repeated groups": lambda: cut_by("((((a{1,99}){1,99}){1,99}){1,99}){1,99}b"),
     "long expression": lambda: cut_by("|".join(["a"] * 500_000)),
-    "100,000 added tokens": lambda: with_added(100_000),
-    "70,000 added tokens": lambda: with_added(70_000),
+    "150,000 added tokens": lambda: with_added(150_000),
+    "140,000 added tokens": lambda: with_added(140_000),
     "wide string": lambda: '{"a":"😀' + "a" * (47 << 20) + '"}',
     "wide strings": lambda: '{"a":[' + ",".join(['"😀' + "a" * 900 + '"'] * 38_000) + "]}",
     "wide string in ASCII": lambda: '{"a":"\\ud83d\\ude00' + "a" * (47 << 20) + '"}',
@@ -208,7 +208,7 @@ OPEN = {
     "unigram of one character",
     "unigram of growing tokens",
     "sentencepiece",
-    "70,000 added tokens",
+    "140,000 added tokens",
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from nanogpt_surgery.data.tokenizers.bpe_tokenizer import GPT2_PATTERN
 from nanogpt_surgery.errors import SurgeryError, quoted
 
-_LARGEST_VOCABULARY = 300_000  # tokens; Gemma 3 has 262,144, made by 514,906 merges
+_LARGEST_VOCABULARY = 300_000  # tokens, and half as many as merges; see tokenizer_limits.py
 _LONGEST_TOKEN = 256  # characters
 _MOST_MERGES = 5  # ways to make a token, on average; Gemma's vocabulary has 2.3
 SPACE = "▁"  # SentencePiece's way to write a space

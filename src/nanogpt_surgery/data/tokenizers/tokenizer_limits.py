@@ -1,4 +1,21 @@
-"""Limits for what a stranger's `tokenizer.json` may do to a text: no step multiplies its length."""
+"""Limits for what a stranger's `tokenizer.json` may do to a text: no step multiplies its length.
+
+The tokenizers in public use must open. The largest of October 2026 by each measure:
+
+| measure       | tokenizer                                        |        has |      limit |
+|---------------|--------------------------------------------------|------------|------------|
+| bytes of JSON | Gemma 2 saved anew (in SigLIP 2)                 | 34,363,188 | 50,331,648 |
+|               | Gemma 3n                                         | 33,442,559 |            |
+|               | Llama 4; gpt-oss 27,868,174                      | 27,948,578 |            |
+| tokens        | Gemma 3 and 4; BLOOM 250,680                     |    262,144 |    300,000 |
+| merges        | Gemma 2; Gemma 3 514,906, Llama 4 439,802        |    580,604 |    600,000 |
+| added tokens  | for Emu3.5's images; for Llasa's sounds 65,536   |    131,072 |    140,000 |
+| nested tokens | llm-jp 2.1 (Unigram), runs of blanks             |         24 |         32 |
+| bytes of one  | llm-jp 2.1                                       |         72 |        128 |
+
+The limit on bytes stands in `files/json_files.py`, those on tokens and merges, for vocabularies of
+GGUF files, in `tokenizer_json.py`.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +28,10 @@ from typing import Any
 from nanogpt_surgery.errors import SurgeryError, quoted
 
 LARGEST_GROWTH = 8  # characters that one character may become
-LONGEST_UNIGRAM = 128  # bytes of a token; sentencepiece's own limit is 16 characters
-MOST_NESTED = 24  # tokens of a unigram vocabulary, each of which begins the next
+LONGEST_UNIGRAM = 128  # bytes of a token; sentencepiece's own limit is 16 characters by default
+MOST_NESTED = 32  # tokens of a unigram vocabulary, each of which begins the next
 LONGEST_WORD = 500  # characters of a word that WordPiece looks at; BERT's limit is 100
-MOST_ADDED = 70_000  # tokens; Gemma 3 has 6,400, a model of speech (Llasa) 65,536 for sounds
+MOST_ADDED = 140_000  # tokens
 LONGEST_EXPRESSION = 10_000  # characters; those in use have some hundred
 MOST_REPEATED = 1_000  # times that an expression repeats a group, groups within it multiplied
 LONGEST_WAIT = 60  # seconds that an expression may be foreseen to take for a text
