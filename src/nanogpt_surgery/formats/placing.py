@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
-from nanogpt_surgery.formats.stored_tensor import Stored
+from nanogpt_surgery.formats.stored_tensor import StoredTensor
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -33,7 +33,7 @@ class Placement:
     """
 
     names: tuple[str, ...]
-    stored: Stored
+    stored: StoredTensor
     transposed: bool = False
     interleaved: int = 0
 
@@ -74,7 +74,9 @@ def side_by_side(tensor: Tensor, heads: int) -> Tensor:
     return tensor.reshape(heads, 2, -1, *shape[1:]).transpose(1, 2).reshape(shape)
 
 
-def place(stored: Mapping[str, Stored], rows: Iterable[Row]) -> tuple[list[Placement], list[str]]:
+def place(
+    stored: Mapping[str, StoredTensor], rows: Iterable[Row]
+) -> tuple[list[Placement], list[str]]:
     """Which stored tensor is which of ours, and the names of those that have no place."""
     left = dict(stored)
     placements = []
@@ -90,7 +92,7 @@ def place(stored: Mapping[str, Stored], rows: Iterable[Row]) -> tuple[list[Place
 
 def build_model(
     config: GPTConfig,
-    stored: Mapping[str, Stored],
+    stored: Mapping[str, StoredTensor],
     table: Iterable[Row],
     dtype: Dtype,
     where: str,
@@ -132,7 +134,7 @@ def build_model(
     return model.eval()
 
 
-def _check_tie(heads: list[Stored], embedding: Tensor, where: str) -> None:
+def _check_tie(heads: list[StoredTensor], embedding: Tensor, where: str) -> None:
     """A head that is stored although it is tied must be the embedding."""
     for head in heads:
         same = head.shape == tuple(embedding.shape) and all(
@@ -182,7 +184,7 @@ def usual_dtype(tensors: Iterable[tuple[torch.dtype, int]]) -> torch.dtype:
     return numbers.most_common(1)[0][0]
 
 
-def _check_size(config: GPTConfig, stored: Mapping[str, Stored], where: str) -> None:
+def _check_size(config: GPTConfig, stored: Mapping[str, StoredTensor], where: str) -> None:
     """A config that is far too large for its tensors is refused before a module is made for it."""
     numbers = sum(math.prod(tensor.shape) for tensor in stored.values())
     many_layers = config.n_layer > max(len(stored), 1000)
@@ -196,7 +198,7 @@ def _check_size(config: GPTConfig, stored: Mapping[str, Stored], where: str) -> 
 class _FileNames:
     """How a file names its tensors, and would name those that it lacks."""
 
-    def __init__(self, stored: Mapping[str, Stored], rows: Iterable[Row], unknown: list[str]):
+    def __init__(self, stored: Mapping[str, StoredTensor], rows: Iterable[Row], unknown: list[str]):
         renamed = ((key, tensor.name) for key, tensor in stored.items() if key != tensor.name)
         prefix = next((key.removesuffix(name) for key, name in renamed), "")
         self.by_ours = {

@@ -8,11 +8,10 @@ left before it is believed. `docs/gguf.md` of the ggml repository describes the 
 
 from __future__ import annotations
 
-import math
 import mmap
 import re
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +20,8 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
-from nanogpt_surgery.formats.gguf.quantised_tensor import QuantisedTensor, n_bytes
 from nanogpt_surgery.formats.huggingface.safetensors_file import MAX_TENSORS
-from nanogpt_surgery.formats.stored_tensor import MappedFile, PlainTensor, Stored
+from nanogpt_surgery.formats.stored_tensor import MappedFile, StoredTensor
 
 MAGIC = b"GGUF"
 MAX_METADATA = 10_000
@@ -61,7 +59,7 @@ class GGUFFile:
 
     path: Path
     metadata: dict[str, Any]
-    tensors: dict[str, Stored]
+    tensors: dict[str, StoredTensor]
 
 
 def is_gguf(path: Path) -> bool:
@@ -88,7 +86,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
     if type(count) is not int or not 0 <= count <= MAX_TENSORS:
         raise _untrusted(part.path, f"{_COUNT} is {quoted(count)}")
     parts = [part] if count <= 1 else _all_parts(part, count)
-    tensors: dict[str, Stored] = {}
+    tensors: dict[str, StoredTensor] = {}
     for part in parts:
         for name in part.tensors.keys() & tensors.keys():
             raise _untrusted(part.path, f"the tensor {quoted(name)} is in an earlier part too")
@@ -291,28 +289,35 @@ def _array(reader: _Reader, key: str) -> Any:
     return np.frombuffer(reader.data[start : reader.place], dtype)
 
 
-def _tensors(reader: _Reader, count: int, metadata: dict[str, Any]) -> dict[str, Stored]:
+def _tensors(reader: _Reader, count: int, metadata: dict[str, Any]) -> dict[str, StoredTensor]:
+    """The tensors by name, each aligned, inside the file, and of no byte that is another's."""
     alignment = metadata.get("general.alignment", 32)
     if type(alignment) is not int or not 0 < alignment <= _MAX_ALIGNMENT:
         raise reader.wrong(f"general.alignment is {quoted(alignment)}")
     if alignment & (alignment - 1):
         raise reader.wrong(f"general.alignment {alignment} is not a power of two")
-    infos = [_info(reader) for _ in range(count)]
-    seen: set[str] = set()
-    for name, *_ in infos:
-        if name in seen:
-            raise reader.wrong(f"the tensor {quoted(name)} is there twice")
-        seen.add(name)
-    data = -(-reader.place // alignment) * alignment
-    _check_places(reader, infos, data, alignment)
-    file = MappedFile(reader.path, reader.size)
-    return {info[0]: _stored(info, data, file) for info in infos}
+    file, tensors = MappedFile(reader.path, reader.size), dict[str, StoredTensor]()
+    for tensor in [_tensor(reader, file) for _ in range(count)]:
+        if tensor.name in tensors:
+            raise reader.wrong(f"the tensor {quoted(tensor.name)} is there twice")
+        tensors[tensor.name] = tensor
+    data, end = -(-reader.place // alignment) * alignment, 0
+    for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+        name = quoted(tensor.name)
+        if tensor.offset % alignment:
+            raise reader.wrong(
+                f"{name} lies at {tensor.offset:,}, not at a multiple of {alignment}"
+            )
+        if tensor.offset < end:
+            raise reader.wrong(f"{name} at {tensor.offset:,} overlaps the tensor before it")
+        end = tensor.offset + tensor.n_bytes()
+        if data + end > reader.size:
+            raise reader.wrong(f"{name} ends at {data + end:,}, the file at {reader.size:,}")
+    return {name: replace(tensor, offset=data + tensor.offset) for name, tensor in tensors.items()}
 
 
-_Info = tuple[str, tuple[int, ...], GGMLQuantizationType, int]
-
-
-def _info(reader: _Reader) -> _Info:
+def _tensor(reader: _Reader, file: MappedFile) -> StoredTensor:
+    """The next tensor of the header; its offset is that from the first."""
     name = reader.string("a tensor's name", MAX_NAME)
     n_dims = reader.number("I", f"the dimensions of {quoted(name)}")
     if not 1 <= n_dims <= 4:
@@ -321,7 +326,7 @@ def _info(reader: _Reader) -> _Info:
     if not all(0 < side < 1 << 48 for side in shape):
         raise reader.wrong(f"{quoted(name)} has the shape {shape}")
     number, offset = reader.number("I", f"{quoted(name)}"), reader.number("Q", f"{quoted(name)}")
-    if number not in [int(kind) for kind in (*PLAIN, *_QUANTISED)]:
+    if number not in (*PLAIN, *_QUANTISED):
         known = [kind.name for kind in GGMLQuantizationType if kind == number]
         raise reader.wrong(
             f"{quoted(name)} is stored as {(known or [number])[0]}, which is not read"
@@ -332,28 +337,6 @@ def _info(reader: _Reader) -> _Info:
         raise reader.wrong(
             f"{quoted(name)} has rows of {shape[-1]}, and {kind.name} blocks of {block}"
         )
-    return name, shape, kind, offset
-
-
-def _check_places(reader: _Reader, infos: list[_Info], data: int, alignment: int) -> None:
-    """Every tensor is aligned, inside the file, and shares no byte with another."""
-    end = 0
-    for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
-        if offset % alignment:
-            raise reader.wrong(
-                f"{quoted(name)} lies at {offset:,}, not at a multiple of {alignment}"
-            )
-        if offset < end:
-            raise reader.wrong(f"{quoted(name)} at {offset:,} overlaps the tensor before it")
-        end = offset + n_bytes(math.prod(shape), kind)
-        if data + end > reader.size:
-            raise reader.wrong(
-                f"{quoted(name)} ends at {data + end:,}, the file at {reader.size:,}"
-            )
-
-
-def _stored(info: _Info, data: int, file: MappedFile) -> Stored:
-    name, shape, kind, offset = info
     if kind in PLAIN:
-        return PlainTensor(name, shape, PLAIN[kind], data + offset, file)
-    return QuantisedTensor(name, shape, data + offset, file, kind)
+        return StoredTensor(name, shape, PLAIN[kind], offset, file)
+    return StoredTensor(name, shape, None, offset, file, kind)

@@ -10,19 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf.constants import Keys
+from gguf.constants import GGMLQuantizationType, Keys
 from torch import Tensor
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
 from nanogpt_surgery.formats.gguf.file import PLAIN, GGUFFile, read_gguf
 from nanogpt_surgery.formats.gguf.names import FIELDS, ROPE_FACTORS, table
-from nanogpt_surgery.formats.gguf.quantised_tensor import QuantisedTensor
 from nanogpt_surgery.formats.gguf.tokenizer import tokenizer_of
 from nanogpt_surgery.formats.huggingface.name_map import each_layer
 from nanogpt_surgery.formats.huggingface.tokenizer_files import check_ids
 from nanogpt_surgery.formats.placing import Dtype, build_model, place
-from nanogpt_surgery.formats.stored_tensor import PlainTensor, Stored
+from nanogpt_surgery.formats.stored_tensor import StoredTensor
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.embeddings import rotary_frequencies, scale_rope_frequencies
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -83,13 +82,11 @@ def types_in(path: str | Path) -> dict[str, str]:
     family = family_of_file(file)
     config = config_of(file, family)
     placements, _ = place(file.tensors, each_layer(table(family, config), config.n_layer))
-    plain = {dtype: kind.name for kind, dtype in PLAIN.items()}
+    plain: dict[Any, GGMLQuantizationType] = {dtype: kind for kind, dtype in PLAIN.items()}
     return {
-        name: stored.kind.name if isinstance(stored, QuantisedTensor) else plain[stored.dtype]
+        name: (placement.stored.quantised or plain[placement.stored.dtype]).name
         for placement in placements
-        for stored in [placement.stored]
         for name in placement.names
-        if isinstance(stored, (QuantisedTensor, PlainTensor))
     }
 
 
@@ -154,7 +151,7 @@ def _scalar(value: Any) -> Any:
     return value
 
 
-def _bias(tensors: Mapping[str, Stored], family: str) -> str:
+def _bias(tensors: Mapping[str, StoredTensor], family: str) -> str:
     if family in ("gpt2", "qwen2"):
         return str(FAMILIES[family]["bias"][0])
     if "blk.0.ffn_up.bias" in tensors:

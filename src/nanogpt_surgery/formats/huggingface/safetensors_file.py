@@ -2,22 +2,23 @@
 
     8 bytes: length N of the header | N bytes of JSON | the tensors, one after the other
 
-The header says of each tensor its dtype, shape and place. Every one of these is a claim of whoever
-wrote the file.
+The header says of each tensor its dtype, shape and place: claims of whoever wrote the file. Within
+our limits the safetensors library checks them; the tensors are mapped or read as
+`stored_tensor.py` does it for every format, since the library has no way to read without a map.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.files.json_files import read_json
-from nanogpt_surgery.formats.stored_tensor import MappedFile, PlainTensor
+from nanogpt_surgery.formats.stored_tensor import MappedFile, StoredTensor
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 << 20  # bytes
@@ -39,7 +40,7 @@ DTYPES = {
 }
 
 
-def stored_tensors(folder: Path, file_name: str = "model.safetensors") -> dict[str, PlainTensor]:
+def stored_tensors(folder: Path, file_name: str = "model.safetensors") -> dict[str, StoredTensor]:
     """The tensors of a model folder, in one file or in the shards that its index names.
 
     Raises:
@@ -69,7 +70,7 @@ def weight_files(folder: Path, file_name: str = "model.safetensors") -> set[str]
     return {name for name in {file_name, *index} if (folder / name).is_file()}
 
 
-def _sharded(folder: Path) -> dict[str, PlainTensor]:
+def _sharded(folder: Path) -> dict[str, StoredTensor]:
     places = _places(folder)
     shards = {name: read_header(folder / name) for name in sorted(set(places.values()))}
     missing = [name for name, file in places.items() if name not in shards[file]]
@@ -94,25 +95,31 @@ def _places(folder: Path) -> dict[str, str]:
     return places
 
 
-def read_header(path: Path) -> dict[str, PlainTensor]:
+def read_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors of one file, by name.
 
     Raises:
-        SurgeryError: the file is missing, cut short, or its header contradicts itself.
+        SurgeryError: the file is missing, cut short, goes beyond the limits, or its header
+            contradicts itself.
     """
     if not path.is_file():
         raise SurgeryError(f"{path} is missing")
     size = path.stat().st_size
-    header = _header(path, size)
-    start = 8 + header.pop("", 0)
-    file = MappedFile(path, size)
-    tensors = {name: _tensor(name, entry, file, start) for name, entry in header.items()}
-    _check_places(tensors, start, size, path)
-    return tensors
+    text = _header(path, size)
+    try:
+        with safe_open(path, "np"):  # refuses gaps, overlaps, and sizes that are not the file's
+            header = json.loads(text, object_pairs_hook=_without_repetition)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise _wrong(path, quoted(str(error))) from None
+    header.pop("__metadata__", None)
+    if len(header) > MAX_TENSORS:
+        raise _wrong(path, f"{len(header):,} tensors are over the limit of {MAX_TENSORS:,}")
+    start, file = 8 + len(text), MappedFile(path, size)
+    return {name: _tensor(name, entry, start, file) for name, entry in header.items()}
 
 
-def _header(path: Path, size: int) -> dict[str, Any]:
-    """The header without its metadata; its length stands under the empty name."""
+def _header(path: Path, size: int) -> bytes:
+    """The header, of a length and a number of lists and tables that any parser can take."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > size - 8:
@@ -122,16 +129,7 @@ def _header(path: Path, size: int) -> dict[str, Any]:
         text = file.read(length)
     if text.count(b"{") + text.count(b"[") > _MAX_BRACKETS:
         raise _wrong(path, f"its header has more than {_MAX_BRACKETS:,} lists and tables")
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repetition)
-    except (ValueError, RecursionError) as error:
-        raise _wrong(path, f"its header is not JSON: {quoted(str(error))}") from None
-    if not isinstance(header, dict) or "" in header:
-        raise _wrong(path, "its header is not a JSON object of named tensors")
-    header.pop("__metadata__", None)
-    if len(header) > MAX_TENSORS:
-        raise _wrong(path, f"{len(header):,} tensors are over the limit of {MAX_TENSORS:,}")
-    return header | {"": length}
+    return text
 
 
 def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -141,43 +139,16 @@ def _without_repetition(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return names
 
 
-def _tensor(name: str, entry: Any, file: MappedFile, start: int) -> PlainTensor:
-    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+def _tensor(name: str, entry: dict[str, Any], start: int, file: MappedFile) -> StoredTensor:
+    """A tensor of a header whose values safetensors has found to be of their kinds."""
+    dtype, shape = DTYPES.get(entry["dtype"]), entry["shape"]
+    if not name or len(entry) != 3:
         raise _wrong(file.path, f"{quoted(name)} is not described by dtype, shape and data_offsets")
-    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise _wrong(
-            file.path, f"{quoted(name)} has the dtype {quoted(dtype)}, which is not one we have"
-        )
-    if not _naturals(shape) or len(shape) > _MAX_DIMS:
+    if dtype is None:
+        raise _wrong(file.path, f"{quoted(name)} has the dtype {entry['dtype']}, which is not read")
+    if len(shape) > _MAX_DIMS or max(shape, default=0) >= 1 << 48:
         raise _wrong(file.path, f"{quoted(name)} has the shape {quoted(shape)}")
-    if not _naturals(offsets) or len(offsets) != 2:
-        raise _wrong(file.path, f"{quoted(name)} lies at {quoted(offsets)}")
-    size = math.prod(shape) * DTYPES[dtype].itemsize
-    if offsets[1] - offsets[0] != size:
-        raise _wrong(
-            file.path,
-            f"{quoted(name)} takes {size:,} bytes and is given {offsets[1] - offsets[0]:,}",
-        )
-    return PlainTensor(name, tuple(shape), DTYPES[dtype], start + offsets[0], file)
-
-
-def _naturals(values: Any) -> bool:
-    """Whether it is a list of numbers that can be sizes."""
-    return isinstance(values, list) and all(
-        type(value) is int and 0 <= value < 1 << 48 for value in values
-    )
-
-
-def _check_places(tensors: dict[str, PlainTensor], start: int, size: int, path: Path) -> None:
-    """The tensors follow each other without a gap and end with the file."""
-    end = start
-    for tensor in sorted(tensors.values(), key=lambda t: (t.offset, t.n_numbers)):
-        if tensor.offset != end:
-            raise _wrong(path, f"{quoted(tensor.name)} begins at {tensor.offset:,}, not at {end:,}")
-        end += tensor.n_numbers * tensor.dtype.itemsize
-    if end != size:
-        raise _wrong(path, f"its tensors end at byte {end:,}, the file at {size:,}")
+    return StoredTensor(name, tuple(shape), dtype, start + entry["data_offsets"][0], file)
 
 
 def _wrong(path: Path, what: str) -> SurgeryError:

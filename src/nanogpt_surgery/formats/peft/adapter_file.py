@@ -258,7 +258,7 @@ def _map_tensors(path: Path) -> dict[str, Tensor]:
         )
     stored = read_header(path)
     for name, tensor in stored.items():
-        if not tensor.dtype.is_floating_point:
+        if tensor.dtype is None or not tensor.dtype.is_floating_point:
             kind = str(tensor.dtype).removeprefix("torch.")
             raise SurgeryError(
                 f"{path}: {listed([name])} is stored as {kind}; an adapter's numbers are floats",
@@ -269,7 +269,7 @@ def _map_tensors(path: Path) -> dict[str, Tensor]:
                 f"{path}: the name {quoted(name)} has {len(name):,} characters; the limit is "
                 f"{_LONGEST_NAME:,}"
             )
-    copied = sum(t.n_numbers * t.dtype.itemsize for t in stored.values() if not t.aligned)
+    copied = sum(t.n_bytes() for t in stored.values() if t.mapped() is None)
     if copied > _MOST_COPIED:
         raise SurgeryError(
             f"{path}: {copied:,} bytes do not lie at multiples of their numbers' size; the limit "
