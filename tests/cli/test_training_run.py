@@ -22,9 +22,9 @@ from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.runs import save_interval
 from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.runs.length import with_length
+from nanogpt_surgery.runs.run import evaluations_since_best
 from nanogpt_surgery.runs.samples import one_line
 from nanogpt_surgery.runs.save_interval import SaveInterval
-from nanogpt_surgery.training.early_stopping import EarlyStopping
 from nanogpt_surgery.training.step import Step
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -180,13 +180,9 @@ def test_resumed_it_goes_on_counting(place):
 
 
 def test_patience_counts_evaluations_without_improvement():
-    stopping = EarlyStopping(2, [3.0, 2.0, 2.5])
-    assert not stopping.enough
-    stopping.add(1.9)
-    for loss, enough in ((1.9, False), (float("nan"), True), (1.0, False)):
-        stopping.add(loss)
-        assert stopping.enough is enough
-    assert not EarlyStopping(0, [1.0] * 9).enough
+    losses = [3.0, 2.0, 2.5, 1.9, 1.9, float("nan"), 1.0]
+    since = [evaluations_since_best(losses[:count]) for count in range(len(losses) + 1)]
+    assert since == [0, 0, 0, 1, 0, 1, 2, 0]
 
 
 def test_a_checkpoint_comes_every_so_many_steps(place, monkeypatch):

@@ -14,7 +14,6 @@ from helpers.training_ways import adapted, answers, recipe, text
 from torch import nn
 
 from nanogpt_surgery import FitSettings, SimpleGPT
-from nanogpt_surgery.training.distributed import ALONE
 from nanogpt_surgery.training.fast import chunked_logits as loss
 from nanogpt_surgery.training.fast.accelerate import Accelerated
 from nanogpt_surgery.training.fast.chunked_logits import summed_loss
@@ -48,8 +47,7 @@ MODELS = {
 
 
 def losses_of_a_step(model, data, prefix):
-    fast = Accelerated(model, SETTINGS, data, META, ALONE, None)
-    fast.prefix = prefix
+    fast = Accelerated(model, SETTINGS, data, META, {}, prefix, {})
     batch = data.batch(0, 4, 1)
     parts = zip(*(tensor.chunk(2) for tensor in batch), strict=True)
     return [fast.forward_backward(rows, 0.5) for rows in parts]

@@ -4,14 +4,16 @@ import threading
 
 import pytest
 import torch
-from helpers.training import DATASET, SETTINGS
+from helpers.training import DATASET, SETTINGS, model_of
 
-from nanogpt_surgery.training.fast.prefetch import batches, made_ahead
-from nanogpt_surgery.training.hardware import pinned
+from nanogpt_surgery.training.distributed import ALONE
+from nanogpt_surgery.training.fast.accelerate import accelerate, made_ahead
+from nanogpt_surgery.training.hardware import Hardware, pinned
 
 
 def test_batches_are_those_of_their_steps():
-    found = list(batches(DATASET, SETTINGS, 2, torch.device("cpu")))
+    hardware = Hardware(torch.device("cpu"), torch.float32, False)
+    found = list(accelerate(model_of(), SETTINGS, DATASET, hardware, ALONE).batches(2))
     assert len(found) == 4
     for step, batch in enumerate(found, 2):
         wanted = DATASET.batch(step, SETTINGS.batch_size, SETTINGS.seed)

@@ -146,7 +146,7 @@ def _planned(training: Training, options: RunOptions) -> Report:
     """Reports the memory and time that the training will take; no folder is touched."""
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.runs.checkpoints import KEPT
-    from nanogpt_surgery.training.estimates.memory_check import check_training, memory_for_training
+    from nanogpt_surgery.training.checks import check_training, memory_for_training
     from nanogpt_surgery.training.estimates.plan import plan_training
 
     model, settings = training.model, training.settings

@@ -11,7 +11,8 @@ writes the folder.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import takewhile
 from pathlib import Path
@@ -32,9 +33,8 @@ from nanogpt_surgery.runs.samples import Samples
 from nanogpt_surgery.runs.save_interval import SaveInterval
 from nanogpt_surgery.runs.summary import operations_per_token, summary_of
 from nanogpt_surgery.runs.training import Training
+from nanogpt_surgery.training.checks import check_training
 from nanogpt_surgery.training.distributed import world
-from nanogpt_surgery.training.early_stopping import EarlyStopping
-from nanogpt_surgery.training.estimates.memory_check import check_training
 from nanogpt_surgery.training.evaluation import Subsampled, subsample, validation_loss
 from nanogpt_surgery.training.fit import fit
 from nanogpt_surgery.training.hardware import (
@@ -90,6 +90,7 @@ class Run:
         self.stopped, self.stopped_early = 0, False
         self._began, self._in_steps = monotonic(), 0.0
         self._asked = 0
+        self._losses: list[float] = []  # of the evaluations
         self._unsaved: Step | None = None
         training.model.to(hardware.device)
         self.optimizer = make_optimizer(training.model, training.settings)
@@ -189,9 +190,8 @@ class Run:
         """
         training, rows = self.training, self._metrics()
         losses = [row["validation_loss"] for row in rows if row["step"]]
-        seen = [loss for loss in losses if loss is not None]
-        stopping = EarlyStopping(training.patience, seen)
-        if self.world.all_reduce_max(stopping.enough):
+        self._losses = [loss for loss in losses if loss is not None]
+        if self._nothing_is_gained():
             return iter(())
         if training.cache_dir:
             make_folder(training.cache_dir)
@@ -209,17 +209,15 @@ class Run:
         frozen = frozen_hashes(training.model) if training.patience else {}
         if not self.folder.first_step:
             self._evaluate_first()
-        return self._steps(steps, stopping, frozen)
+        return self._steps(steps, frozen)
 
-    def _steps(
-        self, steps: Iterator[Step], stopping: EarlyStopping, frozen: dict[str, str]
-    ) -> Iterator[Step]:
+    def _steps(self, steps: Iterator[Step], frozen: dict[str, str]) -> Iterator[Step]:
         with self._saved_where_it_breaks():
             for step in steps:
                 try:
                     yield step
                 finally:  # also where nobody asks for another one
-                    self._keep(step, stopping)
+                    self._keep(step)
                 if self.stopped or self.stopped_early:
                     break
         if self.stopped_early:
@@ -257,13 +255,17 @@ class Run:
             record(self.folder.folder, entry)
         return summary
 
-    def _keep(self, step: Step, stopping: EarlyStopping) -> None:
+    def _nothing_is_gained(self) -> bool:
+        since = evaluations_since_best(self._losses)
+        return bool(self.world.all_reduce_max(0 < self.training.patience <= since))
+
+    def _keep(self, step: Step) -> None:
         """Record a step that was made, and save it where it is time; all processes agree on it."""
         self._in_steps += step.seconds
         asked = self.world.all_reduce_max(self._asked)  # once: it may come at any moment
         if step.validation_loss is not None:
-            stopping.add(step.validation_loss)
-        enough = bool(self.world.all_reduce_max(stopping.enough))
+            self._losses.append(step.validation_loss)
+        enough = self._nothing_is_gained()
         last = enough or step.step == self.training.settings.max_steps
         if self.world.is_main_process:
             self._record(step, last, bool(asked))
@@ -349,3 +351,11 @@ def _other_environment(before: dict[str, Any], now: dict[str, Any]) -> list[str]
         if before[name] != now[name]:
             found.append(f"{name} was {before[name]} and is {now[name]}")
     return sorted(found)
+
+
+def evaluations_since_best(losses: Iterable[float]) -> int:
+    """How many evaluations in a row are no improvement, up to the last; as is no number (nan)."""
+    best, since = math.inf, 0
+    for loss in losses:
+        best, since = (loss, 0) if loss < best else (best, since + 1)
+    return since

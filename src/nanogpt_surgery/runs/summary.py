@@ -10,7 +10,7 @@ from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.runs.loss_plot import plot_losses, read_metrics
 from nanogpt_surgery.runs.samples import read_samples
 from nanogpt_surgery.runs.training import Training
-from nanogpt_surgery.training.estimates.flops import training_flops_per_token
+from nanogpt_surgery.training.trainable_stages import training_flops_per_token
 
 
 def operations_per_token(training: Training) -> int:

@@ -1,4 +1,9 @@
-"""Where in a model training begins: nothing before its first trainable stage has a gradient."""
+"""Where in a model training begins, and how many operations a step needs from there on.
+
+Nothing before the first trainable stage has a gradient.
+
+Legend: H heads, D head width.
+"""
 
 from __future__ import annotations
 
@@ -29,3 +34,33 @@ def can_keep(model: SimpleGPT, settings: FitSettings) -> bool:
     return (
         model.config.dropout == 0 and settings.cache_gib > 0 and bool(first_trainable_stage(model))
     )
+
+
+def training_flops_per_token(model: SimpleGPT, context: int, prefix_kept: bool = False) -> int:
+    """About how many operations a step needs for each token of windows of `context` tokens.
+
+    A frozen weight has no gradient, and nothing before the first part that learns has one; with
+    `prefix_kept` what lies there is not even computed. With every parameter trained it is three
+    times `GPTConfig.flops_per_token`.
+    """
+    first = first_trainable_stage(model)
+    first = 0 if first is None else first
+    config = model.config
+    attention = 4 * config.n_head * config.head_dim * context
+    head = 2 * _weights(model.lm_head)
+    # What the head reads has a gradient if a layer, or the norm behind the last, learns.
+    total = head * (2 if first <= len(model.layers) else 1)
+    for index, layer in enumerate(model.layers):
+        matrices = 2 * _weights(layer)
+        if index >= first or not prefix_kept:
+            total += matrices + attention
+        if index >= first:
+            total += matrices + 2 * attention
+    learning = [*model.layers, model.lm_head]
+    return total + 2 * sum(_weights(stage, learning=True) for stage in learning)
+
+
+def _weights(stage: nn.Module, learning: bool = False) -> int:
+    """The sizes of a stage's matrices."""
+    matrices = [p for p in stage.parameters() if p.dim() >= 2]
+    return sum(p.numel() for p in matrices if p.requires_grad or not learning)

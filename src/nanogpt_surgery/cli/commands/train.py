@@ -90,7 +90,7 @@ def _new(
     shaped: dict[str, Any],
 ) -> Training:
     """The training of a new model, on what was named, in the shape that was asked for."""
-    from nanogpt_surgery.training.estimates.memory_check import check_new_model
+    from nanogpt_surgery.training.checks import check_new_model
 
     sources = _sources(text, weights, tokenizer)
     check_new_model(_config(sources, recipe, family, shaped), settings)

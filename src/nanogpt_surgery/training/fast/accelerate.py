@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,12 +20,11 @@ from nanogpt_surgery.training.fast.chunked_logits import (
     backward_of_loss,
     summed_loss,
 )
-from nanogpt_surgery.training.fast.compilation import CompiledBlocks
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
-from nanogpt_surgery.training.fast.frozen_prefix import prefix_for
-from nanogpt_surgery.training.fast.fused_lora import FusedLoRA, stored_in_bfloat16
-from nanogpt_surgery.training.fast.prefetch import batches
-from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16, to_device
+from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix, prefix_for
+from nanogpt_surgery.training.fast.fused_lora import fused_products, stored_in_bfloat16
+from nanogpt_surgery.training.gradient_checkpointing import blocks_of, called_as
+from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16, pinned, to_device
 from nanogpt_surgery.training.settings import FitSettings
 
 
@@ -43,36 +46,48 @@ def accelerate(
         processes: which of them this is; each computes its share of a batch.
         cache_dir: a folder for the hidden states that are kept, instead of memory.
     """
-    return Accelerated(model, settings, dataset, hardware, processes, cache_dir)
+    prefix = prefix_for(model, dataset, settings, cache_dir)
+    compiled = compiled_calls(model) if hardware.compile else {}
+    return Accelerated(model, settings, dataset, hardware, processes.share, prefix, compiled)
 
 
+@dataclass
 class Accelerated:
     """The quicker way to batches and gradients, with the methods of `fit`'s own."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: FitSettings,
-        dataset: Batches,
-        hardware: Hardware,
-        processes: World,
-        cache_dir: Path | None,
-    ):
-        self.model, self.settings, self.dataset = model, settings, dataset
-        self.hardware, self.share = hardware, processes.share
-        self.prefix = prefix_for(model, dataset, settings, cache_dir)
-        self.blocks = CompiledBlocks(model, hardware.compile)
-        self.fused = FusedLoRA(model, hardware.precision)
+    model: nn.Module
+    settings: FitSettings
+    dataset: Batches
+    hardware: Hardware
+    share: dict[str, int]
+    """the arguments of `dataset.batch` by which processes share a batch"""
+    prefix: FrozenPrefix | None
+    compiled: dict[Any, Any]
+    """the compiled call of each block"""
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Sets fused products, compiled blocks and the CPU's kernels, and takes them back."""
-        with self.fused.active(), self.blocks.active(), cpu_kernels(self.model):
+        fused = fused_products(self.model, self.hardware.precision)
+        with fused, called_as(self.compiled), cpu_kernels(self.model):
             yield
 
     def batches(self, first_step: int) -> Iterator[Batch]:
-        """Yields the batch of each step; for a GPU the next one is made meanwhile."""
-        return batches(self.dataset, self.settings, first_step, self.hardware.device, self.share)
+        """Yields the batch of each step, in the host's memory.
+
+        For CUDA the memory is pinned, from where a copy to the device need not be waited for, and
+        the next batch is made meanwhile. On a CPU a thread would only take time from the
+        arithmetic: there each batch is made when it is asked for.
+        """
+        steps = range(first_step, self.settings.max_steps)
+        if self.hardware.device.type == "cuda":
+            yield from made_ahead(lambda step: tuple(map(pinned, self._batch(step))), steps)
+        else:
+            yield from map(self._batch, steps)
+
+    def _batch(self, step: int) -> Batch:
+        rows = self.settings.batch_size * self.settings.grad_accum_steps
+        return self.dataset.batch(step, rows, self.settings.seed, **self.share)
 
     def forward_backward(self, rows: Batch, share: float) -> Tensor:
         """Adds the gradients of `share` times the mean loss over some rows; returns that loss.
@@ -90,6 +105,35 @@ class Accelerated:
         return backward_from_hidden(self.prefix.model, hidden, y, share, autocast)
 
 
+def compiled_calls(model: nn.Module) -> dict[Any, Any]:
+    """For each block of a model (its `layers`) how it is called compiled; none is so yet.
+
+    The blocks have one code and equal shapes, so that what is compiled for the first serves all:
+    whole deep models take minutes on a CPU. Evaluation, in other shapes and precision, is not
+    compiled.
+    """
+    import_module("torch._dynamo")  # takes long to load: before a step's clock runs
+    calls = {}
+    for block in blocks_of(model):
+        block.compile()
+        calls[block], block._compiled_call_impl = block._compiled_call_impl, None
+    return calls
+
+
+def made_ahead(make: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
+    """The same as calling `make` for each step, with the next one made in a thread meanwhile.
+
+    A batch is a pure function of (seed, step, rank): nothing depends on when it is made.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        waiting = [thread.submit(make, step) for step in steps[:1]]
+        for step in steps:
+            batch = waiting.pop().result()
+            if step + 1 in steps:
+                waiting.append(thread.submit(make, step + 1))
+            yield batch
+
+
 @contextmanager
 def accelerate_evaluation(
     model: nn.Module,
@@ -100,5 +144,5 @@ def accelerate_evaluation(
     """
     on_cpu = next(model.parameters()).device.type == "cpu"
     cast = on_cpu and not cpu_has_bfloat16() and stored_in_bfloat16(model)
-    with FusedLoRA(model, torch.float32).active() if cast else nullcontext():
+    with fused_products(model, torch.float32) if cast else nullcontext():
         yield summed_loss

@@ -177,25 +177,19 @@ def stored_in_bfloat16(model: nn.Module) -> bool:
     return torch.bfloat16 in frozen and learning <= {torch.float32}
 
 
-class FusedLoRA:
-    """A model's frozen products done the quick way within `active()`, and nowhere else.
+@contextmanager
+def fused_products(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
+    """Within, and nowhere else, a model's frozen products are done the quick way.
 
     A module of another class with the same parameters stands for itself: its class is changed and
     changed back, which compiled blocks can look through.
     """
-
-    def __init__(self, model: nn.Module, precision: torch.dtype):
-        self.model, self.precision = model, precision
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Within, the products are done the quick way; what takes part may change between steps."""
-        classes = fused_classes(self.model, self.precision)
-        plain = {module: type(module) for module in classes}
-        try:
-            for module, quick in classes.items():
-                module.__class__ = quick
-            yield
-        finally:
-            for module, its in plain.items():
-                module.__class__ = its
+    classes = fused_classes(model, precision)
+    plain = {module: type(module) for module in classes}
+    try:
+        for module, quick in classes.items():
+            module.__class__ = quick
+        yield
+    finally:
+        for module, its in plain.items():
+            module.__class__ = its

@@ -1,16 +1,21 @@
-"""The memory of a training step: what it holds at once, part by part, in bytes."""
+"""The memory of a training step, part by part, and the part of a batch that it is measured on."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from nanogpt_surgery.data.gpt_dataset import Batches, documents_of
+from nanogpt_surgery.data.conversations.instruction_dataset import UNTRAINED
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.training.estimates.timing import Part, affordable_part
 from nanogpt_surgery.training.fast.chunked_logits import most_logits_on
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 from nanogpt_surgery.training.fast.frozen_head import frozen_head
@@ -22,7 +27,49 @@ from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.trainable_stages import first_trainable_stage
 
 FLOAT32 = 4  # bytes
-ADAMW = 2  # numbers of state for each parameter
+
+
+@dataclass
+class Part:
+    """The first rows of the first batches of some data, cut short, which come again and again."""
+
+    data: Batches
+    rows: int
+    block_size: int
+    batches: int = 1
+
+    def __len__(self) -> int:
+        return self.rows * self.batches
+
+    @property
+    def tokens(self) -> int:
+        """Of a batch."""
+        return self.rows * self.block_size
+
+    def batch(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Batch:
+        """As the data's own, cut short."""
+        assert world_size == 1, "a plan is made by one process"
+        return cut(self.data.batch(step % self.batches, batch_size, seed), self.block_size)
+
+    def iter_all(self, batch_size: int) -> Iterator[Batch]:
+        """As the data's own, cut short."""
+        return (cut(batch, self.block_size) for batch in self.data.iter_all(batch_size))
+
+    def half(self) -> Part:
+        """Half of its rows, or where there is one, half of its length."""
+        if self.rows > 1:
+            return replace(self, rows=self.rows // 2)
+        return replace(self, block_size=max(1, self.block_size // 2))
+
+
+def cut(batch: Batch, length: int) -> Batch:
+    """So many of a batch's columns, those that most is learned from."""
+    trained = (batch[1] != UNTRAINED).sum(0).cumsum(0)
+    before = torch.cat((trained.new_zeros(1), trained[:-length]))
+    start = int((trained[length - 1 :] - before).argmax()) if trained.numel() > length else 0
+    return tuple(tensor[:, start : start + length] for tensor in batch)
 
 
 def training_memory(
@@ -30,20 +77,18 @@ def training_memory(
     dataset: Batches,
     settings: FitSettings,
     hardware: Hardware,
-    part: Part | None = None,
-    optimizer_bytes: int | None = None,
+    part: Part,
+    optimizer_bytes: int,
 ) -> dict[str, int]:
     """The bytes that a step of a training needs, part by part and in all.
 
-    Activations are what autograd keeps of a real batch, or of the `part` of one that is affordable,
-    scaled by its tokens. `optimizer_bytes` are AdamW's where they are not known.
+    Activations are what autograd keeps of the `part` of a batch, scaled by its tokens.
     """
-    part = part or affordable_part(model, dataset, settings)
     trained = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = {
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradient_bytes": trained,
-        "optimizer_bytes": ADAMW * trained if optimizer_bytes is None else optimizer_bytes,
+        "optimizer_bytes": optimizer_bytes,
         "activation_bytes": _activation_bytes(model, part, settings, hardware),
         "logits_bytes": _logits_bytes(model, dataset, settings, hardware),
         "hidden_states_bytes": _hidden_states_bytes(model, dataset, settings),
@@ -51,9 +96,7 @@ def training_memory(
     return memory | {"memory_bytes": sum(memory.values())}
 
 
-def activation_bytes(
-    model: SimpleGPT, dataset: Part, settings: FitSettings, hardware: Hardware
-) -> int:
+def _saved_bytes(model: SimpleGPT, part: Part, settings: FitSettings, hardware: Hardware) -> int:
     """Returns the bytes that autograd keeps of a part of a batch until the backward pass."""
     own = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, int] = {}
@@ -64,7 +107,7 @@ def activation_bytes(
         kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    batch = dataset.batch(0, dataset.rows, settings.seed)
+    batch = part.batch(0, part.rows, settings.seed)
     device, mode = next(model.parameters()).device, model.training
     blocks = CheckpointedBlocks(model.train(), settings.gradient_checkpointing)
     hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
@@ -79,11 +122,11 @@ def _activation_bytes(
     model: SimpleGPT, part: Part, settings: FitSettings, hardware: Hardware
 ) -> int:
     """Returns the bytes kept of a batch, and those of a block that is computed again."""
-    kept = activation_bytes(model, part, settings, hardware)
+    kept = _saved_bytes(model, part, settings, hardware)
     if settings.gradient_checkpointing:
         whole = replace(settings, gradient_checkpointing=False)
         blocks = max(1, len(model.layers) - (first_trainable_stage(model) or 0))
-        kept += activation_bytes(model, part, whole, hardware) // blocks
+        kept += _saved_bytes(model, part, whole, hardware) // blocks
     return kept * settings.batch_size * part.data.block_size // part.tokens
 
 
@@ -111,3 +154,43 @@ def _hidden_states_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettin
     prefix = prefix_for(model, dataset, settings)
     one = bytes_of_window(model, dataset.block_size, settings)
     return prefix.windows * one if prefix else 0
+
+
+class LiveTensors(TorchDispatchMode):
+    """A context that counts what operations allocate and keep; kernels' own room is not seen.
+
+    Args:
+        own: tensors that are not counted.
+    """
+
+    def __init__(self, own: Iterable[Tensor] = ()):
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.now: int = 0
+        self.most: int = 0
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in own}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """One operation; one that is made of others is counted as these."""
+        kwargs = kwargs or {}
+        with self:
+            out = func.decompose(*args, **kwargs)
+        if out is NotImplemented:
+            out = func(*args, **kwargs)
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        return out
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in self.sizes:
+            return
+        self.sizes[storage._cdata] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, storage._cdata)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
