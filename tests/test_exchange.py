@@ -9,8 +9,7 @@ from nanogpt_surgery.files.atomic import whole_file, whole_folder
 from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.files.exchange import SetAsideError, exchange, set_aside
 from nanogpt_surgery.files.temporary import remove_temporaries
-from nanogpt_surgery.history.folder_journal import Entry
-from nanogpt_surgery.history.folder_operation import operate, undo_folder
+from nanogpt_surgery.history.folder_history import FolderOperation, operate, undo_folder
 
 IN_ONE_STEP = "nanogpt_surgery.files.exchange._in_one_step"
 
@@ -123,7 +122,7 @@ def write_file(goal):
 def operate_on_folder(goal):
     def write(new):
         (new / "what").write_text("newer")
-        return Entry("write", "base", {}, {})
+        return FolderOperation("write", "base")
 
     operate(goal, write)
 

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.generation.settings import SamplingSettings
     from nanogpt_surgery.generation.text import generate_text
     from nanogpt_surgery.history.hashing import tensor_hashes
-    from nanogpt_surgery.history.undo import lora_log, redo_lora, undo_lora
+    from nanogpt_surgery.history.model_history import lora_log, redo_lora, undo_lora
     from nanogpt_surgery.lora.checks import learned
     from nanogpt_surgery.lora.embedding import LoRAEmbedding
     from nanogpt_surgery.lora.inject import disable_lora, enable_lora, inject_lora
@@ -109,7 +109,7 @@ _HOMES = {
         "swap_lora",
     ),
     "lora.settings": ("LoRASettings",),
-    "history.undo": ("lora_log", "redo_lora", "undo_lora"),
+    "history.model_history": ("lora_log", "redo_lora", "undo_lora"),
     "model.config": ("FAMILIES", "GPTConfig", "RopeScaling"),
     "model.simple_gpt": ("SimpleGPT",),
     "model.transformer_encoder_layer": ("KVCache", "TransformerEncoderLayer"),

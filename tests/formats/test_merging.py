@@ -23,8 +23,7 @@ from nanogpt_surgery.cli.framework.app import run as surgery
 from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.files.manifest import MANIFEST
 from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
-from nanogpt_surgery.history.folder_journal import folder_log
-from nanogpt_surgery.history.folder_operation import undo_folder
+from nanogpt_surgery.history.folder_history import folder_log, undo_folder
 from nanogpt_surgery.lora.attachment import attach_adapter, extract_adapter
 from nanogpt_surgery.lora.several import lora_layers
 

@@ -21,8 +21,7 @@ from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.formats.model_file import write_model_files
-from nanogpt_surgery.history.folder_journal import folder_log
-from nanogpt_surgery.history.folder_operation import undo_folder
+from nanogpt_surgery.history.folder_history import folder_log, undo_folder
 from nanogpt_surgery.runs.checkpoints import RunFolder, open_run_folder
 from nanogpt_surgery.training.optimizer import make_optimizer
 

@@ -21,8 +21,7 @@ from nanogpt_surgery import (
 from nanogpt_surgery.files.disk_errors import ATTEMPTS, NotFlushedError
 from nanogpt_surgery.files.manifest import damage
 from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
-from nanogpt_surgery.history.folder_journal import hashes_of, read_journal
-from nanogpt_surgery.history.folder_operation import undo_folder
+from nanogpt_surgery.history.folder_history import hashes_of, read_journal, undo_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer was written")
 

@@ -15,17 +15,23 @@ from pathlib import Path
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files import exchange
 from nanogpt_surgery.files.manifest import damage, seal
-from nanogpt_surgery.history.folder_journal import Entry, hashes_of, read_journal
-from nanogpt_surgery.history.folder_operation import operate, redo_folder, undo_folder
+from nanogpt_surgery.history.folder_history import (
+    FolderOperation,
+    hashes_of,
+    operate,
+    read_journal,
+    redo_folder,
+    undo_folder,
+)
 
 KILLED = 9
 EVENTS = {"os.rename", "os.link", "os.remove", "os.mkdir", "os.rmdir", "ctypes.dlsym"}
 
 
-def write(new: Path) -> Entry:
+def write(new: Path) -> FolderOperation:
     (new / "model.safetensors").write_bytes(b"merged")
     (new / "config.json").write_text('{"untied": true}')
-    return Entry("merge", "base", {}, {})
+    return FolderOperation("merge", "base")
 
 
 def prepare(folder: Path, steps: list) -> None:

@@ -24,7 +24,7 @@ from nanogpt_surgery import (
     tensor_hashes,
     undo_lora,
 )
-from nanogpt_surgery.history.journal import history_of
+from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.several import active_adapters, adapter_names, has_lora, lora_layers
 from nanogpt_surgery.lora.targets import adaptable_layers
 
@@ -154,7 +154,7 @@ def test_undone_and_removed_the_model_is_the_first_one(kind, data):
     begin(model, kind, data)
     for _ in operated(model, data):
         done = history_of(model).done
-        if not has_lora(model) and done and done[-1].title == "merge":
+        if not has_lora(model) and done and done[-1].operation == "merge":
             assert trainable(model) == facts[0]
             undo_lora(model)
     if has_lora(model):

@@ -10,7 +10,7 @@ from helpers.training import DATASET, SETTINGS, TOKENIZER, VALIDATION, hashes, m
 from nanogpt_surgery import LoRASettings, Run, SurgeryError, Training, inject_lora, open_model
 from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
-from nanogpt_surgery.history.folder_journal import read_journal
+from nanogpt_surgery.history.folder_history import read_journal
 from nanogpt_surgery.runs.description import RunDiffersError
 from nanogpt_surgery.runs.loss_plot import read_metrics
 from nanogpt_surgery.runs.training import fingerprint

@@ -42,7 +42,7 @@ from nanogpt_surgery.formats.huggingface.tokenizer_files import (
 )
 from nanogpt_surgery.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.formats.placing import Dtype, build_model, usual_dtype
-from nanogpt_surgery.history.folder_journal import is_operated
+from nanogpt_surgery.history.folder_history import is_operated
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

@@ -53,11 +53,6 @@ def frozen_hashes(model: nn.Module) -> dict[str, str]:
     return {name: digest for name, digest in tensor_hashes(model).items() if name in frozen}
 
 
-def written_to(wanted: dict[str, str], now: dict[str, str]) -> list[str]:
-    """The tensors whose hash is not the wanted one, those that adapters learn apart."""
-    return [name for name in wanted if UPDATES not in name and now.get(name) != wanted[name]]
-
-
 def combined(hashes: Iterable[str]) -> str:
     """One hash for many, whatever their order."""
     return hashlib.sha256("".join(sorted(hashes)).encode()).hexdigest()

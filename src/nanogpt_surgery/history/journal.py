@@ -1,183 +1,133 @@
-"""The journal of a model: every operation on it, so that it can be undone.
+"""Operations that can be undone and redone, in the order in which they were done.
 
-No operation writes into a tensor: each puts modules in the places of others, changes an attribute
-that a module's class lists in `journaled`, or changes which parameters can be trained. The journal
-keeps those differences, and with them the very objects that were there; taking back is putting them
-in their places again.
+A journal knows no more of an operation than its words; what undoing means is in
+`model_history.py` for a model in memory and in `folder_history.py` for a folder. Both prove with
+hashes that every bit is where it was.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
-
-import torch
-from torch import nn
+from collections.abc import Callable, Mapping
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any, Generic, TypeVar
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.history.hashing import tensor_hashes
+from nanogpt_surgery.report import SHOWN_OF_A_HASH, Report
 
-HISTORY = "_surgery_history"  # the model's attribute
-_TIE = "tie_word_embeddings"
-
-
-@dataclass
-class Entry:
-    """One operation: its title, what it changed, and every tensor's hash before it.
-
-    `undone` holds every tensor's hash just before and just after it was undone, for the redo.
-    """
-
-    title: str
-    changes: list[Change]
-    hashes: dict[str, str] | None
-    undone: tuple[dict[str, str], dict[str, str]] | None = None
+DONE, UNDONE, AGAIN = "done", "undone", "done again"
 
 
 @dataclass
-class History:
-    """The operations on one model.
+class Operation:
+    """One operation: what was done, in words, and its number in the journal."""
+
+    operation: str
+    _: KW_ONLY
+    number: int = 0
+
+    def release(self) -> None:
+        """Lets go of what an undo or a redo would need, since neither will come."""
+
+
+Op = TypeVar("Op", bound=Operation)
+
+
+@dataclass
+class Journal(Generic[Op]):
+    """Every operation, by what has become of it.
 
     Attributes:
-        done: operations that can be undone, the oldest first.
-        undone: operations that can be done again, the one undone last at the end.
-        dropped: titles of operations that can no longer be undone.
-        trainable_before: parameters that could be trained before the first adapter came.
-        closed: why no operation may be done just now.
+        settled: done, and not to be undone any more.
+        done: can be undone, the last one first.
+        undone: can be done again, the one undone last first.
+        lapsed: undone, and followed by something else.
     """
 
-    done: list[Entry] = field(default_factory=list)
-    undone: list[Entry] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    trainable_before: tuple[nn.Parameter, ...] | None = None
-    closed: SurgeryError | None = None
+    settled: list[Op] = field(default_factory=list)
+    done: list[Op] = field(default_factory=list)
+    undone: list[Op] = field(default_factory=list)
+    lapsed: list[Op] = field(default_factory=list)
 
-    def check_open(self) -> None:
-        """Raises `SurgeryError` where no operation may be done just now."""
-        if self.closed is not None:
-            raise self.closed
+    def next_number(self) -> int:
+        """The number of an operation to come; the first is 1."""
+        return 1 + sum(map(len, (self.settled, self.done, self.undone, self.lapsed)))
 
-    def drop_originals(self) -> None:
-        """Drops everything that an undo would need, so that its memory is freed."""
-        self.dropped += [entry.title for entry in self.done]
-        self.done.clear()
-        self.undone.clear()
+    def add(self, operation: Op) -> None:
+        """Adds an operation that was done; what was undone cannot be redone from here on."""
+        _move(self.undone, self.lapsed)
+        self.done.append(operation)
 
+    def settle(self) -> None:
+        """Gives up undoing whatever was done."""
+        _move(self.done, self.settled)
 
-def history_of(model: nn.Module) -> History:
-    """The model's history, begun if it has none."""
-    history: History = model.__dict__.setdefault(HISTORY, History())
-    return history
+    def last(self, back: bool, where: str, hint: str = "") -> Op:
+        """The operation to undo, if `back`, or else the one to redo.
 
+        Raises:
+            SurgeryError: there is none.
+        """
+        here, gone = (self.done, self.settled) if back else (self.undone, self.lapsed)
+        if here:
+            return here[-1]
+        last = f"; '{gone[-1].operation}' cannot be taken back" if gone and back else ""
+        raise SurgeryError(f"{where} has no operation to {'undo' if back else 'redo'}{last}", hint)
 
-def get_tie_word_embeddings(model: nn.Module) -> bool | None:
-    """The config's `tie_word_embeddings`, None if it has none."""
-    return getattr(getattr(model, "config", None), _TIE, None)
+    def turn(self, back: bool) -> Op:
+        """Notes that the last operation was undone, if `back`, or else the one undone last redone.
 
+        Raises:
+            IndexError: there is none.
+        """
+        here, there = (self.done, self.undone) if back else (self.undone, self.done)
+        there.append(here.pop())
+        return there[-1]
 
-def set_tie_word_embeddings(model: nn.Module, tied: bool | None) -> None:
-    """Sets the config's `tie_word_embeddings`, if it has one."""
-    if get_tie_word_embeddings(model) is not None:
-        setattr(model.config, _TIE, tied)
-
-
-@dataclass(frozen=True)
-class Place:
-    """Something that an operation may change: a child of a module, or an attribute of an object."""
-
-    owner: Any
-    name: str
-    child: bool = False
-
-    def get(self) -> Any:
-        """Returns what is there, None if nothing."""
-        return self.owner._modules.get(self.name) if self.child else getattr(self.owner, self.name)
-
-    def set(self, value: Any) -> None:
-        """Puts something there; None takes a child away."""
-        if not self.child:
-            setattr(self.owner, self.name, value)
-        elif value is None:
-            del self.owner._modules[self.name]
-        else:
-            self.owner._modules[self.name] = value
-
-
-@dataclass(frozen=True)
-class Change:
-    """One place and what was in it before and after."""
-
-    place: Place
-    before: Any
-    after: Any
+    def log(self, title: str, row: Callable[[Op], dict[str, Any]], **summary: Any) -> Report:
+        """A row for each operation, with its state, the oldest first."""
+        states = {
+            "done, cannot be undone": self.settled,
+            "done": self.done,
+            "undone": self.undone,
+            "undone, cannot be redone": self.lapsed,
+        }
+        stated = [(op, state) for state, operations in states.items() for op in operations]
+        rows = [row(op) | {"state": state} for op, state in sorted(stated, key=_number)]
+        can = {
+            "can_undo": self.done[-1].operation if self.done else None,
+            "can_redo": self.undone[-1].operation if self.undone else None,
+        }
+        return Report(title, rows, can | summary)
 
 
-def put(changes: list[Change], back: bool) -> None:
-    """Takes changes back, or makes them again."""
-    for change in changes:
-        change.place.set(change.before if back else change.after)
+def _move(operations: list[Op], to: list[Op]) -> None:
+    for operation in operations:
+        operation.release()
+    to += operations
+    operations.clear()
 
 
-@contextmanager
-def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[None]:
-    """Journals what the block does to a model; if it raises, the model is as it was.
-
-    Args:
-        model: what is operated on.
-        title: for the log.
-        hashed: hash every tensor first. An operation that replaces no tensor does without.
-
-    Raises:
-        SurgeryError: no operation may be done just now.
-    """
-    history = history_of(model)
-    history.check_open()
-    before = {key: (place, place.get()) for key, place in _places(model).items()}
-    hashes = tensor_hashes(model) if hashed else None
-    try:
-        yield
-    except BaseException:
-        put(_differences(model, before), back=True)
-        raise
-    history.done.append(Entry(title, _differences(model, before), hashes))
-    history.undone.clear()
+def _number(stated: tuple[Operation, str]) -> int:
+    return stated[0].number
 
 
-def _places(model: nn.Module) -> dict[tuple[int, str], Place]:
-    """Every place of a model that an operation may change."""
-    found = [Place(history_of(model), "trainable_before")]
-    if get_tie_word_embeddings(model) is not None:
-        found.append(Place(model.config, _TIE))
-    for module in model.modules():
-        found += [Place(module, name, child=True) for name in module._modules]
-        found += [Place(module, name) for name in getattr(type(module), "journaled", ())]
-    found += [Place(parameter, "requires_grad") for parameter in model.parameters()]
-    return {(id(place.owner), place.name): place for place in found}
-
-
-def _differences(
-    model: nn.Module, before: dict[tuple[int, str], tuple[Place, Any]]
-) -> list[Change]:
-    """Returns the places that differ, as they were before and as they are now.
-
-    Owners that were not there before are new: their contents come and go with them.
-    """
-    known = {key[0] for key in before}
-    changes = [
-        Change(place, value, place.get())
-        for place, value in before.values()
-        if place.get() is not value
+def report_turn(
+    operation: Operation,
+    back: bool,
+    kind: str,
+    before: Mapping[str, str],
+    after: Mapping[str, str],
+    summary: dict[str, Any],
+) -> Report:
+    """The hashes before and after an undo, if `back`, or a redo: a row for each tensor or file."""
+    rows = [
+        {kind: name, "before": shortened(before.get(name)), "after": shortened(after.get(name))}
+        for name in dict.fromkeys([*before, *after])
     ]
-    added = [
-        Change(place, None, place.get())
-        for key, place in _places(model).items()
-        if key not in before and place.child and key[0] in known
-    ]
-    return changes + added
+    event = UNDONE if back else AGAIN
+    return Report(f"{event}: {operation.operation} (sha256 of each {kind})", rows, summary)
 
 
-def device_of(model: nn.Module) -> torch.device:
-    """The device of a model's first tensor."""
-    return next(model.parameters()).device
+def shortened(digest: str | None) -> str:
+    """The first digits of a hash, or "-" for none."""
+    return (digest or "-")[:SHOWN_OF_A_HASH]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, listed, nearest, quoted
 from nanogpt_surgery.history.hashing import plain_name
-from nanogpt_surgery.history.journal import operation
+from nanogpt_surgery.history.model_history import operation
 from nanogpt_surgery.lora.inject import attach_updates
 from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.replaced import WholeUpdate

@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.history.journal import history_of, operation
+from nanogpt_surgery.history.model_history import history_of, operation
 from nanogpt_surgery.lora.planning import plan_updates
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.several import (

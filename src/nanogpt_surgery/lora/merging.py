@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.history.journal import (
+from nanogpt_surgery.history.model_history import (
     get_tie_word_embeddings,
     history_of,
-    set_tie_word_embeddings,
 )
 from nanogpt_surgery.lora.inject import replace_module
 from nanogpt_surgery.lora.several import LoRALayer, lora_layers
@@ -38,7 +37,8 @@ def merge_layers(model: nn.Module) -> None:
         replace_module(model, name, merged)
     restore_requires_grad(model)
     if get_tie_word_embeddings(model) and _is_untied(model):
-        set_tie_word_embeddings(model, False)
+        config: Any = model.config
+        config.tie_word_embeddings = False
 
 
 def merged_layer(layer: LoRALayer) -> nn.Module:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.history.journal import history_of, operation
+from nanogpt_surgery.history.model_history import history_of, operation
 from nanogpt_surgery.lora.inject import replace_module, train_active
 from nanogpt_surgery.lora.merge_metrics import Probe, check_weights, effect_of, merge_rows
 from nanogpt_surgery.lora.merging import merge_layers, restore_requires_grad
@@ -105,7 +105,7 @@ def merge_lora(
     with operation(model, "merge"):
         effect = effect_of(model, probe, merge_layers, tolerance, force)
     if not keep_originals:
-        history_of(model).drop_originals()
+        history_of(model).settle()
     return Report("LoRA merged", rows, {"layers": len(rows), "originals": kept} | effect)
 
 

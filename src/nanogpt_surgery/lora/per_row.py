@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.history.journal import history_of
+from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.several import (
     LoRALayer,
     active_adapters,

@@ -46,7 +46,13 @@ from nanogpt_surgery.formats.folders.run_folder import (
     summary_of_checkpoint,
     validation_loss_of,
 )
-from nanogpt_surgery.history.folder_journal import RUN, Entry, is_operated, read_journal, record
+from nanogpt_surgery.history.folder_history import (
+    RUN,
+    FolderOperation,
+    is_operated,
+    read_journal,
+    record,
+)
 from nanogpt_surgery.runs.description import RunDiffersError, differences
 from nanogpt_surgery.runs.metrics_file import append_metrics, trim_metrics
 from nanogpt_surgery.runs.state import restore_state, training_state
@@ -210,7 +216,7 @@ class RunFolder:
         A journal that lists which files should be there records that they change from here on.
         """
         if read_journal(self.folder).files:
-            record(self.folder, Entry("training went on", "", {}, {}, "none"))
+            record(self.folder, FolderOperation("training went on", "", originals="none"))
         for file in files:
             link_or_copy(file, self.folder / file.name)
 

@@ -24,7 +24,7 @@ from nanogpt_surgery.data.shuffling import rows_of
 from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.files.disk_errors import make_folder
 from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
-from nanogpt_surgery.history.folder_journal import Entry, hashes_of, read_journal, record
+from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, read_journal, record
 from nanogpt_surgery.history.hashing import frozen_hashes
 from nanogpt_surgery.lora.checks import check_frozen
 from nanogpt_surgery.runs.checkpoints import RunFolder, check_folder, open_run_folder
@@ -251,7 +251,7 @@ class Run:
             origin = f" from {named['model']}" if "model" in named else ""
             operation = f"{kind}{origin}, {summary['steps']:,} steps"
             base = self.description.get("base", "")
-            entry = Entry(operation, base, {}, files, "none", measured=summary)
+            entry = FolderOperation(operation, base, {}, files, "none", measured=summary)
             record(self.folder.folder, entry)
         return summary
 

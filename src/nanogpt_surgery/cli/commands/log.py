@@ -29,7 +29,7 @@ def log(folder: Path, *, json: Annotated[bool, Parameter(negative="")] = False) 
     json
         print it as JSON; operations/journal.jsonl in the folder holds every hash
     """
-    from nanogpt_surgery.history.folder_journal import folder_log
+    from nanogpt_surgery.history.folder_history import folder_log
 
     found = folder_log(folder)
     if json:

@@ -20,7 +20,7 @@ def redo(folder: Path, *, json: Annotated[bool, Parameter(negative="")] = False)
     json
         print the hashes as JSON
     """
-    from nanogpt_surgery.history.folder_operation import redo_folder
+    from nanogpt_surgery.history.folder_history import redo_folder
 
     show(redo_folder(folder), json)
     say(f"surgery undo {folder} takes it back")

@@ -20,7 +20,7 @@ def undo(folder: Path, *, json: Annotated[bool, Parameter(negative="")] = False)
     json
         print the hashes as JSON
     """
-    from nanogpt_surgery.history.folder_operation import undo_folder
+    from nanogpt_surgery.history.folder_history import undo_folder
 
     show(undo_folder(folder), json)
     say(f"surgery redo {folder} does it again")

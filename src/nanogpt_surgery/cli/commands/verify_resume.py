@@ -130,7 +130,7 @@ def _command_of(run: Path, before: int, after: int) -> Command:
     from nanogpt_surgery.files.json_files import read_json
     from nanogpt_surgery.formats.folders.old_keys import with_current_config, with_current_flags
     from nanogpt_surgery.formats.folders.run_folder import is_run
-    from nanogpt_surgery.history.folder_journal import RUN
+    from nanogpt_surgery.history.folder_history import RUN
 
     if before < LEAST or after < 1:
         raise SurgeryError(

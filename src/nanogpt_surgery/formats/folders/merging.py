@@ -31,8 +31,7 @@ from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
 from nanogpt_surgery.formats.model_file import TENSORS, model_folder, open_model, write_model_files
 from nanogpt_surgery.formats.peft.adapter_file import TENSORS as ADAPTER_TENSORS
 from nanogpt_surgery.formats.peft.adapter_layout import adapter_folder, load_adapter
-from nanogpt_surgery.history.folder_journal import Entry, hashes_of, record
-from nanogpt_surgery.history.folder_operation import operate
+from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
 from nanogpt_surgery.history.hashing import UPDATES, combined, plain_name, tensor_hashes
 from nanogpt_surgery.lora.merge_metrics import (
     Rounding,
@@ -119,7 +118,7 @@ def merge_adapter(
     check_not_itself(model, out)
     goal = _in_place(model) if out is None else Path(out)
     merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
-    entry = Entry(merge.title, merge.base, {}, {}, planned=merge.planned() | _facts(adapter))
+    entry = FolderOperation(merge.title, merge.base, planned=merge.planned() | _facts(adapter))
     merged = add_in(merge, partial(_rounding, merge), tolerance, force)
     merge.round()
     writing = _Writing(merge, merged)
@@ -143,15 +142,15 @@ class _Writing:
     merge: Merge
     merged: Merged
 
-    def in_place(self, goal: Path, entry: Entry, keep_originals: bool) -> Entry:
+    def in_place(self, goal: Path, entry: FolderOperation, keep_originals: bool) -> FolderOperation:
         """Operate on the model's own folder."""
         gone = weight_files(goal)
         return operate(goal, lambda new: self._files(new, entry, goal), keep_originals, gone)
 
-    def elsewhere(self, goal: Path, entry: Entry) -> Entry:
+    def elsewhere(self, goal: Path, entry: FolderOperation) -> FolderOperation:
         """Make a folder, whose journal begins with the merge."""
 
-        def write(new: Path) -> Entry:
+        def write(new: Path) -> FolderOperation:
             made = self._files(new, entry)
             made = replace(made, after=hashes_of(new), originals="none")
             record(new, made)
@@ -159,7 +158,9 @@ class _Writing:
 
         return write_folder(goal, write)
 
-    def _files(self, new: Path, entry: Entry, place: Path | None = None) -> Entry:
+    def _files(
+        self, new: Path, entry: FolderOperation, place: Path | None = None
+    ) -> FolderOperation:
         """Write the files, read them again; in place, without those there already."""
         tokenizer = self.merge.tokenizer if place is None or is_run(place) else None
         write_model_files(self.merge.model, new, tokenizer, place or self.merge.source)
@@ -206,7 +207,7 @@ def _in_place(model: str | Path) -> Path:
                        "out=FOLDER writes a new one")  # fmt: skip
 
 
-def _report(merged: Merged, merge: Merge, entry: Entry, goal: Path) -> Report:
+def _report(merged: Merged, merge: Merge, entry: FolderOperation, goal: Path) -> Report:
     summary = {
         "folder": str(goal),
         "layers": len(merged.rows),

@@ -9,8 +9,12 @@ from nanogpt_surgery import (
     SurgeryError,
 )
 from nanogpt_surgery.formats.folders.merging import merge_adapter
-from nanogpt_surgery.history.folder_journal import folder_log, read_journal
-from nanogpt_surgery.history.folder_operation import redo_folder, undo_folder
+from nanogpt_surgery.history.folder_history import (
+    folder_log,
+    read_journal,
+    redo_folder,
+    undo_folder,
+)
 
 
 @pytest.fixture

@@ -1,0 +1,255 @@
+"""The history of a model in memory: operations on it, undo and redo to the bit.
+
+No operation writes into a tensor: each puts modules in the places of others, changes an attribute
+that a module's class lists in `journaled`, or changes which parameters can be trained. The journal
+keeps those differences, and with them the very objects that were there; taking back is putting them
+in their places again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.history.hashing import UPDATES, combined, tensor_hashes
+from nanogpt_surgery.history.journal import Journal, Operation, report_turn
+from nanogpt_surgery.report import Report
+
+HISTORY = "_surgery_history"  # the model's attribute
+_TIE = "tie_word_embeddings"
+
+
+@dataclass
+class ModelOperation(Operation):
+    """An operation: what it changed, and every tensor's hash before it.
+
+    `undone` holds every tensor's hash just before and just after it was undone, for the redo.
+    """
+
+    changes: list[Change]
+    hashes: dict[str, str] | None
+    undone: tuple[dict[str, str], dict[str, str]] | None = None
+
+    def release(self) -> None:
+        """Frees the originals."""
+        self.changes.clear()
+
+    def put(self, back: bool) -> None:
+        """Takes the changes back, or makes them again."""
+        for change in self.changes:
+            change.put(back)
+
+
+@dataclass
+class History(Journal[ModelOperation]):
+    """The operations on one model.
+
+    Attributes:
+        trainable_before: parameters that could be trained before the first adapter came.
+        closed: why no operation may be done just now.
+    """
+
+    trainable_before: tuple[nn.Parameter, ...] | None = None
+    closed: SurgeryError | None = None
+
+    def check_open(self) -> None:
+        """Raises `SurgeryError` where no operation may be done just now."""
+        if self.closed is not None:
+            raise self.closed
+
+
+def history_of(model: nn.Module) -> History:
+    """The model's history, begun if it has none."""
+    history: History = model.__dict__.setdefault(HISTORY, History())
+    return history
+
+
+def get_tie_word_embeddings(model: nn.Module) -> bool | None:
+    """The config's `tie_word_embeddings`, None if it has none."""
+    return getattr(getattr(model, "config", None), _TIE, None)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A place and what was in it before and after: a child of a module, or an attribute."""
+
+    owner: Any
+    name: str
+    child: bool
+    before: Any
+    after: Any = None
+
+    def now(self) -> Any:
+        """Returns what is there, None if nothing."""
+        return _there(self.owner, self.name, self.child)
+
+    def put(self, back: bool) -> None:
+        """Puts there what was there before, if `back`, or after; None takes a child away."""
+        value = self.before if back else self.after
+        if not self.child:
+            setattr(self.owner, self.name, value)
+        elif value is None:
+            del self.owner._modules[self.name]
+        else:
+            self.owner._modules[self.name] = value
+
+
+def _there(owner: Any, name: str, child: bool) -> Any:
+    return owner._modules.get(name) if child else getattr(owner, name)
+
+
+@contextmanager
+def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[None]:
+    """Journals what the block does to a model; if it raises, the model is as it was.
+
+    Args:
+        model: what is operated on.
+        title: for the log.
+        hashed: hash every tensor first. An operation that replaces no tensor does without.
+
+    Raises:
+        SurgeryError: no operation may be done just now.
+    """
+    history = history_of(model)
+    history.check_open()
+    before = _places(model)
+    done = ModelOperation(title, [], tensor_hashes(model) if hashed else None)
+    try:
+        yield
+    except BaseException:
+        done.changes = _differences(model, before)
+        done.put(back=True)
+        raise
+    done.changes, done.number = _differences(model, before), history.next_number()
+    history.add(done)
+
+
+def _places(model: nn.Module) -> dict[tuple[int, str], Change]:
+    """Every place of a model that an operation may change, as it is now."""
+    names: list[tuple[Any, str, bool]] = [(history_of(model), "trainable_before", False)]
+    if get_tie_word_embeddings(model) is not None:
+        names.append((model.config, _TIE, False))
+    for module in model.modules():
+        names += [(module, name, True) for name in module._modules]
+        names += [(module, name, False) for name in getattr(type(module), "journaled", ())]
+    names += [(parameter, "requires_grad", False) for parameter in model.parameters()]
+    return {
+        (id(owner), name): Change(owner, name, child, _there(owner, name, child))
+        for owner, name, child in names
+    }
+
+
+def _differences(model: nn.Module, before: dict[tuple[int, str], Change]) -> list[Change]:
+    """The places that differ now.
+
+    Owners that were not there before are new: their contents come and go with them.
+    """
+    owners = {owner for owner, _ in before}
+    changed = [replace(c, after=c.now()) for c in before.values() if c.now() is not c.before]
+    added = [
+        replace(c, before=None, after=c.before)
+        for key, c in _places(model).items()
+        if key not in before and c.child and key[0] in owners
+    ]
+    return changed + added
+
+
+def undo_lora(model: nn.Module) -> Report:
+    """Takes the last operation back, and compares the hash of every tensor with that before it.
+
+    What an adapter has learned is not taken back: operations are undone, training is not.
+
+    Raises:
+        SurgeryError: there is nothing to undo, or a frozen tensor is not what it was before the
+            operation (all of them named; the model stays as it is then).
+    """
+    return _turn(model, back=True)
+
+
+def redo_lora(model: nn.Module) -> Report:
+    """Makes the operation again that was undone last, and compares with the hashes after it.
+
+    Raises:
+        SurgeryError: there is nothing to redo, or a frozen tensor is not what the undo left, or
+            would not be what it took away (all of them named; the model stays as it is then).
+    """
+    return _turn(model, back=False)
+
+
+def lora_log(model: nn.Module) -> Report:
+    """The operations done to a model, the oldest first."""
+    return history_of(model).log("operations", lambda done: {"operation": done.operation})
+
+
+def _turn(model: nn.Module, back: bool) -> Report:
+    history = history_of(model)
+    history.check_open()
+    done = history.last(back, "the model")
+    _check_untouched(done, back)
+    seen: dict[Tensor, str] = {}
+    before = tensor_hashes(model, seen)
+    wanted, left = (done.hashes, None) if back else done.undone or (None, None)
+    _check_written(done, back, left or {}, before)
+    device = next(model.parameters()).device
+    replaced = [change.now() for change in done.changes]
+    done.put(back)
+    try:
+        after = tensor_hashes(model, seen)
+        wanted = wanted or {name: h for name, h in before.items() if name in after}
+        _check_written(done, back, wanted, after)
+    except BaseException:
+        done.put(not back)
+        raise
+    _adjust(done.changes, replaced, device)
+    done.undone = (before, after) if back else None
+    history.turn(back)
+    side = "before" if back else "after"
+    trained = [n for n in wanted if UPDATES in n and after.get(n) not in (None, wanted[n])]
+    summary = {
+        "tensors": len(after),
+        "sha256_of_all": combined(after.values()),
+        f"as_{side}_the_operation": sum(after.get(n) == h for n, h in wanted.items()),
+        "trained_since": len(trained),
+    }
+    return report_turn(done, back, "tensor", before, after, summary)
+
+
+def _adjust(changes: list[Change], replaced: list[Any], device: torch.device) -> None:
+    """Moves modules that came back to the model's device, in the mode of those they replace."""
+    for change, other in zip(changes, replaced, strict=True):
+        module = change.now()
+        if change.child and module is not None:  # where nothing was, its owner has the mode
+            mode = (change.owner if other is None else other).training
+            module.to(device).train(mode)
+
+
+def _check_untouched(done: ModelOperation, back: bool) -> None:
+    wrong = [
+        f"{type(change.owner).__name__}.{change.name}"
+        for change in done.changes
+        if change.child and change.now() is not (change.after if back else change.before)
+    ]
+    if wrong:
+        raise SurgeryError(
+            f"the model's modules were changed by other hands since '{done.operation}': "
+            + ", ".join(wrong[:8])
+        )
+
+
+def _check_written(
+    done: ModelOperation, back: bool, wanted: dict[str, str], now: dict[str, str]
+) -> None:
+    """Raises `SurgeryError` if tensors are not what they should be, those of adapters apart."""
+    written = [name for name in wanted if UPDATES not in name and now.get(name) != wanted[name]]
+    if written:
+        raise SurgeryError(
+            f"'{done.operation}' cannot be {'undone' if back else 'redone'} to the bit: "
+            f"{len(written)} frozen tensors were written to since ({', '.join(written[:8])})",
+            "open the model again" if back else "call the operation itself again",
+        )
