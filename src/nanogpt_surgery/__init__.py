@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.embedding import LoRAEmbedding
     from nanogpt_surgery.lora.inject import disable_lora, enable_lora, inject_lora
     from nanogpt_surgery.lora.linear import LoRALinear
-    from nanogpt_surgery.lora.merge_metrics import merge_survival
-    from nanogpt_surgery.lora.operations import blend_lora, merge_lora, remove_lora, swap_lora
+    from nanogpt_surgery.lora.merging import merge_lora, merge_survival
+    from nanogpt_surgery.lora.operations import blend_lora, remove_lora, swap_lora
     from nanogpt_surgery.lora.per_row import lora_rows
     from nanogpt_surgery.lora.planning import plan_lora
     from nanogpt_surgery.lora.settings import LoRASettings
@@ -94,7 +94,7 @@ _HOMES = {
     "formats.peft.adapter_layout": ("load_adapter", "save_adapter"),
     "formats.model_file": ("open_model", "save_model"),
     "generation.generate": ("generate",),
-    "lora.merge_metrics": ("merge_survival",),
+    "lora.merging": ("merge_lora", "merge_survival"),
     "lora.planning": ("plan_lora",),
     "history.hashing": ("tensor_hashes",),
     "lora.checks": ("learned",),
@@ -104,7 +104,6 @@ _HOMES = {
     "lora.per_row": ("lora_rows",),
     "lora.operations": (
         "blend_lora",
-        "merge_lora",
         "remove_lora",
         "swap_lora",
     ),

@@ -13,7 +13,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.history.hashing import tensor_hash
 from nanogpt_surgery.lora.attachment import attach_adapter
-from nanogpt_surgery.lora.merge_metrics import (
+from nanogpt_surgery.lora.merging import (
     change_kept,
     compare_logits,
     logits_of,

@@ -13,8 +13,8 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
 from nanogpt_surgery.model.finite import check_finite
-from nanogpt_surgery.model.loss import kl_divergence
-from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
+from nanogpt_surgery.model.loss import eval_mode, kl_divergence
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 
 # How far a number may move, as a share of the largest in its row.

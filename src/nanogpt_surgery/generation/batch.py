@@ -28,7 +28,8 @@ from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, che
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.layout import Layout
-from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
+from nanogpt_surgery.model.loss import eval_mode
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import not_finite
-from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
+from nanogpt_surgery.model.loss import eval_mode
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 POSITIONS = 1024  # whose logits are held at once
 _LARGEST_EXPONENT = math.log(sys.float_info.max)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
 from nanogpt_surgery.generation.settings import SamplingSettings, check_count, check_seed
 from nanogpt_surgery.model.finite import check_finite
-from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
+from nanogpt_surgery.model.loss import eval_mode
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import NotFiniteError
-from nanogpt_surgery.model.simple_gpt import eval_mode
+from nanogpt_surgery.model.loss import eval_mode
 
 _HALVES = (torch.float16, torch.bfloat16)
 

@@ -1,12 +1,17 @@
 """Cross-entropy, and the divergence between two distributions, from logits; both in nats.
 
+And the mode in which either is measured, in which nothing is dropped.
+
 Legend: B batch, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 IGNORED = -100  # as a target: nothing is trained on there, as `F.cross_entropy` has it
 
@@ -27,3 +32,16 @@ def kl_divergence(logits: Tensor, others: Tensor) -> Tensor:
     """Returns the mean of Σ p ln(p / q), p from `logits` and q from `others`, both (…, V)."""
     p, q = F.log_softmax(logits.double(), -1), F.log_softmax(others.double(), -1)  # (…, V)
     return (p.exp() * (p - q)).sum(-1).mean().clamp_min(0)  # rounding can take it below
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Computes in eval mode within the block; each module has its own mode back after it."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -171,16 +169,3 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
             nn.init.normal_(parameter, std=matrix / math.sqrt(2 * config.n_layer))
         else:
             nn.init.normal_(parameter, std=matrix)
-
-
-@contextmanager
-def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Computes in eval mode within the block; each module has its own mode back after it."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

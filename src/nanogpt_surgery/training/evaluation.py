@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.data.gpt_dataset import Batch, Batches, GPTDataset, documents_of
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.model.loss import count_trained, cross_entropy
-from nanogpt_surgery.model.simple_gpt import SimpleGPT, eval_mode
+from nanogpt_surgery.model.loss import count_trained, cross_entropy, eval_mode
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import ALONE, World, world
 from nanogpt_surgery.training.forward import check_no_documents, logits_of
 from nanogpt_surgery.training.hardware import Hardware, to_device

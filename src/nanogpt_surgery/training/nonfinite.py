@@ -11,8 +11,7 @@ from torch import nn
 from nanogpt_surgery.data.gpt_dataset import Batch
 from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.model.finite import first_not_finite
-from nanogpt_surgery.model.loss import count_trained
-from nanogpt_surgery.model.simple_gpt import eval_mode
+from nanogpt_surgery.model.loss import count_trained, eval_mode
 from nanogpt_surgery.training.evaluation import summed_loss
 from nanogpt_surgery.training.hardware import Hardware
 

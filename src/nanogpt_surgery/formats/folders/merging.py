@@ -33,18 +33,18 @@ from nanogpt_surgery.formats.peft.adapter_file import TENSORS as ADAPTER_TENSORS
 from nanogpt_surgery.formats.peft.adapter_layout import adapter_folder, load_adapter
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
 from nanogpt_surgery.history.hashing import UPDATES, combined, plain_name, tensor_hashes
-from nanogpt_surgery.lora.merge_metrics import (
+from nanogpt_surgery.lora.merging import (
     Rounding,
     RoundingOf,
     check_effect,
     check_weights,
     compare_logits,
     logits_of,
+    merge_layers,
     merge_rows,
     merge_survival,
     round_to,
 )
-from nanogpt_surgery.lora.merging import merge_layers
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.ties import check_undecided
@@ -407,9 +407,7 @@ def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) ->
     check_finite(adapted, merge.model, again, f"the model with {merge.adapter}")
     rows = merge_rows(layers, rounding)
     if not force:
-        check_weights(
-            rows, layers, str(merge.adapter), WIDER, "train the adapter first, or force=True"
-        )
+        check_weights(rows, layers, merge.adapter, WIDER)
     check_undecided(merge.model, layers)
     merge_layers(merge.model)  # the model is only here to be written: nothing is journaled
     return Merged(rows, adapted, merge.probe, merge.probed_on, None if force else tolerance)

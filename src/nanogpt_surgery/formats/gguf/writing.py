@@ -30,7 +30,7 @@ from nanogpt_surgery.formats.gguf.tokenizer_writing import Lost, write_tokenizer
 from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
 from nanogpt_surgery.formats.placing import side_by_side
-from nanogpt_surgery.lora.merge_metrics import Rounding
+from nanogpt_surgery.lora.merging import Rounding
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.finite import check_finite_weights

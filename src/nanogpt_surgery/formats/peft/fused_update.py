@@ -56,14 +56,11 @@ def block_diagonal(parts: Sequence[Factors | None], rows: Sequence[int]) -> Fact
         parts: A (R, in) and B (out, R) of each update, None where there is none.
         rows: out, of each.
     """
-    rank, start, blocks = sum(part[0].size(0) for part in parts if part is not None), 0, []
-    for part, out in zip(parts, rows, strict=True):
-        block = torch.zeros(out, rank)
-        if part is not None:
-            block[:, start : start + part[0].size(0)] = part[1]
-            start += part[0].size(0)
-        blocks.append(block)
-    return torch.cat([part[0] for part in parts if part is not None]), torch.cat(blocks)
+    present = [part for part in parts if part is not None]
+    pairs = zip(parts, rows, strict=True)
+    blocks = [torch.zeros(out, 0) if part is None else part[1] for part, out in pairs]
+    joined: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    return torch.cat([a for a, _ in present]), joined
 
 
 def _factors(part: LowRankUpdate, scale: float) -> Factors:
