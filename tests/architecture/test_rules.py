@@ -4,9 +4,9 @@ import ast
 from pathlib import Path
 
 import pytest
+from helpers.models import AXES
 
 from nanogpt_surgery import FAMILIES
-from nanogpt_surgery.model.config import AXES
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "nanogpt_surgery"

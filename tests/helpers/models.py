@@ -1,10 +1,19 @@
 """Tiny models for tests: sizes all different, every weight random, so that nothing can hide."""
 
+from typing import get_args
+
 import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery import GPTConfig, RopeScaling, SimpleGPT
+from nanogpt_surgery.model.config import Bias, Mlp, Norm, Positions
 
+AXES = {
+    "positions": get_args(Positions),
+    "norm": get_args(Norm),
+    "mlp": get_args(Mlp),
+    "bias": get_args(Bias),
+}
 SCALING = RopeScaling(
     factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=13
 )

@@ -6,14 +6,13 @@ import sys
 
 import pytest
 import torch
-from helpers.models import CONFIGS, SCALING, random_ids, tiny_model
+from helpers.models import AXES, CONFIGS, SCALING, random_ids, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogpt_surgery import FAMILIES, GPTConfig, KVCache, RopeScaling, SimpleGPT, SurgeryError
-from nanogpt_surgery.model.config import AXES
 
 EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 COMBINATIONS = list(itertools.product(*AXES.values(), (False, True), (False, True)))
@@ -142,10 +141,20 @@ def test_a_contradiction_is_reported_with_its_numbers(values, fragments):
         assert fragment in caught.value.what
 
 
-def test_all_contradictions_are_reported_at_once():
+@pytest.mark.parametrize(
+    ("values", "fragments"),
+    [
+        (
+            {"n_head": 0, "norm": "batchnorm", "dropout": 2.0, "norm_eps": -1.0},
+            ["n_head is 0", "batchnorm", "dropout is 2.0", "norm_eps is -1"],
+        ),
+        ({"n_embd": 130, "n_kv_head": 3}, ["n_embd 130", "n_kv_head 3"]),
+    ],
+)
+def test_wrong_values_and_then_contradictions_are_reported_at_once(values, fragments):
     with pytest.raises(SurgeryError) as caught:
-        GPTConfig(65, n_embd=130, n_kv_head=3, norm="batchnorm", dropout=2.0, norm_eps=-1.0)
-    for fragment in ("n_embd 130", "n_kv_head 3", "batchnorm", "dropout is 2.0", "norm_eps is -1"):
+        GPTConfig(65, **values)
+    for fragment in fragments:
         assert fragment in caught.value.what
 
 
@@ -164,7 +173,8 @@ def test_simple_gpt_checks_its_values_too():
 @pytest.mark.parametrize(
     ("values", "fragments"),
     [
-        ((0.5, 1.0, 4.0, 0), ["factor is 0.5", "original_max_position_embeddings is 0"]),
+        ((0, 1.0, 4.0, 0), ["factor is 0", "original_max_position_embeddings is 0"]),
+        ((0.5, 4.0, 1.0, 8192), ["factor is 0.5", "low_freq_factor 4.0"]),
         ((8.0, 4.0, 1.0, 8192), ["low_freq_factor 4.0", "high_freq_factor 1.0"]),
         (("8", 0, 4.0, 8192), ["factor is '8'", "low_freq_factor is 0"]),
     ],

@@ -95,7 +95,7 @@ def test_too_many_in_a_row_end_it_and_say_where():
         done.extend(fit(model, DATASET, SETTINGS))
     assert [step.skipped for step in done] == [True, True]
     said = str(caught.value)
-    row = DATASET.rows_of(2, SETTINGS.batch_size, SETTINGS.seed)[0]
+    row = DATASET.indices(2, SETTINGS.batch_size, SETTINGS.seed)[0]
     for part in ("3 steps", "step 3", f"row {row} ", "layers.1", "learning rate"):
         assert part in said, said
     assert "embed_tokens.weight" in said or "layers.0" in said  # the first gradient

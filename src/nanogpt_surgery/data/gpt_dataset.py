@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nanogpt_surgery.data.shuffling import Ids, rows_of, visited
+from nanogpt_surgery.data.shuffling import Ids, rows_of_step, visited
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -104,19 +104,15 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             SurgeryError: the batch cannot be shared evenly.
         """
-        return self.windows(self.rows_of(step, batch_size, seed, rank=rank, world_size=world_size))
-
-    def rows_of(
-        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
-    ) -> Tensor:
-        """Returns which windows make the batch of a step, (B,), as `batch` takes them."""
-        rows = rows_of(step, batch_size, rank, world_size)
-        return torch.from_numpy(visited(rows, len(self), seed))
-
-    def windows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns several windows: indices (B,) → inputs and targets, (B, T) int64 each."""
-        windows = torch.from_numpy(self.gather(indices.numpy()))  # (B, T + 1)
+        indices = self.indices(step, batch_size, seed, rank=rank, world_size=world_size)
+        windows = torch.from_numpy(self.gather(indices))  # (B, T + 1)
         return windows[:, :-1], windows[:, 1:]
+
+    def indices(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Ids:
+        """Returns which windows make the batch of a step, (B,), as `batch` takes them."""
+        return visited(rows_of_step(step, batch_size, rank, world_size), len(self), seed)
 
     def gather(self, indices: Ids) -> Ids:
         """Returns several windows, each with its last target: indices (B,) → (B, T + 1)."""

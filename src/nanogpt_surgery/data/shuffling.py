@@ -21,7 +21,7 @@ Ids: TypeAlias = NDArray[np.int64]
 _ORDERED = 2048  # rows whose windows are worked out at a time
 
 
-def rows_of(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
+def rows_of_step(step: int, batch_size: int, rank: int = 0, world_size: int = 1) -> range:
     """Returns the rows that a process has in a step, in a training's endless list of rows.
 
     Raises:

@@ -15,16 +15,14 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.generation.checks import check_request
 from nanogpt_surgery.generation.generate import (
-    check_bias,
-    check_model,
-    check_prompt,
     choose,
     last_logits,
     new_cache,
     next_logits,
 )
-from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_count, check_seed
+from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.layout import Layout
@@ -75,15 +73,11 @@ def generate_batch(
         SurgeryError: no prompts, an empty one, an id outside the vocabulary, or a setting outside
             its range.
     """
-    check_model(model)
-    check_count(max_new_tokens)
-    check_seed(seed)
     if not prompts:
         raise SurgeryError("there are no prompts")
-    check_rows_fit(model, len(prompts), 1 + max_new_tokens)
-    rows = [check_prompt(model, prompt) for prompt in prompts]
     settings = sampling or SamplingSettings()
-    check_bias(model, settings)
+    rows = check_request(model, prompts, max_new_tokens, settings, seed)
+    check_rows_fit(model, len(prompts), 1 + max_new_tokens)
     lines = [
         _Line(i, row, settings, stop_ids, seed, likeliest, until) for i, row in enumerate(rows)
     ]

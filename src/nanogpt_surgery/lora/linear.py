@@ -49,10 +49,14 @@ class LoRAUpdate(nn.Module):
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         return a, torch.zeros(out_features, self.rank, device=device)
 
+    def low_rank(self, x: Tensor) -> Tensor:
+        """Returns B A x, (…, in) → (…, out)."""
+        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (…, R)
+        return F.linear(down, self.lora_B.to(x.dtype))  # (…, out)
+
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         """Returns what is added to the layer's own output y (…, out) for its input x (…, in)."""
-        down = F.linear(self.dropout(x), self.lora_A.to(x.dtype))  # (…, in) → (…, R)
-        return self.scaling * F.linear(down, self.lora_B.to(x.dtype))  # (…, R) → (…, out)
+        return self.scaling * self.low_rank(x)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A (R, in) and B (out, R), such that ΔW = s · B A."""
@@ -117,23 +121,17 @@ class LoRALinear(LoRALayer):
     def forward(self, x: Tensor) -> Tensor:
         """Returns y = W x + b + s · B A x, (…, in) → (…, out)."""
         y: Tensor = self.original_layer(x)  # W x + b
-        if not self.enabled:
-            return y
-        if (plain := self.plain_update) is None:  # several adapters, DoRA, …
-            return self.active(self, x, y)
-        a, b, scale, dropout = plain
-        return y + scale * F.linear(F.linear(dropout(x), a.to(x.dtype)), b.to(x.dtype))
+        if (update := self.plain_update) is None:  # disabled, several adapters, DoRA, …
+            return self.active(self, x, y) if self.enabled else y
+        return y + update.scaling * update.low_rank(x)  # + s · B A x
 
     @property
-    def plain_update(self) -> tuple[Tensor, Tensor, float, nn.Dropout] | None:
-        """A, B, the scale and the dropout, if one plain update takes part and nothing else does."""
-        if not isinstance(self.active, WeightedAdapters):
+    def plain_update(self) -> LoRAUpdate | None:
+        """The update, if one plain one takes part, with the weight 1, and nothing else does."""
+        if not self.enabled or not isinstance(self.active, WeightedAdapters):
             return None
-        updates = self.updates
-        present = [(updates[n], w) for n, w in self.active.weights.items() if n in updates]
-        if len(present) != 1:
+        weights = {n: w for n, w in self.active.weights.items() if n in self.updates}
+        if list(weights.values()) != [1.0]:
             return None
-        update, weight = present[0]
-        if type(update) is not LoRAUpdate:
-            return None
-        return update.lora_A, update.lora_B, weight * update.scaling, update.dropout
+        update = self.updates[next(iter(weights))]
+        return update if type(update) is LoRAUpdate else None

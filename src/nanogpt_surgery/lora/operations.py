@@ -53,7 +53,7 @@ def blend_lora(model: nn.Module, weights: Mapping[str, float]) -> Report:
             "a table by the adapters' names: blend_lora(model, {'poet': 0.7, 'clerk': 0.3})",
         )
     named = {f"the weight of {name!r}": weight for name, weight in weights.items()}
-    raise_all("there is no such blend", wrong_values(WEIGHT, named))
+    raise_all(wrong_values(WEIGHT, named))
     active = WeightedAdapters({check_name(model, n): float(w) for n, w in weights.items()})
     return _activate(model, f"blend {active}", active)
 

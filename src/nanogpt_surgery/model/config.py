@@ -4,39 +4,20 @@ A family is a choice on orthogonal axes, never a branch in the code: what differ
 Qwen3 is a row of `FAMILIES`. This module does not load torch, so the command line can read it.
 """
 
-from __future__ import annotations
-
-import dataclasses
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.values import (
-    FACTOR,
-    POSITIVE,
-    SHARE,
-    SIZE,
-    SIZE_OR_0,
-    SWITCH,
-    raise_all,
-    wrong,
-)
+from nanogpt_surgery.values import POSITIVE, SHARE, SIZE, SIZE_OR_0, Settings
 
 Positions = Literal["learned", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 Bias = Literal["all", "qkv", "attention", "none"]
 
-AXES: dict[str, tuple[str, ...]] = {
-    "positions": get_args(Positions),
-    "norm": get_args(Norm),
-    "mlp": get_args(Mlp),
-    "bias": get_args(Bias),
-}
-
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Settings):
     """A scaling of the rotary wavelengths: Llama 3's, or the same for all ("linear").
 
     `linear` makes every wavelength `factor` times longer and reads nothing else. `llama3`:
@@ -45,48 +26,48 @@ class RopeScaling:
     between are interpolated.
     """
 
-    factor: float
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+    factor: Annotated[float, POSITIVE]
+    low_freq_factor: Annotated[float, POSITIVE] = 1.0
+    high_freq_factor: Annotated[float, POSITIVE] = 4.0
+    original_max_position_embeddings: Annotated[int, SIZE] = 8192
     rope_type: Literal["llama3", "linear"] = "llama3"
 
-    def __post_init__(self) -> None:
-        linear = self.rope_type == "linear"
-        problems = wrong(self, POSITIVE if linear else FACTOR, "factor")
-        if self.rope_type not in ("llama3", "linear"):
-            problems.append(f"rope_type is {self.rope_type!r}; it must be llama3 or linear")
-        problems += wrong(self, POSITIVE, "low_freq_factor", "high_freq_factor")
-        problems += wrong(self, SIZE, "original_max_position_embeddings")
-        low, high = self.low_freq_factor, self.high_freq_factor
-        if not problems and low >= high:
-            problems = [f"low_freq_factor {low} must be below high_freq_factor {high}"]
-        raise_all("this rope_scaling is impossible", problems)
+    def contradictions(self) -> list[str]:
+        """Returns a sentence for each contradiction."""
+        found = []
+        if self.rope_type == "llama3" and self.factor < 1:
+            found.append(f"factor is {self.factor}; it must be at least 1 in llama3")
+        if self.low_freq_factor >= self.high_freq_factor:
+            found.append(
+                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor "
+                f"{self.high_freq_factor}"
+            )
+        return found
 
 
 @dataclass(frozen=True)
-class GPTConfig:
+class GPTConfig(Settings):
     """Everything that determines a model's shape and arithmetic; the weights are the rest.
 
     Three sizes follow from others where they are 0, and are resolved on construction: `n_kv_head`,
     `head_dim` and `n_inner`. All contradictions are reported at once, as a `SurgeryError`.
     """
 
-    vocab_size: int
+    vocab_size: Annotated[int, SIZE]
     """number of token ids, V"""
-    n_embd: int = 128
+    n_embd: Annotated[int, SIZE] = 128
     """width of the residual stream, C"""
-    n_head: int = 4
+    n_head: Annotated[int, SIZE] = 4
     """query heads, H"""
-    n_layer: int = 4
+    n_layer: Annotated[int, SIZE] = 4
     """transformer blocks"""
-    block_size: int = 256
+    block_size: Annotated[int, SIZE] = 256
     """longest context in tokens"""
-    n_kv_head: int = 0
+    n_kv_head: Annotated[int, SIZE_OR_0] = 0
     """key and value heads, G; fewer than n_head groups the queries (0: n_head)"""
-    head_dim: int = 0
+    head_dim: Annotated[int, SIZE_OR_0] = 0
     """width of a head, D (0: n_embd / n_head)"""
-    n_inner: int = 0
+    n_inner: Annotated[int, SIZE_OR_0] = 0
     """width inside the feed-forward (0: 4 C, or 8/3 C rounded up to a multiple of 32 for SwiGLU)"""
     positions: Positions = "learned"
     """how order is represented: a learned table added once, or a rotation of queries and keys"""
@@ -96,63 +77,48 @@ class GPTConfig:
     """feed-forward: GELU, its tanh form (GPT-2's), ReLU squared, or the gated SwiGLU (Llama's)"""
     bias: Bias = "all"
     """which layers carry a bias: all (norms too), q k v, the whole attention, or none"""
-    n_prev_tokens: int = 0
+    n_prev_tokens: Annotated[int, SIZE_OR_0] = 0
     """previous tokens whose embeddings are added to each token's, with a table for each distance"""
     qk_norm: bool = False
     """RMSNorm over each head's queries and keys (Qwen3)"""
     tie_head: bool = False
     """the head shares its matrix with the token embedding"""
-    norm_eps: float = 1e-5
+    norm_eps: Annotated[float, POSITIVE] = 1e-5
     """added to the variance in the norms"""
-    rope_theta: float = 10000.0
+    rope_theta: Annotated[float, POSITIVE] = 10000.0
     """base of the rotary wavelengths"""
     rope_scaling: RopeScaling | None = None
     """a scaling of the rotary wavelengths: Llama 3's, or linear"""
-    dropout: float = 0.0
+    dropout: Annotated[float, SHARE] = 0.0
     """probability of zeroing an activation in training"""
 
     def __post_init__(self) -> None:
-        problems = wrong(self, SIZE, "vocab_size", "n_embd", "n_head", "n_layer", "block_size")
-        problems += wrong(self, SIZE_OR_0, "n_kv_head", "head_dim", "n_inner", "n_prev_tokens")
-        sizes = {} if problems else self._derived_sizes()
-        problems += self._wrong_values() + (self._contradictions(sizes) if sizes else [])
-        raise_all("this model cannot be built", problems)
-        for name, value in sizes.items():
-            object.__setattr__(self, name, value)
-
-    def _derived_sizes(self) -> dict[str, int]:
+        super().__post_init__()
         gated = -(-8 * self.n_embd // (3 * 32)) * 32
-        return {
+        sizes = {
             "n_kv_head": self.n_kv_head or self.n_head,
             "head_dim": self.head_dim or self.n_embd // self.n_head,
             "n_inner": self.n_inner or (gated if self.mlp == "swiglu" else 4 * self.n_embd),
         }
+        for name, value in sizes.items():
+            object.__setattr__(self, name, value)
 
-    def _wrong_values(self) -> list[str]:
-        found = [
-            f"{axis} is {getattr(self, axis)!r}; it must be one of {', '.join(values)}"
-            for axis, values in AXES.items()
-            if getattr(self, axis) not in values
-        ]
-        found += wrong(self, POSITIVE, "norm_eps", "rope_theta")
-        found += wrong(self, SHARE, "dropout")
-        found += wrong(self, SWITCH, "qk_norm", "tie_head")
+    def contradictions(self) -> list[str]:
+        """Returns a sentence for each contradiction."""
+        found = []
+        if not self.head_dim and self.n_embd % self.n_head:
+            found.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
+        if self.n_kv_head and self.n_head % self.n_kv_head:
+            found.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+        head_dim = self.head_dim or self.n_embd // self.n_head
+        if self.positions == "rotary" and head_dim % 2:
+            found.append(f"head_dim {head_dim} is odd; rotary positions turn pairs")
         if self.rope_scaling and self.positions != "rotary":
             found.append(f"rope_scaling needs positions 'rotary', not {self.positions!r}")
         return found
 
-    def _contradictions(self, sizes: dict[str, int]) -> list[str]:
-        found = []
-        if not self.head_dim and self.n_embd % self.n_head:
-            found.append(f"n_embd {self.n_embd} is not a multiple of n_head {self.n_head}")
-        if self.n_head % sizes["n_kv_head"]:
-            found.append(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
-        if self.positions == "rotary" and sizes["head_dim"] % 2:
-            found.append(f"head_dim {sizes['head_dim']} is odd; rotary positions turn pairs")
-        return found
-
     @classmethod
-    def for_family(cls, family: str, **sizes: Any) -> GPTConfig:
+    def for_family(cls, family: str, **sizes: Any) -> Self:
         """A config on the family's usual axes; `sizes` are any fields of `GPTConfig`."""
         if family not in FAMILIES:
             raise SurgeryError(f"there is no family {family!r}", f"choose {' or '.join(FAMILIES)}")
@@ -162,31 +128,26 @@ class GPTConfig:
     @property
     def n_parameters(self) -> int:
         """Number of distinct weights, a tied head counted once."""
-        embeddings = (1 + self.n_prev_tokens) * self.vocab_size * self.n_embd
-        if self.positions == "learned":
-            embeddings += self.block_size * self.n_embd
-        head = 0 if self.tie_head else self.vocab_size * self.n_embd
-        return embeddings + self.n_layer * self._block_parameters() + self._norm_parameters() + head
+        norm = self.n_embd * (2 if self.norm == "layernorm" and self.bias == "all" else 1)
+        linears = sum(rows * (columns + bias) for rows, columns, bias in self._linears())
+        block = linears + 2 * norm + 2 * self.head_dim * self.qk_norm
+        tables = self.vocab_size * (1 + self.n_prev_tokens + (not self.tie_head))
+        tables += self.block_size if self.positions == "learned" else 0
+        return self.n_layer * block + norm + tables * self.n_embd
 
-    def _norm_parameters(self) -> int:
-        return self.n_embd * (2 if self.norm == "layernorm" and self.bias == "all" else 1)
-
-    def _block_matrices(self) -> int:
+    def _linears(self) -> list[tuple[int, int, bool]]:
+        """Returns outputs, inputs and whether there is a bias, for each Linear of a block."""
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        feed_forward_matrices = 3 if self.mlp == "swiglu" else 2
-        return self.n_embd * (2 * q + 2 * kv + feed_forward_matrices * self.n_inner)
-
-    def _block_parameters(self) -> int:
-        q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
-        inner_outputs = self.n_inner * (2 if self.mlp == "swiglu" else 1)
-        biases = {
-            "all": q + 2 * kv + self.n_embd + inner_outputs + self.n_embd,
-            "qkv": q + 2 * kv,
-            "attention": q + 2 * kv + self.n_embd,
-            "none": 0,
-        }[self.bias]
-        qk_norms = 2 * self.head_dim if self.qk_norm else 0
-        return self._block_matrices() + biases + 2 * self._norm_parameters() + qk_norms
+        qkv_bias, o_bias = self.bias != "none", self.bias in ("all", "attention")
+        width, inner, mlp_bias = self.n_embd, self.n_inner, self.bias == "all"
+        return [
+            (q, width, qkv_bias),
+            (kv, width, qkv_bias),
+            (kv, width, qkv_bias),
+            (width, q, o_bias),
+            *[(inner, width, mlp_bias)] * (2 if self.mlp == "swiglu" else 1),
+            (width, inner, mlp_bias),
+        ]
 
     def flops_per_token(self, context: int | None = None) -> int:
         """Floating-point operations of a forward pass, per token, in matrix products alone.
@@ -196,15 +157,20 @@ class GPTConfig:
         appendix B). A training step takes three times as many. `context` defaults to `block_size`.
         """
         context = self.block_size if context is None else context
-        matrices = self.n_layer * self._block_matrices() + self.vocab_size * self.n_embd
+        block = sum(rows * columns for rows, columns, _ in self._linears())
+        matrices = self.n_layer * block + self.vocab_size * self.n_embd
         return 2 * matrices + 4 * self.n_layer * self.n_head * self.head_dim * context
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as plain values, for JSON."""
-        return dataclasses.asdict(self)
 
 
 # For each family the values its checkpoints may take on each axis, the usual one first.
+_ROTARY: dict[str, tuple[Any, ...]] = {
+    "positions": ("rotary",),
+    "norm": ("rmsnorm",),
+    "mlp": ("swiglu",),
+    "n_prev_tokens": (0,),
+    "qk_norm": (False,),
+    "tie_head": (True, False),
+}
 FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
     "gpt2": {
         "positions": ("learned",),
@@ -215,31 +181,7 @@ FAMILIES: dict[str, dict[str, tuple[Any, ...]]] = {
         "qk_norm": (False,),
         "tie_head": (True, False),
     },
-    "llama": {
-        "positions": ("rotary",),
-        "norm": ("rmsnorm",),
-        "mlp": ("swiglu",),
-        "bias": ("none", "all", "attention"),
-        "n_prev_tokens": (0,),
-        "qk_norm": (False,),
-        "tie_head": (False, True),
-    },
-    "qwen2": {
-        "positions": ("rotary",),
-        "norm": ("rmsnorm",),
-        "mlp": ("swiglu",),
-        "bias": ("qkv",),
-        "n_prev_tokens": (0,),
-        "qk_norm": (False,),
-        "tie_head": (True, False),
-    },
-    "qwen3": {
-        "positions": ("rotary",),
-        "norm": ("rmsnorm",),
-        "mlp": ("swiglu",),
-        "bias": ("none", "attention"),
-        "n_prev_tokens": (0,),
-        "qk_norm": (True,),
-        "tie_head": (True, False),
-    },
+    "llama": _ROTARY | {"bias": ("none", "all", "attention"), "tie_head": (False, True)},
+    "qwen2": _ROTARY | {"bias": ("qkv",)},
+    "qwen3": _ROTARY | {"bias": ("none", "attention"), "qk_norm": (True,)},
 }

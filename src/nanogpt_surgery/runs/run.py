@@ -20,7 +20,7 @@ from time import monotonic
 from typing import Any
 
 from nanogpt_surgery.data.gpt_dataset import Batches
-from nanogpt_surgery.data.shuffling import rows_of
+from nanogpt_surgery.data.shuffling import rows_of_step
 from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.files.disk_errors import make_folder
 from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
@@ -59,7 +59,7 @@ def check_run(folder: Path, settings: FitSettings, resume: bool = False) -> None
     """
 
     def check() -> int:
-        rows_of(0, settings.batch_size * settings.grad_accum_steps, world_size=world().size)
+        rows_of_step(0, settings.batch_size * settings.grad_accum_steps, world_size=world().size)
         check_folder(folder, resume)
         return 0
 

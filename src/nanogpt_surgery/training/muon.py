@@ -17,6 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.targets import output_layer
 from nanogpt_surgery.training.hardware import has_bfloat16
 
 Polynomials: TypeAlias = tuple[tuple[float, float, float], ...]
@@ -30,6 +32,8 @@ POLYNOMIALS = (
     (3.9487, -2.9089, 0.5518),
 )
 MARGIN = 1.02  # of the norm in bfloat16
+# Beside Muon's rate, that of what AdamW trains (docs/training.md).
+EMBEDDING_RATIO, OTHER_RATIO = 1.5, 0.5
 
 
 def orthogonalised(matrices: Tensor, polynomials: Polynomials = POLYNOMIALS) -> Tensor:
@@ -157,3 +161,34 @@ def _by_shape(matrices: Iterable[nn.Parameter]) -> dict[torch.Size, list[nn.Para
         if matrix.grad is not None:
             shapes.setdefault(matrix.shape, []).append(matrix)
     return shapes
+
+
+def muon_groups(
+    model: nn.Module, trainable: list[nn.Parameter], weight_decay: float
+) -> list[dict[str, Any]]:
+    """The groups of parameters: matrices of Linears but the head's for Muon, the rest for AdamW.
+
+    Raises:
+        SurgeryError: no such matrix can be trained.
+    """
+    modules, output = dict(model.named_modules()), output_layer(model)
+    linears = [m for name, m in modules.items() if isinstance(m, nn.Linear) and name != output]
+    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
+    matrices = {id(m.weight) for m in linears if m.weight.requires_grad} - tables
+    if not matrices:
+        raise SurgeryError(
+            "muon trains the matrices of a model, and none of them can be trained",
+            "a LoRA is trained by AdamW: leave muon away",
+        )
+    groups: list[tuple[list[nn.Parameter], dict[str, Any]]] = [
+        (
+            [p for p in trainable if id(p) in matrices],
+            {"muon": True, "weight_decay": weight_decay},
+        ),
+        ([p for p in trainable if id(p) in tables], {"muon": False, "rate_ratio": EMBEDDING_RATIO}),
+        (
+            [p for p in trainable if id(p) not in matrices | tables],
+            {"muon": False, "rate_ratio": OTHER_RATIO},
+        ),
+    ]
+    return [{"params": parameters} | options for parameters, options in groups if parameters]

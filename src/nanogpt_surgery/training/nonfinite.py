@@ -47,7 +47,7 @@ def check_skipped_steps(loop: TrainingLoop, batch: Batch, step: int) -> None:
 
 def _rows_of(loop: TrainingLoop, step: int) -> list[int]:
     """The numbers of the windows, or rows, in this process's part of a batch; [] if unknown."""
-    known: Any = getattr(loop.dataset, "rows_of", None)
+    known: Any = getattr(loop.dataset, "indices", None)
     if known is None:
         return []
     settings = loop.settings

@@ -13,12 +13,8 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.checks import linear_b_matrices
-from nanogpt_surgery.lora.targets import output_layer
-from nanogpt_surgery.training.muon import Muon
+from nanogpt_surgery.training.muon import Muon, muon_groups
 from nanogpt_surgery.training.settings import FitSettings
-
-# Beside Muon's rate, that of what AdamW trains (docs/training.md).
-EMBEDDING_RATIO, OTHER_RATIO = 1.5, 0.5
 
 
 def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
@@ -38,11 +34,12 @@ def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optim
             "the model has no parameter that can be trained",
             "inject_lora(model, …), or model.requires_grad_(True)",
         )
-    if settings.muon:
-        return _muon(model, trainable, settings)
-    groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
     betas = (settings.beta1, settings.beta2)
-    adamw, _ = _optimizers(settings.fast)
+    adamw, muon = _optimizers(settings.fast)
+    if settings.muon:
+        groups = muon_groups(model, trainable, settings.weight_decay)
+        return muon(groups, settings.learning_rate, settings.momentum, betas)
+    groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
     return adamw(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 
@@ -73,33 +70,6 @@ def _adamw_groups(
             "lr": ratio * settings.learning_rate,  # for a loop of one's own, without the schedule
         },
     ]
-
-
-def _muon(model: nn.Module, trainable: list[nn.Parameter], settings: FitSettings) -> Muon:
-    """Muon for the matrices of Linears but the head's; tables learn faster than the rest."""
-    modules, output = dict(model.named_modules()), output_layer(model)
-    linears = [m for name, m in modules.items() if isinstance(m, nn.Linear) and name != output]
-    tables = {id(m.weight) for m in modules.values() if isinstance(m, nn.Embedding)}
-    matrices = {id(m.weight) for m in linears if m.weight.requires_grad} - tables
-    if not matrices:
-        raise SurgeryError(
-            "muon trains the matrices of a model, and none of them can be trained",
-            "a LoRA is trained by AdamW: leave muon away",
-        )
-    rest = [p for p in trainable if id(p) not in matrices | tables]
-    groups: list[dict[str, Any]] = [
-        {
-            "params": [p for p in trainable if id(p) in matrices],
-            "muon": True,
-            "weight_decay": settings.weight_decay,
-        },
-        {"params": [p for p in trainable if id(p) in tables], "rate_ratio": EMBEDDING_RATIO},
-        {"params": rest, "rate_ratio": OTHER_RATIO},
-    ]
-    groups = [{"muon": False} | group for group in groups if group["params"]]
-    betas = (settings.beta1, settings.beta2)
-    _, muon = _optimizers(settings.fast)
-    return muon(groups, settings.learning_rate, settings.momentum, betas)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

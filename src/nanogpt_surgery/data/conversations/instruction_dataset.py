@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from nanogpt_surgery.data.conversations.chat import end_ids
 from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.data.gpt_dataset import Batch
-from nanogpt_surgery.data.shuffling import rows_of, visited
+from nanogpt_surgery.data.shuffling import Ids, rows_of_step, visited
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
@@ -125,23 +125,23 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         """Row `index`: input and target, (T,) int64 each."""
         return self.inputs[index].long(), self.targets[index].long()
 
-    def rows_of(
+    def indices(
         self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
-    ) -> Tensor:
+    ) -> Ids:
         """Which rows make the batch of a step, (B,): a pure function of (seed, step, rank).
 
         Raises:
             SurgeryError: the batch cannot be shared evenly by the processes.
         """
-        rows = rows_of(step, batch_size, rank, world_size)
-        return torch.from_numpy(visited(rows, len(self), seed))
+        rows = rows_of_step(step, batch_size, rank, world_size)
+        return visited(rows, len(self), seed)
 
     def batch(
         self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
     ) -> Batch:
         """The batch of a step; with documents where a row holds several."""
         return self._batch_of(
-            self.rows_of(step, batch_size, seed, rank=rank, world_size=world_size)
+            torch.from_numpy(self.indices(step, batch_size, seed, rank=rank, world_size=world_size))
         )
 
     @property

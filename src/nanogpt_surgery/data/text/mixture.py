@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
-from nanogpt_surgery.data.shuffling import Ids, rows_of, shuffled, visited
+from nanogpt_surgery.data.shuffling import Ids, rows_of_step, shuffled, visited
 from nanogpt_surgery.errors import SurgeryError
 
 LEAST_GROUP, MOST_SHARES = 1024, 20_000
@@ -69,7 +69,7 @@ class Mixture:
         Raises:
             SurgeryError: the batch cannot be shared evenly by the processes.
         """
-        sources, places = self.drawn(rows_of(step, batch_size, rank, world_size), seed)  # (B,)
+        sources, places = self.drawn(rows_of_step(step, batch_size, rank, world_size), seed)  # (B,)
         windows = np.empty((len(sources), self.block_size + 1), np.int64)
         for index, source in enumerate(self.sources):
             mine = sources == index

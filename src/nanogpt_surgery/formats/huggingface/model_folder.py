@@ -18,6 +18,7 @@ from nanogpt_surgery.formats.huggingface.config_options import (
     rope_options,
 )
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
+from nanogpt_surgery.values import field_types, wrong_value
 
 OWN = "nanogpt_surgery"
 
@@ -158,19 +159,18 @@ def config_from_json(contents: Any) -> GPTConfig:
 
 _NEEDED = ("vocab_size", "n_embd", "n_head", "n_layer", "block_size")
 _ADDED = {"n_prev_tokens": 0}  # what a folder of an older version does not say
-_KINDS = {field.name: field.type for field in dataclasses.fields(GPTConfig)}
 
 
 def _check_types(values: dict[str, Any], names: dict[str, str]) -> None:
     """Sizes are integers, other numbers are numbers, and choices are true or false."""
-    kinds: dict[Any, tuple[type, ...]] = {"int": (int,), "float": (int, float), "bool": (bool,)}
+    kinds = field_types(GPTConfig)
     wrong = [
-        f"{names.get(name, name)} is {quoted(value)}"
+        problem
         for name, value in values.items()
-        if _KINDS[name] in kinds and type(value) not in kinds[_KINDS[name]]
+        for problem in wrong_value(names.get(name, name), value, kinds[name])
     ]
     if wrong:
-        raise SurgeryError(f"config.json gives values of the wrong type: {'; '.join(wrong)}")
+        raise SurgeryError(f"config.json gives values of the wrong kind: {'; '.join(wrong)}")
 
 
 def _own_config(contents: dict[str, Any]) -> GPTConfig:
@@ -182,7 +182,6 @@ def _own_config(contents: dict[str, Any]) -> GPTConfig:
     problems += [f"no {key}" for key in sorted(known - set(values))]
     if problems:
         raise SurgeryError(f"config.json holds what is not understood: {', '.join(problems)}")
-    _check_types(values, {})
     scaling = values["rope_scaling"]
     if scaling is not None:
         values["rope_scaling"] = _scaling(scaling if isinstance(scaling, dict) else {})

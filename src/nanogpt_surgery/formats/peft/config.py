@@ -141,7 +141,7 @@ def _are_names(value: Any) -> bool:
     return isinstance(value, list) and all(name and isinstance(name, str) for name in value)
 
 
-_NAMES: Kind = (
+_NAMES = Kind(
     f"null or a list of at most {_MOST_WHOLE} names",
     lambda x: x is None or (_are_names(x) and len(x) <= _MOST_WHOLE),
 )

@@ -43,14 +43,14 @@ def _is_fused_part(value: Any) -> bool:
     return _is_rank_and_alpha(value[:2]) and (value[2] is None or _is_rank_and_alpha(value[2]))
 
 
-_TIED: Kind = (
+_TIED = Kind(
     f"null or one of {', '.join(get_args(Tied))}",
     lambda x: x in (None, *get_args(Tied)),
 )
 _ENTRIES: dict[str, Kind] = {
-    "fingerprint": ("a sha256", lambda x: isinstance(x, str)),
-    "births": ("[rank, alpha]", _is_rank_and_alpha),
-    "pieces": (
+    "fingerprint": Kind("a sha256", lambda x: isinstance(x, str)),
+    "births": Kind("[rank, alpha]", _is_rank_and_alpha),
+    "pieces": Kind(
         "a list, each null or [rank, alpha, null or [rank, alpha]]",
         lambda x: isinstance(x, list) and all(_is_fused_part(part) for part in x),
     ),

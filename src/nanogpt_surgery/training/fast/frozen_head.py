@@ -60,11 +60,12 @@ def frozen_head(head: nn.Module, precision: torch.dtype) -> FrozenHead | None:
     if watched(head):
         return None
     if isinstance(head, LoRALinear) and can_fuse(head) and head.original_layer.bias is None:
-        assert head.plain_update is not None, "can_fuse has seen to it"
-        a, b, scale, _ = head.plain_update
-        return FrozenHead(head.original_layer.weight.detach(), precision, a, b, scale)
+        update = head.plain_update
+        assert update is not None, "can_fuse has seen to it"
+        weight: Tensor = head.original_layer.weight.detach()
+        return FrozenHead(weight, precision, *update.factors(), update.scaling)
     if frozen_linear(head) and head.bias is None:
-        weight: Tensor = head.weight.detach()
+        weight = head.weight.detach()
         vocabulary, width = weight.shape
         none = torch.empty(0, device=weight.device)
         return FrozenHead(weight, precision, none.view(0, width), none.view(vocabulary, 0), 0.0)

@@ -106,9 +106,10 @@ class FusedLoRALinear(LoRALinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, in) → (…, out)."""
-        assert self.plain_update is not None, "can_fuse has seen to it"
-        layer, (a, b, scale, _) = self.original_layer, self.plain_update
-        return FrozenProduct.apply(x, layer.weight, layer.bias, a, b, scale)
+        layer, update = self.original_layer, self.plain_update
+        assert update is not None, "can_fuse has seen to it"
+        a, b = update.factors()
+        return FrozenProduct.apply(x, layer.weight, layer.bias, a, b, update.scaling)
 
 
 def can_fuse(layer: nn.Module) -> bool:
@@ -119,12 +120,11 @@ def can_fuse(layer: nn.Module) -> bool:
     """
     if not isinstance(layer, LoRALinear) or type(layer) not in (LoRALinear, FusedLoRALinear):
         return False
-    if not layer.enabled or (plain := layer.plain_update) is None:
+    if (update := layer.plain_update) is None:
         return False
-    factor_a, factor_b, _, dropout = plain
     return (
-        dropout.p == 0
-        and factor_a.dtype == factor_b.dtype == torch.float32
+        update.dropout.p == 0
+        and update.lora_A.dtype == update.lora_B.dtype == torch.float32
         and layer.original_layer.weight.dtype != torch.float64
         and frozen_linear(layer.original_layer)
     )
