@@ -30,6 +30,7 @@ SETTINGS = FitSettings(
     max_steps=3, batch_size=4, warmup_steps=0, learning_rate=1e-2, device="cpu",
     precision="float32", compile="off", seed=3,
 )  # fmt: skip
+PLAIN = {"fast": False, "compile": "off"}
 LLAMA = FAMILY_CONFIGS["llama"]
 IDS = random_ids(LLAMA, 1, 60)[0]
 
@@ -89,12 +90,30 @@ CASES += [
     for changes in ({"grad_accum_steps": 2}, {"gradient_checkpointing": True}, {"max_steps": 9})
 ]
 CASES += [("llama", "none", {**MUON, "max_steps": 3}, windows)]
+CASES += [("transformers", kind, {}, windows) for kind in ("none", "q and v", "head", "dora")]
+CASES += [
+    pytest.param("llama", kind, {"compile": "on"}, data, marks=pytest.mark.slow)
+    for kind in ("none", "q and v", "dora")
+    for data in (windows, answers)
+]
 
 
-def prepared(name: str, adapter: str) -> SimpleGPT:
+def of_transformers() -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=LLAMA.vocab_size, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+        num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=16,
+        bos_token_id=1, eos_token_id=2, pad_token_id=None, tie_word_embeddings=False,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def prepared(name: str, adapter: str) -> nn.Module:
     """A model in which every update already does something."""
     torch.manual_seed(0)
-    model = tiny_model((FAMILY_CONFIGS | OWN_CONFIGS)[name])
+    configs = FAMILY_CONFIGS | OWN_CONFIGS
+    model = tiny_model(configs[name]) if name in configs else of_transformers()
     ADAPTERS[adapter](model)
     if adapter != "none":
         with torch.no_grad():
@@ -118,13 +137,14 @@ def most_logits(request, monkeypatch) -> None:
         monkeypatch.setattr(frozen_head, "IN_CACHE", 50)
 
 
+@pytest.mark.filterwarnings("default:::torch")  # of PyTorch's compiler
 @pytest.mark.usefixtures("most_logits")
 @pytest.mark.parametrize(("name", "adapter", "changes", "data"), CASES)
 def test_fast_is_plain(name, adapter, changes, data):
     fast = prepared(name, adapter)
     plain = copy.deepcopy(fast)
     losses, norms = trained(fast, data(), **changes)
-    wanted, wanted_norms = trained(plain, data(), fast=False, **changes)
+    wanted, wanted_norms = trained(plain, data(), **(changes | PLAIN))
     assert losses == pytest.approx(wanted, rel=2e-5)
     assert norms == pytest.approx(wanted_norms, rel=1e-3)
     assert evaluate(fast, data()) == pytest.approx(evaluate(plain, data(), fast=False), rel=2e-5)

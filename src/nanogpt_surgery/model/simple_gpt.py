@@ -155,7 +155,7 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
     | biases                                    | 0                                               |
     | weights of norms                          | 1                                               |
     """
-    matrix = 0.5 / math.sqrt(config.n_embd)
+    matrix_std = 0.5 / math.sqrt(config.n_embd)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):
             nn.init.zeros_(parameter)
@@ -166,6 +166,6 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
         elif name.startswith("embed_"):
             nn.init.normal_(parameter, std=0.02)
         elif name.endswith(("o_proj.weight", "down_proj.weight")):
-            nn.init.normal_(parameter, std=matrix / math.sqrt(2 * config.n_layer))
+            nn.init.normal_(parameter, std=matrix_std / math.sqrt(2 * config.n_layer))
         else:
-            nn.init.normal_(parameter, std=matrix)
+            nn.init.normal_(parameter, std=matrix_std)

@@ -165,6 +165,7 @@ class CausalSelfAttention(nn.Module):
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else nn.Identity()
         self.rotate: Callable[..., Tensor] = rotate if config.positions == "rotary" else identity
+        # An attribute, so that `training/fast` can put its own in this place and take it back.
         self.attend: Callable[..., Tensor] = causal_attention
 
     def forward(

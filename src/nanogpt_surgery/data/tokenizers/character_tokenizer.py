@@ -45,8 +45,9 @@ class CharacterTokenizer:
         self.id_to_character = dict(enumerate(characters))
         self.character_to_id = {character: i for i, character in self.id_to_character.items()}
         code_points = [ord(character) for character in characters]
-        self._ids = np.full(max(code_points) + 2, -1, dtype=np.int32)  # the last: any beyond
-        self._ids[code_points] = np.arange(len(characters))
+        # For `encode_to_numpy`: −1 where a code point has no id, as the last of the table has not.
+        self._id_of_code_point = np.full(max(code_points) + 2, -1, dtype=np.int32)
+        self._id_of_code_point[code_points] = np.arange(len(characters))
 
     @property
     def vocab_size(self) -> int:
@@ -67,7 +68,8 @@ class CharacterTokenizer:
     def encode_to_numpy(self, text: str) -> NDArray[np.int32]:
         """The same ids as an int32 array (N,), without a Python object for each."""
         code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]
+        table = self._id_of_code_point
+        ids = table[np.minimum(code_points, len(table) - 1)]
         unknown = np.flatnonzero(ids < 0)
         if unknown.size:
             raise self._unknown(text, int(unknown[0]))
