@@ -19,7 +19,7 @@ from nanogpt_surgery import (
     read_conversations,
     save_model,
 )
-from nanogpt_surgery.cli.chat import files as chat_files
+from nanogpt_surgery.cli.chat import session
 from nanogpt_surgery.errors import printable
 from nanogpt_surgery.generation.conversation import Conversation
 
@@ -198,7 +198,7 @@ def test_ctrl_c_at_any_moment_keeps_the_conversation(folder: Path, talk, monkeyp
     assert "stopped; what was said so far is kept" in errors
     [messages] = read_conversations(folder / "one.json")
     assert len(messages[1]["content"]) == 1
-    interrupt_once(chat_files, "write_json")
+    interrupt_once(session, "write_json")
     out, errors = talk("abc\n/save two.json\n/save two.json\n")
     assert "stopped at once" in errors
     assert "wrote two.json" in errors

@@ -18,7 +18,7 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
-from nanogpt_surgery.cli.opening import open_to_talk
+from nanogpt_surgery.cli.model_options import OpeningOptions
 from nanogpt_surgery.lora.attachment import attach_adapter, extract_adapter
 from nanogpt_surgery.lora.linear import LoRAUpdate
 
@@ -40,7 +40,7 @@ def processor(monkeypatch: pytest.MonkeyPatch, has_bfloat16: bool) -> None:
 
 def test_without_bfloat16_arithmetic_it_is_computed_in_float32(stored, monkeypatch) -> None:
     processor(monkeypatch, False)
-    model, _ = open_to_talk(str(stored), {})
+    model, _ = OpeningOptions().open(str(stored), [])
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.lm_head.weight is model.embed_tokens.weight
     as_stored, _ = open_model(stored)
@@ -61,7 +61,7 @@ def test_what_is_asked_for_counts(
     stored, monkeypatch, capsys, has_bfloat16, asked, expected
 ) -> None:
     processor(monkeypatch, has_bfloat16)
-    model, _ = open_to_talk(str(stored), {}, asked)
+    model, _ = OpeningOptions(asked).open(str(stored), [])
     assert model.lm_head.weight.dtype == expected
     assert capsys.readouterr().err == ""
 
@@ -80,9 +80,9 @@ def operated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_sits_on_its_base_in_bfloat16(operated) -> None:
-    adapters = {"a": operated / "a"}
-    exact, _ = open_to_talk(str(operated / "m"), adapters)
-    model, _ = open_to_talk(str(operated / "m"), adapters, "bfloat16")
+    adapters = [("a", operated / "a")]
+    exact, _ = OpeningOptions().open(str(operated / "m"), adapters)
+    model, _ = OpeningOptions("bfloat16").open(str(operated / "m"), adapters)
     updates = [module for module in model.modules() if isinstance(module, LoRAUpdate)]
     thin = {parameter for update in updates for parameter in update.parameters()}
     assert {p.dtype for p in thin} == {torch.float32}
@@ -101,7 +101,7 @@ def test_an_adapter_knows_a_base_of_mixed_dtypes(operated, tmp_path, monkeypatch
     save_model(model, tmp_path / "m", tokenizer)
     inject_lora(model, ["v_proj", "lm_head"], rank=2, tied="untie")
     save_adapter(model, tmp_path / "a")
-    opened, _ = open_to_talk(str(tmp_path / "m"), {"a": tmp_path / "a"})
+    opened, _ = OpeningOptions().open(str(tmp_path / "m"), [("a", tmp_path / "a")])
     head = opened.lm_head.original_layer.weight
     assert head.dtype == torch.bfloat16 == opened.layers[1].self_attn.k_proj.weight.dtype
     assert torch.equal(head, model.lm_head.original_layer.weight.bfloat16())

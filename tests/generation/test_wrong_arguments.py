@@ -48,7 +48,7 @@ def test_a_seed_out_of_range(model, seed):
     with pytest.raises(SurgeryError, match="seed"):
         generate_batch(model, [[1]], 2, seed=seed)
     with pytest.raises(SurgeryError, match="seed"):
-        ChatSettings(SamplingSettings(), 5, (), seed)
+        ChatSettings(5, SamplingSettings(), (), seed)
 
 
 @pytest.mark.parametrize("count", COUNTS)
@@ -62,9 +62,7 @@ def test_a_number_of_tokens_that_is_none(model, count):
 def test_the_largest_values_are_taken(model):
     assert next(iter(generate(model, [1], 2**70, seed=MOST_SEED))) >= 0
     assert len(list(generate_batch(model, [[1], [2]], 2, seed=MOST_SEED))) == 4
-    settings = ChatSettings(SamplingSettings(), 5, (), MOST_SEED)
-    settings.next_seed()
-    assert settings.seed == 0
+    assert ChatSettings(5, SamplingSettings(), (), MOST_SEED).after_an_answer().seed == 0
 
 
 def test_a_model_of_transformers_is_refused_by_name():

@@ -6,14 +6,16 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_surgery.cli.chat.files import file_named, load_conversation, save_conversation
 from nanogpt_surgery.cli.chat.settings import ChatSettings, number
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError, nearest, printable
+from nanogpt_surgery.files.json_files import write_json
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.data.conversations.chat import Message
     from nanogpt_surgery.generation.conversation import Conversation
 
 
@@ -50,28 +52,23 @@ class Session:
     def _ask(self, text: str) -> None:
         talk, before = self.conversation, self.conversation.forgotten
         with _asked_to_stop() as asked:
-            pieces = talk.ask(
-                text,
-                self.settings.max_new_tokens,
-                self.settings.sampling,
-                stop=self.settings.stop,
-                seed=self.settings.seed,
-            )
-            self.settings.next_seed()
+            pieces = talk.ask(text, **vars(self.settings))
+            self.settings = self.settings.after_an_answer()
             if talk.forgotten > before:
                 block = self.model.config.block_size
-                say(f"note: the first {talk.forgotten} messages no longer fit the model's "
-                    f"block_size of {block:,} tokens; it does not see them any more")  # fmt: skip
+                say(
+                    f"note: the first {talk.forgotten} messages no longer fit the model's "
+                    f"block_size of {block:,} tokens; it does not see them any more"
+                )
             _write(pieces, asked)
 
     def _obey(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
-        command: Callable[[str], None] | None = getattr(self, f"do_{name}", None)
-        if command is None:
+        if name not in commands():
             close = nearest(name, commands(), 1)
             guess = f"/{close}? " if "," not in close else ""
             raise SurgeryError(f"there is no command /{name}", f"{guess}/help lists them")
-        command(rest.strip())
+        getattr(self, f"do_{name}")(rest.strip())
 
     def do_help(self, _rest: str) -> None:
         """This list."""
@@ -135,19 +132,18 @@ class Session:
 
     def do_adapters(self, _rest: str) -> None:
         """Which adapters there are, and which take part."""
-        from nanogpt_surgery.lora.several import adapter_names, has_lora
-
-        if not has_lora(self.model):
+        weights = self._weights()
+        if not weights:
             say("there are no adapters: surgery chat MODEL --adapter NAME=FOLDER loads one")
-            return
-        taking = self._taking_part()
-        for name in adapter_names(self.model):
-            say(f"  {name}: " + (f"weight {taking[name]:g}" if name in taking else "waits"))
+        for name, weight in weights.items():
+            say(f"  {name}: " + ("waits" if weight is None else f"weight {weight:g}"))
 
-    def _taking_part(self) -> dict[str, float]:
+    def _weights(self) -> dict[str, float | None]:
+        """The weight of each adapter; None where it takes no part."""
         from nanogpt_surgery.lora.several import (
             WeightedAdapters,
             active_adapters,
+            adapter_names,
             has_lora,
             lora_layers,
         )
@@ -157,34 +153,37 @@ class Session:
         active = active_adapters(self.model)
         assert isinstance(active, WeightedAdapters), "a conversation has one row"
         enabled = all(layer.enabled for layer in lora_layers(self.model).values())
-        return dict(active.weights) if enabled else {}
+        taking = dict(active.weights) if enabled else {}
+        return {name: taking.get(name) for name in adapter_names(self.model)}
 
     def do_set(self, rest: str) -> None:
         """NAME VALUE: change a setting of the answers; alone, show them all."""
         if rest:
             name, _, value = rest.replace("=", " ", 1).partition(" ")
-            self.settings.change(name.replace("-", "_"), value.strip())
+            self.settings = self.settings.changed(name.replace("-", "_"), value.strip())
         shown = self.settings.to_dict().items()
         say("\n".join(f"  {name} {'off' if value is None else value}" for name, value in shown))
 
     def do_save(self, rest: str) -> None:
         """FILE: write the conversation as JSON, a record of instruction data."""
-        path = file_named(rest, "/save")
+        path = _file_named(rest, "/save")
         if not self.conversation.messages:
             raise SurgeryError("nothing has been said that could be saved")
+        if path.exists():
+            raise SurgeryError(f"{path} exists", "choose a new name")
         system = self.conversation.system
         first = [{"role": "system", "content": system}] if system else []
         record = {
             "messages": [*first, *self.conversation.messages],
-            "adapters": self._taking_part(),
+            "adapters": {name: w for name, w in self._weights().items() if w is not None},
             "settings": self.settings.to_dict(),
         }
-        save_conversation(path, record)
+        write_json(path, [record])
         say(f"wrote {path}")
 
     def do_load(self, rest: str) -> None:
         """FILE: go on with a conversation that was saved."""
-        messages = load_conversation(file_named(rest, "/load"))
+        messages = _read_conversation(_file_named(rest, "/load"))
         begins = messages[0]["role"] == "system"
         self.conversation.reset()
         self.conversation.system = messages[0]["content"] if begins else ""
@@ -195,6 +194,48 @@ class Session:
 def commands() -> list[str]:
     """The names of the commands that a session obeys."""
     return [name.removeprefix("do_") for name in vars(Session) if name.startswith("do_")]
+
+
+def lines_typed() -> Iterator[str]:
+    """Yields the lines that the user types, up to the end of standard input."""
+    if not sys.stdin.isatty():
+        while data := sys.stdin.buffer.readline():  # Ctrl-C here leaves: nobody could type /exit
+            yield data.decode(errors="replace").rstrip("\r\n")
+        return
+    import readline  # noqa: F401 - gives input() a history and editing
+
+    while True:
+        try:
+            yield input("> ")
+        except KeyboardInterrupt:
+            say("\n/exit leaves")
+        except EOFError:
+            return
+
+
+def _file_named(rest: str, command: str) -> Path:
+    if not rest:
+        raise SurgeryError(f"{command} needs a file", f"{command} talk.json")
+    return Path(rest).expanduser()
+
+
+def _read_conversation(path: Path) -> list[Message]:
+    """Returns the messages of a file that holds one conversation, in which the model spoke last."""
+    from nanogpt_surgery.data.conversations.chat import check_messages
+    from nanogpt_surgery.data.conversations.instructions import read_conversations
+
+    found = read_conversations(path)
+    check_messages(found[0])
+    roles = [message["role"] for message in found[0]]
+    if len(found) != 1:
+        what = f"{len(found)} conversations"
+    elif "user" not in roles:
+        what = "one in which no user says anything"
+    elif roles[-1] != "assistant":
+        what = "one that ends in a question"
+    else:
+        return found[0]
+    raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")
 
 
 def _write(pieces: Iterator[str], asked: Callable[[], bool]) -> None:

@@ -1,10 +1,13 @@
-"""How answers are made in `surgery chat`, as a user changes it in mid-conversation."""
+"""How a conversation begins, by flags, and how its answers are made, as /set changes it later."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError, nearest
 from nanogpt_surgery.generation.settings import (
     MOST_SEED,
@@ -14,15 +17,67 @@ from nanogpt_surgery.generation.settings import (
     check_stop,
 )
 
-_OFF = ("none", "off")
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.conversations.chat import ChatTemplate
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+    from nanogpt_surgery.generation.conversation import Conversation
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+NOTES = {
+    "plain": "this model has no chat template, so it was probably not taught to converse: messages "
+    'are written below "User:" and "Assistant:", and an answer ends where the next "User:" begins',
+    "none": "what you type is continued as it stands: there are no roles, and answers have no end",
+}
 
 
-@dataclass
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TalkOptions:
+    """How a conversation begins, and how long its answers may be."""
+
+    system: str = ""
+    """what the model is told before anything is said"""
+    template: Literal["auto", "chatml", "plain", "none"] = "auto"
+    """how messages are written; auto: the model's own, else chatml or plain, as its tokens allow"""
+    max_new_tokens: int = 512
+    """how many tokens an answer has at most"""
+
+    def conversation(self, model: SimpleGPT, tokenizer: Tokenizer) -> Conversation:
+        """A conversation of which only the system prompt is there.
+
+        Says it where the model was probably not taught to converse.
+        """
+        from nanogpt_surgery.generation.conversation import Conversation
+
+        talk = Conversation(model, tokenizer, self._template_for(tokenizer))
+        talk.system = self.system
+        if note := NOTES.get(talk.template.source):
+            say(f"note: {note}")
+        return talk
+
+    def _template_for(self, tokenizer: Tokenizer) -> ChatTemplate:
+        from nanogpt_surgery.data.conversations.chat import template_of
+
+        found = template_of(tokenizer)
+        if self.template != "auto":
+            return replace(found, source=self.template)
+        if found.source == "plain":
+            try:
+                tokenizer.encode("System:\nUser:\nAssistant:\n")
+            except SurgeryError:  # a vocabulary of characters without these
+                return replace(found, source="none")
+        return found
+
+
+AS_USUAL = TalkOptions()
+
+
+@dataclass(frozen=True)
 class ChatSettings:
-    """Settings of the answers to come."""
+    """Settings of the answers to come: the arguments of `Conversation.ask`."""
 
-    sampling: SamplingSettings
     max_new_tokens: int
+    sampling: SamplingSettings
     stop: tuple[str, ...] = ()
     seed: int | None = None
 
@@ -31,36 +86,31 @@ class ChatSettings:
         check_seed(self.seed)
         check_stop(self.stop)
 
-    def next_seed(self) -> None:
-        """Go on to the seed of the next answer, which is one more for each."""
-        if self.seed is not None:
-            self.seed = (self.seed + 1) % (MOST_SEED + 1)
+    def after_an_answer(self) -> ChatSettings:
+        """The settings of the next answer, whose seed is one more."""
+        return self if self.seed is None else replace(self, seed=(self.seed + 1) % (MOST_SEED + 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """The settings that `change` takes, by name."""
+        """The settings that `changed` takes, by name."""
         named = [field.name for field in fields(SamplingSettings) if field.name != "logit_bias"]
         found = {name: getattr(self.sampling, name) for name in named}
         return found | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
 
-    def change(self, name: str, text: str) -> None:
-        """Set one of them to what a text says.
+    def changed(self, name: str, text: str) -> ChatSettings:
+        """The same with one of them set to what a text says.
 
         Raises:
-            SurgeryError: there is no such setting, or the value is out of its range. Nothing is
-                changed then.
+            SurgeryError: there is no such setting, or the value is out of its range.
         """
         if name not in self.to_dict():
             close = nearest(name, self.to_dict(), 1)
             raise SurgeryError(f"there is no setting {name!r}", f"{close}? /set lists them")
         if not text:
             raise SurgeryError(f"{name!r} needs a value", f"/set {name} VALUE")
-        if name in ("max_new_tokens", "seed"):
-            hint = get_type_hints(ChatSettings)[name]
-            changed = replace(self, **{name: _parsed(name, text, hint)})
-            self.max_new_tokens, self.seed = changed.max_new_tokens, changed.seed
-        else:
-            value = _parsed(name, text, get_type_hints(SamplingSettings)[name])
-            self.sampling = replace(self.sampling, **{name: value})
+        own = name in ("max_new_tokens", "seed")
+        hint = get_type_hints(ChatSettings if own else SamplingSettings)[name]
+        change = {name: _parsed(name, text, hint)}
+        return replace(self, **change if own else {"sampling": replace(self.sampling, **change)})
 
 
 def number(name: str, text: str) -> float:
@@ -79,7 +129,7 @@ def number(name: str, text: str) -> float:
 
 
 def _parsed(name: str, text: str, hint: Any) -> Any:
-    if text in _OFF and hint == int | None:
+    if text in ("none", "off") and hint == int | None:
         return None
     value = number(name, text)
     if hint is float:

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.console import Json, say, show
 from nanogpt_surgery.cli.instruction_data import TemplateName
+from nanogpt_surgery.cli.model_options import (
+    AS_STORED,
+    AdapterFolder,
+    Model,
+    OpeningOptions,
+    one_adapter,
+)
 from nanogpt_surgery.cli.next_command import say_next
-from nanogpt_surgery.cli.opening import Dtype, Force, OnTied, one_adapter, open_to_talk
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
-    from nanogpt_surgery.report import Report
 
 LONGEST_WINDOW = 1024
 
 
 def evaluate(
-    model: str,
+    model: Model,
     file: str,
     *,
-    adapter: Path | None = None,
+    adapter: AdapterFolder = None,
     context: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
     template: TemplateName = "model",
-    dtype: Dtype = None,
-    tied: OnTied = None,
-    force: Force = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    opening: OpeningOptions = AS_STORED,
+    json: Json = False,
 ) -> None:
     """Measure a model on a file: a text, questions with choices, or instruction data.
 
@@ -44,12 +44,8 @@ def evaluate(
 
     Parameters
     ----------
-    model
-        a run, a model folder, a GGUF file or a hub name
     file
         a text, JSON, JSONL, CSV or TSV file; a folder of texts; or - for a text on standard input
-    adapter
-        an adapter folder, as finetune or peft writes it
     context
         tokens in a window over a text; the model's block_size by default, at most 1024
     stride
@@ -58,43 +54,37 @@ def evaluate(
         windows or examples computed together
     template
         how instruction data is written: as the model's own template does, or as one of ours
-    json
-        print the report as JSON
     """
-    network, tokenizer = open_to_talk(model, one_adapter(adapter), dtype, tied, force)
-    kind = _kind_of(file)
-    if kind == "text":
-        report = _text_report(network, tokenizer, file, context, stride, batch_size)
-    elif kind == "choices":
-        report = _choice_report(network, tokenizer, file)
-    else:
-        report = _answer_report(network, tokenizer, file, template, batch_size)
-    show(report, json)
-    say_next(model, adapter, talks=kind == "answers")
-
-
-def _kind_of(file: str) -> str:
     from nanogpt_surgery.data.conversations.record_files import has_choices, holds_records
+    from nanogpt_surgery.report import Report
 
+    opened = opening.open(model, one_adapter(adapter))
+    talks = False
     if not holds_records(file):
-        return "text"
-    return "choices" if has_choices(file) else "answers"
+        title = "each token from those before it (loss in nats a token)"
+        summary = _of_text(*opened, file, context, stride, batch_size)
+    elif has_choices(file):
+        title, summary = "the likeliest choice", _of_choices(*opened, file)
+    else:
+        title, talks = "answers alone (loss in nats a token)", True
+        summary = _of_answers(*opened, file, template, batch_size)
+    show(Report(f"{file}: {title}", [], summary), json)
+    say_next(model, adapter, talks=talks)
 
 
-def _text_report(
+def _of_text(
     model: SimpleGPT,
     tokenizer: Tokenizer,
     file: str,
     context: int | None,
     stride: int | None,
     batch_size: int,
-) -> Report:
+) -> dict[str, Any]:
     from nanogpt_surgery.cli.sources import say_data
     from nanogpt_surgery.data.text.corpus import check_characters, read_texts
     from nanogpt_surgery.data.tokenizers.token_text import bytes_of_first
     from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
     from nanogpt_surgery.generation.evaluation import perplexity
-    from nanogpt_surgery.report import Report
 
     if context is None:
         context = min(model.config.block_size, LONGEST_WINDOW)
@@ -106,7 +96,7 @@ def _text_report(
     # The first token is not predicted: where it is not a BOS, its bytes do not count.
     begins = getattr(tokenizer, "add_bos", False)
     n_bytes = len(text.encode()) - (0 if begins else bytes_of_first(tokenizer, text, ids[0]))
-    summary = {
+    return {
         "tokens": found.tokens,
         "bytes": n_bytes,
         "loss": found.loss,
@@ -115,35 +105,31 @@ def _text_report(
         "context": context,
         "stride": max(1, context // 2) if stride is None else stride,
     }
-    return Report(f"{file}: each token from those before it (loss in nats a token)", [], summary)
 
 
-def _choice_report(model: SimpleGPT, tokenizer: Tokenizer, file: str) -> Report:
+def _of_choices(model: SimpleGPT, tokenizer: Tokenizer, file: str) -> dict[str, Any]:
     from nanogpt_surgery.data.conversations.record_files import read_questions
     from nanogpt_surgery.generation.evaluation import multiple_choice
-    from nanogpt_surgery.report import Report
 
     questions = read_questions(file)
     plain, normalised = 0, 0
     for question in questions:
         found = multiple_choice(model, tokenizer, question.prompt, question.choices)
-        plain += question.answer == max(range(len(found)), key=lambda i: found[i].log_likelihood)
-        normalised += question.answer == max(
-            range(len(found)), key=lambda i: found[i].per_character
-        )
+        sums, shares = [c.log_likelihood for c in found], [c.per_character for c in found]
+        plain += question.answer == sums.index(max(sums))
+        normalised += question.answer == shares.index(max(shares))
     count = len(questions)
-    summary = {
+    return {
         "questions": count,
         "accuracy": plain / count,
         "length_normalised_accuracy": normalised / count,
         "accuracy_by_chance": sum(1 / len(q.choices) for q in questions) / count,
     }
-    return Report(f"{file}: the likeliest choice", [], summary)
 
 
-def _answer_report(
+def _of_answers(
     model: SimpleGPT, tokenizer: Tokenizer, file: str, name: TemplateName, batch_size: int
-) -> Report:
+) -> dict[str, Any]:
     from nanogpt_surgery.data.conversations.chat import template_of
     from nanogpt_surgery.data.conversations.instructions import (
         check_conversations,
@@ -151,7 +137,6 @@ def _answer_report(
         read_conversations,
     )
     from nanogpt_surgery.generation.evaluation import answer_loss
-    from nanogpt_surgery.report import Report
 
     template = template_of(tokenizer)
     if name != "model":
@@ -164,7 +149,7 @@ def _answer_report(
     if cut:
         say(f"note: {cut} conversations are longer than the block_size; their ends do not count")
     found = answer_loss(model, examples, batch_size)
-    summary = {
+    return {
         "conversations": len(examples),
         "cut": cut,
         "answer_tokens": found.tokens,
@@ -172,4 +157,3 @@ def _answer_report(
         "perplexity": found.perplexity,
         "template": template.name,
     }
-    return Report(f"{file}: answers alone (loss in nats a token)", [], summary)

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.framework.console import AllLayers, say, show
+from nanogpt_surgery.cli.framework.console import AllLayers, Json, say, show
 from nanogpt_surgery.cli.framework.options import given, options_of_function
 from nanogpt_surgery.cli.framework.output import Overwrite, check_out
+from nanogpt_surgery.cli.model_options import WITH_ADAPTER, AdapterFolder, Model
 from nanogpt_surgery.cli.next_command import say_next
-from nanogpt_surgery.cli.opening import WITH_ADAPTER
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -26,16 +26,16 @@ MergeOptions: Any = options_of_function(MERGE, "With an adapter", leave_out=OWN)
 
 
 def export(
-    model: str,
+    model: Model,
     *,
     out: Path,
     overwrite: Overwrite = False,
     form: Annotated[Form, Parameter(name="--format")] = "F16",
-    adapter: Path | None = None,
+    adapter: AdapterFolder = None,
     probe: Path | None = None,
     options: MergeOptions = None,
     all_layers: AllLayers = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Write a model or an adapter for other programs; it is read again and compared.
 
@@ -45,42 +45,31 @@ def export(
 
     Parameters
     ----------
-    model
-        a run, a model folder, a GGUF file or a hub name
     out
         the file to make; for huggingface and mlx the folder
     form
         the type of a GGUF's matrices, or huggingface; or the adapter alone, as lora-gguf or mlx
-    adapter
-        an adapter folder, as finetune or peft writes it
     probe
         a text to measure a merge on, in the model's tokens; without it, random tokens
-    json
-        print the report as JSON
     """
     from nanogpt_surgery.formats.model_file import check_adapter
 
     check_adapter(model, WITH_ADAPTER)
     check_out(out, overwrite, is_file=form not in ("huggingface", "mlx"))
+    place, next_command = shlex.quote(str(out)), ""
     if form == "lora-gguf" or form == "mlx":
         _write_adapter(model, adapter, out, form, given(options))
-    elif adapter is None:
-        _write_model(model, out, form, json)
-    else:
+        next_command = (
+            f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF"
+            if form == "lora-gguf"
+            else f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {place} --prompt …"
+        )
+    elif adapter is not None:
         show(_write_merged(model, adapter, out, form, probe, given(options)), json, all_layers)
+    elif report := _write_model(model, out, form):
+        show(report, json)
     say(f"wrote {out}, and read it again")
-    _say_next(model, out, form)
-
-
-def _say_next(model: str, out: Path, form: str) -> None:
-    """Say the command that opens what was written."""
-    place = shlex.quote(str(out))
-    if form == "lora-gguf":
-        say(f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF")
-    elif form == "mlx":
-        say(f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {place} --prompt …")
-    else:
-        say_next(out)
+    say(next_command) if next_command else say_next(out)
 
 
 def _write_adapter(
@@ -95,21 +84,20 @@ def _write_adapter(
     network, _ = open_model(model, "each")
     options.pop("tolerance", None)  # nothing is rounded
     load_adapter(network, adapter, **options)
-    save = save_lora_gguf if form == "lora-gguf" else save_mlx_adapter
-    save(network, out)
+    (save_lora_gguf if form == "lora-gguf" else save_mlx_adapter)(network, out)
 
 
-def _write_model(model: str, out: Path, form: ModelForm, json: bool) -> None:
+def _write_model(model: str, out: Path, form: ModelForm) -> Report | None:
     from nanogpt_surgery.formats.gguf.writing import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
     from nanogpt_surgery.model.finite import check_finite_weights
 
     network, tokenizer = open_model(model, "each")
-    if form == "huggingface":
-        check_finite_weights(network, model)
-        save_model(network, out, tokenizer, model)
-    else:
-        show(save_gguf(network, out, tokenizer, form), json)
+    if form != "huggingface":
+        return save_gguf(network, out, tokenizer, form)
+    check_finite_weights(network, model)
+    save_model(network, out, tokenizer, model)
+    return None
 
 
 def _write_merged(
@@ -123,7 +111,7 @@ def _write_merged(
     from nanogpt_surgery.data.text.corpus import read_texts
     from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
 
-    text = read_texts([str(probe)]) if probe else None
+    text = read_texts([probe]) if probe else None
     if form == "huggingface":
         return merge_adapter(model, adapter, out, probe=text, **options)
     return merge_into_gguf(model, adapter, out, form, probe=text, **options)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import Parameter
-
-from nanogpt_surgery.cli.framework.console import AllLayers, show
+from nanogpt_surgery.cli.framework.console import AllLayers, Json, show
 
 LARGEST_FACTOR = 1 << 24  # numbers of a factor; larger ones are not read for their norm
 MOST_READ = 1 << 30  # numbers of an adapter
@@ -37,7 +35,7 @@ def inspect(
     path: str,
     *,
     all_layers: AllLayers = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Show the tree of a model's modules, or the updates of an adapter.
 
@@ -45,8 +43,6 @@ def inspect(
     ----------
     path
         a run, a model folder, a GGUF file, a hub name or an adapter folder
-    json
-        print it as JSON
     """
     report = (
         _adapter_report(path)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.framework.console import AllLayers, say, show
+from nanogpt_surgery.cli.framework.console import AllLayers, Json, say, show
 from nanogpt_surgery.cli.framework.options import given, options_of_function
 from nanogpt_surgery.cli.framework.output import Overwrite, check_out
 
@@ -27,7 +27,7 @@ def merge(
     plan: Annotated[bool, Parameter(negative="")] = False,
     options: MergeOptions = None,
     all_layers: AllLayers = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Add an adapter's ΔW to a model's weights, in place (surgery undo takes it back) or elsewhere.
 
@@ -45,8 +45,6 @@ def merge(
         keep nothing of what was there: undo is then impossible
     plan
         say what would be written and how much of ΔW survives, and write nothing
-    json
-        print the report as JSON
     """
     from nanogpt_surgery.data.text.corpus import read_texts
     from nanogpt_surgery.formats.folders.merging import check_not_itself, merge_adapter, plan_merge
@@ -54,7 +52,7 @@ def merge(
     if out is not None and not plan:
         check_not_itself(model, out)
         check_out(out, overwrite)
-    text = read_texts([str(probe)]) if probe else None
+    text = read_texts([probe]) if probe else None
     more = given(options) | {"probe": text, "keep_originals": not drop_originals}
     if plan:
         show(plan_merge(model, adapter, out, **more), json, all_layers)

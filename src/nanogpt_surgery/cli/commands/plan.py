@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from cyclopts import Parameter
-
-from nanogpt_surgery.cli.framework.console import AllLayers, say, show
+from nanogpt_surgery.cli.framework.console import AllLayers, Json, say, show
 from nanogpt_surgery.cli.framework.options import TargetOptions, given, options_of
+from nanogpt_surgery.cli.model_options import Model
 from nanogpt_surgery.lora.settings import LoRASettings
 
 LoraOptions: Any = options_of(LoRASettings, "LoRA", leave_out=("name",))
 
 
 def plan(
-    model: str,
+    model: Model,
     *,
     target: TargetOptions = None,
     lora: LoraOptions = None,
     all_layers: AllLayers = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: Json = False,
 ) -> None:
     """Say which layers a LoRA would adapt, their shapes, its parameters and the size of its file.
 
     What a training takes in memory and time, surgery finetune --plan says.
-
-    Parameters
-    ----------
-    model
-        a run, a model folder, a GGUF file or a hub name
-    json
-        print it as JSON
     """
     import torch
 

@@ -31,10 +31,11 @@ COMMANDS = (
     *("train", "plan", "finetune", "generate", "ask", "chat", "eval", "inspect", "merge", "undo"),
     *("redo", "log", "export", "verify-resume", "tokenizer", "data", "doctor"),
 )
-FUNCTIONS = {
-    "eval": "evaluate",
-    "verify-resume": "verify_resume",
-}  # where a command cannot have the name that it is typed by
+FUNCTIONS = {  # by module, where a command's is not the module and the function of its name
+    "eval": "evaluate:evaluate",
+    "verify-resume": "verify_resume:verify_resume",
+    **{name: f"history:{name}" for name in ("undo", "redo", "log")},
+}
 GROUPS = {
     "tokenizer": ("Train a tokenizer.", ("train",)),
     "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
@@ -68,8 +69,8 @@ def make_app() -> App:
         if name in GROUPS:
             app.command(_group(name))
         else:
-            function = FUNCTIONS.get(name, name)
-            _add(app, name, f"nanogpt_surgery.cli.commands.{function}:{function}")
+            function = FUNCTIONS.get(name, f"{name}:{name}")
+            _add(app, name, f"nanogpt_surgery.cli.commands.{function}")
     return app
 
 

@@ -66,6 +66,7 @@ def _fitted(text: str, stream: TextIO) -> str:
 
 ALL = Parameter(negative="", name="--all", help="show each layer, not one line for all of a kind")
 AllLayers: TypeAlias = Annotated[bool, ALL]
+Json: TypeAlias = Annotated[bool, Parameter(negative="", help="print the report as JSON")]
 
 
 def show(report: Report, as_json: bool, all_layers: bool = False) -> None:
@@ -119,6 +120,13 @@ def spoken_warnings() -> Iterator[None]:
 
         setattr(warnings, "showwarning", shown)  # noqa: B010 - typeshed wants its exact signature
         yield
+
+
+def write(pieces: Iterable[str]) -> None:
+    """Writes the pieces of a text to stdout as they come."""
+    for piece in pieces:
+        sys.stdout.write(printable(piece) if sys.stdout.isatty() else piece)
+        sys.stdout.flush()
 
 
 @contextmanager
