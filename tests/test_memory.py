@@ -165,7 +165,7 @@ def test_memory_that_runs_out_all_the_same_is_a_sentence(kind, made, monkeypatch
 
 
 def test_other_commands_say_so_as_well(made, monkeypatch):
-    from nanogpt_surgery.cli import opening
+    from nanogpt_surgery.cli import model_options as opening
 
     monkeypatch.chdir(made)
     monkeypatch.setattr(opening, "_dtype_here", lambda _: torch.empty(1 << 50))
