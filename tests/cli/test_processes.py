@@ -12,8 +12,9 @@ import pytest
 from helpers.commands import called
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.cli import sources
 from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.runs import data
+from nanogpt_surgery.training.distributed import World
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 TORCHRUN = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 1".split()
@@ -148,9 +149,9 @@ def test_what_is_not_shared_is_refused(words, answer, monkeypatch):
 
 
 def test_standard_input_is_not_shared(monkeypatch):
-    torchrun(monkeypatch, "2")
+    monkeypatch.setattr(data, "world", lambda: World(0, 2))
     with pytest.raises(SurgeryError, match=r"standard input(.|\n)*name a file"):
-        sources.open_sources(("-",), None)
+        data.open_sources(("-",))
 
 
 def test_one_process_speaks_for_all(text, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
+CHARACTERS = "characters"
 WITH_ADAPTER = "name its model, and the adapter with --adapter: {base} --adapter {path}"
 COMPUTED = (
     "of the weights, and so of all that is computed; by default as they are stored, or float32 "
@@ -191,3 +192,23 @@ def _biases(written: Iterable[str]) -> dict[int, float]:
                 f"--logit-bias {text} is not ID=BIAS", "--logit-bias 42=-inf bans the id 42"
             ) from None
     return biases
+
+
+def named_tokenizer(name: str) -> Tokenizer | None:
+    """The tokenizer in a folder that was named; None for one that is made of characters.
+
+    Raises:
+        SurgeryError: there is none in the folder.
+    """
+    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
+
+    if name == CHARACTERS:
+        return None
+    found = open_tokenizer(name)
+    if found is None:
+        there = "it holds no tokenizer.json" if Path(name).is_dir() else "there is no such folder"
+        raise SurgeryError(
+            f"no tokenizer opens from {name}: {there}",
+            "surgery tokenizer train TEXT --vocab-size 4096 --out FOLDER makes one",
+        )
+    return found

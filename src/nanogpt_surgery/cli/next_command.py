@@ -5,22 +5,19 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
-from nanogpt_surgery.cli.framework.console import say
 
-
-def say_next(
+def next_command(
     model: str | Path,
     adapter: str | Path | None = None,
     *,
     talks: bool = False,
     template: str = "model",
-) -> None:
-    """Say how to talk with a model that `talks`, or to continue a text with any other."""
+) -> str:
+    """How to talk with a model that `talks`, or to continue a text with any other."""
     words = shlex.quote(str(model))
     if adapter is not None:
         words += f" --adapter {shlex.quote(str(adapter))}"
     if talks:
         written = "" if template == "model" else f" --template {template}"
-        say(f"surgery chat {words}{written} talks with it")
-    else:
-        say(f"surgery generate {words} --prompt … continues a text with it")
+        return f"surgery chat {words}{written} talks with it"
+    return f"surgery generate {words} --prompt … continues a text with it"

@@ -1,13 +1,16 @@
-"""A run on the command line, watched and interruptible, for `train` and `finetune`."""
+"""A training on the command line, watched and interruptible, for `train` and `finetune`."""
 
 from __future__ import annotations
 
 import shlex
 import sys
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import Announced, say, show, watched
 from nanogpt_surgery.cli.framework.output import room
@@ -18,12 +21,37 @@ from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.memory import is_out_of_memory
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.cli.run_options import RunOptions
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.runs.description import RunDiffersError
-    from nanogpt_surgery.runs.run import Run
     from nanogpt_surgery.runs.training import Training
     from nanogpt_surgery.training.settings import FitSettings
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RunOptions:
+    """Where a training goes, and whether it begins: the flags that `train` and `finetune` share."""
+
+    out: Path
+    """the folder to make: what was trained, checkpoints, metrics.jsonl, loss.png"""
+    resume: bool = False
+    """go on with the run that is there"""
+    strict: Annotated[bool, Parameter(negative="")] = False
+    """with --resume: stop where the newest checkpoint is damaged, instead of passing over it"""
+    allow_changes: Annotated[bool, Parameter(negative="")] = False
+    """with --resume: go on although settings, data or tokenizer differ, and say in what"""
+    epochs: float | None = None
+    """passes over the data, in the place of --max-steps; 3 for instruction data by default"""
+    patience: int = 0
+    """evaluations in a row without improvement after which the training stops (0: never)"""
+    save_every: str = "10m"
+    """steps (500) or time (90s, 10m, 2h) from one checkpoint to the next, beside evaluations'"""
+    sample_every: int | None = None
+    """steps from one sample answer to the next; by default at evaluations (0: none)"""
+    plan: Annotated[bool, Parameter(negative="")] = False
+    """say what it will take, by a few real steps, and touch nothing"""
+    json: Annotated[bool, Parameter(negative="")] = False
+    """print the result as JSON"""
 
 
 def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any]) -> None:
@@ -53,17 +81,83 @@ def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any
             say(f"note: there is no checkpoint in {options.out}: --resume begins at step 0")
 
 
-def prepared(training: Training, asked: dict[str, Any], options: RunOptions) -> Training:
-    """The training as the run's options want it, as long as its data says; that is said."""
+def check_no_records(paths: tuple[str, ...], model: str = "MODEL") -> None:
+    """Raise `SurgeryError` if a file that is to be learned as text holds records.
+
+    As text their braces, quotes and names of fields would be learned.
+    """
+    from nanogpt_surgery.data.conversations.instructions import check_first_record
+    from nanogpt_surgery.data.conversations.record_files import holds_records
+
+    for path in paths:
+        if path != "-" and holds_records(path):
+            check_first_record(path)
+            raise SurgeryError(
+                f"{path} holds questions with answers, not text",
+                f"surgery finetune {model} {path} --out ADAPTER trains on the answers",
+            )
+
+
+def carry_out(
+    training: Training, options: RunOptions, asked: dict[str, Any], following: str
+) -> None:
+    """Train to the end, or to a signal, and report it; with --plan, say what that takes.
+
+    Args:
+        training: what is trained, on what.
+        options: of the run.
+        asked: settings that were given on the command line.
+        following: the command to type next.
+    """
+    from nanogpt_surgery.report import Report
+    from nanogpt_surgery.runs.run import Run
+
+    training = _prepared(training, options, asked)
+    with _explained(training, options):
+        if options.plan:
+            show(_planned(training, options), options.json)
+            say("the same command without --plan trains it")
+            return
+        way: dict[str, Any] = {"typed": typed_command(), "say": say}
+        if options.resume:
+            way |= {"strict": options.strict, "allow_changes": options.allow_changes}
+        begun = (Run.resume if options.resume else Run.begin)(options.out, training, **way)
+        with begun as run, signals(run.stop):
+            data = run.loop.eval_data = Announced(run.loop.eval_data or training.validation)
+            first, most = run.folder.first_step, training.settings.max_steps
+            for step in watched(run.train(), first, most, run.full_rate, data):
+                last = step.step
+            if run.stopped:
+                place = options.out
+                say(f"saved after step {last:,} in {place}; the same command with --resume goes on")
+                sys.exit(128 + run.stopped)
+            done = {"train": "trained", "finetune": "fine-tuned"}[training.description["kind"]]
+            show(Report(done, [], run.finish()), options.json)
+    say(following)
+
+
+def _prepared(training: Training, options: RunOptions, asked: dict[str, Any]) -> Training:
+    """The training as the run's options want it, as long as its data says; all that is said."""
+    from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
+    from nanogpt_surgery.data.text.mixture import Mixture
     from nanogpt_surgery.runs.length import EPOCHS, amount_of, with_length
 
-    usual, dataset, epochs = training.settings, training.dataset, options.epochs
-    settings = with_length(usual, dataset, epochs, options.patience, frozenset(asked))
-    if settings.max_steps != usual.max_steps or epochs is not None:
-        epochs = EPOCHS if epochs is None else epochs
-        one, size = "" if epochs == 1 else "s", settings.batch_size * settings.grad_accum_steps
-        steps = f"{settings.max_steps:,} steps of {size:,}"
-        say(f"{epochs:g} epoch{one} of {amount_of(dataset)}: {steps}")
+    usual, data = training.settings, training.dataset
+    if not isinstance(data, InstructionDataset):  # else a table has said it
+        held_out: Any = training.validation
+        counts = f"{len(data):,} windows to train on, {len(held_out):,} held out"
+        say(f"{counts} (of {getattr(data, 'tokens', 0):,} and {held_out.tokens:,} tokens)")
+    settings = with_length(usual, data, options.epochs, options.patience, frozenset(asked))
+    if settings.max_steps != usual.max_steps or options.epochs is not None:
+        epochs = options.epochs or EPOCHS
+        steps, size = settings.max_steps, settings.batch_size * settings.grad_accum_steps
+        many = f"{epochs:g} epoch{'' if epochs == 1 else 's'}"
+        say(f"{many} of {amount_of(data)}: {steps:,} steps of {size:,}")
+    way, other = ("Muon", "no-muon: AdamW") if settings.muon else ("AdamW", "muon: Muon")
+    say(f"trained by {way}, at a learning rate of {settings.learning_rate:g} (--{other})")
+    if isinstance(data, Mixture):
+        for path, share in zip(training.named["text"], data.passes(settings.windows), strict=True):
+            say(f"{path}: read {share:.3g} times")
     return replace(
         training,
         settings=settings,
@@ -71,27 +165,6 @@ def prepared(training: Training, asked: dict[str, Any], options: RunOptions) -> 
         save_every=options.save_every,
         sample_every=options.sample_every,
     )
-
-
-def carry_out(training: Training, options: RunOptions, done: str) -> None:
-    """Train to the end, or to a signal, and report what was `done`; with --plan, what it takes."""
-    from nanogpt_surgery.report import Report
-
-    if options.plan:
-        with _explained(training, options):
-            show(_planned(training, options), options.json)
-        say("the same command without --plan trains it")
-        return
-    validation = Announced(training.validation)
-    with _explained(training, options), _opened(training, options) as run, signals(run.stop):
-        steps, most = run.train(validation), training.settings.max_steps
-        for step in watched(steps, run.folder.first_step, most, run.full_rate, validation):
-            last = step.step
-        if run.stopped:
-            place = options.out
-            say(f"saved after step {last:,} in {place}; the same command with --resume goes on")
-            sys.exit(128 + run.stopped)
-        show(Report(done, [], run.finish()), options.json)
 
 
 @contextmanager
@@ -107,16 +180,6 @@ def _explained(training: Training, options: RunOptions) -> Iterator[None]:
         if is_out_of_memory(error):
             raise _out_of_memory(training, options, error) from error
         raise
-
-
-def _opened(training: Training, options: RunOptions) -> AbstractContextManager[Run]:
-    from nanogpt_surgery.runs.run import Run
-
-    ways: dict[str, Any] = {"typed": typed_command(), "say": say}
-    if not options.resume:
-        return Run.begin(options.out, training, **ways)
-    ways |= {"strict": options.strict, "allow_changes": options.allow_changes}
-    return Run.resume(options.out, training, **ways)
 
 
 def _with_typed(error: RunDiffersError) -> SurgeryError:

@@ -19,32 +19,23 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.data.shuffling import rows_of_step
 from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.files.disk_errors import make_folder
 from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, read_journal, record
-from nanogpt_surgery.history.hashing import frozen_hashes
-from nanogpt_surgery.lora.checks import check_frozen
+from nanogpt_surgery.lora.checks import TrainingChecks, check_frozen
 from nanogpt_surgery.runs.checkpoints import RunFolder, check_folder, open_run_folder
 from nanogpt_surgery.runs.loss_plot import read_metrics
 from nanogpt_surgery.runs.samples import Samples
 from nanogpt_surgery.runs.save_interval import SaveInterval
 from nanogpt_surgery.runs.summary import operations_per_token, summary_of
 from nanogpt_surgery.runs.training import Training
-from nanogpt_surgery.training.checks import check_training
+from nanogpt_surgery.training.checks import check_fit
 from nanogpt_surgery.training.distributed import world
-from nanogpt_surgery.training.evaluation import Subsampled, subsample, validation_loss
-from nanogpt_surgery.training.fit import fit
-from nanogpt_surgery.training.hardware import (
-    Hardware,
-    choose_hardware,
-    environment_of,
-    matmul_rate,
-    operations_of,
-)
-from nanogpt_surgery.training.optimizer import make_optimizer
+from nanogpt_surgery.training.evaluation import Subsampled, validation_loss
+from nanogpt_surgery.training.fit import TrainingLoop
+from nanogpt_surgery.training.hardware import environment_of, matmul_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step
 
@@ -72,6 +63,7 @@ class Run:
     Attributes:
         folder: what lies on disk.
         training: what is trained, and on what.
+        loop: `fit`'s own, with optimizer, hardware and what an evaluation reads (`eval_data`).
         stopped: the number given to `stop` where that ended it, else 0.
         stopped_early: because nothing was gained any more (`Training.patience`).
     """
@@ -80,24 +72,22 @@ class Run:
         self,
         folder: RunFolder,
         training: Training,
-        hardware: Hardware,
+        loop: TrainingLoop,
         description: dict[str, Any],
         say: Say,
     ):
-        self.folder, self.training, self.say = folder, training, say
-        self.description = description
-        self.hardware, self.world = hardware, world()
+        self.folder, self.training, self.loop = folder, training, loop
+        self.description, self.say, self.world = description, say, loop.world
         self.stopped, self.stopped_early = 0, False
         self._began, self._in_steps = monotonic(), 0.0
         self._asked = 0
         self._losses: list[float] = []  # of the evaluations
         self._unsaved: Step | None = None
-        training.model.to(hardware.device)
-        self.optimizer = make_optimizer(training.model, training.settings)
         if folder.checkpoint:
-            folder.restore(training.model, self.optimizer)
+            folder.restore(training.model, loop.optimizer)
         self._say_how()
-        self.matmul_rate = matmul_rate(hardware.device, hardware.precision) * self.world.size
+        device, precision = loop.hardware.device, loop.hardware.precision
+        self.matmul_rate = matmul_rate(device, precision) * self.world.size
         self._interval = SaveInterval.read(training.save_every)
         if self.world.is_main_process:
             self._samples = Samples(training, folder.folder, folder.first_step, say)
@@ -149,46 +139,39 @@ class Run:
         typed: Any = None,
         say: Say = lambda _: None,
     ) -> Iterator[Run]:
-        settings, together = training.settings, world()
-        check_training(training.model, training.dataset, settings)  # before a folder is made
-        operations = operations_of(training.model, settings, training.dataset.block_size)
-        hardware = choose_hardware(settings, operations)
-        environment = environment_of(hardware, together.size)
-        main = together.is_main_process
+        model, data, settings = training.model, training.dataset, training.settings
+        check_fit(model, data, settings)  # before a folder is made
+        loop = TrainingLoop(model, data, settings, training.validation, None, training.cache_dir)
+        environment = environment_of(loop.hardware, loop.world.size)
+        main = loop.world.is_main_process
         description = training.describe(environment, typed) if main else {}
         with ExitStack() as stack:
             own: list[RunFolder] = []
 
             def opened() -> int:
-                own.append(
-                    stack.enter_context(
-                        open_run_folder(
-                            folder, description, resume, strict=strict, allow_changes=allow_changes
-                        )
-                    )
+                way = open_run_folder(
+                    folder, description, resume, strict=strict, allow_changes=allow_changes
                 )
+                own.append(stack.enter_context(way))
                 return own[0].first_step
 
-            step = together.run_on_main(opened)
+            step = loop.world.run_on_main(opened)
             there = own[0] if own else RunFolder(folder, checkpoint_at(folder, step))
             there.environment = environment
-            yield cls(there, training, hardware, description, say)
+            yield cls(there, training, loop, description, say)
 
-    def train(self, validation: Batches | None = None) -> Iterator[Step]:
+    def train(self) -> Iterator[Step]:
         """The steps that are left, after an evaluation before the first one.
 
         Each is recorded, and saved where it is time, before the next one begins.
-
-        Args:
-            validation: the held-out data as somebody watches it being read; by default the
-                training's own.
 
         Raises:
             NotFiniteError: loss or gradient was not finite too many steps in a row; the steps
                 before are saved.
             SurgeryError: as `fit`, or the disk refuses.
         """
-        training, rows = self.training, self._metrics()
+        training, loop, first = self.training, self.loop, self.folder.first_step
+        rows = self._metrics()
         losses = [row["validation_loss"] for row in rows if row["step"]]
         self._losses = [loss for loss in losses if loss is not None]
         if self._nothing_is_gained():
@@ -196,22 +179,16 @@ class Run:
         if training.cache_dir:
             make_folder(training.cache_dir)
         skipped = len(list(takewhile(lambda row: row.get("skipped"), reversed(rows))))
-        steps = fit(
-            training.model,
-            training.dataset,
-            training.settings,
-            validation=validation or training.validation,
-            optimizer=self.optimizer,
-            first_step=self.folder.first_step,
-            skipped_before=self.world.all_reduce_max(skipped),
-            cache_dir=training.cache_dir,
-        )
-        frozen = frozen_hashes(training.model) if training.patience else {}
-        if not self.folder.first_step:
-            self._evaluate_first()
-        return self._steps(steps, frozen)
+        loop.skipped = self.world.all_reduce_max(skipped)
+        checks = TrainingChecks(loop.model, loop.optimizer, first, loop.settings.max_steps - 1)
+        if not first:
+            self.say("evaluating before the first step")
+            assert loop.eval_data is not None
+            loss = validation_loss(loop.model, loop.eval_data, loop.settings, loop.hardware)
+            self._record_start(loss)
+        return self._steps(loop.steps(first, checks), checks)
 
-    def _steps(self, steps: Iterator[Step], frozen: dict[str, str]) -> Iterator[Step]:
+    def _steps(self, steps: Iterator[Step], checks: TrainingChecks) -> Iterator[Step]:
         with self._saved_where_it_breaks():
             for step in steps:
                 try:
@@ -220,8 +197,8 @@ class Run:
                     self._keep(step)
                 if self.stopped or self.stopped_early:
                     break
-        if self.stopped_early:
-            check_frozen(self.training.model, frozen)  # what `fit` does after the last step
+        if self.stopped_early:  # what follows the last step else
+            check_frozen(self.training.model, checks.frozen)
 
     def stop(self, number: int = 1) -> None:
         """Ask for a checkpoint after the step that goes on, and for no further step.
@@ -287,7 +264,8 @@ class Run:
         """Write a checkpoint of the last step, unless it has one."""
         if self._unsaved is not None:
             training = self.training
-            self.folder.save(self._unsaved, training.write_weights, training.model, self.optimizer)
+            optimizer = self.loop.optimizer
+            self.folder.save(self._unsaved, training.write_weights, training.model, optimizer)
             self._interval.saved()
             self._unsaved = None
 
@@ -302,15 +280,11 @@ class Run:
             self.world.all_reduce_max(0)  # it is written before another process ends
             raise
 
-    def _evaluate_first(self) -> None:
-        """Measure what the model is worth before the first step, and let it answer."""
-        training = self.training
-        data = subsample(training.validation, training.settings.evaluate_tokens)
-        self.say("evaluating before the first step")
-        loss = validation_loss(training.model, data, training.settings, self.hardware)
+    def _record_start(self, loss: float) -> None:
+        """Record what the model is worth before the first step, and let it answer."""
         if self.world.is_main_process:
             self.folder.record_start(loss)
-            most = training.settings.max_steps
+            most = self.training.settings.max_steps
             self.say(f"step 0 of {most:,}  validation loss {loss:.4f}")
             if self._samples.due(0, evaluated=True, last=False):
                 self._samples.take(0)
@@ -322,7 +296,7 @@ class Run:
 
     def _say_how(self) -> None:
         """Say from where it goes on, on what it computes, and what an evaluation reads."""
-        folder, settings = self.folder, self.training.settings
+        folder, settings, hardware = self.folder, self.training.settings, self.loop.hardware
         if folder.checkpoint:
             self.say(f"going on from step {folder.first_step:,} of {settings.max_steps:,}")
             if found := _other_environment(folder.environment_before, folder.environment):
@@ -331,11 +305,10 @@ class Run:
                     "alike but not to the bit"
                 )
         many = f"; {self.world.size} processes" if self.world.size > 1 else ""
-        self.say(f"computing on {self.hardware.describe()}{many}")
-        if self.hardware.compile:
+        self.say(f"computing on {hardware.describe()}{many}")
+        if hardware.compile:
             self.say("compiling the first step, which takes longer than the others")
-        data = subsample(self.training.validation, settings.evaluate_tokens)
-        if isinstance(data, Subsampled):
+        if isinstance(data := self.loop.eval_data, Subsampled):
             self.say(
                 f"an evaluation reads one in {data.every} of the held-out windows, the same each "
                 "time; evaluate-tokens 0 reads all"

@@ -13,10 +13,15 @@ from torch import Tensor
 
 from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.data.text.mixture import Mixture
-from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, tokenizer_fingerprint
-from nanogpt_surgery.formats.model_file import write_model_files
+from nanogpt_surgery.data.tokenizers.tokenizer import (
+    Tokenizer,
+    required_tokenizer,
+    tokenizer_fingerprint,
+)
+from nanogpt_surgery.formats.model_file import open_model, write_model_files
 from nanogpt_surgery.formats.peft.adapter_layout import write_adapter_files
 from nanogpt_surgery.lora.settings import LoRASettings
+from nanogpt_surgery.model.finite import check_finite_weights
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.training.settings import FitSettings
@@ -143,6 +148,17 @@ class Training:
             "train_ids": _data_fingerprint(self.dataset),
             "validation_ids": _data_fingerprint(self.validation),
         }
+
+
+def open_base(path: str) -> tuple[SimpleGPT, Tokenizer]:
+    """Opens a model to train it further: in float32, and computed in what `fit` chooses.
+
+    Raises:
+        SurgeryError: it does not open, has weights that are not finite, or has no tokenizer.
+    """
+    model, tokenizer = open_model(path, torch.float32)
+    check_finite_weights(model, path)
+    return model, required_tokenizer(tokenizer, path)
 
 
 def fingerprint(tensors: Iterable[Tensor]) -> str:

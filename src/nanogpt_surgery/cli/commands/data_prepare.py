@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.commands.train import CHARACTERS
 from nanogpt_surgery.cli.framework.console import PLAIN_LINE_EVERY, say, show
 from nanogpt_surgery.cli.framework.options import given, options_of_function
+from nanogpt_surgery.cli.model_options import CHARACTERS, named_tokenizer
+from nanogpt_surgery.cli.training_run import check_no_records
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def prepare(
     json
         print the result as JSON
     """
-    from nanogpt_surgery.cli.sources import check_no_records, say_data
+    from nanogpt_surgery.data.conversations.record_files import warn_of_records
     from nanogpt_surgery.data.text.corpus import chunks_of
     from nanogpt_surgery.files.disk_errors import make_folder
     from nanogpt_surgery.files.lock import LOCK, file_lock
@@ -57,7 +58,7 @@ def prepare(
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
     _check_folder(out, text)
     check_no_records(text)
-    say_data(text)
+    warn_of_records(text)
     chunks = chunks_of(text)
     aside = _aside(out)
     if aside.is_dir() and not out.exists():
@@ -189,12 +190,11 @@ def _provide_tokenizer(named: str, folder: Path, chunks: list[Chunk], workers: i
     Raises:
         SurgeryError: another one is there.
     """
-    from nanogpt_surgery.cli.commands.train import opened_tokenizer
     from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
     from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
     from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer, save_tokenizer
 
-    wanted = None if named == CHARACTERS else opened_tokenizer(named)
+    wanted = named_tokenizer(named)
     if not folder.exists():
         save_tokenizer(wanted or _of_characters(chunks, workers), folder)
         return

@@ -44,46 +44,39 @@ def preview(
     json
         print it as JSON
     """
-    from nanogpt_surgery.cli.instruction_data import counts_in, read_examples, window
     from nanogpt_surgery.data.conversations import instruction_dataset
+    from nanogpt_surgery.data.conversations.instructions import read_examples
     from nanogpt_surgery.formats.model_file import open_tokenizer_of
     from nanogpt_surgery.report import Report
+    from nanogpt_surgery.runs.data import window_length
 
     tokenizer, context = open_tokenizer_of(model)
-    length = window(block_size, context)
-    settings = InstructionSettings(**given(instructions))
-    found = read_examples(data, tokenizer, settings)
+    length, told = window_length(block_size, context), InstructionSettings(**given(instructions))
+    found = read_examples(data, tokenizer, told.template, told.answers_only)
     dataset = instruction_dataset.InstructionDataset.for_tokenizer(found, tokenizer, length)
     pieces_of = instruction_dataset.preview_tokens if tokens else instruction_dataset.preview
     shown = [pieces_of(example.cut(length + 1), tokenizer) for example in found[:examples]]
-    summary = counts_in(dataset)
+    summary = dataset.counts.to_dict()
     if json:
         rows = [[{"text": text, "trained": trained} for text, trained in p] for p in shown]
         summary |= {"block_size": length, "preview": rows}
-    else:
-        _print_examples(shown, [len(example.ids) for example in found], length, tokens)
+    for number, pieces in enumerate([] if json else shown):
+        _print(number, pieces, len(found[number].ids), length, "│" if tokens else "")
     show(Report("instruction data", [], summary), json)
-    written = "" if settings.template == "model" else f" --template {settings.template}"
-    written += "" if settings.answers_only else " --no-answers-only"
+    written = f" --template {told.template}" * (told.template != "model")
+    written += " --no-answers-only" * (not told.answers_only)
     say(f"surgery finetune {model} {' '.join(data)}{written} --out FOLDER trains on it")
 
 
-def _print_examples(
-    shown: list[list[tuple[str, bool]]], counts: list[int], length: int, tokens: bool
+def _print(
+    number: int, pieces: list[tuple[str, bool]], count: int, length: int, border: str
 ) -> None:
-    """Each example under its number, its tokens apart where that is asked for."""
-    for number, pieces in enumerate(shown):
-        count = counts[number]
-        cut = f", cut off after {length + 1}" if count > length + 1 else ""
-        print(f"example {number + 1}: {count} tokens{cut}")
-        _print(pieces, "│" if tokens else "")
-
-
-def _print(pieces: list[tuple[str, bool]], border: str) -> None:
-    """A text with what is trained on coloured, or in brackets where there are no colours."""
+    """An example with what is trained on coloured, or in brackets where there are no colours."""
     from rich.console import Console
     from rich.text import Text
 
+    cut = f", cut off after {length + 1}" if count > length + 1 else ""
+    print(f"example {number + 1}: {count} tokens{cut}")
     console, text = Console(highlight=False, soft_wrap=True), Text()
     before, after = ("", "") if console.is_terminal else ("⟦", "⟧")
     for piece, trained in pieces:

@@ -14,7 +14,7 @@ from nanogpt_surgery.cli.model_options import (
     OpeningOptions,
     one_adapter,
 )
-from nanogpt_surgery.cli.next_command import say_next
+from nanogpt_surgery.cli.next_command import next_command
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -69,7 +69,7 @@ def evaluate(
         title, talks = "answers alone (loss in nats a token)", True
         summary = _of_answers(*opened, file, template, batch_size)
     show(Report(f"{file}: {title}", [], summary), json)
-    say_next(model, adapter, talks=talks)
+    say(next_command(model, adapter, talks=talks))
 
 
 def _of_text(
@@ -80,7 +80,7 @@ def _of_text(
     stride: int | None,
     batch_size: int,
 ) -> dict[str, Any]:
-    from nanogpt_surgery.cli.sources import say_data
+    from nanogpt_surgery.data.conversations.record_files import warn_of_records
     from nanogpt_surgery.data.text.corpus import check_characters, read_texts
     from nanogpt_surgery.data.tokenizers.token_text import bytes_of_first
     from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
@@ -88,7 +88,7 @@ def _of_text(
 
     if context is None:
         context = min(model.config.block_size, LONGEST_WINDOW)
-    say_data((file,))
+    warn_of_records([file])
     text = read_texts([file])
     check_characters(tokenizer, [file], text)
     ids = prompt_ids(tokenizer, text)

@@ -12,7 +12,7 @@ from nanogpt_surgery.cli.framework.console import AllLayers, Json, say, show
 from nanogpt_surgery.cli.framework.options import given, options_of_function
 from nanogpt_surgery.cli.framework.output import Overwrite, check_out
 from nanogpt_surgery.cli.model_options import WITH_ADAPTER, AdapterFolder, Model
-from nanogpt_surgery.cli.next_command import say_next
+from nanogpt_surgery.cli.next_command import next_command
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -56,10 +56,10 @@ def export(
 
     check_adapter(model, WITH_ADAPTER)
     check_out(out, overwrite, is_file=form not in ("huggingface", "mlx"))
-    place, next_command = shlex.quote(str(out)), ""
+    place, following = shlex.quote(str(out)), ""
     if form == "lora-gguf" or form == "mlx":
         _write_adapter(model, adapter, out, form, given(options))
-        next_command = (
+        following = (
             f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF"
             if form == "lora-gguf"
             else f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {place} --prompt …"
@@ -69,7 +69,7 @@ def export(
     elif report := _write_model(model, out, form):
         show(report, json)
     say(f"wrote {out}, and read it again")
-    say(next_command) if next_command else say_next(out)
+    say(following or next_command(out))
 
 
 def _write_adapter(

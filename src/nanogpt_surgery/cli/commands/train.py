@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.options import given, options_of
-from nanogpt_surgery.cli.next_command import say_next
-from nanogpt_surgery.cli.run_options import RunOptions
+from nanogpt_surgery.cli.model_options import CHARACTERS, named_tokenizer
+from nanogpt_surgery.cli.next_command import next_command
+from nanogpt_surgery.cli.training_run import RunOptions, carry_out, check_first, check_no_records
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
 from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values, training_values
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.cli.sources import Sources
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+    from nanogpt_surgery.runs.data import Sources
     from nanogpt_surgery.runs.training import Training
 
-CHARACTERS = "characters"
 ModelOptions: Any = options_of(GPTConfig, "Model", leave_out=("vocab_size", "rope_scaling"))
 TrainingOptions: Any = options_of(FitSettings, "Training", ("lora_plus_ratio", "cache_gib"), MUON)
 Family: Any = Literal[*FAMILIES]
@@ -63,130 +62,106 @@ def train(
     family
         start from this family's axes; other flags still count
     """
-    from nanogpt_surgery.cli.commands.train_from import check_beside, training_from
-    from nanogpt_surgery.cli.training_run import check_first, prepared
-
     shaped, asked = given(model), given(training)
     if base is not None:
-        check_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
-    settings = FitSettings(
-        **(training_values(recipe, asked) if base is None else further_values(asked))
-    )
-    check_first(run, settings, asked)
+        _check_beside(base, {"tokenizer": tokenizer, "recipe": recipe, "family": family} | shaped)
+    values = training_values(recipe, asked) if base is None else further_values(asked)
+    check_first(run, settings := FitSettings(**values), asked)
+    check_no_records(text, base or "MODEL")
     if base is None:
         job = _new(settings, text, weights, tokenizer or CHARACTERS, recipe, family, shaped)
     else:
-        job = training_from(base, settings, text, weights, shaped.get("block_size"))
-    _carry_out(prepared(job, asked, run), run, text)
+        job = _going_on(base, settings, text, weights, shaped.get("block_size"))
+    carry_out(job, run, asked, next_command(run.out))
+
+
+def _check_beside(base: str, asked: dict[str, Any]) -> None:
+    """Refuses flags that the model settles itself, all at once; a block_size only cuts windows."""
+    found = [
+        f"--{'no-' if value is False else ''}{name.replace('_', '-')}"
+        for name, value in asked.items()
+        if value is not None and name != "block_size"
+    ]
+    if found:
+        raise SurgeryError(
+            f"--init-from {base} brings the model and its tokenizer, which settle "
+            f"{', '.join(found)}",
+            f"leave {'it' if len(found) == 1 else 'them'} out; --block-size alone may stand beside "
+            "--init-from, for shorter windows",
+        )
+
+
+def _sources(paths: tuple[str, ...], mix: str | None, tokenizer: Tokenizer | str) -> Sources:
+    """What was named, else Python's language reference; the tokenizer may be a folder's name."""
+    from nanogpt_surgery.data.text.corpus import python_reference, python_source
+    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
+    from nanogpt_surgery.runs.data import Sources, open_sources
+
+    found = named_tokenizer(tokenizer) if isinstance(tokenizer, str) else tokenizer
+    if paths or mix is not None:
+        return open_sources(paths, mix, found)
+    say("no text was named: training on Python's language reference")
+    text = python_reference()
+    # With the characters of the other built-in corpus, so that `finetune` can read it.
+    return Sources([text], found or CharacterTokenizer(text + python_source()))
 
 
 def _new(
     settings: FitSettings,
     text: tuple[str, ...],
-    weights: str | None,
+    mix: str | None,
     tokenizer: str,
     recipe: str | None,
     family: str | None,
     shaped: dict[str, Any],
 ) -> Training:
-    """The training of a new model, on what was named, in the shape that was asked for."""
-    from nanogpt_surgery.training.checks import check_new_model
-
-    sources = _sources(text, weights, tokenizer)
-    check_new_model(_config(sources, recipe, family, shaped), settings)
-    job = _job(sources, _config(sources, recipe, family, shaped), settings, recipe)
-    named = {"text": text, "weights": weights, "tokenizer": tokenizer, "family": family}
-    return replace(job, named=named)
-
-
-def _job(
-    sources: Sources,
-    config: GPTConfig,
-    settings: FitSettings,
-    recipe: str | None,
-) -> Training:
-    """Its parts; its weights follow from the seed."""
+    """The training of a new model, in the shape that was asked for; the seed gives its weights."""
     import torch
 
-    from nanogpt_surgery.cli.sources import windows_of
+    from nanogpt_surgery.data.tokenizers.tokenizer import vocab_size_of
     from nanogpt_surgery.model.initialisation import start_from_zero
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
     from nanogpt_surgery.runs.training import Training
+    from nanogpt_surgery.training.checks import check_new_model
 
-    dataset, validation = sources.datasets(config.block_size)
+    sources = _sources(text, mix, tokenizer)
+    vocab_size = vocab_size_of(sources.tokenizer)
+    if family is None:
+        config = GPTConfig(vocab_size=vocab_size, **(RECIPES[recipe].model | shaped))
+    else:
+        config = GPTConfig.for_family(family, vocab_size=vocab_size, **shaped)
+    check_new_model(config, settings)
+    data = sources.datasets(config.block_size)
     torch.manual_seed(settings.seed)
     network = SimpleGPT.from_config(config)
     if RECIPES[recipe].from_zero:
         start_from_zero(network, config)
-    say(
-        f"{windows_of(dataset, validation)}; tokens of "
-        f"{config.vocab_size:,} kinds; a model of {network.n_parameters:,} parameters"
-    )
-    tables = config.n_prev_tokens * config.vocab_size * config.n_embd
-    if 2 * tables > network.n_parameters:
+    size, tables = network.n_parameters, config.n_prev_tokens * vocab_size * config.n_embd
+    say(f"tokens of {vocab_size:,} kinds; a model of {size:,} parameters")
+    if 2 * tables > size:
         say(
             f"note: {tables:,} of them are tables of previous tokens, for so many kinds; "
             "--n-prev-tokens 0 is without"
         )
-    data = dataset, validation
-    known = {"recipe": recipe}
-    return Training.of_model(network, sources.tokenizer, data, settings, description=known)
+    named = {"text": text, "weights": mix, "tokenizer": tokenizer, "family": family}
+    more: dict[str, Any] = {"named": named, "description": {"recipe": recipe}}
+    return Training.of_model(network, sources.tokenizer, data, settings, **more)
 
 
-def _say_way(settings: FitSettings, goes_on: bool) -> None:
-    """Says which optimizer trains and how fast, unless it is AdamW from nothing."""
-    rate = f"at a learning rate of {settings.learning_rate:g}"
-    if settings.muon:
-        say(f"trained by Muon, {rate} (--no-muon: AdamW)")
-    elif goes_on:
-        say(f"trained by AdamW, {rate} (--muon: Muon)")
+def _going_on(
+    base: str,
+    settings: FitSettings,
+    text: tuple[str, ...],
+    mix: str | None,
+    block_size: int | None,
+) -> Training:
+    """The training of all weights of a model, in float32, from where they are."""
+    from nanogpt_surgery.runs.data import window_length
+    from nanogpt_surgery.runs.training import Training, open_base
 
-
-def _carry_out(job: Training, run: RunOptions, text: tuple[str, ...]) -> None:
-    from nanogpt_surgery.cli.sources import say_sources
-    from nanogpt_surgery.cli.training_run import carry_out
-
-    _say_way(job.settings, "base" in job.description)
-    say_sources(job.dataset, text, job.settings.windows)
-    carry_out(job, run, "trained")
-    if not run.plan:
-        say_next(run.out)
-
-
-def _config(
-    sources: Sources, recipe: str | None, family: str | None, asked: dict[str, Any]
-) -> GPTConfig:
-    from nanogpt_surgery.data.tokenizers.tokenizer import vocab_size_of
-
-    vocab_size = vocab_size_of(sources.tokenizer)
-    if family is None:
-        return GPTConfig(vocab_size=vocab_size, **(RECIPES[recipe].model | asked))
-    return GPTConfig.for_family(family, vocab_size=vocab_size, **asked)
-
-
-def _sources(paths: tuple[str, ...], weights: str | None, tokenizer: str) -> Sources:
-    """Returns the sources to learn from, with the tokenizer that was named, or their own."""
-    from nanogpt_surgery.cli.sources import named_sources
-
-    return named_sources(
-        paths, weights, None if tokenizer == CHARACTERS else opened_tokenizer(tokenizer)
-    )
-
-
-def opened_tokenizer(folder: str) -> Tokenizer:
-    """The tokenizer in a folder that was named.
-
-    Raises:
-        SurgeryError: there is none.
-    """
-    from nanogpt_surgery.errors import SurgeryError
-    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
-
-    found = open_tokenizer(folder)
-    if found is None:
-        there = "it holds no tokenizer.json" if Path(folder).is_dir() else "there is no such folder"
-        raise SurgeryError(
-            f"no tokenizer opens from {folder}: {there}",
-            "surgery tokenizer train TEXT --vocab-size 4096 --out FOLDER makes one",
-        )
-    return found
+    network, tokenizer = open_base(base)
+    length = window_length(block_size, network.config.block_size)
+    data = _sources(text, mix, tokenizer).datasets(length)
+    say(f"going on from {base}: all of its {network.n_parameters:,} parameters learn")
+    named = {"model": base, "text": text, "weights": mix}
+    return Training.of_model(network, tokenizer, data, settings, base, named=named)

@@ -6,7 +6,9 @@ import errno
 import os
 import re
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from inspect import BoundArguments
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,8 @@ EPILOGUE = (
 )
 
 _SETTING = re.compile(r"\b([a-z_]+)=(True|False|FOLDER|'[^'\]]*'|-?[\d.]*\d)(?![\w'\]])")
+
+_SIZE = re.compile(r"\b(?:block_size|batch_size|grad_accum_steps)\b(?! ?=)")
 
 
 def make_app() -> App:
@@ -104,7 +108,8 @@ def run(arguments: list[str] | None = None) -> None:
             if FLAG in arguments:
                 app.config = take_config(arguments)
             with joined(" ".join(_command(arguments))):
-                _run(app, arguments)
+                command, values = _parsed(app, arguments)
+                command(*values.args, **values.kwargs)
         sys.stdout.flush()
     except SurgeryError as error:
         if debug:
@@ -140,7 +145,7 @@ def with_flags(hint: str) -> str:
             return f"--{name}" if value == "True" else f"--no-{name}"
         return f"--{name} {value}"
 
-    return _SETTING.sub(flag, hint)
+    return _SIZE.sub(lambda name: f"--{name[0].replace('_', '-')}", _SETTING.sub(flag, hint))
 
 
 def _forget_stdout() -> None:
@@ -156,7 +161,8 @@ def _refusal(error: OSError) -> str:
     return ": ".join(filter(None, (where, error.strerror or str(error) or type(error).__name__)))
 
 
-def _run(app: App, arguments: list[str]) -> None:
+def _parsed(app: App, arguments: list[str]) -> tuple[Callable[..., object], BoundArguments]:
+    """The function of a command, and the values that it is to be called with."""
     words = [STANDARD_INPUT if word == "-" else word for word in arguments]
     try:
         command, bound, _ = app.parse_args(words, exit_on_error=False, print_error=False)
@@ -167,7 +173,8 @@ def _run(app: App, arguments: list[str]) -> None:
             or _unknown(error, hint)
             or SurgeryError(_missing(error) or str(error), f"{hint} lists the flags")
         ) from error
-    command(*map(_typed, bound.args), **{key: _typed(value) for key, value in bound.kwargs.items()})
+    bound.arguments.update({name: _typed(value) for name, value in bound.arguments.items()})
+    return command, bound
 
 
 def _unknown(error: CycloptsError, hint: str) -> SurgeryError | None:
@@ -189,6 +196,8 @@ def _unknown(error: CycloptsError, hint: str) -> SurgeryError | None:
 
 def _typed(value: Any) -> Any:
     """A value as it was typed: cyclopts takes a - of its own for a flag."""
+    if isinstance(value, tuple):  # several words
+        return tuple(map(_typed, value))
     return "-" if value == STANDARD_INPUT else value
 
 

@@ -21,8 +21,9 @@ from nanogpt_surgery.errors import SurgeryWarning, printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from nanogpt_surgery.data.gpt_dataset import Batch, Batches
+    from nanogpt_surgery.data.gpt_dataset import Batch
     from nanogpt_surgery.report import Report
+    from nanogpt_surgery.training.evaluation import EvalData
     from nanogpt_surgery.training.step import Step
 
 LEAST_BAR = 10  # columns
@@ -155,29 +156,22 @@ def watched(
     """
     rate = _Rate(first_step, max_steps, full_rate)
     if sys.stderr.isatty() and is_main_process():
-        yield from _with_bar(steps, rate, validation)
-    else:
-        yield from _with_lines(steps, rate)
+        return _with_bar(steps, rate, validation)
+    return _with_lines(steps, rate)
 
 
 class Announced:
     """Held-out data that calls `begin` and `end` around a reading of it, an evaluation."""
 
-    def __init__(self, data: Batches):
+    def __init__(self, data: EvalData):
         self.data = data
         self.begin: Callable[[], object] = lambda: None
         self.end: Callable[[], object] = lambda: None
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.data, name)
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    def iter_all(self, batch_size: int, *every: int) -> Iterator[Batch]:
+    def iter_all(self, batch_size: int) -> Iterator[Batch]:
         """As the data's own."""
         self.begin()
-        yield from self.data.iter_all(batch_size, *every)
+        yield from self.data.iter_all(batch_size)
         self.end()
 
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from nanogpt_surgery.data.conversations.chat import end_ids
 from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.data.gpt_dataset import Batch
 from nanogpt_surgery.data.shuffling import Ids, rows_of_step, visited
+from nanogpt_surgery.data.text.corpus import TRAIN_SHARE
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
@@ -42,6 +44,18 @@ class Counts:
     """examples longer than the window, whose end was cut off"""
     dropped: int
     """examples of which no trained token was left"""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as plain values for a report, with the share that is trained on."""
+        return {
+            "examples": self.examples,
+            "tokens": self.tokens,
+            "trained_tokens": self.trained,
+            "trained_share": self.trained / self.tokens,
+            "answers_that_end": self.ends,
+            "truncated": self.truncated,
+            "dropped": self.dropped,
+        }
 
 
 class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -157,6 +171,36 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
     def _batch_of(self, rows: Tensor) -> Batch:
         batch = self.inputs[rows].long(), self.targets[rows].long()  # (B, T) each
         return (*batch, self.documents[rows]) if self.packs else batch
+
+
+def split_examples(
+    examples: Sequence[Example], tokenizer: Tokenizer, block_size: int, pack: bool = False
+) -> tuple[InstructionDataset, InstructionDataset]:
+    """The first nine tenths of the examples, to train on, and the last, to validate.
+
+    What is held out is packed in any case: its loss is the same, and sooner there. Warns of
+    examples to train on that the window is too short for.
+
+    Raises:
+        SurgeryError: there are too few to hold any out, or one part has no answer in reach.
+    """
+    cut = int(len(examples) * TRAIN_SHARE)
+    if cut == 0:
+        raise SurgeryError(
+            f"{len(examples)} conversation is too few: the last tenth is held out for validation",
+            "give at least 2",
+        )
+    train = InstructionDataset.for_tokenizer(examples[:cut], tokenizer, block_size, pack)
+    ends = sorted(end_ids(tokenizer))
+    held_out = InstructionDataset(examples[cut:], block_size, pack=True, end_ids=ends)
+    if dropped := train.counts.dropped:
+        warnings.warn(
+            f"{dropped:,} of {cut:,} examples to train on are left out: no answer begins within "
+            f"{block_size:,} tokens; a larger block_size takes them in",
+            SurgeryWarning,
+            stacklevel=2,
+        )
+    return train, held_out
 
 
 def _packed(examples: Sequence[Example], size: int) -> list[list[Example]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -118,6 +118,35 @@ def check_first_record(path: str | Path) -> None:
         raise SurgeryError(
             f"{path} is not instruction data: record 1, {error}", EXPECTED + hint * prose
         ) from None
+
+
+def read_examples(
+    paths: Sequence[str | Path],
+    tokenizer: Tokenizer,
+    template: str = "model",
+    answers_only: bool = True,
+) -> list[Example]:
+    """The conversations of all files, as ids.
+
+    Args:
+        paths: JSON, JSONL, CSV or TSV files.
+        tokenizer: the model's.
+        template: how they are written: "model" as the tokenizer's own does; or "chatml", "plain".
+        answers_only: otherwise every token is trained on.
+
+    Raises:
+        SurgeryError: no file is named, or as `read_conversations` and `encode_conversations`.
+    """
+    if not paths:
+        raise SurgeryError(
+            "no file of instruction data is named", "name a JSON, JSONL, CSV or TSV file"
+        )
+    written = template_of(tokenizer)
+    if template != "model":
+        written = replace(written, source=template)
+    conversations = [found for path in paths for found in read_conversations(path)]
+    check_conversations(conversations, tokenizer)
+    return encode_conversations(conversations, tokenizer, written, answers_only=answers_only)
 
 
 def encode_conversations(

@@ -12,12 +12,20 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.errors import SurgeryError, first_problems, foreign_file, quoted
+from nanogpt_surgery.data.text.corpus import files_of
+from nanogpt_surgery.errors import (
+    SurgeryError,
+    SurgeryWarning,
+    first_problems,
+    foreign_file,
+    quoted,
+)
 
 JSON, TABLES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 LONGEST_CELL = 1 << 24  # characters
@@ -167,10 +175,25 @@ def _delimiter(text: str, path: Path) -> str:
     return max(",;\t", key=header.count)
 
 
-def begins_like_data(path: str | Path) -> str:
-    """A word for what a file's beginning looks like where it is no prose, else nothing."""
-    with foreign_file(path), Path(path).open(encoding="utf-8", errors="replace") as file:
-        return looks_like_data(file.read(_SAMPLE + 1))
+def warn_of_records(paths: Sequence[str]) -> None:
+    """Warns of files that are read as text and look like data, by their name or beginning."""
+    for path in map(Path, paths):
+        if path.is_dir():
+            found = [file for file in files_of([path]) if holds_records(file)]
+            what = f"holds {len(found):,} files of data ({found[0].name})" if found else ""
+        elif path.exists():
+            with foreign_file(path), path.open(encoding="utf-8", errors="replace") as file:
+                kind = looks_like_data(file.read(_SAMPLE + 1))
+            what = f"looks like {kind}" if kind else ""
+        else:
+            continue
+        if what:
+            warnings.warn(
+                f"{path} {what}; it is learned as text, its marks and names of fields too "
+                "(questions with answers belong in a .csv, .json or .jsonl file)",
+                SurgeryWarning,
+                stacklevel=3,
+            )
 
 
 def looks_like_data(text: str) -> str:
