@@ -16,11 +16,7 @@ from nanogpt_surgery.data.text.token_files import (
     open_tokens,
 )
 from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
-from nanogpt_surgery.data.tokenizers.tokenizer import (
-    Tokenizer,
-    encode_text,
-    tokenizer_fingerprint,
-)
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, encode_text, tokenizer_fingerprint
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
 from nanogpt_surgery.training.distributed import world
