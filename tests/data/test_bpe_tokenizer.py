@@ -11,7 +11,6 @@ from nanogpt_surgery import SurgeryError, Tokenizer, python_reference
 from nanogpt_surgery.data.tokenizers.bpe_tokenizer import (
     END_OF_TEXT,
     BPETokenizer,
-    _pre_tokenizer,
     is_ours,
 )
 from nanogpt_surgery.data.tokenizers.token_text import CHARACTER_OF_BYTE, read_bytes
@@ -33,7 +32,7 @@ def test_the_byte_alphabet_is_a_bijection():
 
 @given(SAMPLES | st.text(alphabet="I'sdmtlvreT \n", max_size=12))
 def test_words_are_cut_as_gpt2_cuts_them(text):
-    ours = _pre_tokenizer().pre_tokenize_str(text)
+    ours = REFERENCE.pre_tokenizer.pre_tokenize_str(text)
     assert ours == ByteLevel(add_prefix_space=False).pre_tokenize_str(text)
 
 

@@ -50,12 +50,7 @@ class World:
         Raises:
             SurgeryError: another process has ended.
         """
-        if self.size == 1:
-            return list(numbers)
-        found = torch.tensor(numbers, dtype=torch.float64)
-        with _others_there():
-            dist.all_reduce(found)
-        return found.tolist()
+        return self._all_reduce(torch.tensor(numbers, dtype=torch.float64)).tolist()
 
     def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers; all wait for each other.
@@ -63,12 +58,14 @@ class World:
         Raises:
             SurgeryError: another process has ended.
         """
-        if self.size == 1:
-            return number
-        found = torch.tensor(number)
-        with _others_there():
-            dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        return int(self._all_reduce(torch.tensor(number), largest=True))
+
+    def _all_reduce(self, values: Tensor, largest: bool = False) -> Tensor:
+        """In place; alone, the values stay as they are."""
+        if self.size > 1:
+            with _others_there():
+                dist.all_reduce(values, dist.ReduceOp.MAX if largest else dist.ReduceOp.SUM)
+        return values
 
     def all_reduce_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Add up the gradients; where another process has one and this has not, it counts as 0.
@@ -84,13 +81,12 @@ class World:
         gradients = []
         for parameter, count in zip(parameters, there, strict=True):
             if count:
-                parameter.grad = _gradient(parameter)
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
                 gradients.append(parameter.grad)
         for bucket in _buckets(gradients):
-            flat = torch.cat([_at_least_float32(gradient).flatten() for gradient in bucket])
-            with _others_there():
-                dist.all_reduce(flat)
-            sums = flat.split([gradient.numel() for gradient in bucket])
+            parts = [g.to(torch.promote_types(g.dtype, torch.float32)).flatten() for g in bucket]
+            sums = self._all_reduce(torch.cat(parts)).split([part.numel() for part in parts])
             for gradient, summed in zip(bucket, sums, strict=True):
                 gradient.copy_(summed.view_as(gradient))
 
@@ -196,14 +192,6 @@ def _check_device(model: nn.Module) -> None:
             f"several processes train on CPUs or on CUDA's GPUs, not on {', '.join(others)}",
             "choose the device cpu, or start one process",
         )
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    return torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.data.gpt_dataset import Batch
-from nanogpt_surgery.errors import NotFiniteError
+from nanogpt_surgery.errors import NotFiniteError, listed
 from nanogpt_surgery.model.finite import first_not_finite
 from nanogpt_surgery.model.loss import count_trained, eval_mode
 from nanogpt_surgery.training.evaluation import summed_loss
@@ -65,25 +65,15 @@ def _where(model: nn.Module, batch: Batch, rows: list[int], hardware: Hardware) 
     """Which rows it was, and the module in which the loss of the first bad one is lost."""
     for index in range(len(batch[1])):
         row = tuple(tensor[index : index + 1] for tensor in batch)
-        if count_trained(row[1]) and not _finite_loss(model, row, hardware):
+        if count_trained(row[1]) and not _loss(model, row, hardware).isfinite():
             origin = first_not_finite(model, partial(_loss, model, row, hardware))
             number = rows[index] if rows else index
             of = "row" if rows else "row, in the batch,"
             return f"the loss of {of} {number} is not finite: {origin}"
-    return f"the loss of each row is finite ({_numbers(rows)})" if rows else "each loss is finite"
-
-
-def _numbers(rows: list[int]) -> str:
-    more = len(rows) - MOST_ROWS
-    return (
-        "rows " + ", ".join(map(str, rows[:MOST_ROWS])) + (f" and {more} more" if more > 0 else "")
-    )
+    which = f" (rows {listed(map(str, rows), MOST_ROWS)})" if rows else ""
+    return f"the loss of each row is finite{which}"
 
 
 def _loss(model: nn.Module, row: Batch, hardware: Hardware) -> torch.Tensor:
     with eval_mode(model), torch.no_grad(), hardware.autocast():
         return summed_loss(model, row)
-
-
-def _finite_loss(model: nn.Module, row: Batch, hardware: Hardware) -> bool:
-    return bool(_loss(model, row, hardware).isfinite())

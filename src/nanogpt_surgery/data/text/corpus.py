@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_surgery.errors import SurgeryError, first_problems, quoted
+from nanogpt_surgery.errors import SurgeryError, first_problems, foreign_file, quoted
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -30,7 +30,6 @@ PIECE = 8 << 20  # bytes, about: a chunk has at most twice as many
 _LOOK = 1 << 16  # bytes that are searched for a place
 # Where white space is longer than one newline, byte-pair encodings look at what follows it.
 _BETWEEN_LINES, _LINE_START = re.compile(rb"\S\n(?=\S)"), re.compile(rb"\n(?=\S)")
-_BOM = "\ufeff"
 
 
 def read_texts(paths: Iterable[str | Path]) -> str:
@@ -45,37 +44,48 @@ def read_texts(paths: Iterable[str | Path]) -> str:
     texts: list[str] = []
     problems: list[str] = []
     paths = list(paths)
-    for path in paths:
-        for name, data in _sources(path, problems):
-            try:
-                texts.append(data.decode().removeprefix(_BOM))
-            except UnicodeDecodeError as error:
-                bad = data[error.start]
-                problems.append(f"{name} is not UTF-8: byte 0x{bad:02x} at position {error.start}")
+    for file in _files(paths, problems):
+        name = file or "standard input"
+        try:
+            with foreign_file(name):
+                data = file.read_bytes() if file else sys.stdin.buffer.read()
+            texts.append(_decoded(data, name))
+        except SurgeryError as error:
+            problems.append(error.what)
     if problems:
         raise SurgeryError(first_problems(problems), NOT_UTF8)
-    text = "\n".join(filter(None, texts))
-    if not text:
-        named = quoted(", ".join(map(str, paths)))
-        raise SurgeryError(f"there is no text in {named}", "name files that are not empty")
-    return text
+    if not any(texts):
+        raise _no_text(paths)
+    return "\n".join(filter(None, texts))
 
 
-def _sources(path: str | Path, problems: list[str]) -> Iterable[tuple[str, bytes]]:
-    if str(path) == "-":
-        yield "standard input", sys.stdin.buffer.read()
-        return
-    path = Path(path)
-    if not path.exists():
-        problems.append(f"{path} does not exist")
-        return
-    for file in _files_below(path) if path.is_dir() else [path]:
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            problems.append(f"{file} cannot be read: {error.strerror}")
+def files_of(paths: Iterable[str | Path]) -> list[Path]:
+    """The files, as `read_texts` would read them, for those who read only parts of them.
+
+    Raises:
+        SurgeryError: a path is missing, or is standard input, which cannot be read in parts.
+    """
+    problems: list[str] = []
+    files = list(_files(paths, problems))
+    if None in files:
+        problems.insert(0, "standard input cannot be read in parts")
+    if problems:
+        raise SurgeryError("; ".join(problems), "name files, or folders of them")
+    return [file for file in files if file]
+
+
+def _files(paths: Iterable[str | Path], problems: list[str]) -> Iterator[Path | None]:
+    """The files named, and those in folders, None for standard input; notes what is not there."""
+    for name in paths:
+        path = Path(name)
+        if str(name) == "-":
+            yield None
+        elif path.is_dir():
+            yield from _files_below(path)
+        elif path.exists():
+            yield path
         else:
-            yield str(file), data
+            problems.append(f"{path} does not exist")
 
 
 def _files_below(folder: Path) -> list[Path]:
@@ -89,24 +99,22 @@ def _files_below(folder: Path) -> list[Path]:
     )
 
 
-def files_of(paths: Iterable[str | Path]) -> list[Path]:
-    """The files, as `read_texts` would read them, for those who read only parts of them.
+def _decoded(data: bytes, file: str | Path, start: int = 0) -> str:
+    """The text of bytes that stand in a file from `start` on, without a byte order mark."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError as error:
+        raise SurgeryError(
+            f"{file} is not UTF-8: byte 0x{data[error.start]:02x} at position "
+            f"{start + error.start}",
+            NOT_UTF8,
+        ) from None
+    return text if start else text.removeprefix("\ufeff")
 
-    Raises:
-        SurgeryError: a path is missing, or is standard input, which cannot be read in parts.
-    """
-    files: list[Path] = []
-    problems: list[str] = []
-    for path in map(Path, paths):
-        if str(path) == "-":
-            problems.append("standard input cannot be read in parts")
-        elif not path.exists():
-            problems.append(f"{path} does not exist")
-        else:
-            files += _files_below(path) if path.is_dir() else [path]
-    if problems:
-        raise SurgeryError("; ".join(problems), "name files, or folders of them")
-    return files
+
+def _no_text(paths: Iterable[str | Path]) -> SurgeryError:
+    named = quoted(", ".join(map(str, paths)))
+    return SurgeryError(f"there is no text in {named}", "name files that are not empty")
 
 
 def check_characters(tokenizer: Tokenizer, paths: Sequence[str | Path], text: str) -> None:
@@ -127,7 +135,7 @@ def check_characters(tokenizer: Tokenizer, paths: Sequence[str | Path], text: st
         check(text, "the text")
         return
     for file in files_of(paths):
-        check(file.read_bytes().decode("utf-8-sig"), str(file))
+        check(_decoded(file.read_bytes(), file), str(file))
 
 
 @dataclass(frozen=True)
@@ -165,8 +173,7 @@ def chunks_of(paths: Iterable[str | Path], size: int = PIECE) -> list[Chunk]:
         chunks[-1].append(span)
         room -= length
     if not chunks:
-        named = quoted(", ".join(map(str, paths)))
-        raise SurgeryError(f"there is no text in {named}", "name files that are not empty")
+        raise _no_text(paths)
     return [tuple(chunk) for chunk in chunks]
 
 
@@ -201,15 +208,7 @@ def read_span(span: Span) -> str:
         data = file.read(span.end - span.start)
     if len(data) != span.end - span.start:
         raise SurgeryError(f"{span.file} has become shorter while it was read")
-    try:
-        text = data.decode()
-    except UnicodeDecodeError as error:
-        raise SurgeryError(
-            f"{span.file} is not UTF-8: byte 0x{data[error.start]:02x} at position "
-            f"{span.start + error.start}",
-            NOT_UTF8,
-        ) from None
-    return text.removeprefix(_BOM) if span.first else text
+    return _decoded(data, span.file, span.start)
 
 
 def split_at_line(text: str, share: float) -> tuple[str, str]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class Mixture:
         shares = whole_shares(weights, len(self.sources))
         groups = math.ceil(LEAST_GROUP / sum(shares))
         self.counts = [groups * share for share in shares]  # rows of each source in a group
-        self._groups: dict[tuple[int, int], tuple[Ids, Ids]] = {}
+        self._group = lru_cache(maxsize=8)(self._draw)
 
     def __len__(self) -> int:
         return sum(map(len, self.sources))
@@ -59,7 +60,7 @@ class Mixture:
         """How often a training of so many rows reads each source's tokens: its epochs."""
         share = rows / sum(self.counts)
         pairs = zip(self.counts, self.sources, strict=True)
-        return [share * count * self.block_size / (len(source.ids) - 1) for count, source in pairs]
+        return [share * count / rows_in_epoch(source) for count, source in pairs]
 
     def batch(
         self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
@@ -99,15 +100,8 @@ class Mixture:
             np.concatenate([places for _, places in groups])[part],
         )
 
-    def _group(self, number: int, seed: int) -> tuple[Ids, Ids]:
-        """The sources and windows of a group's rows, (K,) each; the last groups are remembered."""
-        if (number, seed) not in self._groups:
-            if len(self._groups) > 8:
-                self._groups.clear()
-            self._groups[number, seed] = self._draw(number, seed)
-        return self._groups[number, seed]
-
     def _draw(self, number: int, seed: int) -> tuple[Ids, Ids]:
+        """The sources and windows of a group's rows, (K,) each."""
         size = sum(self.counts)
         order = shuffled(np.arange(size), size, np.full(size, number + seed * 1_000_003))
         sources = np.searchsorted(np.cumsum(self.counts), order, side="right")
@@ -122,9 +116,7 @@ def passes(dataset: Batches, rows: int) -> list[float]:
     """How often a training of so many rows reads what there is, for each source: its epochs."""
     if isinstance(dataset, Mixture):
         return dataset.passes(rows)
-    if isinstance(dataset, GPTDataset):
-        return [rows * dataset.block_size / (len(dataset.ids) - 1)]
-    return [rows / len(dataset)]
+    return [rows / rows_in_epoch(dataset)]
 
 
 def rows_in_epoch(dataset: Batches) -> float:

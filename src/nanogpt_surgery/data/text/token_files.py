@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +24,7 @@ import numpy as np
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.writing import flush
+from nanogpt_surgery.values import SIZE_OR_0, TEXT, Kind, raise_all, wrong
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 HEADER, TOKENIZER, VERSION = "tokens.json", "tokenizer", 1
 SPLITS = ("train", "validation")
 DTYPES = {"uint16": 2, "uint32": 4}  # bytes an id
+DTYPE: Kind = (f"one of {', '.join(DTYPES)}", lambda x: isinstance(x, str) and x in DTYPES)
 _LARGEST_ID = {"uint16": 2**16, "uint32": 2**31}  # int32 holds every id elsewhere
 _AT_ONCE = 1 << 24  # bytes hashed at a time
 
@@ -141,22 +143,12 @@ def read_header(folder: Path) -> TokenHeader:
         header = TokenHeader(**(contents | shards))
     except (TypeError, KeyError) as error:
         raise SurgeryError(f"{path} is damaged: {error}") from None
-    if problem := _nonsense(header):
-        raise SurgeryError(f"{path} is damaged: {problem}")
+    problems = wrong(header, SIZE_OR_0, "vocab_size") + wrong(header, TEXT, "tokenizer")
+    problems += wrong(header, DTYPE, "dtype")
+    for shard in (*header.train, *header.validation):
+        problems += wrong(shard, SIZE_OR_0, "tokens") + wrong(shard, TEXT, "sha256")
+    raise_all(f"{path} is damaged", problems[:5])
     return header
-
-
-def _nonsense(header: TokenHeader) -> str | None:
-    everything: list[Any] = [header, *header.train, *header.validation]
-    for part in everything:
-        for field in fields(part):
-            value = getattr(part, field.name)
-            kind = {"int": int, "str": str}.get(str(field.type))
-            if (kind and type(value) is not kind) or (kind is int and value < 0):
-                return f"{field.name} is {value!r}"
-    if header.dtype not in DTYPES:
-        return f"dtype is {header.dtype!r}; it must be one of {', '.join(DTYPES)}"
-    return None
 
 
 def write_header(folder: Path, header: TokenHeader) -> None:

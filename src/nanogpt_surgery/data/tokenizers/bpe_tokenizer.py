@@ -17,9 +17,7 @@ from typing import Any
 import numpy as np
 import tiktoken
 from numpy.typing import NDArray
-from tokenizers import Regex, pre_tokenizers
 from tokenizers import Tokenizer as Encoder
-from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
 
 from nanogpt_surgery.data.tokenizers.token_text import CHARACTER_OF_BYTE, read_bytes
@@ -87,8 +85,7 @@ class BPETokenizer:
             show_progress=False,
             initial_alphabet=list(CHARACTER_OF_BYTE.values()),
         )
-        encoder = Encoder(BPE())
-        encoder.pre_tokenizer = _pre_tokenizer()
+        encoder = Encoder.from_str(json.dumps(_contents({}, [], {})))
         encoder.train_from_iterator(texts, trainer)
         model = json.loads(encoder.to_str())["model"]
         return cls(model["vocab"], _pairs(model["merges"]), {END_OF_TEXT: len(model["vocab"])})
@@ -166,21 +163,7 @@ class BPETokenizer:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of a `tokenizer.json` that the `tokenizers` package reads."""
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [_added_token(token, i) for token, i in self.special.items()],
-            "normalizer": None,
-            "pre_tokenizer": _PRE_TOKENIZER,
-            "post_processor": None,
-            "decoder": _BYTE_LEVEL,
-            "model": {
-                "type": "BPE",
-                "vocab": self.vocab,
-                "merges": [list(pair) for pair in self.merges],
-            },
-        }
+        return _contents(self.vocab, self.merges, self.special)
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`."""
@@ -226,18 +209,25 @@ _PRE_TOKENIZER = {
 }
 
 
-def _pre_tokenizer() -> pre_tokenizers.PreTokenizer:
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(GPT2_PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-
-
-def _added_token(token: str, index: int) -> dict[str, Any]:
+def _contents(
+    vocab: dict[str, int], merges: list[tuple[str, str]], special: dict[str, int]
+) -> dict[str, Any]:
+    """A `tokenizer.json`."""
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
-    return {"id": index, "content": token, "special": True} | flags
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [
+            {"id": index, "content": token, "special": True} | flags
+            for token, index in special.items()
+        ],
+        "normalizer": None,
+        "pre_tokenizer": _PRE_TOKENIZER,
+        "post_processor": None,
+        "decoder": _BYTE_LEVEL,
+        "model": {"type": "BPE", "vocab": vocab, "merges": [list(pair) for pair in merges]},
+    }
 
 
 def _pairs(merges: Iterable[str | list[str]]) -> list[tuple[str, str]]:
