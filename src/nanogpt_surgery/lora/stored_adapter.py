@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -72,13 +73,24 @@ class LowRankUpdate:
         """The product s · B A, (out, in), float32: ΔW, but for DoRA, which needs the base."""
         return self.scaling * (self.B @ self.A)
 
-    @property
-    def singular_values(self) -> Tensor:
-        """Those of s · B A that can be other than zero, (R), largest first; it is never built."""
-        _, b = torch.linalg.qr(self.B)  # (R, R)
-        _, a = torch.linalg.qr(self.A.t())  # (R, R)
-        values: Tensor = self.scaling * torch.linalg.svdvals(b @ a.t())
-        return values
+
+def singular_values(updates: Sequence[LowRankUpdate]) -> Tensor:
+    """Those of s · B A that can be other than zero, largest first; the product is never built.
+
+    Args:
+        updates: of one shape; of any floating-point dtype.
+
+    Returns:
+        (N, R) for N updates, float32; NaN for an update that is not finite.
+    """
+    scales = torch.tensor([abs(update.scaling) for update in updates])
+    a = torch.stack([update.A.float().t() for update in updates])  # (N, in, R)
+    b = torch.stack([update.B.float() for update in updates])  # (N, out, R)
+    (_, r_a), (_, r_b) = torch.linalg.qr(a, mode="r"), torch.linalg.qr(b, mode="r")
+    small = r_b @ r_a.mT  # (N, R, R)
+    scales[~small.isfinite().all(2).all(1)] = torch.nan
+    values: Tensor = torch.linalg.svdvals(small.nan_to_num(0, 0, 0))  # (N, R)
+    return scales[:, None] * values
 
 
 Updates: TypeAlias = dict[str, LowRankUpdate]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +12,8 @@ from nanogpt_surgery.cli.framework.console import AllLayers, Json, show
 
 LARGEST_FACTOR = 1 << 24  # numbers of a factor; larger ones are not read for their norm
 MOST_READ = 1 << 30  # numbers of an adapter
-NORM, PARTS_RANKS = "norm of ΔW", "r of its parts"
+NORMS = ("norm of ΔW", "largest singular value", "rank of ΔW")
+PARTS_RANKS = "r of its parts"
 FUSED, PARTS = "attn.c_attn", ("q_proj", "k_proj", "v_proj")
 KINDS = {  # of a tokenizer.json
     "BPE": "byte pairs (BPE)",
@@ -27,7 +30,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-    from nanogpt_surgery.lora.stored_adapter import LowRankUpdate
+    from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, Updates
     from nanogpt_surgery.report import Report
 
 
@@ -114,20 +117,56 @@ def _adapter_report(path: str) -> Report:
     from nanogpt_surgery.report import Report
 
     updates = map_stored(adapter_folder(path)).updates
-    rows, left = [], MOST_READ
-    for name, update in updates.items():  # one layer at a time in float32
-        left -= update.A.numel() + update.B.numel()
-        measured = max(update.A.numel(), update.B.numel()) <= LARGEST_FACTOR and left >= 0
-        rows.append(_shapes(name, update) | (_norms(name, update) if measured else {}))
-    keys = dict.fromkeys(key for row in rows for key in row)
-    rows = [{key: row.get(key) for key in keys} for row in rows]
+    unknown = dict.fromkeys(NORMS)
+    rows = {name: _shapes(name, update) | unknown for name, update in updates.items()}
+    measured = _small_enough(updates)
+    for names in _alike(measured):
+        _add_norms({name: rows[name] for name in names}, measured)
+    parts = {name: _ranks_of_parts(u) for name, u in measured.items() if name.endswith(FUSED)}
     summary: dict[str, Any] = {"layers": len(rows)}
-    unread = sum(row.get(NORM) is None for row in rows)
-    if unread:
-        summary["layers too large for norms"] = unread
-    if PARTS_RANKS in keys:
+    if len(measured) < len(rows):
+        summary["layers too large for norms"] = len(rows) - len(measured)
+    broken = sum(rows[name][NORMS[0]] is None for name in measured)
+    if broken:
+        summary["layers that are not finite"] = broken
+    if parts:
         summary["fused"] = ABOUT_FUSED
-    return Report(f"adapter {path}", rows, summary)
+        for name, row in rows.items():
+            row[PARTS_RANKS] = parts.get(name)
+    return Report(f"adapter {path}", list(rows.values()), summary)
+
+
+def _small_enough(updates: Updates) -> Updates:
+    """The updates that are read for their norms, in the order of the file."""
+    left, found = MOST_READ, {}
+    for name, update in updates.items():
+        left -= update.A.numel() + update.B.numel()
+        if max(update.A.numel(), update.B.numel()) <= LARGEST_FACTOR and left >= 0:
+            found[name] = update
+    return found
+
+
+def _alike(updates: Updates) -> Iterator[list[str]]:
+    """The names of updates that have one shape, as many at a time as may be in float32 at once."""
+    shapes: dict[tuple[int, ...], list[str]] = {}
+    for name, update in updates.items():
+        shapes.setdefault((*update.A.shape, *update.B.shape), []).append(name)
+    for (rank, n_in, n_out, _), names in shapes.items():
+        count = max(1, LARGEST_FACTOR // (rank * (n_in + n_out)))
+        yield from (names[i : i + count] for i in range(0, len(names), count))
+
+
+def _add_norms(rows: dict[str, dict[str, Any]], updates: Updates) -> None:
+    """Adds the norms of updates of one shape to their rows."""
+    from nanogpt_surgery.lora.stored_adapter import singular_values
+
+    values = singular_values([updates[name] for name in rows]).double()  # (N, R)
+    largest = values.amax(1)  # (N)
+    ranks = (values > largest[:, None] * 1e-6).sum(1)  # (N)
+    columns = [values.square().sum(1).sqrt().tolist(), largest.tolist(), ranks.tolist()]
+    for row, *norms in zip(rows.values(), *columns, strict=True):
+        if math.isfinite(norms[0]):
+            row.update(zip(NORMS, norms, strict=True))
 
 
 def _shapes(name: str, update: LowRankUpdate) -> dict[str, Any]:
@@ -139,17 +178,8 @@ def _shapes(name: str, update: LowRankUpdate) -> dict[str, Any]:
     }
 
 
-def _norms(name: str, mapped: LowRankUpdate) -> dict[str, Any]:
+def _ranks_of_parts(mapped: LowRankUpdate) -> str:
     from nanogpt_surgery.formats.peft.fused_update import split
 
     update = replace(mapped, A=mapped.A.float(), B=mapped.B.float())
-    values = update.singular_values
-    norms: dict[str, Any] = {
-        NORM: float(values.square().sum().sqrt()),
-        "largest singular value": float(values.max()),
-        "rank of ΔW": int((values > values.max() * 1e-6).sum()),
-    }
-    if name.endswith(FUSED):
-        ranks = [f"{part} {share.rank}" for part, share in split(update, PARTS).items()]
-        norms[PARTS_RANKS] = ", ".join(ranks)
-    return norms
+    return ", ".join(f"{part} {share.rank}" for part, share in split(update, PARTS).items())

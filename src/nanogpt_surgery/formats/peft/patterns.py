@@ -58,6 +58,8 @@ class Patterns:
         Raises:
             SurgeryError: the patterns of the table take too long.
         """
+        if not self._values:
+            return default
         found = min(self._named(name), default=len(self._values))
         for order, automaton in self._expressions:
             if order > found:

@@ -1,16 +1,19 @@
-"""`surgery inspect` of an adapter on GPT-2: one update for up to three that were asked for."""
+"""`surgery inspect` of an adapter: norms, and on GPT-2 one update for up to three asked for."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.adapters import adapted, change_config, unsealed
 from helpers.commands import called
 from helpers.models import FAMILY_CONFIGS, tiny_model
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanogpt_surgery import inject_lora, save_adapter
+from nanogpt_surgery.formats.peft.adapter_file import TENSORS, read_stored
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -52,3 +55,25 @@ def test_an_update_that_is_not_fused_needs_no_explanation(tmp_path: Path) -> Non
     save_adapter(model, tmp_path / "a")
     out, _ = called("inspect", tmp_path / "a")
     assert "c_attn" not in out and "parts" not in out
+
+
+def test_norms_are_those_of_the_products(tmp_path: Path) -> None:
+    """Several layers have one shape; one is no longer finite; alpha is below zero."""
+    save_adapter(adapted(FAMILY_CONFIGS["llama"]), tmp_path / "a")
+    change_config(unsealed(tmp_path / "a"), lora_alpha=-3)
+    tensors = load_file(tmp_path / "a" / TENSORS)
+    broken = "model.layers.1.self_attn.q_proj"
+    tensors[f"base_model.model.{broken}.lora_A.weight"][0, 0] = torch.nan
+    save_file(tensors, tmp_path / "a" / TENSORS)
+    report = json.loads(called("inspect", tmp_path / "a", "--json")[0])
+    rows = {row["layer"]: row for row in report["rows"]}
+    assert report["layers that are not finite"] == 1
+    assert rows.pop(broken)["norm of ΔW"] is None
+    assert len({row["shape"] for row in rows.values()}) < len(rows)
+    for name, update in read_stored(tmp_path / "a").updates.items():
+        if name != broken:
+            values = torch.linalg.svdvals(update.delta_weight.double())
+            row = rows[name]
+            assert row["norm of ΔW"] == pytest.approx(float(values.norm()), rel=1e-5)
+            assert row["largest singular value"] == pytest.approx(float(values[0]), rel=1e-5)
+            assert row["rank of ΔW"] == 3
