@@ -22,7 +22,7 @@ from nanogpt_surgery.cli.model_options import (
 )
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.memory import check_memory
-from nanogpt_surgery.values import SIZE, SIZE_OR_0, raise_all, wrong, wrong_values
+from nanogpt_surgery.values import SIZE, SIZE_OR_0, raise_all, wrong_values
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -46,9 +46,9 @@ class ManyOptions:
 
     def check(self) -> None:
         """Raises `SurgeryError` for what is out of its range, all at once."""
-        problems = wrong(self, SIZE, "samples", "batch_size")
-        problems += wrong_values(SIZE_OR_0, {"logprobs": self.logprobs or 0})
-        raise_all("continuations", problems)
+        sizes = {"samples": self.samples, "batch_size": self.batch_size}
+        logprobs = {"logprobs": self.logprobs or 0}
+        raise_all(wrong_values(SIZE, sizes) + wrong_values(SIZE_OR_0, logprobs))
 
     def is_one_text(self, texts: Sequence[str]) -> bool:
         """Whether one continuation is shown, and nothing beside it."""

@@ -8,8 +8,8 @@ are two fields that say the same kind of thing differently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from nanogpt_surgery.data.conversations.chat import MASKED, ROLES, TRAINED, Message, Messages
 from nanogpt_surgery.data.conversations.record_files import field_twice, from_json, keys_of
@@ -20,7 +20,11 @@ QUESTIONS, INPUTS = ("instruction", "prompt", "question", "query"), ("input", "c
 ANSWERS = ("completion", "answer", "response", "output")
 SYSTEM = ("system", "system_prompt")
 NOT_TEXT = ("images", "image", "videos", "video", "audio", "audios")
-OURS = ("adapters", "settings", "parallel_tool_calls")  # without effect on the text
+NO_EFFECT = ("adapters", "settings", "parallel_tool_calls")  # on the text
+KNOWN = {
+    *(*NO_EFFECT, *NOT_TEXT, *SYSTEM),
+    *("label", "weight", "tools", "functions", "chat_template_kwargs"),
+}
 EXPECTED = (
     "a record has messages (or ShareGPT's conversations); or prompt and completion; or "
     "instruction, input and output; a table has a column question and a column answer"
@@ -34,6 +38,9 @@ _SHAREGPT = {
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 _CALLS = ("function_call", "tool_call")  # ShareGPT's roles of which the value is a call
+
+
+Said: TypeAlias = list[tuple[str, Message]]  # messages, each after the field that it was made from
 
 
 class RecordError(Exception):
@@ -51,32 +58,20 @@ def conversation_of(record: Any) -> tuple[Messages, list[str]]:
     """
     if not isinstance(record, dict):
         raise RecordError("", keys_of(record))
-    known = {
-        *OURS,
-        *NOT_TEXT,
-        *SYSTEM,
-        "label",
-        "weight",
-        "tools",
-        "functions",
-        "chat_template_kwargs",
-    }
     for field in NOT_TEXT:
         if record.get(field):
             raise RecordError(field, "is not text, and text alone is trained on")
-    known |= _check_wanted(record)
-    said, fields, used = _conversation(record) or _pair(record)
-    known |= used
-    system = _system(record, said)
-    messages = Messages([*system, *said], _variables(record), "", ["system"] * len(system) + fields)
+    wanted = _check_wanted(record)
+    said, used = _conversation(record) or _pair(record)
+    said = [*_system(record, said[0][1]), *said]
+    fields, messages = zip(*said, strict=True)
+    known = KNOWN | wanted | used
     unused = [name for name, value in record.items() if name not in known and not _empty(value)]
-    return messages, unused
+    return Messages(messages, _variables(record), "", fields), unused
 
 
-def _conversation(
-    record: dict[str, Any],
-) -> tuple[list[Message], list[str], set[str]] | None:
-    """The messages of a list of them, the field of each, and the fields used; None: no list."""
+def _conversation(record: dict[str, Any]) -> tuple[Said, set[str]] | None:
+    """The messages of a list of them, and the fields used; None where there is no list."""
     lists = [key for key in CONVERSATIONS if isinstance(record.get(key), list)]
     if not lists:
         return None
@@ -85,12 +80,10 @@ def _conversation(
         raise RecordError(lists[0], "is an empty list")
     if record.get("history"):
         raise RecordError("history", f"stands beside {filled[0]}")
-    said = {
-        key: [_message(raw, f"{key}[{i}]") for i, raw in enumerate(record[key])] for key in filled
-    }
+    said = {key: _messages(record[key], key) for key in filled}
     _check_agree(said)
-    key = filled[0]
-    return said[key], [f"{key}[{i}]" for i in range(len(said[key]))], set(filled)
+    first = filled[0]
+    return [(f"{first}[{i}]", m) for i, m in enumerate(said[first])], set(filled)
 
 
 def _check_agree(values: Mapping[str, Any], place: str = "") -> None:
@@ -128,8 +121,8 @@ def _empty(value: Any) -> bool:
     return value is None or value == "" or value == [] or value == {}
 
 
-def _pair(record: dict[str, Any]) -> tuple[list[Message], list[str], set[str]]:
-    """The messages of a question with its answer, the field of each, and the fields used."""
+def _pair(record: dict[str, Any]) -> tuple[Said, set[str]]:
+    """The messages of a question with its answer, and the fields used."""
     asked = [key for key in QUESTIONS if not _empty(record.get(key))]
     beside = [key for key in INPUTS if not _empty(record.get(key))]
     if "query" in asked and len(asked) > 1:  # another name for Alpaca's input
@@ -151,21 +144,17 @@ def _pair(record: dict[str, Any]) -> tuple[list[Message], list[str], set[str]]:
         _only_one(record, beside)
     before, after = record[question], record[answer]
     if beside:
-        text = f"{_text(before, question)}\n\n{_text(record[beside[0]], beside[0])}"
-        said: list[Message] = [{"role": "user", "content": text}]
-    else:
-        said = _said(before, question, "user")
+        before = f"{_text(before, question)}\n\n{_text(record[beside[0]], beside[0])}"
+    said = _said(before, question, "user")
     if isinstance(before, list):  # TRL trains on the completion alone
         said = [m | {"weight": 0} if m["role"] == "assistant" else m for m in said]
-    asking = " and ".join([question, *beside])
-    turns = _history(record.get("history"))
+    prompt = [(" and ".join([question, *beside]), message) for message in said]
+    turns = [("history", message) for message in _history(record.get("history"))]
     begins = 1 if said[0]["role"] == "system" else 0
-    said = [*said[:begins], *turns, *said[begins:]]
-    rest = len(said) - len(turns) - begins
-    fields = [asking] * begins + ["history"] * len(turns) + [asking] * rest
-    replies = _said(after, answer, "assistant")
+    replies = [(answer, message) for message in _said(after, answer, "assistant")]
     used = {question, answer, *beside, "history"}  # those beside say the same
-    return said + replies, fields + [answer] * len(replies), used | _same(record, asked + answers)
+    used |= _same(record, asked + answers)
+    return [*prompt[:begins], *turns, *prompt[begins:], *replies], used
 
 
 def _only_one(record: dict[str, Any], keys: list[str]) -> str:
@@ -183,8 +172,12 @@ def _said(value: Any, field: str, role: str) -> list[Message]:
     if isinstance(value, list):
         if not value:
             raise RecordError(field, "is an empty list")
-        return [_message(raw, f"{field}[{i}]") for i, raw in enumerate(value)]
+        return _messages(value, field)
     return [{"role": role, "content": _text(value, field)}]
+
+
+def _messages(raws: list[Any], field: str) -> list[Message]:
+    return [_message(raw, f"{field}[{i}]") for i, raw in enumerate(raws)]
 
 
 def _text(value: Any, field: str) -> str:
@@ -211,15 +204,15 @@ def _history(turns: Any) -> list[Message]:
     return said
 
 
-def _system(record: dict[str, Any], said: Sequence[Message]) -> list[Message]:
+def _system(record: dict[str, Any], first: Message) -> Said:
     """The system message that a field of the record says, unless the messages begin with it."""
     found = [key for key in SYSTEM if not _empty(record.get(key))]
     if not found:
         return []
     text = _text(record[_only_one(record, found)], found[0])
-    if said[0]["role"] != "system":
-        return [{"role": "system", "content": text}]
-    if said[0]["content"] != text:
+    if first["role"] != "system":
+        return [("system", {"role": "system", "content": text})]
+    if first["content"] != text:
         raise RecordError(found[0], "is another system prompt than the first message's")
     return []
 

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, first_problems
 from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.writing import flush
-from nanogpt_surgery.values import SIZE_OR_0, TEXT, Kind, raise_all, wrong
+from nanogpt_surgery.values import SIZE_OR_0, TEXT, Kind, wrong_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 HEADER, TOKENIZER, VERSION = "tokens.json", "tokenizer", 1
 SPLITS = ("train", "validation")
 DTYPES = {"uint16": 2, "uint32": 4}  # bytes an id
-DTYPE: Kind = (f"one of {', '.join(DTYPES)}", lambda x: isinstance(x, str) and x in DTYPES)
+DTYPE = Kind(f"one of {', '.join(DTYPES)}", lambda x: isinstance(x, str) and x in DTYPES)
 _LARGEST_ID = {"uint16": 2**16, "uint32": 2**31}  # int32 holds every id elsewhere
 _AT_ONCE = 1 << 24  # bytes hashed at a time
 
@@ -143,11 +143,14 @@ def read_header(folder: Path) -> TokenHeader:
         header = TokenHeader(**(contents | shards))
     except (TypeError, KeyError) as error:
         raise SurgeryError(f"{path} is damaged: {error}") from None
-    problems = wrong(header, SIZE_OR_0, "vocab_size") + wrong(header, TEXT, "tokenizer")
-    problems += wrong(header, DTYPE, "dtype")
+    problems = wrong_values(SIZE_OR_0, {"vocab_size": header.vocab_size})
+    problems += wrong_values(TEXT, {"tokenizer": header.tokenizer})
+    problems += wrong_values(DTYPE, {"dtype": header.dtype})
     for shard in (*header.train, *header.validation):
-        problems += wrong(shard, SIZE_OR_0, "tokens") + wrong(shard, TEXT, "sha256")
-    raise_all(f"{path} is damaged", problems[:5])
+        problems += wrong_values(SIZE_OR_0, {"tokens": shard.tokens})
+        problems += wrong_values(TEXT, {"sha256": shard.sha256})
+    if problems:
+        raise SurgeryError(f"{path} is damaged: {first_problems(problems)}")
     return header
 
 

@@ -59,7 +59,7 @@ def block_diagonal(parts: Sequence[Factors | None], rows: Sequence[int]) -> Fact
     present = [part for part in parts if part is not None]
     pairs = zip(parts, rows, strict=True)
     blocks = [torch.zeros(out, 0) if part is None else part[1] for part, out in pairs]
-    joined: Tensor = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+    joined: Tensor = torch.block_diag(*blocks)
     return torch.cat([a for a, _ in present]), joined
 
 
