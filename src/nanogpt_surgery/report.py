@@ -25,7 +25,7 @@ SHARES = (
 )
 KEPT_NOTE = (
     "change kept: the part of the change kept after rounding. What counts is a loss measured after "
-    "it, which can be as good where little is kept: surgery eval"
+    "it, which can be as good where little is kept"
 )
 CALLED = {
     "activation bytes": "activations",
@@ -78,17 +78,19 @@ class Report:
         """Everything as JSON."""
         return json.dumps(self.to_dict(), indent=2)
 
-    def to_text(self, width: int | None = None, whole: bool = False) -> str:
+    def to_text(self, width: int | None = None, whole: bool = False, hint: str = "") -> str:
         """The title, the table and the summary.
 
         Args:
             width: columns of the terminal; None where lines may be of any length.
             whole: show every row; otherwise layers of one kind are folded into one.
+            hint: how to see them all, said where some are folded.
         """
         shown = list(self.rows) if whole else folded(self.rows)
         lines = [self.title, *_table(shown, width)]
         if len(shown) < len(self.rows):
-            lines.append(f"({len(self.rows):,} lines in {len(shown):,}; --all shows each)")
+            more = f"; {hint}" if hint else ""
+            lines.append(f"({len(self.rows):,} lines in {len(shown):,}{more})")
         lines += [
             f"{label(key)}: {' '.join(value_text(key, value).split()) or '(nothing)'}"
             f"{_fits(key, self.summary)}"

@@ -1,6 +1,7 @@
 """Rules of the house that a reader of one file cannot check."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def test_the_library_does_not_print(path):
         return
     calls = [node for node in ast.walk(tree_of(path)) if isinstance(node, ast.Call)]
     assert "print" not in [ast.unparse(call.func) for call in calls]
+
+
+@EVERY_FILE
+def test_the_library_names_no_command_and_no_flag(path):
+    """A hint calls functions and sets settings; the command line turns them into what is typed."""
+    if path.relative_to(PACKAGE).parts[0] in ("cli", "__main__.py"):
+        return
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    docstrings = {ast.get_docstring(n, False) for n in ast.walk(tree) if isinstance(n, documented)}
+    texts = [n.value for n in ast.walk(tree) if isinstance(n, ast.Constant)]
+    spoken = [t for t in texts if isinstance(t, str) and t not in docstrings]
+    spoken = [t for t in spoken if not t.startswith("torchrun")]  # a program, not ours
+    assert not [t for t in spoken if re.search(r"\bsurgery [a-z]|(^|\s)--[a-z]", t)]
 
 
 @EVERY_FILE

@@ -145,6 +145,8 @@ def test_a_key_of_a_config_file_is_understood_alike(tmp_path: Path) -> None:
         ("out=FOLDER writes a new one", "--out FOLDER writes a new one"),
         ("open_model(p, dtype='float32'), force=True", "open_model(p, dtype='float32'), --force"),
         ("stop=['text']", "stop=['text']"),
+        ("merge_adapter(m, a, out=FOLDER)", "surgery merge m a --out FOLDER"),
+        ("undo_folder(runs/a) takes it back", "surgery undo runs/a takes it back"),
     ],
 )
 def test_a_setting_in_a_hint_of_the_library_becomes_its_flag(hint: str, typed: str) -> None:

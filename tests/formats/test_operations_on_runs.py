@@ -163,7 +163,7 @@ def test_what_an_old_run_could_not_have_had_is_still_a_difference(place):
         raise AssertionError("never begun")
 
 
-@pytest.mark.parametrize(("keep", "way"), [(True, "surgery undo"), (False, "a new folder")])
+@pytest.mark.parametrize(("keep", "way"), [(True, "undo_folder"), (False, "a new folder")])
 def test_an_operated_run_says_which_way_is_open(place, keep, way):
     merge_adapter(place / "run", place / "adapter", keep_originals=keep)
     with (

@@ -215,7 +215,7 @@ def test_a_run_gives_the_merged_model_and_goes_on_only_after_the_undo(place):
     assert not torch.equal(logits(run), plain)
     assert damage(checkpoint) is None
     with (
-        pytest.raises(SurgeryError, match="surgery undo"),
+        pytest.raises(SurgeryError, match="undo_folder"),
         open_run_folder(run, {"kind": "train"}, resume=True),
     ):
         raise AssertionError("never begun")

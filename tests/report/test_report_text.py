@@ -52,10 +52,10 @@ def test_one_of_a_kind_keeps_its_name() -> None:
 
 
 def test_all_rows_where_all_are_asked_for() -> None:
-    text = Report("t", ROWS, {}).to_text(200, whole=True)
+    text = Report("t", ROWS, {}).to_text(200, whole=True, hint="whole=True")
     assert all(row["layer"] in text for row in ROWS)
-    assert "--all" not in text
-    assert "--all" in Report("t", ROWS, {}).to_text(200)
+    assert "whole=True" not in text
+    assert "whole=True" in Report("t", ROWS, {}).to_text(200, hint="whole=True")
 
 
 @pytest.mark.parametrize("width", [40, 60, 80, 120, None])

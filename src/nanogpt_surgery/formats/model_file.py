@@ -187,7 +187,7 @@ def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
     return required_tokenizer(tokenizer, str(path)), context
 
 
-MERGE_FIRST = "name its model, or merge them: surgery merge {base} {path} --out FOLDER"
+MERGE_FIRST = "name its model, or merge them: merge_adapter({base}, {path}, out=FOLDER)"
 
 
 def check_adapter(path: str | Path, hint: str = MERGE_FIRST) -> None:
@@ -221,6 +221,6 @@ def model_folder(path: str | Path) -> Path:
         there = "there is no such folder" if not folder.exists() else f"it holds no {CONFIG}"
         raise SurgeryError(
             f"{folder} is neither a run nor a model folder: {there}",
-            "surgery train --out RUN makes a run",
+            "a training makes a run",
         )
     return folder

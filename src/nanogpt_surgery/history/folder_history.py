@@ -215,7 +215,7 @@ def folder_log(folder: str | Path) -> Report:
     if not journal.lines:
         raise SurgeryError(
             f"nothing was done to {folder} yet",
-            "surgery merge FOLDER ADAPTER is an operation; training writes a line too",
+            "merge_adapter(FOLDER, ADAPTER) is an operation; training writes a line too",
         )
     kept_bytes = sum(path.stat().st_size for path in _kept(folder))
     return journal.log(f"operations on {folder}", _row, kept_bytes=kept_bytes)
@@ -300,7 +300,7 @@ def redo_folder(folder: str | Path) -> Report:
 def _turn(folder: Path, back: bool) -> Report:
     def change() -> FolderOperation:
         with _twin(folder) as (twin, journal):
-            done = journal.last(back, str(folder), f"surgery log {folder} lists what was done")
+            done = journal.last(back, str(folder), f"folder_log({folder}) lists what was done")
             now, goal = done.states(back)
             for name in now:
                 if now[name] != goal.get(name):

@@ -347,10 +347,10 @@ def _check_folder(folder: Path, resume: bool) -> None:
         )
     if is_operated(folder):
         lasting = any(entry.originals != "none" for entry in read_journal(folder).settled)
-        way = "choose a new folder" if lasting else f"surgery undo {folder} takes it back"
+        way = "choose a new folder" if lasting else f"undo_folder({folder}) takes it back"
         raise SurgeryError(
             f"{folder} was operated on since, and going on would write over the result",
-            f"surgery log {folder} says what was done; {way}",
+            f"folder_log({folder}) says what was done; {way}",
         )
     if checkpoints(folder) and not (folder / METRICS).is_file():
         raise SurgeryError(

@@ -52,7 +52,7 @@ def _read(file: Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise SurgeryError(
             f"{file.parent} holds no {file.name}, which a training goes on from",
-            "it is a model: surgery train TEXT --init-from MODEL --out NEW trains it further",
+            "it is a model: init_from=MODEL trains it further, as a new run",
         )
     return with_current_modules(load_file(file))
 

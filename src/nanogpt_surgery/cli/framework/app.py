@@ -53,7 +53,17 @@ EPILOGUE = (
     "--debug, which shows the traceback of an error."
 )
 
-_SETTING = re.compile(r"\b([a-z_]+)=(True|False|FOLDER|'[^'\]]*'|-?[\d.]*\d)(?![\w'\]])")
+_SETTING = re.compile(r"\b([a-z_]+)=(True|False|[A-Z]+|'[^'\]]*'|-?[\d.]*\d)(?![\w'\]])")
+
+# The functions of the library that its hints call, as commands.
+_COMMAND_OF = {
+    "folder_log": "surgery log",
+    "merge_adapter": "surgery merge",
+    "prepare_tokens": "surgery data prepare",
+    "undo_folder": "surgery undo",
+}
+_CALL = re.compile(rf"\b({'|'.join(_COMMAND_OF)})\(([^()]*)\)")
+_OUT = re.compile(r"\bout=")
 
 _SIZE = re.compile(r"\b(?:block_size|batch_size|grad_accum_steps)\b(?! ?=)")
 
@@ -134,7 +144,14 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def with_flags(hint: str) -> str:
-    """A hint of the library with its settings as flags: `force=True` is --force."""
+    """A hint of the library as it is typed: `force=True` is --force, `undo_folder(a)` surgery undo.
+
+    The calls that no command stands for stay as they are.
+    """
+
+    def command(found: re.Match[str]) -> str:
+        arguments = found[2].replace(", ", " ")
+        return f"{_COMMAND_OF[found[1]]} {_OUT.sub('--out ', arguments)}"
 
     def flag(found: re.Match[str]) -> str:
         before = hint[: found.start()]
@@ -145,7 +162,8 @@ def with_flags(hint: str) -> str:
             return f"--{name}" if value == "True" else f"--no-{name}"
         return f"--{name} {value}"
 
-    return _SIZE.sub(lambda name: f"--{name[0].replace('_', '-')}", _SETTING.sub(flag, hint))
+    typed = _SETTING.sub(flag, _CALL.sub(command, hint))
+    return _SIZE.sub(lambda name: f"--{name[0].replace('_', '-')}", typed)
 
 
 def _forget_stdout() -> None:

@@ -83,7 +83,7 @@ def say_report(report: Report, all_layers: bool = False) -> None:
 
 def _text(report: Report, all_layers: bool, stream: TextIO) -> str:
     width = width_of(stream)
-    return printable(report.to_text(width, all_layers))
+    return printable(report.to_text(width, all_layers, "--all shows each"))
 
 
 def width_of(stream: TextIO) -> int | None:

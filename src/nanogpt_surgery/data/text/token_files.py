@@ -132,7 +132,7 @@ def read_header(folder: Path) -> TokenHeader:
     if not is_token_folder(folder):
         raise SurgeryError(
             f"{folder} has no {HEADER}: it is no folder of tokens, or not finished",
-            f"surgery data prepare TEXT --out {folder} --tokenizer … makes one, or goes on with it",
+            f"prepare_tokens(TEXT, out={folder}) makes one, or goes on with it",
         )
     path = folder / HEADER
     contents = read_json(path)

@@ -183,9 +183,7 @@ def adapter_folder(path: str | Path) -> Path:
         raise SurgeryError(f"there is no folder {path}", "name an adapter, as finetune makes it")
     if not (folder / CONFIG).is_file() and (folder / MODEL_CONFIG).is_file():
         kind = "a model's run" if is_run(path) else "a model"
-        raise SurgeryError(
-            f"{path} is {kind}, not an adapter", "surgery finetune MODEL TEXT --out RUN makes one"
-        )
+        raise SurgeryError(f"{path} is {kind}, not an adapter", "a fine-tuning makes one")
     return folder
 
 
