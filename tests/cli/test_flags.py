@@ -5,12 +5,20 @@ import json
 import os
 import subprocess
 import sys
+from inspect import signature
 from pathlib import Path
 
 import pytest
 from helpers.commands import called, surgery
 
+from nanogpt_surgery import inject_lora
+from nanogpt_surgery.cli.commands.data_prepare import prepare
+from nanogpt_surgery.cli.commands.export import MergedOptions
+from nanogpt_surgery.cli.commands.merge import MergeOptions
 from nanogpt_surgery.cli.framework.app import COMMANDS
+from nanogpt_surgery.cli.framework.options import TARGETS
+from nanogpt_surgery.data.text.preparation import prepare_tokens
+from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 
@@ -73,8 +81,8 @@ def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
         (["finetune", "nowhere", "--out", "a"], ["nowhere"]),
         (["inspect", "."], ["neither a run nor a model folder"]),
         (["--config"], ["--config needs a file"]),
-        (["train"], ["surgery: train needs --out FOLDER\n", "train --help"]),
-        (["train", "--out"], ["surgery: train needs --out FOLDER\n"]),
+        (["train"], ["surgery: train needs --out PATH\n", "train --help"]),
+        (["train", "--out"], ["surgery: train needs --out PATH\n"]),
         (["generate"], ["surgery: generate needs a MODEL\n", "generate --help"]),
         (["merge", "m"], ["surgery: merge needs an ADAPTER\n"]),
         (["train", "short.txt", "--out", "r"], ["last tenth", "257", "--block-size"]),
@@ -115,3 +123,15 @@ def test_a_hyphen_is_standard_input(tmp_path, monkeypatch):
     words = ["--prompt", "-", "--max-new-tokens", 1, "--temperature", 0]
     assert called("generate", tmp_path / "run", *words)[0].startswith("to be")
     assert "Unused Tokens: ['standard input']" in called("undo", "a", "-", check=1)[1]
+
+
+def test_a_default_written_in_a_command_is_the_library_s() -> None:
+    for source, function, names in (
+        (MergeOptions, merge_adapter, ("dtype", "tolerance", "force", "tied")),
+        (MergedOptions, merge_into_gguf, ("tolerance", "force", "tied")),
+        (prepare, prepare_tokens, ("held_out", "workers")),
+    ):
+        ours, theirs = signature(source).parameters, signature(function).parameters
+        assert [ours[n].default for n in names] == [theirs[n].default for n in names]
+    targets = signature(inject_lora).parameters["targets"].default
+    assert TARGETS.show_default(None) == " ".join(targets)

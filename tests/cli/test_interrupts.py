@@ -14,7 +14,7 @@ from helpers.models import tiny_model
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, save_model
 from nanogpt_surgery.cli.framework.app import run
 from nanogpt_surgery.cli.framework.console import ready_streams
-from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals
+from nanogpt_surgery.cli.framework.signals import AnsweredSignals
 from nanogpt_surgery.formats.folders.run_folder import checkpoints, step_of
 from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.training.step import Step
@@ -129,7 +129,7 @@ def test_an_import_is_left_at_once(where: str, number: signal.Signals, folder: P
 def test_one_that_comes_in_a_destructor_is_not_lost(folder: Path) -> None:
     program = (
         "import signal\n"
-        "from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals\n"
+        "from nanogpt_surgery.cli.framework.signals import AnsweredSignals\n"
         "class Dies:\n    def __del__(self): signal.raise_signal(signal.SIGINT)\n"
         "with AnsweredSignals():\n    Dies()\n    print('went on')\n"
     )
@@ -141,7 +141,7 @@ def test_one_that_comes_in_a_destructor_is_not_lost(folder: Path) -> None:
 def test_what_the_shell_lets_ignore_stays_ignored(folder: Path) -> None:
     program = (
         "import signal\n"
-        "from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals\n"
+        "from nanogpt_surgery.cli.framework.signals import AnsweredSignals\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
         "with AnsweredSignals():\n    signal.raise_signal(signal.SIGINT)\n    print('went on')\n"
     )

@@ -14,7 +14,7 @@ import torch
 from helpers.commands import called
 
 from nanogpt_surgery.cli.commands.verify_resume import _kept, _report
-from nanogpt_surgery.cli.framework import interrupted
+from nanogpt_surgery.cli.framework import signals
 from nanogpt_surgery.files.atomic import whole_folder
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -39,14 +39,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def forked(command: list[str], cwd: Path, **_: object) -> subprocess.CompletedProcess:
     """`subprocess.run` of a module of ours, in a copy of this process: torch is loaded already."""
-    assert command[1:3] == ["-m", interrupted.__name__]
+    assert command[1:3] == ["-m", signals.__name__]
     if not (child := os.fork()):
         torch.set_num_threads(1)  # the others were not copied
         said = io.StringIO()
         try:
             with chdir(cwd), redirect_stdout(said), redirect_stderr(said):
                 sys.argv = command[2:]
-                interrupted.main()
+                signals.main()
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 def main() -> None:
     """The console script `surgery`."""
-    from nanogpt_surgery.cli.framework.interrupts import AnsweredSignals
+    from nanogpt_surgery.cli.framework.signals import AnsweredSignals
 
     with AnsweredSignals():
         from nanogpt_surgery.cli.framework.app import run

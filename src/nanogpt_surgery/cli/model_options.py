@@ -47,7 +47,7 @@ class OpeningOptions:
 
     dtype: Annotated[Literal["float32", "bfloat16"] | None, Parameter(help=COMPUTED)] = None
     tied: Annotated[Tied | None, Parameter(help=SHARED)] = None
-    force: Annotated[bool, Parameter(negative="")] = False
+    force: bool = False
     """take an adapter that was made for another base, with a warning"""
 
     def open(self, path: str, adapters: Sequence[tuple[str, Path]]) -> tuple[SimpleGPT, Tokenizer]:
@@ -153,7 +153,7 @@ def _own_name(folder: str) -> str:
 Chosen: Any = options_of(SamplingSettings, "Sampling", leave_out=("logit_bias",))
 
 
-@Parameter(name="*", group="Sampling", negative="")
+@Parameter(name="*", group="Sampling")
 @dataclass(frozen=True)
 class SamplingOptions:
     """Options of sampling, and of where a text ends."""

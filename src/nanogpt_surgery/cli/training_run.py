@@ -8,15 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.framework.console import Announced, say, show, watched
-from nanogpt_surgery.cli.framework.output import room
-from nanogpt_surgery.cli.framework.processes import is_distributed
+from nanogpt_surgery.cli.framework.config_file import typed_command
+from nanogpt_surgery.cli.framework.console import Announced, is_distributed, say, show, watched
 from nanogpt_surgery.cli.framework.signals import signals
-from nanogpt_surgery.cli.framework.typed_command import typed_command
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.memory import is_out_of_memory
 
@@ -36,9 +34,9 @@ class RunOptions:
     """the folder to make: what was trained, checkpoints, metrics.jsonl, loss.png"""
     resume: bool = False
     """go on with the run that is there"""
-    strict: Annotated[bool, Parameter(negative="")] = False
+    strict: bool = False
     """with --resume: stop where the newest checkpoint is damaged, instead of passing over it"""
-    allow_changes: Annotated[bool, Parameter(negative="")] = False
+    allow_changes: bool = False
     """with --resume: go on although settings, data or tokenizer differ, and say in what"""
     epochs: float | None = None
     """passes over the data, in the place of --max-steps; 3 for instruction data by default"""
@@ -48,9 +46,9 @@ class RunOptions:
     """steps (500) or time (90s, 10m, 2h) from one checkpoint to the next, beside evaluations'"""
     sample_every: int | None = None
     """steps from one sample answer to the next; by default at evaluations (0: none)"""
-    plan: Annotated[bool, Parameter(negative="")] = False
+    plan: bool = False
     """say what it will take, by a few real steps, and touch nothing"""
-    json: Annotated[bool, Parameter(negative="")] = False
+    json: bool = False
     """print the result as JSON"""
 
 
@@ -207,6 +205,7 @@ def _out_of_memory(training: Training, options: RunOptions, error: Exception) ->
 
 def _planned(training: Training, options: RunOptions) -> Report:
     """Reports the memory and time that the training will take; no folder is touched."""
+    from nanogpt_surgery.files.disk_errors import free_bytes
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.runs.checkpoints import KEPT
     from nanogpt_surgery.training.checks import check_training, memory_for_training
@@ -215,8 +214,8 @@ def _planned(training: Training, options: RunOptions) -> Report:
     model, settings = training.model, training.settings
     check_training(model, training.dataset, settings)
     say("timing a few steps and an evaluation")
-    free = room(memory_for_training(model, settings), options.out)
+    memory, disk = memory_for_training(model, settings), free_bytes(options.out)
     checkpoints = KEPT + 2  # the best, and a new one before an old one goes
     data = training.dataset, training.validation
     summary = plan_training(model, data[0], settings, data[1], checkpoints)
-    return Report("training planned", [], summary | free)
+    return Report("training planned", [], summary | {"available_bytes": memory, "free_bytes": disk})

@@ -9,9 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.chat.settings import AS_USUAL, ChatSettings, TalkOptions
 from nanogpt_surgery.cli.framework.console import notes_afterwards, say, write
@@ -37,11 +35,11 @@ def ask(
     question: str,
     *,
     adapter: AdapterFolder = None,
-    compare: Annotated[bool, Parameter(negative="")] = False,
+    compare: bool = False,
     talk: TalkOptions = AS_USUAL,
     opening: OpeningOptions = AS_STORED,
     sampling: SamplingOptions = USUAL_DRAW,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: bool = False,
 ) -> None:
     """Ask a model one question; the answer alone is written on standard output.
 

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from cyclopts import Parameter
-
 from nanogpt_surgery.cli.chat.settings import AS_USUAL, ChatSettings, TalkOptions
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.model_options import (
@@ -21,7 +17,7 @@ from nanogpt_surgery.cli.model_options import (
 def chat(
     model: Model,
     *,
-    adapter: Annotated[list[str] | None, Parameter(negative="")] = None,
+    adapter: list[str] | None = None,
     talk: TalkOptions = AS_USUAL,
     opening: OpeningOptions = AS_STORED,
     sampling: SamplingOptions = USUAL_DRAW,

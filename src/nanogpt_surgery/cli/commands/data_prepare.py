@@ -7,12 +7,9 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.framework.console import PLAIN_LINE_EVERY, say, show
-from nanogpt_surgery.cli.framework.options import given, options_of_function
 from nanogpt_surgery.cli.model_options import CHARACTERS, named_tokenizer
 from nanogpt_surgery.cli.training_run import check_no_records
 from nanogpt_surgery.errors import SurgeryError
@@ -22,17 +19,14 @@ if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.report import Report
 
-PREPARE = "nanogpt_surgery.data.text.preparation:prepare_tokens"
-LEFT_OUT = ("chunks", "folder", "tokenizer_of")
-PrepareOptions: Any = options_of_function(PREPARE, "Preparation", leave_out=LEFT_OUT)
-
 
 def prepare(
     *text: str,
     out: Path,
     tokenizer: str = CHARACTERS,
-    options: PrepareOptions = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    held_out: float | None = None,
+    workers: int = 0,
+    json: bool = False,
 ) -> None:
     """Encode text into a folder of ids that training maps instead of loading.
 
@@ -46,6 +40,10 @@ def prepare(
         the folder to make: tokens.json, train.bin, validation.bin and the tokenizer
     tokenizer
         a folder with a tokenizer.json, as surgery tokenizer train makes it; or characters
+    held_out
+        the share for validation; by default a tenth, but at most 16 MiB of text in all
+    workers
+        processes (0: one for each core)
     json
         print the result as JSON
     """
@@ -54,22 +52,19 @@ def prepare(
     from nanogpt_surgery.files.disk_errors import make_folder
     from nanogpt_surgery.files.lock import LOCK, file_lock
 
-    if not text:
-        raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
     _check_folder(out, text)
     check_no_records(text)
     warn_of_records(text)
     chunks = chunks_of(text)
-    aside = _aside(out)
-    if aside.is_dir() and not out.exists():
-        aside.rename(out)
+    _bring_back(out)
     begun = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
     make_folder(out)
     try:
         with file_lock(out / LOCK):
-            _prepare_or_leave_nothing(chunks, out, tokenizer, given(options), begun)
+            asked = {"held_out": held_out, "workers": workers}
+            _prepare_or_leave_nothing(chunks, out, tokenizer, asked, begun)
     except KeyboardInterrupt:
-        _put_aside(out, aside)
+        _put_aside(out)
         say(f"stopped; the same command goes on with {out}")
         sys.exit(130)
     show(_report(out), json)
@@ -86,7 +81,13 @@ def _aside(out: Path) -> Path:
     return out.with_name(f"{name}-{hashlib.sha256(out.name.encode()).hexdigest()[:8]}")
 
 
-def _put_aside(out: Path, aside: Path) -> None:
+def _bring_back(out: Path) -> None:
+    """Go on with what an interrupted preparation left."""
+    if _aside(out).is_dir() and not out.exists():
+        _aside(out).rename(out)
+
+
+def _put_aside(out: Path) -> None:
     """Leave of an interrupted preparation what the same command goes on with, or nothing."""
     import shutil
 
@@ -94,6 +95,7 @@ def _put_aside(out: Path, aside: Path) -> None:
 
     if is_token_folder(out):
         return
+    aside = _aside(out)
     shutil.rmtree(aside, ignore_errors=True)
     if any(out.glob("parts/*.json")):
         out.rename(aside)
@@ -151,7 +153,7 @@ def _prepare(chunks: list[Chunk], out: Path, tokenizer: str, values: dict[str, A
     from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
 
     finished = is_token_folder(out)
-    _provide_tokenizer(tokenizer, out / TOKENIZER, chunks, values.get("workers", 0))
+    _provide_tokenizer(tokenizer, out / TOKENIZER, chunks, values["workers"])
     opens = partial(open_tokenizer, out / TOKENIZER)
     _watch(prepare_tokens(chunks, out, opens, **values), len(chunks))
     if finished:
@@ -163,13 +165,16 @@ def _check_folder(out: Path, text: Sequence[str]) -> None:
     """Refuse a folder that holds anything but what a preparation leaves, stopped at any moment.
 
     Raises:
-        SurgeryError: it holds something else, or lies in the corpus, which it would become part of.
+        SurgeryError: there is no text, or the folder holds something else, or lies in the corpus,
+            which it would become part of.
     """
     from nanogpt_surgery.data.text.preparation import ASKED
     from nanogpt_surgery.data.text.token_files import TOKENIZER
     from nanogpt_surgery.files.lock import LOCK
     from nanogpt_surgery.files.temporary import is_temporary
 
+    if not text:
+        raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
     inside = [
         p for p in text if Path(p).is_dir() and out.resolve().is_relative_to(Path(p).resolve())
     ]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from nanogpt_surgery.cli.framework.console import say, show
 from nanogpt_surgery.cli.framework.options import given, options_of
@@ -21,9 +19,9 @@ def preview(
     *data: str,
     examples: int = 3,
     block_size: int | None = None,
-    tokens: Annotated[bool, Parameter(negative="")] = False,
+    tokens: bool = False,
     instructions: InstructionOptions = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: bool = False,
 ) -> None:
     """Show instruction data as it is trained on, answers coloured, and count what is in it.
 

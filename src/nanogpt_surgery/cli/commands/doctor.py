@@ -7,18 +7,16 @@ import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
-
-from cyclopts import Parameter
+from typing import Any
 
 from nanogpt_surgery.cli.framework.console import say, show
-from nanogpt_surgery.cli.framework.output import room
+from nanogpt_surgery.files.disk_errors import free_bytes
 from nanogpt_surgery.memory import available_memory
 
 PACKAGES = ("nanogpt-surgery", "torch", "tiktoken", "safetensors", "numpy", "rich", "cyclopts")
 
 
-def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
+def doctor(*, json: bool = False) -> None:
     """Say what is installed, what the hardware can do, and what training would choose.
 
     Parameters
@@ -48,7 +46,8 @@ def doctor(*, json: Annotated[bool, Parameter(negative="")] = False) -> None:
         "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
         "cpu_bfloat16": cpu_has_bfloat16(),
         "torch_compile": f"cannot work: there is no {lacking}" if lacking else "can work",
-        **room(available_memory(), Path()),
+        "available_bytes": available_memory(),
+        "free_bytes": free_bytes(Path()),
         "float32_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.float32) / 1e9),
         "bfloat16_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.bfloat16) / 1e9),
     }

@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import AllLayers, Json, say, show
-from nanogpt_surgery.cli.framework.options import given, options_of_function
-from nanogpt_surgery.cli.framework.output import Overwrite, check_out
+from nanogpt_surgery.cli.framework.options import Overwrite, check_out, given
 from nanogpt_surgery.cli.model_options import WITH_ADAPTER, AdapterFolder, Model
 from nanogpt_surgery.cli.next_command import next_command
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.settings import Tied
 
 if TYPE_CHECKING:
     from nanogpt_surgery.report import Report
 
 ModelForm = Literal["F32", "F16", "BF16", "Q8_0", "huggingface"]
 Form = Literal[ModelForm, "lora-gguf", "mlx"]
-MERGE = "nanogpt_surgery.formats.folders.merging:merge_into_gguf"
-OWN = ("model", "adapter", "path", "kind", "probe")
-MergeOptions: Any = options_of_function(MERGE, "With an adapter", leave_out=OWN)
+
+
+@Parameter(name="*", group="With an adapter")
+@dataclass(frozen=True)
+class MergedOptions:
+    """Options of `merge_into_gguf`, with its defaults."""
+
+    tolerance: float | None = None
+    """largest mean KL divergence, adapted model to written one, in nats a token; by default 0.001,
+    and 0.01 for Q8_0, which rounds all of the model"""
+    force: bool = False
+    """write whatever was measured, and although the adapter was made for another base"""
+    tied: Tied | None = None
+    """what to do where the adapter changes a weight that layers share; by default what it was made
+    with"""
+
+
+AS_USUAL = MergedOptions()
 
 
 def export(
@@ -33,7 +49,7 @@ def export(
     form: Annotated[Form, Parameter(name="--format")] = "F16",
     adapter: AdapterFolder = None,
     probe: Path | None = None,
-    options: MergeOptions = None,
+    options: MergedOptions = AS_USUAL,
     all_layers: AllLayers = False,
     json: Json = False,
 ) -> None:
@@ -58,14 +74,14 @@ def export(
     check_out(out, overwrite, is_file=form not in ("huggingface", "mlx"))
     place, following = shlex.quote(str(out)), ""
     if form == "lora-gguf" or form == "mlx":
-        _write_adapter(model, adapter, out, form, given(options))
+        _write_adapter(model, adapter, out, form, options)
         following = (
             f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF"
             if form == "lora-gguf"
             else f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {place} --prompt …"
         )
     elif adapter is not None:
-        show(_write_merged(model, adapter, out, form, probe, given(options)), json, all_layers)
+        show(_write_merged(model, adapter, out, form, probe, options), json, all_layers)
     elif report := _write_model(model, out, form):
         show(report, json)
     say(f"wrote {out}, and read it again")
@@ -73,7 +89,7 @@ def export(
 
 
 def _write_adapter(
-    model: str, adapter: Path | None, out: Path, form: str, options: dict[str, Any]
+    model: str, adapter: Path | None, out: Path, form: str, options: MergedOptions
 ) -> None:
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.formats.peft.adapter_layout import load_adapter
@@ -82,8 +98,7 @@ def _write_adapter(
     if adapter is None:
         raise SurgeryError("this form is an adapter's, and none was named", "add --adapter FOLDER")
     network, _ = open_model(model, "each")
-    options.pop("tolerance", None)  # nothing is rounded
-    load_adapter(network, adapter, **options)
+    load_adapter(network, adapter, force=options.force, tied=options.tied)
     (save_lora_gguf if form == "lora-gguf" else save_mlx_adapter)(network, out)
 
 
@@ -106,12 +121,12 @@ def _write_merged(
     out: Path,
     form: ModelForm,
     probe: Path | None,
-    options: dict[str, Any],
+    options: MergedOptions,
 ) -> Report:
     from nanogpt_surgery.data.text.corpus import read_texts
     from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
 
     text = read_texts([probe]) if probe else None
     if form == "huggingface":
-        return merge_adapter(model, adapter, out, probe=text, **options)
-    return merge_into_gguf(model, adapter, out, form, probe=text, **options)
+        return merge_adapter(model, adapter, out, probe=text, **given(options))
+    return merge_into_gguf(model, adapter, out, form, probe=text, **given(options))

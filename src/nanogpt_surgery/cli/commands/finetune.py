@@ -55,7 +55,7 @@ def finetune(
     run: RunOptions,
     options: DataOptions = AS_USUAL,
     instructions: InstructionOptions = None,
-    target: TargetOptions = None,
+    target: TargetOptions | None = None,
     lora: LoraOptions = None,
     training: TrainingOptions = None,
     all_layers: AllLayers = False,

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 from cyclopts import Parameter
 
@@ -41,7 +41,7 @@ class ManyOptions:
     """show the log-probability of each token, and so many of the likeliest beside it"""
     batch_size: int = 8
     """how many continuations are computed together"""
-    json: Annotated[bool, Parameter(negative="")] = False
+    json: bool = False
     """print a JSON object a line: prompt, sample, text, ended, and tokens with --logprobs"""
 
     def check(self) -> None:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any, Literal
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import AllLayers, Json, say, show
-from nanogpt_surgery.cli.framework.options import given, options_of_function
-from nanogpt_surgery.cli.framework.output import Overwrite, check_out
+from nanogpt_surgery.cli.framework.options import Overwrite, check_out
+from nanogpt_surgery.lora.settings import Tied
 
-MERGE = "nanogpt_surgery.formats.folders.merging:merge_adapter"
-OWN = ("model", "adapter", "out", "probe", "keep_originals")
-MergeOptions: Any = options_of_function(MERGE, "Merge", leave_out=OWN)
+
+@Parameter(name="*", group="Merge")
+@dataclass(frozen=True)
+class MergeOptions:
+    """Options of `merge_adapter`, with its defaults."""
+
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    """of all weights to write; by default each keeps the one that it is stored in"""
+    tolerance: float = 1e-3
+    """largest mean KL divergence, adapted model to merged one, in nats a token"""
+    force: bool = False
+    """merge whatever was measured, and although the adapter was made for another base"""
+    tied: Tied | None = None
+    """what to do with weights that layers share; by default what the adapter was made with"""
+
+
+AS_USUAL = MergeOptions()
 
 
 def merge(
@@ -23,9 +38,9 @@ def merge(
     out: Path | None = None,
     overwrite: Overwrite = False,
     probe: Path | None = None,
-    drop_originals: Annotated[bool, Parameter(negative="")] = False,
-    plan: Annotated[bool, Parameter(negative="")] = False,
-    options: MergeOptions = None,
+    drop_originals: bool = False,
+    plan: bool = False,
+    options: MergeOptions = AS_USUAL,
     all_layers: AllLayers = False,
     json: Json = False,
 ) -> None:
@@ -53,7 +68,7 @@ def merge(
         check_not_itself(model, out)
         check_out(out, overwrite)
     text = read_texts([probe]) if probe else None
-    more = given(options) | {"probe": text, "keep_originals": not drop_originals}
+    more: dict[str, Any] = {"probe": text, "keep_originals": not drop_originals, **vars(options)}
     if plan:
         show(plan_merge(model, adapter, out, **more), json, all_layers)
         say("the same command without --plan merges it")

@@ -15,7 +15,7 @@ LoraOptions: Any = options_of(LoRASettings, "LoRA", leave_out=("name",))
 def plan(
     model: Model,
     *,
-    target: TargetOptions = None,
+    target: TargetOptions | None = None,
     lora: LoraOptions = None,
     all_layers: AllLayers = False,
     json: Json = False,

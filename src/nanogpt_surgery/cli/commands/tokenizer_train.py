@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
-
-from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, show
-from nanogpt_surgery.cli.framework.output import Overwrite, check_out
+from nanogpt_surgery.cli.framework.options import Overwrite, check_out
 
 
 def train(
@@ -16,7 +13,7 @@ def train(
     out: Path,
     vocab_size: int,
     overwrite: Overwrite = False,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: bool = False,
 ) -> None:
     """Learn a byte-level BPE from text, into a folder that transformers opens.
 

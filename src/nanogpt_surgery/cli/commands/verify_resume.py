@@ -8,9 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-from cyclopts import Parameter
+from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.framework.console import say, show
 from nanogpt_surgery.errors import SurgeryError
@@ -30,7 +28,7 @@ def verify_resume(
     before: int = 6,
     after: int = 4,
     scratch: Path | None = None,
-    json: Annotated[bool, Parameter(negative="")] = False,
+    json: bool = False,
 ) -> None:
     """Prove on this machine that a run, killed and resumed, has the bits of one that was not.
 
@@ -96,7 +94,7 @@ class Command:
             config = out.parent / "config.toml"
             config.write_text(self.config, encoding="utf-8")
             words += ["--config", str(config)]
-        module = [sys.executable, "-m", "nanogpt_surgery.cli.framework.interrupted", planned]
+        module = [sys.executable, "-m", "nanogpt_surgery.cli.framework.signals", planned]
         done = subprocess.run(
             [*module, *words], cwd=self.folder, capture_output=True, text=True, check=False
         )

@@ -1,20 +1,21 @@
-"""`--config FILE`: a TOML file whose keys are the command's flags."""
+"""What was typed, as a run folder records it; and `--config FILE`, TOML with flags as keys."""
 
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from cyclopts import CycloptsError, UnknownOptionError
-
-from nanogpt_surgery.cli.framework.suggestions import nearest_flag
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from cyclopts.config import Toml
 
 FLAG = "--config"
+_TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
 
 
 def take_config(arguments: list[str]) -> tuple[Toml, ...]:
@@ -39,14 +40,23 @@ def take_config(arguments: list[str]) -> tuple[Toml, ...]:
     return (Toml(path, must_exist=True, use_commands_as_keys=False),)
 
 
-def unknown_key(error: CycloptsError) -> SurgeryError | None:
-    """An unknown key of a config file as an error with its line and the nearest key."""
-    if not isinstance(error, UnknownOptionError) or not Path(error.token.source).is_file():
-        return None
-    path, key = error.token.source, (error.token.keyword or "").strip("[]")
-    lines = Path(path).read_text(encoding="utf-8").splitlines()
-    number = next((i for i, line in enumerate(lines, 1) if line.strip().startswith(key)), 0)
-    flags = [name for argument in error.argument_collection or () for name in argument.names]
-    found = nearest_flag(f"--{key.replace('_', '-')}", flags)
-    known = ", ".join(flag[2:].replace("-", "_") for flag in found.split(", "))
-    return SurgeryError(f"{path}, line {number}: unknown key {key}", f"{known}?")
+@contextmanager
+def typing(arguments: list[str]) -> Iterator[None]:
+    """Keep what was typed, for the block."""
+    token = _TYPED.set(tuple(arguments))
+    try:
+        yield
+    finally:
+        _TYPED.reset(token)
+
+
+def typed_command() -> dict[str, Any]:
+    """The words behind `surgery`, the folder they were typed in, and the text of --config."""
+    words = _TYPED.get()
+    place = words.index(FLAG) + 1 if FLAG in words else len(words)
+    config = Path(words[place]) if place < len(words) else None
+    return {
+        "arguments": list(words),
+        "folder": str(Path.cwd()),
+        "config": config.read_text(encoding="utf-8") if config and config.is_file() else None,
+    }

@@ -8,15 +8,14 @@ import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeAlias
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.framework.processes import is_main_process
-from nanogpt_surgery.errors import SurgeryWarning, printable
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -28,7 +27,37 @@ if TYPE_CHECKING:
 
 LEAST_BAR = 10  # columns
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
+TOGETHER = ("train", "finetune")  # what several processes do as one
 PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
+
+
+def is_distributed() -> bool:
+    """Whether torchrun started more than one process; others set `WORLD_SIZE` too."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return not is_distributed() or os.environ.get("RANK", "0") == "0"
+
+
+def joined(command: str) -> AbstractContextManager[object]:
+    """The processes of a command, joined where there are several.
+
+    Raises:
+        SurgeryError: the command is none that several share, or there are fewer GPUs.
+    """
+    if not is_distributed():
+        return nullcontext()
+    if command not in TOGETHER:
+        raise SurgeryError(
+            f"{os.environ['WORLD_SIZE']} processes were started for surgery {command}, "
+            f"and only {' and '.join(TOGETHER)} share their work",
+            "run it without torchrun",
+        )
+    from nanogpt_surgery.training import distributed
+
+    return distributed.joined()
 
 
 def ready_streams() -> None:
@@ -65,9 +94,9 @@ def _fitted(text: str, stream: TextIO) -> str:
     return "\n".join(part for line in text.split("\n") for part in wrapped(line, width))
 
 
-ALL = Parameter(negative="", name="--all", help="show each layer, not one line for all of a kind")
+ALL = Parameter(name="--all", help="show each layer, not one line for all of a kind")
 AllLayers: TypeAlias = Annotated[bool, ALL]
-Json: TypeAlias = Annotated[bool, Parameter(negative="", help="print the report as JSON")]
+Json: TypeAlias = Annotated[bool, Parameter(help="print the report as JSON")]
 
 
 def show(report: Report, as_json: bool, all_layers: bool = False) -> None:

@@ -1,20 +1,33 @@
-"""Flags made from dataclasses and functions: names, types, defaults and help stand there alone."""
+"""Flags made from dataclasses of settings, and flags that several commands share."""
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 from collections.abc import Iterator, Mapping
-from importlib.util import find_spec
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
 
 from cyclopts import Parameter
-from docstring_parser import Docstring, DocstringStyle, parse, parse_from_object
+from docstring_parser import parse_from_object
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.settings import Tied
+
+REPLACE = "replace, in one step, the folder of ours or the GGUF file that lies at --out"
+Overwrite: TypeAlias = Annotated[bool, Parameter(help=REPLACE)]
+
+
+@Parameter(name="*", group="LoRA")
+@dataclass(frozen=True)
+class TargetOptions:
+    """Options of `inject_lora`; None: its default."""
+
+    targets: Annotated[
+        list[str] | None,
+        Parameter(consume_multiple=True, show_default=lambda _: "q_proj v_proj"),
+    ] = None
+    """names of layers or their endings, regular expressions, or all-linear"""
 
 
 def options_of(
@@ -28,23 +41,35 @@ def options_of(
     The help of a flag is the string under its field; the default shown is the field's own, if
     `defaults` has no other.
     """
-    hints, texts = get_type_hints(source), _texts(parse_from_object(source))
+    hints = get_type_hints(source)
+    texts = {one.arg_name: one.description for one in parse_from_object(source).params}
     fields = [
         (
             field.name,
-            _annotated(hints[field.name], texts[field.name], field, defaults),
-            _none(),
+            Annotated[
+                hints[field.name] | None,
+                Parameter(help=" ".join((texts[field.name] or "").split())),
+                _parameter(field, hints[field.name], defaults),
+            ],
+            dataclasses.field(default=None),
         )
         for field in dataclasses.fields(source)
         if field.name not in leave_out
     ]
-    return _options(source.__name__, fields, group)
-
-
-def _options(name: str, fields: list[tuple[str, Any, Any]], group: str) -> Any:
-    made = dataclasses.make_dataclass(f"{name}Options", fields, frozen=True)
+    made = dataclasses.make_dataclass(f"{source.__name__}Options", fields, frozen=True)
     made.__module__ = __name__  # else cyclopts takes it for a builtin type
     return Parameter(name="*", group=group)(made)
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any, defaults: Mapping[str, Any]) -> Parameter:
+    own = "the model's" if field.default is dataclasses.MISSING else field.default
+    shown = defaults.get(field.name, own)
+    if any(get_origin(kind) is dict for kind in get_args(hint)):
+        return Parameter(converter=_pairs, n_tokens=-1, consume_multiple=True)
+    opposite = field.metadata.get("opposite", f"no-{field.name.replace('_', '-')}")
+    return Parameter(
+        show_default=lambda _: shown, negative=f"--{opposite}" if hint is bool else None
+    )
 
 
 def given(options: Any) -> dict[str, Any]:
@@ -52,69 +77,6 @@ def given(options: Any) -> dict[str, Any]:
     if options is None:
         return {}
     return {name: value for name, value in vars(options).items() if value is not None}
-
-
-def _annotated(
-    hint: Any, text: str, field: dataclasses.Field[Any], defaults: Mapping[str, Any]
-) -> Any:
-    own = "the model's" if field.default is dataclasses.MISSING else field.default
-    default = defaults.get(field.name, own)
-    parameter = Parameter(help=text, show_default=lambda _: default)
-    if opposite := field.metadata.get("opposite"):
-        parameter = Parameter.combine(parameter, Parameter(negative=f"--{opposite}"))
-    if any(get_origin(kind) is dict for kind in get_args(hint)):
-        parameter = Parameter.combine(parameter, PAIRS)
-    return Annotated[hint | None, parameter]
-
-
-def _none() -> Any:
-    return dataclasses.field(default=None)
-
-
-def options_of_function(where: str, group: str, leave_out: tuple[str, ...] = ()) -> Any:
-    """A dataclass with the parameters of a function ("module:name"), each None unless given.
-
-    The function's source is read, not imported, so that torch stays unloaded; help comes from the
-    Args of its docstring.
-    """
-    function = _function(where)
-    texts = _texts(parse(ast.get_docstring(function) or "", DocstringStyle.GOOGLE))
-    arguments = [*function.args.args, *function.args.kwonlyargs]
-    nothing = [None] * (len(function.args.args) - len(function.args.defaults))
-    defaults = [*nothing, *function.args.defaults, *function.args.kw_defaults]
-    fields = [
-        (argument.arg, _flag(argument, texts.get(argument.arg, ""), default), _none())
-        for argument, default in zip(arguments, defaults, strict=True)
-        if argument.arg not in leave_out
-    ]
-    return _options(function.name, fields, group)
-
-
-def first_line(where: str) -> str:
-    """The first line of a function's docstring ("module:name"), read and not imported."""
-    return (ast.get_docstring(_function(where)) or "").partition("\n")[0]
-
-
-def _function(where: str) -> ast.FunctionDef:
-    module, name = where.split(":")
-    spec = find_spec(module)
-    assert spec and spec.origin, f"there is no module {module}"
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
-    return next(n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name)
-
-
-def _flag(argument: ast.arg, text: str, default: ast.expr | None) -> Any:
-    assert argument.annotation is not None
-    written = ast.unparse(argument.annotation)
-    # On the command line several patterns are several words.
-    several = written == "str | Iterable[str]"
-    hint = list[str] if several else eval(written, {"Literal": Literal, "Tied": Tied})
-    value = ast.literal_eval(default) if default is not None else "required"
-    shown = " ".join(value) if isinstance(value, tuple) else value
-    parameter = Parameter(
-        help=text, show_default=lambda _: shown, negative="", consume_multiple=several
-    )
-    return Annotated[hint | None, parameter]
 
 
 def _pairs(hint: Any, tokens: Any) -> dict[str, Any]:
@@ -136,9 +98,6 @@ def _pairs(hint: Any, tokens: Any) -> dict[str, Any]:
     return pairs
 
 
-PAIRS = Parameter(converter=_pairs, n_tokens=-1, consume_multiple=True, negative="")
-
-
 def _tokens(tokens: Any) -> Iterator[Any]:
     """The tokens in nested dicts and lists."""
     if hasattr(tokens, "value"):
@@ -148,10 +107,24 @@ def _tokens(tokens: Any) -> Iterator[Any]:
         yield from _tokens(inner)
 
 
-def _texts(docstring: Docstring) -> dict[str, str]:
-    """Returns what a docstring says of each field or argument, each on one line."""
-    return {one.arg_name: " ".join((one.description or "").split()) for one in docstring.params}
+def check_out(out: Path, overwrite: bool, *, is_file: bool = False) -> None:
+    """Refuse, before any work, what may not be written over; an empty folder is nothing.
 
+    What lies at `--out` is replaced with `--overwrite`, and else refused. A training has another
+    rule: it goes on with its run (`--resume`), and nothing replaces one.
 
-INJECT = "nanogpt_surgery.lora.inject:inject_lora"
-TargetOptions: Any = options_of_function(INJECT, "LoRA", leave_out=("model", "settings"))
+    Raises:
+        SurgeryError: something lies at `out` that is a run, or another program's, or is not to be
+            replaced.
+    """
+    from nanogpt_surgery.files.manifest import check_own_file, check_own_folder
+    from nanogpt_surgery.formats.folders.run_folder import is_run
+
+    if is_run(out):
+        raise SurgeryError(f"{out} holds a run, which is not written over", "choose a new --out")
+    (check_own_file if is_file else check_own_folder)(out)
+    empty = out.is_dir() and not any(out.iterdir())
+    if out.exists() and not empty and not overwrite:
+        raise SurgeryError(
+            f"{out} is there already", "add --overwrite to replace it, or choose a new --out"
+        )

@@ -1,14 +1,83 @@
-"""Ctrl-C and SIGTERM as requests that a training answers after its step."""
+"""Ctrl-C and SIGTERM end a command in one line and with its status, in whatever phase it is.
+
+Nothing but the interpreter is loaded when this begins, so that it holds while torch is imported.
+Within a training (`signals`), and within an answer of `chat`, other handlers stand before these.
+
+As a program it is a command that sends itself signals after steps of its training:
+python -m nanogpt_surgery.cli.framework.signals '{"5": 9}' train TEXT --out RUN
+"""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import FrameType, TracebackType
 from typing import Any
 
-from nanogpt_surgery.cli.framework.console import say
-from nanogpt_surgery.cli.framework.processes import is_distributed
+SAID = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}
+
+
+class Terminated(SystemExit):
+    """SIGTERM came: only what cleans up still runs."""
+
+
+class AnsweredSignals:
+    """A context in which the signals end the process cleanly, and at its end at once."""
+
+    def __enter__(self) -> None:
+        sys.unraisablehook = _unraisable
+        _answer_by(_raise)
+
+    def __exit__(
+        self, _kind: object, error: BaseException | None, _trace: TracebackType | None
+    ) -> None:
+        _answer_by(_leave)  # the interpreter closes down, where nothing can be raised
+        if isinstance(error, KeyboardInterrupt | Terminated):
+            number = _number_of(error)
+            _say(number)
+            sys.exit(128 + number)
+
+
+def _answer_by(handler: Any) -> None:
+    for number in SAID:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as under nohup
+            signal.signal(number, handler)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    """Unwind, so that what is half-written goes.
+
+    An import is left at once: code in C may make another error of what is raised in it.
+    """
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            _leave(number)
+        frame = frame.f_back
+    raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
+
+
+def _unraisable(args: sys.UnraisableHookArgs) -> None:
+    """An interrupt that came in a destructor would be printed and forgotten."""
+    if isinstance(args.exc_value, KeyboardInterrupt | Terminated):
+        _leave(_number_of(args.exc_value))
+    sys.__unraisablehook__(args)
+
+
+def _number_of(error: BaseException) -> int:
+    return int(signal.SIGINT if isinstance(error, KeyboardInterrupt) else signal.SIGTERM)
+
+
+def _leave(number: int, _frame: FrameType | None = None) -> None:
+    _say(number)
+    os._exit(128 + number)
+
+
+def _say(number: int) -> None:
+    """A line on stderr, past Python's buffers, which the signal may have found half-written."""
+    os.write(2, f"surgery: {SAID[number]}\n".encode())
 
 
 @contextmanager
@@ -17,6 +86,8 @@ def signals(stop: Callable[[int], object]) -> Iterator[None]:
 
     But not where torchrun sends one more of its own when a terminal has sent one to all.
     """
+    from nanogpt_surgery.cli.framework.console import is_distributed, say
+
     handlers: dict[int, Any] = {}
 
     def ask(number: int, _frame: object) -> None:
@@ -37,3 +108,19 @@ def signals(stop: Callable[[int], object]) -> Iterator[None]:
         yield
     finally:
         restore()
+
+
+def main() -> None:
+    """Carry out the command behind the table of signals, by step."""
+    import json
+
+    from nanogpt_surgery.cli.framework.app import run
+    from nanogpt_surgery.runs.checkpoints import RunFolder
+
+    planned = json.loads(sys.argv[1])
+    RunFolder.signals_after = {int(step): int(number) for step, number in planned.items()}
+    run(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -6,9 +6,12 @@ has is suggested. A key of a config file is the flag without its hyphens.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 
-from nanogpt_surgery.errors import nearest
+from cyclopts import CycloptsError, MissingArgumentError, UnknownCommandError, UnknownOptionError
+
+from nanogpt_surgery.errors import SurgeryError, nearest
 
 _FLAGS: Mapping[tuple[str, ...], str] = {
     ("--learning-rate",): "lr rate max-lr peak-lr base-lr",
@@ -143,3 +146,46 @@ def nearest_command(written: str, known: Collection[str]) -> str:
     word = written.replace("_", "-").lower()
     meant = (command for command, words in _COMMANDS.items() if word in words.split())
     return next((command for command in meant if command in known), "") or nearest(word, known)
+
+
+def refusal(
+    error: CycloptsError, command: Sequence[str], commands: Collection[str]
+) -> SurgeryError:
+    """A command line that cyclopts refuses as our error, with what was meant.
+
+    Args:
+        error: what cyclopts found wrong.
+        command: the words that name the command.
+        commands: all that could stand behind `surgery`, or behind the word of a group.
+    """
+    name = " ".join(("surgery", *command))
+    if isinstance(error, UnknownCommandError):
+        written = (error.unused_tokens or [""])[0]
+        found = nearest_command(written, commands)
+        return SurgeryError(f"there is no {name} {written}", f"{found}? {name} --help lists all")
+    hint = f"{name} --help lists the flags"
+    if isinstance(error, UnknownOptionError):
+        written = error.token.keyword or error.token.value
+        flags = [flag for argument in error.argument_collection or () for flag in argument.names]
+        if Path(error.token.source).is_file():
+            return _unknown_key(Path(error.token.source), written.strip("[]"), flags)
+        found = nearest_flag(written, flags)
+        near = f"{found}? " if found.count(",") < 3 else ""  # else it is all there are
+        return SurgeryError(f"{name} has no flag {written}", near + hint)
+    argument = error.argument
+    if isinstance(error, MissingArgumentError) and argument is not None and not argument.tokens:
+        word = argument.name.lstrip("-").upper().replace("-", "_")
+        missing = f"{argument.name} {'PATH' if argument.hint is Path else '…'}"
+        if argument.field_info.is_positional:
+            missing = f"{'an' if word[0] in 'AEIO' else 'a'} {word}"
+        return SurgeryError(f"{' '.join(command)} needs {missing}", hint)
+    return SurgeryError(str(error), hint)
+
+
+def _unknown_key(file: Path, key: str, flags: Iterable[str]) -> SurgeryError:
+    """An unknown key of a config file, with its line and the nearest key."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    number = next((i for i, line in enumerate(lines, 1) if line.strip().startswith(key)), 0)
+    found = nearest_flag(f"--{key.replace('_', '-')}", flags)
+    known = ", ".join(flag[2:].replace("-", "_") for flag in found.split(", "))
+    return SurgeryError(f"{file}, line {number}: unknown key {key}", f"{known}?")
