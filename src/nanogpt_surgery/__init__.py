@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
     from nanogpt_surgery.formats.gguf.writing import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
-    from nanogpt_surgery.formats.peft.adapter_layout import load_adapter, save_adapter
+    from nanogpt_surgery.formats.peft.adapter_layout import load_adapter, plan_lora, save_adapter
     from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
     from nanogpt_surgery.generation.batch import generate_batch
     from nanogpt_surgery.generation.conversation import Conversation
@@ -48,7 +48,6 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.merging import merge_lora, merge_survival
     from nanogpt_surgery.lora.operations import blend_lora, remove_lora, swap_lora
     from nanogpt_surgery.lora.per_row import lora_rows
-    from nanogpt_surgery.lora.planning import plan_lora
     from nanogpt_surgery.lora.settings import LoRASettings
     from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -91,11 +90,10 @@ _HOMES = {
     "data.gpt_dataset": ("GPTDataset",),
     "data.tokenizers.tokenizer": ("Tokenizer",),
     "errors": ("SurgeryError", "SurgeryWarning"),
-    "formats.peft.adapter_layout": ("load_adapter", "save_adapter"),
+    "formats.peft.adapter_layout": ("load_adapter", "plan_lora", "save_adapter"),
     "formats.model_file": ("open_model", "save_model"),
     "generation.generate": ("generate",),
     "lora.merging": ("merge_lora", "merge_survival"),
-    "lora.planning": ("plan_lora",),
     "history.hashing": ("tensor_hashes",),
     "lora.checks": ("learned",),
     "lora.embedding": ("LoRAEmbedding",),

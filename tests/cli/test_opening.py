@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.adapters import adapted
+from helpers.adapters import adapted, attach_adapter
 from helpers.commands import LETTERS, called
 from helpers.models import assert_equal_in_bfloat16, random_ids, tiny_model
 
@@ -19,8 +19,8 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.cli.model_options import OpeningOptions
-from nanogpt_surgery.lora.attachment import attach_adapter, extract_adapter
 from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.stored_adapter import extract_adapter
 
 NOTE = "computing in float32, with 0 MiB of weights instead of half of that; --dtype bfloat16"
 SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 60}

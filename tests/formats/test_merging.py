@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.adapters import adapted, train_updates
+from helpers.adapters import adapted, attach_adapter, train_updates
 from helpers.merged_folders import bytes_of, model_and_adapter
 from helpers.models import CONFIGS
 from safetensors.torch import load_file, save_file
@@ -24,8 +24,8 @@ from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.files.manifest import MANIFEST
 from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
 from nanogpt_surgery.history.folder_history import folder_log, undo_folder
-from nanogpt_surgery.lora.attachment import attach_adapter, extract_adapter
 from nanogpt_surgery.lora.several import lora_layers
+from nanogpt_surgery.lora.stored_adapter import extract_adapter
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from helpers.models import tiny_model
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
-from nanogpt_surgery.lora.several import lora_layers
+from nanogpt_surgery.lora.several import check_new_name, lora_layers
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter, check_fit
+from nanogpt_surgery.lora.stored_adapter import attach_adapter as attach_checked
 
 EVERY_LINEAR = r".*_proj|lm_head"
 
@@ -30,6 +32,13 @@ def adapted(
     inject_lora(model, targets, rank=rank, alpha=alpha, tied="untie")
     train_updates(model, size=0.2)
     return model
+
+
+def attach_adapter(model: nn.Module, adapter: StoredAdapter, name: str = "default") -> None:
+    """Put an adapter on a model as `load_adapter` does, checked before."""
+    check_new_name(model, name)
+    check_fit(model, adapter)
+    attach_checked(model, adapter, name)
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:

@@ -4,14 +4,13 @@ import json
 
 import pytest
 import torch
-from helpers.adapters import train_updates
+from helpers.adapters import attach_adapter, train_updates
 from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import inject_lora, load_adapter, remove_lora, save_adapter, save_model
-from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.adapters import attach_adapter
 from helpers.builds import PATIENTS, logits, some_ids, train_a_little
 from torch import nn
 
@@ -12,7 +13,6 @@ from nanogpt_surgery import (
     tensor_hashes,
 )
 from nanogpt_surgery.history.hashing import tensor_hash
-from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.merging import (
     change_kept,
     compare_logits,

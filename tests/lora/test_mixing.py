@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.adapters import attach_adapter
 from helpers.builds import HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
 from torch import nn
 
@@ -14,7 +15,6 @@ from nanogpt_surgery import (
     remove_lora,
     swap_lora,
 )
-from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.several import adapter_names, lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 

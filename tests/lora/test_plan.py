@@ -14,7 +14,6 @@ from nanogpt_surgery import (
     save_adapter,
     tensor_hashes,
 )
-from nanogpt_surgery.formats.peft.adapter_layout import plan_adapter
 from nanogpt_surgery.lora.several import has_lora
 
 
@@ -61,7 +60,7 @@ def test_the_adapter_s_size_on_disk_is_foreseen(kind, tmp_path):
 def test_so_is_that_of_a_family_s_file(family, targets, kind, tmp_path):
     """GPT-2's fuses q, k and v: one B for all of them, with zeros between theirs."""
     model = tiny_model(FAMILY_CONFIGS[family])
-    plan = plan_adapter(model, targets, rank=3, **kind)
+    plan = plan_lora(model, targets, rank=3, **kind)
     inject_lora(model, targets, rank=3, **kind)
     save_adapter(model, tmp_path / "adapter")
     size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size

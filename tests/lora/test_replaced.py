@@ -1,5 +1,6 @@
 import pytest
 import torch
+from helpers.adapters import attach_adapter
 from helpers.builds import PATIENTS, logits, some_ids, train_a_little
 from torch import nn
 
@@ -17,8 +18,7 @@ from nanogpt_surgery import (
     tensor_hashes,
     undo_lora,
 )
-from nanogpt_surgery.lora.attachment import attach_adapter, extract_adapter
-from nanogpt_surgery.lora.stored_adapter import StoredAdapter
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter, extract_adapter
 
 NEW = {"norm.weight": torch.linspace(0.5, 2, 24), "norm.bias": torch.linspace(-1, 1, 24)}
 

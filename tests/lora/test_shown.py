@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from helpers.adapters import attach_adapter
 from helpers.builds import PATIENTS, train_a_little
 from helpers.models import randomise
 from torch import nn
 
 from nanogpt_surgery import SurgeryError, inject_lora, merge_lora, tensor_hashes, undo_lora
-from nanogpt_surgery.lora.attachment import attach_adapter
 from nanogpt_surgery.lora.checks import check_gradients
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter

@@ -13,7 +13,7 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of, operation
-from nanogpt_surgery.lora.planning import plan_updates
+from nanogpt_surgery.lora.planning import plan_updates, tied_view
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.several import (
     LoRALayer,
@@ -59,7 +59,9 @@ def inject_lora(
     plan = plan_updates(model, targets, settings)
     # If anything fails in here, the model is as it was.
     with operation(model, f"inject {settings.name}"):
-        attach_updates(model, settings.name, plan.factories(), settings.tied == "untie")
+        attach_updates(
+            model, settings.name, plan.factories(), plan.tied_layers, settings.tied == "untie"
+        )
     return report_on(model, "LoRA injected")
 
 
@@ -67,6 +69,7 @@ def attach_updates(
     model: nn.Module,
     adapter: str,
     factories: Mapping[str, Callable[[nn.Module], Any]],
+    tied_layers: Mapping[str, list[str]],
     unties: bool,
 ) -> None:
     """Freezes a model, puts an adapter on it, and lets the adapter take part alone.
@@ -75,16 +78,19 @@ def attach_updates(
         model: changed in place.
         adapter: its name.
         factories: for each layer what makes its update from the bare layer.
+        tied_layers: for a layer those that share its weight, and get the same update.
         unties: a merge may break the layers' ties.
     """
     if not has_lora(model):  # what to let train again when the last adapter has left
         trainable = tuple(p for p in model.parameters() if p.requires_grad)
         history_of(model).trainable_before = trainable
-    for name, make_update in factories.items():
-        update = make_update(bare_layer(model, name)).train(model.training)
-        layer = wrap_layer(model, name, update.wrapper())
-        layer.updates[adapter] = update
-        layer.unties |= unties
+    for first, make_update in factories.items():
+        made = make_update(bare_layer(model, first))
+        for name in (first, *tied_layers.get(first, ())):
+            update = made if name == first else tied_view(made, bare_layer(model, name))
+            layer = wrap_layer(model, name, update.wrapper())
+            layer.updates[adapter] = update.train(model.training)
+            layer.unties |= unties
     # The whole model is frozen, not the wrapped layers alone; then the updates may train.
     model.requires_grad_(False)
     for layer in lora_layers(model).values():

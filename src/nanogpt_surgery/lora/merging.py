@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import get_tie_word_embeddings, history_of, operation
 from nanogpt_surgery.lora.inject import replace_module
+from nanogpt_surgery.lora.planning import tied_to
 from nanogpt_surgery.lora.several import LoRALayer, active_adapters, adapter_names, lora_layers
-from nanogpt_surgery.lora.ties import check_undecided
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
 from nanogpt_surgery.report import Report
 
@@ -91,6 +91,41 @@ def _check_takes_part(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None
             f"no adapter takes part, so a merge would only take {', '.join(names)} off",
             f"swap_lora(model, {names[0]!r}) first, or remove_lora(model)",
         )
+
+
+def check_undecided(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
+    """Raises `SurgeryError` if merging would break a tie that nobody decided to break."""
+    undecided = {}
+    for name, layer in layers.items():
+        others = [] if layer.unties else tied_to(model, name)
+        alone = [other for other in others if not _decided(model, other, layer)]
+        if alone:
+            undecided[name] = alone
+    if undecided:
+        shown = "; ".join(f"{name} with {', '.join(rest)}" for name, rest in undecided.items())
+        raise SurgeryError(
+            f"a merge would break the tie of {shown}",
+            "remove_lora, and inject_lora again with tied='untie' or tied='both'",
+        )
+
+
+def _decided(model: nn.Module, other: str, layer: LoRALayer) -> bool:
+    """Whether the other layer may part from this one, or is adapted by the very same A and B."""
+    partner = model.get_submodule(other)
+    if not isinstance(partner, LoRALayer):
+        return False
+    return partner.unties or _has_same_updates(partner, layer)
+
+
+def _has_same_updates(partner: LoRALayer, layer: LoRALayer) -> bool:
+    """Whether the partner has the layer's A and B in every adapter that takes part."""
+    names = [n for n in layer.active.names() if n in layer.updates or n in partner.updates]
+    return all(
+        n in layer.updates
+        and n in partner.updates
+        and layer.updates[n].lora_A is partner.updates[n].lora_A
+        for n in names
+    )
 
 
 def merge_layers(model: nn.Module) -> None:

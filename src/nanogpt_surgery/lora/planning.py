@@ -1,31 +1,29 @@
 """Which layers get an update, and which: rank, alpha, kind, and what follows from shared weights.
 
-All is checked here, before anything is touched. `plan_lora` says the same in figures; what a
-training takes is counted by `training/estimates/`.
+All is checked here, before anything is touched.
+
+Several layers may share one weight: mostly a head is tied to the embedding. A LoRA on one of them
+is well defined as long as it is beside the weight. Merged, W + ΔW belongs to one of them alone: the
+tie is broken, and a reader that trusts the old `tie_word_embeddings` builds another model. So
+whoever touches a tied weight says what is meant.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.several import check_new_name
-from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, Updates, tensors_of
+from nanogpt_surgery.lora.embedding import TiedEmbeddingUpdate
+from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.settings import LoRASettings, Tied
+from nanogpt_surgery.lora.several import LoRALayer
 from nanogpt_surgery.lora.targets import adaptable_layers, by_pattern, find_targets
-from nanogpt_surgery.lora.ties import UpdateFactory, find_tied, with_tied_layers
-from nanogpt_surgery.lora.variants import check_settings, new_update
-from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import chosen
-
-FLOAT32 = 4
+from nanogpt_surgery.lora.variants import check_row_norms, new_update
 
 
 @dataclass(frozen=True)
@@ -42,12 +40,9 @@ class UpdatePlan:
     settings: dict[str, LoRASettings]
     tied_layers: dict[str, list[str]]
 
-    def factories(self) -> dict[str, UpdateFactory]:
+    def factories(self) -> dict[str, Callable[[nn.Module], LoRAUpdate]]:
         """For each layer what makes its update from the bare layer."""
-        factories: dict[str, UpdateFactory] = {
-            path: partial(new_update, settings=s) for path, s in self.settings.items()
-        }
-        return with_tied_layers(factories, self.tied_layers)
+        return {path: partial(new_update, settings=s) for path, s in self.settings.items()}
 
 
 def plan_updates(
@@ -113,96 +108,79 @@ def _check_patterns(patterns: dict[str, Any], names: list[str]) -> None:
         )
 
 
-def plan_lora(
-    model: nn.Module,
-    targets: str | Iterable[str] = ("q_proj", "v_proj"),
-    settings: LoRASettings | None = None,
-    *,
-    as_saved: Callable[[Updates], Updates] = dict,
-    **changes: Any,
-) -> Report:
-    """Says what `inject_lora` with the same arguments would do; nothing is touched.
+def check_settings(
+    path: str, layer: Any, tied_layers: Iterable[nn.Module], settings: LoRASettings
+) -> None:
+    """Raises `SurgeryError` unless there is such an update for a layer and those tied to it."""
+    directions = min(layer.weight.shape)
+    if settings.rank > directions:
+        kind = "PiSSA" if settings.pissa else "an update"
+        raise SurgeryError(
+            f"{kind} with rank {settings.rank} on {path}, a matrix of "
+            f"{tuple(layer.weight.shape)}: there are only {directions} directions",
+            f"rank={directions} or less, or rank_pattern={{{path!r}: {directions}}}",
+        )
+    if settings.dora:
+        check_row_norms(path, layer)
+    plain = isinstance(layer, nn.Linear) and not (settings.dora or settings.pissa)
+    for tied in tied_layers:
+        _check_tied(tied, plain)
 
-    Args:
-        model: any module.
-        targets: as in `inject_lora`.
-        settings: as there.
-        as_saved: what becomes of the updates in the file; by default each stays as it is.
-        **changes: as there.
 
-    Returns:
-        A row for each layer and the patterns that mean it, with shapes and parameters; trainable
-        parameters, and the bytes of adapter_model.safetensors.
+def _check_tied(tied: nn.Module, plain: bool) -> None:
+    if isinstance(tied, nn.Embedding) and not plain:
+        raise SurgeryError(
+            "tied='both' is for plain LoRA and rsLoRA: DoRA's lengths are those of the head's rows "
+            "and of the embedding's columns, and PiSSA's initial factors are kept by one layer",
+            "tied='untie', or leave dora and pissa out",
+        )
+
+
+def tied_view(update: LoRAUpdate, layer: nn.Module) -> LoRAUpdate:
+    """An update of a Linear for the layer that shares its weight: the same A and B, once more.
 
     Raises:
-        SurgeryError: as `inject_lora`.
+        SurgeryError: the kind has no such view.
     """
-    settings = chosen(LoRASettings, settings, changes)
-    check_new_name(model, settings.name)
-    plan = plan_updates(model, targets, settings)
-    layers: dict[str, Any] = adaptable_layers(model)
-    rows = [_row(plan, path, layers[path]) for path in plan.settings]
-    trainable = sum(row["parameters"] for row in rows)
-    summary: dict[str, Any] = {
-        "layers": len(rows),
-        "trainable_parameters": trainable,
-        "total_parameters": sum(p.numel() for p in model.parameters()) + trainable,
-        "adapter_bytes": _file_bytes(as_saved(_sizes_of(plan, layers))),
-    }
-    return Report("LoRA planned", rows, summary)
+    _check_tied(layer, type(update) is LoRAUpdate)
+    return TiedEmbeddingUpdate(update) if isinstance(layer, nn.Embedding) else update
 
 
-def _row(plan: UpdatePlan, path: str, layer: Any) -> dict[str, Any]:
-    settings = plan.settings[path]
-    shape = layer.weight.shape
-    out_features, in_features = shape[::-1] if isinstance(layer, nn.Embedding) else shape
-    lengths = out_features if settings.dora else 0
-    parameters = settings.rank * (in_features + out_features) + lengths
-    stored = (2 if settings.pissa else 1) * (parameters - lengths) + lengths
-    copies = 1 + len(plan.tied_layers.get(path, []))
-    return {
-        "layer": path,
-        "pattern": ", ".join(p for p, found in plan.matches.items() if path in found),
-        "shape": f"{shape[0]}×{shape[1]}",
-        "rank": settings.rank,
-        "parameters": parameters,
-        "bytes": copies * FLOAT32 * stored,
-        "tied to": ", ".join(plan.tied_layers.get(path, [])) or None,
-    }
+def tied_to(model: nn.Module, name: str) -> list[str]:
+    """The names of the other layers that hold the very weight of the layer `name`.
+
+    One module under two names is no tie: it is wrapped, and merged, under both.
+    """
+    layer = model.get_submodule(name)
+    weight = _weight(layer)
+    found = [
+        other.removesuffix(".original_layer")
+        for other, module in model.named_modules(remove_duplicate=False)
+        if weight is not None and module._parameters.get("weight") is weight
+    ]
+    return [o for o in dict.fromkeys(found) if model.get_submodule(o) is not layer]
 
 
-def _sizes_of(plan: UpdatePlan, layers: Mapping[str, Any]) -> Updates:
-    """Updates of the sizes that will be saved, without memory of their own."""
-    return {
-        path: _sized(plan.settings[first], layers[path])
-        for first in plan.settings
-        for path in [first, *plan.tied_layers.get(first, [])]
-    }
+def _weight(layer: nn.Module) -> nn.Parameter | None:
+    bare = layer.original_layer if isinstance(layer, LoRALayer) else layer
+    weight: nn.Parameter | None = bare._parameters.get("weight")
+    return weight
 
 
-def _sized(settings: LoRASettings, layer: Any) -> LowRankUpdate:
-    nothing, embedding = torch.zeros(()), isinstance(layer, nn.Embedding)
-    out_features, in_features = layer.weight.shape[::-1] if embedding else layer.weight.shape
-    rank = settings.rank * (2 if settings.pissa else 1)  # PiSSA keeps its initial factors
-    return LowRankUpdate(
-        nothing.expand(rank, in_features),
-        nothing.expand(out_features, rank),
-        settings.alpha,
-        magnitude=nothing.expand(out_features) if settings.dora else None,
-        embedding=embedding,
-    )
+def find_tied(model: nn.Module, names: Iterable[str], tied: Tied) -> dict[str, list[str]]:
+    """For each target the tied layers that get its update too: none unless `tied` is "both".
 
-
-def _file_bytes(updates: Updates) -> int:
-    """The size of a safetensors file: 8 bytes, a header in JSON up to a multiple of 8, numbers."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in sorted(tensors_of(StoredAdapter(updates)).items()):
-        start, end = end, end + FLOAT32 * tensor.numel()
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    written = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-written // 8) * 8 + end
+    Raises:
+        SurgeryError: a target is tied and `tied` is "refuse".
+    """
+    names = list(names)
+    ties = {name: others for name in names if (others := tied_to(model, name))}
+    if ties and tied == "refuse":
+        shown = "; ".join(f"{name} with {', '.join(others)}" for name, others in ties.items())
+        raise SurgeryError(
+            f"these layers share one weight: {shown}. Merged, an update of one of them breaks the "
+            "tie",
+            "tied='untie' lets it: the adapted layer gets a weight of its own when "
+            "merged; tied='both' adapts both by the same ΔW, so that they stay tied",
+        )
+    return ties if tied == "both" else {}

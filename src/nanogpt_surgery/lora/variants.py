@@ -3,6 +3,7 @@
 rsLoRA   s = α / √R                                arXiv:2312.03732
 PiSSA    ΔW = s · (B A − B₀ A₀), from W's principal directions B₀ A₀          arXiv:2404.02948
 DoRA     W' = m · (W + ΔW) / ‖W + ΔW‖, a length m for each output             arXiv:2402.09353
+whole    a trained copy in the place of a module, PEFT's `modules_to_save`
 
 A length is that of a row of the matrix (out, in). Legend: R rank.
 """
@@ -11,17 +12,16 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate, TiedEmbeddingUpdate
+from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
 from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.several import LoRALayer
+from nanogpt_surgery.lora.several import LoRALayer, WeightedAdapters
 
 
 def as_matrix(layer: nn.Module) -> Tensor:
@@ -190,34 +190,6 @@ def principal_factors(weight: Tensor, rank: int, scaling: float) -> tuple[Tensor
     return (v * root).t().contiguous(), (u * root).contiguous()
 
 
-def check_settings(
-    path: str, layer: Any, tied_layers: Iterable[nn.Module], settings: LoRASettings
-) -> None:
-    """Raises `SurgeryError` unless there is such an update for a layer and those tied to it."""
-    directions = min(layer.weight.shape)
-    if settings.rank > directions:
-        kind = "PiSSA" if settings.pissa else "an update"
-        raise SurgeryError(
-            f"{kind} with rank {settings.rank} on {path}, a matrix of "
-            f"{tuple(layer.weight.shape)}: there are only {directions} directions",
-            f"rank={directions} or less, or rank_pattern={{{path!r}: {directions}}}",
-        )
-    if settings.dora:
-        check_row_norms(path, layer)
-    plain = isinstance(layer, nn.Linear) and not (settings.dora or settings.pissa)
-    for tied in tied_layers:
-        _check_tied(tied, plain)
-
-
-def _check_tied(tied: nn.Module, plain: bool) -> None:
-    if isinstance(tied, nn.Embedding) and not plain:
-        raise SurgeryError(
-            "tied='both' is for plain LoRA and rsLoRA: DoRA's lengths are those of the head's rows "
-            "and of the embedding's columns, and PiSSA's initial factors are kept by one layer",
-            "tied='untie', or leave dora and pissa out",
-        )
-
-
 def new_update(layer: nn.Module, settings: LoRASettings) -> LoRAUpdate:
     """Makes an update for a Linear or an Embedding; the settings' patterns count no more."""
     kind = LoRAEmbeddingUpdate if isinstance(layer, nn.Embedding) else LoRAUpdate
@@ -233,11 +205,59 @@ def new_update(layer: nn.Module, settings: LoRASettings) -> LoRAUpdate:
     return update
 
 
-def tied_view(update: LoRAUpdate, layer: nn.Module) -> LoRAUpdate:
-    """An update of a Linear for the layer that shares its weight: the same A and B, once more.
+class WholeUpdate(nn.Module):
+    """A trained copy of a module, in the place of an update.
 
-    Raises:
-        SurgeryError: the kind has no such view.
+    Args:
+        module: the original.
+        tensors: its parameters and buffers by name; those not given are the original's.
     """
-    _check_tied(layer, type(update) is LoRAUpdate)
-    return TiedEmbeddingUpdate(update) if isinstance(layer, nn.Embedding) else update
+
+    def __init__(self, module: nn.Module, tensors: dict[str, Tensor]):
+        super().__init__()
+        self.module = copy.deepcopy(module)
+        self.module.load_state_dict({**module.state_dict(), **tensors})
+
+    def forward(self, *inputs: Any) -> Any:
+        """Returns what the copy gives."""
+        return self.module(*inputs)
+
+    def trained(self) -> list[nn.Parameter]:
+        """All its parameters."""
+        return list(self.module.parameters())
+
+    def wrapper(self) -> type[LoRALayer]:
+        """The class of layer that it is put in."""
+        return ReplacedLayer
+
+
+class ReplacedLayer(LoRALayer):
+    """A module and the copies that named adapters put in its place."""
+
+    replaces_whole = True
+
+    def forward(self, *inputs: Any) -> Any:
+        """Returns what the copy that takes part gives, or else the original."""
+        return self._chosen()(*inputs)
+
+    def _chosen(self) -> nn.Module:
+        """The copy that takes part, or else the original.
+
+        Raises:
+            SurgeryError: the copy's adapter does not take part alone, with the weight 1.
+        """
+        found = [name for name in self.active.names() if name in self.updates]
+        if not self.enabled or not found:
+            return self.original_layer
+        if self.active != WeightedAdapters({found[0]: 1.0}):
+            raise SurgeryError(
+                f"the adapter {found[0]!r} replaces whole modules, so it can only take part alone",
+                f"swap_lora(model, {found[0]!r})",
+            )
+        return self.updates[found[0]]
+
+    @property
+    def shown(self) -> nn.Module:
+        """The module that takes part, bare."""
+        chosen = self._chosen()
+        return chosen.module if isinstance(chosen, WholeUpdate) else chosen

@@ -27,9 +27,9 @@ def plan(
     import torch
 
     from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.formats.peft.adapter_layout import plan_adapter
+    from nanogpt_surgery.formats.peft.adapter_layout import plan_lora
 
     network = open_model(model, torch.float32)[0]  # as finetune opens it
     adapter = LoRASettings(**given(lora))
-    show(plan_adapter(network, **given(target), settings=adapter), json, all_layers)
+    show(plan_lora(network, **given(target), settings=adapter), json, all_layers)
     say(f"surgery finetune {model} TEXT… --out FOLDER trains it, by the same flags")

@@ -37,6 +37,7 @@ from nanogpt_surgery.lora.merging import (
     Rounding,
     RoundingOf,
     check_effect,
+    check_undecided,
     check_weights,
     compare_logits,
     logits_of,
@@ -47,7 +48,6 @@ from nanogpt_surgery.lora.merging import (
 )
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import lora_layers
-from nanogpt_surgery.lora.ties import check_undecided
 from nanogpt_surgery.model.finite import check_finite, check_finite_weights
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report

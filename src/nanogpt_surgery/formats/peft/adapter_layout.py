@@ -6,10 +6,10 @@ updates of the parts are joined and split, as `fused_update.py` says.
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -26,18 +26,27 @@ from nanogpt_surgery.formats.peft.adapter_file import map_stored, write_stored
 from nanogpt_surgery.formats.peft.config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.formats.peft.fused_update import fuse, split
 from nanogpt_surgery.history.hashing import tensor_hash
-from nanogpt_surgery.lora.attachment import attach_fitting, check_fit, extract_adapter
 from nanogpt_surgery.lora.inject import bare_layer
-from nanogpt_surgery.lora.planning import plan_lora
-from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.lora.planning import UpdatePlan, plan_updates
+from nanogpt_surgery.lora.settings import LoRASettings, Tied
 from nanogpt_surgery.lora.several import check_new_name, report_on
-from nanogpt_surgery.lora.stored_adapter import StoredAdapter, Updates
-from nanogpt_surgery.lora.targets import COMPILED, uncompiled
+from nanogpt_surgery.lora.stored_adapter import (
+    LowRankUpdate,
+    StoredAdapter,
+    Updates,
+    attach_adapter,
+    check_fit,
+    extract_adapter,
+    tensors_of,
+)
+from nanogpt_surgery.lora.targets import COMPILED, adaptable_layers, uncompiled
 from nanogpt_surgery.lora.variants import as_matrix
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.values import chosen
 
 MODEL_CONFIG = "config.json"
+FLOAT32 = 4  # bytes
 OPEN_ITS_BASE = f"open the base that its {CONFIG} names (base_model_name_or_path)"
 
 
@@ -83,21 +92,96 @@ def write_adapter_files(
     write_stored(adapter, folder, base, fan_in_fan_out=family == "gpt2", task=task)
 
 
-def plan_adapter(
-    model: nn.Module, targets: str | Iterable[str] = ("q_proj", "v_proj"), **options: Any
+def plan_lora(
+    model: nn.Module,
+    targets: str | Iterable[str] = ("q_proj", "v_proj"),
+    settings: LoRASettings | None = None,
+    **changes: Any,
 ) -> Report:
-    """Says what `inject_lora` would do, as `plan_lora`, and the size that `save_adapter` writes.
+    """Says what `inject_lora` with the same arguments would do; nothing is touched.
+
+    Args:
+        model: any module.
+        targets: as in `inject_lora`.
+        settings: as there.
+        **changes: as there.
+
+    Returns:
+        A row for each layer and the patterns that mean it, with shapes and parameters; trainable
+        parameters, and the bytes of the adapter_model.safetensors that `save_adapter` writes.
 
     Raises:
         SurgeryError: as `inject_lora`.
     """
-    family = _family(model)
-    if family is None:
-        return plan_lora(model, targets, **options)
-    assert isinstance(model, SimpleGPT)
-    return plan_lora(
-        model, targets, as_saved=partial(_to_theirs, family=family, model=model), **options
+    settings = chosen(LoRASettings, settings, changes)
+    check_new_name(model, settings.name)
+    plan = plan_updates(model, targets, settings)
+    layers: dict[str, Any] = adaptable_layers(model)
+    rows = [_planned_row(plan, path, layers[path]) for path in plan.settings]
+    trainable = sum(row["parameters"] for row in rows)
+    updates = {
+        path: _sized(plan.settings[first], layers[path])
+        for first in plan.settings
+        for path in [first, *plan.tied_layers.get(first, [])]
+    }
+    if (family := _family(model)) is not None:
+        assert isinstance(model, SimpleGPT)
+        updates = _to_theirs(updates, family, model)
+    summary: dict[str, Any] = {
+        "layers": len(rows),
+        "trainable_parameters": trainable,
+        "total_parameters": sum(p.numel() for p in model.parameters()) + trainable,
+        "adapter_bytes": _file_bytes(updates),
+    }
+    return Report("LoRA planned", rows, summary)
+
+
+def _planned_row(plan: UpdatePlan, path: str, layer: Any) -> dict[str, Any]:
+    settings = plan.settings[path]
+    shape = layer.weight.shape
+    out_features, in_features = shape[::-1] if isinstance(layer, nn.Embedding) else shape
+    lengths = out_features if settings.dora else 0
+    parameters = settings.rank * (in_features + out_features) + lengths
+    stored = (2 if settings.pissa else 1) * (parameters - lengths) + lengths
+    copies = 1 + len(plan.tied_layers.get(path, []))
+    return {
+        "layer": path,
+        "pattern": ", ".join(p for p, found in plan.matches.items() if path in found),
+        "shape": f"{shape[0]}×{shape[1]}",
+        "rank": settings.rank,
+        "parameters": parameters,
+        "bytes": copies * FLOAT32 * stored,
+        "tied to": ", ".join(plan.tied_layers.get(path, [])) or None,
+    }
+
+
+def _sized(settings: LoRASettings, layer: Any) -> LowRankUpdate:
+    """An update of the size that will be saved, without memory of its own."""
+    nothing, embedding = torch.zeros(()), isinstance(layer, nn.Embedding)
+    out_features, in_features = layer.weight.shape[::-1] if embedding else layer.weight.shape
+    rank = settings.rank * (2 if settings.pissa else 1)  # PiSSA keeps its initial factors
+    return LowRankUpdate(
+        nothing.expand(rank, in_features),
+        nothing.expand(out_features, rank),
+        settings.alpha,
+        magnitude=nothing.expand(out_features) if settings.dora else None,
+        embedding=embedding,
     )
+
+
+def _file_bytes(updates: Updates) -> int:
+    """The size of a safetensors file: 8 bytes, a header in JSON up to a multiple of 8, numbers."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in sorted(tensors_of(StoredAdapter(updates)).items()):
+        start, end = end, end + FLOAT32 * tensor.numel()
+        header[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [start, end],
+        }
+    written = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    return 8 + -(-written // 8) * 8 + end
 
 
 def check_unsavable(model: nn.Module) -> None:
@@ -144,7 +228,7 @@ def load_adapter(
     known = [path for path in theirs if path in adapter.fingerprint and _there(plain, path)]
     actual = base_fingerprint(plain, known)
     _check_fingerprint({path: adapter.fingerprint[path] for path in known}, actual, force)
-    return attach_fitting(
+    return attach_adapter(
         model, adapter if plain is model else adapter.inside(COMPILED), name, tied
     )
 

@@ -25,7 +25,7 @@ from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
 from nanogpt_surgery.formats.peft.fused_update import Factors, block_diagonal
 from nanogpt_surgery.formats.placing import side_by_side
-from nanogpt_surgery.lora.attachment import extract_adapter
+from nanogpt_surgery.lora.stored_adapter import extract_adapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
