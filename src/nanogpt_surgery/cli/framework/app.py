@@ -56,7 +56,9 @@ _COMMAND_OF = {
 _CALL = re.compile(rf"\b({'|'.join(_COMMAND_OF)})\(([^()]*)\)")
 _OUT = re.compile(r"\bout=")
 
-_SIZE = re.compile(r"\b(?:block_size|batch_size|grad_accum_steps)\b(?! ?=)")
+_SIZE = re.compile(
+    r"\b(?:block_size|batch_size|grad_accum_steps)\b(?! ?[=?])"
+)  # in a hint, no key of a config file
 
 
 def make_app(lazily: bool = True) -> App:
