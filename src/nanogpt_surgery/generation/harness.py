@@ -10,9 +10,9 @@ results = lm_eval.simple_evaluate(HarnessModel(*open_model("runs/english")), tas
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.model import LM
@@ -31,6 +31,7 @@ from nanogpt_surgery.generation.text import continue_texts
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.values import chosen
 
+T = TypeVar("T")
 ANSWER = 256  # tokens, where a task does not say
 
 
@@ -65,32 +66,29 @@ class HarnessModel(LM):  # type: ignore[misc]
     def loglikelihood(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
         """For each (context, continuation): Σ log p, and whether greedy decoding writes it."""
         pairs = [self._pair(*request.args) for request in requests]
-        found = self._scored(pairs)
-        for request, answer in zip(requests, found, strict=True):
-            self.cache_hook.add_partial("loglikelihood", request.args, answer)
-        return found
+        return self._cached("loglikelihood", requests, self._scored(pairs))
 
     def loglikelihood_rolling(self, requests: Sequence[Any], **_: Any) -> list[float]:
         """For each (text,): Σ log p of all its tokens, each predicted once.
 
         Windows of block_size do not overlap, but for the last, which is as long as the others.
         """
-        answers = []
-        for request in requests:
-            [text] = request.args
-            ids = self.prefix + self.tokenizer.encode(text)
-            total = sum(score for score, _ in self._scored(self._windows(ids)))
-            self.cache_hook.add_partial("loglikelihood_rolling", request.args, total)
-            answers.append(total)
-        return answers
+        texts = (self.prefix + self.tokenizer.encode(*request.args) for request in requests)
+        sums = (sum(score for score, _ in self._scored(self._windows(ids))) for ids in texts)
+        return self._cached("loglikelihood_rolling", requests, sums)
 
     def generate_until(self, requests: Sequence[Any], **_: Any) -> list[str]:
         """For each (context, arguments): what the model writes up to a stop string."""
-        answers = []
-        for request in requests:
-            answers.append(self._answer(*request.args))
-            self.cache_hook.add_partial("generate_until", request.args, answers[-1])
-        return answers
+        answers = (self._answer(*request.args) for request in requests)
+        return self._cached("generate_until", requests, answers)
+
+    def _cached(self, kind: str, requests: Sequence[Any], answers: Iterable[T]) -> list[T]:
+        """Returns the answers; the harness keeps each as it comes."""
+        found = []
+        for request, answer in zip(requests, answers, strict=True):
+            self.cache_hook.add_partial(kind, request.args, answer)
+            found.append(answer)
+        return found
 
     def _pair(self, context: str, continuation: str) -> tuple[list[int], int]:
         """The ids of both, and how many of them are scored: the harness's own way to cut."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
-from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids as stop_ids_of
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.generation.batch import Token, check_rows_fit, generate_batch
 from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.generation.settings import (
@@ -19,7 +18,6 @@ from nanogpt_surgery.generation.settings import (
     check_stop,
 )
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 
 class TextUntil:
@@ -86,20 +84,16 @@ def generate_text(
     sampling: SamplingSettings | None = None,
     *,
     stop: Sequence[str] = (),
-    stop_ids: Collection[int] | None = None,
     seed: int | None = None,
-    cache: KVCache | None = None,
 ) -> Iterator[str]:
-    """Continue a prompt in pieces of text; see `generate`, and `TextUntil` for `stop`.
+    """Continues a prompt in pieces of text, up to a stop string or a token that ends a text.
 
-    `stop_ids` are the tokenizer's own unless others are given. What is wrong with the arguments is
-    a `SurgeryError` at the call, before anything is generated.
+    Raises:
+        SurgeryError: as `generate`, at the call; or a stop string is empty.
     """
     check_rows_fit(model, 1, len(prompt) + max_new_tokens)
-    ends = stop_ids_of(tokenizer) if stop_ids is None else stop_ids
-    ids = generate(
-        model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed, cache=cache
-    )
+    ends = stop_ids(tokenizer)
+    ids = generate(model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed)
     return TextUntil(tokenizer, stop, prompt).stream(ids)
 
 
@@ -145,7 +139,7 @@ def continue_texts(
             chunk,
             max_new_tokens,
             sampling,
-            stop_ids=stop_ids_of(tokenizer),
+            stop_ids=stop_ids(tokenizer),
             seed=None if seed is None else (int(seed) + first) % (MOST_SEED + 1),
             likeliest=likeliest,
             until=partial(_add, rows, pieces),

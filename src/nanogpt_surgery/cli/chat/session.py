@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nanogpt_surgery.cli.chat.settings import ChatSettings, number
+from nanogpt_surgery.cli.chat.settings import ChatSettings, parsed
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError, nearest, printable
 from nanogpt_surgery.files.json_files import write_json
@@ -104,14 +104,14 @@ class Session:
     def do_adapter(self, rest: str) -> None:
         """NAME [WEIGHT]: let one adapter take part alone."""
         name, _, weight = rest.partition(" ")
-        self._take_part({name: number("weight", weight) if weight else 1.0})
+        self._take_part({name: parsed("weight", weight) if weight else 1.0})
 
     def do_blend(self, rest: str) -> None:
         """NAME=WEIGHT NAME=WEIGHT …: let several adapters take part, as Σ wᵢ ΔWᵢ."""
         pairs = [word.partition("=") for word in rest.split()]
         if not pairs or not all(equals for _, equals, _ in pairs):
             raise SurgeryError("a blend needs weights", "/blend formal=0.7 brief=0.3")
-        self._take_part({name: number(name, weight) for name, _, weight in pairs})
+        self._take_part({name: parsed(name, weight) for name, _, weight in pairs})
 
     def _take_part(self, weights: dict[str, float]) -> None:
         from nanogpt_surgery.lora.inject import enable_lora

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Literal, get_type_hints
 
@@ -14,7 +15,6 @@ from nanogpt_surgery.generation.settings import (
     SamplingSettings,
     check_count,
     check_seed,
-    check_stop,
 )
 
 if TYPE_CHECKING:
@@ -84,7 +84,6 @@ class ChatSettings:
     def __post_init__(self) -> None:
         check_count(self.max_new_tokens, 1)
         check_seed(self.seed)
-        check_stop(self.stop)
 
     def after_an_answer(self) -> ChatSettings:
         """The settings of the next answer, whose seed is one more."""
@@ -109,31 +108,24 @@ class ChatSettings:
             raise SurgeryError(f"{name!r} needs a value", f"/set {name} VALUE")
         own = name in ("max_new_tokens", "seed")
         hint = get_type_hints(ChatSettings if own else SamplingSettings)[name]
-        change = {name: _parsed(name, text, hint)}
+        change = {name: parsed(name, text, hint)}
         return replace(self, **change if own else {"sampling": replace(self.sampling, **change)})
 
 
-def number(name: str, text: str) -> float:
-    """A finite number from a text.
+def parsed(name: str, text: str, hint: Any = float) -> Any:
+    """Returns a finite number from a text, whole or absent if the type says so.
 
     Raises:
         SurgeryError: it is none.
     """
+    if text in ("none", "off") and hint == int | None:
+        return None
     try:
         value = float(text)
     except ValueError:
         raise SurgeryError(f"{name} is {text!r}, which is not a number") from None
-    if value - value != 0:
+    if not math.isfinite(value):
         raise SurgeryError(f"{name} is {text}; it must be finite")
-    return value
-
-
-def _parsed(name: str, text: str, hint: Any) -> Any:
-    if text in ("none", "off") and hint == int | None:
-        return None
-    value = number(name, text)
-    if hint is float:
-        return value
-    if value != int(value):
+    if hint is not float and value != int(value):
         raise SurgeryError(f"{name} is {text}; it must be a whole number")
-    return int(value)
+    return value if hint is float else int(value)

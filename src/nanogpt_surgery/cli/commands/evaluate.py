@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from nanogpt_surgery.cli.framework.console import Json, say, show
@@ -131,19 +130,10 @@ def _of_answers(
     model: SimpleGPT, tokenizer: Tokenizer, file: str, name: TemplateName, batch_size: int
 ) -> dict[str, Any]:
     from nanogpt_surgery.data.conversations.chat import template_of
-    from nanogpt_surgery.data.conversations.instructions import (
-        check_conversations,
-        encode_conversations,
-        read_conversations,
-    )
+    from nanogpt_surgery.data.conversations.instructions import read_examples
     from nanogpt_surgery.generation.evaluation import answer_loss
 
-    template = template_of(tokenizer)
-    if name != "model":
-        template = replace(template, source=name)
-    conversations = read_conversations(file)
-    check_conversations(conversations, tokenizer)
-    examples = encode_conversations(conversations, tokenizer, template)
+    examples = read_examples([file], tokenizer, name)
     length = model.config.block_size + 1
     cut = sum(len(example.ids) > length for example in examples)
     if cut:
@@ -155,5 +145,5 @@ def _of_answers(
         "answer_tokens": found.tokens,
         "loss": found.loss,
         "perplexity": found.perplexity,
-        "template": template.name,
+        "template": template_of(tokenizer).name if name == "model" else name,
     }

@@ -27,19 +27,12 @@ ABOUT_FUSED = (
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, Updates
     from nanogpt_surgery.report import Report
 
 
-def inspect(
-    path: str,
-    *,
-    all_layers: AllLayers = False,
-    json: Json = False,
-) -> None:
+def inspect(path: str, *, all_layers: AllLayers = False, json: Json = False) -> None:
     """Show the tree of a model's modules, or the updates of an adapter.
 
     Parameters
@@ -47,12 +40,8 @@ def inspect(
     path
         a run, a model folder, a GGUF file, a hub name or an adapter folder
     """
-    report = (
-        _adapter_report(path)
-        if (Path(path) / "adapter_config.json").is_file()
-        else _model_report(path)
-    )
-    show(report, json, all_layers)
+    is_adapter = (Path(path) / "adapter_config.json").is_file()
+    show(_adapter_report(path) if is_adapter else _model_report(path), json, all_layers)
 
 
 def _model_report(path: str) -> Report:
@@ -63,22 +52,26 @@ def _model_report(path: str) -> Report:
     from nanogpt_surgery.report import Report
 
     model, tokenizer = open_model(path)
-    types = types_in(path) if is_gguf(Path(path)) else {}
-    if model.config.tie_head and types:
+    config = model.config
+    types = types_in(path) if is_gguf(Path(path)) else {}  # GGUF's names for them
+    if config.tie_head and types:
         types["lm_head.weight"] = types["embed_tokens.weight"]
     rows = []
     for name, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
+        dtypes = {
+            key: str(parameter.dtype).removeprefix("torch.") for key, parameter in own.items()
+        }
+        stored = {types.get(f"{name}.{key}", dtype) for key, dtype in dtypes.items()}
         rows.append(
             {
                 "module": name or "model",
                 "kind": type(module).__name__,
                 "shape": ", ".join("×".join(map(str, p.shape)) for p in own.values()),
                 "parameters": sum(p.numel() for p in module.parameters()),
-                "dtype": ", ".join(sorted({_dtype(name, key, own[key], types) for key in own})),
+                "dtype": ", ".join(sorted(stored)),
             }
         )
-    config = model.config
     summary = {
         "family": family_of(config),
         "parameters": model.n_parameters,
@@ -92,23 +85,15 @@ def _model_report(path: str) -> Report:
 
 def _kind_of(tokenizer: Tokenizer) -> str:
     """The kind of a tokenizer in plain words."""
-    from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
     from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
     from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 
     if isinstance(tokenizer, CharacterTokenizer):
         return "characters, an id each"
-    if isinstance(tokenizer, BPETokenizer):
-        return "byte pairs (BPE)"
     if isinstance(tokenizer, PretrainedTokenizer):
         kind = tokenizer.to_json()["model"].get("type")
         return f"{KINDS.get(kind, kind or 'of an unnamed kind')}, from a tokenizer.json"
-    return "of another program"
-
-
-def _dtype(module: str, key: str, parameter: Tensor, types: dict[str, str]) -> str:
-    """The type that a file stores a parameter in: GGUF's name for it, or the dtype."""
-    return types.get(f"{module}.{key}", str(parameter.dtype).removeprefix("torch."))
+    return KINDS["BPE"]
 
 
 def _adapter_report(path: str) -> Report:
@@ -118,7 +103,11 @@ def _adapter_report(path: str) -> Report:
 
     updates = map_stored(adapter_folder(path)).updates
     unknown = dict.fromkeys(NORMS)
-    rows = {name: _shapes(name, update) | unknown for name, update in updates.items()}
+    rows: dict[str, dict[str, Any]] = {}
+    for name, update in updates.items():
+        shape = f"{update.B.size(0)}×{update.A.size(1)}"
+        about = {"layer": name, "shape": shape, "r": update.rank, "alpha": update.alpha}
+        rows[name] = about | unknown
     measured = _small_enough(updates)
     for names in _alike(measured):
         _add_norms({name: rows[name] for name in names}, measured)
@@ -167,15 +156,6 @@ def _add_norms(rows: dict[str, dict[str, Any]], updates: Updates) -> None:
     for row, *norms in zip(rows.values(), *columns, strict=True):
         if math.isfinite(norms[0]):
             row.update(zip(NORMS, norms, strict=True))
-
-
-def _shapes(name: str, update: LowRankUpdate) -> dict[str, Any]:
-    return {
-        "layer": name,
-        "shape": f"{update.B.size(0)}×{update.A.size(1)}",
-        "r": update.rank,
-        "alpha": update.alpha,
-    }
 
 
 def _ranks_of_parts(mapped: LowRankUpdate) -> str:
