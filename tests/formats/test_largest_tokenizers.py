@@ -10,11 +10,7 @@ import pytest
 from helpers.measured import costs
 from helpers.tokenizers import byte_level, sentencepiece_like, unigram
 
-from nanogpt_surgery.data.tokenizers.tokenizer_json import (
-    CUTTINGS,
-    byte_level_json,
-    sentencepiece_json,
-)
+from nanogpt_surgery.formats.gguf.tokenizer import CUTTINGS, byte_level_json, sentencepiece_json
 
 FLAGS = {
     "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True,

@@ -11,7 +11,7 @@ from helpers.tokenizers import KINDS, byte_level, sentencepiece_like
 from nanogpt_surgery import SurgeryError, SurgeryWarning, open_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
-from nanogpt_surgery.data.tokenizers.tokenizer_json import CUTTINGS
+from nanogpt_surgery.formats.gguf.tokenizer import CUTTINGS
 from nanogpt_surgery.formats.gguf.writing import save_gguf
 from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
 

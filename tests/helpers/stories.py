@@ -13,7 +13,7 @@ import torch
 
 from nanogpt_surgery import GPTConfig, SimpleGPT
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.data.tokenizers.tokenizer_json import sentencepiece_json
+from nanogpt_surgery.formats.gguf.tokenizer import sentencepiece_json
 from nanogpt_surgery.formats.placing import apart
 
 DATA = Path(__file__).parents[3] / "shared" / "data"

@@ -15,7 +15,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.training.fast.accelerate import compiled_calls
 from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
-from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks, called_as
+from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks, attributes_set
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
@@ -62,7 +62,7 @@ def test_compiled_blocks_that_are_computed_again_have_the_same_gradients() -> No
         calls, again = compiled_calls(model) if quick else {}, CheckpointedBlocks(model, quick)
         saved: list[torch.Tensor] = []
         hooks = torch.autograd.graph.saved_tensors_hooks(noting(saved), lambda tensor: tensor)
-        with called_as(calls), again.active(), hooks:
+        with attributes_set("_compiled_call_impl", calls), again.active(), hooks:
             backward_of_loss(model, ids, targets)
         kept[quick] = sum({t.untyped_storage().data_ptr(): t.nbytes for t in saved}.values())
         found[quick] = {name: p.grad.clone() for name, p in model.named_parameters()}

@@ -16,12 +16,17 @@ from nanogpt_surgery.training.forward import check_not_packed
 from nanogpt_surgery.training.hardware import choose_hardware
 from nanogpt_surgery.training.settings import FitSettings
 
+FLOAT32, ID = 4, 8  # bytes
+SHORTEST = 2  # tokens that a row of a conversation has at least
+LOWER_MODEL = "a smaller model fits: lower n_embd, n_layer or the vocabulary"
+LOWER_BATCH = "lower batch_size (and raise grad_accum_steps by as much), or block_size"
+
 
 def check_fit(model: nn.Module, dataset: Batches, settings: FitSettings) -> None:
     """Raises where weights are float16, memory is short, or documents in a row see each other."""
     check_no_float16(model)
     check_training(model, dataset, settings)
-    check_not_packed(model, dataset)
+    check_not_packed(model, dataset.batch(0, 1))
 
 
 def check_no_float16(model: nn.Module) -> None:
@@ -33,12 +38,6 @@ def check_no_float16(model: nn.Module) -> None:
             "often too small for float16, and become 0",
             "open_model(path, torch.float32), or model.float(); bfloat16 where memory is short",
         )
-
-
-FLOAT32, ID = 4, 8  # bytes
-SHORTEST = 2  # tokens that a row of a conversation has at least
-LOWER_MODEL = "a smaller model fits: lower n_embd, n_layer or the vocabulary"
-LOWER_BATCH = "lower batch_size (and raise grad_accum_steps by as much), or block_size"
 
 
 def check_new_model(config: GPTConfig, settings: FitSettings) -> None:

@@ -15,7 +15,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.loss import count_trained, cross_entropy, eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import ALONE, World, world
-from nanogpt_surgery.training.forward import check_no_documents, logits_of
+from nanogpt_surgery.training.forward import check_not_packed, logits_of
 from nanogpt_surgery.training.hardware import Hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.trainable_stages import first_trainable_stage
@@ -47,7 +47,7 @@ def evaluate(
     count: float = 0
     with eval_mode(model), torch.inference_mode(), _way(model, fast) as summed:
         for batch in islice(dataset.iter_all(batch_size), processes.rank, None, processes.size):
-            check_no_documents(model, batch)
+            check_not_packed(model, batch)
             losses.append(summed(model, batch))
             count += count_trained(batch[1])
     total, count = processes.all_reduce_sum(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of
+from nanogpt_surgery.data.gpt_dataset import Batch, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -31,13 +31,8 @@ def layout_of(documents: Tensor | None, device: torch.device) -> dict[str, Any]:
     return {"layout": Layout.of_documents(to_device(documents, device))}
 
 
-def check_not_packed(model: nn.Module, data: Batches) -> None:
+def check_not_packed(model: nn.Module, batch: Batch) -> None:
     """Raises where documents share rows and the model cannot keep them apart."""
-    check_no_documents(model, data.batch(0, 1))
-
-
-def check_no_documents(model: nn.Module, batch: Batch) -> None:
-    """Raises as `check_not_packed`, for one batch."""
     if not isinstance(model, SimpleGPT) and documents_of(batch) is not None:
         raise SurgeryError(
             "the dataset packs several documents into a row, and a model that is no SimpleGPT "

@@ -18,6 +18,9 @@ from torch.utils.checkpoint import checkpoint
 class CheckpointedBlocks:
     """The blocks of a model (its `layers`), called through `checkpoint` within `active()`.
 
+    PyTorch has no public way to change how a module is called, compiled or not, and to take it
+    back; so the attribute that `Module.compile` sets is set here.
+
     Args:
         model: a model with `layers`; one without is left as it is.
         wanted: if false, nothing changes.
@@ -31,9 +34,8 @@ class CheckpointedBlocks:
     def active(self) -> AbstractContextManager[None]:
         """Computes the blocks again in the backward pass of what is computed within."""
         calls = {block: block._compiled_call_impl or block._call_impl for block in self.blocks}
-        return called_as(
-            {b: partial(checkpoint, call, use_reentrant=False) for b, call in calls.items()}
-        )
+        again = {b: partial(checkpoint, call, use_reentrant=False) for b, call in calls.items()}
+        return attributes_set("_compiled_call_impl", again)
 
 
 def blocks_of(model: nn.Module) -> list[Any]:
@@ -43,17 +45,13 @@ def blocks_of(model: nn.Module) -> list[Any]:
 
 
 @contextmanager
-def called_as(calls: Mapping[Any, Any]) -> Iterator[None]:
-    """Within, each of these modules is called through what stands beside it.
-
-    PyTorch has no public way to change how a module is called, compiled or not, and to take it
-    back; so the attribute that `Module.compile` sets is set here.
-    """
-    before = {module: module._compiled_call_impl for module in calls}
+def attributes_set(name: str, values: Mapping[Any, Any]) -> Iterator[None]:
+    """Within, an attribute of each of these modules has the value that stands beside it."""
+    before = {module: getattr(module, name) for module in values}
     try:
-        for module, call in calls.items():
-            module._compiled_call_impl = call
+        for module, value in values.items():
+            setattr(module, name, value)
         yield
     finally:
-        for module, call in before.items():
-            module._compiled_call_impl = call
+        for module, value in before.items():
+            setattr(module, name, value)

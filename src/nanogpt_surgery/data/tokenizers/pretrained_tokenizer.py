@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import AddedToken
+from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Encoder
 
 from nanogpt_surgery.data.tokenizers.tokenizer_limits import (
@@ -138,20 +138,17 @@ class PretrainedTokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
         """The ids of a text, with what the `tokenizer.json` puts around it if asked."""
-        ids = list(self._encoding(text))
+        ids = self._encoding(text, self._encoder.encode_batch_fast).ids
         return [*self.prefix_ids, *ids, *self.suffix_ids] if add_special_tokens else ids
 
     def encode_to_numpy(self, text: str) -> NDArray[np.int32]:
         """The same ids as an int32 array (N,)."""
-        return np.asarray(self._encoding(text), dtype=np.int32)
+        ids = self._encoding(text, self._encoder.encode_batch_fast).ids
+        return np.asarray(ids, dtype=np.int32)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
         """The same ids, and for each the position of its first character in the text."""
-        _check_unicode(text)
-        with foreign_file(_WHERE, "encoding a text"):
-            if self._has_expressions:
-                check_speed(self._encoder.encode, text)
-            found = self._encoder.encode(text, add_special_tokens=False)
+        found = self._encoding(text, self._encoder.encode_batch)
         return found.ids, [start for start, _ in found.offsets]
 
     def encode_prompt(self, text: str) -> list[int]:
@@ -196,12 +193,12 @@ class PretrainedTokenizer:
         """Write a `tokenizer.json`."""
         Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False), encoding="utf-8")
 
-    def _encoding(self, text: str) -> list[int]:
+    def _encoding(self, text: str, encode: Callable[..., list[Encoding]]) -> Encoding:
         _check_unicode(text)
         with foreign_file(_WHERE, "encoding a text"):
             if self._has_expressions:
                 check_speed(self._encoder.encode, text)
-            return self._encoder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            return encode([text], add_special_tokens=False)[0]
 
 
 def _check_unicode(text: str) -> None:

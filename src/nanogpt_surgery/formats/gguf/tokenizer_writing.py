@@ -19,18 +19,20 @@ from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokeniz
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.token_text import BYTE_OF_CHARACTER
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-from nanogpt_surgery.data.tokenizers.tokenizer_json import CUTTINGS, SPACE, Cutting
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems, quoted
 from nanogpt_surgery.formats.gguf.tokenizer import (
     BYTE,
     CONTROL,
+    CUTTINGS,
     NORMAL,
     PREFIX,
+    SPACE,
     TEMPLATE,
     TURN_ENDS,
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
+    Cutting,
 )
 
 Lost: TypeAlias = Literal["blank first", "after a token", "NFC"]

@@ -23,7 +23,7 @@ from nanogpt_surgery.training.fast.chunked_logits import (
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix, prefix_for
 from nanogpt_surgery.training.fast.fused_lora import fused_products, stored_in_bfloat16
-from nanogpt_surgery.training.gradient_checkpointing import blocks_of, called_as
+from nanogpt_surgery.training.gradient_checkpointing import attributes_set, blocks_of
 from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16, pinned, to_device
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -69,7 +69,8 @@ class Accelerated:
     def active(self) -> Iterator[None]:
         """Sets fused products, compiled blocks and the CPU's kernels, and takes them back."""
         fused = fused_products(self.model, self.hardware.precision)
-        with fused, called_as(self.compiled), cpu_kernels(self.model):
+        compiled = attributes_set("_compiled_call_impl", self.compiled)
+        with fused, compiled, cpu_kernels(self.model):
             yield
 
     def batches(self, first_step: int) -> Iterator[Batch]:

@@ -23,6 +23,7 @@ from nanogpt_surgery.model.transformer_encoder_layer import (
     causal_attention,
     repeat_heads,
 )
+from nanogpt_surgery.training.gradient_checkpointing import attributes_set
 
 LEVELS = 2**16
 QUERIES = 64  # in a block
@@ -35,19 +36,11 @@ def cpu_kernels(model: nn.Module) -> Iterator[None]:
         yield
         return
     owners: list[Any] = [model, *model.layers]
-    dropouts = [owner.dropout for owner in owners if type(owner.dropout) is nn.Dropout]
+    dropouts = {o.dropout: Dropout for o in owners if type(o.dropout) is nn.Dropout}
     attentions = [m for m in model.layers.modules() if isinstance(m, CausalSelfAttention)]
-    try:
-        for module in dropouts:
-            module.__class__ = Dropout
-        for attention in attentions:
-            attention.attend = cpu_attention
+    attend = attributes_set("attend", dict.fromkeys(attentions, cpu_attention))
+    with attributes_set("__class__", dropouts), attend:
         yield
-    finally:
-        for module in dropouts:
-            module.__class__ = nn.Dropout
-        for attention in attentions:
-            attention.attend = causal_attention
 
 
 def cpu_attention(

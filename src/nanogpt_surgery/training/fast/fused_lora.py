@@ -16,8 +16,7 @@ Legend: N tokens, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.lora.linear import LoRALinear
+from nanogpt_surgery.training.gradient_checkpointing import attributes_set
 from nanogpt_surgery.training.trainable_stages import is_trainable
 
 
@@ -177,19 +177,10 @@ def stored_in_bfloat16(model: nn.Module) -> bool:
     return torch.bfloat16 in frozen and learning <= {torch.float32}
 
 
-@contextmanager
-def fused_products(model: nn.Module, precision: torch.dtype) -> Iterator[None]:
+def fused_products(model: nn.Module, precision: torch.dtype) -> AbstractContextManager[None]:
     """Within, and nowhere else, a model's frozen products are done the quick way.
 
     A module of another class with the same parameters stands for itself: its class is changed and
     changed back, which compiled blocks can look through.
     """
-    classes = fused_classes(model, precision)
-    plain = {module: type(module) for module in classes}
-    try:
-        for module, quick in classes.items():
-            module.__class__ = quick
-        yield
-    finally:
-        for module, its in plain.items():
-            module.__class__ = its
+    return attributes_set("__class__", fused_classes(model, precision))
