@@ -13,8 +13,8 @@ import pytest
 import torch
 from helpers.commands import called
 
-from nanogpt_surgery.cli.commands.verify_resume import _kept, _report
-from nanogpt_surgery.cli.framework import signals
+from nanogpt_surgery.cli.commands import verify_resume
+from nanogpt_surgery.cli.commands.verify_resume import _compared, _kept
 from nanogpt_surgery.files.atomic import whole_folder
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -39,14 +39,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def forked(command: list[str], cwd: Path, **_: object) -> subprocess.CompletedProcess:
     """`subprocess.run` of a module of ours, in a copy of this process: torch is loaded already."""
-    assert command[1:3] == ["-m", signals.__name__]
+    assert command[1:3] == ["-m", verify_resume.__name__]
     if not (child := os.fork()):
         torch.set_num_threads(1)  # the others were not copied
         said = io.StringIO()
         try:
             with chdir(cwd), redirect_stdout(said), redirect_stderr(said):
                 sys.argv = command[2:]
-                signals.main()
+                verify_resume.main()
             os._exit(0)
         except SystemExit as end:
             os._exit(end.code)
@@ -119,9 +119,7 @@ def test_a_difference_is_found_and_named(tmp_path, differs):
         loss = 0.5 if spoilt and differs == "a loss" else 0.25
         rows = [{"step": step, "loss": loss, "seconds": id(folder)} for step in steps]
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
-    found = _report(tmp_path, 1, tmp_path / "whole", tmp_path / "cut").summary
+    found = _compared(tmp_path, 1, tmp_path / "whole", tmp_path / "cut").summary
     assert found["same"] is (differs == "nothing")
-    assert found["losses_differ"] == {"a loss": "step 1, step 2", "a step": "2 and 3 steps"}.get(
-        differs
-    )
+    assert found["losses_differ"] == {"a loss": "step 1, step 2", "a step": "step 3"}.get(differs)
     assert found["files_differ"] == {"a tensor": "model.safetensors"}.get(differs)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -74,11 +73,7 @@ class RunFolder:
     Attributes:
         environment: on what it computes (`environment_of`), as each checkpoint will say.
         changes: the description that it goes on with where that is another one, and in what.
-        signals_after: signals that the process sends itself after the lines of steps, by step:
-            `surgery verify-resume` asks for some.
     """
-
-    signals_after: ClassVar[dict[int, int]] = {}
 
     def __init__(self, folder: Path, checkpoint: Path | None = None, best: Path | None = None):
         self.folder = folder
@@ -131,8 +126,6 @@ class RunFolder:
             SurgeryError: the disk refuses.
         """
         append_metrics(self.folder / METRICS, step.to_dict())
-        if step.step in self.signals_after:
-            os.kill(os.getpid(), self.signals_after[step.step])
 
     def save(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +13,6 @@ SMOOTHED_FROM = 200  # steps; fewer are drawn as they are
 GREY, BLUE, ORANGE = "#808080", "#3f8fd6", "#e0812c"  # on white and on black
 LONGEST_TITLE = 70
 NO_LETTERS = ("Last Resort", "LastResort", "Color Emoji", "Emoji", "cm", "STIX")  # fonts' names
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def plot_losses(

@@ -66,3 +66,10 @@ def _step(line: str) -> int | None:
     except json.JSONDecodeError:
         return None
     return values.get("step") if isinstance(values, dict) else None
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file that was trimmed; none where there is no file."""
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

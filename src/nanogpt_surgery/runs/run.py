@@ -26,7 +26,7 @@ from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, read_journal, record
 from nanogpt_surgery.lora.checks import TrainingChecks, check_frozen
 from nanogpt_surgery.runs.checkpoints import RunFolder, check_folder, open_run_folder
-from nanogpt_surgery.runs.loss_plot import read_metrics
+from nanogpt_surgery.runs.metrics_file import read_metrics
 from nanogpt_surgery.runs.samples import Samples
 from nanogpt_surgery.runs.save_interval import SaveInterval
 from nanogpt_surgery.runs.summary import operations_per_token, summary_of
@@ -291,8 +291,7 @@ class Run:
 
     def _metrics(self) -> list[dict[str, Any]]:
         """The lines of the steps so far; of the first process, which writes them."""
-        path = self.folder.folder / METRICS
-        return read_metrics(path) if self.world.is_main_process and path.is_file() else []
+        return read_metrics(self.folder.folder / METRICS) if self.world.is_main_process else []
 
     def _say_how(self) -> None:
         """Say from where it goes on, on what it computes, and what an evaluation reads."""

@@ -7,7 +7,8 @@ from typing import Any
 from nanogpt_surgery.data.text.mixture import passes
 from nanogpt_surgery.formats.folders.run_folder import METRICS
 from nanogpt_surgery.runs.checkpoints import RunFolder
-from nanogpt_surgery.runs.loss_plot import plot_losses, read_metrics
+from nanogpt_surgery.runs.loss_plot import plot_losses
+from nanogpt_surgery.runs.metrics_file import read_metrics
 from nanogpt_surgery.runs.samples import read_samples
 from nanogpt_surgery.runs.training import Training
 from nanogpt_surgery.training.trainable_stages import training_flops_per_token

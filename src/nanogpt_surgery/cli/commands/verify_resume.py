@@ -5,8 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +16,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.report import Report
 
 LEAST = 4  # steps before the kill: one, a checkpoint, and some that the kill takes away
-WITHOUT_VALUE = ("resume", "no-resume", "json", "plan", "strict", "allow-changes", "debug")
-WITH_VALUE = ("out", "config")
-HOW_IT_ENDS = (0, 128 + signal.SIGTERM)
+ANEW = ("--resume", "--no-resume", "--json", "--strict", "--allow-changes")  # said anew, or not
 
 
 def verify_resume(
@@ -53,169 +50,148 @@ def verify_resume(
 
     from nanogpt_surgery.files.disk_errors import writing
 
-    command = _command_of(run, before, after)
-    with writing(scratch or run), TemporaryDirectory(prefix="surgery-", dir=scratch) as folder:
-        place = Path(folder).resolve()
-        whole = command.carried_out(place / "whole", {before + after - 1: signal.SIGTERM})
+    typed = _recorded(run, before, after)
+    last = before + after - 1  # a run saves after the step that follows the signal
+    with writing(scratch or run), TemporaryDirectory(prefix="surgery-", dir=scratch) as place:
+        whole, cut = (Path(place).resolve() / name for name in ("whole", "cut"))
+        train = partial(_train, typed)
+        train(whole, last, signal.SIGTERM)
         say(f"{before + after} steps without a break are done")
-        cut = command.interrupted(place / "cut", before, after)
-        report = _report(run, before, whole, cut)
+        train(cut, max(1, before // 2 - 1), signal.SIGTERM)
+        train(cut, before, signal.SIGKILL, "--resume")
+        say(f"killed after step {before}")
+        train(cut, last, signal.SIGTERM, "--resume")
+        report = _compared(run, before, whole, cut)
     show(report, json)
     if not report.summary["same"]:
         sys.exit(1)
 
 
-@dataclass(frozen=True)
-class Command:
-    """The command that began a run, to be carried out again elsewhere."""
-
-    words: tuple[str, ...]
-    folder: Path
-    config: str | None
-
-    def carried_out(
-        self,
-        out: Path,
-        signals: Mapping[int, int],
-        *,
-        resume: bool = False,
-        ends: tuple[int, ...] = HOW_IT_ENDS,
-    ) -> Path:
-        """Train into `out` in a process of its own, which sends itself signals after steps.
-
-        Raises:
-            SurgeryError: it ended in another way than one of `ends`.
-        """
-        import json
-
-        planned = json.dumps({step: int(number) for step, number in signals.items()})
-        words = [*self.words, "--out", str(out), *(["--resume"] if resume else [])]
-        if self.config is not None:
-            config = out.parent / "config.toml"
-            config.write_text(self.config, encoding="utf-8")
-            words += ["--config", str(config)]
-        module = [sys.executable, "-m", "nanogpt_surgery.cli.framework.signals", planned]
-        done = subprocess.run(
-            [*module, *words], cwd=self.folder, capture_output=True, text=True, check=False
-        )
-        if done.returncode not in ends:
-            lines = done.stderr.strip().splitlines()
-            said = next(
-                (line for line in lines if line.startswith("surgery: ")), "".join(lines[-1:])
-            )
-            raise SurgeryError(
-                f"surgery {' '.join(self.words)}, in {self.folder}, ended with status "
-                f"{done.returncode}: {said.removeprefix('surgery: ')}",
-                "the text and the model that the run was begun with must be where they were",
-            )
-        return out
-
-    def interrupted(self, out: Path, before: int, after: int) -> Path:
-        """The same stopped and resumed, killed after `before` steps, and resumed once more."""
-        self.carried_out(out, {max(1, before // 2 - 1): signal.SIGTERM})
-        self.carried_out(out, {before: signal.SIGKILL}, resume=True, ends=(-signal.SIGKILL,))
-        say(f"killed after step {before}")
-        return self.carried_out(out, {before + after - 1: signal.SIGTERM}, resume=True)
-
-
-def _command_of(run: Path, before: int, after: int) -> Command:
-    """The command that a run folder records.
+def _recorded(run: Path, before: int, after: int) -> dict[str, Any]:
+    """The command that a run records: its arguments, where it was typed, and its config file.
 
     Raises:
         SurgeryError: it is no run, records none, its text came from standard input, the folder it
             was typed in is gone, or it has too few steps.
     """
     from nanogpt_surgery.files.json_files import read_json
-    from nanogpt_surgery.formats.folders.old_keys import with_current_config, with_current_flags
     from nanogpt_surgery.formats.folders.run_folder import is_run
     from nanogpt_surgery.history.folder_history import RUN
 
     if before < LEAST or after < 1:
-        raise SurgeryError(
-            f"before is {before} and after {after}; they must be at least {LEAST} and 1"
-        )
+        what = f"before is {before} and after {after}; they must be at least {LEAST} and 1"
+        raise SurgeryError(what)
     if not is_run(run):
         raise SurgeryError(f"{run} is no run", "name the --out of a train or finetune")
     description = read_json(run / RUN)
-    typed = description.get("typed") if isinstance(description, dict) else None
-    if not isinstance(typed, dict) or not typed.get("arguments"):
-        raise SurgeryError(
-            f"{run / RUN} does not record the command that began the run",
-            "surgery train and finetune record it from this version on",
-        )
+    typed: dict[str, Any] = description.get("typed") or {}
+    if not typed.get("arguments"):
+        what = f"{run / RUN} does not record the command that began the run"
+        raise SurgeryError(what, "surgery train and finetune record it from this version on")
     if "-" in typed["arguments"]:
+        what = f"{run} learned from standard input, which is not there any more"
+        raise SurgeryError(what, "keep the text in a file")
+    if (steps := description["settings"]["max_steps"]) <= before:
+        what = f"{run} has {steps} steps, and is to be killed after {before}"
+        hint = f"--before {LEAST}" if steps > LEAST else "a longer run can be tried"
+        raise SurgeryError(what, hint)
+    if not Path(typed["folder"]).is_dir():
+        what = f"{typed['folder']}, in which the run was begun, is not there"
+        raise SurgeryError(what, "bring it back with its text")
+    return typed
+
+
+def _train(typed: dict[str, Any], out: Path, step: int, number: int, *more: str) -> None:
+    """Carries the command out into `out`, in a process that sends itself a signal after a step.
+
+    Raises:
+        SurgeryError: it ended in another way than by that signal, or at the end of its steps.
+    """
+    from nanogpt_surgery.formats.folders.old_keys import with_current_config, with_current_flags
+
+    words = [*with_current_flags(_kept(typed["arguments"])), "--out", str(out), *more]
+    if (config := typed.get("config")) is not None:
+        (out.parent / "config.toml").write_text(with_current_config(config), encoding="utf-8")
+        words += ["--config", str(out.parent / "config.toml")]
+    program = [sys.executable, "-m", __name__, str(step), str(int(number)), *words]
+    done = subprocess.run(program, cwd=typed["folder"], capture_output=True, text=True, check=False)
+    if done.returncode not in ((-number,) if number == signal.SIGKILL else (0, 128 + number)):
+        lines = done.stderr.strip().splitlines() or [""]
+        said = next((line for line in lines if line.startswith("surgery: ")), lines[-1])
         raise SurgeryError(
-            f"{run} learned from standard input, which is not there any more",
-            "keep the text in a file",
+            f"surgery {' '.join(words)}, in {typed['folder']}, ended with status "
+            f"{done.returncode}: {said.removeprefix('surgery: ')}",
+            "the text and the model that the run was begun with must be where they were",
         )
-    steps, folder = description["settings"]["max_steps"], Path(typed["folder"])
-    if steps <= before:
-        raise SurgeryError(
-            f"{run} has {steps} steps, and is to be killed after {before}",
-            f"--before {LEAST}" if steps > LEAST else "a longer run can be tried",
-        )
-    if not folder.is_dir():
-        raise SurgeryError(
-            f"{folder}, in which the run was begun, is not there", "bring it back with its text"
-        )
-    arguments = with_current_flags(_kept(typed["arguments"]))
-    config = typed.get("config")
-    return Command(tuple(arguments), folder, config and with_current_config(config))
 
 
 def _kept(words: list[str]) -> list[str]:
     """A command's words without where it went and how it spoke."""
     kept, rest = [], iter(words)
     for word in rest:
-        name, given, _ = word.removeprefix("--").partition("=")
-        if not word.startswith("--") or name not in (*WITHOUT_VALUE, *WITH_VALUE):
-            kept.append(word)
-        elif name in WITH_VALUE and not given:
+        if word in ("--out", "--config"):
             next(rest, None)
+        elif word not in ANEW and not word.startswith(("--out=", "--config=")):
+            kept.append(word)
     return kept
 
 
-def _report(run: Path, before: int, whole: Path, cut: Path) -> Report:
-    """Compare the losses of every step, and the newest checkpoint's files by their hashes."""
+def _compared(run: Path, before: int, whole: Path, cut: Path) -> Report:
+    """Compares the metrics of every step, and the newest checkpoints' tensors by their hashes."""
     from nanogpt_surgery.report import Report
 
-    losses = [_losses(folder) for folder in (whole, cut)]
-    hashes = [_hashes(folder) for folder in (whole, cut)]
-    wrong = [
-        f"step {one['step']}" for one, other in zip(*losses, strict=False) if one != other
-    ] or [f"{len(losses[0])} and {len(losses[1])} steps"] * (len(losses[0]) != len(losses[1]))
+    (steps, files), (steps_cut, files_cut) = _results(whole), _results(cut)
+    losses = [name for name in steps | steps_cut if steps.get(name) != steps_cut.get(name)]
+    hashes = [name for name in files | files_cut if files.get(name) != files_cut.get(name)]
     rows = [
-        {"file": name, "without a break": digest, "killed": hashes[1].get(name, "-")}
-        for name, digest in hashes[0].items()
+        {"file": name, "without a break": digest, "killed": files_cut.get(name, "-")}
+        for name, digest in files.items()
     ]
-    files = [row["file"] for row in rows if row["without a break"] != row["killed"]]
     summary = {
         "run": str(run),
-        "steps": len(losses[0]),
+        "steps": len(steps),
         "killed_after_step": before,
-        "losses_differ": ", ".join(wrong[:8]) or None,
-        "files_differ": ", ".join(files) or None,
-        "same": not wrong and not files,
+        "losses_differ": ", ".join(losses[:8]) or None,
+        "files_differ": ", ".join(hashes) or None,
+        "same": not losses and not hashes,
     }
     return Report("resumed after a kill (sha256)", rows, summary)
 
 
-def _losses(folder: Path) -> list[dict[str, Any]]:
-    """Returns the metrics of each step, without its time."""
-    import json
-
-    from nanogpt_surgery.formats.folders.run_folder import METRICS
-
-    lines = (folder / METRICS).read_text(encoding="utf-8").splitlines()
-    rows: list[dict[str, Any]] = [json.loads(line) for line in lines]
-    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    """The sha256 of the tensors in the newest checkpoint."""
+def _results(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The metrics of each step but for its time, and the sha256 of each file of tensors."""
     from nanogpt_surgery.files.manifest import file_hash
-    from nanogpt_surgery.formats.folders.run_folder import latest_checkpoint
+    from nanogpt_surgery.formats.folders.run_folder import METRICS, latest_checkpoint
+    from nanogpt_surgery.runs.metrics_file import read_metrics
 
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None
-    return {path.name: file_hash(path) for path in sorted(checkpoint.glob("*.safetensors"))}
+    rows = read_metrics(folder / METRICS)
+    files = sorted(checkpoint.glob("*.safetensors"))
+    steps = {f"step {row['step']}": row | {"seconds": 0} for row in rows}
+    return steps, {file.name: file_hash(file) for file in files}
+
+
+def main() -> None:
+    """Carries out a command in a process that sends itself a signal after a step.
+
+    python -m nanogpt_surgery.cli.commands.verify_resume 5 9 train TEXT --out RUN
+    """
+    import os
+
+    from nanogpt_surgery.cli.framework.app import run
+    from nanogpt_surgery.runs.checkpoints import RunFolder
+
+    record, (last, number) = RunFolder.record, map(int, sys.argv[1:3])
+
+    def record_and_send(folder: RunFolder, step: Any) -> None:
+        record(folder, step)
+        if step.step == last:
+            os.kill(os.getpid(), number)
+
+    setattr(RunFolder, "record", record_and_send)  # noqa: B010 - in this process alone
+    run(sys.argv[3:])
+
+
+if __name__ == "__main__":
+    main()

@@ -2,9 +2,6 @@
 
 Nothing but the interpreter is loaded when this begins, so that it holds while torch is imported.
 Within a training (`signals`), and within an answer of `chat`, other handlers stand before these.
-
-As a program it is a command that sends itself signals after steps of its training:
-python -m nanogpt_surgery.cli.framework.signals '{"5": 9}' train TEXT --out RUN
 """
 
 from __future__ import annotations
@@ -108,19 +105,3 @@ def signals(stop: Callable[[int], object]) -> Iterator[None]:
         yield
     finally:
         restore()
-
-
-def main() -> None:
-    """Carry out the command behind the table of signals, by step."""
-    import json
-
-    from nanogpt_surgery.cli.framework.app import run
-    from nanogpt_surgery.runs.checkpoints import RunFolder
-
-    planned = json.loads(sys.argv[1])
-    RunFolder.signals_after = {int(step): int(number) for step, number in planned.items()}
-    run(sys.argv[2:])
-
-
-if __name__ == "__main__":
-    main()
