@@ -11,8 +11,8 @@ from torch import nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import frozen_hashes
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
-from nanogpt_surgery.lora.linear import LoRAUpdate
-from nanogpt_surgery.lora.several import LoRALayer, has_lora
+from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.lora.variants import PartUpdate
 from nanogpt_surgery.report import Report
 

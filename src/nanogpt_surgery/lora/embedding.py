@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.lora.linear import LoRAUpdate
-from nanogpt_surgery.lora.several import LoRALayer
+from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 
 
 class LoRAEmbeddingUpdate(LoRAUpdate):

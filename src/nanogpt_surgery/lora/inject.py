@@ -13,11 +13,11 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of, operation
+from nanogpt_surgery.lora.active import WeightedAdapters
+from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.planning import plan_updates, tied_view
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.several import (
-    LoRALayer,
-    WeightedAdapters,
     active_adapters,
     check_new_name,
     has_lora,

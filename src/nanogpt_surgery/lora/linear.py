@@ -13,15 +13,16 @@ Legend: R rank.
 from __future__ import annotations
 
 import math
-from typing import Any
+from operator import attrgetter
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.active import ActiveAdapters, WeightedAdapters
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.several import LoRALayer, WeightedAdapters
 
 
 class LoRAUpdate(nn.Module):
@@ -86,6 +87,91 @@ class LoRAUpdate(nn.Module):
     def extra_repr(self) -> str:
         """The text that `print(model)` shows."""
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:.4g}"
+
+
+class LoRALayer(nn.Module):
+    """A frozen layer, and beside it an update for each adapter that changes it.
+
+    Models that read a layer's weight, bias or sizes find the original's. Where a model multiplies
+    by that weight itself, instead of calling the layer, the updates take no part; no gradient
+    reaches them then, and `fit` says so after the first step.
+
+    Attributes:
+        original_layer: frozen, and never written to.
+        updates: by the name of the adapter that each belongs to.
+        active: which adapters take part, and how.
+        enabled: off, the layer computes as if it had no update.
+        unties: the choice was made that this layer may part from the one it shares a weight with.
+    """
+
+    journaled = ("active", "enabled", "unties")  # what an operation changes, and undo takes back
+    replaces_whole = False  # the module, instead of adding to its weight
+
+    def __init__(self, original_layer: nn.Module):
+        super().__init__()
+        self.original_layer: Any = original_layer.requires_grad_(False)
+        self.updates = nn.ModuleDict()
+        self.active: ActiveAdapters = WeightedAdapters({LoRASettings.name: 1.0})
+        self.enabled = True
+        self.unties = False
+
+    @classmethod
+    def around(cls, original_layer: nn.Module) -> Self:
+        """The layer wrapped, without an update yet."""
+        layer = cls.__new__(cls)
+        LoRALayer.__init__(layer, original_layer)
+        return layer.train(original_layer.training)
+
+    @property
+    def shown(self) -> nn.Module:
+        """The layer that others see."""
+        return self.original_layer
+
+    weight = property(attrgetter("shown.weight"))
+    bias = property(attrgetter("shown.bias"))
+    in_features = property(attrgetter("shown.in_features"))
+    out_features = property(attrgetter("shown.out_features"))
+    num_embeddings = property(attrgetter("shown.num_embeddings"))
+    embedding_dim = property(attrgetter("shown.embedding_dim"))
+    padding_idx = property(attrgetter("shown.padding_idx"))
+
+    @property
+    def update(self) -> Any:
+        """The one update that takes part.
+
+        Raises:
+            SurgeryError: none does, or several do.
+        """
+        names = [name for name in self.active.names() if name in self.updates]
+        if len(names) != 1:
+            raise SurgeryError(
+                f"{len(names)} updates take part in this layer ({', '.join(names) or 'none'})",
+                "layer.updates[NAME] is one of them",
+            )
+        return self.updates[names[0]]
+
+    lora_A = property(attrgetter("update.lora_A"))  # noqa: N815
+    lora_B = property(attrgetter("update.lora_B"))  # noqa: N815
+    scaling = property(attrgetter("update.scaling"))
+    rank = property(attrgetter("update.rank"))
+    alpha = property(attrgetter("update.alpha"))
+    dropout = property(attrgetter("update.dropout"))
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            raise SurgeryError(
+                f"{name} of a {type(self).__name__} is only shown there: what is inside has it",
+                "set it before inject_lora, or after remove_lora(model) or merge_lora(model)",
+            )
+        super().__setattr__(name, value)
+
+    def delta_weight(self) -> Tensor:
+        """ΔW of the updates that take part, in the weight's layout, float32."""
+        return self.active.delta_weight(self)
+
+    def extra_repr(self) -> str:
+        """The text that `print(model)` shows."""
+        return f"{self.active}" + ("" if self.enabled else ", disabled")
 
 
 class LoRALinear(LoRALayer):

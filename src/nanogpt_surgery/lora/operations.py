@@ -13,10 +13,10 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import operation
+from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.inject import replace_module, train_active
 from nanogpt_surgery.lora.merging import restore_requires_grad
 from nanogpt_surgery.lora.several import (
-    WeightedAdapters,
     active_adapters,
     adapter_names,
     check_name,

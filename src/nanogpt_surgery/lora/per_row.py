@@ -22,13 +22,8 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of
-from nanogpt_surgery.lora.several import (
-    LoRALayer,
-    active_adapters,
-    check_name,
-    lora_layers,
-    set_active,
-)
+from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
 from nanogpt_surgery.lora.variants import DoRAUpdate
 
 

@@ -19,9 +19,8 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.embedding import TiedEmbeddingUpdate
-from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.settings import LoRASettings, Tied
-from nanogpt_surgery.lora.several import LoRALayer
 from nanogpt_surgery.lora.targets import adaptable_layers, by_pattern, find_targets
 from nanogpt_surgery.lora.variants import check_row_norms, new_update
 

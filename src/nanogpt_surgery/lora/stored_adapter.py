@@ -15,18 +15,13 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError, listed, nearest, quoted
 from nanogpt_surgery.history.hashing import plain_name
 from nanogpt_surgery.history.model_history import operation
+from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
 from nanogpt_surgery.lora.inject import attach_updates
 from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.planning import find_tied, tied_to
 from nanogpt_surgery.lora.settings import Tied
-from nanogpt_surgery.lora.several import (
-    WeightedAdapters,
-    active_adapters,
-    adapter_names,
-    lora_layers,
-    report_on,
-)
+from nanogpt_surgery.lora.several import active_adapters, adapter_names, lora_layers, report_on
 from nanogpt_surgery.lora.targets import adaptable_layers, output_layer, unsupported_reason
 from nanogpt_surgery.lora.variants import (
     DoRAUpdate,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError, nearest
-from nanogpt_surgery.lora.several import LoRALayer
+from nanogpt_surgery.lora.linear import LoRALayer
 
 ALL_LINEAR = "all-linear"
 COMPILED = "_orig_mod"  # where torch.compile keeps the model

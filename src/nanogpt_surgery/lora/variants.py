@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
-from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.several import LoRALayer, WeightedAdapters
 
 
 def as_matrix(layer: nn.Module) -> Tensor:

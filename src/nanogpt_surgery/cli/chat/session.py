@@ -140,8 +140,8 @@ class Session:
 
     def _weights(self) -> dict[str, float | None]:
         """The weight of each adapter; None where it takes no part."""
+        from nanogpt_surgery.lora.active import WeightedAdapters
         from nanogpt_surgery.lora.several import (
-            WeightedAdapters,
             active_adapters,
             adapter_names,
             has_lora,
