@@ -1,8 +1,9 @@
-"""Flags of the commands that put text into a model: how it is opened, how its text is drawn."""
+"""Flags of the commands that put text into a model, and the command that shows what it learned."""
 
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,3 +213,20 @@ def named_tokenizer(name: str) -> Tokenizer | None:
             "surgery tokenizer train TEXT --vocab-size 4096 --out FOLDER makes one",
         )
     return found
+
+
+def next_command(
+    model: str | Path,
+    adapter: str | Path | None = None,
+    *,
+    talks: bool = False,
+    template: str = "model",
+) -> str:
+    """How to talk with a model that `talks`, or to continue a text with any other."""
+    words = shlex.quote(str(model))
+    if adapter is not None:
+        words += f" --adapter {shlex.quote(str(adapter))}"
+    if talks:
+        written = "" if template == "model" else f" --template {template}"
+        return f"surgery chat {words}{written} talks with it"
+    return f"surgery generate {words} --prompt … continues a text with it"

@@ -23,7 +23,6 @@ from nanogpt_surgery.generation.generate import (
     next_logits,
 )
 from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings
-from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.loss import eval_mode
@@ -77,25 +76,10 @@ def generate_batch(
         raise SurgeryError("there are no prompts")
     settings = sampling or SamplingSettings()
     rows = check_request(model, prompts, max_new_tokens, settings, seed)
-    check_rows_fit(model, len(prompts), 1 + max_new_tokens)
     lines = [
         _Line(i, row, settings, stop_ids, seed, likeliest, until) for i, row in enumerate(rows)
     ]
     return _tokens(model, lines, max_new_tokens)
-
-
-def check_rows_fit(model: SimpleGPT, rows: int, tokens: int) -> None:
-    """Raises `SurgeryError` if the keys and values of rows of so many tokens outgrow the memory."""
-    config, weight = model.config, next(model.parameters())
-    tokens = min(config.block_size, tokens)
-    numbers = 2 * config.n_layer * rows * tokens * config.n_kv_head * config.head_dim
-    on_gpu = weight.device.type == "cuda"
-    check_memory(
-        f"a cache of {rows:,} rows of {tokens:,} tokens",
-        {"keys and values": numbers * weight.dtype.itemsize},
-        "lower batch_size or max_new_tokens",
-        torch.cuda.mem_get_info(weight.device)[0] if on_gpu else None,
-    )
 
 
 def _tokens(model: SimpleGPT, lines: list[_Line], max_new_tokens: int) -> Iterator[Token]:

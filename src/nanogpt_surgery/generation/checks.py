@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.generation.settings import SamplingSettings, check_count, check_seed
+from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -28,7 +29,23 @@ def check_request(
     check_count(max_new_tokens)
     check_seed(seed)
     check_bias(model, settings)
-    return [check_prompt(model, prompt) for prompt in prompts]
+    found = [check_prompt(model, prompt) for prompt in prompts]
+    check_rows_fit(model, len(found), max(map(len, found)) + max_new_tokens)
+    return found
+
+
+def check_rows_fit(model: SimpleGPT, rows: int, tokens: int) -> None:
+    """Raises `SurgeryError` if the keys and values of rows of so many tokens outgrow the memory."""
+    config, weight = model.config, next(model.parameters())
+    tokens = min(config.block_size, tokens)
+    numbers = 2 * config.n_layer * rows * tokens * config.n_kv_head * config.head_dim
+    on_gpu = weight.device.type == "cuda"
+    check_memory(
+        f"a cache of {rows:,} rows of {tokens:,} tokens",
+        {"keys and values": numbers * weight.dtype.itemsize},
+        "lower batch_size or max_new_tokens",
+        torch.cuda.mem_get_info(weight.device)[0] if on_gpu else None,
+    )
 
 
 def check_model(model: nn.Module) -> None:

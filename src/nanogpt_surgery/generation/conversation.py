@@ -14,7 +14,7 @@ from nanogpt_surgery.data.conversations.chat import (
 )
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.batch import check_rows_fit
+from nanogpt_surgery.generation.checks import check_rows_fit
 from nanogpt_surgery.generation.generate import generate, new_cache
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.generation.text import TextUntil
@@ -74,7 +74,7 @@ class Conversation:
         said: list[Message] = [*before, {"role": "user", "content": text}]
         self.ids, self.forgotten = self._fitting(said, min(max_new_tokens, max(1, block // 2)))
         self.room, self.cut_off = min(max_new_tokens, block - len(self.ids)), False
-        check_rows_fit(self.model, 1, len(self.ids) + self.room)
+        check_rows_fit(self.model, 1, len(self.ids) + self.room)  # before the cache is made
         until = TextUntil(self.tokenizer, (*self.template.stop, *stop), self.ids)
         new_ids = generate(
             self.model,

@@ -9,7 +9,8 @@ from typing import Literal
 
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
-from nanogpt_surgery.generation.batch import Token, check_rows_fit, generate_batch
+from nanogpt_surgery.generation.batch import Token, generate_batch
+from nanogpt_surgery.generation.checks import check_rows_fit
 from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.generation.settings import (
     MOST_SEED,
@@ -91,7 +92,6 @@ def generate_text(
     Raises:
         SurgeryError: as `generate`, at the call; or a stop string is empty.
     """
-    check_rows_fit(model, 1, len(prompt) + max_new_tokens)
     ends = stop_ids(tokenizer)
     ids = generate(model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed)
     return TextUntil(tokenizer, stop, prompt).stream(ids)

@@ -11,9 +11,9 @@ from nanogpt_surgery.cli.model_options import (
     AdapterFolder,
     Model,
     OpeningOptions,
+    next_command,
     one_adapter,
 )
-from nanogpt_surgery.cli.next_command import next_command
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer

@@ -11,8 +11,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import AllLayers, Json, say, show
 from nanogpt_surgery.cli.framework.options import Overwrite, check_out, given
-from nanogpt_surgery.cli.model_options import WITH_ADAPTER, AdapterFolder, Model
-from nanogpt_surgery.cli.next_command import next_command
+from nanogpt_surgery.cli.model_options import WITH_ADAPTER, AdapterFolder, Model, next_command
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import Tied
 

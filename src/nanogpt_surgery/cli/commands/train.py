@@ -8,8 +8,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.options import given, options_of
-from nanogpt_surgery.cli.model_options import CHARACTERS, named_tokenizer
-from nanogpt_surgery.cli.next_command import next_command
+from nanogpt_surgery.cli.model_options import CHARACTERS, named_tokenizer, next_command
 from nanogpt_surgery.cli.training_run import RunOptions, carry_out, check_first, check_no_records
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
