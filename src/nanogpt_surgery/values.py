@@ -110,8 +110,7 @@ def wrong_value(name: str, value: Any, hint: Any) -> list[str]:
 def _kind(hint: Any) -> Kind:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        kind: Kind = arguments[1]
-        return kind
+        return arguments[1]
     if origin is Literal:
         return Kind(f"one of {', '.join(arguments)}", lambda x: type(x) is str and x in arguments)
     simple = {bool: SWITCH, str: TEXT, dict: TABLE}

@@ -66,8 +66,7 @@ class History(Journal[ModelOperation]):
 
 def history_of(model: nn.Module) -> History:
     """The model's history, begun if it has none."""
-    history: History = model.__dict__.setdefault(HISTORY, History())
-    return history
+    return model.__dict__.setdefault(HISTORY, History())
 
 
 def get_tie_word_embeddings(model: nn.Module) -> bool | None:

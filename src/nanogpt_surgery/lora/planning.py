@@ -162,8 +162,7 @@ def tied_to(model: nn.Module, name: str) -> list[str]:
 
 def _weight(layer: nn.Module) -> nn.Parameter | None:
     bare = layer.original_layer if isinstance(layer, LoRALayer) else layer
-    weight: nn.Parameter | None = bare._parameters.get("weight")
-    return weight
+    return bare._parameters.get("weight")
 
 
 def find_tied(model: nn.Module, names: Iterable[str], tied: Tied) -> dict[str, list[str]]:

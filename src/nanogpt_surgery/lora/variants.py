@@ -92,8 +92,7 @@ class PiSSAUpdate(PartUpdate):
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
         """Returns what is added to the layer's output: s · (B A − B₀ A₀) x."""
-        change: Tensor = self.inner(x, y, layer) - self.initial(x, y, layer)
-        return change
+        return self.inner(x, y, layer) - self.initial(x, y, layer)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """[A; A₀] (2R, in) and [B, −B₀] (out, 2R): the same update as a plain one."""
@@ -154,8 +153,7 @@ class DoRAUpdate(PartUpdate):
 
 def row_norms(layer: nn.Module, change: Tensor | float = 0.0) -> Tensor:
     """‖W + ΔW‖ for each row of the matrix (out, in), (out), float32, without gradient."""
-    norms: Tensor = torch.linalg.vector_norm(as_matrix(layer) + change, dim=1)
-    return norms
+    return torch.linalg.vector_norm(as_matrix(layer) + change, dim=1)
 
 
 def check_row_norms(

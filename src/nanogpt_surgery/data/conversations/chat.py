@@ -319,8 +319,7 @@ class TemplateProcess:
         self._waiting_since = None
         if not line.endswith("\n"):
             return None
-        found: dict[str, Any] = json.loads(line)
-        return found
+        return json.loads(line)
 
     def __enter__(self) -> TemplateProcess:
         return self

@@ -186,8 +186,7 @@ class PretrainedTokenizer:
 
     def to_json(self) -> dict[str, Any]:
         """The contents of a `tokenizer.json`."""
-        contents: dict[str, Any] = json.loads(self._written)
-        return contents
+        return json.loads(self._written)
 
     def save(self, path: str | Path) -> None:
         """Write a `tokenizer.json`."""

@@ -109,8 +109,7 @@ def _aligned(own: dict[str, Any], name: str, tokens: list[str]) -> list[Any] | N
         return None
     if not hasattr(values, "tolist") or len(values) != len(tokens):
         raise SurgeryError(f"{PREFIX}{name} has not one number for each of {len(tokens)} tokens")
-    numbers: list[Any] = values.tolist()
-    return numbers
+    return values.tolist()
 
 
 def _id(own: dict[str, Any], name: str, tokens: list[str]) -> int | None:

@@ -181,8 +181,7 @@ def _kind_of(name: str, tensor: Tensor, kind: GGUFType) -> GGMLQuantizationType:
 def _packed(tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[Any]:
     numbers = tensor.float().cpu().contiguous().numpy()
     with np.errstate(over="ignore"):  # an infinity made here is found in what is read back
-        packed: NDArray[Any] = quantize(numbers, kind)
-    return packed
+        return quantize(numbers, kind)
 
 
 def write_metadata(writer: GGUFWriter, config: GPTConfig, family: str) -> None:

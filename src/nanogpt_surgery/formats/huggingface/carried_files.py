@@ -69,5 +69,4 @@ def carried_config(source: Path, written: dict[str, Any], config: GPTConfig) -> 
     changed |= {key: written["dtype"] for key in ("dtype", "torch_dtype") if key in old}
     if old["model_type"] == OWN:
         old = with_current_fields(old)
-    merged: dict[str, Any] = old | changed
-    return merged
+    return old | changed

@@ -106,8 +106,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         if problems := _wrong(config):
             shown = "; ".join(problems[:_SHOWN]) + ("; …" if problems[_SHOWN:] else "")
             raise SurgeryError(f"{path} is damaged: {shown}", _SAVE_AGAIN)
-    current: dict[str, Any] = with_current_modules(config)
-    return current
+    return with_current_modules(config)
 
 
 def alphas_of(config: dict[str, Any], path: Path) -> Callable[[str], float]:

@@ -74,8 +74,7 @@ def read_extras(path: Path) -> dict[str, Any]:
             )
     if problems:
         raise SurgeryError(f"{path} is damaged: {'; '.join(problems[:12])}", f"rm {path}")
-    current: dict[str, Any] = with_current_modules(extras)
-    return current
+    return with_current_modules(extras)
 
 
 def fused_parts_of(

@@ -74,8 +74,7 @@ def _row_norms(matrix: Tensor, part: LowRankUpdate | None) -> Tensor:
     if part is not None and part.magnitude is not None:
         return part.magnitude
     changed = matrix if part is None else matrix + part.delta_weight
-    norms: Tensor = torch.linalg.vector_norm(changed, dim=1)
-    return norms
+    return torch.linalg.vector_norm(changed, dim=1)
 
 
 def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
