@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from nanogpt_surgery.cli.framework.console import PLAIN_LINE_EVERY, say, show
 from nanogpt_surgery.cli.model_options import CHARACTERS, named_tokenizer
@@ -16,7 +17,6 @@ from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.text.corpus import Chunk
-    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.report import Report
 
 
@@ -49,124 +49,24 @@ def prepare(
     """
     from nanogpt_surgery.data.conversations.record_files import warn_of_records
     from nanogpt_surgery.data.text.corpus import chunks_of
-    from nanogpt_surgery.files.disk_errors import make_folder
-    from nanogpt_surgery.files.lock import LOCK, file_lock
 
     _check_folder(out, text)
     check_no_records(text)
     warn_of_records(text)
-    chunks = chunks_of(text)
-    _bring_back(out)
-    begun = out.is_dir() and any(path.name != LOCK for path in out.iterdir())
-    make_folder(out)
     try:
-        with file_lock(out / LOCK):
-            asked = {"held_out": held_out, "workers": workers}
-            _prepare_or_leave_nothing(chunks, out, tokenizer, asked, begun)
+        _prepare_whole(chunks_of(text), out, tokenizer, held_out, workers)
     except KeyboardInterrupt:
-        _put_aside(out)
         say(f"stopped; the same command goes on with {out}")
         sys.exit(130)
     show(_report(out), json)
     say(f"surgery train {out} --out … trains on it")
 
 
-def _aside(out: Path) -> Path:
-    """Where an interrupted preparation waits, under a temporary name that follows from its own."""
-    import hashlib
-
-    from nanogpt_surgery.files.temporary import temporary_beside
-
-    name = temporary_beside(out).name.rpartition("-")[0]
-    return out.with_name(f"{name}-{hashlib.sha256(out.name.encode()).hexdigest()[:8]}")
-
-
-def _bring_back(out: Path) -> None:
-    """Go on with what an interrupted preparation left."""
-    if _aside(out).is_dir() and not out.exists():
-        _aside(out).rename(out)
-
-
-def _put_aside(out: Path) -> None:
-    """Leave of an interrupted preparation what the same command goes on with, or nothing."""
-    import shutil
-
-    from nanogpt_surgery.data.text.token_files import is_token_folder
-
-    if is_token_folder(out):
-        return
-    aside = _aside(out)
-    shutil.rmtree(aside, ignore_errors=True)
-    if any(out.glob("parts/*.json")):
-        out.rename(aside)
-    else:
-        shutil.rmtree(out, ignore_errors=True)
-
-
-def _prepare_or_leave_nothing(
-    chunks: list[Chunk], out: Path, tokenizer: str, values: dict[str, Any], begun: bool
-) -> None:
-    """Prepare, or remove what an error leaves unfinished.
-
-    What an earlier command left unfinished and this one cannot go on with is begun anew.
-
-    Raises:
-        SurgeryError: as `_prepare`.
-    """
-    from nanogpt_surgery.data.text.token_files import is_token_folder
-    from nanogpt_surgery.files.lock import LOCK
-
-    try:
-        _prepare(chunks, out, tokenizer, values)
-    except SurgeryError as error:
-        if is_token_folder(out):
-            raise
-        _clear(out)
-        if not begun or isinstance(error.__cause__, OSError):
-            (out / LOCK).unlink(missing_ok=True)
-            if not any(out.iterdir()):
-                out.rmdir()
-            raise
-        say(f"note: {out} was left unfinished by another command, and is begun anew")
-        _prepare_or_leave_nothing(chunks, out, tokenizer, values, begun=False)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what a preparation puts into a folder, but for the lock."""
-    import shutil
-
-    from nanogpt_surgery.data.text.preparation import ASKED, PARTS
-    from nanogpt_surgery.data.text.token_files import SPLITS, TOKENIZER
-    from nanogpt_surgery.files.temporary import remove_temporaries
-
-    remove_temporaries(folder)
-    for name in (TOKENIZER, PARTS):
-        shutil.rmtree(folder / name, ignore_errors=True)
-    for name in (ASKED, *(f"{split}.bin" for split in SPLITS)):
-        (folder / name).unlink(missing_ok=True)
-
-
-def _prepare(chunks: list[Chunk], out: Path, tokenizer: str, values: dict[str, Any]) -> None:
-    """Prepares the folder while it is locked."""
-    from nanogpt_surgery.data.text.preparation import prepare_tokens
-    from nanogpt_surgery.data.text.token_files import TOKENIZER, is_token_folder, verify_tokens
-    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
-
-    finished = is_token_folder(out)
-    _provide_tokenizer(tokenizer, out / TOKENIZER, chunks, values["workers"])
-    opens = partial(open_tokenizer, out / TOKENIZER)
-    _watch(prepare_tokens(chunks, out, opens, **values), len(chunks))
-    if finished:
-        verify_tokens(out)
-        say(f"{out} was finished before: every byte is as it was written")
-
-
 def _check_folder(out: Path, text: Sequence[str]) -> None:
-    """Refuse a folder that holds anything but what a preparation leaves, stopped at any moment.
+    """Refuses a folder that holds anything but what a preparation leaves, stopped at any moment.
 
     Raises:
-        SurgeryError: there is no text, or the folder holds something else, or lies in the corpus,
-            which it would become part of.
+        SurgeryError: it holds something else, or lies in the corpus, which it would become part of.
     """
     from nanogpt_surgery.data.text.preparation import ASKED
     from nanogpt_surgery.data.text.token_files import TOKENIZER
@@ -175,18 +75,104 @@ def _check_folder(out: Path, text: Sequence[str]) -> None:
 
     if not text:
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
-    inside = [
-        p for p in text if Path(p).is_dir() and out.resolve().is_relative_to(Path(p).resolve())
-    ]
-    if inside:
-        raise SurgeryError(
-            f"{out} lies in {inside[0]}, all of which is to be encoded", "choose an --out outside"
-        )
+    for path in map(Path, text):
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise SurgeryError(
+                f"{out} lies in {path}, all of which is to be encoded", "choose an --out outside"
+            )
     if not out.exists() or (out / ASKED).is_file():
         return
     ours = (LOCK, TOKENIZER)
     if not out.is_dir() or any(p.name not in ours and not is_temporary(p) for p in out.iterdir()):
         raise SurgeryError(f"{out} exists and is no folder of tokens", "choose a new --out")
+
+
+def _prepare_whole(
+    chunks: list[Chunk], out: Path, tokenizer: str, held_out: float | None, workers: int
+) -> None:
+    """Prepares a folder under a temporary name, which it changes for its own when it is finished.
+
+    A finished one is verified instead. What was left unfinished, and cannot be gone on with, is
+    begun anew.
+
+    Raises:
+        SurgeryError: as `_prepare`; nothing of this preparation is left then.
+    """
+    from nanogpt_surgery.data.text.token_files import is_token_folder
+    from nanogpt_surgery.files.disk_errors import writing
+    from nanogpt_surgery.files.lock import LOCK, file_lock
+
+    finished = is_token_folder(out)
+    folder = out if finished else _unfinished(out)
+    with writing(out):
+        folder.mkdir(parents=True, exist_ok=True)
+    with file_lock(folder / LOCK):
+        begun = any(folder.glob("parts/*.json"))
+        try:
+            _prepare(chunks, folder, tokenizer, held_out, workers)
+        except SurgeryError as error:
+            if finished:
+                raise
+            _clear(folder)
+            if not begun or isinstance(error.__cause__, OSError):
+                raise
+            say(f"note: {out} was left unfinished by another command, and is begun anew")
+            _prepare(chunks, folder, tokenizer, held_out, workers)
+        finally:
+            if (
+                not finished
+                and not is_token_folder(folder)
+                and not any(folder.glob("parts/*.json"))
+            ):
+                shutil.rmtree(folder, ignore_errors=True)
+    if finished:
+        say(f"{out} was finished before: every byte is as it was written")
+    else:
+        with writing(out):
+            folder.rename(out)
+
+
+def _clear(folder: Path) -> None:
+    """Removes what a preparation leaves, but for its lock."""
+    from nanogpt_surgery.files.lock import LOCK
+
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        elif path.name != LOCK:
+            path.unlink()
+
+
+def _unfinished(out: Path) -> Path:
+    """Where a preparation lies until it is finished: a temporary name that follows from its own."""
+    import hashlib
+
+    from nanogpt_surgery.files.temporary import temporary_beside
+
+    name = temporary_beside(out).name.rpartition("-")[0]
+    folder = out.with_name(f"{name}-{hashlib.sha256(out.name.encode()).hexdigest()[:8]}")
+    if out.is_dir() and not folder.exists():  # empty, or begun by an earlier version
+        out.rename(folder)
+    return folder
+
+
+def _prepare(
+    chunks: list[Chunk], folder: Path, tokenizer: str, held_out: float | None, workers: int
+) -> None:
+    """Prepares a folder, or verifies one that is finished."""
+    from nanogpt_surgery.data.text.preparation import prepare_tokens
+    from nanogpt_surgery.data.text.token_files import TOKENIZER, is_token_folder, verify_tokens
+    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
+
+    finished, last = is_token_folder(folder), monotonic()
+    _provide_tokenizer(tokenizer, folder / TOKENIZER, chunks, workers)
+    opens = partial(open_tokenizer, folder / TOKENIZER)
+    for done in prepare_tokens(chunks, folder, opens, held_out, workers):
+        if monotonic() - last >= PLAIN_LINE_EVERY:
+            say(f"{done:,} of {len(chunks):,} chunks are done")
+            last = monotonic()
+    if finished:
+        verify_tokens(folder)
 
 
 def _provide_tokenizer(named: str, folder: Path, chunks: list[Chunk], workers: int) -> None:
@@ -195,13 +181,16 @@ def _provide_tokenizer(named: str, folder: Path, chunks: list[Chunk], workers: i
     Raises:
         SurgeryError: another one is there.
     """
+    from nanogpt_surgery.data.text.preparation import characters_of
     from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
     from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
     from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer, save_tokenizer
 
     wanted = named_tokenizer(named)
     if not folder.exists():
-        save_tokenizer(wanted or _of_characters(chunks, workers), folder)
+        if wanted is None:
+            wanted = CharacterTokenizer.from_characters(characters_of(chunks, workers))
+        save_tokenizer(wanted, folder)
         return
     there = open_tokenizer(folder)
     if there is None:
@@ -216,21 +205,6 @@ def _provide_tokenizer(named: str, folder: Path, chunks: list[Chunk], workers: i
             f"{folder} holds another tokenizer than {named}",
             "give the one it was begun with, or choose a new --out",
         )
-
-
-def _of_characters(chunks: list[Chunk], workers: int) -> Tokenizer:
-    from nanogpt_surgery.data.text.preparation import characters_of
-    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
-
-    return CharacterTokenizer.from_characters(characters_of(chunks, workers))
-
-
-def _watch(done: Iterable[int], chunks: int) -> None:
-    last = monotonic()
-    for number in done:
-        if monotonic() - last >= PLAIN_LINE_EVERY:
-            say(f"{number:,} of {chunks:,} chunks are done")
-            last = monotonic()
 
 
 def _report(out: Path) -> Report:
