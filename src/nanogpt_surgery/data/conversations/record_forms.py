@@ -29,7 +29,7 @@ EXPECTED = (
     "a record has messages (or ShareGPT's conversations); or prompt and completion; or "
     "instruction, input and output; a table has a column question and a column answer"
 )
-_SAME_ROLE = {"developer": "system", "function": "tool"}
+_OPENAI = {role: role for role in ROLES} | {"developer": "system", "function": "tool"}
 _SHAREGPT = {
     **dict.fromkeys(("human", "user", "input"), "user"),
     **dict.fromkeys(("gpt", "assistant", "chatgpt", "model", "bot", "output"), "assistant"),
@@ -38,7 +38,8 @@ _SHAREGPT = {
     **dict.fromkeys(("function_call", "tool_call"), "assistant"),
 }
 _CALLS = ("function_call", "tool_call")  # ShareGPT's roles of which the value is a call
-
+_ROLES = {"role": _OPENAI, "from": _SHAREGPT}
+_SHOWN = {"role": ROLES, "from": ("human", "gpt", "system", "tool", "function_call")}
 
 Said: TypeAlias = list[tuple[str, Message]]  # messages, each after the field that it was made from
 
@@ -152,19 +153,13 @@ def _pair(record: dict[str, Any]) -> tuple[Said, set[str]]:
     turns = [("history", message) for message in _history(record.get("history"))]
     begins = 1 if said[0]["role"] == "system" else 0
     replies = [(answer, message) for message in _said(after, answer, "assistant")]
-    used = {question, answer, *beside, "history"}  # those beside say the same
-    used |= _same(record, asked + answers)
+    used = {*asked, *answers, *beside, "history"}  # several names of one thing say the same
     return [*prompt[:begins], *turns, *prompt[begins:], *replies], used
 
 
 def _only_one(record: dict[str, Any], keys: list[str]) -> str:
     _check_agree({key: record[key] for key in keys})
     return keys[0]
-
-
-def _same(record: dict[str, Any], keys: list[str]) -> set[str]:
-    """Those that say what another says."""
-    return {key for key in keys if sum(record[key] == record[other] for other in keys) > 1}
 
 
 def _said(value: Any, field: str, role: str) -> list[Message]:
@@ -287,31 +282,18 @@ _READ = {
 
 def _role(raw: dict[str, Any], field: str) -> tuple[str, bool]:
     """The role of a message, and whether ShareGPT's role says that it is a call of a tool."""
-    if "role" not in raw and "from" not in raw:
+    given = {key: raw[key] for key in _ROLES if key in raw}
+    if not given:
         raise RecordError(field, f"{keys_of(raw)}; role and content are needed")
     said = {}
-    if "role" in raw:
-        role = _SAME_ROLE.get(raw["role"], raw["role"]) if _is_text(raw["role"]) else raw["role"]
-        if role not in ROLES:
-            raise RecordError(f"{field}.role", f"is {quoted(role)}; roles are {', '.join(ROLES)}")
-        said["role"] = role
-    called = False
-    if "from" in raw:
-        said["from"], called = _sharegpt_role(raw, field)
+    for key, name in given.items():
+        given[key] = name.replace("-", "_") if isinstance(name, str) else ""
+        if given[key] not in _ROLES[key]:
+            known = ", ".join(_SHOWN[key])
+            raise RecordError(f"{field}.{key}", f"is {quoted(name)}; known are {known}")
+        said[key] = _ROLES[key][given[key]]
     _check_agree(said, f"{field}.")
-    return next(iter(said.values())), called
-
-
-def _sharegpt_role(raw: dict[str, Any], field: str) -> tuple[str, bool]:
-    name = raw["from"].replace("-", "_") if _is_text(raw["from"]) else raw["from"]
-    if not _is_text(name) or name not in _SHAREGPT:
-        known = "human, gpt, system, tool, function_call"
-        raise RecordError(f"{field}.from", f"is {quoted(raw['from'])}; known are {known}")
-    return _SHAREGPT[name], name in _CALLS
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+    return next(iter(said.values())), given.get("from") in _CALLS
 
 
 def _content_field(raw: dict[str, Any], field: str) -> str:
@@ -364,7 +346,7 @@ def _call_list(calls: Any, field: str) -> list[dict[str, Any]]:
 
 def _call(call: Any, field: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not _is_text(function.get("name")):
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError(field, f"{quoted(call)} is no call: it has no function with a name")
     arguments = function.get("arguments")
     parsed = _from_json(arguments, f"{field}.arguments")

@@ -49,8 +49,9 @@ class FrozenPrefix:
         self.model = model
         self.device = model.embed_tokens.weight.device
         self.stages: list[nn.Module] = [*model.layers, model.norm]
-        self.first = first_trainable_stage(model)
-        assert self.first is not None, "the embedding learns, so nothing is frozen before it"
+        first = first_trainable_stage(model)
+        assert first is not None, "the embedding learns, so nothing is frozen before it"
+        self.first = first
         self.windows = windows
         self.folder = folder
         self.places: dict[bytes, int] = {}
@@ -65,7 +66,7 @@ class FrozenPrefix:
         batch = (ids,) if documents is None else (ids, documents)
         x = torch.stack([self._before(*rows) for rows in zip(*batch, strict=True)])  # (B, T, C)
         documents = None if documents is None else to_device(documents, self.device)
-        return self._through(x, self.first or 0, len(self.stages), documents)
+        return self._through(x, self.first, len(self.stages), documents)
 
     def _before(self, *row: Tensor) -> Tensor:
         """The states (T, C) before the first part that learns, of ids (T,) and their documents."""
@@ -76,7 +77,8 @@ class FrozenPrefix:
         on_device = [to_device(tensor, self.device)[None] for tensor in row]  # (1, T) each
         ids, documents = on_device[0], on_device[1] if len(row) > 1 else None
         with torch.no_grad():
-            x = self._through(self._embedded(ids, documents), 0, self.first or 0, documents)[0]
+            x = self.model.embed(ids, _layout(ids, documents)[0])[0]
+            x = self._through(x, 0, self.first, documents)[0]
         if len(self.places) < self.windows:
             self._keep(key, x)
         return x
@@ -95,10 +97,6 @@ class FrozenPrefix:
         if self.folder is None:
             return torch.empty(shape, dtype=x.dtype, device=x.device)
         return mapped_file(self.folder, self.windows * x.numel(), x.dtype).view(shape)
-
-    def _embedded(self, ids: Tensor, documents: Tensor | None) -> Tensor:
-        positions, _ = _layout(ids, documents)
-        return self.model.embed(ids, positions)[0]
 
     def _through(self, x: Tensor, start: int, end: int, documents: Tensor | None) -> Tensor:
         """Through the stages from `start` to before `end`; the norm is the last stage."""
@@ -135,16 +133,13 @@ def _reserve(descriptor: int, size: int) -> None:
     """Let the disk give an empty file so many bytes, now."""
     try:
         os.posix_fallocate(descriptor, 0, size)
+        return
     except AttributeError:  # not every system has the call,
-        _write_zeros(descriptor, size)
+        written = 0
     except OSError as error:  # and not every file system
         if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP):
             raise
-        _write_zeros(descriptor, size)
-
-
-def _write_zeros(descriptor: int, size: int) -> None:
-    written = 0
+        written = 0
     while written < size:
         written += os.write(descriptor, bytes(min(MIB, size - written)))
 
