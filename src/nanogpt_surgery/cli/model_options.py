@@ -25,14 +25,6 @@ if TYPE_CHECKING:
 
 CHARACTERS = "characters"
 WITH_ADAPTER = "name its model, and the adapter with --adapter: {base} --adapter {path}"
-COMPUTED = (
-    "of the weights, and so of all that is computed; by default as they are stored, or float32 "
-    "where the processor has no bfloat16 arithmetic"
-)
-SHARED = (
-    "what to do where an adapter changes a weight that layers share: refuse it, let that layer "
-    "have one of its own, or adapt both; by default what the adapter was made with"
-)
 Model: TypeAlias = Annotated[
     str, Parameter(help="a run, a model folder, a GGUF file or a hub name")
 ]
@@ -46,8 +38,12 @@ AdapterFolder: TypeAlias = Annotated[
 class OpeningOptions:
     """How a model is opened to compute, and adapters on it."""
 
-    dtype: Annotated[Literal["float32", "bfloat16"] | None, Parameter(help=COMPUTED)] = None
-    tied: Annotated[Tied | None, Parameter(help=SHARED)] = None
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of the weights, and so of all that is computed; by default as they are stored, or float32
+    where the processor has no bfloat16 arithmetic"""
+    tied: Tied | None = None
+    """what to do where an adapter changes a weight that layers share: refuse it, let that layer
+    have one of its own, or adapt both; by default what the adapter was made with"""
     force: bool = False
     """take an adapter that was made for another base, with a warning"""
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any, Literal, get_type_hints
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
 
@@ -91,9 +91,8 @@ class ChatSettings:
 
     def to_dict(self) -> dict[str, Any]:
         """The settings that `changed` takes, by name."""
-        named = [field.name for field in fields(SamplingSettings) if field.name != "logit_bias"]
-        found = {name: getattr(self.sampling, name) for name in named}
-        return found | {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        own = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        return {k: v for k, v in (vars(self.sampling) | own).items() if k != "logit_bias"}
 
     def changed(self, name: str, text: str) -> ChatSettings:
         """The same with one of them set to what a text says.
@@ -106,26 +105,24 @@ class ChatSettings:
             raise SurgeryError(f"there is no setting {name!r}", f"{close}? /set lists them")
         if not text:
             raise SurgeryError(f"{name!r} needs a value", f"/set {name} VALUE")
-        own = name in ("max_new_tokens", "seed")
-        hint = get_type_hints(ChatSettings if own else SamplingSettings)[name]
-        change = {name: parsed(name, text, hint)}
-        return replace(self, **change if own else {"sampling": replace(self.sampling, **change)})
+        change = {name: parsed(name, text)}
+        if name not in ("max_new_tokens", "seed"):
+            change = {"sampling": replace(self.sampling, **change)}
+        return replace(self, **change)
 
 
-def parsed(name: str, text: str, hint: Any = float) -> Any:
-    """Returns a finite number from a text, whole or absent if the type says so.
+def parsed(name: str, text: str) -> Any:
+    """Returns the number that a text says, or None for none and off.
 
     Raises:
-        SurgeryError: it is none.
+        SurgeryError: it is no number.
     """
-    if text in ("none", "off") and hint == int | None:
+    if text in ("none", "off"):
         return None
+    with suppress(ValueError):
+        return int(text)
     try:
         value = float(text)
     except ValueError:
         raise SurgeryError(f"{name} is {text!r}, which is not a number") from None
-    if not math.isfinite(value):
-        raise SurgeryError(f"{name} is {text}; it must be finite")
-    if hint is not float and value != int(value):
-        raise SurgeryError(f"{name} is {text}; it must be a whole number")
-    return value if hint is float else int(value)
+    return int(value) if value.is_integer() else value
