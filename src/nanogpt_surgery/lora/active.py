@@ -59,10 +59,6 @@ class WeightedAdapters:
                 total += weight * update.delta_weight(layer.original_layer)
         return total
 
-    def without(self, names: list[str]) -> WeightedAdapters:
-        """The sum less some adapters."""
-        return WeightedAdapters({n: w for n, w in self.weights.items() if n not in names})
-
     def __str__(self) -> str:
         parts = [n if w == 1 else f"{w:g} · {n}" for n, w in self.weights.items()]
         return " + ".join(parts) or "none"

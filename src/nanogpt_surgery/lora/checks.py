@@ -10,10 +10,9 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import frozen_hashes
-from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
+from nanogpt_surgery.lora.embedding import LoRAEmbedding
 from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.several import has_lora
-from nanogpt_surgery.lora.variants import PartUpdate
 from nanogpt_surgery.report import Report
 
 
@@ -80,7 +79,7 @@ def check_gradients(model: nn.Module) -> None:
     silent = [
         name
         for name, update in trained_updates(model).items()
-        if not any(_has_gradient(parameter) for parameter in update.trained())
+        if not any(p.grad is not None and p.grad.any() for p in update.trained())
     ]
     if silent:
         raise SurgeryError(
@@ -119,13 +118,13 @@ def check_frozen(model: nn.Module, before: Mapping[str, str]) -> None:
 def trained_updates(model: nn.Module) -> dict[str, LoRAUpdate]:
     """The updates that can be trained, by layer and adapter; shared ones once."""
     found: dict[str, LoRAUpdate] = {}
-    seen: set[int] = set()
+    seen: set[nn.Parameter] = set()
     for path, layer in model.named_modules():
         for name, update in layer.updates.items() if isinstance(layer, LoRALayer) else ():
-            shared = isinstance(update, LoRAUpdate) and id(update.lora_A) in seen
-            if isinstance(update, LoRAUpdate) and update.lora_A.requires_grad and not shared:
-                seen.add(id(update.lora_A))
-                found[f"{path} ({name})"] = update
+            if isinstance(update, LoRAUpdate) and update.lora_A.requires_grad:
+                if update.lora_A not in seen:
+                    found[f"{path} ({name})"] = update
+                seen.add(update.lora_A)
     return found
 
 
@@ -136,11 +135,7 @@ def linear_b_matrices(model: nn.Module) -> list[nn.Parameter]:
     faster; an embedding's update sums over nothing.
     """
     updates = trained_updates(model).values()
-    return [u.lora_B for u in updates if not isinstance(_innermost(u), LoRAEmbeddingUpdate)]
-
-
-def _innermost(update: LoRAUpdate) -> LoRAUpdate:
-    return _innermost(update.inner) if isinstance(update, PartUpdate) else update
+    return [update.lora_B for update in updates if update.wrapper() is not LoRAEmbedding]
 
 
 def learned(model: nn.Module) -> Report:
@@ -156,10 +151,6 @@ def learned(model: nn.Module) -> Report:
         for name, update in trained_updates(model).items()
     ]
     return Report("what was learned", rows, {"updates": len(rows)})
-
-
-def _has_gradient(parameter: nn.Parameter) -> bool:
-    return parameter.grad is not None and bool(parameter.grad.any())
 
 
 def _some(names: list[str]) -> str:

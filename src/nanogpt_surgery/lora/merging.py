@@ -99,7 +99,7 @@ def check_undecided(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     undecided = {}
     for name, layer in layers.items():
         others = [] if layer.unties else tied_to(model, name)
-        alone = [other for other in others if not _decided(model, other, layer)]
+        alone = [other for other in others if not _is_decided(model.get_submodule(other), layer)]
         if alone:
             undecided[name] = alone
     if undecided:
@@ -110,18 +110,12 @@ def check_undecided(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
         )
 
 
-def _decided(model: nn.Module, other: str, layer: LoRALayer) -> bool:
-    """Whether the other layer may part from this one, or is adapted by the very same A and B."""
-    partner = model.get_submodule(other)
+def _is_decided(partner: nn.Module, layer: LoRALayer) -> bool:
+    """Whether a layer may part from its partner, or both have one A and B wherever either has."""
     if not isinstance(partner, LoRALayer):
         return False
-    return partner.unties or _has_same_updates(partner, layer)
-
-
-def _has_same_updates(partner: LoRALayer, layer: LoRALayer) -> bool:
-    """Whether the partner has the layer's A and B in every adapter that takes part."""
     names = [n for n in layer.active.names() if n in layer.updates or n in partner.updates]
-    return all(
+    return partner.unties or all(
         n in layer.updates
         and n in partner.updates
         and layer.updates[n].lora_A is partner.updates[n].lora_A

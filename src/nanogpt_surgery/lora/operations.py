@@ -87,7 +87,8 @@ def remove_lora(model: nn.Module, name: str | None = None) -> Report:
             if not layer.updates:
                 replace_module(model, path, layer.original_layer)
         if has_lora(model):
-            set_active(model, active.without(names))
+            left = {n: w for n, w in active.weights.items() if n not in names}
+            set_active(model, WeightedAdapters(left))
         else:
             restore_requires_grad(model)
     touched = {"layers": len({row["layer"] for row in rows})}

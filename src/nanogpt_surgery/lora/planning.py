@@ -57,7 +57,14 @@ def plan_updates(
     matched = {layer for found in matches.values() for layer in found}
     names = [layer for layer in layers if layer in matched]
     _check_patterns({**(settings.rank_pattern or {}), **(settings.alpha_pattern or {})}, names)
-    by_layer = {layer: _settings_of(layer, settings) for layer in names}
+    by_layer = {
+        layer: replace(
+            settings,
+            rank=by_pattern(settings.rank_pattern, layer, settings.rank),
+            alpha=by_pattern(settings.alpha_pattern, layer, settings.alpha),
+        )
+        for layer in names
+    }
     plan = _with_one_update_a_weight(
         UpdatePlan(matches, by_layer, find_tied(model, names, settings.tied)), layers
     )
@@ -65,14 +72,6 @@ def plan_updates(
         tied = [layers[other] for other in plan.tied_layers.get(path, [])]
         check_settings(path, layers[path], tied, its_settings)
     return plan
-
-
-def _settings_of(layer: str, settings: LoRASettings) -> LoRASettings:
-    return replace(
-        settings,
-        rank=by_pattern(settings.rank_pattern, layer, settings.rank),
-        alpha=by_pattern(settings.alpha_pattern, layer, settings.alpha),
-    )
 
 
 def _with_one_update_a_weight(plan: UpdatePlan, layers: Mapping[str, nn.Module]) -> UpdatePlan:
@@ -151,18 +150,14 @@ def tied_to(model: nn.Module, name: str) -> list[str]:
     One module under two names is no tie: it is wrapped, and merged, under both.
     """
     layer = model.get_submodule(name)
-    weight = _weight(layer)
+    bare = layer.original_layer if isinstance(layer, LoRALayer) else layer
+    weight = bare._parameters.get("weight")
     found = [
         other.removesuffix(".original_layer")
         for other, module in model.named_modules(remove_duplicate=False)
         if weight is not None and module._parameters.get("weight") is weight
     ]
     return [o for o in dict.fromkeys(found) if model.get_submodule(o) is not layer]
-
-
-def _weight(layer: nn.Module) -> nn.Parameter | None:
-    bare = layer.original_layer if isinstance(layer, LoRALayer) else layer
-    return bare._parameters.get("weight")
 
 
 def find_tied(model: nn.Module, names: Iterable[str], tied: Tied) -> dict[str, list[str]]:

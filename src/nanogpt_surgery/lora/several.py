@@ -34,8 +34,8 @@ def has_lora(model: nn.Module) -> bool:
 
 def active_adapters(model: nn.Module) -> ActiveAdapters:
     """Which adapters take part, the same on every layer; none without a LoRA."""
-    layers = [layer for layer in model.modules() if isinstance(layer, LoRALayer)]
-    return layers[0].active if layers else WeightedAdapters({})
+    active = (layer.active for layer in model.modules() if isinstance(layer, LoRALayer))
+    return next(active, WeightedAdapters({}))
 
 
 def adapter_names(model: nn.Module) -> list[str]:
@@ -90,27 +90,24 @@ def report_on(model: nn.Module, title: str) -> Report:
 
 def update_rows(model: nn.Module, adapters: list[str]) -> list[dict[str, Any]]:
     """A row for each update of some adapters on each layer."""
-    active = active_adapters(model).names()
-    return [
-        _row(name, adapter, update, adapter in active)
-        for name, layer in lora_layers(model).items()
-        for adapter, update in layer.updates.items()
-        if adapter in adapters
-    ]
-
-
-def _row(name: str, adapter: str, update: Any, active: bool) -> dict[str, Any]:
-    a, b = update.factors() if hasattr(update, "factors") else (None, None)
-    return {
-        "layer": name,
-        "adapter": adapter,
-        "in": None if a is None else a.size(1),
-        "out": None if b is None else b.size(0),
-        "rank": getattr(update, "rank", None),
-        "alpha": getattr(update, "alpha", None),
-        "parameters": sum(parameter.numel() for parameter in update.trained()),
-        "active": active,
-    }
+    active, rows = active_adapters(model).names(), []
+    for name, layer in lora_layers(model).items():
+        for adapter in [adapter for adapter in layer.updates if adapter in adapters]:
+            update: Any = layer.updates[adapter]
+            a, b = (None, None) if layer.replaces_whole else update.factors()
+            rows.append(
+                {
+                    "layer": name,
+                    "adapter": adapter,
+                    "in": None if a is None else a.size(1),
+                    "out": None if b is None else b.size(0),
+                    "rank": getattr(update, "rank", None),
+                    "alpha": getattr(update, "alpha", None),
+                    "parameters": sum(parameter.numel() for parameter in update.trained()),
+                    "active": adapter in active,
+                }
+            )
+    return rows
 
 
 def state_of(model: nn.Module) -> dict[str, Any]:

@@ -36,6 +36,7 @@ PREFIX = "base_model.model."
 FACTOR_A, FACTOR_B = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 MAGNITUDE = ".lora_magnitude_vector"
+MOST_SHOWN = 12  # of what does not fit
 
 RankAndAlpha: TypeAlias = tuple[int, float]
 FusedParts: TypeAlias = tuple[tuple[int, float, RankAndAlpha | None] | None, ...]
@@ -226,22 +227,10 @@ def restore(stored: LowRankUpdate, layer: nn.Module) -> LoRAUpdate:
 
 def same(one: LowRankUpdate, other: LowRankUpdate) -> bool:
     """Whether two stored updates are the same to the bit, dropout aside."""
-    return (
-        torch.equal(one.A, other.A)
-        and torch.equal(one.B, other.B)
-        and _equal(one.magnitude, other.magnitude)
-        and (one.scaling, one.embedding, one.initial, one.fused_parts)
-        == (other.scaling, other.embedding, other.initial, other.fused_parts)
-    )
-
-
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    return torch.equal(one, other)
-
-
-_SHOWN = 12  # of what does not fit
+    pairs = [(one.A, other.A), (one.B, other.B), (one.magnitude, other.magnitude)]
+    alike = [a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs]
+    facts = [(u.scaling, u.embedding, u.initial, u.fused_parts) for u in (one, other)]
+    return all(alike) and facts[0] == facts[1]
 
 
 def chosen_adapter(model: nn.Module, name: str | None = None) -> str:
@@ -253,24 +242,21 @@ def chosen_adapter(model: nn.Module, name: str | None = None) -> str:
     """
     lora_layers(model)
     there, active = adapter_names(model), active_adapters(model)
-    for candidates in ([name] if name else [], there, active.names()):
-        if len(candidates) == 1 and candidates[0] in there:
-            if name is None and isinstance(active, WeightedAdapters):
-                _check_weight(candidates[0], active)
-            return candidates[0]
-    raise SurgeryError(
-        f"which adapter? The model carries {', '.join(there)}", "give its name, or swap_lora first"
-    )
-
-
-def _check_weight(name: str, active: WeightedAdapters) -> None:
-    weight = active.weights.get(name, 1)
-    if weight != 1:
+    candidates = ([name] if name else [], there, active.names())
+    chosen = next((names[0] for names in candidates if len(names) == 1 and names[0] in there), "")
+    if not chosen:
         raise SurgeryError(
-            f"{name!r} takes part at {weight:g}, and an adapter's folder has no weight",
-            f"swap_lora(model, {name!r}) to have all of it take part, or its name to save it as it "
-            "is; merge_lora(model) puts the blend into the weights",
+            f"which adapter? The model carries {', '.join(there)}",
+            "give its name, or swap_lora first",
         )
+    weights = active.weights if name is None and isinstance(active, WeightedAdapters) else {}
+    if (weight := weights.get(chosen, 1)) != 1:
+        raise SurgeryError(
+            f"{chosen!r} takes part at {weight:g}, and an adapter's folder has no weight",
+            f"swap_lora(model, {chosen!r}) to have all of it take part, or its name to save it as "
+            "it is; merge_lora(model) puts the blend into the weights",
+        )
+    return chosen
 
 
 def extract_adapter(model: nn.Module, name: str | None = None) -> StoredAdapter:
@@ -347,10 +333,10 @@ def check_fit(
         hint: what to do with an adapter for another model.
         if_resized: what to do where the vocabularies differ in size alone.
     """
-    found = list(islice(_misfits(model, adapter), _SHOWN + 1))
+    found = list(islice(_misfits(model, adapter), MOST_SHOWN + 1))
     if found:
-        shown = "; ".join(problem for problem, _ in found[:_SHOWN])
-        more = "; …" if found[_SHOWN:] else ""
+        shown = "; ".join(problem for problem, _ in found[:MOST_SHOWN])
+        more = "; …" if found[MOST_SHOWN:] else ""
         resized = any(is_resized for _, is_resized in found)
         raise SurgeryError(
             f"this adapter is for another model: {shown}{more}",
