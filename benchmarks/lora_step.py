@@ -75,7 +75,7 @@ def theirs(shape: str, targets: str, precision: str, seconds: float) -> list[flo
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from nanogpt_surgery import GPTConfig
-    from nanogpt_surgery.formats.huggingface.model_folder import config_to_json
+    from nanogpt_surgery.formats.huggingface.config import config_to_json
 
     torch.manual_seed(0)
     own = GPTConfig.for_family(**SHAPES[shape])

@@ -31,8 +31,9 @@ if TYPE_CHECKING:
     from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
     from nanogpt_surgery.formats.gguf.writing import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
-    from nanogpt_surgery.formats.peft.adapter_layout import load_adapter, plan_lora, save_adapter
     from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
+    from nanogpt_surgery.formats.peft.reading import load_adapter
+    from nanogpt_surgery.formats.peft.writing import plan_lora, save_adapter
     from nanogpt_surgery.generation.batch import generate_batch
     from nanogpt_surgery.generation.conversation import Conversation
     from nanogpt_surgery.generation.evaluation import multiple_choice, perplexity
@@ -90,7 +91,8 @@ _HOMES = {
     "data.gpt_dataset": ("GPTDataset",),
     "data.tokenizers.tokenizer": ("Tokenizer",),
     "errors": ("SurgeryError", "SurgeryWarning"),
-    "formats.peft.adapter_layout": ("load_adapter", "plan_lora", "save_adapter"),
+    "formats.peft.reading": ("load_adapter",),
+    "formats.peft.writing": ("plan_lora", "save_adapter"),
     "formats.model_file": ("open_model", "save_model"),
     "generation.generate": ("generate",),
     "lora.merging": ("merge_lora", "merge_survival"),

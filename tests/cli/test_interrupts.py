@@ -98,7 +98,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
             "nanogpt_surgery.training.estimates.plan:plan_training",
             signal.SIGINT,
         ),
-        ("plan m", "nanogpt_surgery.formats.peft.adapter_layout:plan_lora", signal.SIGTERM),
+        ("plan m", "nanogpt_surgery.formats.peft.writing:plan_lora", signal.SIGTERM),
         ("inspect m", "nanogpt_surgery.formats.model_file:open_model", signal.SIGINT),
     ],
 )

@@ -11,7 +11,7 @@ from helpers.models import tiny_model
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, inject_lora, save_adapter, save_model
 from nanogpt_surgery.cli.framework.app import run as surgery
 from nanogpt_surgery.files.manifest import file_hash
-from nanogpt_surgery.formats.peft import adapter_file
+from nanogpt_surgery.formats.peft import writing
 from nanogpt_surgery.formats.peft.config import config_for
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_saved_is_refused_before_the_training(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(  # a fault in the writer, such as there were
-        adapter_file, "config_for", lambda *parts: {**config_for(*parts), "lora_alpha": 999}
+        writing, "config_for", lambda *a, **b: {**config_for(*a, **b), "lora_alpha": 999}
     )
     words = ["finetune", str(bases / "llama"), str(bases / "text.txt"), *STEPS, *flags]
     with pytest.raises(SystemExit):

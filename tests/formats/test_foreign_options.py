@@ -15,7 +15,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS, RopeParameters
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SurgeryError, open_model, save_model
 from nanogpt_surgery.formats.gguf.writing import save_gguf
-from nanogpt_surgery.formats.huggingface.config_options import (
+from nanogpt_surgery.formats.huggingface.config import (
+    _FIELDS,
     _GPT2_VALUES,
     _INERT_OPTIONS,
     _LLAMA_VALUES,
@@ -24,7 +25,6 @@ from nanogpt_surgery.formats.huggingface.config_options import (
     _SHARED_VALUES,
     MODEL_TYPES,
 )
-from nanogpt_surgery.formats.huggingface.model_folder import _FIELDS
 
 LETTERS = CharacterTokenizer("the quick brown fox jumps over the lazy dog")
 T = gguf.GGUFValueType

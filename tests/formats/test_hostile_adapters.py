@@ -18,8 +18,8 @@ from helpers.models import FAMILY_CONFIGS, tiny_model
 from safetensors.torch import load_file, save_file
 
 from nanogpt_surgery import SurgeryError, load_adapter, save_adapter
-from nanogpt_surgery.formats.peft.adapter_file import CONFIG, TENSORS, read_stored
-from nanogpt_surgery.formats.peft.patterns import Patterns
+from nanogpt_surgery.formats.peft.config import Patterns
+from nanogpt_surgery.formats.peft.reading import CONFIG, TENSORS, read_adapter
 
 LLAMA = FAMILY_CONFIGS["llama"]
 Q = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -118,7 +118,7 @@ def test_patterns_of_an_adapter_are_read_wherever_it_is_opened(folder, tmp_path)
 def test_an_alpha_for_each_of_many_layers_is_read(folder):
     escaped = {rf"model\.layers\.{i}\.self_attn\.q_proj": i + 2 for i in range(50_000)}
     change_config(folder, alpha_pattern=escaped)
-    updates = read_stored(folder).updates
+    updates = read_adapter(folder).in_float32().updates
     assert updates["model.layers.1.self_attn.q_proj"].alpha == 3
     assert updates["model.layers.1.self_attn.k_proj"].alpha == 5
 
@@ -256,7 +256,7 @@ def test_bombs_end_with_our_own_error_in_little_time_and_memory(tmp_path):
 INSPECTING = """
 import contextlib, io
 from nanogpt_surgery.cli.commands.inspect import inspect
-from nanogpt_surgery.formats.peft import adapter_file, adapter_layout, fused_update
+from nanogpt_surgery.formats.peft import layout, reading, writing
 def opened(path):
     with contextlib.redirect_stdout(io.StringIO()):
         inspect(path, json=True)
@@ -340,15 +340,15 @@ def test_no_change_of_a_byte_ends_in_a_traceback(folder):
 
 
 def test_an_adapter_in_half_precision_or_out_of_step_is_read_as_its_numbers_are(folder):
-    whole = read_stored(folder).updates
+    whole = read_adapter(folder).in_float32().updates
     tensors = {key: t.to(torch.bfloat16) for key, t in load_file(folder / TENSORS).items()}
     save_file(tensors, folder / TENSORS, {"x": "y"})
-    for name, update in read_stored(folder).updates.items():
+    for name, update in read_adapter(folder).in_float32().updates.items():
         assert update.A.dtype == torch.float32
         assert torch.equal(update.A, whole[name].A.bfloat16().float())
     text = (folder / TENSORS).read_bytes()
     length = int.from_bytes(text[:8], "little")
     moved = struct.pack("<Q", length + 1) + text[8 : 8 + length] + b" " + text[8 + length :]
     (folder / TENSORS).write_bytes(moved)
-    for name, update in read_stored(folder).updates.items():
+    for name, update in read_adapter(folder).in_float32().updates.items():
         assert torch.equal(update.B, whole[name].B.bfloat16().float())

@@ -6,11 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nanogpt_surgery import FAMILIES, GPTConfig, SurgeryError
-from nanogpt_surgery.formats.huggingface.model_folder import (
-    config_from_json,
-    config_to_json,
-    family_of,
-)
+from nanogpt_surgery.formats.huggingface.config import config_from_json, config_to_json, family_of
 
 LLAMA = {
     "model_type": "llama",

@@ -4,11 +4,16 @@ from helpers.models import FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery.formats.huggingface.name_map import (
     NAME_MAPS,
+    each_layer,
     normal_names,
-    rows,
     to_ours,
     to_theirs,
 )
+
+
+def rows(family, n_layer):
+    return list(each_layer(NAME_MAPS[family], n_layer))
+
 
 EVERY_FAMILY = pytest.mark.parametrize(
     ("name", "config"), FAMILY_CONFIGS.items(), ids=FAMILY_CONFIGS
@@ -19,8 +24,8 @@ EVERY_FAMILY = pytest.mark.parametrize(
 def test_there_and_back_again_every_bit_is_the_same(name, config):
     family = name.partition("-")[0]
     tensors = tiny_model(config).state_dict()
-    there = to_theirs(tensors, family, config.n_layer)
-    back, unknown = to_ours(there, family, config.n_layer)
+    there = to_theirs(tensors, rows(family, config.n_layer))
+    back, unknown = to_ours(there, rows(family, config.n_layer))
     assert unknown == []
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensors[key]) for key in tensors)
@@ -38,7 +43,7 @@ def test_no_name_stands_twice_in_a_table(family):
 def test_gpt2_stacks_q_k_v_in_this_order_and_turns_them():
     config = FAMILY_CONFIGS["gpt2"]
     tensors = tiny_model(config).state_dict()
-    theirs = to_theirs(tensors, "gpt2", config.n_layer)
+    theirs = to_theirs(tensors, rows("gpt2", config.n_layer))
     fused = theirs["transformer.h.1.attn.c_attn.weight"]
     assert fused.shape == (24, 72)
     for i, part in enumerate("qkv"):
@@ -54,7 +59,7 @@ def test_what_has_no_place_is_named():
         "extra": torch.ones(3),
         "norm.weight": torch.ones(3),
     }
-    converted, unknown = to_ours(tensors, "llama", 1)
+    converted, unknown = to_ours(tensors, rows("llama", 1))
     assert list(converted) == ["norm.weight"]
     assert unknown == ["extra", "norm.weight"]
 
@@ -62,7 +67,7 @@ def test_what_has_no_place_is_named():
 @pytest.mark.parametrize("shape", [(), (1,), (2,), (3, 2), (2, 3, 4)])
 def test_a_tensor_of_any_shape_is_passed_on_to_be_judged(shape):
     tensors = {"transformer.h.0.attn.c_attn.weight": torch.ones(shape)}
-    converted, unknown = to_ours(tensors, "gpt2", 1)
+    converted, unknown = to_ours(tensors, rows("gpt2", 1))
     assert len(converted) == 3
     assert unknown == []
 

@@ -11,9 +11,9 @@ from helpers.tokenizers import KINDS, byte_level, sentencepiece_like
 from nanogpt_surgery import SurgeryError, SurgeryWarning, open_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
+from nanogpt_surgery.formats.comparison import check_tokenizer
 from nanogpt_surgery.formats.gguf.tokenizer import CUTTINGS
 from nanogpt_surgery.formats.gguf.writing import save_gguf
-from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
 
 PREPEND = {"type": "Prepend", "prepend": "▁"}
 REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import GPT2Config, LlamaConfig, Qwen2Config, Qwen3Config
 
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
-from nanogpt_surgery.formats.huggingface.model_folder import config_from_json
+from nanogpt_surgery.formats.huggingface.config import config_from_json
 
 GPT2 = {
     "vocab_size": 53,

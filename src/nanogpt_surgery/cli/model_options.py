@@ -57,7 +57,7 @@ class OpeningOptions:
 
         from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
         from nanogpt_surgery.formats.model_file import check_adapter, open_model
-        from nanogpt_surgery.formats.peft.adapter_layout import load_adapter
+        from nanogpt_surgery.formats.peft.reading import load_adapter
         from nanogpt_surgery.lora.operations import swap_lora
 
         check_adapter(path, WITH_ADAPTER)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
@@ -12,28 +15,30 @@ from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.files.manifest import check_undamaged
 from nanogpt_surgery.files.writing import write_tensors
 from nanogpt_surgery.formats.comparison import check_equal
-from nanogpt_surgery.formats.folders.old_keys import with_current_modules
+from nanogpt_surgery.formats.folders.old_keys import with_current_fields, with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import checkpoints, chosen_checkpoint, is_run
 from nanogpt_surgery.formats.gguf.file import is_gguf, read_gguf
 from nanogpt_surgery.formats.gguf.model import config_of, family_of_file, open_gguf
 from nanogpt_surgery.formats.gguf.tokenizer import tokenizer_of
-from nanogpt_surgery.formats.huggingface.carried_files import (
+from nanogpt_surgery.formats.huggingface.config import (
     CONFIG,
-    carried_config,
-    carry_files,
-    has_tokenizer,
+    MODEL_TYPES,
+    OWN,
+    config_from_json,
+    config_to_json,
 )
-from nanogpt_surgery.formats.huggingface.config_options import MODEL_TYPES
 from nanogpt_surgery.formats.huggingface.hub import hub_folder, is_hub_name
-from nanogpt_surgery.formats.huggingface.model_folder import OWN, config_from_json, config_to_json
 from nanogpt_surgery.formats.huggingface.name_map import (
     NAME_MAPS,
+    each_layer,
     identity,
     normal_names,
     to_theirs,
 )
 from nanogpt_surgery.formats.huggingface.safetensors_file import stored_tensors
 from nanogpt_surgery.formats.huggingface.tokenizer_files import (
+    CHAT_TEMPLATE,
+    CHAT_TEMPLATES,
     TOKENIZER,
     check_ids,
     open_tokenizer,
@@ -96,24 +101,66 @@ def write_model_files(
             "the model carries a LoRA, which a model folder has no place for",
             "save_adapter(model, folder), or merge_lora(model) or remove_lora(model) first",
         )
-    weight = model.lm_head.weight
-    tied = weight is model.embed_tokens.weight
+    tied = model.lm_head.weight is model.embed_tokens.weight
     tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
     if tied:
         del tensors["lm_head.weight"]
     dtype = usual_dtype((tensor.dtype, tensor.numel()) for tensor in tensors.values())
     contents = config_to_json(model.config, tied, str(dtype).removeprefix("torch."))
     if contents["model_type"] != OWN:
-        tensors = to_theirs(tensors, contents["model_type"], model.config.n_layer)
+        tensors = to_theirs(
+            tensors, each_layer(NAME_MAPS[contents["model_type"]], model.config.n_layer)
+        )
     contents |= special_ids(tokenizer)
-    carried = None if source is None or is_gguf(Path(source)) else model_folder(source)
-    if carried is not None:
-        contents = carried_config(carried, contents, model.config)
-        carry_files(carried, folder)
+    if source is not None and not is_gguf(Path(source)):
+        carried = model_folder(source)
+        contents = _carried_config(carried, contents, model.config, tied)
+        _carry_files(carried, folder)
     write_json(folder / CONFIG, contents)
     write_tensors(tensors, folder / TENSORS)
-    if tokenizer is not None and not (carried is not None and has_tokenizer(carried)):
+    if tokenizer is not None and not any((folder / name).is_file() for name in _VOCABULARIES):
         write_tokenizer_files(tokenizer, folder, model.config.block_size)
+
+
+_VOCABULARIES = (TOKENIZER, "vocab.json", "tokenizer.model")
+_CARRIED = (
+    *_VOCABULARIES,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    CHAT_TEMPLATE,
+)
+
+
+def _carry_files(source: Path, new: Path) -> None:
+    """Copies the files of a model folder beside its weights and config: none is ours to drop."""
+    for name in _CARRIED:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, new / name)
+    if (source / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source / CHAT_TEMPLATES, new / CHAT_TEMPLATES)
+
+
+def _carried_config(
+    source: Path, written: dict[str, Any], config: GPTConfig, tied: bool
+) -> dict[str, Any]:
+    """Returns the `config.json` of `source`, with the dtype and the tied head as written.
+
+    Of another model (other sizes than `config`) nothing is taken over.
+    """
+    old = read_json(source / CONFIG)
+    try:
+        theirs = config_from_json(old)
+    except SurgeryError:
+        return written
+    if replace(theirs, tie_head=config.tie_head, dropout=config.dropout) != config:
+        return written
+    changed = {key: written["dtype"] for key in ("dtype", "torch_dtype") if key in old}
+    if theirs.tie_head != tied:
+        changed |= {key: tied for key in ("tie_word_embeddings", "tie_head") if key in written}
+    return (with_current_fields(old) if old["model_type"] == OWN else old) | changed
 
 
 def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokenizer | None]:

@@ -6,7 +6,7 @@ import difflib
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
@@ -54,7 +54,7 @@ class Placement:
         goal = tensor.t() if self.transposed else tensor
         for start, piece in self.stored.pieces():
             goal[start : start + len(piece)] = piece
-        return apart(tensor, self.interleaved) if self.interleaved else tensor
+        return apart(tensor, self.interleaved)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -63,31 +63,32 @@ class Placement:
 
 
 def apart(tensor: Tensor, heads: int) -> Tensor:
-    """Rows (H · D, …) whose rotary pairs lie side by side → half a head apart."""
+    """Rows (H · D, …) whose rotary pairs lie side by side → half a head apart; 0 heads: as is."""
     shape = tensor.shape
+    if not heads:
+        return tensor
     return tensor.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
 
 
 def side_by_side(tensor: Tensor, heads: int) -> Tensor:
     """The inverse of `apart`."""
     shape = tensor.shape
+    if not heads:
+        return tensor
     return tensor.reshape(heads, 2, -1, *shape[1:]).transpose(1, 2).reshape(shape)
 
 
-def place(
-    stored: Mapping[str, StoredTensor], rows: Iterable[Row]
-) -> tuple[list[Placement], list[str]]:
-    """Which stored tensor is which of ours, and the names of those that have no place."""
-    left = dict(stored)
+def place(stored: Mapping[str, StoredTensor], rows: Iterable[Row]) -> list[Placement]:
+    """Which stored tensor is which of ours; some may have no place."""
     placements = []
     for row in rows:
         for kind in ("weight", "bias"):
-            tensor = left.pop(f"{row.theirs}.{kind}", None)
+            tensor = stored.get(f"{row.theirs}.{kind}")
             if tensor is not None:
                 names = tuple(f"{name}.{kind}" for name in row.ours)
                 turned = row.conv1d and kind == "weight"
                 placements.append(Placement(names, tensor, turned, row.interleaved))
-    return placements, sorted(left)
+    return placements
 
 
 def build_model(
@@ -114,11 +115,13 @@ def build_model(
     heads = [stored[name] for name in _heads(table) if name in stored] if config.tie_head else []
     stored = {name: tensor for name, tensor in stored.items() if tensor not in heads}
     rows = list(each_layer(table, config.n_layer))
-    placements, unknown = place(stored, rows)
+    placements = place(stored, rows)
     with torch.device("meta"), _NoDraws():
         model = SimpleGPT.from_config(config)
-    names = _FileNames(stored, rows, unknown)
-    _check_shapes(model, config, placements, names, where)
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if config.tie_head:
+        del expected["lm_head.weight"]
+    _check_fit(expected, placements, stored, rows, where)
     wanted = list(zip(placements, _dtypes(placements, dtype), strict=True))
     read = sum(math.prod(p.shape) * d.itemsize for p, d in wanted if not p.is_mapped(d))
     check_memory(f"{where}", {"weights": read}, "open a smaller model, or in bfloat16")
@@ -195,58 +198,59 @@ def _check_size(config: GPTConfig, stored: Mapping[str, StoredTensor], where: st
         )
 
 
-class _FileNames:
-    """How a file names its tensors, and would name those that it lacks."""
-
-    def __init__(self, stored: Mapping[str, StoredTensor], rows: Iterable[Row], unknown: list[str]):
-        renamed = ((key, tensor.name) for key, tensor in stored.items() if key != tensor.name)
-        prefix = next((key.removesuffix(name) for key, name in renamed), "")
-        self.by_ours = {
-            f"{ours}.{kind}": f"{row.theirs}.{kind}".removeprefix(prefix)
-            for row in rows
-            for ours in row.ours
-            for kind in ("weight", "bias")
-        }
-        self.unknown = [stored[key].name for key in unknown]
-        self._near = [name for name in self.unknown if len(name) <= 200][:1000]
-
-    def missing(self, ours: Iterable[str]) -> list[str]:
-        """A sentence for each tensor that is not there, with what is there of a like name."""
-        names = dict.fromkeys(self.by_ours.get(name, name) for name in ours)
-        found = []
-        for i, name in enumerate(names):
-            like = difflib.get_close_matches(name, self._near, 1, 0.7) if i < _SHOWN else []
-            found.append(f"{name} is missing" + (f" (there is {_short(like[0])})" if like else ""))
-        return found
-
-
-def _check_shapes(
-    model: SimpleGPT,
-    config: GPTConfig,
+def _check_fit(
+    expected: Mapping[str, tuple[int, ...]],
     placements: list[Placement],
-    names: _FileNames,
+    stored: Mapping[str, StoredTensor],
+    rows: list[Row],
     where: str,
 ) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    if config.tie_head:
-        del expected["lm_head.weight"]
-    found = {name: p for p in placements for name in p.names}
-    problems = names.missing(name for name in expected if name not in found)
-    problems += [f"{_short(name)} is unknown" for name in names.unknown]
-    for placement in placements:
-        name, dtype = _short(placement.stored.name), placement.stored.dtype
-        shapes = [expected[name] for name in placement.names if name in expected]
-        if len(shapes) < len(placement.names):
-            problems.append(f"{name} is unknown")
-            continue
-        if dtype is not None and not dtype.is_floating_point:
-            problems.append(f"{name} holds {dtype}, not floating-point numbers")
-        wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
-        wanted = wanted[::-1] if placement.transposed else wanted
-        if placement.stored.shape != wanted:
-            problems.append(f"{name} is {placement.stored.shape}, the config says {wanted}")
+    """Raises `SurgeryError` unless the stored tensors are those of ours, of these shapes."""
+    placed = {placement.stored.name for placement in placements}
+    unknown = sorted(tensor.name for tensor in stored.values() if tensor.name not in placed)
+    found = {name for placement in placements for name in placement.names}
+    problems = _missing((name for name in expected if name not in found), stored, rows, unknown)
+    problems += [f"{_short(name)} is unknown" for name in unknown]
+    problems += [problem for p in placements for problem in _misfits(p, expected)]
     if problems:
-        raise SurgeryError(f"the tensors in {where} do not fit its config: {_some(problems)}")
+        more = f"; {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
+        shown = "; ".join(problems[:_SHOWN]) + more
+        raise SurgeryError(f"the tensors in {where} do not fit its config: {shown}")
+
+
+def _missing(
+    ours: Iterable[str], stored: Mapping[str, StoredTensor], rows: Iterable[Row], unknown: list[str]
+) -> list[str]:
+    """A sentence for each tensor that is not there, with what is there of a like name."""
+    renamed = ((key, tensor.name) for key, tensor in stored.items() if key != tensor.name)
+    prefix = next((key.removesuffix(name) for key, name in renamed), "")  # that the file leaves out
+    theirs = {
+        f"{name}.{kind}": f"{row.theirs}.{kind}".removeprefix(prefix)
+        for row in rows
+        for name in row.ours
+        for kind in ("weight", "bias")
+    }
+    near = [name for name in unknown if len(name) <= 200][:1000]
+    found = []
+    for i, name in enumerate(dict.fromkeys(theirs.get(name, name) for name in ours)):
+        like = difflib.get_close_matches(name, near, 1, 0.7) if i < _SHOWN else []
+        found.append(f"{name} is missing" + (f" (there is {_short(like[0])})" if like else ""))
+    return found
+
+
+def _misfits(placement: Placement, expected: Mapping[str, tuple[int, ...]]) -> Iterator[str]:
+    """In words what is wrong with a stored tensor for the tensors of ours of these shapes."""
+    name, dtype = _short(placement.stored.name), placement.stored.dtype
+    if any(ours not in expected for ours in placement.names):
+        yield f"{name} is unknown"
+        return
+    if dtype is not None and not dtype.is_floating_point:
+        yield f"{name} holds {dtype}, not floating-point numbers"
+    shapes = [expected[ours] for ours in placement.names]
+    wanted = (sum(shape[0] for shape in shapes), *shapes[0][1:])
+    wanted = wanted[::-1] if placement.transposed else wanted
+    if placement.stored.shape != wanted:
+        yield f"{name} is {placement.stored.shape}, the config says {wanted}"
 
 
 _SHOWN = 8
@@ -255,8 +259,3 @@ _SHOWN = 8
 def _short(name: str) -> str:
     """A file's name for a tensor; quoted where it is long or no usual name."""
     return name if re.fullmatch(r"[\w.-]{1,200}", name) else quoted(name)
-
-
-def _some(problems: list[str]) -> str:
-    more = f"; {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
-    return "; ".join(problems[:_SHOWN]) + more

@@ -19,7 +19,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
     tokenizer_fingerprint,
 )
 from nanogpt_surgery.formats.model_file import open_model, write_model_files
-from nanogpt_surgery.formats.peft.adapter_layout import write_adapter_files
+from nanogpt_surgery.formats.peft.writing import write_adapter_files
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.model.finite import check_finite_weights
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

@@ -91,8 +91,8 @@ def _write_adapter(
     model: str, adapter: Path | None, out: Path, form: str, options: MergedOptions
 ) -> None:
     from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.formats.peft.adapter_layout import load_adapter
     from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
+    from nanogpt_surgery.formats.peft.reading import load_adapter
 
     if adapter is None:
         raise SurgeryError("this form is an adapter's, and none was named", "add --adapter FOLDER")

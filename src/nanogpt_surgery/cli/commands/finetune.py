@@ -166,7 +166,7 @@ def _injected(
     """Injects a LoRA whose weights follow from the seed; it must be one that can be saved."""
     import torch
 
-    from nanogpt_surgery.formats.peft.adapter_layout import check_unsavable
+    from nanogpt_surgery.formats.peft.writing import check_unsavable
     from nanogpt_surgery.lora.inject import inject_lora
 
     torch.manual_seed(seed)

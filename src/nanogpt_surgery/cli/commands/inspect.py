@@ -47,7 +47,7 @@ def inspect(path: str, *, all_layers: AllLayers = False, json: Json = False) -> 
 def _model_report(path: str) -> Report:
     from nanogpt_surgery.formats.gguf.file import is_gguf
     from nanogpt_surgery.formats.gguf.model import types_in
-    from nanogpt_surgery.formats.huggingface.model_folder import family_of
+    from nanogpt_surgery.formats.huggingface.config import family_of
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.report import Report
 
@@ -97,11 +97,10 @@ def _kind_of(tokenizer: Tokenizer) -> str:
 
 
 def _adapter_report(path: str) -> Report:
-    from nanogpt_surgery.formats.peft.adapter_file import map_stored
-    from nanogpt_surgery.formats.peft.adapter_layout import adapter_folder
+    from nanogpt_surgery.formats.peft.reading import adapter_folder, read_adapter
     from nanogpt_surgery.report import Report
 
-    updates = map_stored(adapter_folder(path)).updates
+    updates = read_adapter(adapter_folder(path)).updates
     unknown = dict.fromkeys(NORMS)
     rows: dict[str, dict[str, Any]] = {}
     for name, update in updates.items():
@@ -159,7 +158,7 @@ def _add_norms(rows: dict[str, dict[str, Any]], updates: Updates) -> None:
 
 
 def _ranks_of_parts(mapped: LowRankUpdate) -> str:
-    from nanogpt_surgery.formats.peft.fused_update import split
+    from nanogpt_surgery.formats.peft.layout import split
 
     update = replace(mapped, A=mapped.A.float(), B=mapped.B.float())
     return ", ".join(f"{part} {share.rank}" for part, share in split(update, PARTS).items())

@@ -27,7 +27,7 @@ def plan(
     import torch
 
     from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.formats.peft.adapter_layout import plan_lora
+    from nanogpt_surgery.formats.peft.writing import plan_lora
 
     network = open_model(model, torch.float32)[0]  # as finetune opens it
     adapter = LoRASettings(**given(lora))

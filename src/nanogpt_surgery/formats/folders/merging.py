@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -25,12 +25,12 @@ from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.run_folder import is_run
 from nanogpt_surgery.formats.gguf.writing import GGUFType, rounding_of, write_gguf_file
-from nanogpt_surgery.formats.huggingface.carried_files import CONFIG
+from nanogpt_surgery.formats.huggingface.config import CONFIG
 from nanogpt_surgery.formats.huggingface.hub import is_hub_name
 from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
 from nanogpt_surgery.formats.model_file import TENSORS, model_folder, open_model, write_model_files
-from nanogpt_surgery.formats.peft.adapter_file import TENSORS as ADAPTER_TENSORS
-from nanogpt_surgery.formats.peft.adapter_layout import adapter_folder, load_adapter
+from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
+from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
 from nanogpt_surgery.history.hashing import UPDATES, combined, plain_name, tensor_hashes
 from nanogpt_surgery.lora.merging import (
@@ -64,7 +64,7 @@ def plan_merge(
     check_not_itself(model, out)
     keep = options.pop("keep_originals", True)
     options.pop("tolerance", None)
-    merge = prepare(model, adapter, **options)
+    merge = _prepare(model, adapter, **options)
     survival = merge_survival(merge.model)
     goal = _in_place(model) if out is None else Path(out)
     there = next(place for place in [goal, *goal.absolute().parents] if place.is_dir())
@@ -117,67 +117,68 @@ def merge_adapter(
     _check_tolerance(tolerance)
     check_not_itself(model, out)
     goal = _in_place(model) if out is None else Path(out)
-    merge = prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
-    entry = FolderOperation(merge.title, merge.base, planned=merge.planned() | _facts(adapter))
-    merged = add_in(merge, partial(_rounding, merge), tolerance, force)
-    merge.round()
-    writing = _Writing(merge, merged)
+    merge = _prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
+    planned = merge.planned() | {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER)}
+    merge.add_in(merge.rounding, tolerance, force)
+    done = FolderOperation(merge.title, merge.base, planned=planned)
     if out is None:
-        entry = writing.in_place(goal, entry, keep_originals)
-    else:
-        entry = writing.elsewhere(goal, replace(entry, operation=f"{merge.title} into {model}"))
-    return _report(merged, merge, entry, goal)
-
-
-def _rounding(merge: Merge, layer: str, _weight: Tensor) -> tuple[str, Rounding]:
-    """The dtype that a layer's weight is written in."""
-    dtype = merge.dtypes[f"{layer}.weight"]
-    return dtype_name(dtype), partial(round_to, dtype=dtype)
-
-
-@dataclass
-class _Writing:
-    """Writing a merged model, and measuring what was written against the adapted one."""
-
-    merge: Merge
-    merged: Merged
-
-    def in_place(self, goal: Path, entry: FolderOperation, keep_originals: bool) -> FolderOperation:
-        """Operate on the model's own folder."""
         gone = weight_files(goal)
-        return operate(goal, lambda new: self._files(new, entry, goal), keep_originals, gone)
-
-    def elsewhere(self, goal: Path, entry: FolderOperation) -> FolderOperation:
-        """Make a folder, whose journal begins with the merge."""
-
-        def write(new: Path) -> FolderOperation:
-            made = self._files(new, entry)
-            made = replace(made, after=hashes_of(new), originals="none")
-            record(new, made)
-            return made
-
-        return write_folder(goal, write)
-
-    def _files(
-        self, new: Path, entry: FolderOperation, place: Path | None = None
-    ) -> FolderOperation:
-        """Write the files, read them again; in place, without those there already."""
-        tokenizer = self.merge.tokenizer if place is None or is_run(place) else None
-        write_model_files(self.merge.model, new, tokenizer, place or self.merge.source)
-        again, tokenizer_again = open_model(new, "each")
-        check_equal(self.merge.model, again, tokenizer, tokenizer_again)
-        if place is not None:
-            leave_away(new, place)
-        return replace(entry, measured=self.merged.measure(again))
-
-
-def _facts(adapter: str | Path) -> dict[str, str]:
-    return {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER_TENSORS)}
+        done = operate(goal, lambda new: _write(merge, new, done, goal), keep_originals, gone)
+    else:
+        done = write_folder(goal, lambda new: _make(merge, new, done))
+    return _report(merge, done, goal)
 
 
 def _check_tolerance(tolerance: float) -> None:
     if not 0 <= tolerance < math.inf:  # also NaN
         raise SurgeryError(f"tolerance is {tolerance}; it must be at least 0 and finite")
+
+
+def _write(
+    merge: Merge, new: Path, done: FolderOperation, place: Path | None = None
+) -> FolderOperation:
+    """Writes the merged model and measures what was written; in place, without what is there."""
+    tokenizer = merge.tokenizer if place is None or is_run(place) else None
+    write_model_files(merge.model, new, tokenizer, place or merge.source)
+    again, tokenizer_again = open_model(new, "each")
+    check_equal(merge.model, again, tokenizer, tokenizer_again)
+    if place is not None:
+        _leave_away(new, place)
+    return replace(done, measured=merge.measure(again))
+
+
+def _make(merge: Merge, new: Path, done: FolderOperation) -> FolderOperation:
+    """Writes a new folder, whose journal begins with the merge."""
+    made = replace(_write(merge, new, done), operation=f"{merge.title} into {merge.source}")
+    made = replace(made, after=hashes_of(new), originals="none")
+    record(new, made)
+    return made
+
+
+def _report(merge: Merge, done: FolderOperation, goal: Path) -> Report:
+    summary = {
+        "folder": str(goal),
+        "layers": len(merge.rows),
+        "base": merge.base,
+        "dtype": done.planned["dtype"],
+        **done.measured,
+        "originals": done.originals,
+        "sha256": done.changes(),
+    }
+    return Report(f"merged: {merge.title}", merge.rows, summary)
+
+
+def _leave_away(new: Path, place: Path) -> None:
+    """Drops the new files that `place` has already; of configs only one that says the same.
+
+    A run may lack any of them: a kill came before its checkpoint was shown at the top.
+    """
+    for path in [path for path in new.iterdir() if path.name != TENSORS]:
+        there = place / path.name
+        if path.is_dir() and there.is_dir():
+            shutil.rmtree(path)
+        elif there.is_file() and (path.name != CONFIG or read_json(there) == read_json(path)):
+            path.unlink()
 
 
 def check_not_itself(model: str | Path, out: str | Path | None) -> None:
@@ -205,19 +206,6 @@ def _in_place(model: str | Path) -> Path:
     kind = "no folder" if folder.exists() else "a model on the hub"
     raise SurgeryError(f"{model} is {kind}, so it cannot be merged into in place",
                        "out=FOLDER writes a new one")  # fmt: skip
-
-
-def _report(merged: Merged, merge: Merge, entry: FolderOperation, goal: Path) -> Report:
-    summary = {
-        "folder": str(goal),
-        "layers": len(merged.rows),
-        "base": merge.base,
-        "dtype": entry.planned["dtype"],
-        **entry.measured,
-        "originals": entry.originals,
-        "sha256": entry.changes(),
-    }
-    return Report(f"merged: {merge.title}", merged.rows, summary)
 
 
 def merge_into_gguf(
@@ -252,29 +240,41 @@ def merge_into_gguf(
     Raises:
         SurgeryError: as `merge_adapter` and `save_gguf`. There is no new file then.
     """
-    merge = prepare(model, adapter, dtype="float32", probe=probe, force=force, tied=tied)
-    most = (1e-2 if kind == "Q8_0" else 1e-3) if tolerance is None else tolerance
-    merged = add_in(merge, partial(rounding_of, kind=kind), most, force)
+    merge = _prepare(model, adapter, dtype="float32", probe=probe, force=force, tied=tied)
+    if tolerance is None:
+        tolerance = 1e-2 if kind == "Q8_0" else 1e-3
+    merge.add_in(partial(rounding_of, kind=kind), tolerance, force)
 
     def write(new: Path) -> tuple[Report, dict[str, Any]]:
         again, written = write_gguf_file(merge.model, new, merge.tokenizer, kind, "")
-        return written, merged.measure(again)
+        return written, merge.measure(again)
 
     written, effect = write_file(path, write)
-    summary = {"file": str(path), "layers": len(merged.rows), "base": merge.base, **effect}
+    summary = {"file": str(path), "layers": len(merge.rows), "base": merge.base, **effect}
     stored = {f"stored_as_{row['stored as']}": row["tensors"] for row in written.rows}
-    return Report(f"merged: {merge.title} into {model}", merged.rows, summary | stored)
+    return Report(f"merged: {merge.title} into {model}", merge.rows, summary | stored)
 
 
 PROBE_ROWS, PROBE_TOKENS = 4, 64
+WIDER = "merge with dtype='float32', or export with format='F32'"
 
 
 @dataclass
 class Merge:
-    """A merge that is about to happen: the adapted model, and all that its report will say.
+    """A merge, from the adapted model to the merged one and what its report says.
 
-    The model is float32; `dtypes` says what each of its tensors is to be written in, and `source`
-    what was opened; `base` is the hash of its weights.
+    Attributes:
+        model: float32, with the adapter until `add_in`.
+        tokenizer: of the model, if there is one.
+        dtypes: what each of its tensors is to be written in.
+        source: what was opened.
+        base: the hash of its weights.
+        adapter: the folder.
+        probe: ids (B, T) to measure on.
+        probed_on: what they are, in words.
+        rows: for each layer what became of its weight, after `add_in`.
+        adapted: the adapted model's logits, after `add_in`.
+        tolerance: the largest KL divergence that `measure` lets pass, after `add_in`; None: any.
     """
 
     model: SimpleGPT
@@ -285,6 +285,9 @@ class Merge:
     adapter: str
     probe: Tensor
     probed_on: str
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    adapted: Tensor = field(default_factory=lambda: torch.empty(0))
+    tolerance: float | None = None
 
     @property
     def title(self) -> str:
@@ -295,21 +298,60 @@ class Merge:
         """The sizes to expect."""
         own = [(plain_name(n), p) for n, p in self.model.named_parameters() if UPDATES not in n]
         size = sum(p.numel() * self.dtypes[name].itemsize for name, p in own)
-        names = sorted({dtype_name(self.dtypes[name]) for name, _ in own})
+        names = sorted({_name(self.dtypes[name]) for name, _ in own})
         return {"dtype": " and ".join(names), "model_bytes": size}
 
-    def round(self) -> None:
-        """Give each weight of the merged model the dtype that it is to be written in."""
+    def rounding(self, layer: str, _weight: Tensor) -> tuple[str, Rounding]:
+        """The dtype that a layer's weight is written in."""
+        dtype = self.dtypes[f"{layer}.weight"]
+        return _name(dtype), partial(round_to, dtype=dtype)
+
+    def add_in(self, rounding: RoundingOf, tolerance: float, force: bool) -> None:
+        """Merges the adapter in float32; then each weight gets the dtype it is to be written in.
+
+        Args:
+            rounding: what the file will make of a layer's weight, by name and weight, and its name.
+            tolerance: largest mean KL divergence that `measure` lets pass.
+            force: let pass whatever is measured.
+
+        Raises:
+            SurgeryError: every weight would be the number that it is without the adapter, or one
+                would be NaN or infinite.
+        """
+        self.tolerance = None if force else tolerance
+        logits = partial(logits_of, self.model, self.probe)
+        self.adapted, layers = logits(), lora_layers(self.model)
+        check_finite(self.adapted, self.model, logits, f"the model with {self.adapter}")
+        self.rows = merge_rows(layers, rounding)
+        if not force:
+            check_weights(self.rows, layers, self.adapter, WIDER)
+        check_undecided(self.model, layers)
+        merge_layers(self.model)  # the model is only here to be written: nothing is journaled
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])
 
+    def measure(self, again: SimpleGPT) -> dict[str, Any]:
+        """The effect on the logits of a model that was read again; it becomes float32.
 
-def dtype_name(dtype: torch.dtype) -> str:
+        Raises:
+            SurgeryError: it exceeds the tolerance, or the logits are not finite.
+        """
+        logits = partial(logits_of, again.float(), self.probe)
+        merged = logits()
+        check_finite(merged, again, logits, "the merged model")
+        effect = compare_logits(self.adapted, merged)
+        if self.tolerance is not None:
+            check_effect(effect, self.tolerance)
+        largest = {"largest_logit": float(self.adapted.abs().max())}
+        return {**effect, **largest, "measured_on": self.probed_on}
+
+
+def _name(dtype: torch.dtype) -> str:
     """As files write it: "float32"."""
     return str(dtype).removeprefix("torch.")
 
 
-def prepare(
+def _prepare(
     model: str | Path,
     adapter: str | Path,
     *,
@@ -318,7 +360,7 @@ def prepare(
     force: bool = False,
     tied: Tied | None = None,
 ) -> Merge:
-    """Open a model with an adapter on it, in float32; arguments as in `merge_adapter`."""
+    """Opens a model with an adapter on it, in float32; arguments as in `merge_adapter`."""
     network, tokenizer = open_model(model, "each")
     stored = {name: tensor.dtype for name, tensor in network.state_dict().items()}
     if dtype is None:
@@ -359,68 +401,3 @@ def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> t
                            "give a longer one, or none: then it is random tokens")  # fmt: skip
     ids = torch.tensor(encoded[: rows * length]).view(rows, length)
     return ids, f"{ids.numel()} tokens of the text given"
-
-
-WIDER = "merge with dtype='float32', or export with format='F32'"
-
-
-@dataclass(frozen=True)
-class Merged:
-    """A merge's effect on the weights, a row a layer, and the logits to compare its file with."""
-
-    rows: list[dict[str, Any]]
-    adapted: Tensor
-    probe: Tensor
-    probed_on: str
-    tolerance: float | None
-
-    def measure(self, again: SimpleGPT) -> dict[str, Any]:
-        """The effect on the logits of a model that was read again; it becomes float32.
-
-        Raises:
-            SurgeryError: it exceeds the tolerance, or the logits are not finite.
-        """
-        merged = logits_of(again.float(), self.probe)
-        check_finite(merged, again, partial(logits_of, again, self.probe), "the merged model")
-        effect = compare_logits(self.adapted, merged)
-        if self.tolerance is not None:
-            check_effect(effect, self.tolerance)
-        largest = {"largest_logit": float(self.adapted.abs().max())}
-        return {**effect, **largest, "measured_on": self.probed_on}
-
-
-def add_in(merge: Merge, rounding: RoundingOf, tolerance: float, force: bool) -> Merged:
-    """Merge the adapter of a prepared model, in float32; the model no longer carries it then.
-
-    Args:
-        merge: changed in place.
-        rounding: what the file will make of a layer's weight, by name and weight, and its name.
-        tolerance: largest mean KL divergence that `Merged.measure` lets pass.
-        force: let pass whatever is measured.
-
-    Raises:
-        SurgeryError: every weight would be the number that it is without the adapter, or one would
-            be NaN or infinite.
-    """
-    adapted, layers = logits_of(merge.model, merge.probe), lora_layers(merge.model)
-    again = partial(logits_of, merge.model, merge.probe)
-    check_finite(adapted, merge.model, again, f"the model with {merge.adapter}")
-    rows = merge_rows(layers, rounding)
-    if not force:
-        check_weights(rows, layers, merge.adapter, WIDER)
-    check_undecided(merge.model, layers)
-    merge_layers(merge.model)  # the model is only here to be written: nothing is journaled
-    return Merged(rows, adapted, merge.probe, merge.probed_on, None if force else tolerance)
-
-
-def leave_away(new: Path, place: Path) -> None:
-    """Drop the new files that `place` has already; of configs only one that says the same.
-
-    A run may lack any of them: a kill came before its checkpoint was shown at the top.
-    """
-    for path in [path for path in new.iterdir() if path.name != TENSORS]:
-        there = place / path.name
-        if path.is_dir() and there.is_dir():
-            shutil.rmtree(path)
-        elif there.is_file() and (path.name != CONFIG or read_json(there) == read_json(path)):
-            path.unlink()

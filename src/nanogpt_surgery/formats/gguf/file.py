@@ -32,18 +32,8 @@ _MAX_KEY = 1 << 16
 _MAX_ALIGNMENT = 1 << 20
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _NUMBERS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "B",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+    0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "B", 10: "Q", 11: "q", 12: "d"
+}  # fmt: skip
 
 PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
@@ -272,10 +262,8 @@ def _value(reader: _Reader, key: str, kind: int) -> Any:
 
 
 def _array(reader: _Reader, key: str) -> Any:
-    kind, length = (
-        reader.number("I", f"the type in {quoted(key)}"),
-        reader.number("Q", f"{quoted(key)}"),
-    )
+    kind = reader.number("I", f"the type in {quoted(key)}")
+    length = reader.number("Q", quoted(key))
     if kind == _STRING:
         if length > (reader.size - reader.place) // 8:
             raise reader.wrong(

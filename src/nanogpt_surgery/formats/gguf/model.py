@@ -16,15 +16,72 @@ from torch import Tensor
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
 from nanogpt_surgery.formats.gguf.file import PLAIN, GGUFFile, read_gguf
-from nanogpt_surgery.formats.gguf.names import FIELDS, ROPE_FACTORS, table
 from nanogpt_surgery.formats.gguf.tokenizer import tokenizer_of
-from nanogpt_surgery.formats.huggingface.name_map import each_layer
+from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
 from nanogpt_surgery.formats.huggingface.tokenizer_files import check_ids
 from nanogpt_surgery.formats.placing import Dtype, build_model, place
 from nanogpt_surgery.formats.stored_tensor import StoredTensor
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.embeddings import rotary_frequencies, scale_rope_frequencies
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+ROPE_FACTORS = "rope_freqs.weight"
+
+# Fields of GPTConfig and the metadata that hold them, after "<architecture>.".
+COMMON_FIELDS = {
+    "block_size": "context_length",
+    "n_embd": "embedding_length",
+    "n_layer": "block_count",
+    "n_inner": "feed_forward_length",
+    "n_head": "attention.head_count",
+}
+FIELDS = {
+    "gpt2": COMMON_FIELDS | {"norm_eps": "attention.layer_norm_epsilon"},
+    **dict.fromkeys(
+        ("llama", "qwen2", "qwen3"),
+        COMMON_FIELDS
+        | {
+            "n_kv_head": "attention.head_count_kv",
+            "norm_eps": "attention.layer_norm_rms_epsilon",
+            "rope_theta": "rope.freq_base",
+            "head_dim": "attention.key_length",
+        },
+    ),
+}
+
+_ATTENTION, _MLP = "layers.*.self_attn.", "layers.*.mlp."
+_OUTSIDE = [Row(("embed_tokens",), "token_embd"), Row(("norm",), "output_norm")]
+_BLOCK = [
+    Row(("layers.*.input_layernorm",), "blk.*.attn_norm"),
+    Row(("layers.*.post_attention_layernorm",), "blk.*.ffn_norm"),
+    Row((f"{_ATTENTION}o_proj",), "blk.*.attn_output"),
+    Row((f"{_MLP}up_proj",), "blk.*.ffn_up"),
+    Row((f"{_MLP}down_proj",), "blk.*.ffn_down"),
+]
+_HEAD = [Row(("lm_head",), "output")]
+
+
+def table(architecture: str, config: GPTConfig) -> list[Row]:
+    """The rows of an architecture, for `placing.place` and for writing.
+
+    llama.cpp rotates neighbouring numbers in a llama's heads, so q and k lie there with their pairs
+    side by side; in a qwen's they lie as ours.
+    """
+    if architecture == "gpt2":
+        fused = tuple(f"{_ATTENTION}{part}_proj" for part in "qkv")
+        own = [Row(("embed_positions",), "position_embd"), Row(fused, "blk.*.attn_qkv")]
+        return [*_OUTSIDE, *own, *_BLOCK, *_HEAD]
+    heads, kv_heads = (config.n_head, config.n_kv_head) if architecture == "llama" else (0, 0)
+    own = [
+        Row((f"{_ATTENTION}q_proj",), "blk.*.attn_q", interleaved=heads),
+        Row((f"{_ATTENTION}k_proj",), "blk.*.attn_k", interleaved=kv_heads),
+        Row((f"{_ATTENTION}v_proj",), "blk.*.attn_v"),
+        Row((f"{_ATTENTION}q_norm",), "blk.*.attn_q_norm"),
+        Row((f"{_ATTENTION}k_norm",), "blk.*.attn_k_norm"),
+        Row((f"{_MLP}gate_proj",), "blk.*.ffn_gate"),
+    ]
+    return [*_OUTSIDE, *own, *_BLOCK, *_HEAD]
+
 
 # Keys that change nothing in these architectures, and those that do so at other values than these.
 _IGNORED = frozenset(
@@ -56,6 +113,9 @@ _LISTED = frozenset(
     if isinstance(key, str) and key.startswith("{arch}.")
 )
 SCALING_KEY = "nanogpt_surgery.rope_scaling."
+SCALING_FIELDS = (
+    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"
+)  # fmt: skip
 
 
 def open_gguf(path: str | Path, dtype: Dtype) -> tuple[SimpleGPT, Tokenizer | None]:
@@ -81,7 +141,7 @@ def types_in(path: str | Path) -> dict[str, str]:
     file = read_gguf(path)
     family = family_of_file(file)
     config = config_of(file, family)
-    placements, _ = place(file.tensors, each_layer(table(family, config), config.n_layer))
+    placements = place(file.tensors, each_layer(table(family, config), config.n_layer))
     plain: dict[Any, GGMLQuantizationType] = {dtype: kind for kind, dtype in PLAIN.items()}
     return {
         name: (placement.stored.quantised or plain[placement.stored.dtype]).name
@@ -116,32 +176,29 @@ def config_of(file: GGUFFile, family: str) -> GPTConfig:
             result and is not one we have (all of them, by name).
     """
     with foreign_file(file.path, "its metadata"):
-        return _config_of(file, family)
-
-
-def _config_of(file: GGUFFile, family: str) -> GPTConfig:
-    metadata, tensors = file.metadata, file.tensors
-    _check_options(file, family)
-    values: dict[str, Any] = {}
-    for ours, key in FIELDS[family].items():
-        value = _scalar(metadata.get(f"{family}.{key}"))
-        if value is not None:
-            kind = float if ours in ("norm_eps", "rope_theta") else int
-            if type(value) not in (int, kind) or not 0 < value < 1 << 48:
-                raise SurgeryError(f"{file.path}: {family}.{key} is {quoted(value)}")
-            values[ours] = kind(value)
-    needed = [FIELDS[family][name] for name in ("n_embd", "n_layer", "n_head", "block_size")]
-    missing = [f"{family}.{key}" for key in needed if f"{family}.{key}" not in metadata]
-    missing += [name for name in ("token_embd.weight",) if name not in tensors]
-    if missing:
-        raise SurgeryError(f"{file.path} lacks {', '.join(missing)}")
-    usual = {axis: choices[0] for axis, choices in FAMILIES[family].items()}
-    axes = {
-        "vocab_size": tensors["token_embd.weight"].shape[0],
-        "tie_head": "output.weight" not in tensors,
-        "bias": _bias(tensors, family),
-    }
-    return _with_scaling(GPTConfig(**(usual | values | axes)), file, family)
+        metadata, tensors = file.metadata, file.tensors
+        _check_options(file, family)
+        values: dict[str, Any] = {}
+        for ours, key in FIELDS[family].items():
+            value = _scalar(metadata.get(f"{family}.{key}"))
+            if value is not None:
+                kind = float if ours in ("norm_eps", "rope_theta") else int
+                if type(value) not in (int, kind) or not 0 < value < 1 << 48:
+                    raise SurgeryError(f"{file.path}: {family}.{key} is {quoted(value)}")
+                values[ours] = kind(value)
+        needed = [FIELDS[family][name] for name in ("n_embd", "n_layer", "n_head", "block_size")]
+        missing = [f"{family}.{key}" for key in needed if f"{family}.{key}" not in metadata]
+        if "token_embd.weight" not in tensors:
+            missing.append("token_embd.weight")
+        if missing:
+            raise SurgeryError(f"{file.path} lacks {', '.join(missing)}")
+        usual = {axis: choices[0] for axis, choices in FAMILIES[family].items()}
+        axes = {
+            "vocab_size": tensors["token_embd.weight"].shape[0],
+            "tie_head": "output.weight" not in tensors,
+            "bias": _bias(tensors, family),
+        }
+        return _with_scaling(GPTConfig(**(usual | values | axes)), file, family)
 
 
 def _scalar(value: Any) -> Any:
@@ -245,8 +302,7 @@ def _with_scaling(config: GPTConfig, file: GGUFFile, family: str) -> GPTConfig:
 
 def _scalings(metadata: dict[str, Any], factor: float) -> list[RopeScaling]:
     found = [RopeScaling(factor, 1.0, 4.0, 8192)] if factor >= 1 else []
-    names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    own = [metadata.get(SCALING_KEY + name) for name in names]
+    own = [metadata.get(SCALING_KEY + name) for name in SCALING_FIELDS]
     if all(isinstance(value, (int, float)) for value in own):
         found.append(RopeScaling(own[0], own[1], own[2], int(own[3])))  # type: ignore[arg-type]
     return found

@@ -36,43 +36,41 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
         SurgeryError: it is of a kind that we do not have, or damaged.
     """
     with foreign_file("the GGUF file", PREFIX + "*"):
-        return _tokenizer_of(metadata)
-
-
-def _tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
-    own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
-    kind = own.get("model")
-    if kind in (None, "none", "no_vocab"):
-        return None
-    tokens = own.get("tokens")
-    if not isinstance(tokens, list):
-        raise SurgeryError(f"{PREFIX}tokens is missing")
-    types = _aligned(own, "token_type", tokens) or [NORMAL] * len(tokens)
-    special = {
-        i: kind == CONTROL for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)
-    }
-    if kind == "gpt2":
-        contents, add_bos = _byte_level(own, tokens, special)
-    elif kind == "rwkv":
-        return _characters(tokens, types)
-    elif kind == "llama":
-        contents, add_bos = _sentencepiece(own, tokens, types, special)
-    else:
-        raise SurgeryError(f"its tokenizer is of the kind {quoted(kind)}, which is not one we have")
-    ends = [_id(own, name, tokens) for name in ("eos_token_id", *TURN_ENDS)]
-    template = metadata.get(TEMPLATE)
-    tokenizer = PretrainedTokenizer(
-        contents,
-        bos_id=_id(own, "bos_token_id", tokens),
-        stop_ids=list(dict.fromkeys(i for i in ends if i is not None)),
-        add_bos=bool(own.get("add_bos_token", add_bos)),
-        chat_template=template if isinstance(template, str) else None,
-    )
-    for role, name in (("pad_token", "padding_token_id"), ("unk_token", "unknown_token_id")):
-        index = _id(own, name, tokens)
-        if index is not None:
-            tokenizer.special_tokens[role] = tokens[index]
-    return tokenizer
+        own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
+        kind = own.get("model")
+        if kind in (None, "none", "no_vocab"):
+            return None
+        tokens = own.get("tokens")
+        if not isinstance(tokens, list):
+            raise SurgeryError(f"{PREFIX}tokens is missing")
+        types = _aligned(own, "token_type", tokens) or [NORMAL] * len(tokens)
+        special = {
+            i: kind == CONTROL for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)
+        }
+        if kind == "gpt2":
+            contents, add_bos = _byte_level(own, tokens, special)
+        elif kind == "rwkv":
+            return _characters(tokens, types)
+        elif kind == "llama":
+            contents, add_bos = _sentencepiece(own, tokens, types, special)
+        else:
+            raise SurgeryError(
+                f"its tokenizer is of the kind {quoted(kind)}, which is not one we have"
+            )
+        ends = [_id(own, name, tokens) for name in ("eos_token_id", *TURN_ENDS)]
+        template = metadata.get(TEMPLATE)
+        tokenizer = PretrainedTokenizer(
+            contents,
+            bos_id=_id(own, "bos_token_id", tokens),
+            stop_ids=list(dict.fromkeys(i for i in ends if i is not None)),
+            add_bos=bool(own.get("add_bos_token", add_bos)),
+            chat_template=template if isinstance(template, str) else None,
+        )
+        for role, name in (("pad_token", "padding_token_id"), ("unk_token", "unknown_token_id")):
+            index = _id(own, name, tokens)
+            if index is not None:
+                tokenizer.special_tokens[role] = tokens[index]
+        return tokenizer
 
 
 def _byte_level(

@@ -7,6 +7,7 @@ multiple of that is written as F16, and the report says so.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -24,11 +25,18 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_file
 from nanogpt_surgery.formats.comparison import compare
-from nanogpt_surgery.formats.gguf.model import SCALING_KEY, open_gguf, rope_factors
-from nanogpt_surgery.formats.gguf.names import FIELDS, ROPE_FACTORS, table
+from nanogpt_surgery.formats.gguf.model import (
+    FIELDS,
+    ROPE_FACTORS,
+    SCALING_FIELDS,
+    SCALING_KEY,
+    open_gguf,
+    rope_factors,
+    table,
+)
 from nanogpt_surgery.formats.gguf.tokenizer_writing import Lost, write_tokenizer
-from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
-from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
+from nanogpt_surgery.formats.huggingface.config import OWN, family_of
+from nanogpt_surgery.formats.huggingface.name_map import each_layer
 from nanogpt_surgery.formats.placing import side_by_side
 from nanogpt_surgery.lora.merging import Rounding
 from nanogpt_surgery.lora.several import has_lora
@@ -120,7 +128,7 @@ def _write(
 ) -> tuple[dict[str, str], set[Lost]]:
     """Write the file; how each of our tensors was stored, and what of the tokenizer is lost."""
     with closing(GGUFWriter(path, family)) as writer:
-        write_metadata(writer, model.config, family)
+        _write_metadata(writer, model.config, family)
         writer.add_file_type(_FILE_TYPES[kind])
         writer.add_quantization_version(2)
         lost: set[Lost] = set()
@@ -136,12 +144,9 @@ def _write_tensors(writer: GGUFWriter, tensors: list[Named], kind: GGUFType) -> 
         chosen = _kind_of(name, tensor, kind)
         stored |= dict.fromkeys(ours, chosen.name)
         block, size = GGML_QUANT_SIZES[chosen]
-        n_bytes = tensor.numel() // block * size
-        shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)
-        is_float = chosen in (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
-        dtype = np.dtype(np.float32 if is_float else np.uint8)
-        raw = tuple(tensor.shape) if is_float else shape
-        writer.add_tensor_info(name, raw, dtype, n_bytes, raw_dtype=chosen)
+        shape = (*tensor.shape[:-1], tensor.shape[-1] // block * size)  # in bytes
+        dtype = np.dtype(np.uint8)
+        writer.add_tensor_info(name, shape, dtype, math.prod(shape), raw_dtype=chosen)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -159,15 +164,12 @@ def _named(model: SimpleGPT, family: str) -> Iterator[Named]:
         for end in ("weight", "bias"):
             ours = tuple(f"{name}.{end}" for name in row.ours)
             if ours[0] in tensors:
-                yield f"{row.theirs}.{end}", ours, _ordered([tensors[name] for name in ours], row)
+                parts = [tensors[name].detach() for name in ours]
+                joined = torch.cat(parts) if len(parts) > 1 else parts[0]
+                yield f"{row.theirs}.{end}", ours, side_by_side(joined, row.interleaved)
     scaling = model.config.rope_scaling
     if scaling is not None and scaling.rope_type == "llama3":
         yield ROPE_FACTORS, (), rope_factors(model.config)
-
-
-def _ordered(parts: list[Tensor], row: Row) -> Tensor:
-    tensor = parts[0].detach() if len(parts) == 1 else torch.cat(parts).detach()
-    return side_by_side(tensor, row.interleaved) if row.interleaved else tensor
 
 
 def _kind_of(name: str, tensor: Tensor, kind: GGUFType) -> GGMLQuantizationType:
@@ -184,8 +186,8 @@ def _packed(tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[Any]:
         return quantize(numbers, kind)
 
 
-def write_metadata(writer: GGUFWriter, config: GPTConfig, family: str) -> None:
-    """Returns a config under llama.cpp's names."""
+def _write_metadata(writer: GGUFWriter, config: GPTConfig, family: str) -> None:
+    """Writes a config under llama.cpp's names."""
     writer.add_type("model")
     writer.add_name("nanogpt-surgery")
     writer.add_uint32(f"{family}.vocab_size", config.vocab_size)
@@ -200,7 +202,5 @@ def write_metadata(writer: GGUFWriter, config: GPTConfig, family: str) -> None:
         writer.add_string(f"{family}.rope.scaling.type", "linear")
         writer.add_float32(f"{family}.rope.scaling.factor", config.rope_scaling.factor)
     elif config.rope_scaling is not None:
-        for name, value in vars(config.rope_scaling).items():
-            if name == "rope_type":
-                continue
-            writer.add_float32(SCALING_KEY + name, float(value))
+        for name in SCALING_FIELDS:
+            writer.add_float32(SCALING_KEY + name, float(getattr(config.rope_scaling, name)))

@@ -72,11 +72,6 @@ NAME_MAPS: dict[str, list[Row]] = {
 }
 
 
-def rows(family: str, n_layer: int) -> Iterator[Row]:
-    """The family's rows, those of layers once for each."""
-    yield from each_layer(NAME_MAPS[family], n_layer)
-
-
 def identity(names: Iterable[str]) -> list[Row]:
     """A table for tensors that carry our own names."""
     return [Row((module,), module) for module in {name.rpartition(".")[0]: None for name in names}]
@@ -88,28 +83,26 @@ def each_layer(table: Iterable[Row], n_layer: int) -> Iterator[Row]:
         yield from (row.at(i) for i in range(n_layer)) if "*" in row.theirs else [row]
 
 
-def to_theirs(tensors: dict[str, Tensor], family: str, n_layer: int) -> dict[str, Tensor]:
-    """Our tensors under the family's names and in its orientation."""
+def to_theirs(tensors: dict[str, Tensor], rows: Iterable[Row]) -> dict[str, Tensor]:
+    """Our tensors under a family's names and in its orientation."""
     left = dict(tensors)
     converted: dict[str, Tensor] = {}
-    for row in rows(family, n_layer):
+    for row in rows:
         for kind in ("weight", "bias"):
             parts = [left.pop(f"{name}.{kind}") for name in row.ours if f"{name}.{kind}" in left]
             if parts:
                 assert len(parts) == len(row.ours), f"{row.theirs} has only some of its parts"
                 joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-                converted[f"{row.theirs}.{kind}"] = _turned(joined, row, kind)
-    assert not left, f"no name in the family {family} for {sorted(left)}"
+                converted[f"{row.theirs}.{kind}"] = _turned(joined, row, kind).contiguous()
+    assert not left, f"no name in the family for {sorted(left)}"
     return converted
 
 
-def to_ours(
-    tensors: dict[str, Tensor], family: str, n_layer: int
-) -> tuple[dict[str, Tensor], list[str]]:
-    """The inverse of `to_theirs`, and the names that the family does not have."""
+def to_ours(tensors: dict[str, Tensor], rows: Iterable[Row]) -> tuple[dict[str, Tensor], list[str]]:
+    """The inverse of `to_theirs`, as views, and the names that the family does not have."""
     left = dict(tensors)
     converted: dict[str, Tensor] = {}
-    for row in rows(family, n_layer):
+    for row in rows:
         for kind in ("weight", "bias"):
             joined = left.pop(f"{row.theirs}.{kind}", None)
             if joined is not None:
@@ -136,4 +129,4 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 def _turned(tensor: Tensor, row: Row, kind: str) -> Tensor:
     turns = row.conv1d and kind == "weight" and tensor.dim() == 2
-    return tensor.t().contiguous() if turns else torch.atleast_1d(tensor)
+    return tensor.t() if turns else torch.atleast_1d(tensor)

@@ -24,10 +24,11 @@ from tokenizers import AddedToken
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
 from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.formats.huggingface.config import CONFIG
 
 TOKENIZER_CONFIG = "tokenizer_config.json"
 SPECIAL_TOKENS_MAP, ADDED_TOKENS = "special_tokens_map.json", "added_tokens.json"
-GENERATION_CONFIG, CONFIG = "generation_config.json", "config.json"
+GENERATION_CONFIG = "generation_config.json"
 
 # In the order in which transformers adds what is missing.
 ROLES = tuple(f"{role}_token" for role in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))

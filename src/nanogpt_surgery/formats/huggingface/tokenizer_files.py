@@ -150,7 +150,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
         SurgeryError: the tokenizer has no `tokenizer.json`, the folder holds something else, or
             what was written encodes otherwise. There is no new folder then.
     """
-    from nanogpt_surgery.formats.tokenizer_comparison import check_tokenizer
+    from nanogpt_surgery.formats.comparison import check_tokenizer
 
     def write(new: Path) -> None:
         write_tokenizer_files(tokenizer, new)

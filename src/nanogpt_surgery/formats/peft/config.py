@@ -1,20 +1,33 @@
-"""`adapter_config.json`: what PEFT writes into it and what may stand there."""
+"""`adapter_config.json` and `surgery.json`: what is written into them and what may stand there.
+
+`surgery.json` holds what PEFT's files have no place for, beside them, where its readers do not
+look: the fingerprint of the base, what was chosen for tied weights, and what fused matrices and
+PiSSA's updates were put together from. A folder without it is an adapter all the same. (As metadata
+in the safetensors file it would not do: its order, and with it the hash, changes each time.)
+
+Alphas are given by patterns, each a regular expression for a layer's name or its ending, and some
+expressions keep a backtracking matcher such as Python's busy for ever. Names, escaped or not, are
+looked up in a table; any other expression is matched by Rust's automata, which read each character
+of a name once (Thompson, 1968) and which tiktoken brings.
+"""
 
 from __future__ import annotations
 
+import math
 import re
+import time
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, get_args
 
 from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
 from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
-from nanogpt_surgery.formats.peft.patterns import Patterns
-from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.lora.stored_adapter import Updates
-from nanogpt_surgery.values import NOT_0, SHARE, SWITCH, TABLE, Kind, wrong_values
+from nanogpt_surgery.lora.settings import LoRASettings, Tied
+from nanogpt_surgery.lora.stored_adapter import FusedParts, RankAndAlpha, StoredAdapter
+from nanogpt_surgery.values import NOT_0, SHARE, SIZE, SWITCH, TABLE, Kind, wrong_values
 
 CONFIG = "adapter_config.json"
 LARGEST_CONFIG = 8 << 20  # bytes; an adapter of 25,000 layers, each with an alpha, has half of it
@@ -40,13 +53,20 @@ _HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 def config_for(
-    updates: Updates,
-    whole: Iterable[str],
+    adapter: StoredAdapter,
     base: str = "",
     fan_in_fan_out: bool = False,
     task: str | None = "CAUSAL_LM",
 ) -> dict[str, Any]:
-    """The contents of the file for these updates, and modules replaced whole."""
+    """The contents of `adapter_config.json` for an adapter under the names of the base.
+
+    Args:
+        adapter: with the names of the model that PEFT will load it on.
+        base: name or path of the base model, for information.
+        fan_in_fan_out: the base stores its matrices transposed (GPT-2's Conv1D).
+        task: PEFT's task_type, by which it chooses what it wraps the base in; None for any module.
+    """
+    updates = adapter.updates
     ranks = {name: update.rank for name, update in updates.items()}
     alphas = {name: update.alpha for name, update in updates.items()}
     rank, rank_pattern = _usual(ranks, LoRASettings.rank)
@@ -66,7 +86,7 @@ def config_for(
         "fan_in_fan_out": fan_in_fan_out,
         "use_rslora": any(update.rslora for update in updates.values()),
         "use_dora": any(update.magnitude is not None for update in updates.values()),
-        "modules_to_save": sorted(whole) or None,
+        "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
         "init_lora_weights": True,
         "inference_mode": True,
     }
@@ -165,3 +185,226 @@ def _check_unknown(config: dict[str, Any], folder: Path) -> None:
             "is not supported",
             MERGE_IN_PEFT,
         )
+
+
+EXTRAS = "surgery.json"
+# In the file an update's initial rank and alpha are called its birth, fused parts pieces.
+
+
+def extras_of(adapter: StoredAdapter) -> dict[str, Any]:
+    """The contents of the file for an adapter."""
+    updates = adapter.updates
+    return {
+        "fingerprint": adapter.fingerprint,
+        "tied": adapter.tied,
+        "births": {name: u.initial for name, u in updates.items() if u.initial},
+        "pieces": {name: u.fused_parts for name, u in updates.items() if u.fused_parts},
+    }
+
+
+def _is_rank_and_alpha(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and SIZE[1](value[0]) and NOT_0[1](value[1])
+
+
+def _is_fused_part(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 3:
+        return value is None
+    return _is_rank_and_alpha(value[:2]) and (value[2] is None or _is_rank_and_alpha(value[2]))
+
+
+_TIED = Kind(
+    f"null or one of {', '.join(get_args(Tied))}",
+    lambda x: x in (None, *get_args(Tied)),
+)
+_ENTRIES: dict[str, Kind] = {
+    "fingerprint": Kind("a sha256", lambda x: isinstance(x, str)),
+    "births": Kind("[rank, alpha]", _is_rank_and_alpha),
+    "pieces": Kind(
+        "a list, each null or [rank, alpha, null or [rank, alpha]]",
+        lambda x: isinstance(x, list) and all(_is_fused_part(part) for part in x),
+    ),
+}
+
+
+def read_extras(path: Path) -> dict[str, Any]:
+    """The contents of the file, or nothing where there is none.
+
+    Raises:
+        SurgeryError: a value is not of its kind (all of them at once).
+    """
+    extras = read_json(path, LARGEST_CONFIG) if path.is_file() else {}
+    problems = wrong_values(TABLE, {"the whole": extras})
+    if not problems:
+        problems = wrong_values(_TIED, {"tied": extras.get("tied")})
+        for key, kind in _ENTRIES.items():
+            table = extras.get(key)
+            problems += wrong_values(TABLE, {key: table}) or wrong_values(
+                kind, {f"{key} of {quoted(name)}": value for name, value in (table or {}).items()}
+            )
+    if problems:
+        raise SurgeryError(f"{path} is damaged: {'; '.join(problems[:12])}", f"rm {path}")
+    return with_current_modules(extras)
+
+
+def fused_parts_of(
+    extras: dict[str, Any], name: str, rank: int
+) -> tuple[RankAndAlpha | None, FusedParts | None]:
+    """The initial rank and alpha of a layer's update, and the parts that it was fused from.
+
+    Raises:
+        SurgeryError: it does not add up to the rank.
+    """
+    initial = (extras.get("births") or {}).get(name)
+    parts = (extras.get("pieces") or {}).get(name) or []
+    found = [part for part in parts if part is not None]
+    initials = [(rank, initial), *((whole, one) for whole, _, one in found)]
+    adds_up = not parts or sum(whole for whole, _, _ in found) == rank
+    if not adds_up or any(one and one[0] >= whole for whole, one in initials):
+        raise SurgeryError(
+            f"{EXTRAS} and the rank {rank} of {name} do not agree", f"delete that {EXTRAS}"
+        )
+    read = tuple(part and (*part[:2], _rank_and_alpha(part[2])) for part in parts)
+    return _rank_and_alpha(initial), read or None
+
+
+def _rank_and_alpha(value: list[Any] | None) -> RankAndAlpha | None:
+    return None if value is None else (int(value[0]), float(value[1]))
+
+
+LONGEST_PATTERN = 1_000  # characters
+_MOST_STATES = 5_000  # of one expression: its characters, repeated as it says
+_MOST_EXPRESSIONS = 500  # beside the names
+_MOST_SECONDS = 5.0  # of the processor, for all patterns of a file
+
+Layout: TypeAlias = tuple[int, tuple[int, ...], bool]  # length, wildcards, only for whole names
+
+
+class Patterns:
+    """The values of a table of patterns; the first pattern that matches counts, as in PEFT.
+
+    Raises:
+        SurgeryError: a pattern is no regular expression, or one that we do not read.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        self._values = list(values.values())
+        self._seconds = 0.0
+        self._plain: dict[Layout, dict[str, int]] = {}
+        self._layouts: dict[int, list[Layout]] = {}  # by length
+        self._expressions: list[tuple[int, Callable[[str], bool]]] = []
+        for order, pattern in enumerate(values):
+            plain = _plain(pattern)
+            if plain is not None:
+                self._add(order, *plain)
+                continue
+            self._expressions.append((order, _expression(pattern)))
+            if len(self._expressions) > _MOST_EXPRESSIONS:
+                raise SurgeryError(f"more than {_MOST_EXPRESSIONS} patterns are no plain names")
+
+    def _add(self, order: int, text: str, layout: Layout) -> None:
+        if layout not in self._plain:
+            self._plain[layout] = {}
+            self._layouts.setdefault(len(text), []).append(layout)
+        self._plain[layout].setdefault(text, order)
+
+    def value(self, name: str, default: Any) -> Any:
+        """The value of the first pattern that is a layer's name or its ending.
+
+        Raises:
+            SurgeryError: the patterns of the table take too long.
+        """
+        if not self._values:
+            return default
+        start = time.process_time()
+        found = min(self._named(name), default=len(self._values))
+        before = (entry for entry in self._expressions if entry[0] < found)
+        found = next((order for order, matches in before if matches(name)), found)
+        self._seconds += time.process_time() - start
+        if self._seconds > _MOST_SECONDS:
+            raise SurgeryError("its patterns take too long to match with its layers' names")
+        return self._values[found] if found < len(self._values) else default
+
+    def _named(self, name: str) -> Iterator[int]:
+        """The places of those patterns without operators that match."""
+        for start in _starts(name):
+            ending = name[start:]
+            for layout in self._layouts.get(len(ending), ()):
+                _, wildcards, whole = layout
+                if start == 0 or not whole:
+                    masked = list(ending)
+                    for place in wildcards:
+                        masked[place] = "."
+                    order = self._plain[layout].get("".join(masked))
+                    if order is not None:
+                        yield order
+
+
+def _starts(name: str) -> list[int]:
+    """Where an ending of a name begins: at the first character, and after every dot."""
+    return [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
+
+
+_OPERATOR = re.compile(r"[\\^$*+?{}\[\]|()]")
+
+
+def _plain(pattern: str) -> tuple[str, Layout] | None:
+    """A pattern without operators but for ^ at the beginning and dots, each any character."""
+    if not _OPERATOR.search(pattern):
+        dots = tuple(found.start() for found in re.finditer(r"\.", pattern))
+        return pattern, (len(pattern), dots, False)
+    whole = pattern.startswith("^")
+    rest = iter(pattern[1:] if whole else pattern)
+    text, wildcards = "", []
+    for character in rest:
+        if character == "\\":
+            character = next(rest, "a")
+            if character.isalnum():
+                return None
+        elif character == ".":
+            wildcards.append(len(text))
+        elif _OPERATOR.match(character):
+            return None
+        text += character
+    return text, (len(text), tuple(wildcards), whole)
+
+
+_REPEATS = re.compile(r"\{(\d*),?(\d*)\}")
+# Look-around, back-references and the like, for which no matcher is bounded.
+_UNBOUNDED = re.compile(r"\(\?(?!:|P<)|\\[^\W_dDwWsS]|[*+?}]\+")
+_BYTES = {bytes([byte]): byte for byte in range(256)}
+
+
+def _expression(pattern: str) -> Callable[[str], bool]:
+    """Whether a name or its ending matches, as PEFT has it.
+
+    Tiktoken cuts a text into the matches of an expression and leaves out what is between them: of a
+    name that matches as a whole, and of no other, every byte becomes an id.
+    """
+    import tiktoken  # few adapters have expressions
+
+    if len(pattern) > LONGEST_PATTERN:
+        raise SurgeryError(
+            f"the pattern {quoted(pattern)} has {len(pattern):,} characters; the limit is "
+            f"{LONGEST_PATTERN:,}"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")  # sets that other readers, Rust's too, read otherwise
+            re.compile(f"^(.*\\.)?({pattern})$")
+    except (re.error, OverflowError, RecursionError, Warning) as error:
+        raise SurgeryError(
+            f"the pattern {quoted(pattern)} is not a regular expression: {error}"
+        ) from None
+    repeats = [max(1, int(least or 0), int(most or 0)) for least, most in _REPEATS.findall(pattern)]
+    if len(pattern) * math.prod(repeats) > _MOST_STATES:
+        raise SurgeryError(f"the pattern {quoted(pattern)} repeats too much to be matched")
+    whole = "^(?:.*\\.)?(?:" + re.sub(r"\{,(\d+)\}", r"{0,\1}", pattern) + ")$"
+    try:
+        if _UNBOUNDED.search(pattern):
+            raise ValueError
+        matcher = tiktoken.Encoding("", pat_str=whole, mergeable_ranks=_BYTES, special_tokens={})
+    except ValueError:
+        raise SurgeryError(
+            f"the pattern {quoted(pattern)} is not matched in bounded time and is not supported"
+        ) from None
+    return lambda name: len(matcher.encode_ordinary(name)) == len(name.encode()) > 0

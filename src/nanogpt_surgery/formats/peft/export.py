@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from gguf import GGUFWriter
@@ -20,11 +21,12 @@ from nanogpt_surgery.files.atomic import write_file, write_folder
 from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.files.writing import write_tensors
 from nanogpt_surgery.formats.gguf.file import read_gguf
-from nanogpt_surgery.formats.gguf.names import table
-from nanogpt_surgery.formats.huggingface.model_folder import OWN, family_of
-from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
-from nanogpt_surgery.formats.peft.fused_update import Factors, block_diagonal
+from nanogpt_surgery.formats.gguf.model import table
+from nanogpt_surgery.formats.huggingface.config import OWN, family_of
+from nanogpt_surgery.formats.huggingface.name_map import each_layer
+from nanogpt_surgery.formats.peft.layout import Factors, block_diagonal
 from nanogpt_surgery.formats.placing import side_by_side
+from nanogpt_surgery.lora.inject import bare_layer
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -91,13 +93,14 @@ def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
     if family == "gpt2" or others:
         what = "GPT-2" if family == "gpt2" else ", ".join(others)
         raise SurgeryError(f"an MLX adapter has no place for {what}", "merge_lora(model) instead")
-    tensors = dict(_mlx_tensors(model, factors))
-    first = min(int(name.split(".")[1]) for name in factors)
+    layers = range(min(int(name.split(".")[1]) for name in factors), model.config.n_layer)
+    rank = max(a.size(0) for a, _ in factors.values())
+    tensors = dict(_mlx_tensors(factors, layers, rank))
     config = {
         "fine_tune_type": "lora",
-        "num_layers": model.config.n_layer - first,
+        "num_layers": len(layers),
         "lora_parameters": {
-            "rank": max(a.size(0) for a, _ in factors.values()),
+            "rank": rank,
             "scale": 1.0,
             "dropout": 0.0,
             "keys": sorted({name.split(".", 2)[2] for name in factors}),
@@ -117,12 +120,12 @@ def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
     write_folder(folder, write)
 
 
-def _mlx_tensors(model: SimpleGPT, factors: dict[str, Factors]) -> Iterator[tuple[str, Tensor]]:
-    """A (in, R) and B (R, out) of every adapted projection, in every layer from the first."""
-    rank = max(a.size(0) for a, _ in factors.values())
-    first = min(int(name.split(".")[1]) for name in factors)
+def _mlx_tensors(
+    factors: dict[str, Factors], layers: range, rank: int
+) -> Iterator[tuple[str, Tensor]]:
+    """A (in, R) and B (R, out) of every adapted projection, in every one of the layers."""
     shapes = {name.split(".", 2)[2]: (a.size(1), b.size(0)) for name, (a, b) in factors.items()}
-    for layer in range(first, model.config.n_layer):
+    for layer in layers:
         for key, (n_in, n_out) in shapes.items():
             a, b = torch.zeros(n_in, rank), torch.zeros(rank, n_out)
             if (update := factors.get(f"layers.{layer}.{key}")) is not None:
@@ -174,18 +177,9 @@ def _named(
     for row in each_layer(table(family, model.config), model.config.n_layer):
         parts = [factors.get(name) for name in row.ours]
         if any(part is not None for part in parts):
-            yield f"{row.theirs}.weight", _joined(parts, row, model)
-
-
-def _joined(parts: list[Factors | None], row: Row, model: SimpleGPT) -> Factors:
-    """One update of a fused matrix: the A's stacked, the B's on a block diagonal."""
-    present = [part for part in parts if part is not None]
-    if len(parts) == 1:
-        a, b = present[0]
-        return a, side_by_side(b, row.interleaved) if row.interleaved else b
-    config = model.config
-    heads = [config.n_head if n.endswith("q_proj") else config.n_kv_head for n in row.ours]
-    return block_diagonal(parts, [n * config.head_dim for n in heads])
+            layers: list[Any] = [bare_layer(model, name) for name in row.ours]
+            a, b = block_diagonal(parts, [layer.out_features for layer in layers])
+            yield f"{row.theirs}.weight", (a, side_by_side(b, row.interleaved))
 
 
 def _check(factors: dict[str, Factors], found: dict[str, Factors]) -> None:
