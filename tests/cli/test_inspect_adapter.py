@@ -8,12 +8,12 @@ import torch
 from helpers.adapters import adapted, change_config, unsealed
 from helpers.commands import called
 from helpers.models import FAMILY_CONFIGS, tiny_model
-from nanogpt_surgery.formats.peft.reading import TENSORS, read_adapter
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from nanogpt_surgery import inject_lora, save_adapter
+from nanogpt_surgery.formats.peft.reading import TENSORS, read_adapter
 
 
 @pytest.mark.parametrize("known", [True, False])
