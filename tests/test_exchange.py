@@ -7,11 +7,10 @@ import pytest
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.files.atomic import whole_file, whole_folder
 from nanogpt_surgery.files.disk_errors import disk_refuses
-from nanogpt_surgery.files.exchange import SetAsideError, exchange, set_aside
-from nanogpt_surgery.files.temporary import remove_temporaries
+from nanogpt_surgery.files.writing import SetAsideError, exchange, remove_temporaries, set_aside
 from nanogpt_surgery.history.folder_history import FolderOperation, operate, undo_folder
 
-IN_ONE_STEP = "nanogpt_surgery.files.exchange._in_one_step"
+IN_ONE_STEP = "nanogpt_surgery.files.writing._in_one_step"
 
 
 @pytest.fixture

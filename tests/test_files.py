@@ -10,22 +10,23 @@ import pytest
 import torch
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.files.atomic import whole_folder
-from nanogpt_surgery.files.disk_errors import disk_refuses
-from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
-from nanogpt_surgery.files.manifest import (
+from nanogpt_surgery.files.atomic import (
     MANIFEST,
     check_undamaged,
     damage,
     file_hash,
     seal,
+    whole_folder,
 )
-from nanogpt_surgery.files.temporary import (
+from nanogpt_surgery.files.disk_errors import disk_refuses
+from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
+from nanogpt_surgery.files.writing import (
     is_temporary,
+    link_or_copy,
     remove_temporaries,
     temporary_beside,
+    write_tensors,
 )
-from nanogpt_surgery.files.writing import link_or_copy, write_tensors
 
 
 def written(goal, **files):

@@ -12,7 +12,7 @@ import pytest
 from helpers.commands import called, surgery
 
 from nanogpt_surgery import generate, inject_lora, open_model, save_adapter
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SMALL = "--n-embd 16 --n-head 2 --n-layer 2 --block-size 12 --batch-size 4 --warmup-steps 1".split()

@@ -16,7 +16,7 @@ from nanogpt_surgery.cli.framework.app import run
 from nanogpt_surgery.data.text import preparation, token_files
 from nanogpt_surgery.data.text.processes import in_processes
 from nanogpt_surgery.data.text.token_files import open_tokens
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 
 TEXT = "".join(f"verse {i}: to be or not to be, {i * i} times\n" for i in range(120))
 OTHER = "".join(f"rule {i} of the other text is {i % 7}\n" for i in range(90))

@@ -12,7 +12,7 @@ import pytest
 import torch
 from helpers.commands import called
 
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.training.step import Step
 

@@ -10,7 +10,7 @@ from helpers.models import tiny_model
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, inject_lora, save_adapter, save_model
 from nanogpt_surgery.cli.framework.app import run as surgery
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.peft import writing
 from nanogpt_surgery.formats.peft.config import config_for
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix

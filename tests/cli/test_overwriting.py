@@ -10,7 +10,7 @@ from helpers.tokenizers import byte_level
 
 from nanogpt_surgery import GPTConfig, inject_lora, save_adapter, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 
 CONFIG = GPTConfig.for_family(
     "llama", vocab_size=300, n_embd=24, n_head=6, n_kv_head=2, n_layer=2, block_size=40

@@ -12,7 +12,7 @@ import pytest
 from helpers.commands import called
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.runs import data
 from nanogpt_surgery.training.distributed import World
 

@@ -22,7 +22,7 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.data.text.corpus import split_by_position
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.training.recipes import MUON, further_values
 from nanogpt_surgery.training.step import Step

@@ -18,7 +18,7 @@ from nanogpt_surgery import (
     open_model,
     save_model,
 )
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.runs import save_interval
 from nanogpt_surgery.runs.checkpoints import RunFolder
 from nanogpt_surgery.runs.length import with_length

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, GenerationConfig
 
 from nanogpt_surgery import GPTConfig, open_model, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.files.manifest import MANIFEST
+from nanogpt_surgery.files.atomic import MANIFEST
 
 GENERATION = {
     "do_sample": True,

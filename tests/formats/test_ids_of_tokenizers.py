@@ -12,7 +12,7 @@ from helpers.tokenizers import byte_level
 from nanogpt_surgery import GPTConfig, open_model, save_model
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import stop_ids
-from nanogpt_surgery.files.manifest import MANIFEST
+from nanogpt_surgery.files.atomic import MANIFEST
 
 SIZE = 300
 

@@ -19,7 +19,7 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
-from nanogpt_surgery.files.manifest import MANIFEST
+from nanogpt_surgery.files.atomic import MANIFEST
 from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
 from nanogpt_surgery.history.folder_history import undo_folder
 from nanogpt_surgery.lora.several import lora_layers

@@ -17,7 +17,7 @@ from nanogpt_surgery import (
     open_model,
     save_adapter,
 )
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.formats.model_file import write_model_files

@@ -18,8 +18,8 @@ from nanogpt_surgery import (
     save_mlx_adapter,
     save_model,
 )
+from nanogpt_surgery.files.atomic import damage
 from nanogpt_surgery.files.disk_errors import ATTEMPTS, NotFlushedError
-from nanogpt_surgery.files.manifest import damage
 from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
 from nanogpt_surgery.history.folder_history import hashes_of, read_journal, undo_folder
 

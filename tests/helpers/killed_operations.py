@@ -13,8 +13,8 @@ import sys
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import exchange
-from nanogpt_surgery.files.manifest import damage, seal
+from nanogpt_surgery.files import writing as exchange
+from nanogpt_surgery.files.atomic import damage, seal
 from nanogpt_surgery.history.folder_history import (
     FolderOperation,
     hashes_of,

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
 from nanogpt_surgery.runs.checkpoints import RunFolder, open_run_folder
 from nanogpt_surgery.training.step import Step

@@ -7,7 +7,7 @@ import torch
 from helpers.adapters import adapted, train_updates
 from helpers.models import CONFIGS, random_ids, tiny_model
 from nanogpt_surgery import inject_lora, open_model, save_adapter, save_model
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 
 
 def model_and_adapter(place):

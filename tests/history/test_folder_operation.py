@@ -21,8 +21,8 @@ from nanogpt_surgery import (
     save_adapter,
     save_model,
 )
+from nanogpt_surgery.files.atomic import MANIFEST, damage
 from nanogpt_surgery.files.json_files import write_json
-from nanogpt_surgery.files.manifest import MANIFEST, damage
 from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.history.folder_history import (
@@ -161,7 +161,7 @@ def test_a_kill_at_any_call_leaves_the_old_state_or_the_new(tmp_path, way):
 
 
 def test_where_the_system_cannot_exchange_renames_do(place, monkeypatch):
-    monkeypatch.setattr("nanogpt_surgery.files.exchange._in_one_step", lambda *_: False)
+    monkeypatch.setattr("nanogpt_surgery.files.writing._in_one_step", lambda *_: False)
     model, first = place / "model", bytes_of(place / "model")
     merge_adapter(model, place / "adapter")
     assert bytes_of(model) != first

@@ -24,7 +24,7 @@ from nanogpt_surgery import (
     open_model,
     save_model,
 )
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.run_folder import (
     best_checkpoint,
     checkpoints,

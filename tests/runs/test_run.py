@@ -8,7 +8,7 @@ import torch
 from helpers.training import DATASET, SETTINGS, TOKENIZER, VALIDATION, hashes, model_of
 
 from nanogpt_surgery import LoRASettings, Run, SurgeryError, Training, inject_lora, open_model
-from nanogpt_surgery.files.manifest import file_hash
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
 from nanogpt_surgery.history.folder_history import read_journal
 from nanogpt_surgery.runs.description import RunDiffersError

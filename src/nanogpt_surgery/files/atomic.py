@@ -1,4 +1,4 @@
-"""Folders and files written whole or not at all.
+"""Folders and files written whole or not at all, and the manifest by which damage is noticed.
 
 The order is: a temporary folder beside the goal, every file flushed to the disk, `MANIFEST.json`
 with the size and sha256 of each, then one rename; where a folder is replaced, the two change
@@ -8,19 +8,26 @@ beside it, under a name that begins with `.tmp-`.
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.disk_errors import UnwrittenError, disk_refuses, make_folder, tried_again
-from nanogpt_surgery.files.exchange import exchange
-from nanogpt_surgery.files.manifest import check_own_file, check_own_folder, seal
-from nanogpt_surgery.files.temporary import temporary_beside
-from nanogpt_surgery.files.writing import flush, flush_place
+from nanogpt_surgery.files.disk_errors import (
+    UnwrittenError,
+    disk_refuses,
+    make_folder,
+    tried_again,
+    writing,
+)
+from nanogpt_surgery.files.json_files import read_json, write_json
+from nanogpt_surgery.files.writing import exchange, flush, flush_place, replacing, temporary_beside
 
+MANIFEST = "MANIFEST.json"
 T = TypeVar("T")
 
 
@@ -113,22 +120,13 @@ def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
     goal = Path(goal)
     check_own_file(goal, magic)
     make_folder(goal.parent)
-    temporary = temporary_beside(goal)
     try:
-        yield temporary
-        flush(temporary)
-        temporary.replace(goal)
+        with replacing(goal) as temporary:
+            yield temporary
+            flush(temporary)
         flush_place(goal)
     except OSError as error:
-        _remove(temporary)  # first: what it took is free again
         raise disk_refuses(goal, error) from error
-    finally:
-        _remove(temporary)
-
-
-def _remove(file: Path) -> None:
-    with suppress(OSError):
-        file.unlink()
 
 
 def _put_in_place(temporary: Path, goal: Path) -> None:
@@ -148,3 +146,81 @@ def _put_in_place(temporary: Path, goal: Path) -> None:
 
 def _contents(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def check_own_file(goal: Path, magic: bytes = b"GGUF") -> None:
+    """Raise `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
+    with writing(goal):
+        if goal.exists() and not _begins_with(goal, magic):
+            raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
+
+
+def _begins_with(path: Path, magic: bytes) -> bool:
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(len(magic)) == magic
+
+
+def check_own_folder(goal: Path) -> None:
+    """Raise `SurgeryError` if anything but a sealed or an empty folder lies at `goal`."""
+    with writing(goal):
+        if not goal.exists() or (goal / MANIFEST).is_file():
+            return
+        if not goal.is_dir() or any(goal.iterdir()):
+            raise SurgeryError(
+                f"{goal} exists and was not written by this program", "choose a new folder"
+            )
+
+
+def seal(folder: Path) -> None:
+    """Flush every file of a folder to the disk and write its manifest; folders in it stay out."""
+    files = {}
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        flush(path)
+        files[path.name] = {"size": path.stat().st_size, "sha256": file_hash(path)}
+    versions = {name: version(name) for name in ("nanogpt-surgery", "torch")}
+    write_json(folder / MANIFEST, {"files": files, "versions": versions})
+    flush(folder / MANIFEST)
+    flush(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """Says in words what is wrong with a sealed folder; None if nothing is."""
+    manifest = folder / MANIFEST
+    if not manifest.is_file():
+        return f"{MANIFEST} is missing"
+    try:
+        files = read_json(manifest)["files"]
+        expected = {name: (entry["size"], entry["sha256"]) for name, entry in files.items()}
+    except (SurgeryError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    for name, (size, sha256) in expected.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size:,} bytes instead of {size:,}"
+        try:
+            changed = file_hash(path) != sha256
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
+        if changed:
+            return f"{name} has changed since it was written (its sha256 differs)"
+    return None
+
+
+def check_undamaged(folder: Path) -> None:
+    """Raise `SurgeryError` if a folder carries a manifest and differs from it."""
+    if (folder / MANIFEST).is_file() and (problem := damage(folder)):
+        raise SurgeryError(f"{folder} is damaged: {problem}", "restore it from a copy")
+
+
+def file_hash(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+
+    def digest() -> str:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    return tried_again(digest)

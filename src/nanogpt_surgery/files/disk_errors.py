@@ -5,18 +5,19 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.exchange import SetAsideError
 
-if TYPE_CHECKING:
-    pass
+T = TypeVar("T")
+ATTEMPTS = 3
+_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+_is_dir = os.path.isdir  # unlike the method of a path, False where looking is not allowed
+_PAUSE = 0.1  # seconds before the second attempt, twice as many before each later one
 
 
 class UnwrittenError(OSError):
@@ -25,6 +26,14 @@ class UnwrittenError(OSError):
     def __init__(self, error: OSError, path: Path, needed: int):
         super().__init__(error.errno, error.strerror or str(error), str(path))
         self.needed = needed
+
+
+class SetAsideError(OSError):
+    """A folder could not be put back where it was; `aside` is where it lies, untouched."""
+
+    def __init__(self, error: OSError, aside: Path):
+        super().__init__(error.errno, error.strerror or str(error))
+        self.aside = aside
 
 
 class NotFlushedError(SurgeryError):
@@ -74,7 +83,7 @@ def _facts(goal: Path, error: OSError, needed: int | None) -> tuple[str, str]:
         case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
             return _space(goal, error, needed), _SPACE_HINTS[error.errno]
         case errno.EACCES | errno.EPERM:
-            own = goal if _is_there(goal) and not os.access(goal, os.W_OK) else there
+            own = goal if os.path.lexists(goal) and not os.access(goal, os.W_OK) else there
             return f"no permission for {own}", f"ls -ld {own} shows whose it is; or {elsewhere}"
         case errno.EROFS:
             return f"{there} is on a read-only file system", elsewhere
@@ -130,30 +139,7 @@ def free_bytes(path: Path) -> int:
 def _file_in_the_way(path: Path) -> Path | None:
     """Returns the file that stands where a path needs a folder."""
     above = [*reversed(path.parents)]
-    return next((part for part in above if _is_there(part) and not _is_dir(part)), None)
-
-
-def _is_dir(path: Path) -> bool:
-    try:
-        return stat.S_ISDIR(path.stat().st_mode)
-    except (OSError, ValueError):
-        return False
-
-
-def _is_there(path: Path) -> bool:
-    return os.path.lexists(path)
-
-
-ATTEMPTS = 3
-
-
-_PASSING = (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
-
-
-_PAUSE = 0.1  # seconds before the second attempt, twice as many before each later one
-
-
-T = TypeVar("T")
+    return next((part for part in above if os.path.lexists(part) and not _is_dir(part)), None)
 
 
 def tried_again(action: Callable[[], T], never: tuple[type[Exception], ...] = ()) -> T:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.disk_errors import tried_again
-from nanogpt_surgery.files.temporary import temporary_beside
-from nanogpt_surgery.files.writing import flush
+from nanogpt_surgery.files.writing import flush, replacing
 
 LARGEST_JSON = 48 << 20  # bytes; the largest tokenizer.json in use, Gemma 2's, has 34,363,188
 LARGEST_WIDE = 36 << 20  # bytes, with a character beyond U+FFFF: four bytes each in memory
@@ -29,14 +27,9 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file in one rename, flushed to the disk; what the disk refuses is an `OSError`."""
-    temporary = temporary_beside(path)
-    try:
+    with replacing(path) as temporary:
         temporary.write_bytes(data)
         flush(temporary)
-        temporary.replace(path)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def read_json(path: Path, most_bytes: int = LARGEST_JSON) -> Any:

@@ -1,20 +1,142 @@
-"""Files flushed to the disk, tensors written, files put at a second place."""
+"""The steps that a whole write is made of: temporary names, flushes, exchanges, tensors, links."""
 
 from __future__ import annotations
 
+import ctypes
+import errno
+import glob
 import os
 import re
 import shutil
 import stat
-from contextlib import suppress
+import sys
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.files.disk_errors import NotFlushedError, UnwrittenError, tried_again
-from nanogpt_surgery.files.temporary import temporary_beside
+from nanogpt_surgery.files.disk_errors import (
+    NotFlushedError,
+    SetAsideError,
+    UnwrittenError,
+    tried_again,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+_TEMPORARY = ".tmp-"
+_ASIDE = ".old-"
+_HERE = -100  # AT_FDCWD: paths are as the process sees them
+_EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
+_UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+
+
+def temporary_beside(path: Path) -> Path:
+    """A new name beside a path, of the pattern that only this module gives."""
+    return path.with_name(f"{_TEMPORARY}{_shortened(path.name)}-{uuid.uuid4().hex[:8]}")
+
+
+def _shortened(name: str) -> str:
+    """A name that leaves room for more in the 255 bytes of most file systems."""
+    return (
+        name if len(os.fsencode(name)) <= 240 else os.fsencode(name)[:220].decode("utf-8", "ignore")
+    )
+
+
+@contextmanager
+def replacing(goal: Path) -> Iterator[Path]:
+    """A temporary file to write, which takes the place of `goal` in one rename; else it is removed.
+
+    Raises:
+        OSError: the system refuses.
+    """
+    temporary = temporary_beside(goal)
+    try:
+        yield temporary
+        temporary.replace(goal)
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a name is of the pattern that only this module gives."""
+    return path.name.startswith(_TEMPORARY)
+
+
+def remove_temporaries(folder: Path, of: str | None = None) -> None:
+    """Remove what a killed process left unfinished; for the one process that writes there.
+
+    Args:
+        folder: where to look.
+        of: only what was to become the file or folder of this name.
+    """
+    name = "" if of is None else glob.escape(_shortened(of))
+    pattern = f"{_TEMPORARY}*" if of is None else f"{_TEMPORARY}{name}-{'[0-9a-f]' * 8}"
+    for path in folder.glob(pattern):
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with suppress(OSError):  # it is in nobody's way
+                path.unlink()
+
+
+def exchange(one: Path, other: Path) -> None:
+    """Let two folders of one file system change places.
+
+    Linux and macOS do it in one step. Elsewhere, and on file systems that cannot, it takes three
+    renames: a kill between them leaves `other` where `set_aside` finds it.
+
+    Raises:
+        OSError: the system refuses; both are where they were.
+        SetAsideError: it refuses, and then refuses to put `other` back as well.
+    """
+    if not _in_one_step(one, other):
+        _by_renames(one, other)
+
+
+def _by_renames(one: Path, other: Path) -> None:
+    aside = other.with_name(f"{_ASIDE}{other.name}-{uuid.uuid4().hex[:8]}")
+    other.rename(aside)
+    try:
+        one.rename(other)
+        try:
+            aside.rename(one)
+        except OSError:
+            other.rename(one)
+            raise
+    except OSError as error:
+        try:
+            aside.rename(other)
+        except OSError:
+            raise SetAsideError(error, aside) from error
+        raise
+
+
+def set_aside(path: Path) -> list[Path]:
+    """Returns the folders that a kill in the middle of an exchange left set aside."""
+    pattern = f"{_ASIDE}{glob.escape(path.name)}-{'[0-9a-f]' * 8}"
+    return sorted(path.parent.glob(pattern))
+
+
+def _in_one_step(one: Path, other: Path) -> bool:
+    """Exchange by the system's own call; False where there is none."""
+    paths = os.fsencode(one), os.fsencode(other)
+    library: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
+    if sys.platform == "linux" and hasattr(library, "renameat2"):
+        failed = library.renameat2(_HERE, paths[0], _HERE, paths[1], _EXCHANGE)
+    elif sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        failed = library.renamex_np(*paths, _EXCHANGE)
+    else:
+        return False
+    if not failed:
+        return True
+    number = ctypes.get_errno()
+    if number in _UNKNOWN:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
 
 
 def flush(path: Path) -> None:
@@ -77,18 +199,13 @@ def link_or_copy(source: Path, goal: Path) -> None:
     """
     if goal.exists() and goal.samefile(source):
         return  # and a rename between two names of one file would leave both
-    tried_again(lambda: _link_or_copy(source, goal))
 
+    def put() -> None:
+        with replacing(goal) as temporary:
+            try:
+                temporary.hardlink_to(source)
+            except OSError:
+                shutil.copyfile(source, temporary)
+                flush(temporary)
 
-def _link_or_copy(source: Path, goal: Path) -> None:
-    temporary = temporary_beside(goal)
-    try:
-        try:
-            temporary.hardlink_to(source)
-        except OSError:
-            shutil.copyfile(source, temporary)
-            flush(temporary)
-        temporary.replace(goal)
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    tried_again(put)

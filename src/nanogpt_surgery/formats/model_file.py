@@ -10,9 +10,8 @@ from typing import Any
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
-from nanogpt_surgery.files.atomic import write_folder
+from nanogpt_surgery.files.atomic import check_undamaged, write_folder
 from nanogpt_surgery.files.json_files import read_json, write_json
-from nanogpt_surgery.files.manifest import check_undamaged
 from nanogpt_surgery.files.writing import write_tensors
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.old_keys import with_current_fields, with_current_modules

@@ -29,13 +29,19 @@ from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.atomic import MANIFEST, file_hash, seal
 from nanogpt_surgery.files.disk_errors import NotFlushedError, disk_refuses, tried_again
-from nanogpt_surgery.files.exchange import exchange, set_aside
 from nanogpt_surgery.files.json_files import replace_text
 from nanogpt_surgery.files.lock import LOCK, file_lock
-from nanogpt_surgery.files.manifest import MANIFEST, file_hash, seal
-from nanogpt_surgery.files.temporary import remove_temporaries, temporary_beside
-from nanogpt_surgery.files.writing import flush, flush_place, link_or_copy
+from nanogpt_surgery.files.writing import (
+    exchange,
+    flush,
+    flush_place,
+    link_or_copy,
+    remove_temporaries,
+    set_aside,
+    temporary_beside,
+)
 from nanogpt_surgery.history.journal import (
     AGAIN,
     DONE,

@@ -21,13 +21,17 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files.atomic import write_folder
+from nanogpt_surgery.files.atomic import MANIFEST, damage, file_hash, write_folder
 from nanogpt_surgery.files.disk_errors import make_folder, writing
 from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
 from nanogpt_surgery.files.lock import LOCK, file_lock
-from nanogpt_surgery.files.manifest import MANIFEST, damage, file_hash
-from nanogpt_surgery.files.temporary import is_temporary, remove_temporaries
-from nanogpt_surgery.files.writing import flush, link_or_copy, write_tensors
+from nanogpt_surgery.files.writing import (
+    flush,
+    is_temporary,
+    link_or_copy,
+    remove_temporaries,
+    write_tensors,
+)
 from nanogpt_surgery.formats.folders.run_folder import (
     BEST,
     LATEST,

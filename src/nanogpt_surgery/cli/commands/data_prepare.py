@@ -71,7 +71,7 @@ def _check_folder(out: Path, text: Sequence[str]) -> None:
     from nanogpt_surgery.data.text.preparation import ASKED
     from nanogpt_surgery.data.text.token_files import TOKENIZER
     from nanogpt_surgery.files.lock import LOCK
-    from nanogpt_surgery.files.temporary import is_temporary
+    from nanogpt_surgery.files.writing import is_temporary
 
     if not text:
         raise SurgeryError("no text was named", "surgery data prepare TEXT … --out FOLDER")
@@ -147,7 +147,7 @@ def _unfinished(out: Path) -> Path:
     """Where a preparation lies until it is finished: a temporary name that follows from its own."""
     import hashlib
 
-    from nanogpt_surgery.files.temporary import temporary_beside
+    from nanogpt_surgery.files.writing import temporary_beside
 
     name = temporary_beside(out).name.rpartition("-")[0]
     folder = out.with_name(f"{name}-{hashlib.sha256(out.name.encode()).hexdigest()[:8]}")

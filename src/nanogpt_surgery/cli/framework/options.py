@@ -117,7 +117,7 @@ def check_out(out: Path, overwrite: bool, *, is_file: bool = False) -> None:
         SurgeryError: something lies at `out` that is a run, or another program's, or is not to be
             replaced.
     """
-    from nanogpt_surgery.files.manifest import check_own_file, check_own_folder
+    from nanogpt_surgery.files.atomic import check_own_file, check_own_folder
     from nanogpt_surgery.formats.folders.run_folder import is_run
 
     if is_run(out):

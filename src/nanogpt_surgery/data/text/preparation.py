@@ -48,7 +48,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
 from nanogpt_surgery.errors import SurgeryError, first_problems
 from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.files.json_files import read_json, replace_bytes, write_json
-from nanogpt_surgery.files.temporary import remove_temporaries
+from nanogpt_surgery.files.writing import remove_temporaries
 
 ASKED, PARTS = "asked.json", "parts"
 MOST_HELD_OUT = 16 << 20  # bytes of text

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.atomic import write_file, write_folder
+from nanogpt_surgery.files.atomic import file_hash, write_file, write_folder
 from nanogpt_surgery.files.json_files import read_json
-from nanogpt_surgery.files.manifest import file_hash
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.run_folder import is_run
 from nanogpt_surgery.formats.gguf.writing import GGUFType, rounding_of, write_gguf_file

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, listed, quoted
-from nanogpt_surgery.files.manifest import check_undamaged
+from nanogpt_surgery.files.atomic import check_undamaged
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import chosen_checkpoint, is_run
 from nanogpt_surgery.formats.huggingface.config import CONFIG as MODEL_CONFIG
