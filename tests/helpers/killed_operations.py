@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files import writing as exchange
+from nanogpt_surgery.files import writing
 from nanogpt_surgery.files.atomic import damage, seal
 from nanogpt_surgery.history.folder_history import (
     FolderOperation,
@@ -106,7 +106,7 @@ def kill_everywhere(place: Path, steps: list, action) -> dict:
         following = action if now == old else redo_folder if action is undo_folder else undo_folder
         following(here)
         assert not list(place.glob(".tmp-*")), "what was left behind is removed"
-        for old_state in exchange.set_aside(here):  # the kill came when the new one was there
+        for old_state in writing.set_aside(here):  # the kill came when the new one was there
             assert now == new
             shutil.rmtree(old_state)
         shutil.rmtree(here)
@@ -116,7 +116,7 @@ def kill_everywhere(place: Path, steps: list, action) -> dict:
 if __name__ == "__main__":
     os.fsync = lambda _: None  # a kill leaves what the system holds; this is not a power cut
     if sys.argv[2:] == ["renames"]:
-        exchange._in_one_step = lambda *_: False
+        writing._in_one_step = lambda *_: False
     results = {}
     for name, (steps, action) in {
         "merge": ([merge], merge),
