@@ -81,18 +81,21 @@ def _conversation(record: dict[str, Any]) -> tuple[Said, set[str]] | None:
         raise RecordError(lists[0], "is an empty list")
     if record.get("history"):
         raise RecordError("history", f"stands beside {filled[0]}")
-    said = {key: _messages(record[key], key) for key in filled}
-    _check_agree(said)
-    first = filled[0]
-    return [(f"{first}[{i}]", m) for i, m in enumerate(said[first])], set(filled)
+    said = _agreed({key: _messages(record[key], key) for key in filled})
+    return [(f"{filled[0]}[{i}]", message) for i, message in enumerate(said)], set(filled)
 
 
-def _check_agree(values: Mapping[str, Any], place: str = "") -> None:
-    """Raise `RecordError` unless fields that mean the same kind of thing say the same."""
-    for field in list(values)[1:]:
-        first = next(iter(values))
+def _agreed(values: Mapping[str, Any], place: str = "") -> Any:
+    """Returns what fields say that mean the same kind of thing; None if there is no field.
+
+    Raises:
+        RecordError: they do not say the same.
+    """
+    first = next(iter(values), "")
+    for field in values:
         if values[field] != values[first]:
             raise RecordError(f"{place}{field}", f"stands beside {first}, and says something else")
+    return values.get(first)
 
 
 def _check_wanted(record: dict[str, Any]) -> set[str]:
@@ -158,7 +161,7 @@ def _pair(record: dict[str, Any]) -> tuple[Said, set[str]]:
 
 
 def _only_one(record: dict[str, Any], keys: list[str]) -> str:
-    _check_agree({key: record[key] for key in keys})
+    _agreed({key: record[key] for key in keys})
     return keys[0]
 
 
@@ -222,8 +225,7 @@ def _variables(record: dict[str, Any]) -> dict[str, Any]:
         raise RecordError(f"chat_template_kwargs.{min(taken)}", "is given otherwise")
     given = {field: _tools(record.get(field), field) for field in ("tools", "functions")}
     given = {field: tools for field, tools in given.items() if tools}
-    _check_agree(given)
-    return variables | ({"tools": next(iter(given.values()))} if given else {})
+    return variables | ({"tools": _agreed(given)} if given else {})
 
 
 def _tools(value: Any, field: str) -> list[dict[str, Any]]:
@@ -292,8 +294,7 @@ def _role(raw: dict[str, Any], field: str) -> tuple[str, bool]:
             known = ", ".join(_SHOWN[key])
             raise RecordError(f"{field}.{key}", f"is {quoted(name)}; known are {known}")
         said[key] = _ROLES[key][given[key]]
-    _check_agree(said, f"{field}.")
-    return next(iter(said.values())), given.get("from") in _CALLS
+    return _agreed(said, f"{field}."), given.get("from") in _CALLS
 
 
 def _content_field(raw: dict[str, Any], field: str) -> str:
@@ -302,7 +303,7 @@ def _content_field(raw: dict[str, Any], field: str) -> str:
         return "value" if "value" in raw else "content"
     if "value" in raw and raw["value"] != raw["content"]:
         texts = {key: _content(raw[key], f"{field}.{key}", True) for key in ("content", "value")}
-        _check_agree(texts, f"{field}.")
+        _agreed(texts, f"{field}.")
     return "content"
 
 
@@ -334,7 +335,7 @@ def _calls(raw: dict[str, Any], field: str, spoken: str) -> list[dict[str, Any]]
         found = _from_json(raw[spoken], f"{field}.{spoken}")
         given[spoken] = found if isinstance(found, list) else [found]
     calls = {key: _call_list(value, f"{field}.{key}") for key, value in given.items()}
-    _check_agree({k: [call["function"] for call in v] for k, v in calls.items()}, f"{field}.")
+    _agreed({k: [call["function"] for call in v] for k, v in calls.items()}, f"{field}.")
     return next(iter(calls.values()), [])
 
 
@@ -366,8 +367,7 @@ def _weight(raw: dict[str, Any], field: str, role: str) -> dict[str, int]:
         if trained and role != "assistant":
             what = f"is {raw[key]} on {role}; answers alone are trained on"
             raise RecordError(f"{field}.{key}", what)
-    _check_agree(found, f"{field}.")
-    return {"weight": int(next(iter(found.values())))} if found else {}
+    return {"weight": int(_agreed(found, f"{field}."))} if found else {}
 
 
 def _is_trained(value: Any, key: str, field: str) -> bool:

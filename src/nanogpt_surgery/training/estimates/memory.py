@@ -74,24 +74,26 @@ def cut(batch: Batch, length: int) -> Batch:
 
 def training_memory(
     model: SimpleGPT,
-    dataset: Batches,
+    part: Part,
     settings: FitSettings,
     hardware: Hardware,
-    part: Part,
     optimizer_bytes: int,
 ) -> dict[str, int]:
     """The bytes that a step of a training needs, part by part and in all.
 
-    Activations are what autograd keeps of the `part` of a batch, scaled by its tokens.
+    Activations are what autograd keeps of the `part` of a batch, scaled by its tokens; of hidden
+    states as many are kept at most, since windows that are alike are kept once.
     """
+    prefix = prefix_for(model, part.data, settings)
+    one = bytes_of_window(model, part.data.block_size, settings)
     trained = FLOAT32 * sum(p.numel() for p in model.parameters() if p.requires_grad)
     memory = {
         "weights_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
         "gradient_bytes": trained,
         "optimizer_bytes": optimizer_bytes,
         "activation_bytes": _activation_bytes(model, part, settings, hardware),
-        "logits_bytes": _logits_bytes(model, dataset, settings, hardware),
-        "hidden_states_bytes": _hidden_states_bytes(model, dataset, settings),
+        "logits_bytes": _logits_bytes(model, part.data, settings, hardware, prefix is not None),
+        "hidden_states_bytes": prefix.windows * one if prefix else 0,
     }
     return memory | {"memory_bytes": sum(memory.values())}
 
@@ -131,7 +133,7 @@ def _activation_bytes(
 
 
 def _logits_bytes(
-    model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware
+    model: SimpleGPT, dataset: Batches, settings: FitSettings, hardware: Hardware, kept: bool
 ) -> int:
     """Returns the bytes of tensors as wide as the vocabulary, held at once.
 
@@ -142,18 +144,10 @@ def _logits_bytes(
     if not settings.fast:
         return 4 * FLOAT32 * whole
     most = most_logits_on(hardware.device)
-    kept = prefix_for(model, dataset, settings) is not None
     if (whole <= most and not kept) or frozen_head(model.lm_head, hardware.precision) is None:
         return 4 * FLOAT32 * min(whole, most)
     beside = hardware.precision.itemsize if hardware.device.type == "cuda" else 0
     return (FLOAT32 + beside) * min(whole, 2 * most)
-
-
-def _hidden_states_bytes(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> int:
-    """The hidden states that will be kept, at most: windows that are alike are kept once."""
-    prefix = prefix_for(model, dataset, settings)
-    one = bytes_of_window(model, dataset.block_size, settings)
-    return prefix.windows * one if prefix else 0
 
 
 class LiveTensors(TorchDispatchMode):

@@ -69,12 +69,13 @@ def plan_training(
     model.to(hardware.device)
     part = affordable_part(model, dataset, settings)
     pace, state = probed(model, dataset, settings, part)
-    memory = training_memory(model, dataset, settings, hardware, part, state)
+    memory = training_memory(model, part, settings, hardware, state)
     trained = memory["gradient_bytes"]
     rows = settings.windows
-    evaluations = 0 if validation is None else _evaluations(settings)
-    one, more = 0.0, 0
+    evaluations, one, more = 0, 0.0, 0
     if validation is not None:
+        every = settings.evaluate_every or settings.max_steps
+        evaluations = -(-settings.max_steps // every)
         eval_data = subsample(validation, settings.evaluate_tokens)
         one, more = _evaluation(model, eval_data, settings, hardware, part)
     evaluating = memory["memory_bytes"] - sum(memory[part] for part in _OF_A_STEP) + more
@@ -94,11 +95,6 @@ def plan_training(
         "seconds_an_evaluation": one,
         "seconds": pace.seconds(settings.max_steps) + evaluations * one,
     }
-
-
-def _evaluations(settings: FitSettings) -> int:
-    every = settings.evaluate_every
-    return -(-settings.max_steps // every) if every else 1
 
 
 @dataclass(frozen=True)
@@ -187,13 +183,13 @@ def probed(
     seconds, state = update_operations(optimizer) / _rate(settings), _state_bytes(optimizer)
     if seconds > SECONDS:
         optimizer = _Idle(optimizer.param_groups, {})
-        pace = _pace(model, dataset, settings, optimizer, part)
+        pace = _pace(model, settings, optimizer, part)
         later = pace.first_pass + seconds, pace.later + seconds
         return replace(pace, first=pace.first + seconds, first_pass=later[0], later=later[1]), state
     trained = [p for p in model.parameters() if p.requires_grad]
     before, mode = [p.detach().clone() for p in trained], model.training
     try:
-        return _pace(model, dataset, settings, optimizer, part), state
+        return _pace(model, settings, optimizer, part), state
     finally:
         with torch.no_grad():
             for parameter, value in zip(trained, before, strict=True):
@@ -226,12 +222,9 @@ def _muon_operations(short: int, long: int) -> float:
 
 
 def _pace(
-    model: SimpleGPT,
-    dataset: Batches,
-    settings: FitSettings,
-    optimizer: torch.optim.Optimizer,
-    part: Part,
+    model: SimpleGPT, settings: FitSettings, optimizer: torch.optim.Optimizer, part: Part
 ) -> Pace:
+    dataset = part.data
     rows = settings.batch_size * settings.grad_accum_steps
     prefix = prefix_for(model, dataset, settings)
     new = min(NEW, max(1, prefix.windows // rows)) if prefix else NEW + AGAIN
