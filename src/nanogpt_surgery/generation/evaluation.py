@@ -21,6 +21,7 @@ from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import not_finite
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.values import SIZE, raise_all, wrong_values
 
 POSITIONS = 1024  # whose logits are held at once
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
@@ -70,7 +71,7 @@ def perplexity(
         SurgeryError: the text has less than two tokens, or the stride, the context or the
             batch_size is out of range.
     """
-    check_batch_size(batch_size)
+    raise_all(wrong_values(SIZE, {"batch_size": batch_size}))
     text = torch.as_tensor(ids).flatten().long()
     most = model.config.block_size
     block = most if context is None else context
@@ -92,12 +93,6 @@ def perplexity(
             done += new
     assert done == len(text) - 1, f"{done} of {len(text) - 1} tokens were predicted"
     return Perplexity(total / done, done)
-
-
-def check_batch_size(batch_size: int) -> None:
-    """Raise `SurgeryError` unless a pass has a row."""
-    if batch_size < 1:
-        raise SurgeryError(f"batch_size is {batch_size}; it must be at least 1")
 
 
 def scored(model: SimpleGPT, texts: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
@@ -143,7 +138,7 @@ def answer_loss(model: SimpleGPT, examples: Sequence[Example], batch_size: int =
     Raises:
         SurgeryError: none of them lies within the block_size, or the batch_size is out of range.
     """
-    check_batch_size(batch_size)
+    raise_all(wrong_values(SIZE, {"batch_size": batch_size}))
     total, count, length = 0.0, 0, model.config.block_size + 1
     for first in range(0, len(examples), batch_size):
         chunk = examples[first : first + batch_size]

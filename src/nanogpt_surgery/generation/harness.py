@@ -25,11 +25,11 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
     tokenizer_fingerprint,
 )
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.generation.evaluation import check_batch_size, scored
+from nanogpt_surgery.generation.evaluation import scored
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.generation.text import continue_texts
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.values import chosen
+from nanogpt_surgery.values import SIZE, chosen, raise_all, wrong_values
 
 T = TypeVar("T")
 ANSWER = 256  # tokens, where a task does not say
@@ -54,7 +54,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         self, model: SimpleGPT, tokenizer: Tokenizer | None, batch_size: int = 8, seed: int = 0
     ):
         super().__init__()
-        check_batch_size(batch_size)
+        raise_all(wrong_values(SIZE, {"batch_size": batch_size}))
         self.model, self.tokenizer = model, required_tokenizer(tokenizer, "the model")
         self.batch_size, self.seed = batch_size, seed
         self.template = template_of(self.tokenizer)

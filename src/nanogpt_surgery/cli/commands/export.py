@@ -18,8 +18,7 @@ from nanogpt_surgery.lora.settings import Tied
 if TYPE_CHECKING:
     from nanogpt_surgery.report import Report
 
-ModelForm = Literal["F32", "F16", "BF16", "Q8_0", "huggingface"]
-Form = Literal[ModelForm, "lora-gguf", "mlx"]
+Form = Literal["F32", "F16", "BF16", "Q8_0", "huggingface", "lora-gguf", "mlx"]
 
 
 @Parameter(name="*", group="With an adapter")
@@ -71,61 +70,52 @@ def export(
 
     check_adapter(model, WITH_ADAPTER)
     check_out(out, overwrite, is_file=form not in ("huggingface", "mlx"))
-    place, following = shlex.quote(str(out)), ""
-    if form == "lora-gguf" or form == "mlx":
-        _write_adapter(model, adapter, out, form, options)
-        following = (
-            f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF"
-            if form == "lora-gguf"
-            else f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {place} --prompt …"
-        )
-    elif adapter is not None:
-        show(_write_merged(model, adapter, out, form, probe, options), json, all_layers)
-    elif report := _write_model(model, out, form):
-        show(report, json)
+    if report := _write(model, out, form, adapter, probe, options):
+        show(report, json, all_layers)
     say(f"wrote {out}, and read it again")
-    say(following or next_command(out))
+    place = shlex.quote(str(out))
+    if form == "lora-gguf":
+        say(f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF")
+    elif form == "mlx":
+        say(f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {place} --prompt …")
+    else:
+        say(next_command(out))
 
 
-def _write_adapter(
-    model: str, adapter: Path | None, out: Path, form: str, options: MergedOptions
-) -> None:
-    from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
-    from nanogpt_surgery.formats.peft.reading import load_adapter
-
-    if adapter is None:
-        raise SurgeryError("this form is an adapter's, and none was named", "add --adapter FOLDER")
-    network, _ = open_model(model, "each")
-    load_adapter(network, adapter, force=options.force, tied=options.tied)
-    (save_lora_gguf if form == "lora-gguf" else save_mlx_adapter)(network, out)
-
-
-def _write_model(model: str, out: Path, form: ModelForm) -> Report | None:
+def _write(
+    model: str,
+    out: Path,
+    form: Form,
+    adapter: Path | None,
+    probe: Path | None,
+    options: MergedOptions,
+) -> Report | None:
+    """Writes the model, the adapter or both as one; what is measured is reported."""
+    from nanogpt_surgery.data.text.corpus import read_texts
+    from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
     from nanogpt_surgery.formats.gguf.writing import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
+    from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
+    from nanogpt_surgery.formats.peft.reading import load_adapter
     from nanogpt_surgery.model.finite import check_finite_weights
 
+    if form == "lora-gguf" or form == "mlx":
+        if adapter is None:
+            raise SurgeryError(
+                "this form is an adapter's, and none is named", "add --adapter FOLDER"
+            )
+        network, _ = open_model(model, "each")
+        load_adapter(network, adapter, force=options.force, tied=options.tied)
+        (save_lora_gguf if form == "lora-gguf" else save_mlx_adapter)(network, out)
+        return None
+    if adapter is not None:
+        text = read_texts([probe]) if probe else None
+        if form == "huggingface":
+            return merge_adapter(model, adapter, out, probe=text, **given(options))
+        return merge_into_gguf(model, adapter, out, form, probe=text, **given(options))
     network, tokenizer = open_model(model, "each")
     if form != "huggingface":
         return save_gguf(network, out, tokenizer, form)
     check_finite_weights(network, model)
     save_model(network, out, tokenizer, model)
     return None
-
-
-def _write_merged(
-    model: str,
-    adapter: Path,
-    out: Path,
-    form: ModelForm,
-    probe: Path | None,
-    options: MergedOptions,
-) -> Report:
-    from nanogpt_surgery.data.text.corpus import read_texts
-    from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
-
-    text = read_texts([probe]) if probe else None
-    if form == "huggingface":
-        return merge_adapter(model, adapter, out, probe=text, **given(options))
-    return merge_into_gguf(model, adapter, out, form, probe=text, **given(options))

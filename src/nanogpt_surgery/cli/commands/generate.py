@@ -128,7 +128,7 @@ def _as_it_is_made(
     yield text
     empty = True
     for piece in pieces:
-        empty = empty and not piece
+        empty = False
         yield piece
     yield "\n"
     _say_empty(int(empty), 1, draw)
