@@ -33,6 +33,10 @@ MEND_TEMPLATE = "check the roles and their order, or use a template of ours: cha
 TRAINED = ("weight", "train", "training", "trainable", "loss", "loss_weight", "loss_mask")
 MASKED = ("masked", "mask")
 
+_WORKER = Path(__file__).with_name("template_worker.py")
+_FOR_ONE = 200  # conversations for which a second process is not worth its start
+_GRACE = 10  # seconds beyond the limit of one rendering, which the process keeps itself
+
 
 class Messages(list[Message]):
     """The messages of a conversation, and what belongs to it as a whole.
@@ -146,15 +150,16 @@ class ChatTemplate:
             yield Written(reply.get("text", ""), spans, reply.get("error", ""))
 
     def _own(self, messages: Sequence[Message], answers: Sequence[int], ask: bool) -> Written:
-        turns = OWN[self.source](messages, self.eos_token)
-        [(begin, _)] = OWN[self.source]([{"role": "assistant", "content": ""}], "")
         text, spans = "", []
-        for i, (before, after) in enumerate(turns):
+        for i, message in enumerate(messages):
+            said = message["content"] or ""  # a call of tools has none
+            before, after = OWN[self.source](message["role"], said, self.eos_token)
             start = len(text) + len(before)
             text += before + after
             if i in answers:
                 spans.append((start, len(text)))
-        return Written(text + (begin if ask else ""), spans)
+        begin = OWN[self.source]("assistant", "", "")[0] if ask else ""
+        return Written(text + begin, spans)
 
 
 def shown(message: Message) -> Message:
@@ -237,37 +242,25 @@ def _only_calls(message: Message) -> bool:
     return bool(message.get("tool_calls")) and message.get("content") is None
 
 
-def _said(message: Message) -> str:
-    return message["content"] or ""  # a call of tools has none
+def _chatml(role: str, said: str, _end: str) -> tuple[str, str]:
+    return f"<|im_start|>{role}\n", f"{said}{_END}\n"
 
 
-def _chatml(messages: Sequence[Message], _end: str) -> list[tuple[str, str]]:
-    return [(f"<|im_start|>{m['role']}\n", f"{_said(m)}{_END}\n") for m in messages]
-
-
-def _plain(messages: Sequence[Message], end: str) -> list[tuple[str, str]]:
+def _plain(role: str, said: str, end: str) -> tuple[str, str]:
     ends = {"assistant": end}  # so that a model trained on answers learns to stop
-    return [
-        (f"{m['role'].capitalize()}:\n", f"{_said(m)}{ends.get(m['role'], '')}\n\n")
-        for m in messages
-    ]
+    return f"{role.capitalize()}:\n", f"{said}{ends.get(role, '')}\n\n"
 
 
-def _none(messages: Sequence[Message], end: str) -> list[tuple[str, str]]:
-    return [("", _said(m)) for m in messages]
+def _none(role: str, said: str, end: str) -> tuple[str, str]:
+    return "", said
 
 
-# Each message as what stands before it, and what is said with what ends it.
-OWN: dict[str, Callable[[Sequence[Message], str], list[tuple[str, str]]]] = {
+# A message as what stands before it, and what is said with what ends it.
+OWN: dict[str, Callable[[str, str, str], tuple[str, str]]] = {
     "chatml": _chatml,
     "plain": _plain,
     "none": _none,
 }
-
-
-_WORKER = Path(__file__).with_name("template_worker.py")
-_FOR_ONE = 200  # conversations for which a second process is not worth its start
-_GRACE = 10  # seconds beyond the limit of one rendering, which the process keeps itself
 
 
 def replies(job: dict[str, Any], asked: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
