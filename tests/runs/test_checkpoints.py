@@ -31,8 +31,7 @@ from nanogpt_surgery.formats.folders.run_folder import (
     latest_checkpoint,
 )
 from nanogpt_surgery.formats.model_file import write_model_files
-from nanogpt_surgery.runs.checkpoints import RunFolder, open_run_folder
-from nanogpt_surgery.runs.state import training_state
+from nanogpt_surgery.runs.checkpoints import RunFolder, open_run_folder, training_state
 from nanogpt_surgery.training.optimizer import make_optimizer
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20
@@ -430,18 +429,16 @@ def test_another_model_is_refused_though_changes_are_allowed(tmp_path: Path) -> 
     assert (run / "run.json").read_text() == before
 
 
-def test_counters_come_back_with_the_checkpoint(tmp_path: Path) -> None:
+def test_a_checkpoint_without_a_validation_loss_is_not_the_best(tmp_path: Path) -> None:
     model, dataset, tokenizer = parts()
     optimizer = make_optimizer(model, SETTINGS)
     with open_run_folder(tmp_path / "run", DESCRIPTION, resume=False) as run:
-        assert run.state == {}
         step = next(fit(model, dataset, SETTINGS, optimizer=optimizer))
         run.record(step)
-        counters = {"skipped": 3, "without_improvement": 1}
-        run.save(step, lambda f: write_model_files(model, f, tokenizer), model, optimizer, counters)
+        run.save(step, lambda f: write_model_files(model, f, tokenizer), model, optimizer)
     assert best_checkpoint(tmp_path / "run") is None
     with open_run_folder(tmp_path / "run", DESCRIPTION, resume=True) as run:
-        assert (run.first_step, run.state) == (1, counters)
+        assert run.first_step == 1
 
 
 @pytest.mark.parametrize("resume", [False, True])

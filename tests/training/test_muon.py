@@ -9,8 +9,7 @@ from helpers.models import CONFIGS, tiny_model
 from helpers.training import DATASET, SETTINGS, hashes, model_of
 
 from nanogpt_surgery import FitSettings, SurgeryError, fit, inject_lora
-from nanogpt_surgery.runs.checkpoints import RunFolder
-from nanogpt_surgery.runs.state import training_state
+from nanogpt_surgery.runs.checkpoints import RunFolder, training_state
 from nanogpt_surgery.training.muon import MARGIN, POLYNOMIALS, Muon, in_bfloat16, orthogonalised
 from nanogpt_surgery.training.optimizer import make_optimizer
 

@@ -60,9 +60,8 @@ def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any
             options contradict each other or the settings that were `asked` for.
     """
     from nanogpt_surgery.formats.folders.run_folder import checkpoints
-    from nanogpt_surgery.runs.length import check_epochs
+    from nanogpt_surgery.runs.length import SaveInterval, check_epochs
     from nanogpt_surgery.runs.run import check_run
-    from nanogpt_surgery.runs.save_interval import SaveInterval
     from nanogpt_surgery.training.hardware import choose_hardware
 
     check_epochs(options.epochs, asked.get("max_steps"))

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files.atomic import MANIFEST, damage, file_hash, write_folder
@@ -32,6 +33,7 @@ from nanogpt_surgery.files.writing import (
     remove_temporaries,
     write_tensors,
 )
+from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import (
     BEST,
     LATEST,
@@ -58,7 +60,6 @@ from nanogpt_surgery.history.folder_history import (
 )
 from nanogpt_surgery.runs.description import RunDiffersError, differences
 from nanogpt_surgery.runs.metrics_file import append_metrics, trim_metrics
-from nanogpt_surgery.runs.state import restore_state, training_state
 from nanogpt_surgery.training.step import Step
 
 KEPT = 2  # newest checkpoints, beside the best
@@ -100,11 +101,6 @@ class RunFolder:
         return int(self._said().get("processes", 1))
 
     @property
-    def state(self) -> dict[str, Any]:
-        """The values given to `save` beside the step, with the checkpoint to go on from."""
-        return dict(self._said().get("state", {}))
-
-    @property
     def environment_before(self) -> dict[str, Any]:
         """On what the steps before the checkpoint to go on from were computed; {} if not known."""
         known = self._said()
@@ -137,7 +133,6 @@ class RunFolder:
         write_weights: Callable[[Path], None],
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        state: dict[str, Any] | None = None,
     ) -> Path:
         """Commit a checkpoint after a step; keep the newest two and the best.
 
@@ -146,7 +141,6 @@ class RunFolder:
             write_weights: writes the files that others read into an empty folder.
             model: with what is trained.
             optimizer: with the state of each trained parameter.
-            state: counters to go on with, plain values; `RunFolder.state` gives them back.
 
         Raises:
             SurgeryError: the disk refuses; the checkpoints that were there stay.
@@ -157,8 +151,7 @@ class RunFolder:
             self._flush_metrics()
             write_weights(new)
             write_tensors(training_state(model, optimizer), new / STATE)
-            beside = {"state": state or {}, "environment": self.environment}
-            write_json(new / SUMMARY, step.to_dict() | beside)
+            write_json(new / SUMMARY, step.to_dict() | {"environment": self.environment})
 
         write_folder(goal, write)
         self.checkpoint = goal
@@ -189,32 +182,24 @@ class RunFolder:
             SurgeryError: the disk refuses.
         """
         with writing(self.folder):
-            self._show()
-
-    def _show(self) -> None:
-        for hint, checkpoint in ((LATEST, self.checkpoint), (BEST, self.best)):
-            path, wanted = self.folder / hint, f"{checkpoint.name}\n" if checkpoint else ""
-            if checkpoint is None:
-                path.unlink(missing_ok=True)
-            elif not path.is_file() or path.read_text("utf-8", "replace") != wanted:
-                replace_text(path, wanted)
-        shown = self.best or self.checkpoint
-        if shown and (files := self._unlike(shown)):
-            self._publish(files)
-
-    def _unlike(self, checkpoint: Path) -> list[Path]:
-        """The files of a checkpoint that are not, with the same bytes, at the top of the folder."""
-        own = [file for file in checkpoint.iterdir() if file.name not in _NOT_SHOWN]
-        return [file for file in own if not _same_bytes(file, self.folder / file.name)]
+            for hint, checkpoint in ((LATEST, self.checkpoint), (BEST, self.best)):
+                path, wanted = self.folder / hint, f"{checkpoint.name}\n" if checkpoint else ""
+                if checkpoint is None:
+                    path.unlink(missing_ok=True)
+                elif not path.is_file() or path.read_text("utf-8", "replace") != wanted:
+                    replace_text(path, wanted)
+            if shown := self.best or self.checkpoint:
+                self._publish([f for f in shown.iterdir() if f.name not in _NOT_SHOWN])
 
     def _publish(self, files: list[Path]) -> None:
-        """Show files of a checkpoint at the top of the run folder, where other programs look.
+        """Shows files of a checkpoint at the top of the run folder, where other programs look.
 
         A journal that lists which files should be there records that they change from here on.
         """
-        if read_journal(self.folder).files:
+        unlike = [file for file in files if not _same_bytes(file, self.folder / file.name)]
+        if unlike and read_journal(self.folder).files:
             record(self.folder, FolderOperation("training went on", "", originals="none"))
-        for file in files:
+        for file in unlike:
             link_or_copy(file, self.folder / file.name)
 
     def _prune(self) -> None:
@@ -327,33 +312,30 @@ def check_folder(folder: Path, resume: bool) -> None:
             another process is writing it, or the folder holds something else.
     """
     with writing(folder):
-        _check_folder(folder, resume)
-
-
-def _check_folder(folder: Path, resume: bool) -> None:
-    if not is_run(folder):
-        if folder.exists() and (not folder.is_dir() or _foreign(folder)):
-            raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder")
-        return
-    if _ended_early(folder):
-        with file_lock(folder / LOCK):
+        if not is_run(folder):
+            if folder.exists() and (not folder.is_dir() or _foreign(folder)):
+                raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder")
             return
-    if not resume:
-        raise SurgeryError(
-            f"{folder} holds a run already", "resume=True goes on with it; or choose a new folder"
-        )
-    if is_operated(folder):
-        lasting = any(entry.originals != "none" for entry in read_journal(folder).settled)
-        way = "choose a new folder" if lasting else f"undo_folder({folder}) takes it back"
-        raise SurgeryError(
-            f"{folder} was operated on since, and going on would write over the result",
-            f"folder_log({folder}) says what was done; {way}",
-        )
-    if checkpoints(folder) and not (folder / METRICS).is_file():
-        raise SurgeryError(
-            f"{folder / METRICS} is gone, where the losses of the run's steps stood",
-            "put it back, or begin anew in another folder",
-        )
+        if _ended_early(folder):
+            with file_lock(folder / LOCK):
+                return
+        if not resume:
+            raise SurgeryError(
+                f"{folder} holds a run already",
+                "resume=True goes on with it; or choose a new folder",
+            )
+        if is_operated(folder):
+            lasting = any(entry.originals != "none" for entry in read_journal(folder).settled)
+            way = "choose a new folder" if lasting else f"undo_folder({folder}) takes it back"
+            raise SurgeryError(
+                f"{folder} was operated on since, and going on would write over the result",
+                f"folder_log({folder}) says what was done; {way}",
+            )
+        if checkpoints(folder) and not (folder / METRICS).is_file():
+            raise SurgeryError(
+                f"{folder / METRICS} is gone, where the losses of the run's steps stood",
+                "put it back, or begin anew in another folder",
+            )
 
 
 def _changes(folder: Path, description: dict[str, Any], allowed: bool) -> list[str]:
@@ -378,3 +360,70 @@ def _same_bytes(one: Path, other: Path) -> bool:
     if not other.is_file() or other.stat().st_size != one.stat().st_size:
         return False
     return one.samefile(other) or file_hash(one) == file_hash(other)
+
+
+def training_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Trained parameters and their optimizer state: "name:value", "name:exp_avg" and so on."""
+    return {
+        f"{name}:{key}": tensor.detach().cpu().contiguous()
+        for name, parameter in _trained(model, optimizer).items()
+        for key, tensor in {"value": parameter, **optimizer.state[parameter]}.items()
+    }
+
+
+def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn.Parameter]:
+    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    return {name: p for name, p in model.named_parameters() if id(p) in optimised}
+
+
+def restore_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Give what is trained and its optimizer the state that a file holds (`training_state`).
+
+    Raises:
+        SurgeryError: it is the state of another model or optimizer, or another version's optimizer
+            kept it in another shape.
+    """
+    if not file.is_file():
+        raise SurgeryError(
+            f"{file.parent} holds no {file.name}, which a training goes on from",
+            "it is a model: init_from=MODEL trains it further, as a new run",
+        )
+    tensors = with_current_modules(load_file(file))
+    _check_another(file, tensors, _trained(model, optimizer))
+    for name, parameter in _trained(model, optimizer).items():
+        prefix = f"{name}:"
+        state = {k.removeprefix(prefix): tensors.pop(k) for k in [*tensors] if k.startswith(prefix)}
+        value = state.pop("value")
+        for key, tensor in state.items():
+            if tensor.dim() and tensor.shape != parameter.shape:
+                raise SurgeryError(
+                    f"the {key} of {name} is {tuple(tensor.shape)} in the checkpoint, and of this "
+                    f"version's {tuple(parameter.shape)}: the run was begun by an earlier one",
+                    "begin it anew, in another folder",
+                )
+        with torch.no_grad():
+            parameter.copy_(value)
+        # Copies: the tensors lie in the file's memory, and the file may be deleted.
+        optimizer.state[parameter] = {
+            key: tensor.to(parameter.device, copy=True) for key, tensor in state.items()
+        }
+
+
+def _check_another(
+    file: Path, tensors: dict[str, Tensor], trained: dict[str, nn.Parameter]
+) -> None:
+    """Refuse the state of a model in which something else is trained, or in another shape."""
+    there = {name[: -len(":value")]: t for name, t in tensors.items() if name.endswith(":value")}
+    wrong = [
+        f"{name} is {tuple(there[name].shape)} there and {tuple(trained[name].shape)} here"
+        for name in trained.keys() & there.keys()
+        if there[name].shape != trained[name].shape
+    ]
+    wrong += [f"{name} is trained there only" for name in there.keys() - trained.keys()]
+    wrong += [f"{name} is trained here only" for name in trained.keys() - there.keys()]
+    if wrong:
+        more = f"; {len(wrong) - 4} more" if wrong[4:] else ""
+        raise SurgeryError(
+            f"{file} is not the state of this training: {'; '.join(sorted(wrong)[:4])}{more}",
+            "go on with the settings that it was begun with, or choose a new folder",
+        )

@@ -7,7 +7,6 @@ hash; `typed` is the command, `environment` the machine, `changes` what became d
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import MISSING, fields
 from os.path import normpath
 from pathlib import Path
@@ -23,18 +22,17 @@ _NOT_COMPARED = ("named", "typed", "environment", "changes")
 _SETTINGS = {"model": GPTConfig, "settings": FitSettings, "adapter": LoRASettings}
 # How it was before a setting existed, where that is not its default.
 _BEFORE = {"settings": {"evaluate_tokens": 0}}
-# Values that only a hash tells apart, and the name under which they were given.
-_HASHED = {"base": "model", "train_ids": "text", "validation_ids": "text", "tokenizer": "tokenizer"}
-_SHAPES_DATA = {
-    "tokenizer",
-    "base",
-    "block_size",
-    "stride",
-    "pack",
-    "template",
-    "answers_only",
-    "weights",
-    "data",
+# What else, of the description or of what was named, a value follows from: the cause is said.
+_DATA = (
+    *("text", "weights", "data", "template", "answers_only", "pack"),
+    *("block_size", "stride", "base", "tokenizer"),
+)
+_FOLLOWS: dict[str, tuple[str, ...]] = {
+    "base": ("model",),
+    "tokenizer": ("tokenizer",),
+    "layers": ("targets",),
+    "train_ids": _DATA,
+    "validation_ids": _DATA,
 }
 
 
@@ -56,72 +54,58 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     if before.get("kind") != now.get("kind"):
         return [f"it is a {before.get('kind')} and not a {now.get('kind')}"]
-    old, new = dict(_values(_completed(before, now))), dict(_values(now))
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key)]
-    named = [description.get("named", {}) for description in (before, now)]
-    behind = {_HASHED[key] for key in changed if key in _HASHED}  # names that hashes stand for
-    behind |= _SHAPES_DATA if "text" in behind else set()
-    behind |= {"targets"} if "layers" in changed else set()
-    renamed = [
-        key for key in named[0] if key in behind and key in named[1] and _renamed(named, key)
-    ]
-    follows = {"layers"} if "targets" in renamed else set()
-    if not _SHAPES_DATA.isdisjoint([*changed, *renamed]):
-        follows |= {"train_ids", "validation_ids"}
-    found = [
-        _changed(key, old, new) for key in changed if key not in _HASHED and key not in follows
-    ]
-    found += [_changed(key, *named) for key in renamed if key in _HASHED or key not in changed]
-    for key, name in _HASHED.items():
-        if key in changed and key not in follows and name not in renamed:
-            was, now_is = (one.get(name) for one in named)
-            if (was is None) != (now_is is None):
-                found.append(_changed(name, *named))
-            else:
-                found.append(f"the {name}{f' {_shown(was)}' if was else ''} has changed since")
+    values = _values(_completed(before, now)), _values(now)
+    changed = _differing(*values)
+    names: list[dict[str, Any]] = [description.get("named", {}) for description in (before, now)]
+    # An earlier version named less; what is behind a hash was always named, where it was given.
+    known = {*names[0].keys() & names[1].keys(), "model", "text", "tokenizer"}
+    renamed = known.intersection(_differing(*({k: _path(v) for k, v in n.items()} for n in names)))
+    found = []
+    for key in sorted(changed, key=_FOLLOWS.__contains__):  # what a hash stands for last
+        causes = _FOLLOWS.get(key)
+        if causes is None:
+            found.append(_changed(key, *values))
+            continue
+        found += [_changed(cause, *names) for cause in causes if cause in renamed]
+        if renamed.union(changed).difference({key} - renamed).isdisjoint(causes):
+            what = causes[0]
+            was = f" {_shown(names[0][what])}" if names[0].get(what) else ""
+            layers = key == "layers"
+            found.append("other layers learn" if layers else f"the {what}{was} has changed since")
     return list(dict.fromkeys(found))
+
+
+def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    return [key for key in old | new if old.get(key) != new.get(key)]
 
 
 def _completed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
     """A description with the values that its version did not know yet."""
-    before = with_current_modules(before)
     known = {"stride": 1} if "stride" in now else {}
-    if "adapter" in now:
-        known["adapter"] = now["adapter"]
-    completed = known | before
-    for name, kind in _SETTINGS.items():
-        if name in before:
-            defaults = {f.name: f.default for f in fields(kind) if f.default is not MISSING}
-            completed[name] = defaults | _BEFORE.get(name, {}) | with_current_names(before[name])
+    completed = known | {k: now[k] for k in ("adapter",) if k in now} | with_current_modules(before)
+    for name in _SETTINGS.keys() & before.keys():
+        defaults = {f.name: f.default for f in fields(_SETTINGS[name]) if f.default is not MISSING}
+        completed[name] = defaults | _BEFORE.get(name, {}) | with_current_names(completed[name])
     return completed
 
 
-def _values(description: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every value by its own name, those of its tables included; none that is empty."""
-    for key, value in description.items():
-        if key in _NOT_COMPARED:
-            continue
-        if key == "lora":
-            yield "layers", [row["layer"] for row in value["rows"]]
-        elif key in _SETTINGS:
-            yield from ((name, inner) for name, inner in value.items() if inner is not None)
-        elif value is not None:
-            yield key, value
+def _values(description: dict[str, Any]) -> dict[str, Any]:
+    """Every value that is compared by its own name, those of its tables included."""
+    found = {key: value for key, value in description.items() if key not in _NOT_COMPARED}
+    if "lora" in found:
+        found["layers"] = [row["layer"] for row in found.pop("lora")["rows"]]
+    for table in _SETTINGS:
+        found |= found.pop(table, {})
+    return found
 
 
-def _renamed(named: list[dict[str, Any]], key: str) -> bool:
-    """Whether something was given under another name before."""
-    return bool(_normal(named[0][key]) != _normal(named[1][key]))
-
-
-def _normal(value: Any) -> Any:
+def _path(value: Any) -> list[Any]:
+    """A name, or several, in the form by which two ways of writing a path are the same."""
     values = value if isinstance(value, list | tuple) else [value]
     return [normpath(one) if isinstance(one, str) and one else one for one in values]
 
 
 def _changed(key: str, old: dict[str, Any], new: dict[str, Any]) -> str:
-    if key == "layers":
-        return "other layers learn"
     follows = ", and the learning rate of every step follows from it" if key == "max_steps" else ""
     return f"{key} was {_shown(old.get(key))} and is {_shown(new.get(key))}{follows}"
 

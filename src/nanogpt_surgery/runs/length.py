@@ -1,9 +1,11 @@
-"""The number of steps of a training, by what was asked for and by its data."""
+"""How many steps a training has, and from which to which it is saved."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
+from time import monotonic
 
 from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
 from nanogpt_surgery.data.gpt_dataset import Batches
@@ -12,6 +14,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.training.settings import FitSettings
 
 EPOCHS = 3.0  # of instruction data, where nothing is asked for
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
 EVALUATIONS = 8  # in a run whose length follows from its data
 
 
@@ -67,3 +70,40 @@ def amount_of(dataset: Batches) -> str:
     examples = dataset.counts.examples - dataset.counts.dropped
     rows = f" in {len(dataset):,} rows" if len(dataset) != examples else ""
     return f"{examples:,} examples{rows}"
+
+
+@dataclass
+class SaveInterval:
+    """So many steps, or so many seconds, from one checkpoint to the next."""
+
+    steps: int = 0
+    seconds: float = 0.0
+
+    @classmethod
+    def read(cls, text: str) -> SaveInterval:
+        """The interval that a word such as 500 (steps), 90s, 10m or 2h means.
+
+        Raises:
+            SurgeryError: it means none.
+        """
+        found = re.fullmatch(r"(\d{1,12})([smh]?)", text.strip(), re.ASCII)
+        if not found or int(found[1]) == 0:
+            raise SurgeryError(
+                f"save_every is {text!r}, which is no number of steps and no time",
+                "for example 500 (steps), 90s, 10m or 2h",
+            )
+        number, unit = int(found[1]), found[2]
+        return cls(seconds=number * _SECONDS[unit]) if unit else cls(steps=number)
+
+    def __post_init__(self) -> None:
+        self._last = monotonic()
+
+    def due(self, step: int) -> bool:
+        """Whether it is time after a step."""
+        if self.steps:
+            return step % self.steps == 0
+        return monotonic() - self._last >= self.seconds
+
+    def saved(self) -> None:
+        """Begin to wait for the next one."""
+        self._last = monotonic()

@@ -26,10 +26,10 @@ from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, read_journal, record
 from nanogpt_surgery.lora.checks import TrainingChecks, check_frozen
 from nanogpt_surgery.runs.checkpoints import RunFolder, check_folder, open_run_folder
+from nanogpt_surgery.runs.length import SaveInterval
 from nanogpt_surgery.runs.metrics_file import read_metrics
 from nanogpt_surgery.runs.samples import Samples
-from nanogpt_surgery.runs.save_interval import SaveInterval
-from nanogpt_surgery.runs.summary import operations_per_token, summary_of
+from nanogpt_surgery.runs.summary import summary_of
 from nanogpt_surgery.runs.training import Training
 from nanogpt_surgery.training.checks import check_fit
 from nanogpt_surgery.training.distributed import world
@@ -38,6 +38,7 @@ from nanogpt_surgery.training.fit import TrainingLoop
 from nanogpt_surgery.training.hardware import environment_of, matmul_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step
+from nanogpt_surgery.training.trainable_stages import training_flops_per_token
 
 Say = Callable[[str], object]
 
@@ -211,7 +212,9 @@ class Run:
     @property
     def full_rate(self) -> float:
         """Tokens a second, were every operation as fast as the machine's matrix products."""
-        return self.matmul_rate / operations_per_token(self.training)
+        kept = getattr(self.loop.way, "prefix", None) is not None
+        length = self.training.dataset.block_size
+        return self.matmul_rate / training_flops_per_token(self.training.model, length, kept)
 
     def finish(self) -> dict[str, Any]:
         """Sum the run up, draw its losses, and sign it off in the folder's journal.
@@ -221,7 +224,7 @@ class Run:
         if not self.world.is_main_process:
             return {}
         beside = monotonic() - self._began - self._in_steps
-        summary = summary_of(self.training, self.folder, self.matmul_rate, beside)
+        summary = summary_of(self, beside)
         files = hashes_of(self.folder.folder)
         if read_journal(self.folder.folder).files != files:  # else it has been signed off
             named, kind = self.training.named, self.description["kind"]
