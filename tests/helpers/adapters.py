@@ -37,7 +37,7 @@ def adapted(
 def attach_adapter(model: nn.Module, adapter: StoredAdapter, name: str = "default") -> None:
     """Put an adapter on a model as `load_adapter` does, checked before."""
     check_new_name(model, name)
-    check_fit(model, adapter)
+    check_fit(model, adapter, "open its base", "resize it")
     attach_checked(model, adapter, name)
 
 

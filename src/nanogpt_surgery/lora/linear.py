@@ -4,8 +4,8 @@
 
 A is drawn at random and B is zero, so at first nothing changes; training moves A and B alone.
 `LoRAUpdate` is the last term, `LoRALinear` the whole line. Around it, in files of their own:
-several adapters on one layer (several.py), other kinds of update such as DoRA and PiSSA
-(variants.py), and layers that are no Linear (embedding.py, replaced.py).
+several adapters on one layer (active.py), other kinds of update such as DoRA and PiSSA, and modules
+replaced whole (variants.py), and embeddings (embedding.py).
 
 Legend: R rank.
 """

@@ -31,11 +31,6 @@ from nanogpt_surgery.lora.variants import (
 )
 from nanogpt_surgery.report import Report
 
-# The names of PEFT's file: the prefix, the layer's path, and what it is.
-PREFIX = "base_model.model."
-FACTOR_A, FACTOR_B = ".lora_A.weight", ".lora_B.weight"
-EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
-MAGNITUDE = ".lora_magnitude_vector"
 MOST_SHOWN = 12  # of what does not fit
 
 RankAndAlpha: TypeAlias = tuple[int, float]
@@ -150,19 +145,6 @@ class StoredAdapter:
             whole={f"{module}.{name}": tensor for name, tensor in self.whole.items()},
             base_copies={f"{module}.{name}": copy for name, copy in self.base_copies.items()},
         )
-
-
-def tensors_of(adapter: StoredAdapter) -> dict[str, Tensor]:
-    """The tensors of an adapter under the names that they have in PEFT's file."""
-    tensors = {}
-    for name, update in adapter.updates.items():
-        keys = (EMBEDDING_A, EMBEDDING_B) if update.embedding else (FACTOR_A, FACTOR_B)
-        tensors[f"{PREFIX}{name}{keys[0]}"] = update.A.contiguous()
-        tensors[f"{PREFIX}{name}{keys[1]}"] = update.B.contiguous()
-        if update.magnitude is not None:
-            tensors[f"{PREFIX}{name}{MAGNITUDE}"] = update.magnitude.contiguous()
-    whole = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.whole.items()}
-    return tensors | whole
 
 
 def _float(tensor: Any) -> Any:
@@ -320,8 +302,8 @@ def attach_adapter(
 def check_fit(
     model: nn.Module,
     adapter: StoredAdapter,
-    hint: str = "open the base that it was made for",
-    if_resized: str = "resize the vocabulary of the base as it was when the adapter was made",
+    hint: str,
+    if_resized: str,
 ) -> None:
     """Raises `SurgeryError`, with the first dozen of what does not fit, if an adapter does not.
 

@@ -104,16 +104,18 @@ def by_pattern(patterns: Mapping[str, Any] | None, name: str, default: Any) -> A
         SurgeryError: a pattern is no regular expression.
     """
     for pattern, value in (patterns or {}).items():
-        try:
-            if re.match(rf"^(.*\.)?({pattern})$", name):
-                return value
-        except (re.error, OverflowError, RecursionError) as error:
-            raise SurgeryError(
-                f"{pattern!r} of rank_pattern or alpha_pattern is not a regular expression: "
-                f"{error}",
-                "a layer's name or its ending, such as q_proj, or .*q_proj",
-            ) from None
+        where = f"{pattern!r} of rank_pattern or alpha_pattern"
+        hint = "a layer's name or its ending, such as q_proj, or .*q_proj"
+        if _compiled(rf"^(.*\.)?({pattern})$", where, hint).match(name):
+            return value
     return default
+
+
+def _compiled(pattern: str, where: str, hint: str = "") -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise SurgeryError(f"{where} is not a regular expression: {error}", hint) from None
 
 
 def _matching(pattern: str, layers: dict[str, nn.Module], model: nn.Module) -> list[str]:
@@ -128,10 +130,7 @@ def _named(pattern: str, names: Iterable[str]) -> list[str]:
     exact = [name for name in names if name == pattern or name.endswith("." + pattern)]
     if exact:
         return exact
-    try:
-        expression = re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise SurgeryError(f"the target {pattern!r} is not a regular expression: {error}") from None
+    expression = _compiled(pattern, f"the target {pattern!r}")
     return [name for name in names if expression.fullmatch(name)]
 
 
@@ -156,10 +155,11 @@ def _no_match(patterns: list[str], layers: dict[str, nn.Module], model: nn.Modul
     names = list(layers)
     endings = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
     linears = [name for name, layer in layers.items() if isinstance(layer, nn.Linear)]
+    meant = "; ".join(_meant(pattern.rpartition(".")[2], endings) for pattern in patterns)
     return SurgeryError(
         f"{what}has {len(linears)} Linears and {len(names) - len(linears)} Embeddings with the "
         f"endings {', '.join(endings)} (for example {(linears or names)[0]})",
-        _separated(patterns, names) or f"the nearest: {_nearest(patterns, endings)}",
+        _separated(patterns, names) or f"the nearest: {meant}",
     )
 
 
@@ -184,10 +184,6 @@ def _meant(name: str, endings: list[str]) -> str:
     groups = [group.split() for group in _SAME]
     meant = [e for group in groups if name in group for e in endings if e in group]
     return ", ".join(dict.fromkeys(meant)) or nearest(name, endings)
-
-
-def _nearest(patterns: list[str], endings: list[str]) -> str:
-    return "; ".join(_meant(pattern.rpartition(".")[2], endings) for pattern in patterns)
 
 
 def _separated(patterns: list[str], names: list[str]) -> str:

@@ -32,12 +32,6 @@ from nanogpt_surgery.history.hashing import tensor_hash
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import (
-    EMBEDDING_A,
-    EMBEDDING_B,
-    FACTOR_A,
-    FACTOR_B,
-    MAGNITUDE,
-    PREFIX,
     LowRankUpdate,
     StoredAdapter,
     Updates,
@@ -48,6 +42,11 @@ from nanogpt_surgery.lora.targets import COMPILED, uncompiled
 from nanogpt_surgery.report import Report
 
 TENSORS = "adapter_model.safetensors"
+# The names of PEFT's file: the prefix, the layer's path, and what it is.
+PREFIX = "base_model.model."
+FACTOR_A, FACTOR_B = ".lora_A.weight", ".lora_B.weight"
+EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
+MAGNITUDE = ".lora_magnitude_vector"
 _BASE = ".base_layer.weight"
 _LONGEST_NAME = 1_000  # characters
 _MOST_COPIED = 64 << 20  # bytes that lie across their numbers' bounds, so that they are copied

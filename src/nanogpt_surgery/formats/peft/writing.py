@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_folder
@@ -18,7 +18,16 @@ from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.files.writing import write_tensors
 from nanogpt_surgery.formats.peft.config import CONFIG, EXTRAS, config_for, extras_of
 from nanogpt_surgery.formats.peft.layout import adapter_to_theirs, base_fingerprint, rows_of
-from nanogpt_surgery.formats.peft.reading import TENSORS, read_adapter
+from nanogpt_surgery.formats.peft.reading import (
+    EMBEDDING_A,
+    EMBEDDING_B,
+    FACTOR_A,
+    FACTOR_B,
+    MAGNITUDE,
+    PREFIX,
+    TENSORS,
+    read_adapter,
+)
 from nanogpt_surgery.lora.planning import UpdatePlan, plan_updates
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.several import check_new_name, report_on
@@ -28,7 +37,6 @@ from nanogpt_surgery.lora.stored_adapter import (
     Updates,
     extract_adapter,
     same,
-    tensors_of,
 )
 from nanogpt_surgery.lora.targets import adaptable_layers, uncompiled
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -210,3 +218,16 @@ def check_unsavable(model: nn.Module) -> None:
     """
     with TemporaryDirectory() as place:
         write_folder(Path(place) / "adapter", lambda new: write_adapter_files(model, new))
+
+
+def tensors_of(adapter: StoredAdapter) -> dict[str, Tensor]:
+    """The tensors of an adapter under the names that they have in PEFT's file."""
+    tensors = {}
+    for name, update in adapter.updates.items():
+        keys = (EMBEDDING_A, EMBEDDING_B) if update.embedding else (FACTOR_A, FACTOR_B)
+        tensors[f"{PREFIX}{name}{keys[0]}"] = update.A.contiguous()
+        tensors[f"{PREFIX}{name}{keys[1]}"] = update.B.contiguous()
+        if update.magnitude is not None:
+            tensors[f"{PREFIX}{name}{MAGNITUDE}"] = update.magnitude.contiguous()
+    whole = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.whole.items()}
+    return tensors | whole
