@@ -14,7 +14,7 @@ The tokenizers in public use must open. The largest of October 2026 by each meas
 | bytes of one  | llm-jp 2.1                                       |         72 |        128 |
 
 The limit on bytes stands in `files/json_files.py`, those on tokens and merges, for vocabularies of
-GGUF files, in `tokenizer_json.py`.
+GGUF files, in `formats/gguf/tokenizer.py`.
 """
 
 from __future__ import annotations
@@ -48,21 +48,22 @@ def check_limits(contents: dict[str, Any]) -> None:
         growth = math.prod(map(_growth, steps))
         for kind in _REPEATED:
             growth *= 2 ** max(0, sum(step.get("type") == kind for step in steps) - 1)
-        if growth > LARGEST_GROWTH:
-            raise SurgeryError(
-                f"the {part} of tokenizer.json makes up to {growth:,} characters of one; the limit "
-                f"is {LARGEST_GROWTH}"
-            )
+        what = f"the {part} of tokenizer.json makes up to {growth:,} characters of one"
+        _check_at_most(LARGEST_GROWTH, growth, what)
     for expression in expressions(contents):
         _check_expression(expression)
     added = contents.get("added_tokens")
-    if isinstance(added, list) and len(added) > MOST_ADDED:
-        raise SurgeryError(
-            f"tokenizer.json has {len(added):,} added tokens; the limit is {MOST_ADDED:,}"
-        )
+    if isinstance(added, list):
+        what = f"tokenizer.json has {len(added):,} added tokens"
+        _check_at_most(MOST_ADDED, len(added), what)
     model = contents.get("model")
     if isinstance(model, dict):
         _check_model(model)
+
+
+def _check_at_most(limit: int, found: int, what: str) -> None:
+    if found > limit:
+        raise SurgeryError(f"{what}; the limit is {limit:,}")
 
 
 def expressions(contents: dict[str, Any]) -> list[str]:
@@ -70,27 +71,18 @@ def expressions(contents: dict[str, Any]) -> list[str]:
     steps = [
         s for part, children in _CHILDREN.items() for s in _steps(contents.get(part), children)
     ]
-    patterns = [step["pattern"].get("Regex") for step in steps if _is_object(step.get("pattern"))]
-    return [pattern for pattern in patterns if isinstance(pattern, str)]
-
-
-def _is_object(value: Any) -> bool:
-    return isinstance(value, dict)
+    patterns = [step.get("pattern") for step in steps]
+    found = [pattern.get("Regex") for pattern in patterns if isinstance(pattern, dict)]
+    return [expression for expression in found if isinstance(expression, str)]
 
 
 def _check_expression(expression: str) -> None:
-    if len(expression) > LONGEST_EXPRESSION:
-        raise SurgeryError(
-            f"a regular expression in tokenizer.json has {len(expression):,} characters; the limit "
-            f"is {LONGEST_EXPRESSION:,}"
-        )
+    what = f"a regular expression in tokenizer.json has {len(expression):,} characters"
+    _check_at_most(LONGEST_EXPRESSION, len(expression), what)
     counts = [int((most or least or "1")[:9]) for least, most in _GROUP_COUNT.findall(expression)]
     repeated = math.prod(max(1, count) for count in counts)
-    if repeated > MOST_REPEATED:
-        raise SurgeryError(
-            f"the regular expression {quoted(expression)} in tokenizer.json repeats a group up to "
-            f"{repeated:,} times; the limit is {MOST_REPEATED:,}"
-        )
+    what = f"the regular expression {quoted(expression)} in tokenizer.json repeats a group"
+    _check_at_most(MOST_REPEATED, repeated, f"{what} up to {repeated:,} times")
 
 
 def check_speed(encode: Callable[[str], Any], text: str) -> None:
@@ -121,20 +113,15 @@ def _seconds(encode: Callable[[str], Any], text: str) -> float:
 def _check_model(model: dict[str, Any]) -> None:
     vocab, longest = model.get("vocab"), model.get("max_input_chars_per_word")
     if isinstance(vocab, list):
-        texts = [row[0] for row in vocab if isinstance(row, list) and row]
-        written = [t.encode(errors="replace") for t in texts if isinstance(t, str)]
-        size = max(map(len, written), default=0)
-        if size > LONGEST_UNIGRAM:
-            raise SurgeryError(
-                f"a token of the unigram vocabulary in tokenizer.json has {size:,} bytes; the "
-                f"limit is {LONGEST_UNIGRAM}"
-            )
-        _check_nested([text for text in texts if isinstance(text, str)])
-    if type(longest) is int and longest > LONGEST_WORD:
-        raise SurgeryError(
-            f"max_input_chars_per_word in tokenizer.json is {longest:,}; the limit is "
-            f"{LONGEST_WORD}"
-        )
+        rows = [row[0] for row in vocab if isinstance(row, list) and row]
+        texts = [text for text in rows if isinstance(text, str)]
+        size = max((len(text.encode(errors="replace")) for text in texts), default=0)
+        what = f"a token of the unigram vocabulary in tokenizer.json has {size:,} bytes"
+        _check_at_most(LONGEST_UNIGRAM, size, what)
+        _check_nested(texts)
+    if type(longest) is int:
+        what = f"max_input_chars_per_word in tokenizer.json is {longest:,}"
+        _check_at_most(LONGEST_WORD, longest, what)
 
 
 def _check_nested(tokens: list[str]) -> None:
