@@ -22,11 +22,11 @@ def test_eval_finds_the_loss_that_training_measured(tmp_path: Path, template: st
     assert " ".join(["finetune", str(model), str(data), *flags, "--out"]) in said
     steps = ["--max-steps", 2, "--learning-rate", 0.05]
     _, said = called("finetune", model, data, "--out", adapter, *steps, *flags)
-    assert " ".join(["surgery chat", str(model), "--adapter", str(adapter), *flags]) in said
+    assert f"surgery chat {model} --adapter {adapter} talks" in said
     lines = (adapter / "metrics.jsonl").read_text().splitlines()
     rows = {row["step"]: row["validation_loss"] for row in map(json.loads, lines)}
     base, _ = called("eval", model, tmp_path / "held.json", *flags, "--json")
-    tuned, _ = called("eval", model, tmp_path / "held.json", "--adapter", adapter, *flags, "--json")
+    tuned, _ = called("eval", model, tmp_path / "held.json", "--adapter", adapter, "--json")
     assert json.loads(base)["loss"] == pytest.approx(rows[0], rel=1e-5)
     assert json.loads(tuned)["loss"] == pytest.approx(rows[2], rel=1e-5)
     assert rows[2] != pytest.approx(rows[0], rel=1e-3)

@@ -9,7 +9,16 @@ from helpers.tokenizers import byte_level, sentencepiece_like
 from transformers import PreTrainedTokenizerFast
 
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SurgeryError, SurgeryWarning
-from nanogpt_surgery.data.conversations.chat import ChatTemplate, chat_ids, end_ids, template_of
+from nanogpt_surgery.data.conversations.chat import (
+    ChatTemplate,
+    chat_ids,
+    encode_conversation,
+    end_ids,
+    named_template,
+    template_from_jinja,
+    template_of,
+    to_jinja,
+)
 from nanogpt_surgery.data.conversations.instructions import encode_conversations
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.generation.conversation import Conversation
@@ -45,6 +54,25 @@ def test_the_text_is_transformers(template, ask, tmp_path):
         TALK, chat_template=template, tokenize=False, add_generation_prompt=ask
     )
     assert ChatTemplate(template, "<s>", "</s>").render(TALK, ask) == expected
+
+
+@pytest.mark.parametrize("kind", [byte_level, sentencepiece_like])
+@pytest.mark.parametrize("name", ["plain", "chatml", "model"])
+@pytest.mark.parametrize("ask", [True, False])
+def test_transformers_writes_the_same_ids_by_what_lies_beside_an_adapter(kind, name, ask, tmp_path):
+    contents = kind()
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
+    tokenizer = PretrainedTokenizer(contents, stop_ids=[2], chat_template=CHATML)
+    template = named_template(tokenizer, name)
+    jinja = to_jinja(template, tokenizer)
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    system = [{"role": "system", "content": "{{ 'Be' }} \\n \"kind\""}, *TALK]
+    expected = theirs.apply_chat_template(
+        system, chat_template=jinja, add_generation_prompt=ask, return_dict=False
+    )
+    text = template.render(system, ask)
+    assert encode_conversation(tokenizer, template, text)[0] == expected
+    assert template_from_jinja(tokenizer, jinja) == replace(template, owner="adapter")
 
 
 def test_bos_comes_once_and_twice_is_said():

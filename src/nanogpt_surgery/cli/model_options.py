@@ -212,17 +212,12 @@ def named_tokenizer(name: str) -> Tokenizer | None:
 
 
 def next_command(
-    model: str | Path,
-    adapter: str | Path | None = None,
-    *,
-    talks: bool = False,
-    template: str = "model",
+    model: str | Path, adapter: str | Path | None = None, *, talks: bool = False
 ) -> str:
     """How to talk with a model that `talks`, or to continue a text with any other."""
     words = shlex.quote(str(model))
     if adapter is not None:
         words += f" --adapter {shlex.quote(str(adapter))}"
     if talks:
-        written = "" if template == "model" else f" --template {template}"
-        return f"surgery chat {words}{written} talks with it"
+        return f"surgery chat {words} talks with it"
     return f"surgery generate {words} --prompt … continues a text with it"

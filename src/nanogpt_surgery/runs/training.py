@@ -100,6 +100,7 @@ class Training:
         adapter: LoRASettings,
         base: str,
         base_hash: str,
+        chat_template: str | None = None,
         **more: Any,
     ) -> Training:
         """The training of a LoRA.
@@ -113,6 +114,7 @@ class Training:
             adapter: the settings that it was injected with.
             base: what the model was opened from; the adapter's config names it.
             base_hash: the `fingerprint` of its weights before the injection.
+            chat_template: in Jinja, that conversations are written with; lies beside the adapter.
             **more: other fields of `Training`; entries of `description` join it.
         """
         known = {
@@ -127,7 +129,9 @@ class Training:
             *data,
             settings,
             description=known | more.pop("description", {}),
-            write_weights=lambda folder: write_adapter_files(model, folder, base),
+            write_weights=lambda folder: write_adapter_files(
+                model, folder, base, chat_template=chat_template
+            ),
             **more,
         )
 

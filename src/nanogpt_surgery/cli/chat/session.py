@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ from nanogpt_surgery.errors import NotFiniteError, SurgeryError, nearest, printa
 from nanogpt_surgery.files.json_files import write_json
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.conversations.chat import Message
+    from nanogpt_surgery.data.conversations.chat import ChatTemplate, Message
     from nanogpt_surgery.generation.conversation import Conversation
 
 
@@ -25,9 +25,14 @@ class Session:
     A method named `do_…` is the command of that name; its docstring is what /help says.
     """
 
-    def __init__(self, conversation: Conversation, settings: ChatSettings):
+    def __init__(
+        self,
+        conversation: Conversation,
+        settings: ChatSettings,
+        templates: Mapping[str, ChatTemplate] | None = None,
+    ):
         self.conversation, self.model = conversation, conversation.model
-        self.settings = settings
+        self.settings, self.templates = settings, dict(templates or {})
 
     def hear(self, line: str) -> bool:
         """Answer a line or obey it; whether to go on."""
@@ -120,7 +125,12 @@ class Session:
         blend_lora(self.model, weights)
         enable_lora(self.model)
         self.conversation.weights_changed()
+        self._written_for(max(weights, key=lambda name: abs(weights[name])))
         self.do_adapters("")
+
+    def _written_for(self, adapter: str) -> None:
+        """Messages are written as an adapter was trained; "" is the model without any."""
+        self.conversation.template = self.templates.get(adapter, self.conversation.template)
 
     def do_base(self, _rest: str) -> None:
         """The model without any adapter."""
@@ -128,6 +138,7 @@ class Session:
 
         disable_lora(self.model)
         self.conversation.weights_changed()
+        self._written_for("")
         self.do_adapters("")
 
     def do_adapters(self, _rest: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from cyclopts import Parameter
@@ -37,36 +38,57 @@ class TalkOptions:
 
     system: str = ""
     """what the model is told before anything is said"""
-    template: Literal["auto", "chatml", "plain", "none"] = "auto"
-    """how messages are written; auto: the model's own, else chatml or plain, as its tokens allow"""
+    template: Literal["auto", "model", "chatml", "plain", "none"] = "auto"
+    """how messages are written; auto: as the adapter was trained, else as with model: the model's
+    own template, else chatml or plain, as its tokens allow"""
     max_new_tokens: int = 512
     """how many tokens an answer has at most"""
 
-    def conversation(self, model: SimpleGPT, tokenizer: Tokenizer) -> Conversation:
+    def conversation(
+        self, model: SimpleGPT, tokenizer: Tokenizer, adapter: Path | None = None
+    ) -> Conversation:
         """A conversation of which only the system prompt is there.
 
         Says it where the model was probably not taught to converse.
         """
         from nanogpt_surgery.generation.conversation import Conversation
 
-        talk = Conversation(model, tokenizer, self._template_for(tokenizer))
+        talk = Conversation(model, tokenizer, self.template_for(tokenizer, adapter))
         talk.system = self.system
-        if note := NOTES.get(talk.template.source):
+        note = NOTES.get(talk.template.source)
+        if note and talk.template.owner == "model":
             say(f"note: {note}")
         return talk
 
-    def _template_for(self, tokenizer: Tokenizer) -> ChatTemplate:
-        from nanogpt_surgery.data.conversations.chat import template_of
+    def template_for(self, tokenizer: Tokenizer, adapter: Path | None) -> ChatTemplate:
+        """The template that the flag says; with auto, the one that an adapter was trained with."""
+        from nanogpt_surgery.data.conversations.chat import named_template, template_of
 
+        if self.template not in ("auto", "model"):
+            return named_template(tokenizer, self.template)
+        if self.template == "auto" and (stored := stored_template(tokenizer, adapter)):
+            return stored
         found = template_of(tokenizer)
-        if self.template != "auto":
-            return replace(found, source=self.template)
         if found.source == "plain":
             try:
                 tokenizer.encode("System:\nUser:\nAssistant:\n")
             except SurgeryError:  # a vocabulary of characters without these
                 return replace(found, source="none")
         return found
+
+
+def stored_template(tokenizer: Tokenizer, adapter: Path | None) -> ChatTemplate | None:
+    """The template that lies beside an adapter, if one does.
+
+    Raises:
+        SurgeryError: its file is damaged, or beyond its limits.
+    """
+    from nanogpt_surgery.data.conversations.chat import template_from_jinja
+    from nanogpt_surgery.formats.huggingface.tokenizer_files import chat_template_in
+    from nanogpt_surgery.formats.peft.reading import adapter_folder
+
+    text = None if adapter is None else chat_template_in(adapter_folder(adapter))
+    return None if text is None else template_from_jinja(tokenizer, text)
 
 
 AS_USUAL = TalkOptions()

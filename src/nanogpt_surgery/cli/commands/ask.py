@@ -62,7 +62,9 @@ def ask(
     if compare and adapter is None:
         raise SurgeryError("there is nothing to compare the model with", "add --adapter FOLDER")
     asked = _question(question)
-    fresh = talk.conversation(*opening.open(model, one_adapter(adapter)))
+    adapters = one_adapter(adapter)
+    opened = opening.open(model, adapters)
+    fresh = talk.conversation(*opened, adapters[0][1] if adapters else None)
     answers = [
         _Answer(copy(fresh), asked, settings, of_base)
         for of_base in ((True, False) if compare else (False,))

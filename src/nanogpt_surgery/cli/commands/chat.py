@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from nanogpt_surgery.cli.chat.settings import AS_USUAL, ChatSettings, TalkOptions
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.model_options import (
@@ -35,7 +37,11 @@ def chat(
 
     settings = ChatSettings(talk.max_new_tokens, **sampling.arguments())
     adapters = named_adapters(adapter or ())
-    session = Session(talk.conversation(*opening.open(model, adapters)), settings)
+    network, tokenizer = opening.open(model, adapters)
+    folders: dict[str, Path | None] = {"": None, **dict(adapters)}
+    templates = {name: talk.template_for(tokenizer, place) for name, place in folders.items()}
+    first = adapters[0][1] if adapters else None
+    session = Session(talk.conversation(network, tokenizer, first), settings, templates)
     if adapters:
         names = [name for name, _ in adapters]
         say(f"adapters: {', '.join(names)}; {names[0]} takes part")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+from nanogpt_surgery.cli.chat.settings import stored_template
 from nanogpt_surgery.cli.framework.console import Json, say, show
-from nanogpt_surgery.cli.instruction_data import TemplateName
 from nanogpt_surgery.cli.model_options import (
     AS_STORED,
     AdapterFolder,
@@ -16,6 +17,7 @@ from nanogpt_surgery.cli.model_options import (
 )
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.data.conversations.chat import ChatTemplate
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -30,7 +32,7 @@ def evaluate(
     context: int | None = None,
     stride: int | None = None,
     batch_size: int = 8,
-    template: TemplateName = "model",
+    template: Literal["auto", "model", "chatml", "plain"] = "auto",
     opening: OpeningOptions = AS_STORED,
     json: Json = False,
 ) -> None:
@@ -52,12 +54,14 @@ def evaluate(
     batch_size
         windows or examples computed together
     template
-        how instruction data is written: as the model's own template does, or as one of ours
+        how instruction data is written; auto: as the adapter was trained, else as the model's own
+        template does
     """
     from nanogpt_surgery.data.conversations.record_files import has_choices, holds_records
     from nanogpt_surgery.report import Report
 
-    opened = opening.open(model, one_adapter(adapter))
+    adapters = one_adapter(adapter)
+    opened = opening.open(model, adapters)
     talks = False
     if not holds_records(file):
         title = "each token from those before it (loss in nats a token)"
@@ -66,9 +70,19 @@ def evaluate(
         title, summary = "the likeliest choice", _of_choices(*opened, file)
     else:
         title, talks = "answers alone (loss in nats a token)", True
-        summary = _of_answers(*opened, file, template, batch_size)
+        written = _written(opened[1], template, adapters[0][1] if adapters else None)
+        summary = _of_answers(*opened, file, written, batch_size)
     show(Report(f"{file}: {title}", [], summary), json)
     say(next_command(model, adapter, talks=talks))
+
+
+def _written(tokenizer: Tokenizer, name: str, adapter: Path | None) -> ChatTemplate:
+    """The template of this name; with auto, the one that an adapter was trained with."""
+    from nanogpt_surgery.data.conversations.chat import named_template
+
+    if name != "auto":
+        return named_template(tokenizer, name)
+    return stored_template(tokenizer, adapter) or named_template(tokenizer, "model")
 
 
 def _of_text(
@@ -127,13 +141,12 @@ def _of_choices(model: SimpleGPT, tokenizer: Tokenizer, file: str) -> dict[str, 
 
 
 def _of_answers(
-    model: SimpleGPT, tokenizer: Tokenizer, file: str, name: TemplateName, batch_size: int
+    model: SimpleGPT, tokenizer: Tokenizer, file: str, template: ChatTemplate, batch_size: int
 ) -> dict[str, Any]:
-    from nanogpt_surgery.data.conversations.chat import template_of
     from nanogpt_surgery.data.conversations.instructions import read_examples
     from nanogpt_surgery.generation.evaluation import answer_loss
 
-    examples = read_examples([file], tokenizer, name)
+    examples = read_examples([file], tokenizer, template)
     length = model.config.block_size + 1
     cut = sum(len(example.ids) > length for example in examples)
     if cut:
@@ -145,5 +158,5 @@ def _of_answers(
         "answer_tokens": found.tokens,
         "loss": found.loss,
         "perplexity": found.perplexity,
-        "template": template_of(tokenizer).name if name == "model" else name,
+        "template": template.name,
     }

@@ -73,6 +73,7 @@ def finetune(
         files, folders, or - for standard input, or a folder that surgery data prepare made; without
         any, the standard library's source
     """
+    from nanogpt_surgery.data.conversations.chat import named_template, to_jinja
     from nanogpt_surgery.runs.data import window_length
     from nanogpt_surgery.runs.training import Training, fingerprint, open_base
 
@@ -91,7 +92,9 @@ def finetune(
     named["targets"] = targets.get("targets")
     more: dict[str, Any] = {"description": spaced, "cache_dir": options.cache_dir}
     parts = network, tokenizer, data, settings, report, adapter, model, base
-    following = next_command(model, run.out, talks=talks, template=told.template)
+    if talks:
+        more["chat_template"] = to_jinja(named_template(tokenizer, told.template), tokenizer)
+    following = next_command(model, run.out, talks=talks)
     carry_out(Training.of_adapter(*parts, named=named, **more), run, asked, following)
 
 

@@ -13,7 +13,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import Any, TypeAlias
@@ -85,11 +85,13 @@ class ChatTemplate:
     seconds: int = 10
     special_tokens: Mapping[str, str] | None = None
     """what a template's variables for special tokens hold; None: BOS and EOS"""
+    owner: str = "model"
+    """whose files it comes from: the model's or the adapter's"""
 
     @property
     def name(self) -> str:
         """The name of one of ours, or "the model's own"."""
-        return self.source if self.source in OWN else "the model's own"
+        return self.source if self.source in OWN else f"the {self.owner}'s own"
 
     @property
     def stop(self) -> tuple[str, ...]:
@@ -110,7 +112,8 @@ class ChatTemplate:
         check_messages(messages)
         [written] = self.write([messages], ask=ask)
         if written.error:
-            raise SurgeryError(f"the model's chat template fails: {written.error}", MEND_TEMPLATE)
+            what = f"the {self.owner}'s chat template fails: {written.error}"
+            raise SurgeryError(what, MEND_TEMPLATE)
         return written.text
 
     def write(
@@ -178,6 +181,29 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate:
         source = "plain" if id_of("<|im_start|>") is None else "chatml"
     special = getattr(tokenizer, "special_tokens", None)
     return ChatTemplate(source, bos, eos, special_tokens=special)
+
+
+def named_template(tokenizer: Tokenizer, name: str) -> ChatTemplate:
+    """The template of this name: "model" is the one that the tokenizer's model expects."""
+    found = template_of(tokenizer)
+    return found if name == "model" else replace(found, source=name)
+
+
+def to_jinja(template: ChatTemplate, tokenizer: Tokenizer) -> str:
+    """A template as transformers renders it, to the same ids with this tokenizer."""
+    if template.source not in _JINJA:
+        return template.source
+    token_of: Callable[[int], str | None] = getattr(tokenizer, "token_of", lambda _: None)
+    begin = "".join(token_of(i) or "" for i in prompt_ids(tokenizer, ""))
+    return _JINJA[template.source].format(begin=repr(begin), end=repr(template.eos_token))
+
+
+def template_from_jinja(tokenizer: Tokenizer, text: str) -> ChatTemplate:
+    """The template that lies beside an adapter; what `to_jinja` made of one of ours is known."""
+    usual = replace(template_of(tokenizer), owner="adapter")
+    ours = (replace(usual, source=name) for name in _JINJA)
+    known = (one for one in ours if to_jinja(one, tokenizer) == text)
+    return next(known, replace(usual, source=text))
 
 
 def chat_ids(
@@ -260,6 +286,21 @@ OWN: dict[str, Callable[[str, str, str], tuple[str, str]]] = {
     "chatml": _chatml,
     "plain": _plain,
     "none": _none,
+}
+
+
+# The same, for transformers, with the texts that stand before a conversation and end an answer.
+_JINJA = {
+    "chatml": (
+        "{{{{ {begin} }}}}{{% for m in messages %}}{{{{ '<|im_start|>' + m['role'] + '\\n' + "
+        "(m['content'] or '') + '<|im_end|>\\n' }}}}{{% endfor %}}"
+        "{{% if add_generation_prompt %}}{{{{ '<|im_start|>assistant\\n' }}}}{{% endif %}}"
+    ),
+    "plain": (
+        "{{{{ {begin} }}}}{{% for m in messages %}}{{{{ m['role']|capitalize + ':\\n' + "
+        "(m['content'] or '') + ({end} if m['role'] == 'assistant' else '') + '\\n\\n' }}}}"
+        "{{% endfor %}}{{% if add_generation_prompt %}}{{{{ 'Assistant:\\n' }}}}{{% endif %}}"
+    ),
 }
 
 

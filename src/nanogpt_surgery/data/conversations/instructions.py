@@ -8,7 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from nanogpt_surgery.data.conversations.chat import (
     Messages,
     Written,
     encode_conversation,
+    named_template,
     shown,
     template_of,
     warn_of_two_bos,
@@ -123,7 +124,7 @@ def check_first_record(path: str | Path) -> None:
 def read_examples(
     paths: Sequence[str | Path],
     tokenizer: Tokenizer,
-    template: str = "model",
+    template: str | ChatTemplate = "model",
     answers_only: bool = True,
 ) -> list[Example]:
     """The conversations of all files, as ids.
@@ -131,7 +132,8 @@ def read_examples(
     Args:
         paths: JSON, JSONL, CSV or TSV files.
         tokenizer: the model's.
-        template: how they are written: "model" as the tokenizer's own does; or "chatml", "plain".
+        template: how they are written, or its name: "model" as the tokenizer's own does; or
+            "chatml", "plain".
         answers_only: otherwise every token is trained on.
 
     Raises:
@@ -141,12 +143,11 @@ def read_examples(
         raise SurgeryError(
             "no file of instruction data is named", "name a JSON, JSONL, CSV or TSV file"
         )
-    written = template_of(tokenizer)
-    if template != "model":
-        written = replace(written, source=template)
+    if isinstance(template, str):
+        template = named_template(tokenizer, template)
     conversations = [found for path in paths for found in read_conversations(path)]
     check_conversations(conversations, tokenizer)
-    return encode_conversations(conversations, tokenizer, written, answers_only=answers_only)
+    return encode_conversations(conversations, tokenizer, template, answers_only=answers_only)
 
 
 def encode_conversations(

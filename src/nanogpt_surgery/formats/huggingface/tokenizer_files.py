@@ -65,12 +65,13 @@ def _opened(contents: dict[str, Any], folder: Path) -> Tokenizer:
         return CharacterTokenizer.from_json(contents)
     found = special_tokens_of(folder, _tokens_in(contents))
     templates = _chat_templates(folder)
+    template = _usual(templates)
     if is_bpe(contents) and not templates and _says_nothing_new(found):
         return BPETokenizer.from_json(contents)
     return PretrainedTokenizer(
         contents,
         stop_ids=found.stop_ids,
-        chat_template=templates.get("default", next(iter(templates.values()), None)),
+        chat_template=template,
         special_tokens=found.named,
         extra_special_tokens=found.extra,
         added_tokens=found.added,
@@ -95,6 +96,19 @@ def _says_nothing_new(found: SpecialTokens) -> bool:
     """Whether a folder says no more of a byte-level BPE than its own kind knows."""
     tokens = {*map(str, found.named.values()), *map(str, found.extra), *map(str, found.added)}
     return tokens <= {END_OF_TEXT} and "pad_token" not in found.named
+
+
+def chat_template_in(folder: Path) -> str | None:
+    """The chat template in a model's or an adapter's folder, in Jinja; None if there is none.
+
+    Raises:
+        SurgeryError: a file is damaged, or beyond its limits.
+    """
+    return _usual(_chat_templates(folder))
+
+
+def _usual(templates: dict[str, str]) -> str | None:
+    return templates.get("default", next(iter(templates.values()), None))
 
 
 def _chat_templates(folder: Path) -> dict[str, str]:

@@ -16,6 +16,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.files.writing import write_tensors
+from nanogpt_surgery.formats.huggingface.tokenizer_files import CHAT_TEMPLATE
 from nanogpt_surgery.formats.peft.config import CONFIG, EXTRAS, config_for, extras_of
 from nanogpt_surgery.formats.peft.layout import adapter_to_theirs, base_fingerprint, rows_of
 from nanogpt_surgery.formats.peft.reading import (
@@ -69,9 +70,16 @@ def save_adapter(
 
 
 def write_adapter_files(
-    model: nn.Module, folder: Path, base: str = "", *, name: str | None = None
+    model: nn.Module,
+    folder: Path,
+    base: str = "",
+    *,
+    name: str | None = None,
+    chat_template: str | None = None,
 ) -> None:
     """Writes the files of an adapter folder into a folder that is being made.
+
+    `chat_template` is the one that it was trained with, in Jinja; transformers reads it there.
 
     Raises:
         SurgeryError: a tensor is not finite, or what was read again differs from what was to be
@@ -88,6 +96,8 @@ def write_adapter_files(
     write_json(folder / CONFIG, config_for(adapter, base, fan_in_fan_out=conv1d, task=task))
     write_json(folder / EXTRAS, extras_of(adapter))
     write_tensors(tensors_of(adapter), folder / TENSORS)
+    if chat_template is not None:
+        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
     if wrong := _differences(adapter, read_adapter(folder)):
         raise SurgeryError(
             f"what was written to {folder} reads differently: {', '.join(wrong)}",
