@@ -24,7 +24,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
-from nanogpt_surgery.lora.variants import DoRAUpdate
+from nanogpt_surgery.lora.variants import DoRAUpdate, dora_change
 
 
 @contextmanager
@@ -90,7 +90,12 @@ class PerRowAdapters:
         up = b.to(y.dtype)[index].transpose(1, 2)  # (B, R, out)
         change = torch.bmm(down.to(y.dtype).reshape(len(index), -1, up.size(1)), up).view_as(y)
         scale = _stacked_dora_scales(layer, updates)
-        return y + change if scale is None else _scaled(layer, y, change, scale[index])
+        if scale is None:
+            return y + change
+        scale = scale.to(y.dtype)[index].view(
+            len(index), *[1] * (y.dim() - 2), -1
+        )  # (B, 1, …, out)
+        return y + dora_change(layer.original_layer, y, change, scale)
 
     def names(self) -> list[str]:
         """The names in use, each once."""
@@ -142,14 +147,6 @@ def _stacked_dora_scales(layer: LoRALayer, updates: list[Any]) -> Tensor | None:
         return None
     ones = torch.ones_like(updates[0].factors()[1][:, 0])
     return torch.stack([*(ones if scale is None else scale for scale in scales), ones])
-
-
-def _scaled(layer: LoRALayer, y: Tensor, change: Tensor, scale: Tensor) -> Tensor:
-    """Scale · (W x + ΔW x) + b, with a scale (B, out) for each row."""
-    scale = scale.to(y.dtype).view(len(scale), *[1] * (y.dim() - 2), -1)  # (B, 1, …, out)
-    bias = getattr(layer.original_layer, "bias", None)
-    without_bias = y if bias is None else y - bias
-    return y + (scale - 1) * without_bias + scale * change
 
 
 @contextmanager
@@ -210,7 +207,7 @@ class _RowCheck:
         if places[:1] != (self.rows,) or len(places) < _n_places(self.batch, looked_up):
             return False
         square = looked_up and places[:2] == (self.rows, self.rows) and self.rows > 1
-        return not square or self.batch is None or _same_memory(x, self.batch)
+        return not square or self.batch is None or _memory(x) == _memory(self.batch)
 
 
 def _n_places(batch: Tensor | None, looked_up: bool) -> int:
@@ -224,8 +221,8 @@ def _n_places(batch: Tensor | None, looked_up: bool) -> int:
     return batch.dim() if ids else 2 if batch.dim() == 3 else 1
 
 
-def _same_memory(one: Tensor, other: Tensor) -> bool:
-    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def _first_tensor(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor | None:

@@ -135,9 +135,7 @@ class DoRAUpdate(PartUpdate):
         elif dropping:
             x = self.dropout(x)
             y = layer(x)
-        bias = getattr(layer, "bias", None)
-        without_bias = y if bias is None else y - bias
-        change: Tensor = (scale - 1) * without_bias + scale * self.inner(x, y, layer)
+        change = dora_change(layer, y, self.inner(x, y, layer), scale)
         return kept * change if dropping else change
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
@@ -149,6 +147,12 @@ class DoRAUpdate(PartUpdate):
     def trained(self) -> list[nn.Parameter]:
         """A, B and the lengths."""
         return [*self.inner.trained(), self.lora_magnitude]
+
+
+def dora_change(layer: nn.Module, y: Tensor, change: Tensor, scale: Tensor) -> Tensor:
+    """(scale − 1) · W x + scale · ΔW x, for the layer's output y = W x + b and the change ΔW x."""
+    bias = getattr(layer, "bias", None)
+    return (scale - 1) * (y if bias is None else y - bias) + scale * change
 
 
 def row_norms(layer: nn.Module, change: Tensor | float = 0.0) -> Tensor:
