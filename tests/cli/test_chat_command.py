@@ -100,6 +100,13 @@ def test_settings_are_changed_and_bad_ones_refused(folder: Path, talk) -> None:
     assert "Traceback" not in errors
 
 
+def test_the_largest_seed_is_set_as_it_is_written(folder: Path, talk) -> None:
+    """A float would make 2^64 of it."""
+    out, errors = talk(f"/set seed {2**64 - 1}\nabc\n/set\n")
+    assert flat(out) == continued(folder, "abc", 2**64 - 1)
+    assert errors.endswith("  seed 0\n")
+
+
 def test_help_names_every_command_and_a_wrong_one_is_told_the_nearest(talk) -> None:
     _, errors = talk("/help\n/rest\n/blend one\n/adapter one\n/base\n/adapters\n\n")
     for (

@@ -65,7 +65,16 @@ class Session:
                     f"note: the first {talk.forgotten} messages no longer fit the model's "
                     f"block_size of {block:,} tokens; it does not see them any more"
                 )
-            _write(pieces, asked)
+            try:
+                for piece in pieces:
+                    sys.stdout.write(printable(piece))
+                    sys.stdout.flush()
+                    if asked():
+                        say("\nstopped; what was said so far is kept (/undo takes it back)")
+                        break
+            finally:
+                sys.stdout.write("\n")
+                sys.stdout.flush()
 
     def _obey(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
@@ -247,19 +256,6 @@ def _read_conversation(path: Path) -> list[Message]:
     else:
         return found[0]
     raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")
-
-
-def _write(pieces: Iterator[str], asked: Callable[[], bool]) -> None:
-    try:
-        for piece in pieces:
-            sys.stdout.write(printable(piece))
-            sys.stdout.flush()
-            if asked():
-                say("\nstopped; what was said so far is kept (/undo takes it back)")
-                break
-    finally:
-        sys.stdout.write("\n")
-        sys.stdout.flush()
 
 
 @contextmanager
