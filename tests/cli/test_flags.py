@@ -60,6 +60,23 @@ def test_a_config_file_has_the_same_keys(tmp_path: Path) -> None:
     assert written["settings"]["max_steps"] == 3, "the command line counts over the file"
 
 
+@pytest.mark.parametrize(
+    ("words", "line", "said"),
+    [
+        (["train", "text.txt", "--out", "run"], 'tokenizer = "nowhere"', "nowhere"),
+        (["finetune", "nowhere", "text.txt", "--out", "run"], 'data = "audio"', "audio"),
+        (["data", "prepare", "text.txt", "--out", "ids"], "workers = -3", "-3"),
+    ],
+)
+def test_a_key_that_is_also_a_command_counts(
+    words: list[str], line: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").write_text(TEXT)
+    Path("own.toml").write_text(line)
+    assert said in called(*words, "--config", "own.toml", check=1)[1]
+
+
 def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
     config = tmp_path / "wrong.toml"
     config.write_text("max_steps = 3\n\nn_embed = 16\n")

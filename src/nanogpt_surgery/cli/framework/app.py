@@ -100,7 +100,7 @@ def run(arguments: list[str] | None = None) -> None:
         app = make_app(lazily=named)
         with typing(arguments), nullcontext() if debug else quiet_libraries(), spoken_warnings():
             if FLAG in arguments:
-                app.config = take_config(arguments)
+                take_config(app, arguments)
             command, function, values = _parsed(app, arguments)
             with joined(" ".join(command)):
                 function(*values.args, **values.kwargs)

@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from cyclopts.config import Toml
+    from cyclopts import App
 
 FLAG = "--config"
 _TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
 
 
-def take_config(arguments: list[str]) -> tuple[Toml, ...]:
-    """Take `--config FILE` out of the arguments.
+def take_config(app: App, arguments: list[str]) -> None:
+    """Take `--config FILE` out of the arguments, and its values into the app.
 
     Raises:
         SurgeryError: the file is missing, or is not TOML (with its line).
     """
-    from cyclopts.config import Toml  # slow to load
+    from cyclopts.config import Dict  # slow to load
 
     place = arguments.index(FLAG)
     if place + 1 == len(arguments):
@@ -32,12 +32,15 @@ def take_config(arguments: list[str]) -> tuple[Toml, ...]:
     path = arguments[place + 1]
     del arguments[place : place + 2]
     try:
-        tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise SurgeryError(f"there is no file {path}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise SurgeryError(f"{path} cannot be read as TOML: {error}") from None
-    return (Toml(path, must_exist=True, use_commands_as_keys=False),)
+    # Cyclopts passes over keys of a flat file that are also commands, as data and tokenizer are.
+    for word in reversed(app.parse_commands(arguments)[0]):
+        values = {word: values}
+    app.config = (Dict(values, source=path),)
 
 
 @contextmanager
