@@ -112,7 +112,8 @@ def build_model(
         SurgeryError: the tensors do not fit the config (all of them, before anything is allocated).
     """
     _check_size(config, stored, where)
-    heads = [stored[name] for name in _heads(table) if name in stored] if config.tie_head else []
+    head_names = [f"{row.theirs}.weight" for row in table if row.ours == ("lm_head",)]
+    heads = [stored[name] for name in head_names if name in stored] if config.tie_head else []
     stored = {name: tensor for name, tensor in stored.items() if tensor not in heads}
     rows = list(each_layer(table, config.n_layer))
     placements = place(stored, rows)
@@ -161,11 +162,6 @@ class _NoDraws(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
-
-
-def _heads(table: Iterable[Row]) -> list[str]:
-    """The names in a file of the head, which a tied model does not read."""
-    return [f"{row.theirs}.weight" for row in table if row.ours == ("lm_head",)]
 
 
 def _dtypes(placements: list[Placement], dtype: Dtype) -> list[torch.dtype]:

@@ -292,7 +292,7 @@ def _with_scaling(config: GPTConfig, file: GGUFFile, family: str) -> GPTConfig:
         return config
     if stored.shape != (config.head_dim // 2,):
         raise SurgeryError(f"{file.path}: {ROPE_FACTORS} has the shape {stored.shape}")
-    factors = torch.cat([piece.float() for _, piece in stored.pieces()])
+    factors = stored.read().float()
     for scaling in _scalings(file.metadata, float(factors.max())):
         scaled = replace(config, rope_scaling=scaling)
         if torch.allclose(rope_factors(scaled), factors, rtol=1e-3):

@@ -105,10 +105,11 @@ def special_tokens_of(folder: Path, vocabulary: set[str]) -> SpecialTokens:
         added = _of_decoder(decoder, path)
     found = SpecialTokens(added=added, settings=_carried(config))
     found.named, found.extra = _roles(said, path, {token.content: token for token in added})
-    defaults = _class_defaults(config, model)
-    unnamed = {role: token for role, token in defaults.items() if role not in said}
-    found.named |= {role: token for role, token in unnamed.items() if token in vocabulary}
-    if _class_of(config, model) == "LlamaTokenizer":
+    kind = _class_of(config, model)
+    for role, token in _CLASS_DEFAULTS.get(kind, {}).items():
+        if role not in said and token in vocabulary:
+            found.named[role] = token
+    if kind == "LlamaTokenizer":
         found.settings.setdefault("padding_side", "left")
     found.stop_ids = _stop_ids(folder, model)
     return found
@@ -136,7 +137,8 @@ def _of_decoder(decoder: Any, path: Path) -> list[AddedToken]:
     if not isinstance(decoder, dict):
         raise _not(decoder, path, "added_tokens_decoder", "an object of tokens by id")
     tokens = {_index(i, path): _token(token, path, i) for i, token in decoder.items()}
-    return [_added(token, special=False) for _, token in sorted(tokens.items())]
+    ordered = [token for _, token in sorted(tokens.items())]
+    return [AddedToken(t, special=False) if isinstance(t, str) else t for t in ordered]
 
 
 def _of_added_tokens(folder: Path, config: dict[str, Any]) -> list[AddedToken]:
@@ -192,10 +194,6 @@ def _token(value: Any, path: Path, part: str) -> str | AddedToken:
     return value
 
 
-def _added(token: str | AddedToken, special: bool) -> AddedToken:
-    return AddedToken(token, special=special) if isinstance(token, str) else token
-
-
 def _not(value: Any, path: Path, part: str, wanted: str) -> SurgeryError:
     return SurgeryError(f"{path} holds {quoted(value)} at {quoted(part)}, where {wanted} belongs")
 
@@ -209,10 +207,6 @@ def _class_of(config: dict[str, Any], model: dict[str, Any]) -> str:
     return _CLASS_OF_MODEL.get(kind, "") if isinstance(kind, str) else ""
 
 
-def _class_defaults(config: dict[str, Any], model: dict[str, Any]) -> dict[str, str]:
-    return _CLASS_DEFAULTS.get(_class_of(config, model), {})
-
-
 def _carried(config: dict[str, Any]) -> dict[str, Any]:
     """Returns the harmless part of a `tokenizer_config.json` beyond its tokens."""
     kept = {
@@ -220,13 +214,9 @@ def _carried(config: dict[str, Any]) -> dict[str, Any]:
         for key, value in config.items()
         if key not in _NOT_CARRIED
         and not key.endswith(("_token", "_file", "_path"))
-        and not _is_token(value)
+        and not (isinstance(value, dict) and value.get("__type") == "AddedToken")
     }
     return kept if sum(map(len, map(repr, kept.items()))) <= _LARGEST_SETTINGS else {}
-
-
-def _is_token(value: Any) -> bool:
-    return isinstance(value, dict) and value.get("__type") == "AddedToken"
 
 
 def _stop_ids(folder: Path, model: dict[str, Any]) -> list[int]:

@@ -273,7 +273,7 @@ def _rank_and_alpha(value: list[Any] | None) -> RankAndAlpha | None:
 
 LONGEST_PATTERN = 1_000  # characters
 _MOST_STATES = 5_000  # of one expression: its characters, repeated as it says
-_MOST_EXPRESSIONS = 500  # beside the names
+_MOST_EXPRESSIONS = 100  # beside the names; each takes half a MiB
 _MOST_SECONDS = 5.0  # of the processor, for all patterns of a file
 
 Layout: TypeAlias = tuple[int, tuple[int, ...], bool]  # length, wildcards, only for whole names

@@ -69,10 +69,7 @@ def _check_gguf(path: Path, factors: dict[str, Factors], alpha: float) -> None:
     file = read_gguf(path)
     found = {}
     for name in factors:
-        a, b = (
-            torch.cat([piece for _, piece in file.tensors[f"{name}.{end}"].pieces()])
-            for end in ("lora_a", "lora_b")
-        )
+        a, b = (file.tensors[f"{name}.{end}"].read() for end in ("lora_a", "lora_b"))
         found[name] = (a, b * (alpha / a.size(0)))
     _check(factors, found)
 
