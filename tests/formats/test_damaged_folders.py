@@ -130,7 +130,7 @@ def test_a_missing_file_is_named(name, tmp_path):
 
 
 def test_a_path_that_holds_no_model_is_refused_with_a_hint(tmp_path):
-    with pytest.raises(SurgeryError, match=r"there is no such folder\n.*surgery train"):
+    with pytest.raises(SurgeryError, match=r"there is no such folder\n.*training"):
         open_model(tmp_path / "nothing")
     with pytest.raises(SurgeryError, match=r"it holds no config\.json"):
         open_model(tmp_path)
