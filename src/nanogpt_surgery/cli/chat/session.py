@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanogpt_surgery.cli.chat.settings import ChatSettings, parsed
 from nanogpt_surgery.cli.framework.console import say
+from nanogpt_surgery.cli.framework.signals import first_signal
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError, nearest, printable
 from nanogpt_surgery.files.json_files import write_json
 
@@ -56,7 +56,8 @@ class Session:
 
     def _ask(self, text: str) -> None:
         talk, before = self.conversation, self.conversation.forgotten
-        with _asked_to_stop() as asked:
+        came: list[int] = []  # Ctrl-C, after which another one is a KeyboardInterrupt
+        with first_signal(came.append, signal.SIGINT):
             pieces = talk.ask(text, **vars(self.settings))
             self.settings = self.settings.after_an_answer()
             if talk.forgotten > before:
@@ -69,7 +70,7 @@ class Session:
                 for piece in pieces:
                     sys.stdout.write(printable(piece))
                     sys.stdout.flush()
-                    if asked():
+                    if came:
                         say("\nstopped; what was said so far is kept (/undo takes it back)")
                         break
             finally:
@@ -256,19 +257,3 @@ def _read_conversation(path: Path) -> list[Message]:
     else:
         return found[0]
     raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")
-
-
-@contextmanager
-def _asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Whether Ctrl-C came since; a second one is a `KeyboardInterrupt`."""
-    came: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        came.append(number)
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, note)
-    try:
-        yield lambda: bool(came)
-    finally:
-        signal.signal(signal.SIGINT, before)

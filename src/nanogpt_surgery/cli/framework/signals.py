@@ -78,30 +78,41 @@ def _say(number: int) -> None:
 
 
 @contextmanager
-def signals(stop: Callable[[int], object]) -> Iterator[None]:
-    """Call `stop` with the number of the first Ctrl-C or SIGTERM; a second one stops at once.
+def first_signal(answer: Callable[[int], object], *numbers: int) -> Iterator[None]:
+    """Calls `answer` with the number of the first of these signals; a second one acts as before.
 
     But not where torchrun sends one more of its own when a terminal has sent one to all.
     """
-    from nanogpt_surgery.cli.framework.console import is_distributed, say
+    from nanogpt_surgery.cli.framework.console import is_distributed
 
     handlers: dict[int, Any] = {}
 
-    def ask(number: int, _frame: object) -> None:
-        stop(number)
-        if is_distributed():
-            say("stopping after this step")
-            return
-        say("stopping after this step; once more to stop at once")
-        restore()
+    def note(number: int, _frame: object) -> None:
+        answer(number)
+        if not is_distributed():
+            restore()
 
     def restore() -> None:
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, ask)
+    for number in numbers:
+        handlers[number] = signal.signal(number, note)
     try:
         yield
     finally:
         restore()
+
+
+@contextmanager
+def signals(stop: Callable[[int], object]) -> Iterator[None]:
+    """Calls `stop` with the number of the first Ctrl-C or SIGTERM; a second one stops at once."""
+    from nanogpt_surgery.cli.framework.console import is_distributed, say
+
+    def answer(number: int) -> None:
+        stop(number)
+        more = "" if is_distributed() else "; once more to stop at once"
+        say(f"stopping after this step{more}")
+
+    with first_signal(answer, signal.SIGINT, signal.SIGTERM):
+        yield
