@@ -110,7 +110,7 @@ def test_one_source_for_each_default():
     [
         ({"rnk": 4}, r"LoRASettings have no rnk\n.*rank"),
         ({"r": 4, "lora_alpha": 8}, r"no r, lora_alpha\n.*; alpha"),
-        ({"settings": 4}, r"4 stands where LoRASettings belong\n.*rank=4"),
+        ({"settings": 4}, r"settings is 4 .*LoRASettings.*\n.*rank=4"),
     ],
 )
 def test_a_setting_that_is_none_is_refused_with_the_nearest(verb, wrong, message):

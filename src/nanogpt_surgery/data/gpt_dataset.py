@@ -22,6 +22,7 @@ from torch.utils.data import Dataset
 
 from nanogpt_surgery.data.shuffling import Ids, rows_of_step, visited
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.values import check_arguments
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -48,6 +49,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
 
     fingerprint: str | None = None
 
+    @check_arguments
     def __init__(self, text: str, tokenizer: Tokenizer, block_size: int, stride: int = 1):
         encode = getattr(tokenizer, "encode_to_numpy", tokenizer.encode)
         ids = np.asarray(encode(text)).astype(np.int32, copy=False)  # (N,)

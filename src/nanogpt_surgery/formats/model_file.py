@@ -50,10 +50,12 @@ from nanogpt_surgery.history.folder_history import is_operated
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.values import check_arguments
 
 TENSORS = "model.safetensors"
 
 
+@check_arguments
 def save_model(
     model: SimpleGPT,
     folder: str | Path,
@@ -162,6 +164,7 @@ def _carried_config(
     return (with_current_fields(old) if old["model_type"] == OWN else old) | changed
 
 
+@check_arguments
 def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokenizer | None]:
     """Open whatever a path holds, in eval mode on the CPU.
 

@@ -27,6 +27,7 @@ from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.values import check_arguments
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Token:
     """the log-probabilities of the likeliest ids, the first the highest"""
 
 
+@check_arguments
 def generate_batch(
     model: SimpleGPT,
     prompts: Sequence[Sequence[int] | Tensor],
@@ -74,6 +76,8 @@ def generate_batch(
     """
     if not prompts:
         raise SurgeryError("there are no prompts")
+    if likeliest < 0:
+        raise SurgeryError(f"likeliest is {likeliest}; it must be at least 0")
     settings = sampling or SamplingSettings()
     rows = check_request(model, prompts, max_new_tokens, settings, seed)
     lines = [

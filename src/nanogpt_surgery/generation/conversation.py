@@ -20,6 +20,7 @@ from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.generation.text import TextUntil
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
+from nanogpt_surgery.values import check_arguments
 
 
 class Conversation:
@@ -35,6 +36,7 @@ class Conversation:
         template: how messages are written; the tokenizer's own by default.
     """
 
+    @check_arguments
     def __init__(
         self, model: SimpleGPT, tokenizer: Tokenizer, template: ChatTemplate | None = None
     ):

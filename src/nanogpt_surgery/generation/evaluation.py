@@ -21,7 +21,7 @@ from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import not_finite
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.values import SIZE, raise_all, wrong_values
+from nanogpt_surgery.values import SIZE, check_arguments, raise_all, wrong_values
 
 POSITIONS = 1024  # whose logits are held at once
 _LARGEST_EXPONENT = math.log(sys.float_info.max)
@@ -47,6 +47,7 @@ class Perplexity:
         return self.loss * self.tokens / math.log(2)
 
 
+@check_arguments
 def perplexity(
     model: SimpleGPT,
     ids: Sequence[int] | Tensor,
@@ -167,6 +168,7 @@ class Choice:
         return self.log_likelihood / max(1, len(self.text))
 
 
+@check_arguments
 def multiple_choice(
     model: SimpleGPT, tokenizer: Tokenizer, question: str, answers: Sequence[str]
 ) -> list[Choice]:

@@ -19,8 +19,10 @@ from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
+from nanogpt_surgery.values import check_arguments
 
 
+@check_arguments
 def generate(
     model: SimpleGPT,
     ids: Sequence[int] | Tensor,

@@ -19,6 +19,7 @@ from nanogpt_surgery.generation.settings import (
     check_stop,
 )
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.values import check_arguments
 
 
 class TextUntil:
@@ -77,6 +78,7 @@ def _overlap(text: str, string: str) -> int:
     return next((size for size in sizes if text.endswith(string[:size])), 0)
 
 
+@check_arguments
 def generate_text(
     model: SimpleGPT,
     tokenizer: Tokenizer,

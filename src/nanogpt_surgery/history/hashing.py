@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.values import check_arguments
+
 UPDATES = ".updates."
 
 
+@check_arguments
 def tensor_hashes(model: nn.Module, seen: dict[Tensor, str] | None = None) -> dict[str, str]:
     """The sha256 of every parameter and buffer, by name; a wrapped layer keeps its plain name.
 

@@ -20,6 +20,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import UPDATES, combined, tensor_hashes
 from nanogpt_surgery.history.journal import Journal, Operation, report_turn
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.values import check_arguments
 
 HISTORY = "_surgery_history"  # the model's attribute
 _TIE = "tie_word_embeddings"
@@ -159,6 +160,7 @@ def _differences(model: nn.Module, before: dict[tuple[int, str], Change]) -> lis
     return changed + added
 
 
+@check_arguments
 def undo_lora(model: nn.Module) -> Report:
     """Takes the last operation back, and compares the hash of every tensor with that before it.
 
@@ -171,6 +173,7 @@ def undo_lora(model: nn.Module) -> Report:
     return _turn(model, back=True)
 
 
+@check_arguments
 def redo_lora(model: nn.Module) -> Report:
     """Makes the operation again that was undone last, and compares with the hashes after it.
 
@@ -181,6 +184,7 @@ def redo_lora(model: nn.Module) -> Report:
     return _turn(model, back=False)
 
 
+@check_arguments
 def lora_log(model: nn.Module) -> Report:
     """The operations done to a model, the oldest first."""
     return history_of(model).log("operations", lambda done: {"operation": done.operation})

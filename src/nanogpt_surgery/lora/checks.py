@@ -14,6 +14,7 @@ from nanogpt_surgery.lora.embedding import LoRAEmbedding
 from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.values import check_arguments
 
 
 class TrainingChecks:
@@ -138,6 +139,7 @@ def linear_b_matrices(model: nn.Module) -> list[nn.Parameter]:
     return [update.lora_B for update in updates if update.wrapper() is not LoRAEmbedding]
 
 
+@check_arguments
 def learned(model: nn.Module) -> Report:
     """For each update that can be trained the sizes of A, B and ΔW, and whether it has moved."""
     rows: list[dict[str, Any]] = [

@@ -26,9 +26,10 @@ from nanogpt_surgery.lora.several import (
     set_active,
 )
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import chosen
+from nanogpt_surgery.values import check_arguments, chosen
 
 
+@check_arguments
 def inject_lora(
     model: nn.Module,
     targets: str | Iterable[str] = ("q_proj", "v_proj"),
@@ -143,11 +144,13 @@ def train_active(model: nn.Module) -> None:
                     parameter.requires_grad_(trains)
 
 
+@check_arguments
 def enable_lora(model: nn.Module) -> Report:
     """Lets the updates take part again."""
     return _switch(model, True)
 
 
+@check_arguments
 def disable_lora(model: nn.Module) -> Report:
     """Computes as if no update were there; the updates stay."""
     return _switch(model, False)

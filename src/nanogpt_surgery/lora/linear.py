@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.active import ActiveAdapters, WeightedAdapters
 from nanogpt_surgery.lora.settings import LoRASettings
+from nanogpt_surgery.values import check_arguments
 
 
 class LoRAUpdate(nn.Module):
@@ -107,6 +108,7 @@ class LoRALayer(nn.Module):
     journaled = ("active", "enabled", "unties")  # what an operation changes, and undo takes back
     replaces_whole = False  # the module, instead of adding to its weight
 
+    @check_arguments
     def __init__(self, original_layer: nn.Module):
         super().__init__()
         self.original_layer: Any = original_layer.requires_grad_(False)

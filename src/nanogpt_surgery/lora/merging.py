@@ -24,6 +24,7 @@ from nanogpt_surgery.lora.planning import tied_to
 from nanogpt_surgery.lora.several import active_adapters, adapter_names, lora_layers
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.values import check_arguments
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
 Rounding: TypeAlias = Callable[[Tensor], Tensor]  # a matrix, to fewer bits and back
@@ -33,6 +34,7 @@ FLOAT16 = ("float16", "F16")  # as torch and GGUF call it
 BLOCK = 32  # weights that share a scale at 4 bits
 
 
+@check_arguments
 def merge_lora(
     model: nn.Module,
     *,
@@ -303,6 +305,7 @@ def merge_rows(
     return rows
 
 
+@check_arguments
 def merge_survival(model: nn.Module) -> Report:
     """The part of the change that each layer keeps after rounding to lower precisions.
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import operation
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.inject import replace_module, train_active
@@ -28,9 +27,10 @@ from nanogpt_surgery.lora.several import (
     update_rows,
 )
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
+from nanogpt_surgery.values import WEIGHT, check_arguments, raise_all, wrong_values
 
 
+@check_arguments
 def swap_lora(model: nn.Module, name: str) -> Report:
     """Lets one adapter take part alone; it, and no other, can be trained.
 
@@ -40,6 +40,7 @@ def swap_lora(model: nn.Module, name: str) -> Report:
     return _activate(model, f"swap to {name}", WeightedAdapters({check_name(model, name): 1.0}))
 
 
+@check_arguments
 def blend_lora(model: nn.Module, weights: Mapping[str, float]) -> Report:
     """Lets several adapters take part, as Σ wᵢ ΔWᵢ.
 
@@ -47,11 +48,6 @@ def blend_lora(model: nn.Module, weights: Mapping[str, float]) -> Report:
         SurgeryError: the model carries no adapter of one of the names, or a weight is no number
             (all of them at once).
     """
-    if not isinstance(weights, Mapping):
-        raise SurgeryError(
-            f"{weights!r} stands where the weights of a blend belong",
-            "a table by the adapters' names: blend_lora(model, {'poet': 0.7, 'clerk': 0.3})",
-        )
     named = {f"the weight of {name!r}": weight for name, weight in weights.items()}
     raise_all(wrong_values(WEIGHT, named))
     active = WeightedAdapters({check_name(model, n): float(w) for n, w in weights.items()})
@@ -66,6 +62,7 @@ def _activate(model: nn.Module, title: str, active: WeightedAdapters) -> Report:
     return report_on(model, f"LoRA: {title}")
 
 
+@check_arguments
 def remove_lora(model: nn.Module, name: str | None = None) -> Report:
     """Takes one adapter off, or all: a layer without updates is the original again, bit for bit.
 

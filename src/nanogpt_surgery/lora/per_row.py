@@ -10,7 +10,7 @@ Legend: B rows of a batch, T tokens, N adapters, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,8 +25,10 @@ from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
 from nanogpt_surgery.lora.variants import DoRAUpdate, dora_change
+from nanogpt_surgery.values import check_arguments
 
 
+@check_arguments
 @contextmanager
 def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """Within the block, gives row b of every batch the adapter `names[b]`, or none for None.
@@ -45,11 +47,6 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     """
     history = history_of(model)
     history.check_open()
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise SurgeryError(
-            f"the rows' adapters are {names!r}",
-            "lora_rows(model, names) takes a name, or None, for each row of the batch",
-        )
     active = PerRowAdapters(tuple(n if n is None else check_name(model, n) for n in names))
     if not all(layer.enabled for layer in lora_layers(model).values()):
         raise SurgeryError("the LoRA is disabled, so no row would be adapted", "enable_lora(model)")

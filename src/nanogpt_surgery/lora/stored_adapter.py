@@ -21,7 +21,13 @@ from nanogpt_surgery.lora.inject import attach_updates
 from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.planning import find_tied, tied_to
 from nanogpt_surgery.lora.settings import Tied
-from nanogpt_surgery.lora.several import active_adapters, adapter_names, lora_layers, report_on
+from nanogpt_surgery.lora.several import (
+    active_adapters,
+    adapter_names,
+    check_name,
+    lora_layers,
+    report_on,
+)
 from nanogpt_surgery.lora.targets import adaptable_layers, output_layer, unsupported_reason
 from nanogpt_surgery.lora.variants import (
     DoRAUpdate,
@@ -223,15 +229,17 @@ def chosen_adapter(model: nn.Module, name: str | None = None) -> str:
             another weight than 1, of which the adapter itself knows nothing.
     """
     lora_layers(model)
+    if name is not None:
+        return check_name(model, name)
     there, active = adapter_names(model), active_adapters(model)
-    candidates = ([name] if name else [], there, active.names())
+    candidates = (there, active.names())
     chosen = next((names[0] for names in candidates if len(names) == 1 and names[0] in there), "")
     if not chosen:
         raise SurgeryError(
             f"which adapter? The model carries {', '.join(there)}",
             "give its name, or swap_lora first",
         )
-    weights = active.weights if name is None and isinstance(active, WeightedAdapters) else {}
+    weights = active.weights if isinstance(active, WeightedAdapters) else {}
     if (weight := weights.get(chosen, 1)) != 1:
         raise SurgeryError(
             f"{chosen!r} takes part at {weight:g}, and an adapter's folder has no weight",

@@ -42,11 +42,13 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.embeddings import Rotation, identity, rotate
+from nanogpt_surgery.values import check_arguments
 
 
 class TransformerEncoderLayer(nn.Module):
     """A pre-norm block: attention, then the feed-forward, each added to the residual stream."""
 
+    @check_arguments
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.input_layernorm = make_norm(config)
@@ -245,6 +247,7 @@ class KVCache:
         device: where they lie.
     """
 
+    @check_arguments
     def __init__(
         self,
         config: GPTConfig,

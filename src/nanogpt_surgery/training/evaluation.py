@@ -19,11 +19,13 @@ from nanogpt_surgery.training.forward import check_not_packed, logits_of
 from nanogpt_surgery.training.hardware import Hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.trainable_stages import first_trainable_stage
+from nanogpt_surgery.values import check_arguments
 
 EVALUATED_AT_ONCE = 64  # windows
 LITTLE = 2**20  # numbers in hidden states that are no burden
 
 
+@check_arguments
 def evaluate(
     model: nn.Module,
     dataset: EvalData,
@@ -41,8 +43,11 @@ def evaluate(
     positions at a time.
 
     Raises:
-        SurgeryError: rows hold several documents, and the model is no `SimpleGPT`.
+        SurgeryError: rows hold several documents, and the model is no `SimpleGPT`; or the
+            batch_size is below 1.
     """
+    if batch_size < 1:
+        raise SurgeryError(f"batch_size is {batch_size}; it must be at least 1")
     losses: list[Tensor] = []
     count: float = 0
     with eval_mode(model), torch.inference_mode(), _way(model, fast) as summed:

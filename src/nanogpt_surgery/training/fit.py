@@ -33,9 +33,10 @@ from nanogpt_surgery.training.nonfinite import check_skipped_steps
 from nanogpt_surgery.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step, Way
-from nanogpt_surgery.values import chosen
+from nanogpt_surgery.values import check_arguments, chosen
 
 
+@check_arguments
 def fit(
     model: nn.Module,
     dataset: Batches,

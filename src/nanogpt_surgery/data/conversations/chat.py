@@ -22,6 +22,7 @@ from nanogpt_surgery.data.text.processes import cores
 from nanogpt_surgery.data.tokenizers.token_text import encode_with_offsets
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.values import check_arguments
 
 Message: TypeAlias = dict[str, Any]  # role and content, and what else a template may write
 
@@ -71,6 +72,7 @@ class Written:
     error: str = ""
 
 
+@check_arguments
 @dataclass(frozen=True)
 class ChatTemplate:
     """How conversations are written.
@@ -206,6 +208,7 @@ def template_from_jinja(tokenizer: Tokenizer, text: str) -> ChatTemplate:
     return next(known, replace(usual, source=text))
 
 
+@check_arguments
 def chat_ids(
     tokenizer: Tokenizer, messages: Sequence[Message], template: ChatTemplate | None = None
 ) -> list[int]:

@@ -25,6 +25,7 @@ from nanogpt_surgery.data.text.corpus import TRAIN_SHARE
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.values import check_arguments
 
 UNTRAINED = -100  # what cross-entropy passes over
 
@@ -72,6 +73,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         SurgeryError: nothing is left to train on.
     """
 
+    @check_arguments
     def __init__(
         self,
         examples: Sequence[Example],

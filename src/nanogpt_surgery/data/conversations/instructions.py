@@ -29,6 +29,7 @@ from nanogpt_surgery.data.conversations.record_files import holds_records, read_
 from nanogpt_surgery.data.conversations.record_forms import EXPECTED, RecordError, conversation_of
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems, quoted
+from nanogpt_surgery.values import check_arguments
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class Example:
         return Example(self.ids[:length], self.trained[:length])
 
 
+@check_arguments
 def read_conversations(path: str | Path) -> list[Messages]:
     """The conversations of a JSON, JSONL, CSV or TSV file.
 
@@ -150,6 +152,7 @@ def read_examples(
     return encode_conversations(conversations, tokenizer, template, answers_only=answers_only)
 
 
+@check_arguments
 def encode_conversations(
     conversations: Sequence[Sequence[Message]],
     tokenizer: Tokenizer,

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nanogpt_surgery.errors import SurgeryError, first_problems, foreign_file, quoted
+from nanogpt_surgery.values import check_arguments
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -32,6 +33,7 @@ _LOOK = 1 << 16  # bytes that are searched for a place
 _BETWEEN_LINES, _LINE_START = re.compile(rb"\S\n(?=\S)"), re.compile(rb"\n(?=\S)")
 
 
+@check_arguments
 def read_texts(paths: Iterable[str | Path]) -> str:
     """The text of files, folders (every file below, in order of name) and "-" (standard input).
 
@@ -253,6 +255,7 @@ def python_source() -> str:
     return "\n".join(texts)
 
 
+@check_arguments
 def split_by_position(text: str) -> tuple[str, str]:
     """The first 90 % for training and the last 10 % for validation."""
     cut = int(len(text) * TRAIN_SHARE)

@@ -21,6 +21,7 @@ from torch import Tensor
 from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
 from nanogpt_surgery.data.shuffling import Ids, rows_of_step, shuffled, visited
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.values import check_arguments
 
 LEAST_GROUP, MOST_SHARES = 1024, 20_000
 FINEST = 10_000  # the largest denominator that a weight is rounded to
@@ -41,6 +42,7 @@ class Mixture:
             weight is not above 0, or too small beside the others.
     """
 
+    @check_arguments
     def __init__(self, sources: Sequence[GPTDataset], weights: Sequence[float]):
         self.sources = list(sources)
         self.block_size = _one_block_size(self.sources)

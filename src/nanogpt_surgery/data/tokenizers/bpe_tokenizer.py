@@ -22,6 +22,7 @@ from tokenizers.trainers import BpeTrainer
 
 from nanogpt_surgery.data.tokenizers.token_text import CHARACTER_OF_BYTE, read_bytes
 from nanogpt_surgery.errors import SurgeryError, first_problems
+from nanogpt_surgery.values import check_arguments
 
 # Contractions, then words, numbers and marks, each with one space before it, then white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -42,6 +43,7 @@ class BPETokenizer:
         SurgeryError: the parts contradict each other (all contradictions at once).
     """
 
+    @check_arguments
     def __init__(
         self,
         vocab: dict[str, int],

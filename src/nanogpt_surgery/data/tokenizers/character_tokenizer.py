@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.values import check_arguments
 
 # One token for each character, whatever it is; the pieces are joined again without spaces.
 _ONE_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
@@ -26,6 +27,7 @@ class CharacterTokenizer:
         SurgeryError: the text is empty.
     """
 
+    @check_arguments
     def __init__(self, text: str):
         if not text:
             raise SurgeryError(

@@ -19,6 +19,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer_limits import (
     expressions,
 )
 from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
+from nanogpt_surgery.values import check_arguments
 
 _LARGEST_ID = 2**31 - 1
 _WHERE = "tokenizer.json"
@@ -51,6 +52,7 @@ class PretrainedTokenizer:
         SurgeryError: the contents are not a tokenizer's.
     """
 
+    @check_arguments
     def __init__(
         self,
         contents: dict[str, Any],

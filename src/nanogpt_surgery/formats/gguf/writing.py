@@ -44,6 +44,7 @@ from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.finite import check_finite_weights
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.values import check_arguments
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
 _FILE_TYPES = {
@@ -57,6 +58,7 @@ _POSITIONS = "position_embd.weight"
 _KEPT_FLOAT32 = (_POSITIONS, ROPE_FACTORS)
 
 
+@check_arguments
 def save_gguf(
     model: SimpleGPT, path: str | Path, tokenizer: Tokenizer | None = None, kind: GGUFType = "F16"
 ) -> Report:

@@ -29,8 +29,10 @@ from nanogpt_surgery.formats.placing import side_by_side
 from nanogpt_surgery.lora.inject import bare_layer
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.values import check_arguments
 
 
+@check_arguments
 def save_lora_gguf(model: SimpleGPT, path: str | Path) -> None:
     """Writes the LoRA that a model carries as llama.cpp's adapter file, whole or not at all.
 
@@ -74,6 +76,7 @@ def _check_gguf(path: Path, factors: dict[str, Factors], alpha: float) -> None:
     _check(factors, found)
 
 
+@check_arguments
 def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
     """Writes the LoRA that a model carries as an adapter folder of mlx-lm, whole or not at all.
 

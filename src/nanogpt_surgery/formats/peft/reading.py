@@ -40,6 +40,7 @@ from nanogpt_surgery.lora.stored_adapter import (
 )
 from nanogpt_surgery.lora.targets import COMPILED, uncompiled
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.values import check_arguments
 
 TENSORS = "adapter_model.safetensors"
 # The names of PEFT's file: the prefix, the layer's path, and what it is.
@@ -68,6 +69,7 @@ def adapter_folder(path: str | Path) -> Path:
     return folder
 
 
+@check_arguments
 def load_adapter(
     model: nn.Module,
     folder: str | Path,

@@ -42,11 +42,12 @@ from nanogpt_surgery.lora.stored_adapter import (
 from nanogpt_surgery.lora.targets import adaptable_layers, uncompiled
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import chosen
+from nanogpt_surgery.values import check_arguments, chosen
 
 FLOAT32 = 4  # bytes
 
 
+@check_arguments
 def save_adapter(
     model: nn.Module, folder: str | Path, base: str = "", *, name: str | None = None
 ) -> Report:
@@ -130,6 +131,7 @@ def _differences(one: StoredAdapter, other: StoredAdapter) -> list[str]:
     return [*found, *(updates.keys() - one.updates.keys()), *(whole.keys() - one.whole.keys())]
 
 
+@check_arguments
 def plan_lora(
     model: nn.Module,
     targets: str | Iterable[str] = ("q_proj", "v_proj"),
