@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM in each phase of each command: one line, the status, nothing half-written."""
 
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -149,44 +150,66 @@ def test_what_the_shell_lets_ignore_stays_ignored(folder: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "went on\n", "")
 
 
+SMALL = "--n-embd 16 --n-head 2 --n-layer 1 --block-size 12 --max-steps 1000000 --out new".split()
 LONG = [
     ["generate", "m", "--max-new-tokens", "1000000"],
-    ["train", "text.txt", *SIZES, "--max-steps", "1000000", "--evaluate-every", "3"],
-    ["train", "text.txt", *SIZES, "--plan"],
-    ["finetune", "m", "text.txt", "--block-size", "12", "--out", "new"],
+    ["train", "text.txt", *SMALL, "--evaluate-every", "3"],
+    ["train", "text.txt", *SMALL, "--plan"],
+    ["finetune", "m", "text.txt", "--block-size", "12", "--max-steps", "1000000", "--out", "new"],
     ["export", "m", "--out", "new"],
     ["merge", "m", "a", "--out", "new"],
-    ["tokenizer", "train", "--vocab-size", "3000", "--out", "new"],
-    ["data", "prepare", "text.txt", "--out", "new", "--workers", "2"],
+    ["tokenizer", "train", "text.txt", "--vocab-size", "3000", "--out", "new"],
+    ["data", "prepare", "text.txt", "--tokenizer", "m", "--out", "new", "--workers", "2"],
     ["eval", "m", "text.txt", "--stride", "1"],
-    ["chat", "m"],
+    ["chat", "m", "--template", "plain"],
 ]
+# Says by a pipe that signals are answered from now on: before that no line of ours has run.
+THAT_SAYS_WHEN = """
+import os, sys
+told, *sys.argv[1:] = sys.argv[1:]
+from nanogpt_surgery.cli import main
+from nanogpt_surgery.cli.framework import signals
+class Says(signals.AnsweredSignals):
+    def __enter__(self):
+        super().__enter__()
+        os.write(int(told), b"!")
+signals.AnsweredSignals = Says
+main()
+"""
+
+
+def ended_by(number: int, words: list[str], folder: Path, wait: float) -> tuple[int, str]:
+    """Status and stderr of a command that gets a signal some seconds after it answers signals."""
+    reads, writes = os.pipe()
+    process = subprocess.Popen(
+        [sys.executable, "-c", THAT_SAYS_WHEN, str(writes), *words], cwd=folder, pass_fds=[writes],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    os.close(writes)
+    assert os.read(reads, 1) == b"!"
+    os.close(reads)
+    time.sleep(wait)
+    process.send_signal(number)
+    _, said = process.communicate(timeout=120)
+    return process.returncode, said
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", STATUS)
-@pytest.mark.parametrize("words", LONG, ids=lambda words: " ".join(words[:2]))
+@pytest.mark.parametrize("words", LONG, ids=lambda words: "-".join(words[:2] + words[-1:]))
 def test_at_any_moment(words: list[str], number: signal.Signals, made: Path, tmp_path: Path):
-    """Every 0.3 s of a command's life: its status is the signal's, or it had ended before."""
+    """Every 0.4 s of a command's life: its status is the signal's, or it had ended before."""
     for name in ("m", "a", "text.txt"):
         (tmp_path / name).symlink_to(made / name)
-    command = [sys.executable, "-m", "nanogpt_surgery", *words]
-    ended, wait = False, 0.3
-    while not ended and wait < 9:
-        process = subprocess.Popen(
-            command, cwd=tmp_path, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        time.sleep(wait)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=120)
-        ended = process.returncode in (0, 1)
-        assert process.returncode == STATUS[number] or ended, f"after {wait} s: {said}"
+    for wait in (step * 0.4 for step in range(20)):
+        status, said = ended_by(number, words, tmp_path, wait)
+        assert status in (STATUS[number], 0), f"after {wait} s: {said}"
         assert "Traceback" not in said, f"after {wait} s: {said}"
         assert "Exception ignored" not in said, f"after {wait} s: {said}"
         subprocess.run(["rm", "-rf", str(tmp_path / "new")], check=True)
         assert not [p for p in tmp_path.iterdir() if p.name not in ("m", "a", "text.txt")]
-        wait += 0.3
+        if status == 0:
+            break
 
 
 def test_a_character_that_the_terminal_has_not_is_escaped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ Within a training (`signals`), and within an answer of `chat`, other handlers st
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -26,6 +27,8 @@ class AnsweredSignals:
 
     def __enter__(self) -> None:
         sys.unraisablehook = _unraisable
+        # At the very end Python gives signals back to the system, which would end what is done.
+        atexit.register(_answer_by, signal.SIG_IGN)
         _answer_by(_raise)
 
     def __exit__(
@@ -47,10 +50,15 @@ def _answer_by(handler: Any) -> None:
 def _raise(number: int, frame: FrameType | None) -> None:
     """Unwind, so that what is half-written goes.
 
-    An import is left at once: code in C may make another error of what is raised in it.
+    An import is left at once: code in C may make another error of what is raised in it. So is the
+    entrance of the context, before which nothing was done and which nothing surrounds yet.
     """
     while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
+        code = frame.f_code
+        enters = code.co_name == "__enter__" and isinstance(
+            frame.f_locals.get("self"), AnsweredSignals
+        )
+        if enters or code.co_filename.startswith("<frozen importlib"):
             _leave(number)
         frame = frame.f_back
     raise KeyboardInterrupt if number == signal.SIGINT else Terminated(128 + number)
