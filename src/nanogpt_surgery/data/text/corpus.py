@@ -203,9 +203,10 @@ def read_span(span: Span) -> str:
     """The text of a span.
 
     Raises:
-        SurgeryError: it is not UTF-8 (with the position in the file), or the file became shorter.
+        SurgeryError: it is not UTF-8 (with the position in the file), the file became shorter, or
+            it cannot be read.
     """
-    with Path(span.file).open("rb") as file:
+    with foreign_file(span.file), Path(span.file).open("rb") as file:
         file.seek(span.start)
         data = file.read(span.end - span.start)
     if len(data) != span.end - span.start:

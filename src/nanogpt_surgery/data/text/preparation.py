@@ -46,7 +46,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
     vocab_size_of,
 )
 from nanogpt_surgery.errors import SurgeryError, first_problems
-from nanogpt_surgery.files.disk_errors import disk_refuses
+from nanogpt_surgery.files.disk_errors import make_folder, tried_again, writing
 from nanogpt_surgery.files.json_files import read_json, replace_bytes, write_json
 from nanogpt_surgery.files.writing import remove_temporaries
 
@@ -109,21 +109,31 @@ def prepare_tokens(
     assert tokenizer is not None
     vocab_size, fingerprint = vocab_size_of(tokenizer), tokenizer_fingerprint(tokenizer)
     work = Work(folder, tuple(chunks), tokenizer_of, held_out, dtype_for(vocab_size))
-    _check_asked(folder, _asked(work, fingerprint))
+    asked = _asked(work, fingerprint)
+    header = partial(TokenHeader, VERSION, work.dtype, vocab_size, fingerprint)
+    with writing(folder):
+        yield from _prepared(work, asked, header, workers or cores())
+
+
+def _prepared(
+    work: Work, asked: dict[str, Any], header: Callable[..., TokenHeader], workers: int
+) -> Iterator[int]:
+    """Writes what is not there yet; yields the number of chunks that are done."""
+    folder, chunks = work.folder, work.chunks
+    _check_asked(folder, asked)
     if is_token_folder(folder):
         shutil.rmtree(folder / PARTS, ignore_errors=True)  # a kill may have left it
         yield len(chunks)
         return
-    (folder / PARTS).mkdir(exist_ok=True)
+    make_folder(folder / PARTS)
     remove_temporaries(folder)
     remove_temporaries(folder / PARTS)
     waiting = [number for number in range(len(chunks)) if not is_done(work, number)]
     yield len(chunks) - len(waiting)
-    for done, _ in enumerate(_encoded(work, waiting, workers or cores()), 1):
+    for done, _ in enumerate(_encoded(work, waiting, workers), 1):
         yield len(chunks) - len(waiting) + done
-    shards = {split: join_parts(work, split) for split in SPLITS}
-    write_header(folder, TokenHeader(VERSION, work.dtype, vocab_size, fingerprint, **shards))
-    shutil.rmtree(folder / PARTS)
+    write_header(folder, header(**{split: join_parts(work, split) for split in SPLITS}))
+    shutil.rmtree(folder / PARTS, ignore_errors=True)  # it is in nobody's way
     yield len(chunks)
 
 
@@ -234,10 +244,8 @@ def encode_chunk(work: Work, tokenizer: Tokenizer, number: int) -> int:
     for split, ids in zip(SPLITS, _ids_of(work, tokenizer, number), strict=True):
         data = ids.astype(np.dtype(work.dtype).newbyteorder("<")).tobytes()
         goal = work.part(number, f"{split}.bin")
-        try:
+        with writing(goal):
             replace_bytes(goal, data)
-        except OSError as error:
-            raise disk_refuses(goal, error) from error
         sizes[split] = {"tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
     write_json(work.part(number, "json"), sizes)
     return number
@@ -282,9 +290,15 @@ def join_parts(work: Work, split: str) -> tuple[Shard, ...]:
     Raises:
         SurgeryError: the file has lost parts that went into it, or the disk refuses.
     """
-    numbers = range(len(work.chunks))
-    shards = [_shard(work, number, split) for number in numbers]
-    paths = [work.part(number, f"{split}.bin") for number in numbers]
+    shards = [_shard(work, number, split) for number in range(len(work.chunks))]
+    with writing(work.folder / f"{split}.bin"):
+        tried_again(lambda: _join(work, split, shards))
+    return tuple(shards)
+
+
+def _join(work: Work, split: str, shards: list[Shard]) -> None:
+    """Goes on after the parts that are in already, as another attempt does."""
+    paths = [work.part(number, f"{split}.bin") for number in range(len(shards))]
     first = next((i for i, path in enumerate(paths) if path.is_file()), len(paths))
     place = sum(shard.tokens for shard in shards[:first]) * DTYPES[work.dtype]
     goal = work.folder / f"{split}.bin"
@@ -295,18 +309,10 @@ def join_parts(work: Work, split: str) -> tuple[Shard, ...]:
             f"{place:,}",
             f"delete {work.folder} and prepare it anew",
         )
-    try:
-        _append(goal, place, paths[first:])
-    except OSError as error:
-        raise disk_refuses(goal, error) from error
-    return tuple(shards)
-
-
-def _append(goal: Path, place: int, paths: list[Path]) -> None:
     with goal.open("r+b") as file:
         file.truncate(place)
         file.seek(place)
-        for path in paths:
+        for path in paths[first:]:
             with path.open("rb") as part:
                 shutil.copyfileobj(part, file)
             file.flush()

@@ -23,7 +23,7 @@ import numpy as np
 
 from nanogpt_surgery.errors import SurgeryError, first_problems
 from nanogpt_surgery.files.json_files import read_json, write_json
-from nanogpt_surgery.files.writing import flush
+from nanogpt_surgery.files.writing import flush_place
 from nanogpt_surgery.values import SIZE_OR_0, TEXT, Kind, wrong_values
 
 if TYPE_CHECKING:
@@ -157,7 +157,7 @@ def read_header(folder: Path) -> TokenHeader:
 def write_header(folder: Path, header: TokenHeader) -> None:
     """Finish a folder whose files are complete."""
     write_json(folder / HEADER, asdict(header))
-    flush(folder)
+    flush_place(folder / HEADER)
 
 
 def verify_tokens(folder: str | Path) -> None:
