@@ -22,14 +22,18 @@ def write_json(path: Path, contents: Any) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one rename, flushed to the disk."""
-    tried_again(lambda: replace_bytes(path, text.encode()))
+    replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """Write a file in one rename, flushed to the disk; what the disk refuses is an `OSError`."""
-    with replacing(path) as temporary:
-        temporary.write_bytes(data)
-        flush(temporary)
+
+    def replace() -> None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
+            flush(temporary)
+
+    tried_again(replace)
 
 
 def read_json(path: Path, most_bytes: int = LARGEST_JSON) -> Any:
