@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO, TypeAlias
 from cyclopts import Parameter
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, printable
+from nanogpt_surgery.report import Report, duration, wrapped
 
 if TYPE_CHECKING:
     from rich.progress import Progress
 
     from nanogpt_surgery.data.gpt_dataset import Batch
-    from nanogpt_surgery.report import Report
     from nanogpt_surgery.training.evaluation import EvalData
     from nanogpt_surgery.training.step import Step
 
@@ -81,17 +81,9 @@ def say(text: str) -> None:
 def complain(text: str) -> None:
     """A line that every process may say; those after the first one with their number."""
     who = "" if is_main_process() else f"process {os.environ['RANK']}: "
-    print(_fitted(printable(who + text), sys.stderr), file=sys.stderr, flush=True)
-
-
-def _fitted(text: str, stream: TextIO) -> str:
-    """A text broken between words where it is wider than a terminal."""
-    width = width_of(stream)
-    if width is None:
-        return text
-    from nanogpt_surgery.report import wrapped
-
-    return "\n".join(part for line in text.split("\n") for part in wrapped(line, width))
+    width, lines = width_of(sys.stderr), printable(who + text).split("\n")
+    text = "\n".join(part for line in lines for part in wrapped(line, width))
+    print(text, file=sys.stderr, flush=True)
 
 
 ALL = Parameter(name="--all", help="show each layer, not one line for all of a kind")
@@ -111,8 +103,7 @@ def say_report(report: Report, all_layers: bool = False) -> None:
 
 
 def _text(report: Report, all_layers: bool, stream: TextIO) -> str:
-    width = width_of(stream)
-    return printable(report.to_text(width, all_layers, "--all shows each"))
+    return printable(report.to_text(width_of(stream), all_layers, "--all shows each"))
 
 
 def width_of(stream: TextIO) -> int | None:
@@ -265,8 +256,6 @@ class _Rate:
 
     def parts(self, step: Step) -> list[str]:
         """The parts of the line about a step, the most important first."""
-        from nanogpt_surgery.report import duration
-
         elapsed = monotonic() - self.start
         done = step.step - self.first_step
         left = elapsed / done * (self.max_steps - step.step)

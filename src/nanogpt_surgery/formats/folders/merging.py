@@ -20,6 +20,7 @@ from torch import Tensor
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import file_hash, write_file, write_folder
+from nanogpt_surgery.files.disk_errors import free_bytes
 from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.run_folder import is_run
@@ -66,12 +67,11 @@ def plan_merge(
     merge = _prepare(model, adapter, **options)
     survival = merge_survival(merge.model)
     goal = _in_place(model) if out is None else Path(out)
-    there = next(place for place in [goal, *goal.absolute().parents] if place.is_dir())
     old = sum((goal / name).stat().st_size for name in weight_files(goal)) if out is None else 0
     sizes = {
         "written_to": f"{goal}{', in place' if out is None else ''}",
         "kept_originals_bytes": old if keep else 0,
-        "free_bytes": shutil.disk_usage(there).free,
+        "free_bytes": free_bytes(goal),
     }
     return Report("merge planned", survival.rows, survival.summary | merge.planned() | sizes)
 
