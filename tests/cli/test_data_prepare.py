@@ -13,10 +13,11 @@ import pytest
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.cli.framework.app import run
-from nanogpt_surgery.data.text import preparation, token_files
+from nanogpt_surgery.data.text import preparation
 from nanogpt_surgery.data.text.processes import in_processes
 from nanogpt_surgery.data.text.token_files import open_tokens
 from nanogpt_surgery.files.atomic import file_hash
+from nanogpt_surgery.runs import token_folder
 
 TEXT = "".join(f"verse {i}: to be or not to be, {i * i} times\n" for i in range(120))
 OTHER = "".join(f"rule {i} of the other text is {i % 7}\n" for i in range(90))
@@ -191,8 +192,7 @@ def test_ctrl_c_at_any_moment_says_that_the_same_command_goes_on(place, capsys, 
     arguments = ["data", "prepare", "a.txt", "--out", "tokens", "--workers", 1]
     if name == "verify_tokens":
         surgery(capsys, *arguments)
-    module = token_files if name == "verify_tokens" else preparation
-    monkeypatch.setattr(module, name, lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(token_folder, name, lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match="130"):
         run(list(map(str, arguments)))
     assert "stopped; the same command goes on with tokens" in capsys.readouterr().err

@@ -20,7 +20,6 @@ from nanogpt_surgery.memory import is_out_of_memory
 
 if TYPE_CHECKING:
     from nanogpt_surgery.report import Report
-    from nanogpt_surgery.runs.description import RunDiffersError
     from nanogpt_surgery.runs.training import Training
     from nanogpt_surgery.training.settings import FitSettings
 
@@ -167,39 +166,27 @@ def _prepared(training: Training, options: RunOptions, asked: dict[str, Any]) ->
 @contextmanager
 def _explained(training: Training, options: RunOptions) -> Iterator[None]:
     """Errors of the block say which command began the run, and what to lower for memory."""
+    from nanogpt_surgery.formats.folders.run_folder import checkpoints
     from nanogpt_surgery.runs.description import RunDiffersError
 
     try:
         yield
     except RunDiffersError as error:
-        raise _with_typed(error) from None
+        if not (typed := (error.before.get("typed") or {}).get("arguments")):
+            raise
+        hint = f"it was begun with: surgery {shlex.join(typed)}; or take a new --out"
+        raise SurgeryError(error.what, hint) from None
     except Exception as error:
-        if is_out_of_memory(error):
-            raise _out_of_memory(training, options, error) from error
-        raise
-
-
-def _with_typed(error: RunDiffersError) -> SurgeryError:
-    """The error, with the command that began the run."""
-    arguments = (error.before.get("typed") or {}).get("arguments")
-    if not arguments:
-        return error
-    command = f"surgery {shlex.join(arguments)}"
-    return SurgeryError(error.what, f"it was begun with: {command}; or take a new --out")
-
-
-def _out_of_memory(training: Training, options: RunOptions, error: Exception) -> SurgeryError:
-    """Says what to lower, and where the run can go on."""
-    from nanogpt_surgery.formats.folders.run_folder import checkpoints
-
-    kept = "" if options.plan else "; there is no checkpoint yet"
-    if not options.plan and (found := checkpoints(options.out)):
-        kept = f"; the last checkpoint is {found[-1]}, from which --resume goes on"
-    return SurgeryError(
-        f"memory ran out: {quoted(str(error).partition(chr(10))[0])}{kept}",
-        f"lower --batch-size from {training.settings.batch_size} (--grad-accum-steps makes up for "
-        "it) or --block-size, or add --gradient-checkpointing; --plan says what each takes",
-    )
+        if not is_out_of_memory(error):
+            raise
+        kept = "" if options.plan else "; there is no checkpoint yet"
+        if not options.plan and (found := checkpoints(options.out)):
+            kept = f"; the last checkpoint is {found[-1]}, from which --resume goes on"
+        raise SurgeryError(
+            f"memory ran out: {quoted(str(error).partition(chr(10))[0])}{kept}",
+            f"lower --batch-size from {training.settings.batch_size} (--grad-accum-steps makes up "
+            "for it) or --block-size, or add --gradient-checkpointing; --plan says what each takes",
+        ) from error
 
 
 def _planned(training: Training, options: RunOptions) -> Report:

@@ -1,4 +1,4 @@
-"""The data of a training, by what was named: texts, folders of ids, mixtures of both."""
+"""The data of a training, by what was named: texts, folders of ids, mixtures."""
 
 from __future__ import annotations
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -16,7 +14,6 @@ from nanogpt_surgery.cli.training_run import check_no_records
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.text.corpus import Chunk
     from nanogpt_surgery.report import Report
 
 
@@ -49,15 +46,21 @@ def prepare(
     """
     from nanogpt_surgery.data.conversations.record_files import warn_of_records
     from nanogpt_surgery.data.text.corpus import chunks_of
+    from nanogpt_surgery.data.text.token_files import is_token_folder
+    from nanogpt_surgery.runs.token_folder import prepare_folder
 
     _check_folder(out, text)
     check_no_records(text)
     warn_of_records(text)
+    finished, wanted = is_token_folder(out), named_tokenizer(tokenizer)
     try:
-        _prepare_whole(chunks_of(text), out, tokenizer, held_out, workers)
+        chunks = chunks_of(text)
+        prepare_folder(chunks, out, wanted, held_out, workers, _told(len(chunks)))
     except KeyboardInterrupt:
         say(f"stopped; the same command goes on with {out}")
         sys.exit(130)
+    if finished:
+        say(f"{out} was finished before: every byte is as it was written")
     show(_report(out), json)
     say(f"surgery train {out} --out … trains on it")
 
@@ -87,124 +90,17 @@ def _check_folder(out: Path, text: Sequence[str]) -> None:
         raise SurgeryError(f"{out} exists and is no folder of tokens", "choose a new --out")
 
 
-def _prepare_whole(
-    chunks: list[Chunk], out: Path, tokenizer: str, held_out: float | None, workers: int
-) -> None:
-    """Prepares a folder under a temporary name, which it changes for its own when it is finished.
+def _told(chunks: int) -> Callable[[int], None]:
+    """A function that says from time to time how many chunks are done."""
+    last = monotonic()
 
-    A finished one is verified instead. What was left unfinished, and cannot be gone on with, is
-    begun anew.
-
-    Raises:
-        SurgeryError: as `_prepare`; nothing of this preparation is left then.
-    """
-    from nanogpt_surgery.data.text.token_files import is_token_folder
-    from nanogpt_surgery.files.disk_errors import writing
-    from nanogpt_surgery.files.lock import LOCK, file_lock
-
-    finished = is_token_folder(out)
-    folder = out if finished else _unfinished(out)
-    with writing(out):
-        folder.mkdir(parents=True, exist_ok=True)
-    with file_lock(folder / LOCK):
-        begun = any(folder.glob("parts/*.json"))
-        try:
-            _prepare(chunks, folder, tokenizer, held_out, workers)
-        except SurgeryError as error:
-            if finished:
-                raise
-            _clear(folder)
-            if not begun or isinstance(error.__cause__, OSError):
-                raise
-            say(f"note: {out} was left unfinished by another command, and is begun anew")
-            _prepare(chunks, folder, tokenizer, held_out, workers)
-        finally:
-            if (
-                not finished
-                and not is_token_folder(folder)
-                and not any(folder.glob("parts/*.json"))
-            ):
-                shutil.rmtree(folder, ignore_errors=True)
-    if finished:
-        say(f"{out} was finished before: every byte is as it was written")
-    else:
-        with writing(out):
-            folder.rename(out)
-
-
-def _clear(folder: Path) -> None:
-    """Removes what a preparation leaves, but for its lock."""
-    from nanogpt_surgery.files.lock import LOCK
-
-    for path in folder.iterdir():
-        if path.is_dir():
-            shutil.rmtree(path)
-        elif path.name != LOCK:
-            path.unlink()
-
-
-def _unfinished(out: Path) -> Path:
-    """Where a preparation lies until it is finished: a temporary name that follows from its own."""
-    import hashlib
-
-    from nanogpt_surgery.files.writing import temporary_beside
-
-    name = temporary_beside(out).name.rpartition("-")[0]
-    folder = out.with_name(f"{name}-{hashlib.sha256(out.name.encode()).hexdigest()[:8]}")
-    if out.is_dir() and not folder.exists():  # empty, or begun by an earlier version
-        out.rename(folder)
-    return folder
-
-
-def _prepare(
-    chunks: list[Chunk], folder: Path, tokenizer: str, held_out: float | None, workers: int
-) -> None:
-    """Prepares a folder, or verifies one that is finished."""
-    from nanogpt_surgery.data.text.preparation import prepare_tokens
-    from nanogpt_surgery.data.text.token_files import TOKENIZER, is_token_folder, verify_tokens
-    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer
-
-    finished, last = is_token_folder(folder), monotonic()
-    _provide_tokenizer(tokenizer, folder / TOKENIZER, chunks, workers)
-    opens = partial(open_tokenizer, folder / TOKENIZER)
-    for done in prepare_tokens(chunks, folder, opens, held_out, workers):
+    def tell(done: int) -> None:
+        nonlocal last
         if monotonic() - last >= PLAIN_LINE_EVERY:
-            say(f"{done:,} of {len(chunks):,} chunks are done")
+            say(f"{done:,} of {chunks:,} chunks are done")
             last = monotonic()
-    if finished:
-        verify_tokens(folder)
 
-
-def _provide_tokenizer(named: str, folder: Path, chunks: list[Chunk], workers: int) -> None:
-    """Make the tokenizer's folder, or check the one that is there.
-
-    Raises:
-        SurgeryError: another one is there.
-    """
-    from nanogpt_surgery.data.text.preparation import characters_of
-    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
-    from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
-    from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer, save_tokenizer
-
-    wanted = named_tokenizer(named)
-    if not folder.exists():
-        if wanted is None:
-            wanted = CharacterTokenizer.from_characters(characters_of(chunks, workers))
-        save_tokenizer(wanted, folder)
-        return
-    there = open_tokenizer(folder)
-    if there is None:
-        raise SurgeryError(
-            f"{folder} holds no tokenizer.json, by which the ids were made",
-            "put it back, or choose a new --out",
-        )
-    if wanted is None and isinstance(there, CharacterTokenizer):
-        return
-    if wanted is None or tokenizer_fingerprint(there) != tokenizer_fingerprint(wanted):
-        raise SurgeryError(
-            f"{folder} holds another tokenizer than {named}",
-            "give the one it was begun with, or choose a new --out",
-        )
+    return tell
 
 
 def _report(out: Path) -> Report:
