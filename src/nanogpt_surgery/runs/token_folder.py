@@ -1,7 +1,4 @@
-"""A folder of ids made of texts: whole or not there, and gone on with after a stop.
-
-What only encodes, in many processes, does not load torch: neither does this.
-"""
+"""A folder of ids made of texts: whole or not there, and gone on with after a stop."""
 
 from __future__ import annotations
 
@@ -10,6 +7,7 @@ import shutil
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from nanogpt_surgery.data.text.corpus import Chunk
@@ -51,6 +49,9 @@ def prepare_folder(
     """
     finished = is_token_folder(out)
     folder = out if finished else _unfinished(out)
+    # `save_tokenizer` needs it. A signal during an import ends the process at once, with no time to
+    # remove the folder.
+    import_module("nanogpt_surgery.formats.comparison")
     with writing(out):
         folder.mkdir(parents=True, exist_ok=True)
 
