@@ -62,29 +62,36 @@ def prepare_folder(
             told(done)
 
     with file_lock(folder / LOCK):
-        begun = any(folder.glob("parts/*.json"))
-        try:
-            prepare()
-        except SurgeryError as error:
-            if finished:
-                raise
-            _clear(folder)
-            if not begun or isinstance(error.__cause__, OSError):
-                raise
-            warnings.warn(
-                f"{out} was left unfinished by another command, and is begun anew",
-                SurgeryWarning,
-                stacklevel=2,
-            )
-            prepare()
-        finally:
-            if not is_token_folder(folder) and not any(folder.glob("parts/*.json")):
-                shutil.rmtree(folder, ignore_errors=True)
         if finished:
+            prepare()
             verify_tokens(folder)
-    if not finished:
-        with writing(out):
-            folder.rename(out)
+            return
+        _prepare_or_clear(prepare, folder, out)
+    with writing(out):
+        folder.rename(out)
+
+
+def _prepare_or_clear(prepare: Callable[[], None], folder: Path, out: Path) -> None:
+    """Prepares, or removes what an error leaves, and what a stop leaves without any finished part.
+
+    What an earlier call left unfinished and this one cannot go on with is begun anew.
+    """
+    begun = any(folder.glob("parts/*.json"))
+    try:
+        prepare()
+    except SurgeryError as error:
+        _clear(folder)
+        if not begun or isinstance(error.__cause__, OSError):
+            raise
+        warnings.warn(
+            f"{out} was left unfinished by another command, and is begun anew",
+            SurgeryWarning,
+            stacklevel=3,
+        )
+        prepare()
+    finally:
+        if not is_token_folder(folder) and not any(folder.glob("parts/*.json")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _unfinished(out: Path) -> Path:
