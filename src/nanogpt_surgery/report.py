@@ -268,16 +268,10 @@ def _width(keys: Sequence[str], cells: list[list[str]], columns: list[int]) -> i
 def _paragraphs(
     keys: Sequence[str], cells: list[list[str]], columns: list[int], width: int
 ) -> Iterator[str]:
+    """Each row under its name, broken between its values alone."""
     for line in cells:
         yield f"  {line[columns[0]]}"
-        shown = "    "
-        for i in columns[1:]:
-            if line[i] in ("", "-"):
-                continue
-            item = f"{label(keys[i])} {line[i]}"
-            if shown.strip() and len(shown) + len(item) > width:
-                yield shown.rstrip(", ")
-                shown = "    "
-            shown += f"{item}, "
-        if shown.strip():
-            yield shown.rstrip(", ")
+        items = [f"{label(keys[i])} {line[i]}" for i in columns[1:] if line[i] not in ("", "-")]
+        text = ", ".join(item.replace(" ", "\xa0") for item in items)
+        for part in wrapped(f"    {text}", width) if text else ():
+            yield part.replace("\xa0", " ").rstrip(",")
