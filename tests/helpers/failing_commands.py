@@ -20,8 +20,9 @@ import traceback
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from helpers.commands import write_adapter, write_model
-from nanogpt_surgery import open_model
+from helpers.commands import LETTERS, write_adapter
+from helpers.models import tiny_model
+from nanogpt_surgery import CharacterTokenizer, GPTConfig, open_model, save_model
 from nanogpt_surgery.cli.framework.app import run
 from nanogpt_surgery.data.text.token_files import is_token_folder, verify_tokens
 from nanogpt_surgery.files.atomic import damage, file_hash
@@ -34,7 +35,7 @@ STEPS = "--max-steps 4 --evaluate-every 2 --save-every 1 --batch-size 1 --compil
 COMMANDS = {
     "train": f"train text.txt {SIZES} {STEPS} --out new",
     "finetune": f"finetune m text.txt --block-size 8 {STEPS} --out new",
-    "export": "export m --adapter a --out new",
+    "export": "export m --adapter a --format huggingface --out new",
     "merge": "merge m a --out new",
     "merge in place": "merge m a",
     "data prepare": "data prepare text.txt --tokenizer m --out new --workers 1",
@@ -47,7 +48,11 @@ kept = []  # C holds no reference to the text that it is given
 def prepare(start: Path) -> None:
     start.mkdir()
     (start / "text.txt").write_text("to be, or not to be: that is the question.\n" * 20)
-    write_adapter(write_model(start / "m", block_size=32), start / "a", 1)
+    tokenizer = CharacterTokenizer(LETTERS)
+    sizes = {"n_embd": 16, "n_head": 2, "n_layer": 1, "block_size": 32}
+    config = GPTConfig.for_family("llama", vocab_size=tokenizer.vocab_size, **sizes)
+    save_model(model := tiny_model(config), start / "m", tokenizer)
+    write_adapter(model, start / "a", 1)
 
 
 def attempt(words: list[str], number: int, how: int, lasting: bool) -> tuple[int, str, int]:
@@ -116,11 +121,13 @@ def check_point(command: str, after: dict[str, str], number: int, kind: str) -> 
     assert "Traceback" not in said, said
     if status == 1:
         assert said.count("surgery: ") == 1, said
-        assert re.search(r"\b(new|m|here)\b", said), said
+        assert re.search(r"\b(new|m|here|tmp)\b", said), said
     check_whole(command, before, after)
     if status == 0 or (made(command) == after and command not in RUNS):
         assert made(command) == after
         return status == 0
+    if kind == "EIO":
+        print(f"EIO at call {number}: {said}", file=sys.stderr)
     status, said, _ = attempt(again(command), 0, 0, False)
     assert status == 0, f"again: status {status}: {said}"
     check_whole(command, before, after)

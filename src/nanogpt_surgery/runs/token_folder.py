@@ -16,7 +16,7 @@ from nanogpt_surgery.data.text.token_files import TOKENIZER, is_token_folder, ve
 from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, tokenizer_fingerprint
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.files.disk_errors import writing
+from nanogpt_surgery.files.disk_errors import tried_again, writing
 from nanogpt_surgery.files.lock import LOCK, file_lock
 from nanogpt_surgery.files.writing import temporary_beside
 from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer, save_tokenizer
@@ -53,7 +53,7 @@ def prepare_folder(
     # remove the folder.
     import_module("nanogpt_surgery.formats.comparison")
     with writing(out):
-        folder.mkdir(parents=True, exist_ok=True)
+        tried_again(lambda: folder.mkdir(parents=True, exist_ok=True))
 
     def prepare() -> None:
         _provide_tokenizer(tokenizer, folder / TOKENIZER, chunks, workers)
@@ -68,7 +68,7 @@ def prepare_folder(
             return
         _prepare_or_clear(prepare, folder, out)
     with writing(out):
-        folder.rename(out)
+        tried_again(lambda: folder.rename(out))
 
 
 def _prepare_or_clear(prepare: Callable[[], None], folder: Path, out: Path) -> None:
