@@ -90,7 +90,7 @@ def test_an_unknown_key_is_refused_with_a_suggestion(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "pieces"),
     [
-        (["generate", "nowhere"], ["nowhere", "no such folder"]),
+        (["generate", "nowhere"], ["nowhere", "no such folder", "→ a training makes a run"]),
         (["train", "nowhere.txt", "--out", "r"], ["nowhere.txt does not exist"]),
         (["train", "--out", "r", "--n-embd", "10", "--n-head", "4"], ["10", "4", "multiple"]),
         (["train", "--out", "r", "--n-embed", "10"], ["--n-embed", "→ --n-embd"]),
