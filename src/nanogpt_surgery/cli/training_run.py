@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
@@ -31,7 +31,7 @@ class RunOptions:
 
     out: Path
     """the folder to make: what was trained, checkpoints, metrics.jsonl, loss.png"""
-    resume: bool = False
+    resume: Annotated[bool, Parameter(negative="--no-resume")] = False
     """go on with the run that is there"""
     strict: bool = False
     """with --resume: stop where the newest checkpoint is damaged, instead of passing over it"""
