@@ -12,7 +12,7 @@ import math
 import shutil
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from nanogpt_surgery.files.writing import (
     is_temporary,
     link_or_copy,
     remove_temporaries,
+    temporary_beside,
     write_tensors,
 )
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
@@ -213,7 +214,7 @@ class RunFolder:
         kept = {*islice(newest, KEPT), self.best}
         for folder in found:
             if folder not in kept and holds_only_its_own(folder):
-                shutil.rmtree(folder, ignore_errors=True)
+                _remove_whole(folder)
 
     def _is_whole(self, checkpoint: Path) -> bool:
         if checkpoint not in self._whole and damage(checkpoint) is None:
@@ -407,6 +408,12 @@ def restore_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer
         optimizer.state[parameter] = {
             key: tensor.to(parameter.device, copy=True) for key, tensor in state.items()
         }
+
+
+def _remove_whole(folder: Path) -> None:
+    """Removes a folder so that nobody ever finds half of it under its name."""
+    with suppress(OSError):
+        shutil.rmtree(folder.rename(temporary_beside(folder)))
 
 
 def _check_another(
