@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.adapters import adapted, attach_adapter, train_updates
+from helpers.adapters import adapted, attach_adapter
 from helpers.merged_folders import bytes_of, model_and_adapter
-from helpers.models import CONFIGS
+from helpers.models import CONFIGS, train_a_little
 from safetensors.torch import load_file, save_file
 
 from nanogpt_surgery import (
@@ -93,7 +93,7 @@ def test_a_merge_that_would_change_no_weight_is_refused(place):
     for base, name, size in (("model", "newborn", 0.0), ("half", "faint", 3e-5)):
         model = open_model(place / base)[0].float()
         inject_lora(model, "q_proj", rank=2)
-        train_updates(model, size)
+        train_a_little(model, size)
         save_adapter(model, place / name)
     first = bytes_of(place)
     with pytest.raises(SurgeryError, match="newborn would change no weight: ΔW is 0 in all 2"):
@@ -174,7 +174,7 @@ def test_a_merge_that_makes_infinite_weights_is_refused_before_anything_is_writt
     """Whatever tolerance is given for the probe."""
     model, _ = open_model(place / "model")
     inject_lora(model, "q_proj")
-    train_updates(model)
+    train_a_little(model)
     layer = lora_layers(model)["layers.0.self_attn.q_proj"]
     layer.lora_A.data[:, 0], layer.lora_B.data[0] = 3e3, 3e3
     save_adapter(model, place / "large")

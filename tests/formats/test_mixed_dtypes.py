@@ -6,10 +6,9 @@ import gguf
 import pytest
 import torch
 from gguf.quants import dequantize
-from helpers.adapters import train_updates
 from helpers.commands import called
 from helpers.merged_folders import bytes_of
-from helpers.models import FAMILY_CONFIGS, tiny_model
+from helpers.models import FAMILY_CONFIGS, tiny_model, train_a_little
 from safetensors.torch import load_file, save_file
 
 from nanogpt_surgery import (
@@ -48,7 +47,7 @@ def write_adapter(base, folder, targets):
     """An adapter for a base, and what W + ΔW is, in float32, by our name."""
     model, _ = open_model(base, torch.float32)
     inject_lora(model, targets, rank=2, tied="untie")
-    train_updates(model)
+    train_a_little(model)
     save_adapter(model, folder)
     layers = lora_layers(model).items()
     return {n: (w.original_layer.weight + w.delta_weight()).detach() for n, w in layers}

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from helpers.adapters import train_updates
+from helpers.models import train_a_little
 from helpers.training import DATASET, SETTINGS, TOKENIZER, VALIDATION, model_of
 
 from nanogpt_surgery import (
@@ -63,7 +63,7 @@ def place(tmp_path):
 def make_adapter(folder, goal):
     model, _ = open_model(folder)
     inject_lora(model, ["q_proj", "lm_head"], rank=2)
-    train_updates(model, size=0.2)
+    train_a_little(model, size=0.2)
     save_adapter(model, goal)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.models import train_a_little
 
 from nanogpt_surgery import (
     GPTConfig,
@@ -35,10 +36,7 @@ def small(adapted: bool = False) -> SimpleGPT:
 
 def adapt(model: SimpleGPT) -> SimpleGPT:
     inject_lora(model, ["q_proj", "v_proj"], rank=2)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.add_(torch.randn_like(parameter))
+    train_a_little(model, size=1.0)
     return model.eval()
 
 

@@ -1,4 +1,4 @@
-"""Models under surgery for tests: updates as training leaves them, and bits to compare."""
+"""Models that carry an adapter, adapter folders, and bits to compare."""
 
 import json
 from pathlib import Path
@@ -6,22 +6,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from helpers.models import tiny_model
+from helpers.models import tiny_model, train_a_little
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
-from nanogpt_surgery.lora.several import check_new_name, lora_layers
+from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter, check_fit
 from nanogpt_surgery.lora.stored_adapter import attach_adapter as attach_checked
 
 EVERY_LINEAR = r".*_proj|lm_head"
-
-
-def train_updates(model: nn.Module, size: float = 0.1) -> None:
-    """Give every update values as training leaves them: nowhere zero."""
-    draw = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for layer in lora_layers(model).values():
-            for matrix in (layer.lora_A, layer.lora_B):
-                matrix.copy_(torch.randn(matrix.shape, generator=draw) * size)
 
 
 def adapted(
@@ -30,7 +21,7 @@ def adapted(
     """A tiny model that carries a trained LoRA."""
     model = tiny_model(config)
     inject_lora(model, targets, rank=rank, alpha=alpha, tied="untie")
-    train_updates(model, size=0.2)
+    train_a_little(model, size=0.2)
     return model
 
 

@@ -1,4 +1,4 @@
-"""Models of three kinds to operate on, each called on ids (B, T), and a way to fake a training."""
+"""Models of three kinds to operate on, each called on ids (B, T)."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from helpers.models import randomise
 from nanogpt_surgery import GPTConfig, SimpleGPT
-from nanogpt_surgery.lora.checks import trained_updates
 from nanogpt_surgery.model.config import FAMILIES
 
 VOCAB = 43
@@ -99,7 +98,7 @@ def transformers_model(tied: bool = False, build: Build = PLAIN) -> nn.Module:
     return randomise(AutoModelForCausalLM.from_config(config).eval(), seed=2)
 
 
-PATIENTS = {"SimpleGPT": simple_gpt, "transformers": transformers_model, "another": mixer}
+MODELS = {"SimpleGPT": simple_gpt, "transformers": transformers_model, "another": mixer}
 HEADS = {"SimpleGPT": "lm_head", "transformers": "lm_head", "another": "out"}
 TABLES = {"SimpleGPT": "embed_tokens", "transformers": "model.embed_tokens", "another": "table"}
 
@@ -113,14 +112,6 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
     with torch.no_grad():
         out = model(ids)
     return out if isinstance(out, Tensor) else out.logits
-
-
-def train_a_little(model: nn.Module, seed: int = 0, size: float = 0.1) -> None:
-    """Move every parameter that can be trained, as a training would."""
-    draw = torch.Generator().manual_seed(seed)
-    for update in trained_updates(model).values():
-        for parameter in update.trained():
-            parameter.data += size * torch.randn(parameter.shape, generator=draw)
 
 
 def close(one: Tensor, other: Tensor, tolerance: float = 1e-5) -> bool:

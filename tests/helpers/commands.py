@@ -6,9 +6,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-import torch
-
-from helpers.models import randomise
+from helpers.models import randomise, train_a_little
 from nanogpt_surgery import (
     CharacterTokenizer,
     SimpleGPT,
@@ -63,10 +61,6 @@ def write_model(folder: Path, block_size: int = 200, seed: int = 0) -> SimpleGPT
 def write_adapter(model: SimpleGPT, folder: Path, seed: int) -> None:
     """An adapter folder for a model that carries none, with random updates that show."""
     inject_lora(model, ["q_proj", "lm_head"], rank=3, alpha=9)
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) / 2)
+    train_a_little(model, seed, size=0.5)
     save_adapter(model, folder)
     remove_lora(model)

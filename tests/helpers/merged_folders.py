@@ -4,8 +4,8 @@ import json
 
 import torch
 
-from helpers.adapters import adapted, train_updates
-from helpers.models import CONFIGS, random_ids, tiny_model
+from helpers.adapters import adapted
+from helpers.models import CONFIGS, random_ids, tiny_model, train_a_little
 from nanogpt_surgery import inject_lora, open_model, save_adapter, save_model
 from nanogpt_surgery.files.atomic import file_hash
 
@@ -37,5 +37,5 @@ def logits(folder, config=CONFIGS["llama-scaled-tied"]):
 def save_adapter_for(folder, goal):
     model, _ = open_model(folder)
     inject_lora(model, "q_proj", rank=2)
-    train_updates(model)
+    train_a_little(model)
     save_adapter(model, goal)

@@ -90,6 +90,14 @@ def tiny_model(config: GPTConfig, seed: int = 0) -> SimpleGPT:
     return model
 
 
+def train_a_little(model: nn.Module, seed: int = 0, size: float = 0.1) -> None:
+    """Moves every parameter that can be trained, as a training would: nowhere is it zero."""
+    draw = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += size * torch.randn(parameter.shape, generator=draw)
+
+
 def random_ids(config: GPTConfig, batch: int, tokens: int, seed: int = 0) -> Tensor:
     """Ids (batch, tokens) over the whole vocabulary."""
     draw = torch.Generator().manual_seed(seed)

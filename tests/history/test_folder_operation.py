@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from helpers.adapters import adapted, train_updates
+from helpers.adapters import adapted
 from helpers.merged_folders import bytes_of, logits, model_and_adapter, save_adapter_for, tied
-from helpers.models import CONFIGS, random_ids, tiny_model
+from helpers.models import CONFIGS, random_ids, tiny_model, train_a_little
 from safetensors.torch import load_file, save_file
 
 from nanogpt_surgery import (
@@ -72,7 +72,7 @@ def test_two_merges_are_undone_in_order(place):
     states.append(bytes_of(model))
     second, _ = open_model(model)
     inject_lora(second, ["v_proj", "q_proj"], rank=2)
-    train_updates(second)
+    train_a_little(second)
     save_adapter(second, place / "second")
     merge_adapter(model, place / "second")
     states.append(bytes_of(model))

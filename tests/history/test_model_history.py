@@ -3,7 +3,8 @@ import json
 
 import pytest
 import torch
-from helpers.builds import PATIENTS, logits, some_ids, train_a_little
+from helpers.builds import MODELS, logits, some_ids
+from helpers.models import train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -23,7 +24,7 @@ from nanogpt_surgery.lora.several import has_lora, lora_layers
 
 
 def model_with_a_trained_adapter() -> nn.Module:
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, ["all-linear", "embed_tokens"], rank=2)
     train_a_little(model)
     return model
@@ -59,7 +60,7 @@ def test_redo_makes_the_same_bits_again():
 
 
 def test_training_is_not_undone():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, "q_proj", name="a")
     inject_lora(model, "q_proj", name="b")
     swap_lora(model, "a")
@@ -71,7 +72,7 @@ def test_training_is_not_undone():
 
 
 def test_what_was_trained_between_is_told():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, "q_proj", name="a")
     inject_lora(model, "v_proj", name="b")
     swap_lora(model, "a")
@@ -99,7 +100,7 @@ def test_modules_changed_by_other_hands_stop_an_undo():
 
 
 def test_what_takes_part_comes_back():
-    model, ids = PATIENTS["SimpleGPT"](), some_ids()
+    model, ids = MODELS["SimpleGPT"](), some_ids()
     for name in "ab":
         inject_lora(model, "v_proj", name=name)
         train_a_little(model, seed=ord(name))
@@ -117,7 +118,7 @@ def test_what_takes_part_comes_back():
 
 
 def test_nothing_to_undo_or_redo():
-    model = PATIENTS["another"]()
+    model = MODELS["another"]()
     with pytest.raises(SurgeryError, match="no operation to undo"):
         undo_lora(model)
     with pytest.raises(SurgeryError, match="no operation to redo"):
@@ -176,10 +177,10 @@ def test_originals_are_dropped_only_when_told_and_freed():
     assert "cannot be undone" in str(lora_log(model))
 
 
-@pytest.mark.parametrize("patient", PATIENTS)
+@pytest.mark.parametrize("patient", MODELS)
 @pytest.mark.parametrize("frozen", ["nothing", "some", "all"])
 def test_an_undone_merge_brings_back_what_could_be_trained(patient, frozen):
-    model = PATIENTS[patient]()
+    model = MODELS[patient]()
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(frozen == "nothing" or (frozen == "some" and index % 3 > 0))
     trainable = {name: p.requires_grad for name, p in model.named_parameters()}
@@ -196,7 +197,7 @@ def test_an_undone_merge_brings_back_what_could_be_trained(patient, frozen):
 
 
 def test_after_an_undone_merge_a_config_says_again_that_the_weights_are_one():
-    model = PATIENTS["transformers"](tied=True)
+    model = MODELS["transformers"](tied=True)
     inject_lora(model, "lm_head", rank=2, tied="untie")
     train_a_little(model)
     for _ in range(2):

@@ -2,8 +2,15 @@ import json
 
 import pytest
 import torch
-from helpers.adapters import EVERY_LINEAR, adapted, change_config, train_updates, unsealed
-from helpers.models import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.adapters import EVERY_LINEAR, adapted, change_config, unsealed
+from helpers.models import (
+    CONFIGS,
+    FAMILY_CONFIGS,
+    assert_equal_logits,
+    random_ids,
+    tiny_model,
+    train_a_little,
+)
 from safetensors.torch import load_file
 from torch import nn
 
@@ -53,7 +60,7 @@ def test_a_loaded_adapter_can_be_trained_and_removed(tmp_path):
 def test_a_bfloat16_model_keeps_its_update_in_float32(tmp_path):
     model = tiny_model(LLAMA).bfloat16()
     inject_lora(model, "v_proj")
-    train_updates(model)
+    train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     again = tiny_model(LLAMA).bfloat16()
     load_adapter(again, tmp_path / "adapter")
@@ -118,7 +125,7 @@ def test_any_module_keeps_its_own_names(tmp_path):
 
     model, x = perceptron(), torch.randn(2, 4)
     inject_lora(model, "2.0", rank=2)
-    train_updates(model)
+    train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     assert set(load_file(tmp_path / "adapter" / TENSORS)) == {
         "base_model.model.2.0.lora_A.weight",

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from helpers.adapters import adapted, train_updates
-from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.adapters import adapted
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -49,7 +49,7 @@ def test_a_compiled_model_s_adapter_has_the_names_of_the_plain_one_s(name, tmp_p
     model, ids = tiny_model(config), random_ids(config, 2, 9)
     compiled = torch.compile(model, backend="eager")
     inject_lora(compiled, ["q_proj", "up_proj"], rank=3)
-    train_updates(compiled)
+    train_a_little(compiled)
     out = model(ids)
     save_adapter(compiled, tmp_path / "adapter")
     load_adapter(again := tiny_model(config), tmp_path / "adapter")

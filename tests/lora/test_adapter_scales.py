@@ -4,8 +4,14 @@ import json
 
 import pytest
 import torch
-from helpers.adapters import attach_adapter, train_updates
-from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.adapters import attach_adapter
+from helpers.models import (
+    FAMILY_CONFIGS,
+    assert_equal_logits,
+    random_ids,
+    tiny_model,
+    train_a_little,
+)
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -49,7 +55,7 @@ def test_a_layer_whose_name_ends_another_keeps_its_own_rank_and_alpha(own, tmp_p
     model, x = nested(), torch.randn(3, 4)
     alphas = {name: 3.0 * rank for name, rank in own.items()}
     inject_lora(model, "proj", rank=2, alpha=4, rank_pattern=own, alpha_pattern=alphas)
-    train_updates(model, size=0.3)
+    train_a_little(model, size=0.3)
     carried = {name: (layer.rank, layer.alpha) for name, layer in lora_layers(model).items()}
     save_adapter(model, tmp_path / "adapter")
     again = nested()
@@ -90,7 +96,7 @@ def test_scales_set_by_hand_beside_rslora_s_are_saved(tmp_path):
     config = FAMILY_CONFIGS["gpt2"]
     model, ids = tiny_model(config), random_ids(config, 2, 9)
     inject_lora(model, ["q_proj", "v_proj", "o_proj"], rank=3, rslora=True)
-    train_updates(model, size=0.2)
+    train_a_little(model, size=0.2)
     lora_layers(model)["layers.0.self_attn.q_proj"].update.scaling = 0.7
     lora_layers(model)["layers.1.self_attn.o_proj"].update.scaling = 1.3
     save_adapter(model, tmp_path / "adapter")

@@ -4,7 +4,8 @@ import re
 
 import pytest
 import torch
-from helpers.builds import PATIENTS, close, logits, some_ids, train_a_little
+from helpers.builds import MODELS, close, logits, some_ids
+from helpers.models import train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -23,7 +24,7 @@ from nanogpt_surgery.lora.several import has_lora, lora_layers
 
 
 def with_dropout(training: bool, name: str = "default") -> nn.Module:
-    model = PATIENTS["SimpleGPT"]().train(training)
+    model = MODELS["SimpleGPT"]().train(training)
     inject_lora(model, "q_proj", rank=2, dropout=0.5, name=name)
     train_a_little(model)
     return model

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from helpers.adapters import attach_adapter
-from helpers.builds import PATIENTS, logits, some_ids, train_a_little
+from helpers.builds import MODELS, logits, some_ids
+from helpers.models import train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -25,7 +26,7 @@ from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 
 
 def adapted(dtype: torch.dtype = torch.float32, size: float = 0.1) -> nn.Module:
-    model = PATIENTS["SimpleGPT"]().to(dtype)
+    model = MODELS["SimpleGPT"]().to(dtype)
     inject_lora(model, "all-linear", rank=2)
     train_a_little(model, size=size)
     return model
@@ -189,7 +190,7 @@ def test_a_merge_that_makes_nan_or_infinite_weights_is_refused_without_a_probe(d
 
 
 def test_a_copy_of_a_module_with_a_nan_is_not_merged():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     attach_adapter(model, StoredAdapter({}, whole={"norm.weight": torch.full((24,), float("nan"))}))
     with pytest.raises(SurgeryError, match=r"NaN or infinite in 1 layers \(norm\)"):
         merge_lora(model)
@@ -197,7 +198,7 @@ def test_a_copy_of_a_module_with_a_nan_is_not_merged():
 
 
 def test_a_merge_in_float64_keeps_its_bits():
-    model = PATIENTS["SimpleGPT"]().double()
+    model = MODELS["SimpleGPT"]().double()
     for parameter in model.parameters():
         parameter.data += 1e-10
     inject_lora(model, "up_proj", rank=2)

@@ -4,8 +4,9 @@ import re
 
 import pytest
 import torch
-from helpers.builds import PATIENTS, close, logits, some_ids, train_a_little
+from helpers.builds import MODELS, close, logits, some_ids
 from helpers.lora_formulas import KINDS, delta_by_formula, inject
+from helpers.models import train_a_little
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -20,12 +21,12 @@ from nanogpt_surgery.lora.targets import adaptable_layers
 NAMES = ("a", "b", "c")
 
 
-@pytest.mark.parametrize("kind", PATIENTS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(kinds=st.lists(KINDS, min_size=2, max_size=2), weights=st.tuples(*[st.floats(-2, 2)] * 2))
 @settings(max_examples=15)
 def test_blends_are_linear(kind, kinds, weights):
     """Seen from one adapted layer, whose output is linear in ΔW: the head."""
-    model, ids = PATIENTS[kind](), some_ids()
+    model, ids = MODELS[kind](), some_ids()
     head = list(adaptable_layers(model))[-1]
     plain = logits(model, ids)
     changes = []
@@ -38,11 +39,11 @@ def test_blends_are_linear(kind, kinds, weights):
     assert (logits(model, ids) - wanted).abs().max() <= 1e-5 * sum(c.std() for c in changes) + 1e-5
 
 
-@pytest.mark.parametrize("kind", PATIENTS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(data=st.data())
 @settings(max_examples=10)
 def test_a_row_is_adapted_as_if_its_adapter_were_alone(kind, data):
-    model, ids = PATIENTS[kind](), some_ids()
+    model, ids = MODELS[kind](), some_ids()
     layers = [re.escape(path) for path in adaptable_layers(model)]
     outputs = {None: logits(model, ids)}
     for name in NAMES[: data.draw(st.integers(1, 3))]:

@@ -3,7 +3,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.builds import PATIENTS, TABLES, close, logits, some_ids, train_a_little
+from helpers.builds import MODELS, TABLES, close, logits, some_ids
+from helpers.models import train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -33,7 +34,7 @@ KINDS = {
     "all of them": {"rslora": True, "dora": True, "pissa": True},
 }
 EVERY_KIND = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
-EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)
+EVERY_PATIENT = pytest.mark.parametrize("patient", MODELS)
 
 
 def linear(bias: bool = True) -> nn.Linear:
@@ -58,7 +59,7 @@ def wrapped(
 @EVERY_KIND
 @EVERY_PATIENT
 def test_every_kind_is_born_changing_no_bit(kind, patient):
-    model, ids = PATIENTS[patient](), some_ids()
+    model, ids = MODELS[patient](), some_ids()
     before = logits(model, ids)
     inject_lora(model, [r".*(?<!embed_positions)"], rank=3, **kind)
     assert len(lora_layers(model)) >= 4
@@ -70,7 +71,7 @@ def test_every_kind_is_born_changing_no_bit(kind, patient):
 @EVERY_KIND
 @EVERY_PATIENT
 def test_merged_is_adapted(kind, patient):
-    model, ids = PATIENTS[patient](), some_ids()
+    model, ids = MODELS[patient](), some_ids()
     inject_lora(model, ["all-linear", TABLES[patient]], rank=3, **kind)
     train_a_little(model)
     adapted = logits(model, ids)
@@ -167,7 +168,7 @@ def test_pissa_refuses_more_directions_than_there_are():
 
 
 def test_ranks_and_alphas_follow_their_patterns():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(
         model, ["q_proj", "up_proj"], rank=4, alpha=8,
         rank_pattern={"up_proj": 2}, alpha_pattern={r"layers\.1.*q_proj": 3},
@@ -183,7 +184,7 @@ def test_ranks_and_alphas_follow_their_patterns():
 
 def test_a_pattern_of_ranks_that_meets_no_target_is_refused():
     with pytest.raises(SurgeryError, match="no target matches 'down_proj'"):
-        inject_lora(PATIENTS["SimpleGPT"](), "q_proj", rank_pattern={"down_proj": 2})
+        inject_lora(MODELS["SimpleGPT"](), "q_proj", rank_pattern={"down_proj": 2})
 
 
 def test_dropout_zeroes_inputs_in_training_alone():

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.builds import PATIENTS, some_ids
+from helpers.builds import MODELS, some_ids
 from torch import nn
 
 from nanogpt_surgery import (
@@ -28,7 +28,7 @@ def dataset() -> GPTDataset:
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"pissa": True}, {"rslora": True}])
 @pytest.mark.parametrize("patient", ["SimpleGPT", "another"])
 def test_fit_passes_what_learns(kind, patient):
-    model = PATIENTS[patient]()
+    model = MODELS[patient]()
     inject_lora(model, [r".*(?<!embed_positions)"], rank=2, **kind)
     assert len(list(fit(model, dataset(), SETTINGS))) == 3
     report = learned(model)
@@ -37,7 +37,7 @@ def test_fit_passes_what_learns(kind, patient):
 
 
 def test_fit_names_the_parameters_that_the_optimizer_lacks():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     early = torch.optim.AdamW(model.parameters(), lr=1e-3)
     inject_lora(model, "q_proj", rank=2)
     with pytest.raises(SurgeryError, match=r"4 trainable .*layers\.0\.self_attn\.q_proj.*lora_A"):
@@ -46,7 +46,7 @@ def test_fit_names_the_parameters_that_the_optimizer_lacks():
 
 
 def test_fit_stops_after_the_first_step_when_no_gradient_arrives():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, ["q_proj", "lm_head"], rank=2)
     lora_layers(model)["layers.1.self_attn.q_proj"].enabled = False
     steps = fit(model, dataset(), SETTINGS)
@@ -55,14 +55,14 @@ def test_fit_stops_after_the_first_step_when_no_gradient_arrives():
 
 
 def test_fit_stops_when_nothing_moves():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, "v_proj", rank=2)
     with pytest.raises(SurgeryError, match="2 of the adapter's updates have not moved"):
         next(fit(model, dataset(), SETTINGS, learning_rate=0.0))
 
 
 def test_fit_examines_the_last_step_too():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, "v_proj", rank=2)
     steps = fit(model, dataset(), SETTINGS)
     next(steps), next(steps)
@@ -72,7 +72,7 @@ def test_fit_examines_the_last_step_too():
 
 
 def test_a_frozen_parameter_that_moves_is_named():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, "v_proj", rank=2)
     steps = fit(model, dataset(), SETTINGS)
     next(steps)
@@ -102,7 +102,7 @@ def test_a_layer_that_is_not_used_is_named():
 
 
 def test_lora_plus_gives_b_a_rate_of_its_own():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, ["q_proj", "embed_tokens"], rank=2, dora=True)
     settings = FitSettings(learning_rate=1e-2, lora_plus_ratio=16, max_steps=4, warmup_steps=1)
     optimizer = make_optimizer(model, settings)
@@ -121,6 +121,6 @@ def test_lora_plus_gives_b_a_rate_of_its_own():
 
 
 def test_without_a_ratio_there_is_no_further_group():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, "q_proj", rank=2)
     assert len(make_optimizer(model, SETTINGS).param_groups) == 1

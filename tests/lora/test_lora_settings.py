@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from helpers.builds import PATIENTS, logits, some_ids
+from helpers.builds import MODELS, logits, some_ids
 
 from nanogpt_surgery import (
     GPTDataset,
@@ -70,7 +70,7 @@ def test_an_alpha_that_no_file_may_hold_is_refused(alpha):
 
 @pytest.mark.parametrize("alpha", [9e29, 1e-30])
 def test_every_alpha_that_is_taken_can_be_saved(alpha, tmp_path):
-    model, ids = PATIENTS["SimpleGPT"](), some_ids()
+    model, ids = MODELS["SimpleGPT"](), some_ids()
     before = logits(model, ids)
     inject_lora(model, "q_proj", alpha=alpha, alpha_pattern={"layers.0.self_attn.q_proj": alpha})
     assert torch.equal(logits(model, ids), before)
@@ -85,7 +85,7 @@ def test_settings_and_changes_say_the_same_in_three_ways():
     )
     found = []
     for way in ways:
-        model = PATIENTS["SimpleGPT"]()
+        model = MODELS["SimpleGPT"]()
         plan = plan_lora(model, **way)
         report = inject_lora(model, **way)
         assert plan.summary["trainable_parameters"] == report.summary["trainable_parameters"]
@@ -96,7 +96,7 @@ def test_settings_and_changes_say_the_same_in_three_ways():
 
 
 def test_one_source_for_each_default():
-    settings, model = LoRASettings(), PATIENTS["SimpleGPT"]()
+    settings, model = LoRASettings(), MODELS["SimpleGPT"]()
     inject_lora(model)
     for layer in [LoRALinear(model.lm_head), *lora_layers(model).values()]:
         assert list(layer.updates) == [settings.name]
@@ -114,7 +114,7 @@ def test_one_source_for_each_default():
     ],
 )
 def test_a_setting_that_is_none_is_refused_with_the_nearest(verb, wrong, message):
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     before, modules = tensor_hashes(model), dict(model.named_modules())
     with pytest.raises(SurgeryError, match=message):
         verb(model, "q_proj", **wrong)
@@ -123,7 +123,7 @@ def test_a_setting_that_is_none_is_refused_with_the_nearest(verb, wrong, message
 
 
 def test_a_training_refuses_in_the_same_way():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     with pytest.raises(SurgeryError, match=r"FitSettings have no learnig_rate\n.*learning_rate"):
         fit(model, GPTDataset.from_ids(torch.arange(40), 10), learnig_rate=1.0)
 

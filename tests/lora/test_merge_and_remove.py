@@ -1,8 +1,14 @@
 import pytest
 import torch
-from helpers.adapters import EVERY_LINEAR, assert_same_bits, bits, train_updates
-from helpers.builds import train_a_little
-from helpers.models import CONFIGS, FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.adapters import EVERY_LINEAR, assert_same_bits, bits
+from helpers.models import (
+    CONFIGS,
+    FAMILY_CONFIGS,
+    assert_equal_logits,
+    random_ids,
+    tiny_model,
+    train_a_little,
+)
 from torch import nn
 
 from nanogpt_surgery import (
@@ -29,7 +35,7 @@ def test_removing_gives_back_the_very_same_tensors(config):
     trainable = {name: p.requires_grad for name, p in tensors.items()}
     before = bits(model)
     inject_lora(model, EVERY_LINEAR, tied="untie")
-    train_updates(model)
+    train_a_little(model)
     model(random_ids(config, 1, 5)).mean().backward()
     remove_lora(model)
     assert dict(model.named_modules()) == modules
@@ -46,7 +52,7 @@ def test_merging_computes_what_the_update_did(config):
     model = tiny_model(config)
     ids = random_ids(config, 2, 9)
     inject_lora(model, EVERY_LINEAR, rank=3, tied="untie")
-    train_updates(model)
+    train_a_little(model)
     adapted = model(ids)
     merge_lora(model)
     assert not has_lora(model)
@@ -61,7 +67,7 @@ def test_merging_restores_what_can_be_trained(config):
         model.get_parameter(name).requires_grad_(False)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     inject_lora(model, EVERY_LINEAR, tied="untie")
-    train_updates(model)
+    train_a_little(model)
     merge_lora(model)
     after = dict(model.named_parameters(remove_duplicate=False))
     assert list(after) == names
@@ -72,7 +78,7 @@ def test_merging_restores_what_can_be_trained(config):
 def test_merging_in_bfloat16_adds_in_float32():
     model = tiny_model(LLAMA).bfloat16()
     inject_lora(model, EVERY_LINEAR, tied="untie")
-    train_updates(model)
+    train_a_little(model)
     exact = {
         name: layer.original_layer.weight.double()
         + layer.scaling * layer.lora_B.double() @ layer.lora_A.double()
@@ -93,7 +99,7 @@ def test_a_tied_head_leaves_the_embedding_alone(name):
     embedding, before = model.embed_tokens.weight, model.embed_tokens.weight.detach().clone()
     assert model.lm_head.weight is embedding
     inject_lora(model, "lm_head", tied="untie")
-    train_updates(model)
+    train_a_little(model)
     adapted = model(random_ids(config, 1, 6))
     merge_lora(model)
     assert model.embed_tokens.weight is embedding
@@ -105,7 +111,7 @@ def test_a_tied_head_leaves_the_embedding_alone(name):
 def test_a_tied_head_is_tied_again_when_removed():
     model = tiny_model(FAMILY_CONFIGS["gpt2"])
     inject_lora(model, "lm_head", tied="untie")
-    train_updates(model)
+    train_a_little(model)
     remove_lora(model)
     assert model.lm_head.weight is model.embed_tokens.weight
 
@@ -152,7 +158,7 @@ def test_a_merge_of_nothing_is_refused(force):
 def test_a_merge_that_changes_no_weight_is_refused(size, reason):
     model = tiny_model(LLAMA).bfloat16()
     inject_lora(model, "q_proj", rank=2)
-    train_updates(model, size)
+    train_a_little(model, size)
     before = bits(model)
     with pytest.raises(SurgeryError, match=reason) as caught:
         merge_lora(model)
@@ -182,7 +188,7 @@ def test_any_module_can_be_operated_on():
     report = inject_lora(model, "all-linear", rank=2)
     assert [row["layer"] for row in report.rows] == ["body.0", "body.2", "head"]
     assert torch.equal(model(x), base)
-    train_updates(model)
+    train_a_little(model)
     adapted = model(x)
     assert not torch.allclose(adapted, base, atol=1e-3)
     disable_lora(model)
@@ -191,7 +197,7 @@ def test_any_module_can_be_operated_on():
     assert_same_bits(model, before)
     assert all(p.requires_grad for p in model.parameters())
     inject_lora(model, r"body\.\d", rank=2)
-    train_updates(model)
+    train_a_little(model)
     adapted = model(x)
     merge_lora(model)
     torch.testing.assert_close(model(x), adapted)

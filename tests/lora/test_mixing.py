@@ -1,7 +1,8 @@
 import pytest
 import torch
 from helpers.adapters import attach_adapter
-from helpers.builds import HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
+from helpers.builds import HEADS, MODELS, TABLES, close, logits, some_ids
+from helpers.models import train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -18,13 +19,13 @@ from nanogpt_surgery import (
 from nanogpt_surgery.lora.several import adapter_names, lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
 
-EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)
+EVERY_PATIENT = pytest.mark.parametrize("patient", MODELS)
 
 
 def three(patient: str) -> nn.Module:
     """A model with three trained adapters of other kinds, ranks and layers."""
     torch.manual_seed(0)
-    model = PATIENTS[patient]()
+    model = MODELS[patient]()
     inject_lora(model, "all-linear", rank=2, name="a")
     train_a_little(model, 1)
     inject_lora(model, [HEADS[patient], TABLES[patient]], rank=3, name="b", dora=True)
@@ -76,7 +77,7 @@ def test_one_takes_part_alone_and_alone_can_be_trained(patient):
 
 
 def test_a_blend_of_one_is_that_one_and_half_of_two_the_same_is_it():
-    model, ids = PATIENTS["SimpleGPT"](), some_ids()
+    model, ids = MODELS["SimpleGPT"](), some_ids()
     inject_lora(model, "all-linear", rank=2, name="a")
     train_a_little(model, 1)
     one = logits(model, ids)
@@ -137,15 +138,15 @@ def test_what_cannot_be_mixed_is_refused():
 )
 def test_a_name_that_no_adapter_can_have_is_refused(name):
     with pytest.raises(SurgeryError, match="cannot be named"):
-        inject_lora(PATIENTS["another"](), "all-linear", name=name)
+        inject_lora(MODELS["another"](), "all-linear", name=name)
 
 
 @pytest.mark.parametrize("name", [3, None, ["a"]])
 def test_a_name_that_is_no_text_is_refused(name):
     with pytest.raises(SurgeryError, match=r"name is .*; it must be text"):
-        inject_lora(PATIENTS["another"](), "all-linear", name=name)
+        inject_lora(MODELS["another"](), "all-linear", name=name)
     with pytest.raises(SurgeryError, match="cannot be named"):
-        attach_adapter(PATIENTS["another"](), StoredAdapter({}), name=name)
+        attach_adapter(MODELS["another"](), StoredAdapter({}), name=name)
 
 
 def test_a_name_that_is_taken_is_refused():

@@ -6,8 +6,9 @@ from contextlib import suppress
 
 import pytest
 import torch
-from helpers.builds import BUILDS, HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
+from helpers.builds import BUILDS, HEADS, MODELS, TABLES, close, logits, some_ids
 from helpers.lora_formulas import KINDS, inject, merged_by_formula
+from helpers.models import train_a_little
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -103,11 +104,11 @@ def operations(model: nn.Module) -> int:
     return len(history_of(model).done)
 
 
-@pytest.mark.parametrize("kind", PATIENTS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(data=st.data())
 @settings(max_examples=15)
 def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
-    model = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS))
+    model = MODELS[kind](data.draw(st.booleans()), data.draw(BUILDS))
     ids, first = some_ids(), tensor_hashes(model)
     plain = logits(model, ids)
     before_all = trainable(model)
@@ -141,11 +142,11 @@ def test_after_all_undos_every_tensor_is_the_first_one(kind, data):
     assert tensor_hashes(model) == first
 
 
-@pytest.mark.parametrize("kind", PATIENTS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(data=st.data())
 @settings(max_examples=15)
 def test_undone_and_removed_the_model_is_the_first_one(kind, data):
-    model, ids = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS)), some_ids()
+    model, ids = MODELS[kind](data.draw(st.booleans()), data.draw(BUILDS)), some_ids()
     frozen = data.draw(st.sampled_from([0, 1, 3]))  # nothing, everything, every third
     for index, parameter in enumerate(model.parameters()):
         parameter.requires_grad_(not frozen or index % frozen > 0)
@@ -175,11 +176,11 @@ def is_tied(model: nn.Module, kind: str) -> bool:
     return weights[0] is weights[1]
 
 
-@pytest.mark.parametrize("kind", PATIENTS)
+@pytest.mark.parametrize("kind", MODELS)
 @given(data=st.data())
 @settings(max_examples=20)
 def test_merged_is_adapted_and_undone_is_adapted_again(kind, data):
-    model, ids = PATIENTS[kind](data.draw(st.booleans()), data.draw(BUILDS)), some_ids()
+    model, ids = MODELS[kind](data.draw(st.booleans()), data.draw(BUILDS)), some_ids()
     begin(model, kind, data)
     for _ in operated(model, data):
         pass

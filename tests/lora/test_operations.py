@@ -2,8 +2,8 @@ import json
 
 import pytest
 import torch
-from helpers.adapters import EVERY_LINEAR, assert_same_bits, bits, train_updates
-from helpers.models import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.adapters import EVERY_LINEAR, assert_same_bits, bits
+from helpers.models import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -58,7 +58,7 @@ def test_every_linear_can_be_adapted_and_shows_in_both_modes(config):
     for name in names:
         inject_lora(model, name, rank=2, tied="untie")
         assert list(lora_layers(model)) == [name]
-        train_updates(model)
+        train_a_little(model)
         for training in (True, False):
             model.train(training)
             change = (model(ids) - base).abs().max() / base.std()
@@ -81,7 +81,7 @@ def assert_reaches_the_update(model: nn.Module, ids: torch.Tensor, name: str) ->
 def test_only_a_and_b_are_trained(config):
     model = tiny_model(config)
     inject_lora(model, "all-linear")
-    train_updates(model)
+    train_a_little(model)
     model(random_ids(config, 2, 7)).square().mean().backward()
     updates = [p for layer in lora_layers(model).values() for p in (layer.lora_A, layer.lora_B)]
     trainable = [p for p in model.parameters() if p.requires_grad]
@@ -95,7 +95,7 @@ def test_only_a_and_b_are_trained(config):
 def test_modes_switch_nothing():
     model = tiny_model(LLAMA)
     inject_lora(model)
-    train_updates(model)
+    train_a_little(model)
     ids = random_ids(LLAMA, 1, 8)
     before, adapted = bits(model), model(ids)
     for training in (True, False, True, False):
@@ -110,7 +110,7 @@ def test_disabled_is_the_base_and_enabled_the_same_as_before():
     ids = random_ids(LLAMA, 2, 8)
     base = model(ids)
     inject_lora(model, EVERY_LINEAR, tied="untie")
-    train_updates(model)
+    train_a_little(model)
     adapted = model(ids)
     for verb, expected in [(disable_lora, base), (enable_lora, adapted)] * 2:
         for _ in range(2):
@@ -121,7 +121,7 @@ def test_disabled_is_the_base_and_enabled_the_same_as_before():
 def test_injecting_twice_is_refused():
     model = tiny_model(LLAMA)
     inject_lora(model, "q_proj")
-    train_updates(model)
+    train_a_little(model)
     before, modules = bits(model), dict(model.named_modules())
     with pytest.raises(SurgeryError, match="LoRA already"):
         inject_lora(model, "q_proj")
@@ -184,7 +184,7 @@ def test_the_report_prints_as_a_table_and_as_json():
 def test_every_operation_reports_the_layers_it_touched(verb):
     model = tiny_model(LLAMA)
     inject_lora(model, "v_proj")
-    train_updates(model)
+    train_a_little(model)
     report = verb(model)
     assert [row["layer"] for row in report.rows] == [
         "layers.0.self_attn.v_proj",

@@ -1,5 +1,5 @@
 import pytest
-from helpers.builds import PATIENTS
+from helpers.builds import MODELS
 from helpers.models import FAMILY_CONFIGS, tiny_model
 from torch import nn
 
@@ -17,11 +17,11 @@ from nanogpt_surgery import (
 from nanogpt_surgery.lora.several import has_lora
 
 
-@pytest.mark.parametrize("patient", PATIENTS)
+@pytest.mark.parametrize("patient", MODELS)
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"pissa": True, "rank_pattern": {"0": 1}}])
 def test_the_plan_is_what_the_injection_does(patient, kind):
     kind = kind if patient == "another" else {k: v for k, v in kind.items() if k != "rank_pattern"}
-    model = PATIENTS[patient]()
+    model = MODELS[patient]()
     targets = ["all-linear", r".*embed_tokens|table"]
     if kind.get("rank_pattern"):
         kind["rank_pattern"] = {r"body\.0": 1}
@@ -40,7 +40,7 @@ def test_the_plan_is_what_the_injection_does(patient, kind):
 
 @pytest.mark.parametrize("kind", [{}, {"dora": True}, {"pissa": True}])
 def test_the_adapter_s_size_on_disk_is_foreseen(kind, tmp_path):
-    model = PATIENTS["transformers"]()
+    model = MODELS["transformers"]()
     plan = plan_lora(model, ["all-linear", "embed_tokens"], rank=6, **kind)
     inject_lora(model, ["all-linear", "embed_tokens"], rank=6, **kind)
     save_adapter(model, tmp_path / "adapter")
@@ -68,7 +68,7 @@ def test_so_is_that_of_a_family_s_file(family, targets, kind, tmp_path):
 
 
 def test_a_plan_is_refused_as_the_injection_would_be():
-    model = PATIENTS["SimpleGPT"](tied=True)
+    model = MODELS["SimpleGPT"](tied=True)
     with pytest.raises(SurgeryError, match="nearest"):
         plan_lora(model, "q_prj")
     with pytest.raises(SurgeryError, match="breaks the tie"):
@@ -118,7 +118,7 @@ def test_a_conv1d_is_refused_with_the_way_out(tmp_path):
 )
 @pytest.mark.parametrize("verb", [plan_lora, inject_lora])
 def test_a_plan_promises_nothing_that_the_injection_refuses(verb, wrong, reason):
-    model = PATIENTS["SimpleGPT"](tied=True)
+    model = MODELS["SimpleGPT"](tied=True)
     with pytest.raises(SurgeryError, match=reason) as caught:
         verb(model, **wrong)
     assert caught.value.hint

@@ -1,7 +1,8 @@
 import pytest
 import torch
 from helpers.adapters import attach_adapter
-from helpers.builds import PATIENTS, logits, some_ids, train_a_little
+from helpers.builds import MODELS, logits, some_ids
+from helpers.models import train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -25,7 +26,7 @@ NEW = {"norm.weight": torch.linspace(0.5, 2, 24), "norm.bias": torch.linspace(-1
 
 def model_with_another_norm() -> tuple[nn.Module, nn.Module]:
     """A model whose adapter "whole" replaces the last norm, and what it should compute."""
-    model, wanted = PATIENTS["SimpleGPT"](), PATIENTS["SimpleGPT"]()
+    model, wanted = MODELS["SimpleGPT"](), MODELS["SimpleGPT"]()
     inject_lora(model, "q_proj", rank=2, name="thin")
     train_a_little(model)
     attach_adapter(model, StoredAdapter({}, whole=NEW), "whole")
@@ -35,7 +36,7 @@ def model_with_another_norm() -> tuple[nn.Module, nn.Module]:
 
 def test_the_copy_takes_part_when_its_adapter_does():
     model, wanted = model_with_another_norm()
-    ids, plain = some_ids(), logits(PATIENTS["SimpleGPT"](), some_ids())
+    ids, plain = some_ids(), logits(MODELS["SimpleGPT"](), some_ids())
     assert torch.equal(logits(model, ids), logits(wanted, ids))
     disable_lora(model)
     assert torch.equal(logits(model, ids), plain)
@@ -72,11 +73,11 @@ def test_it_is_merged_removed_and_undone():
     assert tensor_hashes(model) == hashes
     assert merge_survival(model).summary["layers"] == 2  # q_proj alone has a ΔW
     remove_lora(model)
-    assert tensor_hashes(model) == tensor_hashes(PATIENTS["SimpleGPT"]())
+    assert tensor_hashes(model) == tensor_hashes(MODELS["SimpleGPT"]())
 
 
 def test_without_any_matrix_no_share_of_a_change_is_given():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     attach_adapter(model, StoredAdapter({}, whole=NEW), "whole")
     report = merge_survival(model)
     assert report.rows == []
@@ -91,7 +92,7 @@ def test_it_is_taken_off_as_it_was_put_on():
 
 
 def test_one_adapter_cannot_replace_what_another_updates():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, "lm_head", name="thin")
     hashes = tensor_hashes(model)
     whole = StoredAdapter({}, whole={"lm_head.weight": torch.zeros(43, 24)})
@@ -103,4 +104,4 @@ def test_one_adapter_cannot_replace_what_another_updates():
 def test_a_tensor_that_does_not_fit_is_refused():
     for whole in ({"norm.weight": torch.zeros(23)}, {"nrm.weight": torch.zeros(24)}):
         with pytest.raises(SurgeryError, match="there is no tensor"):
-            attach_adapter(PATIENTS["SimpleGPT"](), StoredAdapter({}, whole=whole))
+            attach_adapter(MODELS["SimpleGPT"](), StoredAdapter({}, whole=whole))

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.builds import PATIENTS, close, logits, some_ids, train_a_little
+from helpers.builds import MODELS, close, logits, some_ids
+from helpers.models import train_a_little
 from torch import Tensor, nn
 
 from nanogpt_surgery import (
@@ -145,7 +146,7 @@ def test_no_operation_is_done_inside_the_block(verb):
 
 def test_rows_go_through_the_parts_of_a_model_too():
     """As a training does that holds no more logits than it must."""
-    model, ids = PATIENTS["SimpleGPT"](), some_ids()
+    model, ids = MODELS["SimpleGPT"](), some_ids()
     for seed, name in enumerate("ab"):
         inject_lora(model, ["q_proj", "lm_head", "embed_tokens"], rank=2, name=name)
         train_a_little(model, seed)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from helpers.adapters import attach_adapter
-from helpers.builds import PATIENTS, train_a_little
-from helpers.models import randomise
+from helpers.builds import MODELS
+from helpers.models import randomise, train_a_little
 from torch import nn
 
 from nanogpt_surgery import SurgeryError, inject_lora, merge_lora, tensor_hashes, undo_lora
@@ -63,7 +63,7 @@ def test_a_wrapper_shows_what_its_layer_is_and_owns_none_of_it():
 
 
 def test_a_module_replaced_whole_shows_the_copy_that_takes_part():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     attach_adapter(model, StoredAdapter({}, whole={"lm_head.weight": torch.ones(43, 24)}), "whole")
     assert torch.equal(model.lm_head.weight, torch.ones(43, 24))
     lora_layers(model)["lm_head"].enabled = False
@@ -88,7 +88,7 @@ def test_where_a_model_multiplies_by_the_weight_itself_no_gradient_arrives():
 
 def test_a_vocabulary_is_not_resized_under_an_adapter():
     """The adapter would have rows for other ids than the table; nothing is half done."""
-    model = PATIENTS["transformers"]()
+    model = MODELS["transformers"]()
     inject_lora(model, "embed_tokens", rank=2)
     first = tensor_hashes(model)
     with pytest.raises(TypeError, match="LoRAEmbedding'>, which is not an instance"):

@@ -1,6 +1,7 @@
 import pytest
 import torch
-from helpers.builds import HEADS, PATIENTS, TABLES, close, logits, some_ids, train_a_little
+from helpers.builds import HEADS, MODELS, TABLES, close, logits, some_ids
+from helpers.models import train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -16,7 +17,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.lora.several import lora_layers
 
-EVERY_PATIENT = pytest.mark.parametrize("patient", PATIENTS)
+EVERY_PATIENT = pytest.mark.parametrize("patient", MODELS)
 
 
 def weights(model: nn.Module, patient: str) -> tuple[nn.Parameter, nn.Parameter]:
@@ -27,7 +28,7 @@ def weights(model: nn.Module, patient: str) -> tuple[nn.Parameter, nn.Parameter]
 @EVERY_PATIENT
 @pytest.mark.parametrize("end", [HEADS, TABLES], ids=["head", "table"])
 def test_a_tied_target_is_refused_with_the_reason(patient, end):
-    model = PATIENTS[patient](tied=True)
+    model = MODELS[patient](tied=True)
     with pytest.raises(SurgeryError, match=rf"{end[patient]} with .*breaks the tie") as caught:
         inject_lora(model, end[patient])
     assert "tied='untie'" in caught.value.hint
@@ -38,7 +39,7 @@ def test_a_tied_target_is_refused_with_the_reason(patient, end):
 
 @EVERY_PATIENT
 def test_untied_the_merged_head_has_a_weight_of_its_own(patient):
-    model, ids = PATIENTS[patient](tied=True), some_ids()
+    model, ids = MODELS[patient](tied=True), some_ids()
     inject_lora(model, HEADS[patient], rank=2, tied="untie")
     train_a_little(model)
     adapted = logits(model, ids)
@@ -56,7 +57,7 @@ def test_untied_the_merged_head_has_a_weight_of_its_own(patient):
 
 @EVERY_PATIENT
 def test_both_ends_adapted_apart_are_merged_apart(patient):
-    model, ids = PATIENTS[patient](tied=True), some_ids()
+    model, ids = MODELS[patient](tied=True), some_ids()
     inject_lora(model, [HEADS[patient], TABLES[patient]], rank=2, tied="untie")
     train_a_little(model)
     adapted = logits(model, ids)
@@ -69,7 +70,7 @@ def test_both_ends_adapted_apart_are_merged_apart(patient):
 @EVERY_PATIENT
 @pytest.mark.parametrize("end", [HEADS, TABLES], ids=["head", "table"])
 def test_both_get_the_same_change_and_stay_tied(patient, end):
-    model, ids = PATIENTS[patient](tied=True), some_ids()
+    model, ids = MODELS[patient](tied=True), some_ids()
     report = inject_lora(model, end[patient], rank=2, tied="both")
     head, table = (lora_layers(model)[names[patient]] for names in (HEADS, TABLES))
     assert report.summary["trainable_parameters"] == head.lora_A.numel() + head.lora_B.numel()
@@ -83,7 +84,7 @@ def test_both_get_the_same_change_and_stay_tied(patient, end):
 
 
 def test_both_needs_a_kind_that_has_two_sides():
-    model = PATIENTS["SimpleGPT"](tied=True)
+    model = MODELS["SimpleGPT"](tied=True)
     for kind in ({"dora": True}, {"pissa": True}):
         with pytest.raises(SurgeryError, match="plain LoRA and rsLoRA"):
             inject_lora(model, "lm_head", tied="both", **kind)
@@ -95,7 +96,7 @@ def lora_layers_of(model: nn.Module) -> list[nn.Module]:
 
 
 def test_a_merge_that_would_break_an_undecided_tie_is_refused():
-    model = PATIENTS["SimpleGPT"]()
+    model = MODELS["SimpleGPT"]()
     inject_lora(model, "lm_head")
     model.embed_tokens.weight = model.lm_head.original_layer.weight  # tied after the injection
     with pytest.raises(SurgeryError, match="break the tie of lm_head with embed_tokens"):
@@ -106,7 +107,7 @@ def test_a_merge_that_would_break_an_undecided_tie_is_refused():
 @EVERY_PATIENT
 @pytest.mark.parametrize("ends", [(HEADS, TABLES), (TABLES, HEADS)], ids=["head", "table"])
 def test_what_two_adapters_said_of_one_tie_counts_for_both_its_ends(patient, ends):
-    model, ids = PATIENTS[patient](tied=True), some_ids()
+    model, ids = MODELS[patient](tied=True), some_ids()
     first, second = ends
     inject_lora(model, first[patient], name="a", rank=2, tied="both")
     inject_lora(model, second[patient], name="b", rank=1, tied="untie")
@@ -140,11 +141,11 @@ def test_a_module_under_two_names_is_wrapped_under_both():
 
 @pytest.mark.parametrize("choice", ["untie", "both"])
 def test_the_choice_travels_with_the_adapter(choice, tmp_path):
-    model, ids = PATIENTS["SimpleGPT"](tied=True), some_ids()
+    model, ids = MODELS["SimpleGPT"](tied=True), some_ids()
     inject_lora(model, ["lm_head", "q_proj"], rank=2, tied=choice)
     train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
-    again = PATIENTS["SimpleGPT"](tied=True)
+    again = MODELS["SimpleGPT"](tied=True)
     with pytest.raises(SurgeryError, match="share one weight"):
         load_adapter(again, tmp_path / "adapter", tied="refuse")
     load_adapter(again, tmp_path / "adapter")
@@ -157,7 +158,7 @@ def test_the_choice_travels_with_the_adapter(choice, tmp_path):
 def test_a_merged_transformers_model_is_saved_as_tied_as_it_is(choice, tmp_path):
     from transformers import LlamaForCausalLM
 
-    model, ids = PATIENTS["transformers"](tied=True), some_ids()
+    model, ids = MODELS["transformers"](tied=True), some_ids()
     inject_lora(model, "lm_head", rank=2, tied=choice)
     train_a_little(model, size=0.5)
     merge_lora(model)

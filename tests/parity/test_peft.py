@@ -5,7 +5,14 @@ import re
 import peft
 import pytest
 import torch
-from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, randomise, tiny_model
+from helpers.models import (
+    FAMILY_CONFIGS,
+    assert_equal_logits,
+    random_ids,
+    randomise,
+    tiny_model,
+    train_a_little,
+)
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -49,15 +56,6 @@ def theirs(base_folder):
     return lambda name: AutoModelForCausalLM.from_pretrained(base_folder(name)).eval()
 
 
-def randomise_updates(model: nn.Module, seed: int = 5) -> None:
-    """Values as training leaves them: nowhere zero."""
-    draw = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.copy_(torch.randn(parameter.shape, generator=draw) / 5)
-
-
 def assert_equal(ours: nn.Module, theirs: nn.Module, config, moved_from: nn.Module) -> None:
     """Equal logits on the same ids, and an adapter that is seen to do something."""
     ids = random_ids(config, 2, 9)
@@ -77,7 +75,7 @@ def test_peft_reads_what_is_written_here(name, targets, theirs, tmp_path):
     config = FAMILY_CONFIGS[name]
     model = tiny_model(config)
     inject_lora(model, targets, rank=3, alpha=5, tied="untie")
-    randomise_updates(model)
+    train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     adapted = peft.PeftModel.from_pretrained(theirs(name), tmp_path / "adapter")
     assert_equal(model, adapted, config, moved_from=tiny_model(config))
@@ -94,7 +92,7 @@ def test_peft_reads_layers_with_ranks_and_scales_of_their_own(name, theirs, tmp_
     block.mlp.up_proj = LoRALinear(block.mlp.up_proj, rank=1, alpha=4)
     other.self_attn.k_proj = LoRALinear(other.self_attn.k_proj, rank=4, alpha=4)
     other.self_attn.o_proj = LoRALinear(other.self_attn.o_proj, rank=2, alpha=1)
-    randomise_updates(model)
+    train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     adapted = peft.PeftModel.from_pretrained(theirs(name), tmp_path / "adapter")
     assert_equal(model, adapted, config, moved_from=tiny_model(config))
@@ -144,7 +142,7 @@ def test_what_peft_writes_is_read_here(name, options, theirs, tmp_path):
         **options,
     )
     adapted = peft.get_peft_model(theirs(name), settings).eval()
-    randomise_updates(adapted)
+    train_a_little(adapted)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     model = tiny_model(config)
     load_adapter(model, tmp_path / "adapter", tied="untie")
@@ -203,7 +201,7 @@ def test_surgery_on_a_transformers_model_computes_what_peft_does(name, theirs, t
     config = FAMILY_CONFIGS[name]
     model = theirs(name)
     inject_lora(model, "all-linear", rank=3, alpha=5)
-    randomise_updates(model)
+    train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     adapted = peft.PeftModel.from_pretrained(theirs(name), tmp_path / "adapter")
     assert_equal(model, adapted, config, moved_from=theirs(name))
@@ -213,7 +211,7 @@ def test_merged_weights_are_peft_s(theirs, tmp_path):
     config = FAMILY_CONFIGS["llama"]
     model = tiny_model(config)
     inject_lora(model, r".*_proj|lm_head", rank=3, alpha=5, tied="untie")
-    randomise_updates(model)
+    train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     merged = peft.PeftModel.from_pretrained(
         theirs("llama"), tmp_path / "adapter"

@@ -6,7 +6,13 @@ Each refusal says what the option did, and its next step leads to a folder that 
 import peft
 import pytest
 import torch
-from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.models import (
+    FAMILY_CONFIGS,
+    assert_equal_logits,
+    random_ids,
+    tiny_model,
+    train_a_little,
+)
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -31,8 +37,7 @@ def saved_by_peft(name, folder, base=None, embeddings="auto", **options) -> nn.M
     )
     torch.manual_seed(0)
     adapted = peft.get_peft_model(base, config).eval()
-    for parameter in [p for p in adapted.parameters() if p.requires_grad]:  # tied ones once
-        parameter.data += 0.1 * torch.randn_like(parameter)
+    train_a_little(adapted)
     adapted.save_pretrained(folder / "adapter", save_embedding_layers=embeddings)
     return adapted
 

@@ -4,7 +4,13 @@ import warnings
 
 import pytest
 import torch
-from helpers.models import FAMILY_CONFIGS, assert_equal_logits, random_ids, tiny_model
+from helpers.models import (
+    FAMILY_CONFIGS,
+    assert_equal_logits,
+    random_ids,
+    tiny_model,
+    train_a_little,
+)
 from torch import nn
 
 from nanogpt_surgery import (
@@ -128,9 +134,7 @@ def test_peft_s_modules_to_save_are_read(name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         other = peft.get_peft_model(theirs(name, tmp_path / "base"), config).eval()
-        for parameter in other.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
+        train_a_little(other)
         other.save_pretrained(tmp_path / "adapter")
     model, ids = tiny_model(FAMILY_CONFIGS[name]), random_ids(FAMILY_CONFIGS[name], 2, 9)
     first = tensor_hashes(model)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model, train_a_little
 from torch import Tensor, nn
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, evaluate, inject_lora, lora_rows
@@ -24,9 +24,7 @@ def prepared(name: str, prepare) -> tuple[SimpleGPT, Tensor, Tensor]:
     torch.manual_seed(0)
     model = tiny_model(FAMILY_CONFIGS[name])
     prepare(model)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    train_a_little(model)
     ids = random_ids(model.config, 3, 12)
     return model, ids[:, :-1], ids[:, 1:]
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.models import FAMILY_CONFIGS, OWN_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, OWN_CONFIGS, random_ids, tiny_model, train_a_little
 from torch import nn
 
 from nanogpt_surgery import (
@@ -116,10 +116,7 @@ def prepared(name: str, adapter: str) -> nn.Module:
     model = tiny_model(configs[name]) if name in configs else of_transformers()
     ADAPTERS[adapter](model)
     if adapter != "none":
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad:
-                    parameter += 0.1 * torch.randn_like(parameter)
+        train_a_little(model)
     return model
 
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model, train_a_little
 from helpers.training import hashes
 from torch import Tensor, nn
 
@@ -59,9 +59,7 @@ def prepared(name: str, targets: object, dtype: torch.dtype) -> SimpleGPT:
     torch.manual_seed(0)
     model = tiny_model(FAMILY_CONFIGS[name]).to(dtype)
     inject_lora(model, targets, rank=2, tied="untie")
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+    train_a_little(model)
     return model
 
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model, train_a_little
 from torch import nn
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, evaluate, inject_lora
@@ -74,8 +74,7 @@ def test_an_update_takes_part():
     base = evaluate(model, dataset)
     inject_lora(model, "lm_head")
     assert evaluate(model, dataset) == base
-    with torch.no_grad():
-        model.lm_head.lora_B.normal_()
+    train_a_little(model)
     assert evaluate(model, dataset) != base
 
 
