@@ -8,18 +8,22 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.generation.checks import check_request
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 from nanogpt_surgery.values import check_arguments
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.generation.native.decoder import NativeSteps
 
 
 @check_arguments
@@ -34,6 +38,7 @@ def generate(
     stop_ids: Collection[int] = (),
     seed: int | None = None,
     cache: KVCache | None = None,
+    engine: Engine = "auto",
 ) -> Iterator[int]:
     """Continues a prompt, an id for each item taken from the iterator.
 
@@ -52,10 +57,12 @@ def generate(
         seed: of the draw; None draws differently each time.
         cache: keys and values of an earlier text, from the same weights; where the prompt begins as
             that text does, they are not computed again. Those of this text lie in it afterwards.
+        engine: who computes the tokens after the prompt: the model as it is read (plain), a
+            compiled decoder that gives the same to rounding (native), or that where it can (auto).
 
     Raises:
-        SurgeryError: an empty prompt, an id outside the vocabulary, a setting outside its range, or
-            a cache with too little room.
+        SurgeryError: an empty prompt, an id outside the vocabulary, a setting outside its range, a
+            cache with too little room, or a model that the native engine does not compute.
         NotFiniteError: while ids are taken, a logit is no finite number.
     """
     settings = sampling or SamplingSettings(temperature, top_k)
@@ -64,7 +71,12 @@ def generate(
     cache = cache or new_cache(model, 1, room)
     if cache.max_length < room:
         raise SurgeryError(f"the cache has room for {cache.max_length} tokens of the text's {room}")
-    return _generate(model, prompt, max_new_tokens, settings, stop_ids, seed, cache)
+    native = None
+    if engine != "plain":
+        from nanogpt_surgery.generation.native.decoder import NativeSteps
+
+        native = NativeSteps(model, cache, required=engine == "native")
+    return _generate(model, prompt, max_new_tokens, settings, stop_ids, seed, cache, native)
 
 
 def _generate(
@@ -75,6 +87,7 @@ def _generate(
     stop_ids: Collection[int],
     seed: int | None,
     cache: KVCache,
+    native: NativeSteps | None,
 ) -> Iterator[int]:
     draw = torch.Generator()
     draw.seed() if seed is None else draw.manual_seed(int(seed))
@@ -82,7 +95,7 @@ def _generate(
     cache.truncate(_n_shared(cache, prompt))
     so_far, answer = list(prompt), list[int]()
     for _ in range(max_new_tokens):
-        logits = next_logits(model, so_far, cache).cpu()  # (V,)
+        logits = next_logits(model, so_far, cache, native).cpu()  # (V,)
         new = choose(logits, settings, prompt, answer, draw)
         if new in stop_ids:
             return
@@ -91,7 +104,9 @@ def _generate(
         answer.append(new)
 
 
-def next_logits(model: SimpleGPT, so_far: list[int], cache: KVCache) -> Tensor:
+def next_logits(
+    model: SimpleGPT, so_far: list[int], cache: KVCache, native: NativeSteps | None = None
+) -> Tensor:
     """Returns the logits (V,) of the id after these, and adds the new ones to the cache.
 
     Raises:
@@ -106,9 +121,12 @@ def next_logits(model: SimpleGPT, so_far: list[int], cache: KVCache) -> Tensor:
         so_far = so_far[-block_size:]
     device = cache.ids.device
     new = torch.tensor([so_far[cache.length :]], device=device)  # (1, T)
-    with eval_mode(model), torch.inference_mode():
-        hidden = model.hidden(new, cache)  # (1, T, C)
-        logits: Tensor = model.lm_head(hidden[0, -1])  # (V,)
+    if native is not None and new.size(1) == 1 and native.can_step():
+        logits = native.step(new)[0]  # (V,): the same, sooner
+    else:
+        with eval_mode(model), torch.inference_mode():
+            hidden = model.hidden(new, cache)  # (1, T, C)
+            logits = model.lm_head(hidden[0, -1])  # (V,)
     check_finite(logits, model, lambda: last_logits(model, torch.tensor(so_far, device=device)))
     return logits
 

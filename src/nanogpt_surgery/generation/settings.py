@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Integral
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.values import WEIGHT, Kind, Settings, number, raise_all, wrong_values
 
+Engine = Literal["auto", "native", "plain"]
 MOST_SEED = 2**64 - 1  # a generator of PyTorch's takes 64 bits
 
 

@@ -1,0 +1,1 @@
+"""The compiled decoder: one token a step, computed by C."""

@@ -1,0 +1,461 @@
+/* One decode step of a GPT: the next token's logits for each of B rows, from their caches.
+
+   What `SimpleGPT.forward` computes for one new token a row, in one function: no operation is
+   called from Python, nothing is allocated, and the threads stay awake from the first product to
+   the last. Called through ctypes; `engine.py` fills in the structures.
+
+   Legend: B rows, C width, I width inside the feed-forward, H heads, G key-value heads, D head
+   width, V vocabulary, S tokens so far. */
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FLOAT32, BFLOAT16 };             /* of a matrix, and of a cache */
+enum { LAYERNORM, RMSNORM };
+enum { GELU, GELU_TANH, RELU2, SWIGLU };
+enum { LEARNED, ROTARY };
+
+/* Numbers as they lie in PyTorch's memory: nothing is copied, so nothing can be stale. */
+typedef struct {
+    const void *at;                     /* or NULL where there are none */
+    int32_t kind;
+} Numbers;
+
+/* s · B A x beside a product: A (rank, columns), B (rows, rank). */
+typedef struct {
+    int32_t rank;
+    float scale;
+    Numbers a, b;
+} Update;
+
+/* y = W x + b, W (rows, columns). */
+typedef struct {
+    int32_t rows, columns, n_updates;
+    Numbers weight, bias;
+    const Update *updates;
+} Matrix;
+
+typedef struct {
+    Numbers weight, bias;
+} Norm;
+
+typedef struct {
+    Norm input_norm, mlp_norm, q_norm, k_norm;  /* of q and k: none without QK norm */
+    Matrix q, k, v, o, gate, up, down;          /* gate: rows 0 where there is none */
+    void *keys, *values;                        /* the cache, (B, G, max_length, D) */
+} Layer;
+
+typedef struct {
+    int32_t n_layer, width, inner, heads, kv_heads, head_dim, vocab;
+    int32_t positions, norm, mlp, n_prev, cache_kind, max_length, max_rank;
+    float eps;
+    Norm final_norm;
+    Matrix embedding, head;
+    const Matrix *prev_embeddings;      /* n_prev tables */
+    const Matrix *learned;              /* the table of positions, or NULL */
+    const float *frequencies;           /* radians a token for each pair, (D / 2) */
+    Layer *layers;
+} Model;
+
+/* ---- numbers and products: vectors of the compiler's, as wide as the machine's ---- */
+
+#if defined(__AVX512F__)
+#define LANES 16
+#else
+#define LANES 8
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
+
+static inline float as_float(uint16_t half) {
+    uint32_t word = (uint32_t)half << 16;
+    float number;
+    memcpy(&number, &word, 4);
+    return number;
+}
+
+/* To the nearest bfloat16, ties to even, as PyTorch rounds. */
+static inline uint16_t as_half(float number) {
+    uint32_t word;
+    memcpy(&word, &number, 4);
+    if (number != number) return 0x7fc0;
+    return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
+}
+
+static inline Floats load(int kind, const void *from, size_t at) {
+    if (kind == FLOAT32) {
+        Floats numbers;
+        memcpy(&numbers, (const float *)from + at, sizeof numbers);
+        return numbers;
+    }
+    Halves halves;
+    memcpy(&halves, (const uint16_t *)from + at, sizeof halves);
+    Words words = __builtin_convertvector(halves, Words) << 16;
+    return (Floats)words;
+}
+
+static inline float number_at(Numbers from, size_t at) {
+    return from.kind == FLOAT32 ? ((const float *)from.at)[at]
+                                : as_float(((const uint16_t *)from.at)[at]);
+}
+
+static inline float sum(Floats numbers) {
+    float total = 0;
+    for (int i = 0; i < LANES; i++) total += numbers[i];
+    return total;
+}
+
+/* Four rows' products with one vector: the vector is read once, and four sums hide the latency.
+   `kind` is a constant where this is inlined. */
+static inline __attribute__((always_inline)) void dot4_of(
+    int kind, const void *weight, size_t row, size_t n, const float *x, float *out) {
+    Floats s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
+    size_t at = row * n, k = 0;
+    for (; k + LANES <= n; k += LANES) {
+        Floats v = load(FLOAT32, x, k);
+        s0 += load(kind, weight, at + k) * v;
+        s1 += load(kind, weight, at + n + k) * v;
+        s2 += load(kind, weight, at + 2 * n + k) * v;
+        s3 += load(kind, weight, at + 3 * n + k) * v;
+    }
+    out[0] = sum(s0), out[1] = sum(s1), out[2] = sum(s2), out[3] = sum(s3);
+    for (; k < n; k++)
+        for (int r = 0; r < 4; r++)
+            out[r] += number_at((Numbers){weight, kind}, at + r * n + k) * x[k];
+}
+
+static inline __attribute__((always_inline)) float dot_of(
+    int kind, const void *weight, size_t row, size_t n, const float *x) {
+    Floats s = {0};
+    size_t at = row * n, k = 0;
+    for (; k + LANES <= n; k += LANES) s += load(kind, weight, at + k) * load(FLOAT32, x, k);
+    float total = sum(s);
+    for (; k < n; k++) total += number_at((Numbers){weight, kind}, at + k) * x[k];
+    return total;
+}
+
+static void dot4(Numbers w, size_t row, size_t n, const float *x, float *out) {
+    if (w.kind == FLOAT32) dot4_of(FLOAT32, w.at, row, n, x, out);
+    else dot4_of(BFLOAT16, w.at, row, n, x, out);
+}
+
+static float dot(Numbers w, size_t row, size_t n, const float *x) {
+    return w.kind == FLOAT32 ? dot_of(FLOAT32, w.at, row, n, x)
+                             : dot_of(BFLOAT16, w.at, row, n, x);
+}
+
+/* ---- threads: awake within a step, asleep between steps ---- */
+
+typedef struct Pool Pool;
+
+typedef struct {
+    Pool *pool;
+    int number;
+    float *h, *scores, *low;            /* its own: (B, max(C, I, H D)), (max_length), (rank) */
+} Worker;
+
+struct Pool {
+    int threads, rows, stopping;
+    unsigned round;                     /* of steps: a new number wakes the workers */
+    pthread_mutex_t lock;
+    pthread_cond_t wake;
+    pthread_t *handles;
+    Worker *workers;
+    atomic_uint arrived, phase;         /* of the barrier */
+    atomic_int running;
+    /* The step at hand. */
+    const Model *model;
+    const int64_t *ids;                 /* (B, 1 + n_prev): the new id, the one before it, … */
+    const int32_t *lengths, *positions; /* (B): tokens in the cache; the new token's position */
+    float *x, *q, *k, *v, *y, *inner, *logits;
+};
+
+/* All wait here for the last. They spin: a step has some hundred barriers, each a few microseconds
+   apart, and to sleep and wake takes longer. */
+static void barrier(Pool *pool) {
+    unsigned phase = atomic_load_explicit(&pool->phase, memory_order_acquire);
+    if (atomic_fetch_add(&pool->arrived, 1) + 1 == (unsigned)pool->threads) {
+        atomic_store(&pool->arrived, 0);
+        atomic_fetch_add(&pool->phase, 1);
+        return;
+    }
+    for (unsigned turns = 0; atomic_load_explicit(&pool->phase, memory_order_acquire) == phase;) {
+        if (++turns > 20000) sched_yield();  /* more threads than processors */
+    }
+}
+
+/* A worker's share of `count` things, in fours. */
+static void share(const Worker *w, int count, int *first, int *last) {
+    int fours = (count + 3) / 4, threads = w->pool->threads;
+    *first = (int)((int64_t)fours * w->number / threads) * 4;
+    *last = (int)((int64_t)fours * (w->number + 1) / threads) * 4;
+    if (*last > count) *last = count;
+}
+
+/* ---- the parts of a step ---- */
+
+/* Rows first … last of y = W x + b + Σ s · B A x, for each of B inputs; `add` adds to y. */
+static void product(
+    const Worker *w, const Matrix *m, const float *x, size_t x_stride, float *y, size_t y_stride,
+    int add) {
+    int first, last, rows = w->pool->rows;
+    size_t n = m->columns;
+    share(w, m->rows, &first, &last);
+    for (int r = first; r < last; r += 4)
+        for (int b = 0; b < rows; b++) {
+            const float *in = x + b * x_stride;
+            float out[4], *to = y + b * y_stride + r;
+            if (last - r >= 4) dot4(m->weight, r, n, in, out);
+            else for (int i = 0; i < last - r; i++) out[i] = dot(m->weight, r + i, n, in);
+            for (int i = 0; i < 4 && r + i < last; i++) {
+                float value = out[i] + (m->bias.at ? number_at(m->bias, r + i) : 0);
+                to[i] = add ? to[i] + value : value;
+            }
+        }
+    for (int u = 0; u < m->n_updates; u++) {
+        const Update *update = &m->updates[u];
+        for (int b = 0; b < rows; b++) {
+            for (int i = 0; i < update->rank; i++)
+                w->low[i] = dot(update->a, i, n, x + b * x_stride);
+            for (int r = first; r < last; r++)
+                y[b * y_stride + r] += update->scale * dot(update->b, r, update->rank, w->low);
+        }
+    }
+}
+
+static void normalise(const Norm *norm, int kind, float eps, const float *x, int n, float *out) {
+    float mean = 0, square = 0;
+    if (kind == LAYERNORM) {
+        for (int i = 0; i < n; i++) mean += x[i];
+        mean /= n;
+    }
+    for (int i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
+    float scale = 1 / sqrtf(square / n + eps);
+    for (int i = 0; i < n; i++)
+        out[i] = (x[i] - mean) * scale * number_at(norm->weight, i)
+            + (norm->bias.at ? number_at(norm->bias, i) : 0);
+}
+
+/* Each worker normalises all rows for itself: that is less work than to wait for another. */
+static const float *normalised(const Worker *w, const Norm *norm) {
+    const Model *m = w->pool->model;
+    for (int b = 0; b < w->pool->rows; b++)
+        normalise(norm, m->norm, m->eps, w->pool->x + (size_t)b * m->width, m->width,
+                  w->h + (size_t)b * m->width);
+    return w->h;
+}
+
+static void embed(const Worker *w) {
+    const Pool *p = w->pool;
+    const Model *m = p->model;
+    size_t n = m->width;
+    for (int b = w->number; b < p->rows; b += p->threads) {
+        float *x = p->x + b * n;
+        const int64_t *ids = p->ids + (size_t)b * (1 + m->n_prev);
+        for (size_t i = 0; i < n; i++)
+            x[i] = number_at(m->embedding.weight, ids[0] * n + i);
+        for (int d = 0; d < m->n_prev && d < p->positions[b]; d++)
+            for (size_t i = 0; i < n; i++)
+                x[i] += number_at(m->prev_embeddings[d].weight, ids[1 + d] * n + i);
+        if (m->positions == LEARNED)
+            for (size_t i = 0; i < n; i++)
+                x[i] += number_at(m->learned->weight, p->positions[b] * n + i);
+    }
+}
+
+/* Turns pair (i, i + D/2) of a head by its angle. */
+static void rotate(const Model *m, float *head, int position) {
+    int half = m->head_dim / 2;
+    for (int i = 0; i < half; i++) {
+        float angle = (float)position * m->frequencies[i], c = cosf(angle), s = sinf(angle);
+        float one = head[i], other = head[i + half];
+        head[i] = one * c - other * s;
+        head[i + half] = other * c + one * s;
+    }
+}
+
+static void prepare_head(const Model *m, const Norm *norm, float *head, int position) {
+    if (norm->weight.at) normalise(norm, RMSNORM, m->eps, head, m->head_dim, head);
+    if (m->positions == ROTARY) rotate(m, head, position);
+}
+
+static void store(int kind, void *cache, size_t at, const float *from, int n) {
+    if (kind == FLOAT32) memcpy((float *)cache + at, from, n * sizeof *from);
+    else for (int i = 0; i < n; i++) ((uint16_t *)cache + at)[i] = as_half(from[i]);
+}
+
+/* softmax(q kᵀ / √D) v of one query head over the S keys of its group. */
+static void attend(
+    const Worker *w, const Layer *layer, const float *q, size_t cache, int n_keys, float *y) {
+    const Model *m = w->pool->model;
+    int d = m->head_dim;
+    size_t bytes = cache * (m->cache_kind == FLOAT32 ? 4 : 2);
+    Numbers keys = {(const char *)layer->keys + bytes, m->cache_kind};
+    Numbers values = {(const char *)layer->values + bytes, m->cache_kind};
+    float *scores = w->scores, largest = -INFINITY, total = 0, scale = 1 / sqrtf((float)d);
+    for (int s = 0; s < n_keys; s++) {
+        scores[s] = dot(keys, s, d, q) * scale;
+        if (!(scores[s] <= largest)) largest = scores[s];
+    }
+    memset(y, 0, d * sizeof *y);
+    for (int s = 0; s < n_keys; s++) {
+        float share = expf(scores[s] - largest);
+        total += share;
+        for (int i = 0; i < d; i++) y[i] += share * number_at(values, (size_t)s * d + i);
+    }
+    for (int i = 0; i < d; i++) y[i] /= total;
+}
+
+/* Each worker takes whole groups: it stores a group's key and value, and then reads them. */
+static void attention(const Worker *w, const Layer *layer) {
+    const Pool *p = w->pool;
+    const Model *m = p->model;
+    int d = m->head_dim, per_group = m->heads / m->kv_heads;
+    for (int task = w->number; task < p->rows * m->kv_heads; task += p->threads) {
+        int b = task / m->kv_heads, g = task % m->kv_heads, length = p->lengths[b];
+        size_t cache = ((size_t)b * m->kv_heads + g) * m->max_length * d;
+        float *k = p->k + ((size_t)b * m->kv_heads + g) * d;
+        prepare_head(m, &layer->k_norm, k, p->positions[b]);
+        store(m->cache_kind, layer->keys, cache + (size_t)length * d, k, d);
+        store(m->cache_kind, layer->values, cache + (size_t)length * d,
+              p->v + ((size_t)b * m->kv_heads + g) * d, d);
+        for (int h = g * per_group; h < (g + 1) * per_group; h++) {
+            size_t at = ((size_t)b * m->heads + h) * d;
+            prepare_head(m, &layer->q_norm, p->q + at, p->positions[b]);
+            attend(w, layer, p->q + at, cache, length + 1, p->y + at);
+        }
+    }
+}
+
+static float activation(int kind, float x) {
+    switch (kind) {
+    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
+    case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+    case RELU2: return x > 0 ? x * x : 0;
+    default: return x / (1 + expf(-x));  /* SiLU, of the gate */
+    }
+}
+
+/* Rows first … last of the feed-forward's inner numbers: act(up x), or silu(gate x) · up x. */
+static void inner(const Worker *w, const Layer *layer, const float *h, float *gate) {
+    const Pool *p = w->pool;
+    const Model *m = p->model;
+    int first, last;
+    product(w, &layer->up, h, m->width, p->inner, m->inner, 0);
+    if (m->mlp == SWIGLU) product(w, &layer->gate, h, m->width, gate, m->inner, 0);
+    share(w, m->inner, &first, &last);
+    for (int b = 0; b < p->rows; b++)
+        for (int i = first; i < last; i++) {
+            float *x = p->inner + (size_t)b * m->inner + i;
+            *x = m->mlp == SWIGLU ? activation(SWIGLU, gate[(size_t)b * m->inner + i]) * *x
+                                  : activation(m->mlp, *x);
+        }
+}
+
+static void step(const Worker *w) {
+    Pool *p = w->pool;
+    const Model *m = p->model;
+    int q_width = m->heads * m->head_dim, kv_width = m->kv_heads * m->head_dim;
+    float *gate = p->y;                 /* free when the feed-forward needs it */
+    embed(w);
+    barrier(p);
+    for (int i = 0; i < m->n_layer; i++) {
+        const Layer *layer = &m->layers[i];
+        const float *h = normalised(w, &layer->input_norm);
+        product(w, &layer->q, h, m->width, p->q, q_width, 0);
+        product(w, &layer->k, h, m->width, p->k, kv_width, 0);
+        product(w, &layer->v, h, m->width, p->v, kv_width, 0);
+        barrier(p);
+        attention(w, layer);
+        barrier(p);
+        product(w, &layer->o, p->y, q_width, p->x, m->width, 1);
+        barrier(p);
+        inner(w, layer, normalised(w, &layer->mlp_norm), gate);
+        barrier(p);
+        product(w, &layer->down, p->inner, m->inner, p->x, m->width, 1);
+        barrier(p);
+    }
+    product(w, &m->head, normalised(w, &m->final_norm), m->width, p->logits, m->vocab, 0);
+    barrier(p);
+}
+
+/* ---- what Python calls ---- */
+
+static void *work(void *argument) {
+    Worker *w = argument;
+    Pool *p = w->pool;
+    for (unsigned seen = 0;;) {
+        pthread_mutex_lock(&p->lock);
+        while (p->round == seen && !p->stopping) pthread_cond_wait(&p->wake, &p->lock);
+        seen = p->round;
+        pthread_mutex_unlock(&p->lock);
+        if (p->stopping) return NULL;
+        step(w);
+        atomic_fetch_sub(&p->running, 1);
+    }
+}
+
+static float *numbers(size_t count) { return calloc(count ? count : 1, sizeof(float)); }
+
+static size_t widest(const Model *m) {
+    size_t widest = m->width, heads = (size_t)m->heads * m->head_dim;
+    if ((size_t)m->inner > widest) widest = m->inner;
+    return heads > widest ? heads : widest;
+}
+
+void pool_free(Pool *p) {
+    pthread_mutex_lock(&p->lock);
+    p->stopping = 1;
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    for (int i = 1; i < p->threads; i++) pthread_join(p->handles[i], NULL);
+    for (int i = 0; i < p->threads; i++)
+        free(p->workers[i].h), free(p->workers[i].scores), free(p->workers[i].low);
+    free(p->x), free(p->q), free(p->k), free(p->v), free(p->y), free(p->inner);
+    free(p->handles), free(p->workers), free(p);
+}
+
+/* Threads and buffers for steps of `rows` rows of a model; NULL where there is no memory. */
+Pool *pool_make(const Model *m, int rows, int threads) {
+    Pool *p = calloc(1, sizeof *p);
+    if (!p) return NULL;
+    size_t wide = widest(m);
+    p->model = m, p->rows = rows, p->threads = 1;
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    p->handles = calloc(threads, sizeof *p->handles);
+    p->workers = calloc(threads, sizeof *p->workers);
+    p->x = numbers(rows * (size_t)m->width), p->q = numbers(rows * wide);
+    p->k = numbers(rows * wide), p->v = numbers(rows * wide);
+    p->y = numbers(rows * wide), p->inner = numbers(rows * wide);
+    int there = p->handles && p->workers && p->x && p->q && p->k && p->v && p->y && p->inner;
+    for (int i = 0; there && i < threads; i++) {
+        Worker *w = &p->workers[i];
+        *w = (Worker){p, i, numbers(rows * wide), numbers(m->max_length), numbers(m->max_rank)};
+        p->threads = i + 1;
+        there = w->h && w->scores && w->low;
+        if (there && i && pthread_create(&p->handles[i], NULL, work, w)) p->threads = i, there = 0;
+    }
+    if (there) return p;
+    pool_free(p);
+    return NULL;
+}
+
+/* The logits (B, V) after one more id a row; its key and value are written at `lengths`. */
+void pool_step(
+    Pool *p, const int64_t *ids, const int32_t *lengths, const int32_t *positions, float *logits) {
+    p->ids = ids, p->lengths = lengths, p->positions = positions, p->logits = logits;
+    atomic_store(&p->running, p->threads - 1);
+    pthread_mutex_lock(&p->lock);
+    p->round++;
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->lock);
+    step(&p->workers[0]);
+    while (atomic_load(&p->running)) sched_yield();
+}

@@ -1,0 +1,109 @@
+"""The compiled decoder as a library: compiled on first use for the machine at hand, and kept.
+
+A compiler of C is on most machines; where there is none, the package `ziglang` brings one (the
+extra `native`). What was compiled lies in the user's cache, under a name that is the hash of the
+source, the flags, the compiler and the processor, so that another of any of these compiles anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from nanogpt_surgery.errors import SurgeryWarning, quoted
+
+SOURCE = Path(__file__).with_name("decoder.c")
+# Not -ffast-math: with gcc, a library linked by it changes how the whole process rounds.
+FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math")
+LINKED = ("-shared", "-fPIC", "-lm", "-lpthread")
+LONGEST = 120  # seconds: ziglang's first use builds parts of its own
+
+
+def compiler() -> list[str] | None:
+    """Returns the command of a C compiler: CC's, the system's, or ziglang's; None without any."""
+    named = os.environ.get("CC", "").split()
+    found = next((path for name in ("cc", "gcc", "clang") if (path := shutil.which(name))), None)
+    if named and shutil.which(named[0]):
+        return named
+    if found:
+        return [found]
+    return [sys.executable, "-m", "ziglang", "cc"] if find_spec("ziglang") else None
+
+
+def cache_folder() -> Path:
+    """Returns the folder for what was compiled: the user's own, by the XDG convention."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "nanogpt-surgery"
+
+
+@cache
+def decoder_library() -> tuple[Any, str]:
+    """Returns the library, compiled if it was not yet; or None, and why there is none."""
+    command = compiler()
+    if command is None:
+        return (
+            None,
+            "there is no C compiler here (the package ziglang, our extra native, brings one)",
+        )
+    path = cache_folder() / f"decoder-{_key(command)}.so"
+    try:
+        if not path.is_file():
+            _compile(command, path)
+        return _with_signatures(ctypes.CDLL(str(path))), ""
+    except subprocess.CalledProcessError as error:
+        said = quoted(error.stderr.decode(errors="replace"))
+        return None, f"{command[0]} does not compile the decoder: {said}"
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return None, f"the decoder cannot be compiled or loaded: {error}"
+
+
+def _compile(command: list[str], path: Path) -> None:
+    """Compiles beside the goal and renames, so that another process never sees a half of it."""
+    start = time.perf_counter()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        made = Path(folder) / path.name
+        arguments = [*command, *FLAGS, str(SOURCE), "-o", str(made), *LINKED]
+        subprocess.run(arguments, check=True, capture_output=True, timeout=LONGEST)
+        made.replace(path)
+    seconds = time.perf_counter() - start
+    warnings.warn(
+        f"the decoder was compiled for this processor, once ({seconds:.1f} s; {path.parent})",
+        SurgeryWarning,
+        stacklevel=2,
+    )
+
+
+def _key(command: list[str]) -> str:
+    told = [SOURCE.read_bytes(), repr((FLAGS, LINKED, command)).encode(), _processor()]
+    return hashlib.sha256(b"\0".join(told)).hexdigest()[:20]
+
+
+def _processor() -> bytes:
+    """Returns what tells one processor's instructions from another's."""
+    facts = Path("/proc/cpuinfo")
+    if not facts.is_file():
+        return repr(platform.uname()[4:]).encode()
+    lines = facts.read_bytes().split(b"\n\n")[0].split(b"\n")
+    return b"\n".join(line for line in lines if line.startswith((b"model name", b"flags", b"Feat")))
+
+
+def _with_signatures(library: Any) -> Any:
+    library.pool_make.restype = ctypes.c_void_p
+    library.pool_make.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
+    library.pool_step.restype = library.pool_free.restype = None
+    library.pool_step.argtypes = [ctypes.c_void_p] * 5
+    library.pool_free.argtypes = [ctypes.c_void_p]
+    return library
