@@ -2,6 +2,7 @@
 
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 settings.register_profile("ours", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("ours")
+
+
+def pytest_configure() -> None:
+    """Compiles the decoder before any test, in one process: its one line would be a warning."""
+    from nanogpt_surgery.generation.native.library import decoder_library
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        decoder_library()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -161,10 +161,13 @@ class SamplingOptions:
     """ID=BIAS, added to the logit of an id; -inf bans it; may be given several times"""
     seed: int | None = None
     """of the first draw, one more for each next; without it each draws differently"""
+    plain: bool = False
+    """compute every token by the code as it is read (generation/generate.py), and not by the
+    compiled decoder, which is quicker"""
     chosen: Chosen = None
 
     def arguments(self) -> dict[str, Any]:
-        """As `generate_text`, `continue_texts` and `Conversation.ask` take them.
+        """As `generate_text` and `Conversation.ask` take them.
 
         Raises:
             SurgeryError: one of them is out of its range.
@@ -172,7 +175,8 @@ class SamplingOptions:
         check_seed(self.seed)
         check_stop(self.stop)
         sampling = SamplingSettings(**given(self.chosen), logit_bias=_biases(self.logit_bias))
-        return {"sampling": sampling, "stop": self.stop, "seed": self.seed}
+        engine = "plain" if self.plain else "auto"
+        return {"sampling": sampling, "stop": self.stop, "seed": self.seed, "engine": engine}
 
 
 AS_STORED, USUAL_DRAW = OpeningOptions(), SamplingOptions()

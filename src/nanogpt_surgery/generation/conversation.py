@@ -16,7 +16,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.checks import check_rows_fit
 from nanogpt_surgery.generation.generate import generate, new_cache
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.generation.text import TextUntil
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
@@ -58,6 +58,7 @@ class Conversation:
         *,
         stop: tuple[str, ...] = (),
         seed: int | None = None,
+        engine: Engine = "auto",
     ) -> Iterator[str]:
         """Say something; the pieces of the answer, which is remembered as far as it was taken.
 
@@ -67,6 +68,7 @@ class Conversation:
             sampling: how tokens are chosen.
             stop: strings that end the answer, beside the template's own.
             seed: of the draw.
+            engine: who computes the answer; see `generate`.
 
         Raises:
             SurgeryError: the text is too long for the context, or the template refuses it; or,
@@ -86,6 +88,7 @@ class Conversation:
             stop_ids=stop_ids(self.tokenizer),
             seed=seed,
             cache=self._cache_for(len(self.ids) + self.room),
+            engine=engine,
         )
         answer: Message = {"role": "assistant", "content": ""}
         self.messages = [*said, answer]

@@ -14,6 +14,7 @@ from nanogpt_surgery.generation.checks import check_rows_fit
 from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.generation.settings import (
     MOST_SEED,
+    Engine,
     SamplingSettings,
     check_seed,
     check_stop,
@@ -88,6 +89,7 @@ def generate_text(
     *,
     stop: Sequence[str] = (),
     seed: int | None = None,
+    engine: Engine = "auto",
 ) -> Iterator[str]:
     """Continues a prompt in pieces of text, up to a stop string or a token that ends a text.
 
@@ -95,7 +97,9 @@ def generate_text(
         SurgeryError: as `generate`, at the call; or a stop string is empty.
     """
     ends = stop_ids(tokenizer)
-    ids = generate(model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed)
+    ids = generate(
+        model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed, engine=engine
+    )
     return TextUntil(tokenizer, stop, prompt).stream(ids)
 
 

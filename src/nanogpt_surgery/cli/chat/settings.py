@@ -13,6 +13,7 @@ from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError, nearest
 from nanogpt_surgery.generation.settings import (
     MOST_SEED,
+    Engine,
     SamplingSettings,
     check_count,
     check_seed,
@@ -102,6 +103,7 @@ class ChatSettings:
     sampling: SamplingSettings
     stop: tuple[str, ...] = ()
     seed: int | None = None
+    engine: Engine = "auto"
 
     def __post_init__(self) -> None:
         check_count(self.max_new_tokens, 1)
