@@ -21,7 +21,7 @@ from typing import Any
 
 from nanogpt_surgery.data.shuffling import rows_of_step
 from nanogpt_surgery.errors import NotFiniteError
-from nanogpt_surgery.files.disk_errors import make_folder
+from nanogpt_surgery.files.disk_errors import make_folder, writing
 from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, read_journal, record
 from nanogpt_surgery.lora.checks import TrainingChecks, check_frozen
@@ -232,7 +232,8 @@ class Run:
             operation = f"{kind}{origin}, {summary['steps']:,} steps"
             base = self.description.get("base", "")
             entry = FolderOperation(operation, base, {}, files, "none", measured=summary)
-            record(self.folder.folder, entry)
+            with writing(self.folder.folder):
+                record(self.folder.folder, entry)
         return summary
 
     def _nothing_is_gained(self) -> bool:
