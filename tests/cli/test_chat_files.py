@@ -68,6 +68,15 @@ def test_what_load_cannot_go_on_with_is_said(folder: Path, talk) -> None:
     assert "nothing has been said that could be taken back" in errors
 
 
+def test_an_answer_that_only_calls_tools_is_shown_by_their_names(folder: Path, talk) -> None:
+    calls = [{"function": {"name": name, "arguments": "{}"}} for name in ("weather", "clock")]
+    last = {"role": "assistant", "content": None, "tool_calls": calls}
+    write(folder / "calls.json", {"messages": [ASKED[0], last]})
+    _, errors = talk("/load calls.json\n/exit\n")
+    assert "2 messages" in errors and "weather, clock" in errors
+    assert "None" not in errors
+
+
 def test_a_file_that_is_there_is_not_replaced(folder: Path, talk) -> None:
     """Not the one that was loaded, nor one that was saved before, nor what a link leads to."""
     before = write(folder / "lain.json", {"messages": ASKED})

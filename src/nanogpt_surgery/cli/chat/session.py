@@ -209,7 +209,10 @@ class Session:
         self.conversation.reset()
         self.conversation.system = messages[0]["content"] if begins else ""
         self.conversation.messages = messages[begins:]
-        say(f"{len(messages) - begins} messages; the last was:\n{messages[-1]['content']}")
+        last = messages[-1]
+        calls = ", ".join(call["function"]["name"] for call in last.get("tool_calls", ()))
+        said = f"(no text, a call of {calls})" if last["content"] is None else last["content"]
+        say(f"{len(messages) - begins} messages; the last was:\n{said}")
 
 
 def commands() -> list[str]:
