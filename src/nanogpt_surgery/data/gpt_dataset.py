@@ -1,7 +1,6 @@
 """Windows of a text, and batches of them.
 
-A text of N ids holds a window at each of its ids but the last T; input and target overlap in all
-but one id:
+A window begins at each id of a text but the last T; its input and target overlap in all but one:
 
     ids      7  3  9  4  1  8  …
     input    7  3  9  4            window 0, T = 4
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nanogpt_surgery.data.shuffling import Ids, rows_of_step, visited
+from nanogpt_surgery.data.shuffling import IntArray, rows_of_step, visited
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.values import check_arguments
 
@@ -47,7 +46,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         SurgeryError: the text is shorter than one window and its last target.
     """
 
-    fingerprint: str | None = None
+    fingerprint: str | None = None  # of ids that lie in a file, by which a run knows them again
 
     @check_arguments
     def __init__(self, text: str, tokenizer: Tokenizer, block_size: int, stride: int = 1):
@@ -59,9 +58,9 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
     def from_ids(
         cls, ids: Tensor, block_size: int, stride: int = 1, fingerprint: str | None = None
     ) -> GPTDataset:
-        """Returns the windows of ids (N,) that a tokenizer has made already; of any integer dtype.
+        """Returns the windows of ids (N,), of any integer dtype, that a tokenizer has made already.
 
-        A `fingerprint` that is known of ids in a file saves reading them all.
+        Where the ids' `fingerprint` is given, they need not all be read to compute it.
         """
         dataset = cls.__new__(cls)
         dataset._set_ids(ids, block_size, stride)
@@ -69,7 +68,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         return dataset
 
     def with_stride(self, stride: int) -> GPTDataset:
-        """Returns the windows of the same ids that begin every `stride` of them."""
+        """Returns windows of the same ids, `stride` ids from one start to the next."""
         return GPTDataset.from_ids(self.ids, self.block_size, stride, self.fingerprint)
 
     def _set_ids(self, ids: Tensor, block_size: int, stride: int) -> None:
@@ -82,7 +81,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
                 "give a longer text or a smaller block_size",
             )
         self.ids, self.block_size = ids.contiguous(), block_size
-        self.stride = min(stride, len(ids))  # from there on there is one window
+        self.stride = min(stride, len(ids))  # any stride as long as the text gives one window
 
     def __len__(self) -> int:
         return (len(self.ids) - self.block_size - 1) // self.stride + 1
@@ -100,8 +99,8 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
     ) -> tuple[Tensor, Tensor]:
         """Returns the batch of a step, (B, T) inputs and targets, as `Batches.batch` says.
 
-        Batches run through all windows in an order drawn for each epoch, so every window is seen
-        once before any is seen again, and there is nothing to fast-forward when a run resumes.
+        Each epoch has its own random order of all windows, so every window is seen once before any
+        is seen again. The order is computed from (seed, step): a resumed run needs no other state.
 
         Raises:
             SurgeryError: the batch cannot be shared evenly.
@@ -112,31 +111,31 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def indices(
         self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
-    ) -> Ids:
+    ) -> IntArray:
         """Returns which windows make the batch of a step, (B,), as `batch` takes them."""
         return visited(rows_of_step(step, batch_size, rank, world_size), len(self), seed)
 
-    def gather(self, indices: Ids) -> Ids:
+    def gather(self, indices: IntArray) -> IntArray:
         """Returns several windows, each with its last target: indices (B,) → (B, T + 1)."""
         places = indices[:, None] * self.stride + np.arange(self.block_size + 1)  # (B, T + 1)
-        # Where the ids lie in a file, only these are read of it.
+        # The ids may be a memory-mapped file, of which only these are read.
         return self.ids.numpy()[places].astype(np.int64)
 
     @property
     def tokens(self) -> int:
-        """How many targets `iter_all` has."""
+        """Number of targets in `iter_all`."""
         return len(self.ids) - 1
 
     def iter_all(self, batch_size: int, every: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields windows side by side, the last one shorter: every id but the first once.
+        """Yields windows side by side, the last one shorter: all ids but the first are targets.
 
-        With `every` above 1 only each so many windows one, the first among them.
+        With `every` n above 1 only windows 0, n, 2n, … are taken.
         """
         length = self.block_size
         rows = (len(self.ids) - 1) // length
         full = rows * length
         inputs, targets = self.ids[:full].view(-1, length), self.ids[1 : full + 1].view(-1, length)
-        pairs = (part[::every].split(batch_size) for part in (inputs, targets))  # nothing is read
+        pairs = (part[::every].split(batch_size) for part in (inputs, targets))  # views
         for x, y in zip(*pairs, strict=True):
             yield x.long(), y.long()
         if full < len(self.ids) - 1 and rows % every == 0:
@@ -157,8 +156,8 @@ class Batches(Protocol):
     ) -> Batch:
         """Returns the batch of a step: a pure function of (seed, step, rank).
 
-        Of a batch that several processes share, each has its part, and the parts in the order of
-        the ranks are the batch of one process. (Where there is one, `fit` leaves both out.)
+        Several processes share a batch: process `rank` of `world_size` gets its part, and the parts
+        in the order of the ranks are the batch that a single process gets.
         """
         ...
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from nanogpt_surgery.errors import SurgeryError
 
-Ids: TypeAlias = NDArray[np.int64]
+IntArray: TypeAlias = NDArray[np.int64]
 
 _ORDERED = 2048  # rows whose windows are worked out at a time
 
@@ -37,7 +37,7 @@ def rows_of_step(step: int, batch_size: int, rank: int = 0, world_size: int = 1)
     return range(first, first + share)
 
 
-def visited(rows: range, length: int, seed: int) -> Ids:
+def visited(rows: range, length: int, seed: int) -> IntArray:
     """Returns which of `length` windows each row has, (B,) int64.
 
     Epoch follows epoch, each in its own order. Orders are worked out for many rows at a time and
@@ -50,13 +50,13 @@ def visited(rows: range, length: int, seed: int) -> Ids:
 
 
 @lru_cache(maxsize=64)
-def _order(part: int, length: int, seed: int) -> Ids:
+def _order(part: int, length: int, seed: int) -> IntArray:
     places = np.arange(part * _ORDERED, (part + 1) * _ORDERED)
     epochs, places = np.divmod(places, length)
     return shuffled(places, length, epochs + seed * 1_000_003)
 
 
-def shuffled(places: Ids, length: int, keys: Ids) -> Ids:
+def shuffled(places: IntArray, length: int, keys: IntArray) -> IntArray:
     """Returns where each place of 0 … `length` − 1 goes in a random order, which its key names.
 
     A Feistel network of four rounds is a bijection on the next power of four; a result beyond
@@ -70,7 +70,7 @@ def shuffled(places: Ids, length: int, keys: Ids) -> Ids:
     return result
 
 
-def _feistel(places: Ids, keys: Ids, half_bits: int, rounds: int = 4) -> Ids:
+def _feistel(places: IntArray, keys: IntArray, half_bits: int, rounds: int = 4) -> IntArray:
     mask = (1 << half_bits) - 1
     left, right = places >> half_bits, places & mask
     for i in range(rounds):
@@ -78,7 +78,7 @@ def _feistel(places: Ids, keys: Ids, half_bits: int, rounds: int = 4) -> Ids:
     return (left << half_bits) | right
 
 
-def _mix(x: Ids) -> Ids:
+def _mix(x: IntArray) -> IntArray:
     """Returns a well-mixed 31-bit number for each number: multiply and fold, twice."""
     x = (x & 0x7FFFFFFF) * 0x45D9F3B
     x = ((x >> 16) ^ x) & 0x7FFFFFFF

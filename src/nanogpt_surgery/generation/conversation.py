@@ -98,7 +98,10 @@ class Conversation:
         """Returns a cache with room for a text, and with the keys and values of the last one."""
         cache = new_cache(self.model, 1, length)
         if self.cache is not None:
-            cache.take_over(self.cache, min(self.cache.length, length))
+            count = min(self.cache.length, length)
+            cache.append_ids(self.cache.ids[:, :count])
+            for layer, old in zip(cache.layers, self.cache.layers, strict=True):
+                layer.append(old.keys[:, :, :count], old.values[:, :, :count])
         self.cache = cache
         return cache
 

@@ -49,8 +49,8 @@ class RopeScaling(Settings):
 class GPTConfig(Settings):
     """Everything that determines a model's shape and arithmetic; the weights are the rest.
 
-    Three sizes follow from others where they are 0, and are resolved on construction: `n_kv_head`,
-    `head_dim` and `n_inner`. All contradictions are reported at once, as a `SurgeryError`.
+    `n_kv_head`, `head_dim` and `n_inner` follow from other sizes where they are 0; a new config has
+    the number. All contradictions are reported at once, as a `SurgeryError`.
     """
 
     vocab_size: Annotated[int, SIZE]
@@ -94,14 +94,14 @@ class GPTConfig(Settings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        gated = -(-8 * self.n_embd // (3 * 32)) * 32
+        gated = -(-8 * self.n_embd // (3 * 32)) * 32  # 8/3 C, rounded up to a multiple of 32
         sizes = {
             "n_kv_head": self.n_kv_head or self.n_head,
             "head_dim": self.head_dim or self.n_embd // self.n_head,
             "n_inner": self.n_inner or (gated if self.mlp == "swiglu" else 4 * self.n_embd),
         }
         for name, value in sizes.items():
-            object.__setattr__(self, name, value)
+            object.__setattr__(self, name, value)  # the dataclass is frozen
 
     def contradictions(self) -> list[str]:
         """Returns a sentence for each contradiction."""
@@ -119,7 +119,7 @@ class GPTConfig(Settings):
 
     @classmethod
     def for_family(cls, family: str, **sizes: Any) -> Self:
-        """A config on the family's usual axes; `sizes` are any fields of `GPTConfig`."""
+        """Returns a config with the family's usual axes; `sizes` are any fields of `GPTConfig`."""
         if family not in FAMILIES:
             raise SurgeryError(f"there is no family {family!r}", f"choose {' or '.join(FAMILIES)}")
         usual = {axis: values[0] for axis, values in FAMILIES[family].items()}
@@ -162,7 +162,7 @@ class GPTConfig(Settings):
         return 2 * matrices + 4 * self.n_layer * self.n_head * self.head_dim * context
 
 
-# For each family the values its checkpoints may take on each axis, the usual one first.
+# For each family, the values that its checkpoints may have on each axis, the usual one first.
 _ROTARY: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary",),
     "norm": ("rmsnorm",),

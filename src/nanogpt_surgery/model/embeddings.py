@@ -7,8 +7,8 @@ product of a query and a key depends on their distance alone:
     angle(position, pair i) = position · θ^(−2i / D)         pair i = numbers i and i + D/2
 
 A model may also add embeddings of the previous tokens to each token's, with a table for each
-distance. That is a causal convolution over one-hot ids, done by lookups; its first layers need not
-find out which tokens came just before:
+distance, so that its first layers need not find out which tokens came just before. (That is a
+causal convolution over one-hot ids, done by lookups.)
 
     x(t) = E₀[id(t)] + E₁[id(t − 1)] + E₂[id(t − 2)] + …
 
@@ -32,8 +32,8 @@ Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, (T, D) or (B, 
 def make_positions(config: GPTConfig) -> nn.Module:
     """Returns the kind of positions that a config chooses.
 
-    It is called on embeddings (B, T, C) and positions, (T,) for all rows or (B, T), and gives
-    embeddings and the rotation of queries and keys, if there is one.
+    It is called on embeddings (B, T, C) and positions, (T,) for all rows or (B, T). It returns the
+    embeddings, and the rotation of queries and keys, or None.
     """
     return RotaryPositions(config) if config.positions == "rotary" else LearnedPositions(config)
 
@@ -54,15 +54,15 @@ class RotaryPositions(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        # A plain attribute: `.to(bfloat16)` must not round it, nor a meta device swallow it.
+        # No buffer: `model.to(torch.bfloat16)` would round it.
         self.frequencies = rotary_frequencies(config)  # (D/2,)
-        self._there: dict[torch.device, Tensor] = {}  # copied once: each copy makes a GPU wait
+        self._on_device: dict[torch.device, Tensor] = {}  # copied once: a copy makes a GPU wait
 
     def forward(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Rotation]:
         """Computes cosines and sines in float32, and gives them in x's dtype."""
-        if x.device not in self._there:
-            self._there[x.device] = self.frequencies.to(x.device)
-        angles = positions.float()[..., None] * self._there[x.device]  # (T, D/2)
+        if x.device not in self._on_device:
+            self._on_device[x.device] = self.frequencies.to(x.device)
+        angles = positions.float()[..., None] * self._on_device[x.device]  # (T, D/2)
         angles = torch.cat((angles, angles), dim=-1)  # (T, D)
         if positions.dim() == 2:
             angles = angles[:, None]  # (B, 1, T, D), the same for every head
@@ -77,11 +77,10 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
 
 
 def rotary_frequencies(config: GPTConfig) -> Tensor:
-    """Returns radians a token for each pair, (D/2,) float32, on the CPU."""
-    exponents = (
-        torch.arange(0, config.head_dim, 2, device="cpu").float() / config.head_dim
-    )  # (D/2,)
-    frequencies = 1.0 / config.rope_theta**exponents
+    """Returns θ^(−2i / D), radians a token, for each pair i: (D/2,) float32."""
+    # On the CPU, even where the model is made without numbers (on the meta device).
+    even = torch.arange(0, config.head_dim, 2, device="cpu").float()  # 2i, (D/2,)
+    frequencies = 1.0 / config.rope_theta ** (even / config.head_dim)
     if config.rope_scaling:
         return scale_rope_frequencies(frequencies, config.rope_scaling)
     return frequencies
@@ -109,9 +108,10 @@ class PrevTokenEmbeddings(nn.ModuleList):
         super().__init__(nn.Embedding(*size) for _ in range(n))
 
     def forward(self, x: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
-        """Adds to x (B, T, C), for its positions (T,) or (B, T) from each text's beginning.
+        """Adds to x (B, T, C) the embeddings of the tokens before each of its T tokens.
 
-        `ids` (B, S) are all so far, the last T those of x. Before position 0 there is nothing.
+        `ids` (B, S) are all so far; the last T are those of x. Nothing is before position 0, by the
+        `positions` (T,) or (B, T), and nothing is added.
         """
         new = slice(ids.size(1) - x.size(1), ids.size(1))
         for distance, table in enumerate(self, 1):

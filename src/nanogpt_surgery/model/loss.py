@@ -1,6 +1,6 @@
-"""Cross-entropy, and the divergence between two distributions, from logits; both in nats.
+"""Cross-entropy, and the KL divergence between two distributions, from logits; both in nats.
 
-And the mode in which either is measured, in which nothing is dropped.
+`eval_mode` is the mode in which a loss is measured: without dropout.
 
 Legend: B batch, T tokens, V vocabulary.
 """
@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IGNORED = -100  # as a target: nothing is trained on there, as `F.cross_entropy` has it
+IGNORED = -100  # a target that does not count in the loss; the default of `F.cross_entropy`
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
@@ -24,7 +24,7 @@ def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> T
 
 
 def count_trained(targets: Tensor) -> int:
-    """Returns how many targets count in the loss."""
+    """Returns how many targets count in the loss, those that are not `IGNORED`."""
     return int((targets != IGNORED).sum())
 
 
@@ -36,7 +36,7 @@ def kl_divergence(logits: Tensor, others: Tensor) -> Tensor:
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
-    """Computes in eval mode within the block; each module has its own mode back after it."""
+    """Sets every module to eval mode within the block, and back to its own mode after it."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -104,7 +104,8 @@ class SimpleGPT(nn.Module):
         self, ids: Tensor, cache: KVCache | None = None, layout: Layout | None = None
     ) -> Tensor:
         """Returns the head's input, (B, T, C), after the final norm; see `forward`."""
-        start = self._check_ids(ids, cache)
+        self._check_ids(ids, cache)
+        start = 0 if cache is None else cache.length
         if layout is None:
             positions, mask = torch.arange(start, start + ids.size(1), device=ids.device), None
         else:
@@ -123,8 +124,7 @@ class SimpleGPT(nn.Module):
         x = self.embed_prev_tokens(self.embed_tokens(ids), so_far, positions)  # (B, T, C)
         return self.embed_positions(x, positions)
 
-    def _check_ids(self, ids: Tensor, cache: KVCache | None) -> int:
-        """Returns the position of the first id, or raises if the ids do not fit."""
+    def _check_ids(self, ids: Tensor, cache: KVCache | None) -> None:
         if ids.dim() != 2:
             raise SurgeryError(
                 f"ids have the shape {tuple(ids.shape)}; the model takes (batch, tokens)",
@@ -132,12 +132,10 @@ class SimpleGPT(nn.Module):
             )
         if cache is not None:
             cache.check_room(*ids.shape)
-            return cache.length
-        if ids.size(1) > self.config.block_size:
+        elif ids.size(1) > self.config.block_size:
             raise SurgeryError(
                 f"{ids.size(1)} tokens exceed the model's block_size of {self.config.block_size}"
             )
-        return 0
 
 
 def initialise(model: nn.Module, config: GPTConfig) -> None:

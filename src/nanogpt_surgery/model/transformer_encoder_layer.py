@@ -21,10 +21,10 @@ The feed-forward takes each token on its own, widens it, bends it, and narrows i
     ReLU²     down(max(0, up(x))²)                  Primer; arXiv:2109.08668
     SwiGLU    down(silu(gate(x)) · up(x))           Llama; arXiv:2002.05202
 
-The keys and values of past tokens are kept, so that each is computed once. The cache belongs to the
-caller and is an argument of the model, which stays stateless. Its tensors are allocated once;
-appending writes into them and returns views. The ids are kept as well: a model may add embeddings
-of previous tokens, and a caller can see what the cache holds.
+In generation the keys and values of past tokens are kept in a cache, so that each is computed once.
+The cache belongs to the caller and is an argument of the model, which stays stateless. Its tensors
+are allocated once; appending writes into them and returns views. The ids are kept as well: a model
+may add embeddings of previous tokens, and a caller can see what the cache holds.
 
 Legend: B batch, T new tokens, S keys (past and new), C width, H heads, G KV heads, D head width,
 I width inside the feed-forward.
@@ -144,7 +144,7 @@ class RMSNorm(nn.Module):
         return self.weight * y.to(x.dtype)
 
     def extra_repr(self) -> str:
-        """Returns the part that `print(model)` shows."""
+        """Returns the text that `print(model)` shows."""
         return f"{self.weight.numel()}, eps={self.eps}"
 
 
@@ -277,13 +277,6 @@ class KVCache:
         end = self.length + new.size(1)
         self.ids[:, self.length : end] = new
         return self.ids[:, :end]
-
-    def take_over(self, other: KVCache, count: int) -> None:
-        """Begins with copies of the first `count` tokens of another cache of the same model."""
-        assert self.length == 0, f"the cache holds {self.length} tokens already"
-        self.ids[:, :count] = other.ids[:, :count]
-        for layer, old in zip(self.layers, other.layers, strict=True):
-            layer.append(old.keys[:, :, :count], old.values[:, :, :count])
 
     def truncate(self, length: int) -> None:
         """Forgets every token from position `length` on."""

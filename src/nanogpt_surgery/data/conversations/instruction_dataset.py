@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 from nanogpt_surgery.data.conversations.chat import end_ids
 from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.data.gpt_dataset import Batch
-from nanogpt_surgery.data.shuffling import Ids, rows_of_step, visited
+from nanogpt_surgery.data.shuffling import IntArray, rows_of_step, visited
 from nanogpt_surgery.data.text.corpus import TRAIN_SHARE
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -143,7 +143,7 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
 
     def indices(
         self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
-    ) -> Ids:
+    ) -> IntArray:
         """Which rows make the batch of a step, (B,): a pure function of (seed, step, rank).
 
         Raises:

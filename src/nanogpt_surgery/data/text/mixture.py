@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
-from nanogpt_surgery.data.shuffling import Ids, rows_of_step, shuffled, visited
+from nanogpt_surgery.data.shuffling import IntArray, rows_of_step, shuffled, visited
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.values import check_arguments
 
@@ -90,7 +90,7 @@ class Mixture:
         for source in self.sources:
             yield from source.iter_all(batch_size, every)
 
-    def drawn(self, rows: range, seed: int) -> tuple[Ids, Ids]:
+    def drawn(self, rows: range, seed: int) -> tuple[IntArray, IntArray]:
         """Which source each row comes from, and which of its windows it is: (B,), (B,)."""
         size = sum(self.counts)
         first = rows.start // size
@@ -102,7 +102,7 @@ class Mixture:
             np.concatenate([places for _, places in groups])[part],
         )
 
-    def _draw(self, number: int, seed: int) -> tuple[Ids, Ids]:
+    def _draw(self, number: int, seed: int) -> tuple[IntArray, IntArray]:
         """The sources and windows of a group's rows, (K,) each."""
         size = sum(self.counts)
         order = shuffled(np.arange(size), size, np.full(size, number + seed * 1_000_003))

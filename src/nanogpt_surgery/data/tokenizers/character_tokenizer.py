@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,12 @@ from numpy.typing import NDArray
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.values import check_arguments
 
-# One token for each character, whatever it is; the pieces are joined again without spaces.
-_ONE_CHARACTER = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated"}
-
 
 class CharacterTokenizer:
     """Built from the unique characters of a text, in the order of their code points.
 
     Args:
-        text: what the vocabulary is taken from; its repetitions do not matter.
+        text: its characters are the vocabulary; how often each comes does not matter.
 
     Raises:
         SurgeryError: the text is empty.
@@ -37,19 +35,15 @@ class CharacterTokenizer:
 
     @classmethod
     def from_characters(cls, characters: Iterable[str]) -> CharacterTokenizer:
-        """A tokenizer whose id i is the i-th of these characters."""
+        """Returns a tokenizer whose id i is the i-th of these characters."""
         tokenizer = cls.__new__(cls)
         tokenizer._set_characters(list(characters))
         return tokenizer
 
     def _set_characters(self, characters: list[str]) -> None:
-        assert len(set(characters)) == len(characters), "characters must be distinct"
+        assert 0 < len(set(characters)) == len(characters), "some characters, and each once"
         self.id_to_character = dict(enumerate(characters))
         self.character_to_id = {character: i for i, character in self.id_to_character.items()}
-        code_points = [ord(character) for character in characters]
-        # For `encode_to_numpy`: −1 where a code point has no id, as the last of the table has not.
-        self._id_of_code_point = np.full(max(code_points) + 2, -1, dtype=np.int32)
-        self._id_of_code_point[code_points] = np.arange(len(characters))
 
     @property
     def vocab_size(self) -> int:
@@ -57,7 +51,7 @@ class CharacterTokenizer:
         return len(self.id_to_character)
 
     def encode(self, text: str) -> list[int]:
-        """The id of each character.
+        """Returns the id of each character.
 
         Raises:
             SurgeryError: a character is not in the vocabulary.
@@ -67,22 +61,8 @@ class CharacterTokenizer:
         except KeyError as unknown:
             raise self._unknown(text, text.index(unknown.args[0])) from None
 
-    def encode_to_numpy(self, text: str) -> NDArray[np.int32]:
-        """The same ids as an int32 array (N,), without a Python object for each."""
-        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
-        table = self._id_of_code_point
-        ids = table[np.minimum(code_points, len(table) - 1)]
-        unknown = np.flatnonzero(ids < 0)
-        if unknown.size:
-            raise self._unknown(text, int(unknown[0]))
-        return ids
-
-    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
-        """The id of each character, and its position."""
-        return self.encode(text), list(range(len(text)))
-
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ids.
+        """Returns the text of ids.
 
         Raises:
             SurgeryError: an id is outside the vocabulary.
@@ -94,8 +74,30 @@ class CharacterTokenizer:
                 f"id {unknown.args[0]} is outside the vocabulary of {self.vocab_size} characters"
             ) from None
 
+    @cached_property
+    def _id_of_code_point(self) -> NDArray[np.int32]:
+        """A table of ids by code point, −1 where there is none, as in its last entry."""
+        code_points = [ord(character) for character in self.character_to_id]
+        table = np.full(max(code_points) + 2, -1, dtype=np.int32)
+        table[code_points] = np.arange(len(code_points))
+        return table
+
+    def encode_to_numpy(self, text: str) -> NDArray[np.int32]:
+        """Returns the ids of `encode` as an array (N,); much faster for a large text."""
+        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        table = self._id_of_code_point
+        ids = table[np.minimum(code_points, len(table) - 1)]  # beyond the table: its last entry
+        unknown = np.flatnonzero(ids < 0)
+        if unknown.size:
+            raise self._unknown(text, int(unknown[0]))
+        return ids
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[int]]:
+        """Returns the id of each character, and its position in the text."""
+        return self.encode(text), list(range(len(text)))
+
     def check(self, text: str, where: str) -> None:
-        """Raise `SurgeryError`, with `where` the text lies, if a character is not known."""
+        """Raises `SurgeryError`, which says `where` the text is from, if a character is unknown."""
         if unknown := set(text) - self.character_to_id.keys():
             raise self._unknown(text, min(map(text.index, unknown)), f"{where}: ")
 
@@ -109,14 +111,20 @@ class CharacterTokenizer:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of a `tokenizer.json` that the `tokenizers` package reads."""
+        """Returns the contents of a `tokenizer.json` that the `tokenizers` package reads."""
         return {
             "version": "1.0",
             "truncation": None,
             "padding": None,
             "added_tokens": [],
             "normalizer": None,
-            "pre_tokenizer": _ONE_CHARACTER | {"invert": False},
+            # One token for each character, whatever it is; joined again without spaces.
+            "pre_tokenizer": {
+                "type": "Split",
+                "pattern": {"Regex": r"[\s\S]"},
+                "behavior": "Isolated",
+                "invert": False,
+            },
             "post_processor": None,
             "decoder": {"type": "Fuse"},
             "model": {
@@ -127,12 +135,12 @@ class CharacterTokenizer:
         }
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`."""
+        """Writes a `tokenizer.json`."""
         Path(path).write_text(json.dumps(self.to_json(), indent=1), encoding="utf-8")
 
     @classmethod
     def from_json(cls, contents: dict[str, Any]) -> CharacterTokenizer:
-        """The tokenizer of a `tokenizer.json` that `save` wrote.
+        """Returns the tokenizer of a `tokenizer.json` that `save` wrote.
 
         Raises:
             SurgeryError: it is another kind of tokenizer, or damaged.
