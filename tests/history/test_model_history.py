@@ -229,5 +229,5 @@ def test_a_failed_operation_leaves_no_trace():
     assert tensor_hashes(model) == hashes
     assert str(lora_log(model)) == log
     assert {id(p) for p in model.parameters() if p.requires_grad} == {
-        id(p) for layer in lora_layers(model).values() for p in layer.updates["default"].trained()
+        id(p) for layer in lora_layers(model).values() for p in layer.updates["default"].trainable()
     }

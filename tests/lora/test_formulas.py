@@ -74,6 +74,6 @@ def test_outputs_and_gradients_are_those_of_the_formula(kinds, layer):
     wanted = weight[x] if layer == "embedding" else nn.functional.linear(x, weight, original.bias)
     results = []
     for out in (model(x), wanted):
-        results.append((out, *torch.autograd.grad((out.sin() * gains).sum(), update.trained())))
+        results.append((out, *torch.autograd.grad((out.sin() * gains).sum(), update.trainable())))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)

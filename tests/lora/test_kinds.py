@@ -50,7 +50,7 @@ def wrapped(
     around = LoRAEmbedding.around if isinstance(layer, nn.Embedding) else LoRALinear.around
     whole = around(layer)
     update = new_update(layer, settings)
-    for parameter in update.trained():
+    for parameter in update.trainable():
         parameter.data += size * torch.randn(parameter.shape)
     whole.updates["default"] = update
     return whole
@@ -83,7 +83,7 @@ def test_merged_is_adapted(kind, patient):
 def test_only_what_the_kind_learns_gets_a_gradient(kind):
     layer = wrapped(linear(), LoRASettings(rank=2, **kind))
     layer(torch.randn(4, 7)).square().sum().backward()
-    learns = {id(parameter) for parameter in layer.update.trained()}
+    learns = {id(parameter) for parameter in layer.update.trainable()}
     for name, parameter in layer.named_parameters():
         assert (parameter.grad is not None) == (id(parameter) in learns), name
 

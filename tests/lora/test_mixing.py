@@ -70,7 +70,7 @@ def test_one_takes_part_alone_and_alone_can_be_trained(patient):
             id(p)
             for layer in lora_layers(model).values()
             if name in layer.updates
-            for p in layer.updates[name].trained()
+            for p in layer.updates[name].trainable()
         }
         assert {id(p) for p in model.parameters() if p.requires_grad} == own
         assert report.summary["active"] == name

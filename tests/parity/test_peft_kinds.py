@@ -49,7 +49,7 @@ def shaken(model: nn.Module) -> nn.Module:
     """Every update away from its birth."""
     draw = torch.Generator().manual_seed(9)
     for update in trained_updates(model).values():
-        for parameter in update.trained():
+        for parameter in update.trainable():
             parameter.data += 0.2 * torch.randn(parameter.shape, generator=draw)
     return model
 

@@ -64,7 +64,7 @@ def test_dora_drops_the_input_of_all_that_it_adds(bias, pissa):
     other.base_model.model[0].base_layer.load_state_dict(base[0].state_dict())
     inject_lora(base, "0", rank=2, alpha=1 if pissa else 2, dropout=0.5, dora=True, pissa=pissa)
     update, layer = base[0].update, other.base_model.model[0]
-    for parameter in update.trained():
+    for parameter in update.trainable():
         parameter.data *= 1.5
         parameter.data += 0.1 * torch.randn_like(parameter)
     a, b = update.factors()

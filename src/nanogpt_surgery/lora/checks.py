@@ -80,7 +80,7 @@ def check_gradients(model: nn.Module) -> None:
     silent = [
         name
         for name, update in trained_updates(model).items()
-        if not any(p.grad is not None and p.grad.any() for p in update.trained())
+        if not any(p.grad is not None and p.grad.any() for p in update.trainable())
     ]
     if silent:
         raise SurgeryError(

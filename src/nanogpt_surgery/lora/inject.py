@@ -1,7 +1,7 @@
-"""Injection: freeze a model, put an update beside each layer that was named; and switch it off.
+"""Injection: freeze a model, and put an update beside each layer that was named.
 
-LoRA knows `nn.Linear` and `nn.Embedding`, and no model. What an injection does is written into the
-model's journal, so that `undo_lora` takes it back.
+It knows `nn.Linear` and `nn.Embedding`, and no kind of model. `operation` writes what is done in a
+journal, by which `undo_lora` takes it back.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def inject_lora(
 ) -> Report:
     """Freezes the whole model and puts an update beside every Linear and Embedding that matches.
 
-    The new adapter takes part alone; others on the model stay, and wait.
+    The updates together are one adapter. It takes part alone; others on the model stay, unused.
 
     Args:
         model: any module; changed in place.
@@ -78,11 +78,11 @@ def attach_updates(
     Args:
         model: changed in place.
         adapter: its name.
-        factories: for each layer what makes its update from the bare layer.
-        tied_layers: for a layer those that share its weight, and get the same update.
-        unties: a merge may break the layers' ties.
+        factories: for each layer's name, the function that makes its update from the bare layer.
+        tied_layers: for such a name, those of the layers that share the weight and the update.
+        unties: a merge may give layers that share a weight one each.
     """
-    if not has_lora(model):  # what to let train again when the last adapter has left
+    if not has_lora(model):  # remembered for the day when the last adapter is removed
         trainable = tuple(p for p in model.parameters() if p.requires_grad)
         history_of(model).trainable_before = trainable
     for first, make_update in factories.items():
@@ -101,13 +101,13 @@ def attach_updates(
 
 
 def bare_layer(model: nn.Module, name: str) -> nn.Module:
-    """The layer at a name, without its wrapper."""
+    """Returns the layer at a name, without its wrapper."""
     layer = model.get_submodule(name)
     return layer.original_layer if isinstance(layer, LoRALayer) else layer
 
 
 def wrap_layer(model: nn.Module, name: str, wrapper: type[LoRALayer]) -> LoRALayer:
-    """The wrapper at a name, put there if the layer is bare; one for all names of one module.
+    """Returns the wrapper at a name; a bare layer is wrapped first, under all of its names.
 
     Raises:
         SurgeryError: one adapter replaces the module whole and another one updates it.
@@ -129,18 +129,18 @@ def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
     old = model.get_submodule(name)
     for parent in list(model.modules()):
         for child, module in parent._modules.items():
-            if module is old and parent is not layer:
+            if module is old and parent is not layer:  # a wrapper keeps the old one inside
                 parent._modules[child] = layer
 
 
 def train_active(model: nn.Module) -> None:
-    """Lets the parameters of the adapters that take part be trained, and those of no other."""
+    """Makes the parameters of the adapters that take part trainable, and those of no other."""
     layers, active = lora_layers(model).values(), active_adapters(model).names()
     updates: list[tuple[str, Any]] = [pair for layer in layers for pair in layer.updates.items()]
     for trains in (False, True):  # an update that several layers share trains if any of them does
         for name, update in updates:
             if trains is (name in active):
-                for parameter in update.trained():
+                for parameter in update.trainable():
                     parameter.requires_grad_(trains)
 
 
@@ -158,6 +158,7 @@ def disable_lora(model: nn.Module) -> Report:
 
 def _switch(model: nn.Module, enabled: bool) -> Report:
     layers = lora_layers(model)
+    # Not hashed: no tensor is replaced.
     with operation(model, "enable" if enabled else "disable", hashed=False):
         for layer in layers.values():
             layer.enabled = enabled

@@ -3,9 +3,10 @@
     y = W x + b  +  s · B A x        A (R, in), B (out, R), s = α / R; W (out, in) and b frozen
 
 A is drawn at random and B is zero, so at first nothing changes; training moves A and B alone.
-`LoRAUpdate` is the last term, `LoRALinear` the whole line. Around it, in files of their own:
-several adapters on one layer (active.py), other kinds of update such as DoRA and PiSSA, and modules
-replaced whole (variants.py), and embeddings (embedding.py).
+`LoRAUpdate` is the last term, `LoRALinear` the whole line. In files of their own are several
+adapters on one layer (active.py), embeddings (embedding.py), and other kinds of update, such as
+DoRA, PiSSA and modules trained whole (variants.py). For these other kinds some methods below are
+given more than a plain update needs.
 
 Legend: R rank.
 """
@@ -30,7 +31,7 @@ class LoRAUpdate(nn.Module):
     """ΔW = s · B A: two thin matrices and a scale.
 
     Args:
-        layer: the layer it belongs to, for its shape and device.
+        layer: the layer it belongs to, which gives shape and device.
         rank: R.
         alpha: α; the scale is α / R.
         dropout: probability of zeroing an input of the update in training.
@@ -45,10 +46,10 @@ class LoRAUpdate(nn.Module):
         self.lora_B = nn.Parameter(b)  # (out, R)
 
     def initial_factors(self, layer: Any) -> tuple[Tensor, Tensor]:
-        """A at random and B zero, so that ΔW is zero."""
+        """Returns A at random and B zero, so that ΔW is zero."""
         (out_features, in_features), device = layer.weight.shape, layer.weight.device
         a = torch.empty(self.rank, in_features, device=device)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))  # as `nn.Linear` begins its weight
         return a, torch.zeros(out_features, self.rank, device=device)
 
     def low_rank(self, x: Tensor) -> Tensor:
@@ -57,56 +58,56 @@ class LoRAUpdate(nn.Module):
         return F.linear(down, self.lora_B.to(x.dtype))  # (…, out)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        """Returns what is added to the layer's own output y (…, out) for its input x (…, in)."""
+        """Returns what is added to the layer's output y (…, out) for its input x: (…, out)."""
         return self.scaling * self.low_rank(x)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (R, in) and B (out, R), such that ΔW = s · B A."""
+        """Returns A (R, in) and B (out, R), such that ΔW = s · B A."""
         return self.lora_A, self.lora_B
 
     def product(self) -> Tensor:
-        """The matrix s · B A, (out, in), float32, without gradient."""
+        """Returns the matrix s · B A, (out, in), float32, without gradient."""
         a, b = (factor.detach().float() for factor in self.factors())
         return self.scaling * (b @ a)
 
     def delta_weight(self, layer: nn.Module) -> Tensor:
-        """ΔW in the layout of the layer's weight, float32."""
+        """Returns ΔW in the layout of the layer's weight, float32."""
         return self.product()
 
-    def trained(self) -> list[nn.Parameter]:
-        """The parameters that training moves."""
+    def trainable(self) -> list[nn.Parameter]:
+        """Returns the parameters that training moves; other kinds hold frozen ones besides."""
         return [self.lora_A, self.lora_B]
 
     def moved(self) -> bool:
-        """Whether training has changed what the update adds, which at first is nothing."""
+        """Returns whether the update adds anything, as it does not before training."""
         return bool(self.lora_A.detach().any() and self.lora_B.detach().any())
 
     def wrapper(self) -> type[LoRALayer]:
-        """The class of layer that it is put in."""
+        """Returns the class of layer that holds it."""
         return LoRALinear
 
     def extra_repr(self) -> str:
-        """The text that `print(model)` shows."""
+        """Returns the text that `print(model)` shows."""
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:.4g}"
 
 
 class LoRALayer(nn.Module):
     """A frozen layer, and beside it an update for each adapter that changes it.
 
-    Models that read a layer's weight, bias or sizes find the original's. Where a model multiplies
-    by that weight itself, instead of calling the layer, the updates take no part; no gradient
-    reaches them then, and `fit` says so after the first step.
+    A model that reads the layer's weight, bias or sizes finds the original's. One that multiplies
+    by that weight itself, instead of calling the layer, passes the updates by; no gradient reaches
+    them then, and `fit` says so after the first step.
 
     Attributes:
         original_layer: frozen, and never written to.
         updates: by the name of the adapter that each belongs to.
         active: which adapters take part, and how.
-        enabled: off, the layer computes as if it had no update.
-        unties: the choice was made that this layer may part from the one it shares a weight with.
+        enabled: if false, the layer computes as if it had no update.
+        unties: a merge may give this layer a weight of its own, if it shares one.
     """
 
-    journaled = ("active", "enabled", "unties")  # what an operation changes, and undo takes back
-    replaces_whole = False  # the module, instead of adding to its weight
+    journaled = ("active", "enabled", "unties")  # attributes that `undo_lora` takes back
+    replaces_whole = False  # true where adapters replace the module instead of adding to its weight
 
     @check_arguments
     def __init__(self, original_layer: nn.Module):
@@ -119,14 +120,14 @@ class LoRALayer(nn.Module):
 
     @classmethod
     def around(cls, original_layer: nn.Module) -> Self:
-        """The layer wrapped, without an update yet."""
+        """Returns the layer wrapped, without an update yet."""
         layer = cls.__new__(cls)
-        LoRALayer.__init__(layer, original_layer)
+        LoRALayer.__init__(layer, original_layer)  # that of `LoRALinear` would make an update
         return layer.train(original_layer.training)
 
     @property
     def shown(self) -> nn.Module:
-        """The layer that others see."""
+        """The layer whose attributes are shown as this one's own."""
         return self.original_layer
 
     weight = property(attrgetter("shown.weight"))
@@ -139,7 +140,7 @@ class LoRALayer(nn.Module):
 
     @property
     def update(self) -> Any:
-        """The one update that takes part.
+        """The one update that takes part; its attributes, too, are shown as the layer's own.
 
         Raises:
             SurgeryError: none does, or several do.
@@ -160,7 +161,7 @@ class LoRALayer(nn.Module):
     dropout = property(attrgetter("update.dropout"))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):
+        if isinstance(getattr(type(self), name, None), property):  # all those above
             raise SurgeryError(
                 f"{name} of a {type(self).__name__} is only shown there: what is inside has it",
                 "set it before inject_lora, or after remove_lora(model) or merge_lora(model)",
@@ -168,11 +169,11 @@ class LoRALayer(nn.Module):
         super().__setattr__(name, value)
 
     def delta_weight(self) -> Tensor:
-        """ΔW of the updates that take part, in the weight's layout, float32."""
+        """Returns ΔW of the updates that take part, in the weight's layout, float32."""
         return self.active.delta_weight(self)
 
     def extra_repr(self) -> str:
-        """The text that `print(model)` shows."""
+        """Returns the text that `print(model)` shows."""
         return f"{self.active}" + ("" if self.enabled else ", disabled")
 
 
@@ -203,7 +204,7 @@ class LoRALinear(LoRALayer):
             )
         LoRASettings(rank, alpha, dropout)  # which checks them
         update = LoRAUpdate(original_layer, rank, alpha, dropout)
-        super().__init__(original_layer)
+        super().__init__(original_layer)  # freezes it, so nothing may fail after this
         self.updates[LoRASettings.name] = update
 
     def forward(self, x: Tensor) -> Tensor:
@@ -215,11 +216,11 @@ class LoRALinear(LoRALayer):
 
     @property
     def plain_update(self) -> LoRAUpdate | None:
-        """The update, if one plain one takes part, with the weight 1, and nothing else does."""
+        """The update, if just one takes part, and it is a plain one with the weight 1; or None."""
         if not self.enabled or not isinstance(self.active, WeightedAdapters):
             return None
-        weights = {n: w for n, w in self.active.weights.items() if n in self.updates}
-        if list(weights.values()) != [1.0]:
+        here = {name: w for name, w in self.active.weights.items() if name in self.updates}
+        if list(here.values()) != [1.0]:
             return None
-        update = self.updates[next(iter(weights))]
+        update = self.updates[next(iter(here))]
         return update if type(update) is LoRAUpdate else None

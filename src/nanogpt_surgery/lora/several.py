@@ -103,7 +103,7 @@ def update_rows(model: nn.Module, adapters: list[str]) -> list[dict[str, Any]]:
                     "out": None if b is None else b.size(0),
                     "rank": getattr(update, "rank", None),
                     "alpha": getattr(update, "alpha", None),
-                    "parameters": sum(parameter.numel() for parameter in update.trained()),
+                    "parameters": sum(parameter.numel() for parameter in update.trainable()),
                     "active": adapter in active,
                 }
             )

@@ -65,9 +65,9 @@ class PartUpdate(LoRAUpdate):
         """ΔW in the layout of the layer's weight, float32."""
         return as_laid_out(self.product(), layer)
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
         """Those of the part inside."""
-        return self.inner.trained()
+        return self.inner.trainable()
 
     def moved(self) -> bool:
         """Whether the part inside has."""
@@ -101,7 +101,7 @@ class PiSSAUpdate(PartUpdate):
 
     def moved(self) -> bool:
         """Whether A or B is elsewhere than at the start."""
-        pairs = zip(self.inner.trained(), self.initial.trained(), strict=True)
+        pairs = zip(self.inner.trainable(), self.initial.trainable(), strict=True)
         return any(not torch.equal(now, then) for now, then in pairs)
 
 
@@ -144,9 +144,9 @@ class DoRAUpdate(PartUpdate):
         scale = self.dora_scale(layer).detach()[:, None]
         return as_laid_out(scale * (matrix + self.inner.product()) - matrix, layer)
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
         """A, B and the lengths."""
-        return [*self.inner.trained(), self.lora_magnitude]
+        return [*self.inner.trainable(), self.lora_magnitude]
 
 
 def dora_change(layer: nn.Module, y: Tensor, change: Tensor, scale: Tensor) -> Tensor:
@@ -224,7 +224,7 @@ class WholeUpdate(nn.Module):
         """Returns what the copy gives."""
         return self.module(*inputs)
 
-    def trained(self) -> list[nn.Parameter]:
+    def trainable(self) -> list[nn.Parameter]:
         """All its parameters."""
         return list(self.module.parameters())
 
