@@ -56,8 +56,9 @@ class TalkOptions:
 
         talk = Conversation(model, tokenizer, self.template_for(tokenizer, adapter))
         talk.system = self.system
-        note = NOTES.get(talk.template.source)
-        if note and talk.template.owner == "model":
+        source = talk.template.source
+        taught = source == "plain" and getattr(tokenizer, "chat_template", None) is not None
+        if talk.template.owner == "model" and not taught and (note := NOTES.get(source)):
             say(f"note: {note}")
         return talk
 

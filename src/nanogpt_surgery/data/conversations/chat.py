@@ -182,7 +182,7 @@ def template_of(tokenizer: Tokenizer) -> ChatTemplate:
         id_of: Callable[[str], int | None] = getattr(tokenizer, "id_of", lambda _: None)
         source = "plain" if id_of("<|im_start|>") is None else "chatml"
     special = getattr(tokenizer, "special_tokens", None)
-    return ChatTemplate(source, bos, eos, special_tokens=special)
+    return _by_name(ChatTemplate(source, bos, eos, special_tokens=special), tokenizer)
 
 
 def named_template(tokenizer: Tokenizer, name: str) -> ChatTemplate:
@@ -201,11 +201,15 @@ def to_jinja(template: ChatTemplate, tokenizer: Tokenizer) -> str:
 
 
 def template_from_jinja(tokenizer: Tokenizer, text: str) -> ChatTemplate:
-    """The template that lies beside an adapter; what `to_jinja` made of one of ours is known."""
-    usual = replace(template_of(tokenizer), owner="adapter")
-    ours = (replace(usual, source=name) for name in _JINJA)
-    known = (one for one in ours if to_jinja(one, tokenizer) == text)
-    return next(known, replace(usual, source=text))
+    """The template that lies beside an adapter."""
+    return _by_name(replace(template_of(tokenizer), source=text, owner="adapter"), tokenizer)
+
+
+def _by_name(template: ChatTemplate, tokenizer: Tokenizer) -> ChatTemplate:
+    """A template under its name, and so with its stops, if `to_jinja` made it of one of ours."""
+    ours = (replace(template, source=name) for name in _JINJA)
+    known = (one for one in ours if to_jinja(one, tokenizer) == template.source)
+    return next(known, template)
 
 
 @check_arguments

@@ -21,9 +21,14 @@ class CharacterTokenizer:
     Args:
         text: its characters are the vocabulary; how often each comes does not matter.
 
+    Attributes:
+        chat_template: in Jinja, where the model was trained on conversations.
+
     Raises:
         SurgeryError: the text is empty.
     """
+
+    chat_template: str | None = None
 
     @check_arguments
     def __init__(self, text: str):

@@ -1,8 +1,9 @@
 """A model and an adapter on disk become a merged model: in place, elsewhere, or as a GGUF file.
 
 W + ΔW is added in float32 and rounded once, to the dtype that W is stored in; weights without a ΔW
-keep their bits. The merged model is written, read again, compared bit by bit, and measured against
-the adapted one; only then does it take its place.
+keep their bits. A chat template beside the adapter becomes the model's. The merged model is
+written, read again, compared bit by bit, and measured against the adapted one; only then does it
+take its place.
 """
 
 from __future__ import annotations
@@ -28,6 +29,12 @@ from nanogpt_surgery.formats.gguf.writing import GGUFType, rounding_of, write_gg
 from nanogpt_surgery.formats.huggingface.config import CONFIG
 from nanogpt_surgery.formats.huggingface.hub import is_hub_name
 from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
+from nanogpt_surgery.formats.huggingface.tokenizer_files import (
+    CHAT_TEMPLATE,
+    chat_template_in,
+    with_chat_template,
+    write_chat_template,
+)
 from nanogpt_surgery.formats.model_file import TENSORS, model_folder, open_model, write_model_files
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
@@ -139,6 +146,8 @@ def _write(
     """Writes the merged model and measures what was written; in place, without what is there."""
     tokenizer = merge.tokenizer if place is None or is_run(place) else None
     write_model_files(merge.model, new, tokenizer, place or merge.source)
+    if merge.chat_template is not None:
+        write_chat_template(merge.chat_template, new)
     again, tokenizer_again = open_model(new, "each")
     check_equal(merge.model, again, tokenizer, tokenizer_again)
     if place is not None:
@@ -168,7 +177,7 @@ def _report(merge: Merge, done: FolderOperation, goal: Path) -> Report:
 
 
 def _leave_away(new: Path, place: Path) -> None:
-    """Drops the new files that `place` has already; of configs only one that says the same.
+    """Drops the new files that `place` has already; config and template if they say the same.
 
     A run may lack any of them: a kill came before its checkpoint was shown at the top.
     """
@@ -176,8 +185,14 @@ def _leave_away(new: Path, place: Path) -> None:
         there = place / path.name
         if path.is_dir() and there.is_dir():
             shutil.rmtree(path)
-        elif there.is_file() and (path.name != CONFIG or read_json(there) == read_json(path)):
+        elif there.is_file() and _says_the_same(there, path):
             path.unlink()
+
+
+def _says_the_same(there: Path, new: Path) -> bool:
+    if new.name == CONFIG:
+        return bool(read_json(there) == read_json(new))
+    return new.name != CHAT_TEMPLATE or there.read_bytes() == new.read_bytes()
 
 
 def check_not_itself(model: str | Path, out: str | Path | None) -> None:
@@ -264,13 +279,14 @@ class Merge:
 
     Attributes:
         model: float32, with the adapter until `add_in`.
-        tokenizer: of the model, if there is one.
+        tokenizer: of the model, if there is one, with the adapter's chat template.
         dtypes: what each of its tensors is to be written in.
         source: what was opened.
         base: the hash of its weights.
         adapter: the folder.
         probe: ids (B, T) to measure on.
         probed_on: what they are, in words.
+        chat_template: the one beside the adapter, in Jinja.
         rows: for each layer what became of its weight, after `add_in`.
         adapted: the adapted model's logits, after `add_in`.
         tolerance: the largest KL divergence that `measure` lets pass, after `add_in`; None: any.
@@ -284,6 +300,7 @@ class Merge:
     adapter: str
     probe: Tensor
     probed_on: str
+    chat_template: str | None
     rows: list[dict[str, Any]] = field(default_factory=list)
     adapted: Tensor = field(default_factory=lambda: torch.empty(0))
     tolerance: float | None = None
@@ -370,7 +387,12 @@ def _prepare(
     base = combined(tensor_hashes(network).values())
     load_adapter(network, adapter, tied=tied, force=force)
     ids, probed_on = _probe(network, tokenizer, probe)
-    return Merge(network, tokenizer, dtypes, str(model), base, str(adapter), ids, probed_on)
+    template = chat_template_in(adapter_folder(adapter))
+    if tokenizer is not None and template is not None:
+        tokenizer = with_chat_template(tokenizer, template)
+    return Merge(
+        network, tokenizer, dtypes, str(model), base, str(adapter), ids, probed_on, template
+    )
 
 
 def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:

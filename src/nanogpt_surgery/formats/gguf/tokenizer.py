@@ -37,7 +37,8 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
     """
     with foreign_file("the GGUF file", PREFIX + "*"):
         own = {k.removeprefix(PREFIX): v for k, v in metadata.items() if k.startswith(PREFIX)}
-        kind = own.get("model")
+        kind, template = own.get("model"), metadata.get(TEMPLATE)
+        template = template if isinstance(template, str) else None
         if kind in (None, "none", "no_vocab"):
             return None
         tokens = own.get("tokens")
@@ -50,7 +51,9 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
         if kind == "gpt2":
             contents, add_bos = _byte_level(own, tokens, special)
         elif kind == "rwkv":
-            return _characters(tokens, types)
+            characters = _characters(tokens, types)
+            characters.chat_template = template
+            return characters
         elif kind == "llama":
             contents, add_bos = _sentencepiece(own, tokens, types, special)
         else:
@@ -58,13 +61,12 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
                 f"its tokenizer is of the kind {quoted(kind)}, which is not one we have"
             )
         ends = [_id(own, name, tokens) for name in ("eos_token_id", *TURN_ENDS)]
-        template = metadata.get(TEMPLATE)
         tokenizer = PretrainedTokenizer(
             contents,
             bos_id=_id(own, "bos_token_id", tokens),
             stop_ids=list(dict.fromkeys(i for i in ends if i is not None)),
             add_bos=bool(own.get("add_bos_token", add_bos)),
-            chat_template=template if isinstance(template, str) else None,
+            chat_template=template,
         )
         for role, name in (("pad_token", "padding_token_id"), ("unk_token", "unknown_token_id")):
             index = _id(own, name, tokens)

@@ -57,6 +57,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -
     Raises:
         SurgeryError: a part of the tokenizer is one that llama.cpp has not (all of them, by name).
     """
+    _write_templates(writer, tokenizer)
     if isinstance(tokenizer, CharacterTokenizer):
         _write_characters(writer, tokenizer, vocab_size)
         return set()
@@ -96,7 +97,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -
 
 
 def _write_ids(writer: GGUFWriter, tokenizer: Tokenizer, tokens: list[str]) -> None:
-    """The tokens that have a role, what is put around a text, and the chat template."""
+    """The tokens that have a role, and what is put around a text."""
     eos = getattr(tokenizer, "eos_id", None)
     ids = {"bos": getattr(tokenizer, "bos_id", None), "eos": eos}
     ids |= {"padding": getattr(tokenizer, "pad_id", None)}
@@ -117,6 +118,9 @@ def _write_ids(writer: GGUFWriter, tokenizer: Tokenizer, tokens: list[str]) -> N
     writer.add_add_bos_token(getattr(tokenizer, "add_bos", False))
     if getattr(tokenizer, "suffix_ids", []):
         writer.add_add_eos_token(True)
+
+
+def _write_templates(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
     template = getattr(tokenizer, "chat_template", None)
     if template is not None:
         writer.add_chat_template(template)

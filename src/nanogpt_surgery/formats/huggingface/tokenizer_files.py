@@ -12,6 +12,7 @@ What other files say of special and added tokens is gathered by `special_tokens.
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -61,11 +62,11 @@ def open_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 
 def _opened(contents: dict[str, Any], folder: Path) -> Tokenizer:
-    if _is_character(contents):
-        return CharacterTokenizer.from_json(contents)
-    found = special_tokens_of(folder, _tokens_in(contents))
     templates = _chat_templates(folder)
     template = _usual(templates)
+    if _is_character(contents):
+        return with_chat_template(CharacterTokenizer.from_json(contents), template)
+    found = special_tokens_of(folder, _tokens_in(contents))
     if is_bpe(contents) and not templates and _says_nothing_new(found):
         return BPETokenizer.from_json(contents)
     return PretrainedTokenizer(
@@ -105,6 +106,26 @@ def chat_template_in(folder: Path) -> str | None:
         SurgeryError: a file is damaged, or beyond its limits.
     """
     return _usual(_chat_templates(folder))
+
+
+def with_chat_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
+    """A tokenizer that was opened here, with this chat template in the place of all others."""
+    if isinstance(tokenizer, BPETokenizer) and template is not None:
+        tokenizer = PretrainedTokenizer(tokenizer.to_json(), stop_ids=list(tokenizer.stop_ids))
+    if isinstance(tokenizer, (CharacterTokenizer, PretrainedTokenizer)):
+        tokenizer.chat_template = template
+    if isinstance(tokenizer, PretrainedTokenizer):
+        tokenizer.chat_templates = {}
+    return tokenizer
+
+
+def write_chat_template(template: str, folder: Path) -> None:
+    """Write the chat template of a folder that is being made, in the place of all others there."""
+    (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
+    shutil.rmtree(folder / CHAT_TEMPLATES, ignore_errors=True)
+    config = read_object(folder / TOKENIZER_CONFIG)
+    if config.pop("chat_template", None) is not None:
+        write_json(folder / TOKENIZER_CONFIG, config)
 
 
 def _usual(templates: dict[str, str]) -> str | None:
@@ -194,9 +215,10 @@ def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int | Non
         config["eos_token"] = tokenizer.token_of(tokenizer.eos_id)
     if isinstance(tokenizer, PretrainedTokenizer):
         config |= _pretrained_config(tokenizer)
-        if tokenizer.chat_template is not None and not tokenizer.chat_templates:
-            (folder / CHAT_TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
     write_json(folder / TOKENIZER_CONFIG, config | {"tokenizer_class": "PreTrainedTokenizerFast"})
+    template = getattr(tokenizer, "chat_template", None)
+    if template is not None and "chat_template" not in config:
+        (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
 
 
 def _pretrained_config(tokenizer: PretrainedTokenizer) -> dict[str, Any]:
