@@ -3,7 +3,7 @@
     cd src && uv sync && uv run main.py          or, from the root:   uv run src/main.py
 
 Text, a tokenizer, windows, a model, a short pretraining on English; then the head alone learns
-Python through a low-rank update, and not one bit of the model beneath has moved.
+Python through a low-rank update, and no bit of the model's own weights has changed.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ BLOCK = 128
 
 
 def main() -> None:
-    """Pretrain, operate, compare."""
+    """Pretrains a model, injects LoRA, trains that, and compares the losses."""
     torch.manual_seed(1337)
     english, python = python_reference(), python_source()[:500_000]
     tokenizer = CharacterTokenizer(english + python)
@@ -48,7 +48,7 @@ def main() -> None:
 
     print(inject_lora(model, targets="lm_head", rank=8, alpha=16))
     frozen = fingerprint(model)
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]  # A, B
     adamw = torch.optim.AdamW(trainable, weight_decay=0.0)
     steps = fit(model, python_train, optimizer=adamw, max_steps=250, learning_rate=1e-2)
     watch("LoRA on the head, on Python", steps, 250)
@@ -68,26 +68,26 @@ def main() -> None:
 
 
 def windows(text: str, tokenizer: CharacterTokenizer) -> tuple[GPTDataset, GPTDataset]:
-    """Training and held-out windows of a text."""
+    """Returns training and held-out windows of a text."""
     train, held = split_by_position(text)
     return GPTDataset(train, tokenizer, BLOCK), GPTDataset(held, tokenizer, BLOCK)
 
 
 def watch(what: str, training: Iterator[Step], max_steps: int) -> None:
-    """Take every step of a training, with a progress bar."""
+    """Takes every step of a training, with a progress bar."""
     *_, last = track(training, what, total=max_steps)
     print(f"{what}: loss {last.loss:.3f} after {last.step} steps")
 
 
 def sample(when: str, model: SimpleGPT, tokenizer: CharacterTokenizer) -> None:
-    """Print a text of the model's, drawn with temperature and top-k."""
+    """Prints a text of the model's, drawn with temperature and top-k."""
     prompt = "\ndef "
     ids = generate(model, tokenizer.encode(prompt), BLOCK - len(prompt), 0.8, top_k=20, seed=1)
     print(f"--- {when} ---{prompt}{tokenizer.decode(list(ids))}\n---")
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """The sha256 of every tensor that LoRA must not move."""
+    """Returns the sha256 of all tensors that LoRA must not change."""
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
         if "lora_" not in name:

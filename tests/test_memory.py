@@ -144,7 +144,8 @@ def test_fit_refuses_before_a_step():
 def test_memory_that_runs_out_all_the_same_is_a_sentence(kind, made, monkeypatch):
     """The last checkpoint is named, and is whole."""
     monkeypatch.chdir(made)
-    run, steps, gradients = f"run-{kind.__module__}", [], fit_module.TrainingLoop._losses
+    run, steps = f"run-{kind.__module__}", []
+    gradients = fit_module.TrainingLoop._accumulate_gradients
 
     def hungry(*arguments, **more):
         steps.append(1)
@@ -155,7 +156,7 @@ def test_memory_that_runs_out_all_the_same_is_a_sentence(kind, made, monkeypatch
 
     flags = [*SMALL, "--max-steps", 4, "--evaluate-every", 2, "--out", run]
     with monkeypatch.context() as patch:
-        patch.setattr(fit_module.TrainingLoop, "_losses", hungry)
+        patch.setattr(fit_module.TrainingLoop, "_accumulate_gradients", hungry)
         _, said = called("train", "text.txt", *flags, check=1)
     assert "step-00000002" in said
     assert "--batch-size from 4" in said

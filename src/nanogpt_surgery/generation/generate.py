@@ -57,8 +57,8 @@ def generate(
         seed: of the draw; None draws differently each time.
         cache: keys and values of an earlier text, from the same weights; where the prompt begins as
             that text does, they are not computed again. Those of this text lie in it afterwards.
-        engine: who computes the tokens after the prompt: the model as it is read (plain), a
-            compiled decoder that gives the same to rounding (native), or that where it can (auto).
+        engine: what computes the tokens after the prompt: the model in Python (plain), a compiled
+            decoder that gives the same to rounding (native), or the decoder where it can (auto).
 
     Raises:
         SurgeryError: an empty prompt, an id outside the vocabulary, a setting outside its range, a
@@ -89,14 +89,14 @@ def _generate(
     cache: KVCache,
     native: NativeSteps | None,
 ) -> Iterator[int]:
-    draw = torch.Generator()
-    draw.seed() if seed is None else draw.manual_seed(int(seed))
+    generator = torch.Generator()
+    generator.seed() if seed is None else generator.manual_seed(int(seed))
     # What the cache holds beyond the prompt's own beginning belongs to another text.
     cache.truncate(_n_shared(cache, prompt))
     so_far, answer = list(prompt), list[int]()
     for _ in range(max_new_tokens):
         logits = next_logits(model, so_far, cache, native).cpu()  # (V,)
-        new = choose(logits, settings, prompt, answer, draw)
+        new = choose(logits, settings, prompt, answer, generator)
         if new in stop_ids:
             return
         yield new
@@ -122,11 +122,12 @@ def next_logits(
     device = cache.ids.device
     new = torch.tensor([so_far[cache.length :]], device=device)  # (1, T)
     if native is not None and new.size(1) == 1 and native.can_step():
-        logits = native.step(new)[0]  # (V,): the same, sooner
+        logits = native.step(new)[0]  # (V,): the same, faster
     else:
         with eval_mode(model), torch.inference_mode():
             hidden = model.hidden(new, cache)  # (1, T, C)
             logits = model.lm_head(hidden[0, -1])  # (V,)
+    # If one is not finite, the pass is repeated to find the module where that began.
     check_finite(logits, model, lambda: last_logits(model, torch.tensor(so_far, device=device)))
     return logits
 

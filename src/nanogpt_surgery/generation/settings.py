@@ -10,7 +10,6 @@ from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.values import WEIGHT, Kind, Settings, number, raise_all, wrong_values
 
 Engine = Literal["auto", "native", "plain"]
-MOST_SEED = 2**64 - 1  # a generator of PyTorch's takes 64 bits
 
 
 def _is_whole(value: Any) -> bool:
@@ -24,20 +23,17 @@ def _are_biases(biases: Any) -> bool:
     )
 
 
-SEED = Kind(f"a whole number from 0 to {MOST_SEED}", lambda x: _is_whole(x) and 0 <= x <= MOST_SEED)
 AT_LEAST_1 = Kind("a whole number of at least 1", lambda x: _is_whole(x) and x >= 1)
-TEMPERATURE = number("of at least 0 and finite", lambda x: 0 <= x < math.inf)
+TEMPERATURE = number("of at least 0, below 1e30", lambda x: 0 <= x < 1e30)
 PENALTY = number("above 1e-30 and below 1e30", lambda x: 1e-30 < x < 1e30)
 BIASES = Kind("numbers below 1e30, or -inf, by id", _are_biases)
 
 
 @dataclass(frozen=True)
 class SamplingSettings(Settings):
-    """Settings of a draw; all that is wrong with them is one `SurgeryError`."""
+    """How the next token is drawn; all that is wrong with the values is one `SurgeryError`."""
 
-    temperature: Annotated[float, number("of at least 0, below 1e30", lambda x: 0 <= x < 1e30)] = (
-        1.0
-    )
+    temperature: Annotated[float, TEMPERATURE] = 1.0
     """0 takes the likeliest token; 1 draws from the model's distribution"""
     top_k: Annotated[int, AT_LEAST_1] | None = None
     """draw among the k likeliest"""
@@ -60,8 +56,12 @@ class SamplingSettings(Settings):
         return (self.repetition_penalty, self.presence_penalty, self.frequency_penalty) != (1, 0, 0)
 
 
+MOST_SEED = 2**64 - 1  # a generator of PyTorch's takes 64 bits
+SEED = Kind(f"a whole number from 0 to {MOST_SEED}", lambda x: _is_whole(x) and 0 <= x <= MOST_SEED)
+
+
 def check_seed(seed: int | None) -> None:
-    """Raises `SurgeryError` unless a generator takes a seed; None is one of its own choice."""
+    """Raises `SurgeryError` unless a generator takes this seed; None leaves the choice to it."""
     raise_all([] if seed is None else wrong_values(SEED, {"seed": seed}))
 
 
@@ -72,7 +72,7 @@ def check_count(max_new_tokens: int, least: int = 0) -> None:
 
 
 def check_stop(stop: Sequence[str]) -> None:
-    """Raise `SurgeryError` if a string that is to end a text is empty."""
+    """Raises `SurgeryError` if a string that is to end a text is empty."""
     if isinstance(stop, str) or not all(isinstance(text, str) for text in stop):
         raise SurgeryError(f"stop is {quoted(stop)}; it must be several texts", "stop=['text']")
     if "" in stop:

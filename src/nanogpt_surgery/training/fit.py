@@ -50,17 +50,17 @@ def fit(
     cache_dir: Path | None = None,
     **changes: Any,
 ) -> Iterator[Step]:
-    """Train what can be trained in a model, a step for each item taken from the iterator.
+    """Trains what can be trained in a model, a step for each item taken from the iterator.
 
-    Processes that `torch.distributed` has joined call this alike, and share every batch.
+    Every process that `torch.distributed` has joined calls this alike; they share each batch.
 
     Args:
         model: called on ids (B, T) it gives logits (B, T, V), or an output of transformers that has
             them; trained in place, on the device that `settings` choose.
-        dataset: the windows, or rows, to learn from; documents that share a row are kept apart.
+        dataset: the windows, or rows, to learn from; documents in one row do not see each other.
         settings: see `FitSettings`; its defaults if None.
         validation: evaluated every `evaluate_every` steps and at the end.
-        optimizer: to go on with; if None a new one, AdamW or Muon. The schedule sets its rates.
+        optimizer: to continue with; if None a new one, AdamW or Muon. The schedule sets its rates.
         first_step: steps done already.
         skipped_before: how many of the last of them were skipped in a row.
         examine: check that the optimizer holds every trainable parameter, that each update of a
@@ -89,7 +89,7 @@ def fit(
 class TrainingLoop:
     """The parts of a training, and its steps."""
 
-    active = nullcontext  # the plain way's; the fast one changes the model while it computes
+    computing = nullcontext  # nothing to set up; the fast way changes the model while it computes
 
     def __init__(
         self,
@@ -112,8 +112,8 @@ class TrainingLoop:
         tokens = settings.evaluate_tokens
         self.eval_data = None if validation is None else subsample(validation, tokens)
         self.checkpointed = CheckpointedBlocks(model, settings.gradient_checkpointing)
-        # The last methods below are the plain way to a step's batches and gradients; the fast way
-        # has the same methods, which compute the same, sooner.
+        # The plain way to the batches and gradients of a step: `computing`, `batches` and
+        # `forward_backward` of this class. The fast way has the same methods, and the same numbers.
         self.way: Way = self
         if settings.fast:
             from nanogpt_surgery.training.fast.accelerate import accelerate
@@ -121,7 +121,7 @@ class TrainingLoop:
             self.way = accelerate(model, settings, dataset, self.hardware, self.world, cache_dir)
 
     def steps(self, first_step: int, checks: TrainingChecks | None) -> Iterator[Step]:
-        """Yields after each step, from the first on."""
+        """Takes the steps from `first_step` on, and yields after each."""
         self.optimizer.zero_grad()  # what the caller's own backward passes may have left
         batches = self.way.batches(first_step)
         for step in range(first_step, self.settings.max_steps):
@@ -142,7 +142,7 @@ class TrainingLoop:
         tokens, trained = map(int, self.world.all_reduce_sum(*counts))
 
         # The gradients of the mean loss over all that is trained on in it, of all processes.
-        losses = self._losses(batch, step, trained)
+        losses = self._accumulate_gradients(batch, step, trained)
         self.world.all_reduce_gradients(self.parameters)
         if checks:
             checks.after_backward(step)
@@ -167,10 +167,17 @@ class TrainingLoop:
         if checks:
             checks.after_skip(step) if self.skipped else checks.after_update(step)
 
-        seconds = time.perf_counter() - start
-        done = Step(step + 1, loss, rate, norm, tokens, seconds)
-        size, skipped = self.world.size, self.skipped > 0
-        return replace(done, trained_tokens=trained, processes=size, skipped=skipped)
+        return Step(
+            step=step + 1,
+            loss=loss,
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens=tokens,
+            seconds=time.perf_counter() - start,
+            trained_tokens=trained,
+            processes=self.world.size,
+            skipped=self.skipped > 0,
+        )
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Yields the batch of each step: a pure function of (seed, step, rank)."""
@@ -178,16 +185,16 @@ class TrainingLoop:
         for step in range(first_step, self.settings.max_steps):
             yield self.dataset.batch(step, rows, self.settings.seed, **self.world.share)
 
-    def _losses(self, batch: Batch, step: int, trained: int) -> list[Tensor]:
-        """Adds up the gradients, some rows at a time; returns what adds up to the mean loss."""
+    def _accumulate_gradients(self, batch: Batch, step: int, trained: int) -> list[Tensor]:
+        """Adds up the gradients, some rows at a time; returns the parts of the mean loss."""
         parts = self.settings.grad_accum_steps
         split = zip(*(tensor.chunk(parts) for tensor in batch), strict=True)
         losses = []
-        with self.way.active(), self.checkpointed.active():
-            # Parts are counted through all processes, so that dropout draws what one would draw.
+        with self.way.computing(), self.checkpointed.active():
+            # Parts are numbered through all processes, so dropout draws what a single one would.
             for part, rows in enumerate(split, self.world.rank * parts):
                 if counted := count_trained(rows[1]):
-                    # A hash of integers is the same in every process and on every machine.
+                    # For dropout. Python's hash of integers is the same on every machine.
                     with self.hardware.seeded(hash((self.settings.seed, step, part))):
                         losses.append(self.way.forward_backward(rows, counted / trained))
         return losses

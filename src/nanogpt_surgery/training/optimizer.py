@@ -18,12 +18,12 @@ from nanogpt_surgery.training.settings import FitSettings
 
 
 def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101), or Muon with AdamW beside it, over what can be trained.
+    """Returns AdamW (arXiv:1711.05101), or Muon with AdamW beside it, over what can be trained.
 
-    AdamW is PyTorch's fused one. Its matrices decay, biases and norms do not; beside Muon
-    only Muon's matrices decay: neither the embeddings nor the head do. With LoRA+
-    (arXiv:2402.12354) the B of each Linear's update is in a group of its own, which learns
-    `settings.lora_plus_ratio` times faster.
+    With AdamW matrices decay, biases and norms do not. With Muon only the matrices that it trains
+    decay; AdamW trains the rest, embeddings and head among it. With LoRA+ (arXiv:2402.12354) the B
+    of each Linear's update is in a group of its own, which learns `settings.lora_plus_ratio` times
+    faster.
 
     Raises:
         SurgeryError: the model has no parameter that can be trained, or Muon no matrix.
@@ -35,21 +35,16 @@ def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optim
             "inject_lora(model, …), or model.requires_grad_(True)",
         )
     betas = (settings.beta1, settings.beta2)
-    adamw, muon = _optimizers(settings.fast)
+    adamw, muon = torch.optim.AdamW, Muon
+    if settings.fast:  # the same two, but they do not load PyTorch's compiler
+        from nanogpt_surgery.training.fast import uncompiled
+
+        adamw, muon = uncompiled.AdamW, uncompiled.Muon
     if settings.muon:
         groups = muon_groups(model, trainable, settings.weight_decay)
         return muon(groups, settings.learning_rate, settings.momentum, betas)
     groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
     return adamw(groups, lr=settings.learning_rate, betas=betas, fused=True)
-
-
-def _optimizers(fast: bool) -> tuple[type[torch.optim.AdamW], type[Muon]]:
-    """AdamW and Muon; the fast ones do not load PyTorch's compiler."""
-    if not fast:
-        return torch.optim.AdamW, Muon
-    from nanogpt_surgery.training.fast import uncompiled
-
-    return uncompiled.AdamW, uncompiled.Muon
 
 
 def _adamw_groups(
@@ -79,7 +74,7 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def learning_rate(step: int, settings: FitSettings) -> float:
-    """The rate of step `step`, the first being 0: a linear rise, then down to its end.
+    """Returns the rate of step `step`, the first being 0: a linear rise, then down to its end.
 
     Down by a cosine (SGDR, arXiv:1608.03983), or held and then straight down over the last
     `cooldown` of the steps (warmup-stable-decay, arXiv:2404.06395).
@@ -89,19 +84,10 @@ def learning_rate(step: int, settings: FitSettings) -> float:
         return settings.learning_rate * (step + 1) / (warmup + 1)
     span = max(1, settings.max_steps - 1 - warmup)
     progress = min(1.0, (step - warmup) / span)
-    share = _SHAPES[settings.schedule](progress, settings)
+    if settings.schedule == "cosine":
+        share = 0.5 * (1 + math.cos(math.pi * progress))
+    else:  # 1 until the cooldown, then a line that would reach 0 one step after the last
+        left = (1 - progress) + progress / settings.max_steps
+        share = min(1.0, left / settings.cooldown) if settings.cooldown else 1.0
     floor = settings.final_learning_rate
     return settings.learning_rate * (floor + (1 - floor) * share)
-
-
-def _cosine(progress: float, _: FitSettings) -> float:
-    return 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def _stable(progress: float, settings: FitSettings) -> float:
-    """1 until the cooldown, then a line that would reach 0 one step after the last."""
-    left = (1 - progress) + progress / settings.max_steps
-    return min(1.0, left / settings.cooldown) if settings.cooldown else 1.0
-
-
-_SHAPES = {"cosine": _cosine, "stable": _stable}

@@ -51,13 +51,13 @@ def _finite(value: Any) -> Any:
 
 
 class Way(Protocol):
-    """How steps are computed: as `fit` has it, or the same, sooner."""
+    """How steps are computed: as in fit.py, or the same, faster."""
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Yields the batch of each step, or this process's share."""
         ...
 
-    def active(self) -> AbstractContextManager[None]:
+    def computing(self) -> AbstractContextManager[None]:
         """The context in which a step's forward and backward passes are computed."""
         ...
 

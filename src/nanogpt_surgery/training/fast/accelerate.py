@@ -39,7 +39,7 @@ def accelerate(
     """Prepares the quicker ways through the steps of a training.
 
     Args:
-        model: what is trained, on its device. It is changed within `active()` alone.
+        model: what is trained, on its device. It is changed within `computing()` alone.
         settings: of the training.
         dataset: what it learns from.
         hardware: where and in what precision it computes.
@@ -66,7 +66,7 @@ class Accelerated:
     """the compiled call of each block"""
 
     @contextmanager
-    def active(self) -> Iterator[None]:
+    def computing(self) -> Iterator[None]:
         """Sets fused products, compiled blocks and the CPU's kernels, and takes them back."""
         fused = fused_products(self.model, self.hardware.precision)
         compiled = attributes_set("_compiled_call_impl", self.compiled)
