@@ -1,7 +1,16 @@
 """The compiled decoder computes what the readable model computes, for every family and adapter."""
 
 import copy
+import dataclasses
+import gc
+import os
+import resource
+import shutil
+import signal
+import subprocess
 import threading
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +28,20 @@ from nanogpt_surgery import (
     merge_lora,
     undo_lora,
 )
+from nanogpt_surgery.errors import NotFiniteError
+from nanogpt_surgery.generation.generate import next_logits
 from nanogpt_surgery.generation.native.decoder import NativeDecoder, NativeSteps, unsupported_reason
-from nanogpt_surgery.generation.native.library import decoder_library
-
-pytestmark = pytest.mark.skipif(
-    isinstance(decoder_library(), str), reason=f"no compiled decoder: {decoder_library()}"
+from nanogpt_surgery.generation.native.library import (
+    SOURCE,
+    cache_folder,
+    decoder_library,
 )
-LLAMA = CONFIGS["llama"]
+
+LIBRARY, WHY_NOT = decoder_library()
+pytestmark = pytest.mark.skipif(LIBRARY is None, reason=f"no compiled decoder: {WHY_NOT}")
+LLAMA, GPT2 = CONFIGS["llama"], CONFIGS["gpt2"]
+# Square projections: transposed, they are as large as before.
+SQUARE = dataclasses.replace(LLAMA, head_dim=4)
 
 
 def two(model):
@@ -194,8 +210,49 @@ def injected(model):
     train_a_little(model, size=1.0)
 
 
+def transposed(model):
+    for layer in model.layers:
+        for linear in (layer.self_attn.o_proj, layer.self_attn.q_proj):
+            linear.weight.data = linear.weight.data.t()
+
+
+def other_angles(model):
+    model.embed_positions.frequencies *= 3
+
+
+def other_layers(model):
+    model.layers[0], model.layers[1] = model.layers[1], model.layers[0]
+
+
+def other_norm(model):
+    for layer in model.layers:
+        layer.post_attention_layernorm.eps = 1.0
+
+
+def no_final_norm(model):
+    model.norm = torch.nn.Identity()
+
+
+def no_gate(model):
+    for layer in model.layers:
+        layer.mlp.gate_proj = layer.mlp.up_proj
+
+
+def hooked_everywhere(model):
+    def flipped(module, inputs, output):
+        return output.flip(-1) if module is model.layers[1].mlp.down_proj else output
+
+    return torch.nn.modules.module.register_module_forward_hook(flipped)
+
+
 CHANGES = {
     "in place": in_place,
+    "the same memory, transposed": transposed,
+    "other rotary frequencies": other_angles,
+    "layers in another order": other_layers,
+    "another eps": other_norm,
+    "no final norm": no_final_norm,
+    "a layer twice": no_gate,
     "another tensor": by_data,
     "a hook": hooked,
     "all linear": every_linear,
@@ -205,16 +262,53 @@ CHANGES = {
 }
 
 
+def logits_after(model, native, change=lambda model: None):
+    """Of the third token after a prompt, the change made before it."""
+    cache, ids = KVCache(model.config), [3, 1, 4]
+    steps = NativeSteps(model, cache) if native else None
+    for new in (1, 5):
+        next_logits(model, ids, cache, steps)
+        ids.append(new)
+    torch.manual_seed(0)
+    change(model)
+    return next_logits(model, ids, cache, steps)
+
+
 @pytest.mark.parametrize("change", CHANGES)
 def test_it_is_never_stale(change):
     """Whatever happens to the model between two tokens is seen by the next."""
-    found = []
-    for engine in ("plain", "auto"):
-        model = tiny_model(LLAMA)
-        every_linear(model) if change == "undo" else None
-        found.append(greedy(model, engine, lambda model=model: CHANGES[change](model)))
-    assert found[0] == found[1]
-    assert found[0] != greedy(tiny_model(LLAMA), "plain")
+    config, found = SQUARE if change == "the same memory, transposed" else LLAMA, []
+    prepare = every_linear if change == "undo" else lambda model: None
+    for native in (False, True):
+        model = tiny_model(config)
+        prepare(model)
+        found.append(logits_after(model, native, CHANGES[change]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=3e-5)
+    model = tiny_model(config)
+    prepare(model)
+    assert (logits_after(model, False) - found[0]).abs().max() > 1e-3
+
+
+def test_a_hook_on_all_modules_is_seen():
+    model = tiny_model(LLAMA)
+    handle = hooked_everywhere(model)
+    try:
+        wanted, found = (greedy(model, engine) for engine in ("plain", "auto"))
+    finally:
+        handle.remove()
+    assert found == wanted != greedy(model, "plain")
+
+
+def test_another_activation_is_seen():
+    model = tiny_model(CONFIGS["gpt2"])
+    for layer in model.layers:
+        layer.mlp.activation = torch.cos
+    assert greedy(model, "auto") == greedy(model, "plain") != greedy(tiny_model(GPT2), "plain")
+    assert "activation" in unsupported_reason(model, KVCache(GPT2))
+
+
+def test_a_copy_of_a_model_is_computed_too():
+    assert unsupported_reason(copy.deepcopy(tiny_model(GPT2)), KVCache(GPT2)) == ""
 
 
 def test_what_it_does_not_compute_is_plain_or_refused():
@@ -253,3 +347,286 @@ def test_nothing_is_written_past_the_caches_end():
 def test_a_gpt_from_nothing():
     model = SimpleGPT(11, 8, 2, 1, 10)
     assert len(list(generate(model, [1], 9, seed=3, engine="native"))) == 9
+
+
+def larger_head(model):
+    model.lm_head = torch.nn.Linear(24, 5000, bias=False)
+
+
+def smaller_table(model):
+    model.embed_tokens = torch.nn.Embedding(7, 24)
+
+
+def fewer_layers(model):
+    model.layers = model.layers[:1]
+
+
+def wider_inside(model):
+    model.layers[1].mlp.up_proj = torch.nn.Linear(24, 900)
+
+
+def no_weight(model):
+    model.norm = torch.nn.LayerNorm(24, elementwise_affine=False)
+
+
+def longer_factors(model):
+    every_linear(model)
+    layer = model.layers[0].mlp.up_proj
+    layer.updates["default"].lora_A = torch.nn.Parameter(torch.randn(4000, 24))
+
+
+def a_plain_tensor(model):
+    linear = model.layers[0].mlp.up_proj
+    weight = linear.weight.detach().double()
+    del linear.weight
+    linear.weight = weight
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (larger_head, "lm_head"),
+        (smaller_table, "embed_tokens"),
+        (fewer_layers, "layers"),
+        (wider_inside, r"layers\.1\.mlp\.up_proj"),
+        (no_weight, "norm"),
+        (longer_factors, r"layers\.0\.mlp\.up_proj"),
+        (a_plain_tensor, r"layers\.0\.mlp\.up_proj"),
+    ],
+)
+def test_other_shapes_than_the_configs_are_refused(change, named):
+    """C would read or write past the end of a buffer."""
+    model = tiny_model(LLAMA)
+    change(model)
+    with pytest.raises(SurgeryError, match=named):
+        generate(model, [1], 2, engine="native")
+
+
+@pytest.mark.parametrize("other", ["gpt2", "more layers", "longer", "float64"])
+def test_a_cache_of_another_model_is_refused(other):
+    cache = {
+        "gpt2": lambda: KVCache(GPT2),
+        "more layers": lambda: KVCache(GPTConfig(53, 24, 6, 3, 19, 2, 10)),
+        "longer": lambda: KVCache(GPTConfig(53, 24, 3, 2, 500)),
+        "float64": lambda: KVCache(GPT2, dtype=torch.float64),
+    }[other]()
+    model = tiny_model(GPT2 if other in ("longer", "float64") else LLAMA)
+    with pytest.raises(SurgeryError, match="cache"):
+        generate(model, [1], 2, cache=cache, engine="native")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(dtype):
+    """The logits are float32 whatever it is: with bfloat16 there would be room for half of them."""
+    model = tiny_model(LLAMA)
+    ids = random_ids(LLAMA, 1, 6)
+    wanted = stepped(model, ids, 1)
+    torch.set_default_dtype(dtype)
+    try:
+        found = stepped(model, ids, 1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("wrong", [-1, 53, 1 << 40])
+def test_an_id_outside_the_vocabulary_is_refused(wrong):
+    decoder = NativeDecoder(tiny_model(LLAMA), KVCache(LLAMA))
+    with pytest.raises(SurgeryError, match="53"):
+        decoder.step(torch.tensor([[wrong]]))
+    assert decoder.cache.length == 0
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gpt2-gelu-untied", "llama", "prev-tokens-relu2"])
+@pytest.mark.parametrize("part", ["layers.0.mlp.up_proj", "layers.1.self_attn.v_proj", "norm"])
+def test_a_logit_that_is_no_number_is_traced_to_its_module(name, part):
+    def damaged(model):
+        with torch.no_grad():
+            model.get_parameter(f"{part}.weight").view(-1)[5] = torch.nan
+
+    errors = []
+    for engine in ("plain", "native"):
+        model = tiny_model(CONFIGS[name])
+        with pytest.raises(NotFiniteError, match=part) as caught:
+            greedy(model, engine, lambda model=model: damaged(model))
+        errors.append(str(caught.value))
+    assert errors[0] == errors[1]
+
+
+def test_the_weights_live_as_long_as_the_decoder():
+    def decoder():
+        return NativeDecoder(tiny_model(LLAMA), KVCache(LLAMA), 2)
+
+    ids = random_ids(LLAMA, 1, 1)
+    model = tiny_model(LLAMA)
+    with torch.inference_mode():
+        wanted = model(ids)[:, 0]
+    alone = decoder()
+    gc.collect()
+    [torch.full((53, 24), 9.0) for _ in range(200)]  # over what was freed
+    torch.testing.assert_close(alone.step(ids), wanted, rtol=1e-4, atol=3e-5)
+
+
+def in_child(act, seconds=20):
+    """The exit status of a forked process that does something: 0 if it ends well and in time."""
+    if (child := os.fork()) == 0:
+        status = 1
+        try:
+            act()
+            status = 0
+        finally:
+            os._exit(status)
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.01)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    return "it hangs"
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_fork_goes_on_alone():
+    """The threads of the pool are not in the child."""
+    ids = random_ids(LLAMA, 1, 3)
+    decoder = NativeDecoder(tiny_model(LLAMA), KVCache(LLAMA), 3)
+    decoder.step(ids[:, :1])
+    wanted = decoder.step(ids[:, 1:2])
+    decoder.cache.truncate(1)
+
+    def act():
+        assert torch.equal(decoder.step(ids[:, 1:2]), wanted)
+        LIBRARY.pool_free(decoder.pool)
+
+    assert in_child(act) == 0
+    assert torch.equal(decoder.step(ids[:, 1:2]), wanted)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_fewer_threads_where_the_system_gives_no_more():
+    model, ids = tiny_model(LLAMA), random_ids(LLAMA, 1, 1)
+    wanted = NativeDecoder(model, KVCache(LLAMA), 1).step(ids)
+    cache = KVCache(LLAMA)
+
+    def act():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        most = pages * resource.getpagesize() + (4 << 20)  # no room for a stack of 8 MB
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+        decoder = NativeDecoder(model, cache, 4)
+        assert torch.equal(decoder.step(ids), wanted)
+
+    assert in_child(act) == 0
+
+
+def test_the_number_of_threads_follows_pytorchs():
+    model, cache = tiny_model(LLAMA), KVCache(LLAMA)
+    steps, before = NativeSteps(model, cache), torch.get_num_threads()
+    try:
+        counts = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            assert steps.can_step()
+            counts.append(steps.decoder.threads)
+    finally:
+        torch.set_num_threads(before)
+    assert counts == [1, 3]
+
+
+def test_an_interrupted_step_leaves_the_cache_as_it_was():
+    """Ctrl-C between two layers: the first holds a token more than the last."""
+    model, cache = tiny_model(LLAMA), KVCache(LLAMA)
+    ids = random_ids(LLAMA, 1, 5)
+
+    def interrupt(module, inputs):
+        raise KeyboardInterrupt
+
+    with torch.inference_mode():
+        wanted = model(ids)[:, -1]
+        model(ids[:, :4], cache)
+        handle = model.layers[1].register_forward_pre_hook(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            model(ids[:, 4:], cache)
+        handle.remove()
+        assert cache.length == 4
+        cache.truncate(4)
+        found = NativeDecoder(model, cache).step(ids[:, 4:])
+    torch.testing.assert_close(found, wanted, rtol=1e-4, atol=3e-5)
+
+
+# ---- the library ----
+
+
+def fresh_library():
+    """What another process would load."""
+    return decoder_library.__wrapped__()
+
+
+@pytest.fixture
+def cache_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.mark.filterwarnings("ignore:the decoder was compiled")
+def test_it_is_compiled_once_and_a_broken_file_anew(cache_home, tmp_path, monkeypatch):
+    assert fresh_library()[1] == ""
+    [file] = cache_folder().iterdir()
+    made = file.stat().st_mtime_ns
+    assert fresh_library()[1] == "" and file.stat().st_mtime_ns == made
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "other"))
+    cache_folder().mkdir(parents=True)
+    broken = cache_folder() / file.name
+    broken.write_bytes(b"half of it")
+    assert fresh_library()[1] == ""
+    assert list(cache_folder().iterdir()) == [broken] and broken.stat().st_size > 1000
+
+
+@pytest.mark.filterwarnings("ignore:the decoder was compiled")
+def test_several_compile_at_once(cache_home):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(fresh_library())) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [why for _, why in found] == [""] * 3
+    assert len(list(cache_folder().iterdir())) == 1
+
+
+def test_without_a_home_folder_the_plain_path_is_taken(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])  # as for a uid without a name
+    library, why = fresh_library()
+    assert library is None and "home" in why
+
+
+def test_where_nothing_can_be_written_the_plain_path_is_taken(cache_home):
+    cache_home.write_text("a file where the folder should be")
+    library, why = fresh_library()
+    assert library is None and "cache" in why
+
+
+@pytest.mark.filterwarnings("ignore:the decoder was compiled")
+@pytest.mark.parametrize("named", ["no-such-compiler", "true", "ls", "   ", "cc -fno-such-flag"])
+def test_nonsense_in_cc(cache_home, monkeypatch, named):
+    monkeypatch.setenv("CC", named)
+    library, why = fresh_library()
+    assert (library is None) == bool(why)
+    assert (library is None) == (named.split()[:1] not in ([], ["no-such-compiler"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitizers", ["address,undefined", "thread"])
+def test_the_sanitizers_find_nothing(tmp_path, sanitizers):
+    if not shutil.which("gcc"):
+        pytest.skip("no gcc, whose sanitizers are used")
+    program = tmp_path / "program"
+    flags = ["-std=c11", "-g", "-O1", "-march=native", "-fno-sanitize-recover=all"]
+    source = Path(__file__).with_name("decoder_sanitized.c")
+    command = ["gcc", *flags, f"-fsanitize={sanitizers}", f'-DDECODER="{SOURCE}"', str(source)]
+    subprocess.run([*command, "-o", str(program), "-lm", "-lpthread"], check=True)
+    done = subprocess.run([program], capture_output=True, timeout=300)
+    assert (done.returncode, done.stderr.decode()) == (0, "")

@@ -269,8 +269,8 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Number of tokens in the cache, S."""
-        return self.layers[0].length
+        """Number of tokens in the cache, S: in its last layer, if a pass was interrupted."""
+        return self.layers[-1].length
 
     def append_ids(self, new: Tensor) -> Tensor:
         """Adds ids (B, T) whose keys and values come next, and returns all so far, (B, S)."""

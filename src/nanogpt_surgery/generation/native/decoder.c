@@ -2,7 +2,8 @@
 
    What `SimpleGPT.forward` computes for one new token a row, in one function: no operation is
    called from Python, nothing is allocated, and the threads stay awake from the first product to
-   the last. Called through ctypes; `engine.py` fills in the structures.
+   the last. Called through ctypes; decoder.py fills in the structures, and has
+   checked every size: nothing is checked here but the ids.
 
    Legend: B rows, C width, I width inside the feed-forward, H heads, G key-value heads, D head
    width, V vocabulary, S tokens so far. */
@@ -14,6 +15,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <unistd.h>
 
 enum { FLOAT32, BFLOAT16 };             /* of a matrix, and of a cache */
 enum { LAYERNORM, RMSNORM };
@@ -57,7 +59,7 @@ typedef struct {
     Norm final_norm;
     Matrix embedding, head;
     const Matrix *prev_embeddings;      /* n_prev tables */
-    const Matrix *learned;              /* the table of positions, or NULL */
+    const Matrix *learned;              /* one table of positions, or NULL */
     const float *frequencies;           /* radians a token for each pair, (D / 2) */
     Layer *layers;
 } Model;
@@ -157,11 +159,12 @@ typedef struct Pool Pool;
 typedef struct {
     Pool *pool;
     int number;
-    float *h, *scores, *low;            /* its own: (B, max(C, I, H D)), (max_length), (rank) */
+    float *h, *scores, *low;            /* its own: (B, C), (max_length), (largest rank) */
 } Worker;
 
 struct Pool {
     int threads, rows, stopping;
+    pid_t process;                      /* that the threads belong to */
     unsigned round;                     /* of steps: a new number wakes the workers */
     pthread_mutex_t lock;
     pthread_cond_t wake;
@@ -337,7 +340,7 @@ static float activation(int kind, float x) {
     switch (kind) {
     case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
     case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case RELU2: return x > 0 ? x * x : 0;
+    case RELU2: return x < 0 ? 0 : x * x;  /* of NaN: NaN */
     default: return x / (1 + expf(-x));  /* SiLU, of the gate */
     }
 }
@@ -393,9 +396,10 @@ static void *work(void *argument) {
     for (unsigned seen = 0;;) {
         pthread_mutex_lock(&p->lock);
         while (p->round == seen && !p->stopping) pthread_cond_wait(&p->wake, &p->lock);
+        int stopping = p->stopping;
         seen = p->round;
         pthread_mutex_unlock(&p->lock);
-        if (p->stopping) return NULL;
+        if (stopping) return NULL;
         step(w);
         atomic_fetch_sub(&p->running, 1);
     }
@@ -409,47 +413,72 @@ static size_t widest(const Model *m) {
     return heads > widest ? heads : widest;
 }
 
+/* A fork has the memory and none of the threads, perhaps with the lock held: it goes on alone. */
+static void after_a_fork(Pool *p) {
+    if (p->process == getpid()) return;
+    p->process = getpid(), p->threads = 1;
+    atomic_store(&p->arrived, 0);
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->wake, NULL);
+}
+
+static void free_worker(Worker *w) { free(w->h), free(w->scores), free(w->low); }
+
 void pool_free(Pool *p) {
+    after_a_fork(p);
     pthread_mutex_lock(&p->lock);
     p->stopping = 1;
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->lock);
     for (int i = 1; i < p->threads; i++) pthread_join(p->handles[i], NULL);
-    for (int i = 0; i < p->threads; i++)
-        free(p->workers[i].h), free(p->workers[i].scores), free(p->workers[i].low);
+    for (int i = 0; i < p->threads; i++) free_worker(&p->workers[i]);
+    pthread_mutex_destroy(&p->lock), pthread_cond_destroy(&p->wake);
     free(p->x), free(p->q), free(p->k), free(p->v), free(p->y), free(p->inner);
     free(p->handles), free(p->workers), free(p);
 }
 
-/* Threads and buffers for steps of `rows` rows of a model; NULL where there is no memory. */
+/* Makes a worker and, but for the first, which is the caller, its thread; returns whether it could,
+   and leaves nothing behind where it could not. */
+static int add_worker(Pool *p) {
+    const Model *m = p->model;
+    int i = p->threads;
+    Worker *w = &p->workers[i];
+    *w = (Worker){
+        p, i, numbers((size_t)p->rows * m->width), numbers(m->max_length), numbers(m->max_rank)};
+    int there = w->h && w->scores && w->low;
+    if (there && i) there = !pthread_create(&p->handles[i], NULL, work, w);
+    if (there) p->threads++;
+    else free_worker(w);
+    return there;
+}
+
+/* Threads and buffers for steps of `rows` rows of a model: as many as are wanted, or as the system
+   gives; NULL where there is no memory. */
 Pool *pool_make(const Model *m, int rows, int threads) {
     Pool *p = calloc(1, sizeof *p);
     if (!p) return NULL;
-    size_t wide = widest(m);
-    p->model = m, p->rows = rows, p->threads = 1;
+    size_t wide = rows * widest(m);
+    p->model = m, p->rows = rows, p->process = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);
     p->handles = calloc(threads, sizeof *p->handles);
     p->workers = calloc(threads, sizeof *p->workers);
-    p->x = numbers(rows * (size_t)m->width), p->q = numbers(rows * wide);
-    p->k = numbers(rows * wide), p->v = numbers(rows * wide);
-    p->y = numbers(rows * wide), p->inner = numbers(rows * wide);
+    p->x = numbers(wide), p->q = numbers(wide), p->k = numbers(wide);
+    p->v = numbers(wide), p->y = numbers(wide), p->inner = numbers(wide);
     int there = p->handles && p->workers && p->x && p->q && p->k && p->v && p->y && p->inner;
-    for (int i = 0; there && i < threads; i++) {
-        Worker *w = &p->workers[i];
-        *w = (Worker){p, i, numbers(rows * wide), numbers(m->max_length), numbers(m->max_rank)};
-        p->threads = i + 1;
-        there = w->h && w->scores && w->low;
-        if (there && i && pthread_create(&p->handles[i], NULL, work, w)) p->threads = i, there = 0;
-    }
-    if (there) return p;
+    while (there && p->threads < threads && add_worker(p)) continue;
+    if (p->threads) return p;
     pool_free(p);
     return NULL;
 }
 
-/* The logits (B, V) after one more id a row; its key and value are written at `lengths`. */
-void pool_step(
+/* Writes the logits (B, V) after one more id a row; its key and value go to place `lengths` of the
+   cache. Returns whether every id is one of the vocabulary; nothing is done where one is not. */
+int pool_step(
     Pool *p, const int64_t *ids, const int32_t *lengths, const int32_t *positions, float *logits) {
+    for (int i = 0; i < p->rows * (1 + p->model->n_prev); i++)
+        if (ids[i] < 0 || ids[i] >= p->model->vocab) return 0;
+    after_a_fork(p);
     p->ids = ids, p->lengths = lengths, p->positions = positions, p->logits = logits;
     atomic_store(&p->running, p->threads - 1);
     pthread_mutex_lock(&p->lock);
@@ -458,4 +487,5 @@ void pool_step(
     pthread_mutex_unlock(&p->lock);
     step(&p->workers[0]);
     while (atomic_load(&p->running)) sched_yield();
+    return 1;
 }

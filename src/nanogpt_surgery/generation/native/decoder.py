@@ -10,19 +10,31 @@ Legend: B rows, V vocabulary.
 from __future__ import annotations
 
 import ctypes
+import os
 import weakref
+from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as every_module
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.native.library import decoder_library
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.linear import LoRALinear, LoRAUpdate
-from nanogpt_surgery.model.embeddings import LearnedPositions, PrevTokenEmbeddings, RotaryPositions
+from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.embeddings import (
+    LearnedPositions,
+    PrevTokenEmbeddings,
+    RotaryPositions,
+    identity,
+    rotate,
+)
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import (
+    ACTIVATIONS,
     CausalSelfAttention,
     KVCache,
     LayerCache,
@@ -77,22 +89,138 @@ Model = struct(
 )
 
 
-def unsupported_reason(model: nn.Module, cache: KVCache) -> str:
-    """Returns why the compiled decoder does not compute a model, or "" if it does."""
+def unsupported_reason(model: SimpleGPT, cache: KVCache) -> str:
+    """Returns why the compiled decoder does not compute a model with a cache, or "" if it does.
+
+    C trusts what it is given: every size and every piece of memory that it reads is checked here.
+    """
+    if _hooks_on_all_modules():
+        return "there is a hook on all modules"
     for name, module in model.named_modules():
-        where = name or "the model"
-        if type(module) not in KNOWN:
-            return f"{where} is a {type(module).__name__}"
-        if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
-            return f"{where} has a hook"
-        if isinstance(module, CausalSelfAttention) and module.attend is not causal_attention:
-            return f"{where} has another attention"
-        if isinstance(module, LoRALinear) and not isinstance(module.active, WeightedAdapters):
-            return f"{where} has another adapter for each row"
-    for name, tensor in [*model.named_parameters(), ("the cache", cache.layers[0].keys)]:
-        if tensor.device.type != "cpu" or tensor.dtype not in KINDS or not tensor.is_contiguous():
-            return f"{name} is {tensor.dtype} on {tensor.device}, or not in one piece"
-    return decoder_library()[1]
+        if reason := _unknown(module, model.config):
+            return f"{name or 'the model'} {reason}"
+    for name, types, shape in _parts(model.config):
+        try:
+            part = model.get_submodule(name)
+        except AttributeError:
+            return f"{name} is not there"
+        if type(part) not in types:
+            return f"{name} is a {type(part).__name__}, not a {types[0].__name__}"
+        for what, tensor, wanted in _tensors(part, shape):
+            if reason := _unreadable(tensor, wanted):
+                return f"{what} of {name} {reason}"
+    return _unfit(model, cache) or decoder_library()[1]
+
+
+def _hooks_on_all_modules() -> bool:
+    return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
+
+
+def _unknown(module: Any, config: GPTConfig) -> str:
+    """Returns what a module computes in another way than decoder.c does, or ""."""
+    if type(module) not in KNOWN:
+        return f"is a {type(module).__name__}"
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return "has a hook"
+    if isinstance(module, CausalSelfAttention):
+        turns = rotate if config.positions == "rotary" else identity
+        if module.attend is not causal_attention or module.rotate is not turns:
+            return "has another attention"
+    if isinstance(module, PlainFeedForward):
+        found, wanted = module.activation, ACTIVATIONS[config.mlp]
+        if _parts_of_call(found) != _parts_of_call(wanted):
+            return f"has another activation than {config.mlp}"
+    if isinstance(module, LoRALinear) and not isinstance(module.active, WeightedAdapters):
+        return "has another adapter for each row"
+    if isinstance(module, (RMSNorm, nn.LayerNorm)) and module.eps != config.norm_eps:
+        return f"has eps {module.eps}, not the config's {config.norm_eps}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "has a max_norm"
+    return ""
+
+
+def _parts_of_call(call: Any) -> tuple[Any, ...]:
+    """Returns a function, and what a `partial` of it fixes: two copies of one are the same."""
+    return getattr(call, "func", call), getattr(call, "keywords", {})
+
+
+Part = tuple[str, tuple[type[nn.Module], ...], tuple[int, ...]]
+
+
+def _parts(config: GPTConfig) -> Iterator[Part]:
+    """Yields the path, the types and the shape of the weight of each module that C reads."""
+    c, width, table = config, config.n_embd, (config.vocab_size, config.n_embd)
+    q, kv, inner = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_inner
+    norm = (RMSNorm if c.norm == "rmsnorm" else nn.LayerNorm,)
+    head_norm = ((RMSNorm if c.qk_norm else nn.Identity),)
+    linear, embedding = (nn.Linear, LoRALinear), (nn.Embedding,)
+    yield "embed_tokens", embedding, table
+    yield from ((f"embed_prev_tokens.{i}", embedding, table) for i in range(c.n_prev_tokens))
+    rotary = c.positions == "rotary"
+    positions = (RotaryPositions if rotary else LearnedPositions,)
+    yield "embed_positions", positions, (c.head_dim // 2,) if rotary else (c.block_size, width)
+    up = ("gate_proj", "up_proj") if c.mlp == "swiglu" else ("up_proj",)
+    for i in range(c.n_layer):
+        attention, mlp = f"layers.{i}.self_attn", f"layers.{i}.mlp"
+        yield f"layers.{i}.input_layernorm", norm, (width,)
+        yield from ((f"{attention}.{n}_norm", head_norm, (c.head_dim,)) for n in "qk")
+        yield f"{attention}.q_proj", linear, (q, width)
+        yield from ((f"{attention}.{n}_proj", linear, (kv, width)) for n in "kv")
+        yield f"{attention}.o_proj", linear, (width, q)
+        yield f"layers.{i}.post_attention_layernorm", norm, (width,)
+        yield from ((f"{mlp}.{name}", linear, (inner, width)) for name in up)
+        yield f"{mlp}.down_proj", linear, (width, inner)
+    yield "norm", norm, (width,)
+    yield "lm_head", linear, table
+
+
+def _tensors(part: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Any, tuple[int, ...]]]:
+    """Yields the name, the tensor and the shape it must have of all that C reads of a module."""
+    if isinstance(part, LoRALinear):
+        for update in part.updates.values():
+            a, b = update.factors()  # type: ignore[operator]
+            yield "lora_A", a, (update.rank, shape[1])  # type: ignore[misc]
+            yield "lora_B", b, (shape[0], update.rank)  # type: ignore[misc]
+        part = part.original_layer
+    if isinstance(part, RotaryPositions):
+        yield "frequencies", part.frequencies, shape
+    elif not isinstance(part, nn.Identity):
+        yield "weight", part.weight, shape
+        if getattr(part, "bias", None) is not None:
+            yield "bias", part.bias, shape[:1]
+
+
+def _unreadable(tensor: Any, shape: tuple[int, ...]) -> str:
+    """Returns why C cannot read a tensor as numbers of this shape in one piece, or ""."""
+    if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
+        return f"is a {type(tensor).__name__}, not a plain tensor"
+    if tensor.device.type != "cpu" or tensor.dtype not in KINDS:
+        return f"is {tensor.dtype} on {tensor.device}"
+    if tuple(tensor.shape) != shape:
+        return f"has the shape {tuple(tensor.shape)}, not {shape}"
+    return "" if tensor.is_contiguous() else "does not lie in one piece"
+
+
+def _unfit(model: SimpleGPT, cache: KVCache) -> str:
+    """Returns what of a model as a whole, or of its cache, is not as the config says, or ""."""
+    config = model.config
+    if len(model.layers) != config.n_layer or len(cache.layers) != config.n_layer:
+        counts = f"{len(model.layers)} and {len(cache.layers)}, not {config.n_layer}"
+        return f"the layers of the model and of the cache are {counts}"
+    if (model.embed_prev_tokens is identity) != (config.n_prev_tokens == 0):
+        return "embed_prev_tokens is not the config's"
+    if cache.max_length > config.block_size:
+        return f"the cache is longer ({cache.max_length}) than block_size ({config.block_size})"
+    shape = (cache.batch_size, config.n_kv_head, cache.max_length, config.head_dim)
+    kind = cache.layers[0].keys.dtype
+    for tensor in (t for layer in cache.layers for t in (layer.keys, layer.values)):
+        reason = _unreadable(tensor, shape) or (tensor.dtype != kind and "has two dtypes")
+        if reason:
+            return f"the cache {reason}"
+    frequencies = getattr(model.embed_positions, "frequencies", None)
+    if frequencies is not None and frequencies.dtype != torch.float32:
+        return f"the rotary frequencies are {frequencies.dtype}"
+    return ""
 
 
 class NativeDecoder:
@@ -102,27 +230,36 @@ class NativeDecoder:
         library, _ = decoder_library()
         self.library = library
         self.cache = cache
-        self._kept: list[Any] = []  # what C points at
+        self._kept: list[Any] = []  # what C points at lives as long as this
         self.model = self._model(model)
-        threads = threads or torch.get_num_threads()
-        pool = self.library.pool_make(ctypes.byref(self.model), cache.batch_size, threads)
+        self.threads = threads or torch.get_num_threads()
+        pool = self.library.pool_make(ctypes.byref(self.model), cache.batch_size, self.threads)
         if not pool:
             raise MemoryError("no memory for the buffers of the decoder")
         self.pool = pool
-        self._end = weakref.finalize(self, self.library.pool_free, pool)
+        end = weakref.finalize(self, self.library.pool_free, pool)
+        end.atexit = False  # a daemon thread may be within a step then
 
     def step(self, ids: Tensor) -> Tensor:
-        """Returns the logits (B, V), float32, after one more id a row, (B, 1); see `KVCache`."""
-        cache, n_prev = self.cache, self.model.n_prev
+        """Returns the logits (B, V), float32, after one more id a row, (B, 1); see `KVCache`.
+
+        Raises:
+            SurgeryError: they do not fit in the cache, or one is outside the vocabulary.
+        """
+        cache, n_ids = self.cache, 1 + self.model.n_prev
         cache.check_room(*ids.shape)
-        length = cache.length
-        last = cache.append_ids(ids)[:, -1 - n_prev :].flip(1)  # the newest first
-        recent = torch.zeros(cache.batch_size, 1 + n_prev, dtype=torch.long)
+        length, rows = cache.length, cache.batch_size
+        last = cache.append_ids(ids)[:, -n_ids:].flip(1)  # the newest first
+        # Whatever the default dtype and device are, C reads and writes these.
+        recent = torch.zeros(rows, n_ids, dtype=torch.int64, device="cpu")
         recent[:, : last.size(1)] = last
-        places = torch.full((cache.batch_size,), length, dtype=torch.int32)
-        logits = torch.empty(cache.batch_size, self.model.vocab)
+        places = torch.full((rows,), length, dtype=torch.int32, device="cpu")
+        logits = torch.empty(rows, self.model.vocab, dtype=torch.float32, device="cpu")
         pointers = (tensor.data_ptr() for tensor in (recent, places, places, logits))
-        self.library.pool_step(self.pool, *pointers)
+        if not self.library.pool_step(self.pool, *pointers):
+            raise SurgeryError(
+                f"an id of {recent[:, 0].tolist()} is outside the vocabulary of {self.model.vocab}"
+            )
         for layer in cache.layers:
             layer.length = length + 1
         return logits
@@ -145,7 +282,7 @@ class NativeDecoder:
             final_norm=self._norm(model.norm), embedding=self._matrix(model.embed_tokens),
             head=self._matrix(model.lm_head), prev_embeddings=self._array(Matrix, tables),
             learned=self._array(Matrix, learned),
-            frequencies=None if learned else positions.frequencies.data_ptr(),
+            frequencies=None if learned else self._numbers(positions.frequencies).at,
             layers=self._array(Layer, layers),
         )  # fmt: skip
 
@@ -160,8 +297,8 @@ class NativeDecoder:
             self._matrix(mlp.gate_proj) if isinstance(mlp, SwiGLUFeedForward) else Matrix(),
             self._matrix(mlp.up_proj),
             self._matrix(mlp.down_proj),
-            cache.keys.data_ptr(),
-            cache.values.data_ptr(),
+            self._numbers(cache.keys).at,
+            self._numbers(cache.values).at,
         )
 
     def _matrix(self, layer: Any) -> Any:
@@ -180,7 +317,10 @@ class NativeDecoder:
         return Norm(self._numbers(weight), self._numbers(bias))
 
     def _numbers(self, tensor: Tensor | None) -> Any:
-        return Numbers() if tensor is None else Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
+        if tensor is None:
+            return Numbers()
+        self._kept.append(tensor.detach())  # its memory, even if `tensor.data` becomes another
+        return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
 
     def _array(self, kind: Any, values: list[Any]) -> Any:
         array = (kind * len(values))(*values)
@@ -235,15 +375,40 @@ class NativeSteps:
 def _facts(model: SimpleGPT, cache: KVCache) -> list[Any]:
     """Returns what a decoder is made from: where tensors lie, which modules and adapters there are.
 
-    What is written in place is seen at once, since nothing is copied.
+    What is written in place is seen at once, since nothing is copied. This runs before every step,
+    so it walks by itself: `modules()` and `parameters()` take several times as long.
     """
-    facts: list[Any] = [(t.data_ptr(), t.dtype) for t in model.parameters()]
-    facts += [layer.keys.data_ptr() for layer in cache.layers]
-    for module in model.modules():
-        hooks = len(module._forward_hooks) + len(module._forward_pre_hooks)
-        facts.append((id(module), hooks, len(vars(module))))
-        if isinstance(module, LoRALinear):
-            facts.append((module.active, *((id(u), w, u.scaling) for u, w in _taking_part(module))))
-        if isinstance(module, CausalSelfAttention):
-            facts.append(module.attend)
+    facts: list[Any] = [model.config, model.embed_prev_tokens, cache.max_length, cache.batch_size]
+    facts += [os.getpid(), torch.get_num_threads(), _hooks_on_all_modules()]
+    facts += [_memory(t) for layer in cache.layers for t in (layer.keys, layer.values)]
+    modules: list[Any] = [model]
+    for module in modules:  # it grows
+        own = module.__dict__
+        modules += [child for child in own["_modules"].values() if child is not None]
+        facts += [module, *map(_memory, own["_parameters"].values())]
+        facts.append(bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own))
+        if read := ATTRIBUTES.get(type(module)):
+            facts.append(read(module))
     return facts
+
+
+def _memory(tensor: Tensor | None) -> Any:
+    if tensor is None:
+        return None
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _updates(layer: LoRALinear) -> Any:
+    return type(layer.active), [(u, w, u.scaling, u.rank) for u, w in _taking_part(layer)]
+
+
+# What of a module, besides its tensors, a decoder is made from.
+ATTRIBUTES: dict[type, Callable[[Any], Any]] = {
+    RMSNorm: attrgetter("eps"),
+    nn.LayerNorm: attrgetter("eps"),
+    nn.Embedding: attrgetter("max_norm"),
+    CausalSelfAttention: attrgetter("attend", "rotate"),
+    PlainFeedForward: attrgetter("activation"),
+    RotaryPositions: lambda positions: _memory(positions.frequencies),
+    LoRALinear: _updates,
+}

@@ -57,15 +57,18 @@ def decoder_library() -> tuple[Any, str]:
             None,
             "there is no C compiler here (the package ziglang, our extra native, brings one)",
         )
-    path = cache_folder() / f"decoder-{_key(command)}.so"
     try:
-        if not path.is_file():
+        path = cache_folder() / f"decoder-{_key(command)}.so"
+        try:
+            library = ctypes.CDLL(str(path))
+        except OSError:  # it is not there, or damaged
             _compile(command, path)
-        return _with_signatures(ctypes.CDLL(str(path))), ""
+            library = ctypes.CDLL(str(path))
+        return _with_signatures(library), ""
     except subprocess.CalledProcessError as error:
         said = quoted(error.stderr.decode(errors="replace"))
         return None, f"{command[0]} does not compile the decoder: {said}"
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except (OSError, RuntimeError, subprocess.TimeoutExpired) as error:  # Runtime: no home folder
         return None, f"the decoder cannot be compiled or loaded: {error}"
 
 
@@ -103,7 +106,7 @@ def _processor() -> bytes:
 def _with_signatures(library: Any) -> Any:
     library.pool_make.restype = ctypes.c_void_p
     library.pool_make.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
-    library.pool_step.restype = library.pool_free.restype = None
+    library.pool_step.restype, library.pool_free.restype = ctypes.c_int, None
     library.pool_step.argtypes = [ctypes.c_void_p] * 5
     library.pool_free.argtypes = [ctypes.c_void_p]
     return library
