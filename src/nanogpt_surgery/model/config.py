@@ -49,8 +49,8 @@ class RopeScaling(Settings):
 class GPTConfig(Settings):
     """Everything that determines a model's shape and arithmetic; the weights are the rest.
 
-    `n_kv_head`, `head_dim` and `n_inner` follow from other sizes where they are 0; a new config has
-    the number. All contradictions are reported at once, as a `SurgeryError`.
+    Where `n_kv_head`, `head_dim` or `n_inner` is given as 0, it is computed from the other sizes.
+    All contradictions are reported at once, as a `SurgeryError`.
     """
 
     vocab_size: Annotated[int, SIZE]

@@ -110,8 +110,8 @@ class PrevTokenEmbeddings(nn.ModuleList):
     def forward(self, x: Tensor, ids: Tensor, positions: Tensor) -> Tensor:
         """Adds to x (B, T, C) the embeddings of the tokens before each of its T tokens.
 
-        `ids` (B, S) are all so far; the last T are those of x. Nothing is before position 0, by the
-        `positions` (T,) or (B, T), and nothing is added.
+        `ids` (B, S) are all so far; the last T are those of x, at `positions` (T,) or (B, T).
+        Before position 0 there is no token, and nothing is added.
         """
         new = slice(ids.size(1) - x.size(1), ids.size(1))
         for distance, table in enumerate(self, 1):

@@ -13,7 +13,7 @@ Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
 Shape = Literal["cosine", "stable"]
-# The rows of all steps are numbered in 64 bits.
+# Small enough that the rows of all steps can be numbered in 64 bits.
 Count: TypeAlias = Annotated[int, integer(1, 10**15)]
 CountOr0: TypeAlias = Annotated[int, integer(0, 10**15)]
 Amount: TypeAlias = Annotated[float, number("from 0 to 1e15", lambda x: 0 <= x <= 1e15)]
@@ -60,19 +60,19 @@ class FitSettings(Settings):
     evaluate_tokens: CountOr0 = 2**18
     """held-out tokens that an evaluation reads, spread over all there are (0: all)"""
     cache_gib: Amount = 2.0
-    """GiB for hidden states before the first part that learns, kept where windows come again"""
+    """GiB to keep what the frozen first layers compute, where windows come again"""
     gradient_checkpointing: bool = False
     """compute each block again for its gradient instead of keeping it: less memory, more time"""
     seed: Annotated[int, integer(-(2**41), 2**41)] = 1337
-    """from which batches and dropout follow, with the step's number, by 64-bit arithmetic"""
+    """batches and dropout follow from it and the step's number, by 64-bit arithmetic"""
     device: Device = "auto"
     """where to compute"""
     precision: Precision = "auto"
-    """what matrix products are computed in; weights and optimizer stay float32"""
+    """in which matrix products are computed; weights and optimizer stay float32"""
     compile: Compile = "auto"
     """torch.compile for each block: where it pays, always, or never"""
     fast: bool = field(default=True, metadata={"opposite": "plain"})
-    """the quicker ways to the same numbers (training/fast); without, the code as it is read"""
+    """the faster ways to the same numbers (training/fast); without, the code as it is read"""
 
     def contradictions(self) -> list[str]:
         """Returns a sentence for each contradiction."""
@@ -83,12 +83,12 @@ class FitSettings(Settings):
                 "must be 1 with muon"
             )
         if self.compile == "on" and not self.fast:
-            found.append("compile is on, which is one of the quicker ways; it must be off or auto")
+            found.append("compile is on, which is one of the faster ways; it must be off or auto")
         return found
 
     @property
     def windows(self) -> int:
-        """How many windows, or rows, a training reads in all."""
+        """Number of windows, or rows, that a training reads in all."""
         return self.max_steps * self.batch_size * self.grad_accum_steps
 
     def evaluates_after(self, steps: int) -> bool:

@@ -1,4 +1,4 @@
-"""Equal numbers, only sooner: nothing here is needed to train.
+"""The same numbers, only faster: nothing here is needed to train.
 
 `fit` calls `accelerate` once (accelerate.py); with `fast=False` nothing of this folder is loaded.
 """

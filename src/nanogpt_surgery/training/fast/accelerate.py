@@ -1,4 +1,4 @@
-"""The door to everything in this folder: a training's steps, equal but sooner."""
+"""The door to everything in this folder: a training's steps, with the same numbers but faster."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def accelerate(
     processes: World,
     cache_dir: Path | None = None,
 ) -> Accelerated:
-    """Prepares the quicker ways through the steps of a training.
+    """Prepares the faster ways through the steps of a training.
 
     Args:
         model: what is trained, on its device. It is changed within `computing()` alone.
@@ -53,7 +53,7 @@ def accelerate(
 
 @dataclass
 class Accelerated:
-    """The quicker way to batches and gradients, with the methods of `fit`'s own."""
+    """The faster way to batches and gradients, with the methods of `fit`'s own."""
 
     model: nn.Module
     settings: FitSettings
