@@ -132,11 +132,7 @@ class CharacterTokenizer:
             },
             "post_processor": None,
             "decoder": {"type": "Fuse"},
-            "model": {
-                "type": "WordLevel",
-                "vocab": self.character_to_id,
-                "unk_token": "",
-            },
+            "model": {"type": "WordLevel", "vocab": self.character_to_id, "unk_token": ""},
         }
 
     def save(self, path: str | Path) -> None:
