@@ -10,7 +10,6 @@
 
 #include <math.h>
 #include <pthread.h>
-#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -167,11 +166,10 @@ struct Pool {
     pid_t process;                      /* that the threads belong to */
     unsigned round;                     /* of steps: a new number wakes the workers */
     pthread_mutex_t lock;
-    pthread_cond_t wake;
+    pthread_cond_t wake;                /* at a new round, at the end, and past a barrier */
     pthread_t *handles;
     Worker *workers;
-    atomic_uint arrived, phase;         /* of the barrier */
-    atomic_int running;
+    atomic_uint arrived, phase, asleep; /* of the barrier */
     /* The step at hand. */
     const Model *model;
     const int64_t *ids;                 /* (B, 1 + n_prev): the new id, the one before it, … */
@@ -179,18 +177,29 @@ struct Pool {
     float *x, *q, *k, *v, *y, *inner, *logits;
 };
 
-/* All wait here for the last. They spin: a step has some hundred barriers, each a few microseconds
-   apart, and to sleep and wake takes longer. */
-static void barrier(Pool *pool) {
-    unsigned phase = atomic_load_explicit(&pool->phase, memory_order_acquire);
-    if (atomic_fetch_add(&pool->arrived, 1) + 1 == (unsigned)pool->threads) {
-        atomic_store(&pool->arrived, 0);
-        atomic_fetch_add(&pool->phase, 1);
+enum { TURNS = 30000 };                 /* some tens of microseconds */
+
+/* All wait here for the last. They spin at first: a step has some hundred barriers, each a few
+   microseconds apart, and to sleep and wake takes longer. Whoever waits longer waits for a thread
+   that has lost its processor to another program, and sleeps, so as not to take it one more. */
+static void barrier(Pool *p) {
+    unsigned phase = atomic_load(&p->phase);
+    if (atomic_fetch_add(&p->arrived, 1) + 1 == (unsigned)p->threads) {
+        atomic_store(&p->arrived, 0);
+        atomic_fetch_add(&p->phase, 1);
+        if (!atomic_load(&p->asleep)) return;
+        pthread_mutex_lock(&p->lock);
+        pthread_cond_broadcast(&p->wake);
+        pthread_mutex_unlock(&p->lock);
         return;
     }
-    for (unsigned turns = 0; atomic_load_explicit(&pool->phase, memory_order_acquire) == phase;) {
-        if (++turns > 20000) sched_yield();  /* more threads than processors */
-    }
+    for (int i = 0; i < TURNS; i++)
+        if (atomic_load_explicit(&p->phase, memory_order_acquire) != phase) return;
+    pthread_mutex_lock(&p->lock);
+    atomic_fetch_add(&p->asleep, 1);    /* before it looks again: the last looks after it counts */
+    while (atomic_load(&p->phase) == phase) pthread_cond_wait(&p->wake, &p->lock);
+    atomic_fetch_sub(&p->asleep, 1);
+    pthread_mutex_unlock(&p->lock);
 }
 
 /* A worker's share of `count` things, in fours. */
@@ -385,7 +394,7 @@ static void step(const Worker *w) {
         barrier(p);
     }
     product(w, &m->head, normalised(w, &m->final_norm), m->width, p->logits, m->vocab, 0);
-    barrier(p);
+    barrier(p);                         /* the last: past it a worker touches nothing of the step */
 }
 
 /* ---- what Python calls ---- */
@@ -401,7 +410,6 @@ static void *work(void *argument) {
         pthread_mutex_unlock(&p->lock);
         if (stopping) return NULL;
         step(w);
-        atomic_fetch_sub(&p->running, 1);
     }
 }
 
@@ -417,7 +425,7 @@ static size_t widest(const Model *m) {
 static void after_a_fork(Pool *p) {
     if (p->process == getpid()) return;
     p->process = getpid(), p->threads = 1;
-    atomic_store(&p->arrived, 0);
+    atomic_store(&p->arrived, 0), atomic_store(&p->asleep, 0);
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);
 }
@@ -480,12 +488,10 @@ int pool_step(
         if (ids[i] < 0 || ids[i] >= p->model->vocab) return 0;
     after_a_fork(p);
     p->ids = ids, p->lengths = lengths, p->positions = positions, p->logits = logits;
-    atomic_store(&p->running, p->threads - 1);
     pthread_mutex_lock(&p->lock);
     p->round++;
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->lock);
     step(&p->workers[0]);
-    while (atomic_load(&p->running)) sched_yield();
     return 1;
 }
