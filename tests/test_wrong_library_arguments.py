@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import train_updates
 from helpers.commands import LETTERS
+from helpers.models import train_a_little
 from helpers.tokenizers import byte_level
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -47,7 +47,7 @@ class Things:
         self.bare = ns.SimpleGPT.from_config(config)
         self.bare.load_state_dict(self.model.state_dict())
         ns.inject_lora(self.model, "q_proj", rank=2)
-        train_updates(self.model)
+        train_a_little(self.model)
         self.data = ns.GPTDataset(TEXT, self.tokenizer, 16)
         self.messages = [{"role": "user", "content": "to be?"}]
         self.conversation = [*self.messages, {"role": "assistant", "content": "or not"}]
@@ -345,7 +345,7 @@ def test_a_model_of_transformers_is_any_module():
     model = theirs()
     before = ns.tensor_hashes(model)
     assert ns.inject_lora(model, ["q_proj"], rank=2).summary["layers"] == 1
-    train_updates(model)
+    train_a_little(model)
     ns.save_adapter(model, "adapter")
     ns.disable_lora(model), ns.enable_lora(model)
     assert ns.merge_survival(model).rows and ns.learned(model).rows

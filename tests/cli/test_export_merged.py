@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_model(base, place / "base", PretrainedTokenizer(byte_level(), stop_ids=[2]))
     for name, size in (("plain", 0.2), ("faint", 0.02), ("newborn", 0.0)):
         inject_lora(base, ["q_proj", "down_proj"], rank=2)
-        train_a_little(base, size)
+        train_a_little(base, size=size)
         save_adapter(base, place / name)
         remove_lora(base)
     return place
@@ -107,7 +107,7 @@ def test_an_adapter_that_never_learned_is_refused(place, tmp_path, form) -> None
 def test_a_change_that_the_form_swallows_is_refused(place, tmp_path, form, name) -> None:
     model, _ = open_model(place / "base", torch.float32)
     inject_lora(model, "q_proj", rank=2)
-    train_a_little(model, 1e-5)
+    train_a_little(model, size=1e-5)
     save_adapter(model, tmp_path / "dust")
     arguments = ["export", place / "base", "--adapter", tmp_path / "dust", "--out", tmp_path / "m"]
     _, said = called(*arguments, "--format", form, check=1)

@@ -93,7 +93,7 @@ def test_a_merge_that_would_change_no_weight_is_refused(place):
     for base, name, size in (("model", "newborn", 0.0), ("half", "faint", 3e-5)):
         model = open_model(place / base)[0].float()
         inject_lora(model, "q_proj", rank=2)
-        train_a_little(model, size)
+        train_a_little(model, size=size)
         save_adapter(model, place / name)
     first = bytes_of(place)
     with pytest.raises(SurgeryError, match="newborn would change no weight: ΔW is 0 in all 2"):

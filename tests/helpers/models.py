@@ -1,5 +1,6 @@
 """Tiny models for tests: sizes all different, every weight random, so that nothing can hide."""
 
+import re
 from typing import get_args
 
 import torch
@@ -90,12 +91,18 @@ def tiny_model(config: GPTConfig, seed: int = 0) -> SimpleGPT:
     return model
 
 
-def train_a_little(model: nn.Module, seed: int = 0, size: float = 0.1) -> None:
-    """Moves every parameter that can be trained, as a training would: nowhere is it zero."""
+def train_a_little(model: nn.Module, seed: int = 5, size: float = 0.1) -> None:
+    """Gives what trains of an adapter, ours or PEFT's, values as a training might: none is zero."""
     draw = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += size * torch.randn(parameter.shape, generator=draw)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            change = size * torch.randn(parameter.shape, generator=draw)
+            if not parameter.requires_grad:
+                continue
+            if re.search(r"lora_(embedding_)?[AB]\b", name):
+                parameter.copy_(change)  # whatever was drawn for A before
+            elif re.search(r"lora_|updates\.|modules_to_save", name):
+                parameter += change
 
 
 def random_ids(config: GPTConfig, batch: int, tokens: int, seed: int = 0) -> Tensor:

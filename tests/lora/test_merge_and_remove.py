@@ -158,7 +158,7 @@ def test_a_merge_of_nothing_is_refused(force):
 def test_a_merge_that_changes_no_weight_is_refused(size, reason):
     model = tiny_model(LLAMA).bfloat16()
     inject_lora(model, "q_proj", rank=2)
-    train_a_little(model, size)
+    train_a_little(model, size=size)
     before = bits(model)
     with pytest.raises(SurgeryError, match=reason) as caught:
         merge_lora(model)
