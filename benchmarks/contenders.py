@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, fit
 from nanogpt_surgery.model.initialisation import start_from_zero
 from nanogpt_surgery.training.recipes import RECIPES
-from nanogpt_surgery.training.trainable_stages import forward_flops_per_token
 
 
 @dataclass(frozen=True)
@@ -164,7 +163,7 @@ class Logits(nn.Module):
 def flops(shape: Shape, vocab_size: int) -> float:
     """The matrix products of a step of GPT-2's anatomy at this shape."""
     config = GPTConfig(vocab_size, shape.width, shape.heads, shape.layers, shape.block)
-    return 3.0 * forward_flops_per_token(config, shape.block) * shape.batch * shape.block
+    return 3.0 * config.flops_per_token() * shape.batch * shape.block
 
 
 def _loop(model, mean_loss, optimizer, shape, ids, held, steps) -> Iterator[None]:

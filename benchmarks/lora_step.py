@@ -115,9 +115,7 @@ def needed(shape: str, targets: str, who: str) -> float:
     from nanogpt_surgery import GPTConfig
 
     config = GPTConfig.for_family(**SHAPES[shape])
-    block = sum(rows * columns for rows, columns, _ in config.linear_shapes())
-    head = 2 * config.vocab_size * config.n_embd
-    whole = 2 * config.n_layer * block + head
+    whole, head = config.flops_per_token(context=0), 2 * config.vocab_size * config.n_embd
     flops = {"ours": head, "peft": whole}[who] if targets == "head" else 2 * whole
     return flops * BATCH * TOKENS / 1e9
 

@@ -5,11 +5,14 @@ import subprocess
 import sys
 
 import pytest
-from helpers.models import AXES, CONFIGS, SCALING
+import torch
+from helpers.models import AXES, CONFIGS, SCALING, random_ids, tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt_surgery import FAMILIES, GPTConfig, RopeScaling, SimpleGPT, SurgeryError
+from nanogpt_surgery import FAMILIES, GPTConfig, KVCache, RopeScaling, SimpleGPT, SurgeryError
 
 EVERY_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 COMBINATIONS = list(itertools.product(*AXES.values(), (False, True), (False, True)))
@@ -68,6 +71,32 @@ def test_n_parameters_is_the_count_at_any_size(
         **dict(zip(names, axes, strict=True)),
     )
     assert config.n_parameters == counted(config)
+
+
+def counted_flops(forward):
+    """With the written-out attention, so that the counter sees its two products."""
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
+        forward()
+    return counter.get_total_flops()
+
+
+@EVERY_CONFIG
+def test_flops_per_token_is_the_count(config):
+    model = tiny_model(config)
+    for batch, tokens in ((1, 19), (3, 7)):
+        ids = random_ids(config, batch, tokens)
+        flops = counted_flops(lambda ids=ids: model(ids))
+        assert flops == batch * tokens * config.flops_per_token(tokens)
+    assert config.flops_per_token() == config.flops_per_token(config.block_size)
+
+
+@EVERY_CONFIG
+def test_flops_per_token_is_the_count_for_one_token_after_a_cache(config):
+    model, cache = tiny_model(config), KVCache(config)
+    ids = random_ids(config, 1, 12)
+    model(ids[:, :11], cache)
+    flops = counted_flops(lambda: model(ids[:, 11:], cache))
+    assert flops == config.flops_per_token(12)
 
 
 def test_sizes_left_out_follow_from_the_others():

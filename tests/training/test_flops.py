@@ -2,20 +2,14 @@
 
 import pytest
 import torch
-from helpers.models import CONFIGS as FAMILIES
-from helpers.models import random_ids, tiny_model
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from nanogpt_surgery import GPTConfig, KVCache, SimpleGPT, inject_lora
+from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
 from nanogpt_surgery.training import hardware
 from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
 from nanogpt_surgery.training.hardware import matmul_rate
 from nanogpt_surgery.training.recipes import RECIPES
-from nanogpt_surgery.training.trainable_stages import (
-    forward_flops_per_token,
-    training_flops_per_token,
-)
+from nanogpt_surgery.training.trainable_stages import training_flops_per_token
 
 SIZES = {"n_embd": 24, "n_head": 3, "n_layer": 4, "block_size": 16}
 CONFIGS = [
@@ -27,34 +21,6 @@ CONFIGS = [
 ]
 # What a layer's attention kernel computes again for its gradient, for each token, in CONFIGS[0].
 AGAIN = 2 * 24 * 16
-
-
-EVERY_FAMILY = pytest.mark.parametrize("config", FAMILIES.values(), ids=FAMILIES)
-
-
-def counted_flops(forward):
-    """With the written-out attention, so that the counter sees its two products."""
-    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.no_grad():
-        forward()
-    return counter.get_total_flops()
-
-
-@EVERY_FAMILY
-def test_flops_of_a_forward_pass_are_the_count(config):
-    model = tiny_model(config)
-    for batch, tokens in ((1, 19), (3, 7)):
-        ids = random_ids(config, batch, tokens)
-        flops = counted_flops(lambda ids=ids: model(ids))
-        assert flops == batch * tokens * forward_flops_per_token(config, tokens)
-
-
-@EVERY_FAMILY
-def test_flops_of_a_forward_pass_are_the_count_for_one_token_after_a_cache(config):
-    model, cache = tiny_model(config), KVCache(config)
-    ids = random_ids(config, 1, 12)
-    model(ids[:, :11], cache)
-    flops = counted_flops(lambda: model(ids[:, 11:], cache))
-    assert flops == forward_flops_per_token(config, 12)
 
 
 def counted(model: SimpleGPT) -> float:
@@ -69,7 +35,7 @@ def counted(model: SimpleGPT) -> float:
 def test_three_forward_passes_where_everything_learns(config):
     model = SimpleGPT.from_config(config)
     flops = training_flops_per_token(model, 16)
-    assert flops == 3 * forward_flops_per_token(config, 16)
+    assert flops == 3 * config.flops_per_token(16)
     # PyTorch counts the attention that its kernel computes again for its gradient.
     again = 2 * config.n_layer * config.n_head * config.head_dim * 16
     assert counted(model) == flops + again

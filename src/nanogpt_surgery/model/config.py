@@ -129,13 +129,13 @@ class GPTConfig(Settings):
     def n_parameters(self) -> int:
         """Number of distinct weights, a tied head counted once."""
         norm = self.n_embd * (2 if self.norm == "layernorm" and self.bias == "all" else 1)
-        linears = sum(rows * (columns + bias) for rows, columns, bias in self.linear_shapes())
+        linears = sum(rows * (columns + bias) for rows, columns, bias in self._linears())
         block = linears + 2 * norm + 2 * self.head_dim * self.qk_norm
         tables = self.vocab_size * (1 + self.n_prev_tokens + (not self.tie_head))
         tables += self.block_size if self.positions == "learned" else 0
         return self.n_layer * block + norm + tables * self.n_embd
 
-    def linear_shapes(self) -> list[tuple[int, int, bool]]:
+    def _linears(self) -> list[tuple[int, int, bool]]:
         """Returns outputs, inputs and whether there is a bias, for each Linear of a block."""
         q, kv = self.n_head * self.head_dim, self.n_kv_head * self.head_dim
         qkv_bias, o_bias = self.bias != "none", self.bias in ("all", "attention")
@@ -148,6 +148,18 @@ class GPTConfig(Settings):
             *[(inner, width, mlp_bias)] * (2 if self.mlp == "swiglu" else 1),
             (width, inner, mlp_bias),
         ]
+
+    def flops_per_token(self, context: int | None = None) -> int:
+        """Floating-point operations of a forward pass, per token, in matrix products alone.
+
+        Two for each weight of a matrix that multiplies, and 4 · layers · H · D · `context` for
+        attention, whose square is counted whole although half is masked (PaLM, arXiv:2204.02311,
+        appendix B). A training step takes three times as many. `context` defaults to `block_size`.
+        """
+        context = self.block_size if context is None else context
+        block = sum(rows * columns for rows, columns, _ in self._linears())
+        matrices = self.n_layer * block + self.vocab_size * self.n_embd
+        return 2 * matrices + 4 * self.n_layer * self.n_head * self.head_dim * context
 
 
 # For each family, the values that its checkpoints may have on each axis, the usual one first.

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.settings import FitSettings
-from nanogpt_surgery.training.trainable_stages import forward_flops_per_token
 
 # Operations of a training from which on compiling is earned back (docs/log.md).
 _COMPILING_PAYS = {"cpu": 3e13, "cuda": 1e15, "mps": math.inf}
@@ -131,7 +130,7 @@ def operations_of(model: nn.Module, settings: FitSettings, block_size: int) -> f
     """
     tokens = settings.windows * block_size
     if isinstance(model, SimpleGPT):
-        return 3.0 * forward_flops_per_token(model.config, block_size) * tokens
+        return 3.0 * model.config.flops_per_token(block_size) * tokens
     return 6.0 * sum(p.numel() for p in model.parameters()) * tokens
 
 

@@ -1,4 +1,4 @@
-"""Where in a model training begins, and how many operations it needs.
+"""Where in a model training begins, and how many operations a step needs from there on.
 
 Nothing before the first trainable stage has a gradient.
 
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from torch import nn
 
-from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.settings import FitSettings
 
@@ -37,24 +36,12 @@ def can_keep(model: SimpleGPT, settings: FitSettings) -> bool:
     )
 
 
-def forward_flops_per_token(config: GPTConfig, context: int) -> int:
-    """Returns the operations of a forward pass for each of `context` tokens, in products alone.
-
-    Two for each weight of a matrix that multiplies, and 4 · layers · H · D · `context` for
-    attention, whose square is counted whole although half is masked (PaLM, arXiv:2204.02311,
-    appendix B). A training step takes three times as many.
-    """
-    block = sum(rows * columns for rows, columns, _ in config.linear_shapes())
-    matrices = config.n_layer * block + config.vocab_size * config.n_embd
-    return 2 * matrices + 4 * config.n_layer * config.n_head * config.head_dim * context
-
-
 def training_flops_per_token(model: SimpleGPT, context: int, prefix_kept: bool = False) -> int:
     """About how many operations a step needs for each token of windows of `context` tokens.
 
     A frozen weight has no gradient, and nothing before the first part that learns has one; with
     `prefix_kept` what lies there is not even computed. With every parameter trained it is three
-    times `forward_flops_per_token`.
+    times `GPTConfig.flops_per_token`.
     """
     first = first_trainable_stage(model)
     first = 0 if first is None else first

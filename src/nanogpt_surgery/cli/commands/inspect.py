@@ -50,7 +50,6 @@ def _model_report(path: str) -> Report:
     from nanogpt_surgery.formats.huggingface.config import family_of
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.report import Report
-    from nanogpt_surgery.training.trainable_stages import forward_flops_per_token
 
     model, tokenizer = open_model(path)
     config = model.config
@@ -78,7 +77,7 @@ def _model_report(path: str) -> Report:
         "parameters": model.n_parameters,
         "head": "tied to the embedding" if config.tie_head else "its own matrix",
         "context": config.block_size,
-        "forward_flops_per_token": forward_flops_per_token(config, config.block_size),
+        "forward_flops_per_token": config.flops_per_token(),
         "tokenizer": f"{_kind_of(tokenizer)}, {config.vocab_size:,} ids" if tokenizer else "none",
     }
     return Report(f"model {path}", rows, summary)

@@ -40,7 +40,6 @@ from nanogpt_surgery.training.hardware import Hardware, choose_hardware, matmul_
 from nanogpt_surgery.training.muon import POLYNOMIALS
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.settings import FitSettings
-from nanogpt_surgery.training.trainable_stages import forward_flops_per_token
 
 NEW, AGAIN = 2, 2  # steps of a probe; the first, which warms up, is timed apart
 SECONDS = 2.0  # that a step of a probe takes at most, about
@@ -160,8 +159,7 @@ class Pace:
 def affordable_part(model: SimpleGPT, dataset: Batches, settings: FitSettings) -> Part:
     """As much of a batch as takes about two seconds to learn from; all of it if it is less."""
     length = dataset.block_size
-    flops = 3 * forward_flops_per_token(model.config, length)
-    tokens = int(SECONDS * _rate(settings) / flops)
+    tokens = int(SECONDS * _rate(settings) / (3 * model.config.flops_per_token(length)))
     rows = min(settings.batch_size, max(1, tokens // length))
     return Part(dataset, rows, min(length, max(FEWEST, tokens)))
 
