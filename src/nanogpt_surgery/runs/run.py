@@ -180,7 +180,7 @@ class Run:
         if training.cache_dir:
             make_folder(training.cache_dir)
         skipped = len(list(takewhile(lambda row: row.get("skipped"), reversed(rows))))
-        loop.skipped = self.world.all_reduce_max(skipped)
+        loop.skipped_in_a_row = self.world.all_reduce_max(skipped)
         checks = TrainingChecks(loop.model, loop.optimizer, first, loop.settings.max_steps - 1)
         if not first:
             self.say("evaluating before the first step")

@@ -80,7 +80,7 @@ def fit(
     settings = chosen(FitSettings, settings, changes)
     check_fit(model, dataset, settings)
     loop = TrainingLoop(model, dataset, settings, validation, optimizer, cache_dir)
-    loop.skipped = skipped_before
+    loop.skipped_in_a_row = skipped_before
     last = settings.max_steps - 1
     checks = TrainingChecks(model, loop.optimizer, first_step, last) if examine else None
     return loop.steps(first_step, checks)
@@ -108,7 +108,7 @@ class TrainingLoop:
         self.world.broadcast_parameters(model)  # all processes begin with the first one's weights
         self.optimizer = optimizer or make_optimizer(model, settings)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self.skipped = 0  # steps in a row, up to now
+        self.skipped_in_a_row = 0
         tokens = settings.evaluate_tokens
         self.eval_data = None if validation is None else subsample(validation, tokens)
         self.checkpointed = CheckpointedBlocks(model, settings.gradient_checkpointing)
@@ -159,13 +159,13 @@ class TrainingLoop:
                 nn.utils.clip_grads_with_norm_(self.parameters, limit, total_norm)
             set_learning_rate(self.optimizer, rate)
             self.optimizer.step()
-            self.skipped = 0
+            self.skipped_in_a_row = 0
         else:
-            self.skipped += 1
+            self.skipped_in_a_row += 1
             check_skipped_steps(self, batch, step)
         self.optimizer.zero_grad()
         if checks:
-            checks.after_skip(step) if self.skipped else checks.after_update(step)
+            checks.after_skip(step) if self.skipped_in_a_row else checks.after_update(step)
 
         return Step(
             step=step + 1,
@@ -176,7 +176,7 @@ class TrainingLoop:
             seconds=time.perf_counter() - start,
             trained_tokens=trained,
             processes=self.world.size,
-            skipped=self.skipped > 0,
+            skipped=self.skipped_in_a_row > 0,
         )
 
     def batches(self, first_step: int) -> Iterator[Batch]:

@@ -29,12 +29,12 @@ def check_skipped_steps(loop: TrainingLoop, batch: Batch, step: int) -> None:
         batch: the last step's.
         step: its number, the first being 0.
     """
-    if loop.skipped < loop.settings.max_skipped_steps:
+    if loop.skipped_in_a_row < loop.settings.max_skipped_steps:
         return
     model = loop.model
     what = (
-        f"{loop.skipped} steps in a row, the last of them step {step + 1}, had a gradient that "
-        "is not finite, and were skipped: no weight was changed by them; "
+        f"{loop.skipped_in_a_row} steps in a row, the last of them step {step + 1}, had a gradient "
+        "that is not finite, and were skipped: no weight was changed by them; "
         f"{_where(model, batch, _rows_of(loop, step), loop.hardware)}"
     )
     if name := _first_gradient(model):
