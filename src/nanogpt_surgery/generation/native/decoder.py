@@ -351,19 +351,19 @@ class NativeSteps:
     def __init__(self, model: SimpleGPT, cache: KVCache, required: bool = False):
         self.model, self.cache, self.required = model, cache, required
         self.decoder: NativeDecoder | None = None
-        self.facts: list[Any] = []
+        self.modules, self.facts = list(model.modules()), list[Any]()
         if required:
             self.can_step()
 
     def can_step(self) -> bool:
         """Returns whether the decoder computes the model as it stands."""
-        facts = _facts(self.model, self.cache)
-        if facts != self.facts:
+        if _facts(self.modules, self.cache) != self.facts:
             reason = unsupported_reason(self.model, self.cache)
             if reason and self.required:
                 raise SurgeryError(f"the compiled decoder is not used: {reason}", "engine='plain'")
             self.decoder = None if reason else NativeDecoder(self.model, self.cache)
-            self.facts = facts
+            self.modules = list(self.model.modules())
+            self.facts = _facts(self.modules, self.cache)
         return self.decoder is not None
 
     def step(self, ids: Tensor) -> Tensor:
@@ -372,43 +372,45 @@ class NativeSteps:
         return self.decoder.step(ids)
 
 
-def _facts(model: SimpleGPT, cache: KVCache) -> list[Any]:
+def _facts(modules: list[nn.Module], cache: KVCache) -> list[Any]:
     """Returns what a decoder is made from: where tensors lie, which modules and adapters there are.
 
     What is written in place is seen at once, since nothing is copied. This runs before every step,
-    so it walks by itself: `modules()` and `parameters()` take several times as long.
+    over the modules that there were: to walk through the model anew takes several times as long,
+    and where all their children are the same, they are all that there are.
     """
-    facts: list[Any] = [model.config, model.embed_prev_tokens, cache.max_length, cache.batch_size]
-    facts += [os.getpid(), torch.get_num_threads(), _hooks_on_all_modules()]
-    facts += [_memory(t) for layer in cache.layers for t in (layer.keys, layer.values)]
-    modules: list[Any] = [model]
-    for module in modules:  # it grows
-        own = module.__dict__
-        modules += [child for child in own["_modules"].values() if child is not None]
-        facts += [module, *map(_memory, own["_parameters"].values())]
-        facts.append(bool(own["_forward_hooks"] or own["_forward_pre_hooks"] or "forward" in own))
-        if read := ATTRIBUTES.get(type(module)):
-            facts.append(read(module))
-    return facts
+    parts = [vars(module) for module in modules]
+    children = [child for part in parts for child in part["_modules"].values()]
+    tensors = [t for part in parts for t in part["_parameters"].values() if t is not None]
+    tensors += [t for layer in cache.layers for t in (layer.keys, layer.values)]
+    hooked = _hooks_on_all_modules() or any(
+        part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part for part in parts
+    )
+    others = [ATTRIBUTES[type(m)](m) for m in modules if type(m) in ATTRIBUTES]
+    process = os.getpid(), torch.get_num_threads()
+    shape = cache.batch_size, cache.max_length
+    return [children, list(map(_memory, tensors)), hooked, others, process, shape]
 
 
-def _memory(tensor: Tensor | None) -> Any:
-    if tensor is None:
-        return None
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
-def _updates(layer: LoRALinear) -> Any:
-    return type(layer.active), [(u, w, u.scaling, u.rank) for u, w in _taking_part(layer)]
+def _adapters(layer: LoRALinear) -> Any:
+    weights = getattr(layer.active, "weights", {})
+    names = vars(layer)["_modules"]["updates"]._modules
+    return layer.enabled, type(layer.active), [*weights.items()], [*names]
 
 
-# What of a module, besides its tensors, a decoder is made from.
+# What of a module, besides its tensors and children, a decoder is made from.
 ATTRIBUTES: dict[type, Callable[[Any], Any]] = {
+    SimpleGPT: attrgetter("config", "embed_prev_tokens"),
     RMSNorm: attrgetter("eps"),
     nn.LayerNorm: attrgetter("eps"),
     nn.Embedding: attrgetter("max_norm"),
     CausalSelfAttention: attrgetter("attend", "rotate"),
     PlainFeedForward: attrgetter("activation"),
     RotaryPositions: lambda positions: _memory(positions.frequencies),
-    LoRALinear: _updates,
+    LoRALinear: _adapters,
+    LoRAUpdate: attrgetter("rank", "scaling"),
 }
