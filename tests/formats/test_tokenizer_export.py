@@ -1,10 +1,11 @@
 """A tokenizer goes into a GGUF file whole, or is refused by the name of its part."""
 
 import copy
+import time
 import warnings
 
 import pytest
-from helpers.llama_cpp import server
+from helpers.llama_cpp import server, tokenized
 from helpers.models import FAMILY_CONFIGS, tiny_model
 from helpers.tokenizers import KINDS, byte_level, sentencepiece_like
 
@@ -13,6 +14,7 @@ from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedToken
 from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
 from nanogpt_surgery.formats.comparison import check_tokenizer
 from nanogpt_surgery.formats.gguf.tokenizer import CUTTINGS
+from nanogpt_surgery.formats.gguf.tokenizer_writing import overlap
 from nanogpt_surgery.formats.gguf.writing import save_gguf
 
 PREPEND = {"type": "Prepend", "prepend": "▁"}
@@ -188,6 +190,72 @@ def test_what_it_has_is_exported_and_tokenised_alike_there(kind, tmp_path):
         assert again.encode(text) == tokenizer.encode(text)
         answer = running.handle_completions({"prompt": text, "max_tokens": 1, "temperature": 0})
         assert answer["usage"]["prompt_tokens"] == len(prompt_ids(tokenizer, text)), text
+
+
+# Added tokens, whether each is normalized; a text; whether llama.cpp finds others in it.
+OVERLAPPING = {
+    "the longer begins later": ({"x<": False, "<tool>": False}, "x<tool>", True),
+    "the longer begins first": ({"x<tool>": False, ">z": False}, "x<tool>z", False),
+    "one within another": ({"<a>": False, "x<a>y": False, "<a>y": False}, "x<a>y<a>y", False),
+    "a shorter one that is normalized": ({"<end>": False, "d>x": True}, "<end>x", False),
+    "a longer one that is normalized": ({"d>": False, "<d": True, "<end": True}, "<end>", True),
+    "in bytes alone": ({"xyz<": False, "<éé": False}, "xyz<éé", True),
+    "three": ({"ab": False, "bcd": False, "cdef": False}, "abcd", True),
+    "runs": ({" " * n: True for n in range(2, 25)}, " " * 40 + "x", False),
+    "runs with a gap": ({"--": False, "-----": False}, "-" * 9, False),
+    "themselves alone": ({"aba": False, "cc": True}, "ababa ccc", False),
+}
+
+
+@pytest.mark.parametrize("case", OVERLAPPING)
+def test_added_tokens_that_overlap_are_said_where_llama_cpp_finds_others(case, tmp_path):
+    names, text, differs = OVERLAPPING[case]
+    contents = byte_level()
+    first = len(contents["model"]["vocab"])
+    more = [
+        {"id": first + i, "content": name, "special": False} | FLAGS | {"normalized": normalized}
+        for i, (name, normalized) in enumerate(names.items())
+    ]
+    contents["added_tokens"] = [*contents["added_tokens"], *more]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", SurgeryWarning)
+        tokenizer = save(tmp_path, contents, add_bos=False)
+    theirs = tokenized(server(tmp_path / "m.gguf"), text)
+    assert (theirs != tokenizer.encode(text)) == differs
+    heard = " ".join(str(warning.message) for warning in caught)
+    assert ("overlap" in heard) == differs
+    if case == "the longer begins later":
+        assert heard.endswith("(in 'x<tool>' '<tool>', not 'x<')")
+
+
+def test_two_tokens_as_long_as_each_other_that_overlap_are_said_once(tmp_path):
+    """llama.cpp may take either first."""
+    contents = byte_level()
+    first = len(contents["model"]["vocab"])
+    more = [{"id": first + i, "content": t, "special": False} for i, t in enumerate(("ab", "bc"))]
+    contents["added_tokens"] = [*contents["added_tokens"], *(token | FLAGS for token in more)]
+    with pytest.warns(SurgeryWarning, match="'abc'"):
+        save(tmp_path, contents, add_bos=False)
+
+
+def test_a_normalized_token_that_holds_one_that_is_not_is_refused(tmp_path):
+    """Here the inner one is found first, in llama.cpp the outer one."""
+    contents = with_token(byte_level())
+    outer = contents["added_tokens"][-1] | {"content": "<tool>\n", "normalized": True}
+    outer["id"] += 1
+    contents["added_tokens"].append(outer)
+    with pytest.raises(SurgeryError, match=r"'<tool>\\n'"), pytest.warns(SurgeryWarning):
+        save(tmp_path, contents, add_bos=False)
+    assert not (tmp_path / "m.gguf").exists()
+
+
+def test_many_added_tokens_are_looked_through_in_seconds():
+    many = [{"content": f"<|image {n}|>"} for n in range(130_000)]
+    runs = [{"content": c * n} for c in "▁\n\t" for n in range(1, 32)]
+    hostile = [{"content": "a" * n} for n in range(1, 1_000)]  # each begins and ends the others
+    begun = time.process_time()
+    assert not overlap([*many, *runs]) and not overlap(hostile)
+    assert time.process_time() - begun < 30
 
 
 def without(contents, *path):

@@ -1,5 +1,8 @@
 """llama.cpp, through the package xllamacpp, on one thread."""
 
+import json
+import urllib.request
+
 import pytest
 import torch
 
@@ -21,6 +24,15 @@ def server(path, adapter=None):
         info.path, info.scale = str(adapter), 1.0
         params.lora_adapters = [info]
     return xllamacpp.Server(params)
+
+
+def tokenized(running, text):
+    """The ids of a text, special tokens written out in it included."""
+    body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
+    address = f"{running.listening_address}/tokenize"
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)["tokens"]
 
 
 def greedy_text(path, prompt, count, adapter=None):

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Callable, Iterator
+from itertools import islice, takewhile
 from typing import Any, Literal, TypeAlias
 
 from gguf import GGUFWriter
@@ -35,11 +37,14 @@ from nanogpt_surgery.formats.gguf.tokenizer import (
     Cutting,
 )
 
-Lost: TypeAlias = Literal["blank first", "after a token", "NFC"]
+Found: TypeAlias = tuple[int, str]  # where a token begins in a text, and the token
+_MOST_OVERLAPS, _LONGEST = 100_000, 128  # looked at, and characters of their tokens
+Lost: TypeAlias = Literal["blank first", "after a token", "NFC", "overlap"]
 _LOST = {
     "blank first": "a text that begins with a blank gets one blank more",
     "after a token": "text behind a special token gets a blank before it",
     "NFC": "accents written apart from their letters stay apart (NFC)",
+    "overlap": "other added tokens are found where some overlap",
 }
 _FLAGS = ("single_word", "lstrip", "rstrip")
 _IN_UTF8 = {
@@ -87,12 +92,12 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -
         writer.add_token_types(types)
         writer.add_token_merges([" ".join(pair) for pair in _pairs(contents["model"])])
     _write_ids(writer, tokenizer, tokens)
+    example = overlap(contents.get("added_tokens") or [])
+    if example:
+        lost.add("overlap")
     if lost:
-        warnings.warn(
-            "in llama.cpp " + ", and ".join(_LOST[part] for part in sorted(lost)),
-            SurgeryWarning,
-            stacklevel=4,
-        )
+        said = ", and ".join(_LOST[part] for part in sorted(lost))
+        warnings.warn(f"in llama.cpp {said}{example}", SurgeryWarning, stacklevel=4)
     return lost
 
 
@@ -156,6 +161,72 @@ def _wrong_parts(contents: dict[str, Any], is_sentencepiece: bool) -> list[str]:
             flags.append("normalized")
         found += [f"{flag} of the added token {quoted(token['content'])}" for flag in flags]
     return found
+
+
+def overlap(added: list[dict[str, Any]]) -> str:
+    """An example of a text in which llama.cpp finds other added tokens; empty if there is none.
+
+    llama.cpp takes the longest first (in bytes). Here those that are not normalized are taken
+    first, then the one that begins first, and of those the longest.
+    """
+    normalized = {
+        token["content"]: bool(token.get("normalized"))
+        for token in added
+        if 0 < len(token["content"]) <= _LONGEST
+    }
+    lengths = {len(token) for token in normalized}
+    for text, equal in dict.fromkeys(islice(_overlapping(normalized), _MOST_OVERLAPS)):
+        places = ((start, text[start : start + n]) for start in range(len(text)) for n in lengths)
+        found = {(start, token) for start, token in places if token in normalized}
+        here, there = _taken(found, _our_order(normalized)), _taken(found, _their_order(equal))
+        if here != there:
+            ours, theirs = _names(here - there), _names(there - here)
+            return f" (in {quoted(text)} {theirs}, not {ours})"
+    return ""
+
+
+def _our_order(normalized: dict[str, bool]) -> Callable[[Found], Any]:
+    return lambda f: (normalized[f[1]], f[0], -len(f[1]))
+
+
+def _their_order(before_equals: str) -> Callable[[Found], Any]:
+    return lambda f: (-len(f[1].encode()), f[1] != before_equals, f[0])
+
+
+def _overlapping(normalized: dict[str, bool]) -> Iterator[tuple[str, str]]:
+    """Yields the shortest texts in which two added tokens overlap.
+
+    With each, the second of two that are equally long: llama.cpp may take either first.
+    """
+    tokens = sorted(normalized)
+    beginnings = {token[0] for token in tokens}
+    for first in tokens:
+        if normalized[first]:  # one in it that is not comes before it
+            yield first, ""
+        for start in range(1, len(first)):
+            if first[start] in beginnings:
+                for second in _that_begin_with(first[start:], tokens):
+                    is_equal = len(second.encode()) == len(first.encode())
+                    yield first[:start] + second, second if is_equal and second != first else ""
+
+
+def _that_begin_with(text: str, tokens: list[str]) -> Iterator[str]:
+    """The tokens of a sorted list that begin with a text."""
+    after = islice(tokens, bisect_left(tokens, text), None)
+    return takewhile(lambda token: token.startswith(text), after)
+
+
+def _names(found: set[Found]) -> str:
+    return ", ".join(quoted(token) for _, token in sorted(found))
+
+
+def _taken(found: set[Found], order: Callable[[Found], Any]) -> set[Found]:
+    """The tokens found in a text that are taken, in this order, each unless one lies there."""
+    taken: set[Found] = set()
+    for start, token in sorted(found, key=order):
+        if all(start + len(token) <= s or s + len(t) <= start for s, t in taken):
+            taken.add((start, token))
+    return taken
 
 
 def _changes(normalizer: dict[str, Any] | None, text: str) -> bool:
