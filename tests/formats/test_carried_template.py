@@ -117,11 +117,11 @@ def test_one_of_ours_is_known_after_the_merge_with_its_stops(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["characters", "another's"])
 def test_llama_cpp_renders_the_same(kind, tmp_path):
-    from helpers.llama_cpp import server
+    from helpers.llama_cpp import answering_server
 
     write_both(tmp_path, TOKENIZERS[kind]())
     called(*shlex.split(WAYS["gguf"].format(t=tmp_path)))
-    running = server(tmp_path / "out.gguf")
+    running = answering_server(tmp_path / "out.gguf")
     request = urllib.request.Request(
         f"{running.listening_address}/apply-template",
         json.dumps({"messages": TALK[:1]}).encode(),

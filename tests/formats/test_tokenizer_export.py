@@ -5,7 +5,7 @@ import time
 import warnings
 
 import pytest
-from helpers.llama_cpp import server, tokenized
+from helpers.llama_cpp import answering_server, server, tokenized
 from helpers.models import FAMILY_CONFIGS, tiny_model
 from helpers.tokenizers import KINDS, byte_level, sentencepiece_like
 
@@ -220,7 +220,7 @@ def test_added_tokens_that_overlap_are_said_where_llama_cpp_finds_others(case, t
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", SurgeryWarning)
         tokenizer = save(tmp_path, contents, add_bos=False)
-    theirs = tokenized(server(tmp_path / "m.gguf"), text)
+    theirs = tokenized(answering_server(tmp_path / "m.gguf"), text)
     assert (theirs != tokenizer.encode(text)) == differs
     heard = " ".join(str(warning.message) for warning in caught)
     assert ("overlap" in heard) == differs

@@ -26,6 +26,13 @@ def server(path, adapter=None):
     return xllamacpp.Server(params)
 
 
+def answering_server(path):
+    """A server whose loop runs: one that is stopped before it does would never end."""
+    running = server(path)
+    running.handle_completions({"prompt": "a", "max_tokens": 1, "temperature": 0})
+    return running
+
+
 def tokenized(running, text):
     """The ids of a text, special tokens written out in it included."""
     body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()

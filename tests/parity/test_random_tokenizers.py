@@ -5,16 +5,18 @@ What the export says of a text counts as said: blanks, accents, added tokens tha
 
 import json
 import random
+import re
 import warnings
 
 import pytest
-from helpers.llama_cpp import server, tokenized
+from helpers.llama_cpp import answering_server, server, tokenized
 from helpers.models import FAMILY_CONFIGS, tiny_model
 from helpers.tokenizers import KINDS
 from transformers import AutoTokenizer
 
 from nanogpt_surgery import GPTConfig, SurgeryError, SurgeryWarning
 from nanogpt_surgery.formats.gguf.tokenizer import CUTTINGS
+from nanogpt_surgery.formats.gguf.tokenizer_writing import overlap as overlapping
 from nanogpt_surgery.formats.gguf.writing import save_gguf
 from nanogpt_surgery.formats.huggingface.tokenizer_files import (
     TOKENIZER,
@@ -189,3 +191,37 @@ def test_a_random_tokenizer_has_the_ids_of_its_peers(seed, tmp_path):
         for text in texts:
             if not otherwise(text, said, tokens):
                 assert tokenized(running, text) == ours.encode(text), text
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_added_tokens_over_three_letters_are_found_alike_or_said(seed, tmp_path):
+    """Each text of an export that says nothing is alike, and what one shows as other is other."""
+    draw = random.Random(seed)
+    contents = KINDS["byte-level"]()
+    names = {
+        "".join(draw.choices("aé<", k=draw.randrange(1, 6))) for _ in range(draw.randrange(2, 5))
+    }
+    first = len(contents["model"]["vocab"])
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "special": False}
+    more = [
+        {"id": first + i, "content": name, "normalized": maybe(draw, True, False, 0.3)} | flags
+        for i, name in enumerate(sorted(names - contents["model"]["vocab"].keys()))
+    ]
+    contents["added_tokens"] = [*contents["added_tokens"], *more]
+    (tmp_path / TOKENIZER).write_text(json.dumps(contents), "utf-8")
+    tokenizer = open_tokenizer(tmp_path)
+    example = overlapping(contents["added_tokens"])
+    said = exported(tokenizer, tmp_path / "m.gguf")
+    print(seed, "refused" if said is None else example or "alike")
+    if said is None:  # one that is normalized holds one that is not
+        assert example
+        return
+    assert ("overlap" in said) == bool(example)
+    running = answering_server(tmp_path / "m.gguf")
+    if not example:
+        for _ in range(60):
+            text = "".join(draw.choices("aé<", k=draw.randrange(1, 16)))
+            assert tokenized(running, text) == tokenizer.encode(text), text
+    elif len({len(token["content"].encode()) for token in more}) == len(more):  # no equals
+        text = re.search("in '([^']*)'", example)[1]
+        assert tokenized(running, text) != tokenizer.encode(text)
