@@ -108,7 +108,7 @@ def summed_loss(model: nn.Module, batch: Batch) -> Tensor:
 def _way(
     model: nn.Module, fast: bool
 ) -> AbstractContextManager[Callable[[nn.Module, Batch], Tensor]]:
-    """The way to a batch's loss: as above, or the same, sooner."""
+    """The way to a batch's loss: as above, or the same, faster."""
     if not fast:
         return nullcontext(summed_loss)
     from nanogpt_surgery.training.fast.accelerate import accelerate_evaluation
