@@ -70,9 +70,9 @@ typedef struct {
 #else
 #define LANES 8
 #endif
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
 static inline float as_float(uint16_t half) {
     uint32_t word = (uint32_t)half << 16;
@@ -89,14 +89,10 @@ static inline uint16_t as_half(float number) {
     return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
 }
 
+/* Not by memcpy: gcc would copy halves of a vector to the stack and wait to read them as one. */
 static inline Floats load(int kind, const void *from, size_t at) {
-    if (kind == FLOAT32) {
-        Floats numbers;
-        memcpy(&numbers, (const float *)from + at, sizeof numbers);
-        return numbers;
-    }
-    Halves halves;
-    memcpy(&halves, (const uint16_t *)from + at, sizeof halves);
+    if (kind == FLOAT32) return *(const Floats *)((const float *)from + at);
+    Halves halves = *(const Halves *)((const uint16_t *)from + at);
     Words words = __builtin_convertvector(halves, Words) << 16;
     return (Floats)words;
 }
@@ -106,31 +102,64 @@ static inline float number_at(Numbers from, size_t at) {
                                 : as_float(((const uint16_t *)from.at)[at]);
 }
 
+/* The numbers at even and at odd places of two vectors that follow each other. */
+#if LANES == 16
+#define PLACES(first) first, first + 2, first + 4, first + 6, first + 8, first + 10, first + 12, \
+    first + 14, first + 16, first + 18, first + 20, first + 22, first + 24, first + 26, \
+    first + 28, first + 30
+#else
+#define PLACES(first) first, first + 2, first + 4, first + 6, first + 8, first + 10, first + 12, \
+    first + 14
+#endif
+#ifdef __clang__
+#define EVEN(a, b) __builtin_shufflevector(a, b, PLACES(0))
+#define ODD(a, b) __builtin_shufflevector(a, b, PLACES(1))
+#else
+#define EVEN(a, b) __builtin_shuffle(a, b, (Words){PLACES(0)})
+#define ODD(a, b) __builtin_shuffle(a, b, (Words){PLACES(1)})
+#endif
+
 static inline float sum(Floats numbers) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += numbers[i];
     return total;
 }
 
-/* Four rows' products with one vector: the vector is read once, and four sums hide the latency.
-   `kind` is a constant where this is inlined. */
-static inline __attribute__((always_inline)) void dot4_of(
-    int kind, const void *weight, size_t row, size_t n, const float *x, float *out) {
-    Floats s0 = {0}, s1 = {0}, s2 = {0}, s3 = {0};
-    size_t at = row * n, k = 0;
+/* Four rows' products with one vector: the vector is read once, and four sums hide the latency. */
+static void dot4_of_floats(const float *w, size_t n, const float *x, float *out) {
+    Floats sums[4] = {{0}};
+    size_t k = 0;
     for (; k + LANES <= n; k += LANES) {
         Floats v = load(FLOAT32, x, k);
-        s0 += load(kind, weight, at + k) * v;
-        s1 += load(kind, weight, at + n + k) * v;
-        s2 += load(kind, weight, at + 2 * n + k) * v;
-        s3 += load(kind, weight, at + 3 * n + k) * v;
+        for (int r = 0; r < 4; r++) sums[r] += load(FLOAT32, w, r * n + k) * v;
     }
-    out[0] = sum(s0), out[1] = sum(s1), out[2] = sum(s2), out[3] = sum(s3);
-    for (; k < n; k++)
-        for (int r = 0; r < 4; r++)
-            out[r] += number_at((Numbers){weight, kind}, at + r * n + k) * x[k];
+    for (int r = 0; r < 4; r++) {
+        out[r] = sum(sums[r]);
+        for (size_t i = k; i < n; i++) out[r] += w[r * n + i] * x[i];
+    }
 }
 
+/* The same of bfloat16, two at a time: they lie in one word, the earlier in its lower half, so
+   the numbers of even places are a shift away and those of odd ones a mask. */
+static void dot4_of_halves(const uint16_t *w, size_t n, const float *x, float *out) {
+    Floats sums[4] = {{0}};
+    size_t k = 0;
+    for (; k + 2 * LANES <= n; k += 2 * LANES) {
+        Floats low = load(FLOAT32, x, k), high = load(FLOAT32, x, k + LANES);
+        Floats even = EVEN(low, high), odd = ODD(low, high);
+        for (int r = 0; r < 4; r++) {
+            Words two = *(const Words *)(w + r * n + k);
+            sums[r] += (Floats)(two << 16) * even;
+            sums[r] += (Floats)(two & 0xffff0000u) * odd;
+        }
+    }
+    for (int r = 0; r < 4; r++) {
+        out[r] = sum(sums[r]);
+        for (size_t i = k; i < n; i++) out[r] += as_float(w[r * n + i]) * x[i];
+    }
+}
+
+/* One row's product; `kind` is a constant where this is inlined. */
 static inline __attribute__((always_inline)) float dot_of(
     int kind, const void *weight, size_t row, size_t n, const float *x) {
     Floats s = {0};
@@ -142,8 +171,8 @@ static inline __attribute__((always_inline)) float dot_of(
 }
 
 static void dot4(Numbers w, size_t row, size_t n, const float *x, float *out) {
-    if (w.kind == FLOAT32) dot4_of(FLOAT32, w.at, row, n, x, out);
-    else dot4_of(BFLOAT16, w.at, row, n, x, out);
+    if (w.kind == FLOAT32) dot4_of_floats((const float *)w.at + row * n, n, x, out);
+    else dot4_of_halves((const uint16_t *)w.at + row * n, n, x, out);
 }
 
 static float dot(Numbers w, size_t row, size_t n, const float *x) {
