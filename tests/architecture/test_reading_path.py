@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src"
 PACKAGE = SOURCE / "nanogpt_surgery"
 PAGE = (ROOT / "docs" / "reading.md").read_text(encoding="utf-8")
-GROUND = {"errors", "report", "values"}
+GROUND = {"errors", "report", "values", "arguments"}
 MOST_FILES, MOST_DOORS = 16, 6
 
 

@@ -104,6 +104,13 @@ def test_the_library_names_no_command_and_no_flag(path):
 
 
 @EVERY_FILE
+def test_a_docstring_begins_with_a_verb_or_a_noun(path):
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    nodes = [node for node in ast.walk(tree_of(path)) if isinstance(node, documented)]
+    assert not [node for node in nodes if (ast.get_docstring(node) or "").startswith("What ")]
+
+
+@EVERY_FILE
 def test_no_exception_is_swallowed(path):
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.ExceptHandler):

@@ -11,10 +11,11 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "nanogpt_surgery"
 
-GROUND = {"errors", "values", "memory", "files", "report"}
+GROUND = {"errors", "values", "arguments", "memory", "files", "report"}
 MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
+    "arguments": {"errors"},
     "memory": {"errors"},
     "report": {"errors"},
     "files": {"errors"},

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.shuffling import IntArray, rows_of_step, visited
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.values import check_arguments
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer

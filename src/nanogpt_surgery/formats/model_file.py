@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
 from nanogpt_surgery.files.atomic import check_undamaged, write_folder
@@ -50,7 +51,6 @@ from nanogpt_surgery.history.folder_history import is_operated
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.values import check_arguments
 
 TENSORS = "model.safetensors"
 

@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.checks import check_request
 from nanogpt_surgery.generation.generate import (
@@ -27,7 +28,6 @@ from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.values import check_arguments
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import functools
 from bisect import bisect_left
 from collections.abc import Iterator
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.conversations.chat import (
     ChatTemplate,
     Message,
@@ -20,7 +21,6 @@ from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.generation.text import TextUntil
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
-from nanogpt_surgery.values import check_arguments
 
 
 class Conversation:

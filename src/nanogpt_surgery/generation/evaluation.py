@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
@@ -21,7 +22,7 @@ from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.finite import not_finite
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.values import SIZE, check_arguments, raise_all, wrong_values
+from nanogpt_surgery.values import SIZE, raise_all, wrong_values
 
 POSITIONS = 1024  # whose logits are held at once
 _LARGEST_EXPONENT = math.log(sys.float_info.max)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.generation.checks import check_request
 from nanogpt_surgery.generation.settings import Engine, SamplingSettings
@@ -20,7 +21,6 @@ from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
-from nanogpt_surgery.values import check_arguments
 
 if TYPE_CHECKING:
     from nanogpt_surgery.generation.native.decoder import NativeSteps

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.generation.batch import Token, generate_batch
@@ -20,7 +21,6 @@ from nanogpt_surgery.generation.settings import (
     check_stop,
 )
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.values import check_arguments
 
 
 class TextUntil:

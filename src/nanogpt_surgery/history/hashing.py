@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from nanogpt_surgery.values import check_arguments
+from nanogpt_surgery.arguments import check_arguments
 
 UPDATES = ".updates."
 

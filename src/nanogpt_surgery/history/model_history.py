@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import UPDATES, combined, tensor_hashes
 from nanogpt_surgery.history.journal import Journal, Operation, report_turn
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import check_arguments
 
 HISTORY = "_surgery_history"  # the model's attribute
 _TIE = "tie_word_embeddings"

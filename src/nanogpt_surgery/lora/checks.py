@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.hashing import frozen_hashes
 from nanogpt_surgery.lora.embedding import LoRAEmbedding
 from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import check_arguments
 
 
 class TrainingChecks:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of, operation
 from nanogpt_surgery.lora.active import WeightedAdapters
@@ -26,7 +27,7 @@ from nanogpt_surgery.lora.several import (
     set_active,
 )
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import check_arguments, chosen
+from nanogpt_surgery.values import chosen
 
 
 @check_arguments

@@ -21,10 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.active import ActiveAdapters, WeightedAdapters
 from nanogpt_surgery.lora.settings import LoRASettings
-from nanogpt_surgery.values import check_arguments
 
 
 class LoRAUpdate(nn.Module):

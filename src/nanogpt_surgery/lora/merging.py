@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import get_tie_word_embeddings, history_of, operation
 from nanogpt_surgery.lora.inject import replace_module
@@ -24,7 +25,6 @@ from nanogpt_surgery.lora.planning import tied_to
 from nanogpt_surgery.lora.several import active_adapters, adapter_names, lora_layers
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import check_arguments
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
 Rounding: TypeAlias = Callable[[Tensor], Tensor]  # a matrix, to fewer bits and back

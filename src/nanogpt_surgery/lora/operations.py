@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.history.model_history import operation
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.inject import replace_module, train_active
@@ -27,7 +28,7 @@ from nanogpt_surgery.lora.several import (
     update_rows,
 )
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import WEIGHT, check_arguments, raise_all, wrong_values
+from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
 
 
 @check_arguments

@@ -20,12 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
 from nanogpt_surgery.lora.variants import DoRAUpdate, dora_change
-from nanogpt_surgery.values import check_arguments
 
 
 @check_arguments

@@ -39,10 +39,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.embeddings import Rotation, identity, rotate
-from nanogpt_surgery.values import check_arguments
 
 
 class TransformerEncoderLayer(nn.Module):

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.gpt_dataset import Batch, Batches, GPTDataset, documents_of
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.loss import count_trained, cross_entropy, eval_mode
@@ -19,7 +20,6 @@ from nanogpt_surgery.training.forward import check_not_packed, logits_of
 from nanogpt_surgery.training.hardware import Hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.trainable_stages import first_trainable_stage
-from nanogpt_surgery.values import check_arguments
 
 EVALUATED_AT_ONCE = 64  # windows
 LITTLE = 2**20  # numbers in hidden states that are no burden

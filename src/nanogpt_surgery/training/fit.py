@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of
 from nanogpt_surgery.lora.checks import TrainingChecks
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
@@ -33,7 +34,7 @@ from nanogpt_surgery.training.nonfinite import check_skipped_steps
 from nanogpt_surgery.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step, Way
-from nanogpt_surgery.values import check_arguments, chosen
+from nanogpt_surgery.values import chosen
 
 
 @check_arguments

@@ -91,7 +91,7 @@ def _check_beside(base: str, asked: dict[str, Any]) -> None:
 
 
 def _sources(paths: tuple[str, ...], mix: str | None, tokenizer: Tokenizer | str) -> Sources:
-    """What was named, else Python's language reference; the tokenizer may be a folder's name."""
+    """The text that was named, else Python's language reference; `tokenizer` may name a folder."""
     from nanogpt_surgery.data.text.corpus import python_reference, python_source
     from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
     from nanogpt_surgery.runs.data import Sources, open_sources

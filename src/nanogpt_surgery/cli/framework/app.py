@@ -119,7 +119,7 @@ def run(arguments: list[str] | None = None) -> None:
 
 
 def _said(error: Exception) -> str | None:
-    """What the user is told of an error; None where it is a bug, whose traceback is shown."""
+    """Returns the message for an error; None for a bug, whose traceback is shown."""
     if isinstance(error, SurgeryError):
         return str(SurgeryError(error.what, with_flags(error.hint)))
     if isinstance(error, OSError):  # the words of the system, and the files that it was about

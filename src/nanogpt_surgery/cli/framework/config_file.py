@@ -1,4 +1,4 @@
-"""What was typed, as a run folder records it; and `--config FILE`, TOML with flags as keys."""
+"""A command as it was typed, for its run folder; and `--config FILE`, TOML with flags as keys."""
 
 from __future__ import annotations
 

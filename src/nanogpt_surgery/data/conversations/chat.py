@@ -18,11 +18,11 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, TypeAlias
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.text.processes import cores
 from nanogpt_surgery.data.tokenizers.token_text import encode_with_offsets
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, stop_ids
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
-from nanogpt_surgery.values import check_arguments
 
 Message: TypeAlias = dict[str, Any]  # role and content, and what else a template may write
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.conversations.chat import end_ids
 from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.data.gpt_dataset import Batch
@@ -25,7 +26,6 @@ from nanogpt_surgery.data.text.corpus import TRAIN_SHARE
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
-from nanogpt_surgery.values import check_arguments
 
 UNTRAINED = -100  # what cross-entropy passes over
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.conversations.chat import (
     MEND_TEMPLATE,
     ChatTemplate,
@@ -29,7 +30,6 @@ from nanogpt_surgery.data.conversations.record_files import holds_records, read_
 from nanogpt_surgery.data.conversations.record_forms import EXPECTED, RecordError, conversation_of
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems, quoted
-from nanogpt_surgery.values import check_arguments
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
 from nanogpt_surgery.data.shuffling import IntArray, rows_of_step, shuffled, visited
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.values import check_arguments
 
 LEAST_GROUP, MOST_SHARES = 1024, 20_000
 FINEST = 10_000  # the largest denominator that a weight is rounded to

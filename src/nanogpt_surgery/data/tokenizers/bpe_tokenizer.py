@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as Encoder
 from tokenizers.trainers import BpeTrainer
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.token_text import CHARACTER_OF_BYTE, read_bytes
 from nanogpt_surgery.errors import SurgeryError, first_problems
-from nanogpt_surgery.values import check_arguments
 
 # Contractions, then words, numbers and marks, each with one space before it, then white space.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"

@@ -13,13 +13,13 @@ from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Encoder
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer_limits import (
     check_limits,
     check_speed,
     expressions,
 )
 from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
-from nanogpt_surgery.values import check_arguments
 
 _LARGEST_ID = 2**31 - 1
 _WHERE = "tokenizer.json"

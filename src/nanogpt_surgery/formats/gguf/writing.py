@@ -21,6 +21,7 @@ from gguf.quants import dequantize, quantize
 from numpy.typing import NDArray
 from torch import Tensor
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_file
@@ -44,7 +45,6 @@ from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.finite import check_finite_weights
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import check_arguments
 
 GGUFType = Literal["F32", "F16", "BF16", "Q8_0"]
 _FILE_TYPES = {

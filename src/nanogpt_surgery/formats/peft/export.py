@@ -16,6 +16,7 @@ from gguf import GGUFWriter
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_file, write_folder
 from nanogpt_surgery.files.json_files import write_json
@@ -29,7 +30,6 @@ from nanogpt_surgery.formats.placing import side_by_side
 from nanogpt_surgery.lora.inject import bare_layer
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.values import check_arguments
 
 
 @check_arguments

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, listed, quoted
 from nanogpt_surgery.files.atomic import check_undamaged
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
@@ -40,7 +41,6 @@ from nanogpt_surgery.lora.stored_adapter import (
 )
 from nanogpt_surgery.lora.targets import COMPILED, uncompiled
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import check_arguments
 
 TENSORS = "adapter_model.safetensors"
 # The names of PEFT's file: the prefix, the layer's path, and what it is.

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.json_files import write_json
@@ -42,7 +43,7 @@ from nanogpt_surgery.lora.stored_adapter import (
 from nanogpt_surgery.lora.targets import adaptable_layers, uncompiled
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.values import check_arguments, chosen
+from nanogpt_surgery.values import chosen
 
 FLOAT32 = 4  # bytes
 
