@@ -307,6 +307,17 @@ def test_another_activation_is_seen():
     assert "activation" in unsupported_reason(model, KVCache(GPT2))
 
 
+@pytest.mark.parametrize(("into", "of"), [("llama", "gpt2"), ("gpt2", "llama")])
+def test_another_familys_feed_forward_is_seen(into, of):
+    """Of the same sizes, so that the activation alone tells them apart."""
+    model = tiny_model(CONFIGS[into])
+    other = tiny_model(dataclasses.replace(CONFIGS[of], n_inner=model.config.n_inner))
+    for layer, another in zip(model.layers, other.layers, strict=True):
+        layer.mlp = another.mlp
+    assert "activation" in unsupported_reason(model, KVCache(model.config))
+    assert greedy(model, "auto") == greedy(model, "plain")
+
+
 def test_a_copy_of_a_model_is_computed_too():
     assert unsupported_reason(copy.deepcopy(tiny_model(GPT2)), KVCache(GPT2)) == ""
 
@@ -399,6 +410,14 @@ def test_other_shapes_than_the_configs_are_refused(change, named):
     model = tiny_model(LLAMA)
     change(model)
     with pytest.raises(SurgeryError, match=named):
+        generate(model, [1], 2, engine="native")
+
+
+def test_a_table_of_previous_tokens_too_many_is_refused():
+    model = tiny_model(CONFIGS["prev-tokens-relu2"])
+    n = model.config.n_prev_tokens
+    model.embed_prev_tokens.append(torch.nn.Embedding(3, 2))
+    with pytest.raises(SurgeryError, match=f"{n + 1} tables, not {n}"):
         generate(model, [1], 2, engine="native")
 
 

@@ -126,8 +126,9 @@ def _unknown(module: Any, config: GPTConfig) -> str:
         turns = rotate if config.positions == "rotary" else identity
         if module.attend is not causal_attention or module.rotate is not turns:
             return "has another attention"
-    if isinstance(module, PlainFeedForward):
-        found, wanted = module.activation, ACTIVATIONS[config.mlp]
+    if isinstance(module, (PlainFeedForward, SwiGLUFeedForward)):
+        # SwiGLU has no attribute for its activation, and no entry in the table.
+        found, wanted = getattr(module, "activation", None), ACTIVATIONS.get(config.mlp)
         if _parts_of_call(found) != _parts_of_call(wanted):
             return f"has another activation than {config.mlp}"
     if isinstance(module, LoRALinear) and not isinstance(module.active, WeightedAdapters):
@@ -207,8 +208,10 @@ def _unfit(model: SimpleGPT, cache: KVCache) -> str:
     if len(model.layers) != config.n_layer or len(cache.layers) != config.n_layer:
         counts = f"{len(model.layers)} and {len(cache.layers)}, not {config.n_layer}"
         return f"the layers of the model and of the cache are {counts}"
-    if (model.embed_prev_tokens is identity) != (config.n_prev_tokens == 0):
-        return "embed_prev_tokens is not the config's"
+    previous = model.embed_prev_tokens
+    tables = len(previous) if isinstance(previous, PrevTokenEmbeddings) else 0
+    if tables != config.n_prev_tokens or (previous is identity) != (tables == 0):
+        return f"embed_prev_tokens has {tables} tables, not {config.n_prev_tokens}"
     if cache.max_length > config.block_size:
         return f"the cache is longer ({cache.max_length}) than block_size ({config.block_size})"
     shape = (cache.batch_size, config.n_kv_head, cache.max_length, config.head_dim)
