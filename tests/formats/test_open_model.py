@@ -21,6 +21,7 @@ from nanogpt_surgery import (
     SimpleGPT,
     SurgeryError,
     SurgeryWarning,
+    memory,
     open_model,
     save_model,
 )
@@ -122,6 +123,24 @@ def test_saving_over_the_file_that_is_mapped_gives_the_right_bytes(tmp_path):
     save_model(opened, tmp_path / "m")
     again = open_model(tmp_path / "m")[0].state_dict()
     assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+
+
+def test_weights_that_cannot_be_mapped_are_counted_before_they_are_read(tmp_path, monkeypatch):
+    model = tiny_model(FAMILY_CONFIGS["llama"])
+    write_model_files(model, tmp_path)
+    monkeypatch.setattr(memory, "WORTH_A_LOOK", 0)
+    monkeypatch.setattr(memory, "available_memory", lambda: 0)
+    open_model(tmp_path)
+    file = tmp_path / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length] + b" "  # the numbers lie one byte further on
+    file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    with pytest.raises(SurgeryError, match="weights"):
+        open_model(tmp_path)
+    monkeypatch.undo()
+    again = open_model(tmp_path)[0].state_dict()
+    assert all(torch.equal(again[name], tensor) for name, tensor in model.state_dict().items())
 
 
 def test_training_an_opened_model_does_not_write_to_its_file(tmp_path):

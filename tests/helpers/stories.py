@@ -14,7 +14,7 @@ import torch
 from nanogpt_surgery import GPTConfig, SimpleGPT
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.formats.gguf.tokenizer import sentencepiece_json
-from nanogpt_surgery.formats.placing import apart
+from nanogpt_surgery.formats.placing import deinterleave
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -55,7 +55,7 @@ def stories_model():
     take("norm.weight", dim)
     for name in state:
         if name.endswith(("q_proj.weight", "k_proj.weight")):
-            state[name] = apart(state[name], heads if "q_proj" in name else kv_heads)
+            state[name] = deinterleave(state[name], heads if "q_proj" in name else kv_heads)
     state["lm_head.weight"] = state["embed_tokens.weight"]
     model = SimpleGPT.from_config(config)
     model.load_state_dict(state)

@@ -26,52 +26,61 @@ Dtype: TypeAlias = torch.dtype | Literal["each"] | None
 
 @dataclass(frozen=True)
 class Placement:
-    """One stored tensor, and the tensors of ours that it holds, stacked along the output.
+    """One stored tensor, and the row that says which of ours it holds, stacked along the output."""
 
-    `transposed`: it lies as (in, out). `interleaved`: its rows are those of this many heads, whose
-    rotary pairs lie side by side (2 i and 2 i + 1) where ours lie half a head apart.
-    """
-
-    names: tuple[str, ...]
+    row: Row
+    kind: str
+    """of parameter: "weight" or "bias"."""
     stored: StoredTensor
-    transposed: bool = False
-    interleaved: int = 0
 
-    def load(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Our tensors by name, mapped where the file holds them as they are."""
-        tensor = self.stored.mapped() if self.is_mapped(dtype) else None
-        if tensor is None:
-            tensor = self._read(dtype)
-        return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Ours, in the order in which they are stacked."""
+        return tuple(f"{name}.{self.kind}" for name in self.row.ours)
 
-    def is_mapped(self, dtype: torch.dtype) -> bool:
-        """Whether the file holds the tensor as it is needed."""
-        return self.stored.dtype == dtype and not self.transposed and not self.interleaved
-
-    def _read(self, dtype: torch.dtype) -> Tensor:
-        shape = self.stored.shape
-        tensor = torch.empty(shape[::-1] if self.transposed else shape, dtype=dtype)
-        goal = tensor.t() if self.transposed else tensor
-        for start, piece in self.stored.pieces():
-            goal[start : start + len(piece)] = piece
-        return apart(tensor, self.interleaved)
+    @property
+    def transposed(self) -> bool:
+        """Whether it lies as (in, out)."""
+        return self.row.transposes(self.kind)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """In our orientation, all parts together."""
         return self.stored.shape[::-1] if self.transposed else self.stored.shape
 
+    def load(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Our tensors by name, mapped where the file holds them as they are."""
+        tensor = self.mapped(dtype)
+        if tensor is None:
+            tensor = self._read(dtype)
+        return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
 
-def apart(tensor: Tensor, heads: int) -> Tensor:
-    """Rows (H · D, …) whose rotary pairs lie side by side → half a head apart; 0 heads: as is."""
+    def mapped(self, dtype: torch.dtype) -> Tensor | None:
+        """The tensor as a part of the mapped file, if the file holds it as it is needed."""
+        as_it_is = self.stored.dtype == dtype and not (self.transposed or self.row.interleaved)
+        return self.stored.mapped() if as_it_is else None
+
+    def _read(self, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(self.shape, dtype=dtype)
+        goal = tensor.t() if self.transposed else tensor
+        for start, piece in self.stored.pieces():
+            goal[start : start + len(piece)] = piece
+        return deinterleave(tensor, self.row.interleaved)
+
+
+def deinterleave(tensor: Tensor, heads: int) -> Tensor:
+    """Rows (H · D, …) of heads whose rotary pairs lie side by side → half a head apart.
+
+    Rows of 0 heads stay as they are.
+    """
     shape = tensor.shape
     if not heads:
         return tensor
     return tensor.view(heads, -1, 2, *shape[1:]).transpose(1, 2).reshape(shape)
 
 
-def side_by_side(tensor: Tensor, heads: int) -> Tensor:
-    """The inverse of `apart`."""
+def interleave(tensor: Tensor, heads: int) -> Tensor:
+    """The inverse of `deinterleave`."""
     shape = tensor.shape
     if not heads:
         return tensor
@@ -80,15 +89,12 @@ def side_by_side(tensor: Tensor, heads: int) -> Tensor:
 
 def place(stored: Mapping[str, StoredTensor], rows: Iterable[Row]) -> list[Placement]:
     """Which stored tensor is which of ours; some may have no place."""
-    placements = []
-    for row in rows:
-        for kind in ("weight", "bias"):
-            tensor = stored.get(f"{row.theirs}.{kind}")
-            if tensor is not None:
-                names = tuple(f"{name}.{kind}" for name in row.ours)
-                turned = row.conv1d and kind == "weight"
-                placements.append(Placement(names, tensor, turned, row.interleaved))
-    return placements
+    return [
+        Placement(row, kind, tensor)
+        for row in rows
+        for kind in ("weight", "bias")
+        if (tensor := stored.get(f"{row.theirs}.{kind}")) is not None
+    ]
 
 
 def build_model(
@@ -124,8 +130,8 @@ def build_model(
         del expected["lm_head.weight"]
     _check_fit(expected, placements, stored, rows, where)
     wanted = list(zip(placements, _dtypes(placements, dtype), strict=True))
-    read = sum(math.prod(p.shape) * d.itemsize for p, d in wanted if not p.is_mapped(d))
-    check_memory(f"{where}", {"weights": read}, "open a smaller model, or in bfloat16")
+    read = sum(math.prod(p.shape) * d.itemsize for p, d in wanted if p.mapped(d) is None)
+    check_memory(where, {"weights": read}, "open a smaller model, or in bfloat16")
     tensors: dict[str, Tensor] = {}
     for placement, chosen in wanted:
         tensors |= placement.load(chosen)

@@ -38,7 +38,7 @@ from nanogpt_surgery.formats.gguf.model import (
 from nanogpt_surgery.formats.gguf.tokenizer_writing import Lost, write_tokenizer
 from nanogpt_surgery.formats.huggingface.config import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import each_layer
-from nanogpt_surgery.formats.placing import side_by_side
+from nanogpt_surgery.formats.placing import interleave
 from nanogpt_surgery.lora.merging import Rounding
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
@@ -168,7 +168,7 @@ def _named(model: SimpleGPT, family: str) -> Iterator[Named]:
             if ours[0] in tensors:
                 parts = [tensors[name].detach() for name in ours]
                 joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-                yield f"{row.theirs}.{end}", ours, side_by_side(joined, row.interleaved)
+                yield f"{row.theirs}.{end}", ours, interleave(joined, row.interleaved)
     scaling = model.config.rope_scaling
     if scaling is not None and scaling.rope_type == "llama3":
         yield ROPE_FACTORS, (), rope_factors(model.config)

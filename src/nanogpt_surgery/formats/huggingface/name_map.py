@@ -22,7 +22,7 @@ class Row:
     """Modules of ours, and the one of theirs that holds them.
 
     `conv1d`: its matrix is transposed. `interleaved`: so many heads keep their rotary pairs side by
-    side (0: as ours).
+    side, in rows 2 i and 2 i + 1, where ours lie half a head apart (0: as ours).
     """
 
     ours: tuple[str, ...]
@@ -34,6 +34,10 @@ class Row:
         """The row of one layer."""
         ours = tuple(name.replace("*", str(layer)) for name in self.ours)
         return replace(self, ours=ours, theirs=self.theirs.replace("*", str(layer)))
+
+    def transposes(self, kind: str) -> bool:
+        """Whether their tensor of a kind, "weight" or "bias", is ours transposed."""
+        return self.conv1d and kind == "weight"
 
 
 def _llama_like() -> list[Row]:
@@ -128,5 +132,5 @@ _BUFFERS = (".attn.bias", ".attn.masked_bias", ".rotary_emb.inv_freq")
 
 
 def _turned(tensor: Tensor, row: Row, kind: str) -> Tensor:
-    turns = row.conv1d and kind == "weight" and tensor.dim() == 2
+    turns = row.transposes(kind) and tensor.dim() == 2
     return tensor.t() if turns else torch.atleast_1d(tensor)

@@ -26,7 +26,7 @@ from nanogpt_surgery.formats.gguf.model import table
 from nanogpt_surgery.formats.huggingface.config import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import each_layer
 from nanogpt_surgery.formats.peft.layout import Factors, block_diagonal
-from nanogpt_surgery.formats.placing import side_by_side
+from nanogpt_surgery.formats.placing import interleave
 from nanogpt_surgery.lora.inject import bare_layer
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -179,7 +179,7 @@ def _named(
         if any(part is not None for part in parts):
             layers: list[Any] = [bare_layer(model, name) for name in row.ours]
             a, b = block_diagonal(parts, [layer.out_features for layer in layers])
-            yield f"{row.theirs}.weight", (a, side_by_side(b, row.interleaved))
+            yield f"{row.theirs}.weight", (a, interleave(b, row.interleaved))
 
 
 def _check(factors: dict[str, Factors], found: dict[str, Factors]) -> None:
