@@ -174,8 +174,9 @@ def write_journal(folder: Path, journal: FolderJournal) -> None:
     place.mkdir(exist_ok=True)
     lines = (json.dumps(line, ensure_ascii=False) + "\n" for line in journal.lines)
     replace_text(place / JOURNAL, "".join(lines))
+    needed = journal.needed()
     for path in _kept(folder):
-        if path.name not in journal.needed():
+        if path.name not in needed:
             path.unlink()
     flush(place)
 
@@ -263,8 +264,8 @@ def operate(
     """
 
     def change() -> FolderOperation:
-        with _twin(folder) as (twin, journal):
-            before, new = hashes_of(twin), twin / NEW
+        with _twin(folder) as (twin, journal, before):
+            new = twin / NEW
             new.mkdir()
             done = write(new)
             written = {path.name for path in new.iterdir()}
@@ -305,7 +306,7 @@ def redo_folder(folder: str | Path) -> Report:
 
 def _turn(folder: Path, back: bool) -> Report:
     def change() -> FolderOperation:
-        with _twin(folder) as (twin, journal):
+        with _twin(folder) as (twin, journal, _):
             done = journal.last(back, str(folder), f"folder_log({folder}) lists what was done")
             now, goal = done.states(back)
             for name in now:
@@ -316,7 +317,7 @@ def _turn(folder: Path, back: bool) -> Report:
                 if now.get(name) != goal[name] and kept.is_file():
                     link_or_copy(kept, twin / name)
             because = f"{OPERATIONS} should hold what '{done.operation}' put by"
-            _check_files(twin, folder, goal, because)
+            _check_files(hashes_of(twin), folder, goal, because)
             journal.write(UNDONE if back else AGAIN, number=done.number)
             write_journal(twin, journal)
         return done
@@ -332,10 +333,11 @@ def _turn(folder: Path, back: bool) -> Report:
 
 
 @contextmanager
-def _twin(folder: Path) -> Iterator[tuple[Path, FolderJournal]]:
+def _twin(folder: Path) -> Iterator[tuple[Path, FolderJournal, dict[str, str]]]:
     """A copy of a folder made of links, to be changed; at the end it takes the folder's place.
 
-    Nothing may be written into its files: they are the folder's. They are replaced.
+    Beside it come the folder's journal and `hashes_of` it. Nothing may be written into the copy's
+    files: they are the folder's. They are replaced.
     """
     _check_place(folder)
     folder = folder.resolve()
@@ -344,11 +346,12 @@ def _twin(folder: Path) -> Iterator[tuple[Path, FolderJournal]]:
         journal = read_journal(folder)
         _check_links(folder)
         since = journal.lines[-1]["when"] if journal.lines else ""
-        _check_files(folder, folder, journal.files, f"it should be as it was left at {since}")
+        there = hashes_of(folder)
+        _check_files(there, folder, journal.files, f"it should be as it was left at {since}")
         twin = temporary_beside(folder)
         try:
             shutil.copytree(folder, twin, copy_function=lambda a, b: link_or_copy(Path(a), Path(b)))
-            yield twin, journal
+            yield twin, journal, there
             for path in [*twin.rglob("*"), twin]:
                 if path.is_dir() or path.stat().st_nlink == 1:  # a link lies on the disk already
                     flush(path)
@@ -386,9 +389,8 @@ def _check_links(folder: Path) -> None:
         )
 
 
-def _check_files(place: Path, folder: Path, wanted: dict[str, str], because: str) -> None:
+def _check_files(there: dict[str, str], folder: Path, wanted: dict[str, str], because: str) -> None:
     """Raises `SurgeryError` if files are not what they should be, and names them."""
-    there = hashes_of(place)
     wrong = [
         f"{name} has the sha256 {shortened(there[name])} instead of {shortened(digest)}"
         if name in there
