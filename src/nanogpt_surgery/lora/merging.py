@@ -291,7 +291,8 @@ def merge_rows(
             continue
         kind, rounded = rounding(name, layer.original_layer.weight)
         weight, delta = _widened(layer.original_layer.weight), layer.delta_weight()
-        before, after, exact = rounded(weight), rounded(weight + delta), weight + delta
+        exact = weight + delta
+        before, after = rounded(weight), rounded(exact)
         rows.append(
             {
                 "layer": name,
@@ -320,8 +321,9 @@ def merge_survival(model: nn.Module) -> Report:
         if layer.replaces_whole:
             continue
         weight, delta = _widened(layer.original_layer.weight), layer.delta_weight()
+        exact = weight + delta
         left = {
-            precision: change_kept(rounded(weight + delta) - rounded(weight), delta)
+            precision: change_kept(rounded(exact) - rounded(weight), delta)
             for precision, rounded in ROUNDINGS.items()
         }
         rows.append({"layer": name, "ΔW / W": _ratio(delta, weight), **left})
