@@ -52,7 +52,7 @@ class RunOptions:
 
 
 def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any]) -> None:
-    """Raise what can be refused before anything is read: the folder, the device, the length.
+    """Raises what can be refused before anything is read: the folder, the device, the length.
 
     Raises:
         SurgeryError: the device is not there, no run can begin or go on in the folder, or the run's
@@ -78,7 +78,7 @@ def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any
 
 
 def check_no_records(paths: tuple[str, ...], model: str = "MODEL") -> None:
-    """Raise `SurgeryError` if a file that is to be learned as text holds records.
+    """Raises `SurgeryError` if a file that is to be learned as text holds records.
 
     As text their braces, quotes and names of fields would be learned.
     """
@@ -97,7 +97,7 @@ def check_no_records(paths: tuple[str, ...], model: str = "MODEL") -> None:
 def carry_out(
     training: Training, options: RunOptions, asked: dict[str, Any], following: str
 ) -> None:
-    """Train to the end, or to a signal, and report it; with --plan, say what that takes.
+    """Trains to the end, or to a signal, and reports it; with --plan, says what that takes.
 
     Args:
         training: what is trained, on what.

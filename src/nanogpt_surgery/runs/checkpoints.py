@@ -111,7 +111,7 @@ class RunFolder:
         return summary_of_checkpoint(self.checkpoint) if self.checkpoint else {}
 
     def record_start(self, validation_loss: float) -> None:
-        """Begin the metrics with the validation loss before the first step, as that of step 0.
+        """Begins the metrics with the validation loss before the first step, as that of step 0.
 
         Raises:
             SurgeryError: the disk refuses.
@@ -121,7 +121,7 @@ class RunFolder:
         replace_text(self.folder / METRICS, json.dumps(start) + "\n")
 
     def record(self, step: Step) -> None:
-        """Append a step's metrics.
+        """Appends a step's metrics.
 
         Raises:
             SurgeryError: the disk refuses.
@@ -135,7 +135,7 @@ class RunFolder:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
     ) -> Path:
-        """Commit a checkpoint after a step; keep the newest two and the best.
+        """Commits a checkpoint after a step; keeps the newest two and the best.
 
         Args:
             step: what it did; without a validation loss, the checkpoint cannot be the best.
@@ -165,7 +165,7 @@ class RunFolder:
         return goal
 
     def _flush_metrics(self) -> None:
-        """Put the lines of the steps on the disk: no checkpoint without them."""
+        """Flushes the lines of the steps to the disk: no checkpoint without them."""
         path = self.folder / METRICS
         if not path.is_file():
             return
@@ -177,7 +177,7 @@ class RunFolder:
                 replace_text(path, path.read_text(encoding="utf-8"))
 
     def show(self) -> None:
-        """Let LATEST, BEST and the top of the folder say what the checkpoints say.
+        """Brings LATEST, BEST and the top of the folder in line with the checkpoints.
 
         Raises:
             SurgeryError: the disk refuses.
@@ -204,7 +204,7 @@ class RunFolder:
             link_or_copy(file, self.folder / file.name)
 
     def _prune(self) -> None:
-        """Delete checkpoints but the newest two that are whole and the best.
+        """Deletes checkpoints but the newest two that are whole and the best.
 
         Those after the newest were passed over; the training will come to their steps.
         """
@@ -222,7 +222,7 @@ class RunFolder:
         return checkpoint in self._whole
 
     def restore(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        """Give what is trained and its optimizer the state of the checkpoint to go on from.
+        """Gives what is trained and its optimizer the state of the checkpoint to go on from.
 
         Raises:
             SurgeryError: it is the state of another model, or another version's optimizer kept it
@@ -246,7 +246,7 @@ def open_run_folder(
     strict: bool = False,
     allow_changes: bool = False,
 ) -> Iterator[RunFolder]:
-    """Begin a run, or go on with one from its newest whole checkpoint; the folder is locked.
+    """Begins a run, or goes on with one from its newest whole checkpoint; the folder is locked.
 
     Args:
         folder: the run folder.
@@ -304,7 +304,7 @@ def _foreign(folder: Path) -> bool:
 
 
 def check_folder(folder: Path, resume: bool) -> None:
-    """Whether a run can be begun, or gone on with, in a folder, whatever is to be trained.
+    """Raises if no run can begin, or go on, in a folder, whatever is to be trained.
 
     A run that ended before its first checkpoint has nothing to go on from, and is begun anew.
 
@@ -340,10 +340,10 @@ def check_folder(folder: Path, resume: bool) -> None:
 
 
 def _changes(folder: Path, description: dict[str, Any], allowed: bool) -> list[str]:
-    """In what a run's description differs now, in words, where that is allowed.
+    """Says in what a run's description differs now; warns of it if that is allowed.
 
     Raises:
-        SurgeryError: it is not, or never is.
+        RunDiffersError: it is not allowed, or is of another kind, which never is.
     """
     before, now = read_json(folder / RUN), json.loads(json.dumps(description))
     found = differences(before, now)
@@ -378,7 +378,7 @@ def _trained(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, nn
 
 
 def restore_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Give what is trained and its optimizer the state that a file holds (`training_state`).
+    """Gives what is trained and its optimizer the state that a file holds (`training_state`).
 
     Raises:
         SurgeryError: it is the state of another model or optimizer, or another version's optimizer
@@ -419,7 +419,7 @@ def _remove_whole(folder: Path) -> None:
 def _check_another(
     file: Path, tensors: dict[str, Tensor], trained: dict[str, nn.Parameter]
 ) -> None:
-    """Refuse the state of a model in which something else is trained, or in another shape."""
+    """Raises if a state is of a model in which something else is trained, or in another shape."""
     there = {name[: -len(":value")]: t for name, t in tensors.items() if name.endswith(":value")}
     wrong = [
         f"{name} is {tuple(there[name].shape)} there and {tuple(trained[name].shape)} here"

@@ -92,7 +92,7 @@ def _windows(
 def open_sources(
     paths: Sequence[str], mix: str | None = None, tokenizer: Tokenizer | None = None
 ) -> Sources:
-    """Read the texts and map the ids that were named.
+    """Reads the texts and maps the ids that were named.
 
     Args:
         paths: texts, which are joined without a mix; or folders of ids.

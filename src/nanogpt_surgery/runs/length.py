@@ -1,4 +1,4 @@
-"""How many steps a training has, and from which to which it is saved."""
+"""The number of steps of a training, and the interval between its checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EVALUATIONS = 8  # in a run whose length follows from its data
 
 
 def check_epochs(epochs: float | None, max_steps: int | None) -> None:
-    """Raise `SurgeryError` for epochs that are none, or that stand beside a number of steps."""
+    """Raises `SurgeryError` for epochs out of range, or given together with a number of steps."""
     if epochs is None:
         return
     if not (math.isfinite(epochs) and epochs > 0):
@@ -105,5 +105,5 @@ class SaveInterval:
         return monotonic() - self._last >= self.seconds
 
     def saved(self) -> None:
-        """Begin to wait for the next one."""
+        """Notes that a checkpoint was written: the interval begins anew."""
         self._last = monotonic()

@@ -18,7 +18,7 @@ NO_LETTERS = ("Last Resort", "LastResort", "Color Emoji", "Emoji", "cm", "STIX")
 def plot_losses(
     metrics: Sequence[dict[str, Any]], goal: Path, title: str, base: bool = False
 ) -> None:
-    """Draw training loss and validation loss against steps, from step 0 on.
+    """Draws training loss and validation loss against steps, from step 0 on.
 
     From 200 steps on the training loss is faint, with the mean of the steps around each one over
     it. The background is transparent.

@@ -13,7 +13,7 @@ from nanogpt_surgery.files.json_files import replace_text
 
 
 def append_metrics(path: Path, step: dict[str, Any]) -> None:
-    """Add the line of a step.
+    """Adds the line of a step.
 
     Raises:
         SurgeryError: the disk refuses. The checkpoints that are there can be gone on from.
@@ -25,7 +25,7 @@ def append_metrics(path: Path, step: dict[str, Any]) -> None:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add a line, or nothing at all."""
+    """Adds a line, or nothing at all."""
     size = path.stat().st_size if path.is_file() else 0
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -37,7 +37,7 @@ def _append(path: Path, line: str) -> None:
 
 
 def trim_metrics(path: Path, steps: int) -> None:
-    """Drop lines of steps that will be done again, and a line torn by a crash.
+    """Drops lines of steps that will be done again, and a line torn by a crash.
 
     A line before the first step, of step 0, may stand there.
 

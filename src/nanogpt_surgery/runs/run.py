@@ -44,7 +44,7 @@ Say = Callable[[str], object]
 
 
 def check_run(folder: Path, settings: FitSettings, resume: bool = False) -> None:
-    """Whether a run can begin, or go on, in a folder: known before any model or data is read.
+    """Raises if no run can begin, or go on, in a folder, before any model or data is read.
 
     Raises:
         SurgeryError: as `check_folder`, or the processes cannot share the batch of a step.
@@ -65,8 +65,8 @@ class Run:
         folder: what lies on disk.
         training: what is trained, and on what.
         loop: `fit`'s own, with optimizer, hardware and what an evaluation reads (`eval_data`).
-        stopped: the number given to `stop` where that ended it, else 0.
-        stopped_early: because nothing was gained any more (`Training.patience`).
+        stopped: the number given to `stop` if that ended it, else 0.
+        stopped_early: whether it ended for lack of improvement (`Training.patience`).
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Run:
     def begin(
         cls, folder: str | Path, training: Training, **options: Any
     ) -> AbstractContextManager[Run]:
-        """Begin a run in a new folder, which is locked until the block ends.
+        """Begins a run in a new folder, which is locked until the block ends.
 
         Args:
             folder: made; it holds metrics, checkpoints, and the best model or adapter at its top.
@@ -113,7 +113,7 @@ class Run:
     def resume(
         cls, folder: str | Path, training: Training, **options: Any
     ) -> AbstractContextManager[Run]:
-        """Go on from a run's newest whole checkpoint; its steps have the bits of an unbroken run.
+        """Goes on from a run's newest whole checkpoint; its steps have the bits of an unbroken run.
 
         Args:
             folder: of the run; one that has no checkpoint yet is begun.
@@ -202,7 +202,7 @@ class Run:
             check_frozen(self.training.model, checks.frozen)
 
     def stop(self, number: int = 1) -> None:
-        """Ask for a checkpoint after the step that goes on, and for no further step.
+        """Asks for a checkpoint after the current step, and for no further step.
 
         Args:
             number: why, above 0: a signal's; `stopped` says it in all processes.
@@ -217,9 +217,9 @@ class Run:
         return self.matmul_rate / training_flops_per_token(self.training.model, length, kept)
 
     def finish(self) -> dict[str, Any]:
-        """Sum the run up, draw its losses, and sign it off in the folder's journal.
+        """Sums the run up, draws its losses, and signs it off in the folder's journal.
 
-        Returns the summary, as plain values; none in other processes than the first.
+        Returns the summary, as plain values; {} in other processes than the first.
         """
         if not self.world.is_main_process:
             return {}
@@ -241,7 +241,7 @@ class Run:
         return bool(self.world.all_reduce_max(0 < self.training.patience <= since))
 
     def _keep(self, step: Step) -> None:
-        """Record a step that was made, and save it where it is time; all processes agree on it."""
+        """Records a step, and saves it where it is time; all processes agree on it."""
         self._in_steps += step.seconds
         asked = self.world.all_reduce_max(self._asked)  # once: it may come at any moment
         if step.validation_loss is not None:
@@ -265,7 +265,7 @@ class Run:
             self._save()
 
     def _save(self) -> None:
-        """Write a checkpoint of the last step, unless it has one."""
+        """Writes a checkpoint of the last step, unless it has one."""
         if self._unsaved is not None:
             training = self.training
             optimizer = self.loop.optimizer
@@ -275,7 +275,7 @@ class Run:
 
     @contextmanager
     def _saved_where_it_breaks(self) -> Iterator[None]:
-        """Save the steps since the last checkpoint where numbers are no longer finite."""
+        """Saves the steps since the last checkpoint if numbers stop being finite."""
         try:
             yield
         except NotFiniteError:
@@ -285,7 +285,7 @@ class Run:
             raise
 
     def _record_start(self, loss: float) -> None:
-        """Record what the model is worth before the first step, and let it answer."""
+        """Records the validation loss before the first step, and takes the first sample."""
         if self.world.is_main_process:
             self.folder.record_start(loss)
             most = self.training.settings.max_steps
@@ -298,7 +298,7 @@ class Run:
         return read_metrics(self.folder.folder / METRICS) if self.world.is_main_process else []
 
     def _say_how(self) -> None:
-        """Say from where it goes on, on what it computes, and what an evaluation reads."""
+        """Says from where it goes on, on what it computes, and what an evaluation reads."""
         folder, settings, hardware = self.folder, self.training.settings, self.loop.hardware
         if folder.checkpoint:
             self.say(f"going on from step {folder.first_step:,} of {settings.max_steps:,}")
@@ -330,7 +330,7 @@ def _other_environment(before: dict[str, Any], now: dict[str, Any]) -> list[str]
 
 
 def evaluations_since_best(losses: Iterable[float]) -> int:
-    """How many evaluations in a row are no improvement, up to the last; as is no number (nan)."""
+    """How many evaluations in a row, up to the last, brought no improvement; nan brings none."""
     best, since = math.inf, 0
     for loss in losses:
         best, since = (loss, 0) if loss < best else (best, since + 1)

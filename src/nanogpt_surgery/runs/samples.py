@@ -51,7 +51,7 @@ class Samples:
         return self.every > 0 and step % self.every == 0
 
     def take(self, step: int) -> None:
-        """Let the model answer, and write down and say what it answered."""
+        """Lets the model answer; writes the answer down and says it."""
         prompt, answer = self._decode(self.prompt), self._answer()
         self.taken.append({"step": step, "prompt": prompt, "answer": answer})
         self._write()

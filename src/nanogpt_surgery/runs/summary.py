@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def summary_of(run: Run, beside: float) -> dict[str, Any]:
-    """The summary; `beside` are the seconds for evaluations and else that was no step."""
+    """The summary; `beside`: seconds of evaluations, and of all else outside the steps."""
     training, folder = run.training, run.folder.folder
     rows_of_all = read_metrics(folder / METRICS)
     metrics = [row for row in rows_of_all if row["step"]]

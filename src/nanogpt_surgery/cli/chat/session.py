@@ -35,7 +35,7 @@ class Session:
         self.settings, self.templates = settings, dict(templates or {})
 
     def hear(self, line: str) -> bool:
-        """Answer a line or obey it; whether to go on."""
+        """Answers a line or obeys it; returns whether to go on."""
         if line.strip() in ("/exit", "/quit"):
             return False
         try:

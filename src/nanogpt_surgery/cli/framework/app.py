@@ -84,14 +84,14 @@ def make_app(lazily: bool = True) -> App:
 
 
 def _add(app: App, name: str, place: str, lazily: bool) -> None:
-    """Add a command, a function in a module of commands."""
+    """Adds a command, a function in a module of commands."""
     module, _, function = f"nanogpt_surgery.cli.commands.{place}".partition(":")
     command = f"{module}:{function}" if lazily else getattr(import_module(module), function)
     app.command(command, name=name)
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """Run one command; an error that the user can mend ends with a message and status 1."""
+    """Runs one command; an error that the user can mend ends with a message and status 1."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
@@ -156,7 +156,7 @@ def with_flags(hint: str) -> str:
 
 
 def _forget_stdout() -> None:
-    """Let what is still to be written there go nowhere: it would fail once more at the end."""
+    """Sends what is still to be written there to nowhere: it would fail once more at the end."""
     with suppress(OSError, ValueError):  # it may be no file at all
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -19,7 +19,7 @@ _TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
 
 
 def take_config(app: App, arguments: list[str]) -> None:
-    """Take `--config FILE` out of the arguments, and its values into the app.
+    """Takes `--config FILE` out of the arguments, and its values into the app.
 
     Raises:
         SurgeryError: the file is missing, or is not TOML (with its line).
@@ -45,7 +45,7 @@ def take_config(app: App, arguments: list[str]) -> None:
 
 @contextmanager
 def typing(arguments: list[str]) -> Iterator[None]:
-    """Keep what was typed, for the block."""
+    """Keeps what was typed, for the block."""
     token = _TYPED.set(tuple(arguments))
     try:
         yield

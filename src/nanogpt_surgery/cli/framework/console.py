@@ -61,7 +61,7 @@ def joined(command: str) -> AbstractContextManager[object]:
 
 
 def ready_streams() -> None:
-    """Make stdout and stderr take whatever is written.
+    """Makes stdout and stderr take whatever is written.
 
     One that was closed before the start (`>&-`) becomes the void. A character that an encoding has
     not is escaped: a report with a × in it also comes out in ASCII.

@@ -108,7 +108,7 @@ def _tokens(tokens: Any) -> Iterator[Any]:
 
 
 def check_out(out: Path, overwrite: bool, *, is_file: bool = False) -> None:
-    """Refuse, before any work, what may not be written over; an empty folder is nothing.
+    """Raises, before any work, if `out` may not be written over; an empty folder may.
 
     What lies at `--out` is replaced with `--overwrite`, and else refused. A training has another
     rule: it goes on with its run (`--resume`), and nothing replaces one.

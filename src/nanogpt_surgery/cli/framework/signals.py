@@ -48,7 +48,7 @@ def _answer_by(handler: Any) -> None:
 
 
 def _raise(number: int, frame: FrameType | None) -> None:
-    """Unwind, so that what is half-written goes.
+    """Unwinds, so that what is half-written goes.
 
     An import is left at once: code in C may make another error of what is raised in it. So is the
     entrance of the context, before which nothing was done and which nothing surrounds yet.
