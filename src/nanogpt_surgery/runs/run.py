@@ -74,11 +74,10 @@ class Run:
         folder: RunFolder,
         training: Training,
         loop: TrainingLoop,
-        description: dict[str, Any],
         say: Say,
     ):
         self.folder, self.training, self.loop = folder, training, loop
-        self.description, self.say, self.world = description, say, loop.world
+        self.say, self.world = say, loop.world
         self.stopped, self.stopped_early = 0, False
         self._began, self._in_steps = monotonic(), 0.0
         self._asked = 0
@@ -159,7 +158,7 @@ class Run:
             step = loop.world.run_on_main(opened)
             there = own[0] if own else RunFolder(folder, checkpoint_at(folder, step))
             there.environment = environment
-            yield cls(there, training, loop, description, say)
+            yield cls(there, training, loop, say)
 
     def train(self) -> Iterator[Step]:
         """The steps that are left, after an evaluation before the first one.
@@ -227,10 +226,10 @@ class Run:
         summary = summary_of(self, beside)
         files = hashes_of(self.folder.folder)
         if read_journal(self.folder.folder).files != files:  # else it has been signed off
-            named, kind = self.training.named, self.description["kind"]
+            named, known = self.training.named, self.training.description
             origin = f" from {named['model']}" if "model" in named else ""
-            operation = f"{kind}{origin}, {summary['steps']:,} steps"
-            base = self.description.get("base", "")
+            operation = f"{known['kind']}{origin}, {summary['steps']:,} steps"
+            base = known.get("base", "")
             entry = FolderOperation(operation, base, {}, files, "none", measured=summary)
             with writing(self.folder.folder):
                 record(self.folder.folder, entry)
