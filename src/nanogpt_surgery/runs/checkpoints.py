@@ -99,15 +99,15 @@ class RunFolder:
     @property
     def processes(self) -> int:
         """How many shared the batch of the step before."""
-        return int(self._said().get("processes", 1))
+        return int(self._summary_before().get("processes", 1))
 
     @property
     def environment_before(self) -> dict[str, Any]:
         """On what the steps before the checkpoint to go on from were computed; {} if not known."""
-        known = self._said()
+        known = self._summary_before()
         return {**known.get("environment", {}), "processes": self.processes} if known else {}
 
-    def _said(self) -> dict[str, Any]:
+    def _summary_before(self) -> dict[str, Any]:
         return summary_of_checkpoint(self.checkpoint) if self.checkpoint else {}
 
     def record_start(self, validation_loss: float) -> None:
@@ -282,7 +282,6 @@ def _begun(
             (folder / name).unlink(missing_ok=True)
         write_json(folder / RUN, description)
     run = RunFolder(folder, latest_checkpoint(folder, strict), best_checkpoint(folder))
-    run.environment = description.get("environment", {})
     if changes:
         run.changes = description, changes
     trim_metrics(folder / METRICS, run.first_step)
@@ -389,9 +388,9 @@ def restore_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             f"{file.parent} holds no {file.name}, which a training goes on from",
             "it is a model: init_from=MODEL trains it further, as a new run",
         )
-    tensors = with_current_modules(load_file(file))
-    _check_another(file, tensors, _trained(model, optimizer))
-    for name, parameter in _trained(model, optimizer).items():
+    tensors, trained = with_current_modules(load_file(file)), _trained(model, optimizer)
+    _check_another(file, tensors, trained)
+    for name, parameter in trained.items():
         prefix = f"{name}:"
         state = {k.removeprefix(prefix): tensors.pop(k) for k in [*tensors] if k.startswith(prefix)}
         value = state.pop("value")
