@@ -66,7 +66,7 @@ class Sources:
 def _windows(
     source: str | TokenFiles, tokenizer: Tokenizer, block_size: int
 ) -> tuple[GPTDataset, GPTDataset]:
-    prints: tuple[str | None, str | None] = None, None
+    fingerprints: tuple[str | None, str | None] = None, None
     if isinstance(source, str):
         both = [encode_text(tokenizer, part) for part in split_by_position(source)]
         names = "the text", "the last tenth of the text, which is held out for validation,"
@@ -74,7 +74,7 @@ def _windows(
         both = [source.train, source.validation]
         names = f"{source.folder}, to train on,", f"{source.folder}, held out,"
         known = source.header.fingerprint()
-        prints = f"train of {known}", f"validation of {known}"
+        fingerprints = f"train of {known}", f"validation of {known}"
     for name, ids in zip(names, both, strict=True):
         if len(ids) <= block_size:
             raise SurgeryError(
@@ -83,8 +83,8 @@ def _windows(
                 "give more text, or a smaller block_size",
             )
     train, held_out = (
-        GPTDataset.from_ids(ids, block_size, fingerprint=known)
-        for ids, known in zip(both, prints, strict=True)
+        GPTDataset.from_ids(ids, block_size, fingerprint=fingerprint)
+        for ids, fingerprint in zip(both, fingerprints, strict=True)
     )
     return train, held_out
 

@@ -28,7 +28,7 @@ def prepare_folder(
     tokenizer: Tokenizer | None = None,
     held_out: float | None = None,
     workers: int = 0,
-    told: Callable[[int], object] = lambda _: None,
+    on_progress: Callable[[int], object] = lambda _: None,
 ) -> None:
     """Encodes chunks of text into a folder of ids, which is there whole or not at all.
 
@@ -42,7 +42,7 @@ def prepare_folder(
         tokenizer: None for one of all characters.
         held_out: see `prepare_tokens`, as of `workers`.
         workers: processes (0: one for each core).
-        told: called with the number of chunks that are done.
+        on_progress: called with the number of chunks that are done.
 
     Raises:
         SurgeryError: as `prepare_tokens` and `verify_tokens`; nothing unfinished is left.
@@ -59,7 +59,7 @@ def prepare_folder(
         _provide_tokenizer(tokenizer, folder / TOKENIZER, chunks, workers)
         opens = partial(open_tokenizer, folder / TOKENIZER)
         for done in prepare_tokens(chunks, folder, opens, held_out, workers):
-            told(done)
+            on_progress(done)
 
     with file_lock(folder / LOCK):
         if finished:

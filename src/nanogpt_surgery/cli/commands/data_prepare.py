@@ -55,7 +55,7 @@ def prepare(
     finished, wanted = is_token_folder(out), named_tokenizer(tokenizer)
     try:
         chunks = chunks_of(text)
-        prepare_folder(chunks, out, wanted, held_out, workers, _told(len(chunks)))
+        prepare_folder(chunks, out, wanted, held_out, workers, _progress(len(chunks)))
     except KeyboardInterrupt:
         say(f"stopped; the same command goes on with {out}")
         sys.exit(130)
@@ -66,7 +66,7 @@ def prepare(
 
 
 def _check_folder(out: Path, text: Sequence[str]) -> None:
-    """Refuses a folder that holds anything but what a preparation leaves, stopped at any moment.
+    """Raises if `out` holds anything but a folder of tokens, finished or begun, or nothing.
 
     Raises:
         SurgeryError: it holds something else, or lies in the corpus, which it would become part of.
@@ -90,7 +90,7 @@ def _check_folder(out: Path, text: Sequence[str]) -> None:
         raise SurgeryError(f"{out} exists and is no folder of tokens", "choose a new --out")
 
 
-def _told(chunks: int) -> Callable[[int], None]:
+def _progress(chunks: int) -> Callable[[int], None]:
     """A function that says from time to time how many chunks are done."""
     last = monotonic()
 

@@ -49,8 +49,9 @@ def preview(
     from nanogpt_surgery.runs.data import window_length
 
     tokenizer, context = open_tokenizer_of(model)
-    length, told = window_length(block_size, context), InstructionSettings(**given(instructions))
-    found = read_examples(data, tokenizer, told.template, told.answers_only)
+    length = window_length(block_size, context)
+    settings = InstructionSettings(**given(instructions))
+    found = read_examples(data, tokenizer, settings.template, settings.answers_only)
     dataset = instruction_dataset.InstructionDataset.for_tokenizer(found, tokenizer, length)
     pieces_of = instruction_dataset.preview_tokens if tokens else instruction_dataset.preview
     shown = [pieces_of(example.cut(length + 1), tokenizer) for example in found[:examples]]
@@ -61,8 +62,8 @@ def preview(
     for number, pieces in enumerate([] if json else shown):
         _print(number, pieces, len(found[number].ids), length, "│" if tokens else "")
     show(Report("instruction data", [], summary), json)
-    written = f" --template {told.template}" * (told.template != "model")
-    written += " --no-answers-only" * (not told.answers_only)
+    written = f" --template {settings.template}" * (settings.template != "model")
+    written += " --no-answers-only" * (not settings.answers_only)
     say(f"surgery finetune {model} {' '.join(data)}{written} --out FOLDER trains on it")
 
 

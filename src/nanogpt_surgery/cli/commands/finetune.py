@@ -78,22 +78,22 @@ def finetune(
     from nanogpt_surgery.runs.training import Training, fingerprint, open_base
 
     settings, adapter = FitSettings(**(asked := given(training))), LoRASettings(**given(lora))
-    told, targets = InstructionSettings(**given(instructions)), given(target)
+    reading, targets = InstructionSettings(**given(instructions)), given(target)
     _check_first(run, settings, asked, options.cache_dir)
     network, tokenizer = open_base(model)
     _check_paths(network, targets.get("targets") or [])
     length = window_length(options.block_size, network.config.block_size)
-    data, talks = _data(text, options, tokenizer, length, told)
+    data, talks = _data(text, options, tokenizer, length, reading)
     base = fingerprint(network.state_dict().values())
     report = _injected(network, targets, adapter, settings.seed, run.resume)
     say_report(report, all_layers)
-    data, spaced = (data, {}) if talks else _spaced(data, network, settings, options.stride)
-    named = {"model": model, "text": text, "weights": options.weights, **asdict(told)}
+    data, spaced = (data, {}) if talks else _with_stride(data, network, settings, options.stride)
+    named = {"model": model, "text": text, "weights": options.weights, **asdict(reading)}
     named["targets"] = targets.get("targets")
     more: dict[str, Any] = {"description": spaced, "cache_dir": options.cache_dir}
     parts = network, tokenizer, data, settings, report, adapter, model, base
     if talks:
-        more["chat_template"] = to_jinja(named_template(tokenizer, told.template), tokenizer)
+        more["chat_template"] = to_jinja(named_template(tokenizer, reading.template), tokenizer)
     following = next_command(model, run.out, talks=talks)
     carry_out(Training.of_adapter(*parts, named=named, **more), run, asked, following)
 
@@ -124,21 +124,21 @@ def _data(
     options: DataOptions,
     tokenizer: Tokenizer,
     length: int,
-    told: InstructionSettings,
+    settings: InstructionSettings,
 ) -> tuple[Data, bool]:
     """Training and held-out data, and whether they are rows of conversations; else windows."""
     from nanogpt_surgery.data.conversations.instructions import is_instruction_data
     from nanogpt_surgery.data.text.corpus import python_source
     from nanogpt_surgery.runs.data import Sources, open_sources
 
-    if told.data == "instructions" or (told.data == "auto" and is_instruction_data(paths)):
+    if settings.data == "instructions" or (settings.data == "auto" and is_instruction_data(paths)):
         if options.weights is not None:
             raise SurgeryError("--mix mixes texts, not instruction data", "name all files without")
         if options.stride is not None:
             raise SurgeryError(
                 "instruction data is examples, not windows of text", "leave --stride out"
             )
-        return _conversations(paths, tokenizer, length, told), True
+        return _conversations(paths, tokenizer, length, settings), True
     if paths or options.weights is not None:
         return open_sources(paths, options.weights, tokenizer).datasets(length), False
     say("no text was named: training on the source of Python's standard library")
@@ -146,15 +146,15 @@ def _data(
 
 
 def _conversations(
-    paths: tuple[str, ...], tokenizer: Tokenizer, length: int, told: InstructionSettings
+    paths: tuple[str, ...], tokenizer: Tokenizer, length: int, settings: InstructionSettings
 ) -> Data:
     """Rows of conversations; a table says how many there are."""
     from nanogpt_surgery.data.conversations.instruction_dataset import split_examples
     from nanogpt_surgery.data.conversations.instructions import read_examples
     from nanogpt_surgery.report import Report
 
-    examples = read_examples(paths, tokenizer, told.template, told.answers_only)
-    data = split_examples(examples, tokenizer, length, told.pack)
+    examples = read_examples(paths, tokenizer, settings.template, settings.answers_only)
+    data = split_examples(examples, tokenizer, length, settings.pack)
     rows = [
         {"part": part, **found.counts.to_dict(), "rows": len(found) if found.packs else None}
         for part, found in zip(("trained on", "held out"), data, strict=True)
@@ -179,7 +179,7 @@ def _injected(
     return report
 
 
-def _spaced(
+def _with_stride(
     data: Data, model: SimpleGPT, settings: FitSettings, stride: int | None
 ) -> tuple[Data, dict[str, Any]]:
     """Windows to train on that begin as often as asked for, or as pays, and how often that is."""

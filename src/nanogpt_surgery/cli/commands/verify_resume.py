@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.report import Report
 
 LEAST = 4  # steps before the kill: one, a checkpoint, and some that the kill takes away
-ANEW = ("--resume", "--no-resume", "--json", "--strict", "--allow-changes")  # said anew, or not
+NOT_REPEATED = ("--resume", "--no-resume", "--json", "--strict", "--allow-changes")
 
 
 def verify_resume(
@@ -131,7 +131,7 @@ def _kept(words: list[str]) -> list[str]:
     for word in rest:
         if word in ("--out", "--config"):
             next(rest, None)
-        elif word not in ANEW and not word.startswith(("--out=", "--config=")):
+        elif word not in NOT_REPEATED and not word.startswith(("--out=", "--config=")):
             kept.append(word)
     return kept
 

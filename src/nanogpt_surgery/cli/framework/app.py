@@ -34,7 +34,7 @@ GROUPS = {
     "tokenizer": ("Train a tokenizer.", ("train",)),
     "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
 }
-LESS = (
+MEMORY_HINT = (
     "give it less at once: a smaller --batch-size, a shorter --block-size or --context, fewer "
     "--samples or --workers, or --dtype bfloat16"
 )
@@ -106,19 +106,19 @@ def run(arguments: list[str] | None = None) -> None:
                 function(*values.args, **values.kwargs)
         sys.stdout.flush()
     except Exception as error:
-        said = _said(error)
+        message = _message(error)
         if isinstance(error, BrokenPipeError):  # the reader of our stdout has gone (`… | head`)
             _forget_stdout()
             sys.exit(141)
-        if debug or said is None:
+        if debug or message is None:
             raise
-        complain(f"surgery: {said}")
+        complain(f"surgery: {message}")
         if isinstance(error, OSError) and error.filename is None:
             _forget_stdout()
         sys.exit(1)
 
 
-def _said(error: Exception) -> str | None:
+def _message(error: Exception) -> str | None:
     """Returns the message for an error; None for a bug, whose traceback is shown."""
     if isinstance(error, SurgeryError):
         return str(SurgeryError(error.what, with_flags(error.hint)))
@@ -128,7 +128,7 @@ def _said(error: Exception) -> str | None:
         reason = error.strerror or str(error) or type(error).__name__
         return ": ".join(filter(None, (where, reason)))
     if is_out_of_memory(error):
-        return f"memory ran out: {quoted(str(error).partition(chr(10))[0])}\n  → {LESS}"
+        return f"memory ran out: {quoted(str(error).partition(chr(10))[0])}\n  → {MEMORY_HINT}"
     return None
 
 

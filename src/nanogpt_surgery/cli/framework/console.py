@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 LEAST_BAR = 10  # columns
 QUIET = {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1"}
-TOGETHER = ("train", "finetune")  # what several processes do as one
+DISTRIBUTED_COMMANDS = ("train", "finetune")
 PLAIN_LINE_EVERY = 10.0  # seconds, where stderr is not a terminal
 
 
@@ -49,10 +49,10 @@ def joined(command: str) -> AbstractContextManager[object]:
     """
     if not is_distributed():
         return nullcontext()
-    if command not in TOGETHER:
+    if command not in DISTRIBUTED_COMMANDS:
         raise SurgeryError(
             f"{os.environ['WORLD_SIZE']} processes were started for surgery {command}, "
-            f"and only {' and '.join(TOGETHER)} share their work",
+            f"and only {' and '.join(DISTRIBUTED_COMMANDS)} share their work",
             "run it without torchrun",
         )
     from nanogpt_surgery.training import distributed
