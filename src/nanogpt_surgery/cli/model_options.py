@@ -179,7 +179,7 @@ class SamplingOptions:
         return {"sampling": sampling, "stop": self.stop, "seed": self.seed, "engine": engine}
 
 
-AS_STORED, USUAL_DRAW = OpeningOptions(), SamplingOptions()
+DEFAULT_OPENING, DEFAULT_SAMPLING = OpeningOptions(), SamplingOptions()
 
 
 def _biases(written: Iterable[str]) -> dict[int, float]:

@@ -93,7 +93,7 @@ def stored_template(tokenizer: Tokenizer, adapter: Path | None) -> ChatTemplate 
     return None if text is None else template_from_jinja(tokenizer, text)
 
 
-AS_USUAL = TalkOptions()
+DEFAULT_TALK = TalkOptions()
 
 
 @dataclass(frozen=True)

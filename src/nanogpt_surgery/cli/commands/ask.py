@@ -11,11 +11,11 @@ from copy import copy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.chat.settings import AS_USUAL, ChatSettings, TalkOptions
+from nanogpt_surgery.cli.chat.settings import DEFAULT_TALK, ChatSettings, TalkOptions
 from nanogpt_surgery.cli.framework.console import notes_afterwards, say, write
 from nanogpt_surgery.cli.model_options import (
-    AS_STORED,
-    USUAL_DRAW,
+    DEFAULT_OPENING,
+    DEFAULT_SAMPLING,
     AdapterFolder,
     Model,
     OpeningOptions,
@@ -36,9 +36,9 @@ def ask(
     *,
     adapter: AdapterFolder = None,
     compare: bool = False,
-    talk: TalkOptions = AS_USUAL,
-    opening: OpeningOptions = AS_STORED,
-    sampling: SamplingOptions = USUAL_DRAW,
+    talk: TalkOptions = DEFAULT_TALK,
+    opening: OpeningOptions = DEFAULT_OPENING,
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
     json: bool = False,
 ) -> None:
     """Ask a model one question; the answer alone is written on standard output.

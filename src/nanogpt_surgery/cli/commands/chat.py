@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanogpt_surgery.cli.chat.settings import AS_USUAL, ChatSettings, TalkOptions
+from nanogpt_surgery.cli.chat.settings import DEFAULT_TALK, ChatSettings, TalkOptions
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.model_options import (
-    AS_STORED,
-    USUAL_DRAW,
+    DEFAULT_OPENING,
+    DEFAULT_SAMPLING,
     Model,
     OpeningOptions,
     SamplingOptions,
@@ -20,9 +20,9 @@ def chat(
     model: Model,
     *,
     adapter: list[str] | None = None,
-    talk: TalkOptions = AS_USUAL,
-    opening: OpeningOptions = AS_STORED,
-    sampling: SamplingOptions = USUAL_DRAW,
+    talk: TalkOptions = DEFAULT_TALK,
+    opening: OpeningOptions = DEFAULT_OPENING,
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
 ) -> None:
     """Talk with a model; answers appear as they are made, and Ctrl-C stops one.
 

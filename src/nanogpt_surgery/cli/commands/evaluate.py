@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from nanogpt_surgery.cli.chat.settings import stored_template
 from nanogpt_surgery.cli.framework.console import Json, say, show
 from nanogpt_surgery.cli.model_options import (
-    AS_STORED,
+    DEFAULT_OPENING,
     AdapterFolder,
     Model,
     OpeningOptions,
@@ -33,7 +33,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 8,
     template: Literal["auto", "model", "chatml", "plain"] = "auto",
-    opening: OpeningOptions = AS_STORED,
+    opening: OpeningOptions = DEFAULT_OPENING,
     json: Json = False,
 ) -> None:
     """Measure a model on a file: a text, questions with choices, or instruction data.

@@ -36,7 +36,7 @@ class MergedOptions:
     with"""
 
 
-AS_USUAL = MergedOptions()
+DEFAULT_MERGED = MergedOptions()
 
 
 def export(
@@ -47,7 +47,7 @@ def export(
     form: Annotated[Form, Parameter(name="--format")] = "F16",
     adapter: AdapterFolder = None,
     probe: Path | None = None,
-    options: MergedOptions = AS_USUAL,
+    options: MergedOptions = DEFAULT_MERGED,
     all_layers: AllLayers = False,
     json: Json = False,
 ) -> None:

@@ -46,14 +46,14 @@ class DataOptions:
     """a folder for the hidden states that are kept (--cache-gib), instead of memory"""
 
 
-AS_USUAL = DataOptions()
+DEFAULT_DATA = DataOptions()
 
 
 def finetune(
     model: str,
     *text: str,
     run: RunOptions,
-    options: DataOptions = AS_USUAL,
+    options: DataOptions = DEFAULT_DATA,
     instructions: InstructionOptions = None,
     target: TargetOptions | None = None,
     lora: LoraOptions = None,

@@ -12,8 +12,8 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import notes_afterwards, say, write
 from nanogpt_surgery.cli.model_options import (
-    AS_STORED,
-    USUAL_DRAW,
+    DEFAULT_OPENING,
+    DEFAULT_SAMPLING,
     AdapterFolder,
     Model,
     OpeningOptions,
@@ -55,7 +55,7 @@ class ManyOptions:
         return len(texts) == self.samples == 1 and self.logprobs is None and not self.json
 
 
-ONE = ManyOptions()
+DEFAULT_MANY = ManyOptions()
 
 
 def generate(
@@ -65,9 +65,9 @@ def generate(
     prompts: Path | None = None,
     adapter: AdapterFolder = None,
     max_new_tokens: int = 300,
-    opening: OpeningOptions = AS_STORED,
-    sampling: SamplingOptions = USUAL_DRAW,
-    many: ManyOptions = ONE,
+    opening: OpeningOptions = DEFAULT_OPENING,
+    sampling: SamplingOptions = DEFAULT_SAMPLING,
+    many: ManyOptions = DEFAULT_MANY,
 ) -> None:
     """Continue a prompt, on standard output as it is made; or many, several times each.
 

@@ -28,7 +28,7 @@ class MergeOptions:
     """what to do with weights that layers share; by default what the adapter was made with"""
 
 
-AS_USUAL = MergeOptions()
+DEFAULT_MERGE = MergeOptions()
 
 
 def merge(
@@ -40,7 +40,7 @@ def merge(
     probe: Path | None = None,
     drop_originals: bool = False,
     plan: bool = False,
-    options: MergeOptions = AS_USUAL,
+    options: MergeOptions = DEFAULT_MERGE,
     all_layers: AllLayers = False,
     json: Json = False,
 ) -> None:
