@@ -8,7 +8,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from nanogpt_surgery.cli.framework.console import PLAIN_LINE_EVERY, say, show
+from nanogpt_surgery.cli.framework.console import PLAIN_LINE_EVERY, Json, say, show
 from nanogpt_surgery.cli.model_options import CHARACTERS, named_tokenizer
 from nanogpt_surgery.cli.training_run import check_no_records
 from nanogpt_surgery.errors import SurgeryError
@@ -23,7 +23,7 @@ def prepare(
     tokenizer: str = CHARACTERS,
     held_out: float | None = None,
     workers: int = 0,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Encode text into a folder of ids that training maps instead of loading.
 
@@ -41,8 +41,6 @@ def prepare(
         the share for validation; by default a tenth, but at most 16 MiB of text in all
     workers
         processes (0: one for each core)
-    json
-        print the result as JSON
     """
     from nanogpt_surgery.data.conversations.record_files import warn_of_records
     from nanogpt_surgery.data.text.corpus import chunks_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.console import Json, say, show
 from nanogpt_surgery.cli.framework.options import given, options_of
 from nanogpt_surgery.cli.instruction_data import InstructionSettings
 from nanogpt_surgery.errors import printable
@@ -21,7 +21,7 @@ def preview(
     block_size: int | None = None,
     tokens: bool = False,
     instructions: InstructionOptions = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Show instruction data as it is trained on, answers coloured, and count what is in it.
 
@@ -39,8 +39,6 @@ def preview(
         tokens of an example at most; the model's own by default, at most 256
     tokens
         show each token by itself, with a │ after it
-    json
-        print it as JSON
     """
     from nanogpt_surgery.data.conversations import instruction_dataset
     from nanogpt_surgery.data.conversations.instructions import read_examples

@@ -9,21 +9,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.console import Json, say, show
 from nanogpt_surgery.files.disk_errors import free_bytes
 from nanogpt_surgery.memory import available_memory
 
 PACKAGES = ("nanogpt-surgery", "torch", "tiktoken", "safetensors", "numpy", "rich", "cyclopts")
 
 
-def doctor(*, json: bool = False) -> None:
-    """Say what is installed, what the hardware can do, and what training would choose.
-
-    Parameters
-    ----------
-    json
-        print it as JSON
-    """
+def doctor(*, json: Json = False) -> None:
+    """Say what is installed, what the hardware can do, and what training would choose."""
     import torch
 
     from nanogpt_surgery.report import Report

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.console import Json, say, show
 from nanogpt_surgery.cli.framework.options import Overwrite, check_out
 
 
@@ -13,7 +13,7 @@ def train(
     out: Path,
     vocab_size: int,
     overwrite: Overwrite = False,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Learn a byte-level BPE from text, into a folder that transformers opens.
 
@@ -28,8 +28,6 @@ def train(
         the folder to make: tokenizer.json, tokenizer_config.json
     vocab_size
         how many tokens at most, the 256 bytes and <|endoftext|> among them
-    json
-        print the report as JSON
     """
     from nanogpt_surgery.data.text.corpus import python_reference, read_texts, split_by_position
     from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.console import Json, say, show
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ def verify_resume(
     before: int = 6,
     after: int = 4,
     scratch: Path | None = None,
-    json: bool = False,
+    json: Json = False,
 ) -> None:
     """Prove on this machine that a run, killed and resumed, has the bits of one that was not.
 
@@ -43,8 +43,6 @@ def verify_resume(
         steps after it
     scratch
         where to make the scratch folder; by default where the system keeps such
-    json
-        print the result as JSON
     """
     from tempfile import TemporaryDirectory
 

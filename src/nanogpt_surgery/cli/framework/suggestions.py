@@ -131,7 +131,8 @@ def meanings() -> dict[str, list[str]]:
 def flag_for(written: str, known: Collection[str]) -> str:
     """Of a command's flags the one that means what was written, "" where none is known to."""
     word = written.partition("=")[0].lstrip("-").replace("_", "-").lower()
-    candidates = meanings().get(word) or meanings().get(word.removeprefix("no-"), [])
+    flags = meanings()
+    candidates = flags.get(word) or flags.get(word.removeprefix("no-"), [])
     return next((flag for flag in candidates if flag in known), "")
 
 
