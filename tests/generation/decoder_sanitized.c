@@ -78,15 +78,13 @@ static int steps(const Model *m, int rows, int threads) {
     if (!pool) return 0;
     size_t count = (size_t)rows * m->vocab;
     int64_t *ids = malloc(rows * (1 + m->n_prev) * sizeof *ids);
-    int32_t *lengths = malloc(rows * sizeof *lengths);
     float *logits = malloc(count * sizeof *logits);
     for (int t = 0; t < m->max_length; t++) {
-        for (int b = 0; b < rows; b++) lengths[b] = t;
         for (int i = 0; i < rows * (1 + m->n_prev); i++) ids[i] = between(0, m->vocab - 1);
-        pool_step(pool, ids, lengths, lengths, logits);
+        pool_step(pool, ids, t, logits);
         for (size_t i = 0; i < count; i++) finite = finite && isfinite(logits[i]);
     }
-    free(ids), free(lengths), free(logits);
+    free(ids), free(logits);
     pool_free(pool);
     return finite;
 }

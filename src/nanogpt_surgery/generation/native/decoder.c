@@ -202,7 +202,7 @@ struct Pool {
     /* The step at hand. */
     const Model *model;
     const int64_t *ids;                 /* (B, 1 + n_prev): the new id, the one before it, … */
-    const int32_t *lengths, *positions; /* (B): tokens in the cache; the new token's position */
+    int length;                         /* tokens in the cache: the position of the new one */
     float *x, *q, *k, *v, *y, *inner, *logits;
 };
 
@@ -301,12 +301,12 @@ static void embed(const Worker *w) {
         const int64_t *ids = p->ids + (size_t)b * (1 + m->n_prev);
         for (size_t i = 0; i < n; i++)
             x[i] = number_at(m->embedding.weight, ids[0] * n + i);
-        for (int d = 0; d < m->n_prev && d < p->positions[b]; d++)
+        for (int d = 0; d < m->n_prev && d < p->length; d++)
             for (size_t i = 0; i < n; i++)
                 x[i] += number_at(m->prev_embeddings[d].weight, ids[1 + d] * n + i);
         if (m->positions == LEARNED)
             for (size_t i = 0; i < n; i++)
-                x[i] += number_at(m->learned->weight, p->positions[b] * n + i);
+                x[i] += number_at(m->learned->weight, (size_t)p->length * n + i);
     }
 }
 
@@ -359,17 +359,17 @@ static void attention(const Worker *w, const Layer *layer) {
     const Model *m = p->model;
     int d = m->head_dim, per_group = m->heads / m->kv_heads;
     for (int task = w->number; task < p->rows * m->kv_heads; task += p->threads) {
-        int b = task / m->kv_heads, g = task % m->kv_heads, length = p->lengths[b];
+        int b = task / m->kv_heads, g = task % m->kv_heads;
         size_t cache = ((size_t)b * m->kv_heads + g) * m->max_length * d;
+        size_t at = cache + (size_t)p->length * d;
         float *k = p->k + ((size_t)b * m->kv_heads + g) * d;
-        prepare_head(m, &layer->k_norm, k, p->positions[b]);
-        store(m->cache_kind, layer->keys, cache + (size_t)length * d, k, d);
-        store(m->cache_kind, layer->values, cache + (size_t)length * d,
-              p->v + ((size_t)b * m->kv_heads + g) * d, d);
+        prepare_head(m, &layer->k_norm, k, p->length);
+        store(m->cache_kind, layer->keys, at, k, d);
+        store(m->cache_kind, layer->values, at, p->v + ((size_t)b * m->kv_heads + g) * d, d);
         for (int h = g * per_group; h < (g + 1) * per_group; h++) {
-            size_t at = ((size_t)b * m->heads + h) * d;
-            prepare_head(m, &layer->q_norm, p->q + at, p->positions[b]);
-            attend(w, layer, p->q + at, cache, length + 1, p->y + at);
+            size_t head = ((size_t)b * m->heads + h) * d;
+            prepare_head(m, &layer->q_norm, p->q + head, p->length);
+            attend(w, layer, p->q + head, cache, p->length + 1, p->y + head);
         }
     }
 }
@@ -509,14 +509,13 @@ Pool *pool_make(const Model *m, int rows, int threads) {
     return NULL;
 }
 
-/* Writes the logits (B, V) after one more id a row; its key and value go to place `lengths` of the
+/* Writes the logits (B, V) after one more id a row; its key and value go to place `length` of the
    cache. Returns whether every id is one of the vocabulary; nothing is done where one is not. */
-int pool_step(
-    Pool *p, const int64_t *ids, const int32_t *lengths, const int32_t *positions, float *logits) {
+int pool_step(Pool *p, const int64_t *ids, int length, float *logits) {
     for (int i = 0; i < p->rows * (1 + p->model->n_prev); i++)
         if (ids[i] < 0 || ids[i] >= p->model->vocab) return 0;
     after_a_fork(p);
-    p->ids = ids, p->lengths = lengths, p->positions = positions, p->logits = logits;
+    p->ids = ids, p->length = length, p->logits = logits;
     pthread_mutex_lock(&p->lock);
     p->round++;
     pthread_cond_broadcast(&p->wake);

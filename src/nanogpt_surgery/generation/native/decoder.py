@@ -256,10 +256,8 @@ class NativeDecoder:
         # Whatever the default dtype and device are, C reads and writes these.
         recent = torch.zeros(rows, n_ids, dtype=torch.int64, device="cpu")
         recent[:, : last.size(1)] = last
-        places = torch.full((rows,), length, dtype=torch.int32, device="cpu")
         logits = torch.empty(rows, self.model.vocab, dtype=torch.float32, device="cpu")
-        pointers = (tensor.data_ptr() for tensor in (recent, places, places, logits))
-        if not self.library.pool_step(self.pool, *pointers):
+        if not self.library.pool_step(self.pool, recent.data_ptr(), length, logits.data_ptr()):
             raise SurgeryError(
                 f"an id of {recent[:, 0].tolist()} is outside the vocabulary of {self.model.vocab}"
             )
