@@ -33,7 +33,7 @@ Contender = Callable[[list[int], int], Rates]
 
 
 def rates(n_prompt: int, start: float, arrivals: Iterable[float]) -> Rates:
-    """The two rates, of the moments at which tokens came."""
+    """Returns the two rates, from the moments at which tokens came."""
     first, *others = arrivals
     return n_prompt / (first - start), len(others) / (others[-1] - first)
 
@@ -107,7 +107,7 @@ def contenders(model: SimpleGPT, tokenizer: object, dtype: torch.dtype, room: in
 
 
 def seconds_to_compare(model: SimpleGPT, turns: int = 50) -> float:
-    """What it costs, before each step, to see that the decoder is still the model's."""
+    """Returns the seconds before each step to see that the decoder is still the model's."""
     steps = NativeSteps(model, KVCache(model.config, 1, 8, next(model.parameters()).dtype))
     steps.can_step()
     times = []
@@ -119,7 +119,7 @@ def seconds_to_compare(model: SimpleGPT, turns: int = 50) -> float:
 
 
 def instructions() -> str:
-    """What of the processor's vector instructions matters here, where Linux tells."""
+    """Returns the names of the vector instructions that matter here, where Linux tells."""
     told = Path("/proc/cpuinfo")
     words = told.read_text().split() if told.is_file() else []
     wanted = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimd", "bf16")
@@ -127,7 +127,7 @@ def instructions() -> str:
 
 
 def main() -> None:
-    """Print the medians of all, and their ratios to llama.cpp's."""
+    """Prints the medians of all, and their ratios to llama.cpp's."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")

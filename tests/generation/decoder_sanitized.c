@@ -19,8 +19,8 @@ static Numbers filled(int kind, size_t count) {
     char *at = malloc(count * size);
     for (size_t i = 0; i < count; i++) {
         float number = between(-100, 100) / 400.0f;
-        uint16_t half = as_half(number);
-        memcpy(at + i * size, kind == FLOAT32 ? (void *)&number : (void *)&half, size);
+        uint16_t rounded = as_bfloat16(number);
+        memcpy(at + i * size, kind == FLOAT32 ? (void *)&number : (void *)&rounded, size);
     }
     return (Numbers){at, kind};
 }

@@ -1,9 +1,8 @@
 /* One decode step of a GPT: the next token's logits for each of B rows, from their caches.
 
-   What `SimpleGPT.forward` computes for one new token a row, in one function: no operation is
-   called from Python, nothing is allocated, and the threads stay awake from the first product to
-   the last. Called through ctypes; decoder.py fills in the structures, and has
-   checked every size: nothing is checked here but the ids.
+   It computes what `SimpleGPT.forward` computes for one new token a row, in one call: nothing is
+   allocated, and threads that wait for each other spin. Called through ctypes; decoder.py fills in
+   the structures and has checked every size: nothing is checked here but the ids.
 
    Legend: B rows, C width, I width inside the feed-forward, H heads, G key-value heads, D head
    width, V vocabulary, S tokens so far. */
@@ -72,17 +71,17 @@ typedef struct {
 #endif
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
-static inline float as_float(uint16_t half) {
-    uint32_t word = (uint32_t)half << 16;
+static inline float as_float(uint16_t bfloat16) {
+    uint32_t word = (uint32_t)bfloat16 << 16;
     float number;
     memcpy(&number, &word, 4);
     return number;
 }
 
 /* To the nearest bfloat16, ties to even, as PyTorch rounds. */
-static inline uint16_t as_half(float number) {
+static inline uint16_t as_bfloat16(float number) {
     uint32_t word;
     memcpy(&word, &number, 4);
     if (number != number) return 0x7fc0;
@@ -92,8 +91,8 @@ static inline uint16_t as_half(float number) {
 /* Not by memcpy: gcc would copy halves of a vector to the stack and wait to read them as one. */
 static inline Floats load(int kind, const void *from, size_t at) {
     if (kind == FLOAT32) return *(const Floats *)((const float *)from + at);
-    Halves halves = *(const Halves *)((const uint16_t *)from + at);
-    Words words = __builtin_convertvector(halves, Words) << 16;
+    Shorts shorts = *(const Shorts *)((const uint16_t *)from + at);
+    Words words = __builtin_convertvector(shorts, Words) << 16;
     return (Floats)words;
 }
 
@@ -126,7 +125,7 @@ static inline float sum(Floats numbers) {
 }
 
 /* Four rows' products with one vector: the vector is read once, and four sums hide the latency. */
-static void dot4_of_floats(const float *w, size_t n, const float *x, float *out) {
+static void dot4_of_float32(const float *w, size_t n, const float *x, float *out) {
     Floats sums[4] = {{0}};
     size_t k = 0;
     for (; k + LANES <= n; k += LANES) {
@@ -141,7 +140,7 @@ static void dot4_of_floats(const float *w, size_t n, const float *x, float *out)
 
 /* The same of bfloat16, two at a time: they lie in one word, the earlier in its lower half, so
    the numbers of even places are a shift away and those of odd ones a mask. */
-static void dot4_of_halves(const uint16_t *w, size_t n, const float *x, float *out) {
+static void dot4_of_bfloat16(const uint16_t *w, size_t n, const float *x, float *out) {
     Floats sums[4] = {{0}};
     size_t k = 0;
     for (; k + 2 * LANES <= n; k += 2 * LANES) {
@@ -171,8 +170,8 @@ static inline __attribute__((always_inline)) float dot_of(
 }
 
 static void dot4(Numbers w, size_t row, size_t n, const float *x, float *out) {
-    if (w.kind == FLOAT32) dot4_of_floats((const float *)w.at + row * n, n, x, out);
-    else dot4_of_halves((const uint16_t *)w.at + row * n, n, x, out);
+    if (w.kind == FLOAT32) dot4_of_float32((const float *)w.at + row * n, n, x, out);
+    else dot4_of_bfloat16((const uint16_t *)w.at + row * n, n, x, out);
 }
 
 static float dot(Numbers w, size_t row, size_t n, const float *x) {
@@ -206,7 +205,7 @@ struct Pool {
     float *x, *q, *k, *v, *y, *inner, *logits;
 };
 
-enum { TURNS = 30000 };                 /* some tens of microseconds */
+enum { SPINS = 30000 };                 /* some tens of microseconds */
 
 /* All wait here for the last. They spin at first: a step has some hundred barriers, each a few
    microseconds apart, and to sleep and wake takes longer. Whoever waits longer waits for a thread
@@ -222,7 +221,7 @@ static void barrier(Pool *p) {
         pthread_mutex_unlock(&p->lock);
         return;
     }
-    for (int i = 0; i < TURNS; i++)
+    for (int i = 0; i < SPINS; i++)
         if (atomic_load_explicit(&p->phase, memory_order_acquire) != phase) return;
     pthread_mutex_lock(&p->lock);
     atomic_fetch_add(&p->asleep, 1);    /* before it looks again: the last looks after it counts */
@@ -328,7 +327,7 @@ static void prepare_head(const Model *m, const Norm *norm, float *head, int posi
 
 static void store(int kind, void *cache, size_t at, const float *from, int n) {
     if (kind == FLOAT32) memcpy((float *)cache + at, from, n * sizeof *from);
-    else for (int i = 0; i < n; i++) ((uint16_t *)cache + at)[i] = as_half(from[i]);
+    else for (int i = 0; i < n; i++) ((uint16_t *)cache + at)[i] = as_bfloat16(from[i]);
 }
 
 /* softmax(q kᵀ / √D) v of one query head over the S keys of its group. */
@@ -346,9 +345,9 @@ static void attend(
     }
     memset(y, 0, d * sizeof *y);
     for (int s = 0; s < n_keys; s++) {
-        float share = expf(scores[s] - largest);
-        total += share;
-        for (int i = 0; i < d; i++) y[i] += share * number_at(values, (size_t)s * d + i);
+        float weight = expf(scores[s] - largest);
+        total += weight;
+        for (int i = 0; i < d; i++) y[i] += weight * number_at(values, (size_t)s * d + i);
     }
     for (int i = 0; i < d; i++) y[i] /= total;
 }

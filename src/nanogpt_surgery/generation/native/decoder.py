@@ -123,8 +123,8 @@ def _unknown(module: Any, config: GPTConfig) -> str:
     if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
         return "has a hook"
     if isinstance(module, CausalSelfAttention):
-        turns = rotate if config.positions == "rotary" else identity
-        if module.attend is not causal_attention or module.rotate is not turns:
+        rotation = rotate if config.positions == "rotary" else identity
+        if module.attend is not causal_attention or module.rotate is not rotation:
             return "has another attention"
     if isinstance(module, (PlainFeedForward, SwiGLUFeedForward)):
         # SwiGLU has no attribute for its activation, and no entry in the table.
@@ -230,8 +230,7 @@ class NativeDecoder:
     """Steps of one token a row, for a model and a cache that `unsupported_reason` lets pass."""
 
     def __init__(self, model: SimpleGPT, cache: KVCache, threads: int = 0):
-        library, _ = decoder_library()
-        self.library = library
+        self.library, _ = decoder_library()
         self.cache = cache
         self._kept: list[Any] = []  # what C points at lives as long as this
         self.model = self._model(model)
@@ -403,7 +402,7 @@ def _adapters(layer: LoRALinear) -> Any:
     return layer.enabled, type(layer.active), [*weights.items()], [*names]
 
 
-# What of a module, besides its tensors and children, a decoder is made from.
+# The attributes of modules, besides tensors and children, that a decoder is made from.
 ATTRIBUTES: dict[type, Callable[[Any], Any]] = {
     SimpleGPT: attrgetter("config", "embed_prev_tokens"),
     RMSNorm: attrgetter("eps"),

@@ -36,7 +36,7 @@ FLAGS = (
     "-ffp-contract=fast",
 )
 LINKED = ("-shared", "-fPIC", "-lm", "-lpthread")
-LONGEST = 120  # seconds: ziglang's first use builds parts of its own
+TIMEOUT = 120  # seconds: ziglang's first use builds parts of its own
 
 
 def compiler() -> list[str] | None:
@@ -81,13 +81,13 @@ def decoder_library() -> tuple[Any, str]:
 
 
 def _compile(command: list[str], path: Path) -> None:
-    """Compiles beside the goal and renames, so that another process never sees a half of it."""
+    """Compiles beside the path and renames, so that another process never sees half a file."""
     start = time.perf_counter()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
         arguments = [*command, *FLAGS, str(SOURCE), "-o", str(made), *LINKED]
-        subprocess.run(arguments, check=True, capture_output=True, timeout=LONGEST)
+        subprocess.run(arguments, check=True, capture_output=True, timeout=TIMEOUT)
         made.replace(path)
     seconds = time.perf_counter() - start
     warnings.warn(
@@ -98,8 +98,8 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def _key(command: list[str]) -> str:
-    told = [SOURCE.read_bytes(), repr((FLAGS, LINKED, command)).encode(), _processor()]
-    return hashlib.sha256(b"\0".join(told)).hexdigest()[:20]
+    parts = [SOURCE.read_bytes(), repr((FLAGS, LINKED, command)).encode(), _processor()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
 def _processor() -> bytes:
