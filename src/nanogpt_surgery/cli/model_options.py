@@ -195,6 +195,20 @@ def _biases(written: Iterable[str]) -> dict[int, float]:
     return biases
 
 
+@dataclass(frozen=True)
+class InstructionSettings:
+    """Which files are instruction data, and what of them is trained on."""
+
+    data: Literal["auto", "text", "instructions"] = "auto"
+    """what the files hold; auto: instructions where all are JSON, JSONL, CSV or TSV"""
+    template: Literal["model", "chatml", "plain"] = "model"
+    """how conversations are written: as the model's own template does, or as one of ours"""
+    answers_only: bool = True
+    """train on answers and what ends them, or on every token"""
+    pack: bool = False
+    """put several conversations in a row; they do not see each other"""
+
+
 def named_tokenizer(name: str) -> Tokenizer | None:
     """The tokenizer in a folder that was named; None for one that is made of characters.
 

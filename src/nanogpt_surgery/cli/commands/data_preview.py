@@ -6,7 +6,7 @@ from typing import Any
 
 from nanogpt_surgery.cli.framework.console import Json, say, show
 from nanogpt_surgery.cli.framework.options import given, options_of
-from nanogpt_surgery.cli.instruction_data import InstructionSettings
+from nanogpt_surgery.cli.model_options import InstructionSettings
 from nanogpt_surgery.errors import printable
 
 InstructionOptions: Any = options_of(

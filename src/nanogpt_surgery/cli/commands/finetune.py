@@ -10,8 +10,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import AllLayers, say, say_report
 from nanogpt_surgery.cli.framework.options import TargetOptions, given, options_of
-from nanogpt_surgery.cli.instruction_data import InstructionSettings
-from nanogpt_surgery.cli.model_options import next_command
+from nanogpt_surgery.cli.model_options import InstructionSettings, next_command
 from nanogpt_surgery.cli.training_run import RunOptions, carry_out, check_first
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.settings import LoRASettings
