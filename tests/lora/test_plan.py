@@ -1,6 +1,7 @@
 import pytest
 from helpers.builds import MODELS
 from helpers.models import FAMILY_CONFIGS, tiny_model
+from safetensors.torch import load_file
 from torch import nn
 
 from nanogpt_surgery import (
@@ -44,8 +45,10 @@ def test_the_adapter_s_size_on_disk_is_foreseen(kind, tmp_path):
     plan = plan_lora(model, ["all-linear", "embed_tokens"], rank=6, **kind)
     inject_lora(model, ["all-linear", "embed_tokens"], rank=6, **kind)
     save_adapter(model, tmp_path / "adapter")
-    size = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
-    assert plan.summary["adapter_bytes"] == size
+    file = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert plan.summary["adapter_bytes"] == file.stat().st_size
+    numbers = sum(tensor.numel() for tensor in load_file(file).values())
+    assert sum(row["bytes"] for row in plan.rows) == 4 * numbers
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])

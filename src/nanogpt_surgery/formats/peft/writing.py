@@ -158,13 +158,13 @@ def plan_lora(
     check_new_name(model, settings.name)
     plan = plan_updates(model, targets, settings)
     layers: dict[str, Any] = adaptable_layers(model)
-    rows = [_planned_row(plan, path, layers[path]) for path in plan.settings]
-    trainable = sum(row["parameters"] for row in rows)
     updates = {
         path: _sized(plan.settings[first], layers[path])
         for first in plan.settings
         for path in [first, *plan.tied_layers.get(first, [])]
     }
+    rows = [_planned_row(plan, path, layers[path], updates[path]) for path in plan.settings]
+    trainable = sum(row["parameters"] for row in rows)
     updates = adapter_to_theirs(StoredAdapter(updates), model).updates
     summary: dict[str, Any] = {
         "layers": len(rows),
@@ -175,22 +175,18 @@ def plan_lora(
     return Report("LoRA planned", rows, summary)
 
 
-def _planned_row(plan: UpdatePlan, path: str, layer: Any) -> dict[str, Any]:
-    settings = plan.settings[path]
-    shape = layer.weight.shape
-    out_features, in_features = shape[::-1] if isinstance(layer, nn.Embedding) else shape
-    lengths = out_features if settings.dora else 0
-    parameters = settings.rank * (in_features + out_features) + lengths
-    stored = (2 if settings.pissa else 1) * (parameters - lengths) + lengths
-    copies = 1 + len(plan.tied_layers.get(path, []))
+def _planned_row(plan: UpdatePlan, path: str, layer: Any, update: LowRankUpdate) -> dict[str, Any]:
+    rank, shape = plan.settings[path].rank, layer.weight.shape
+    lengths = 0 if update.magnitude is None else update.magnitude.numel()
+    tied = plan.tied_layers.get(path, [])
     return {
         "layer": path,
         "pattern": ", ".join(p for p, found in plan.matches.items() if path in found),
         "shape": f"{shape[0]}×{shape[1]}",
-        "rank": settings.rank,
-        "parameters": parameters,
-        "bytes": copies * FLOAT32 * stored,
-        "tied to": ", ".join(plan.tied_layers.get(path, [])) or None,
+        "rank": rank,
+        "parameters": rank * sum(shape) + lengths,
+        "bytes": (1 + len(tied)) * FLOAT32 * (update.rank * sum(shape) + lengths),
+        "tied to": ", ".join(tied) or None,
     }
 
 
