@@ -1,4 +1,4 @@
-"""Operations on a folder: in one step, taken back to the byte, refused where other hands wrote."""
+"""The history of a folder: one step each way, to the byte; refusals where other hands wrote."""
 
 import fcntl
 import json
@@ -224,3 +224,54 @@ def test_a_run_gives_the_merged_model_and_goes_on_only_after_the_undo(place):
     assert torch.equal(logits(run), plain)
     with open_run_folder(run, {"kind": "train"}, resume=True) as going:
         assert going.first_step == 5
+
+
+def test_a_share_under_its_older_name_is_shown(place):
+    merge_adapter(place / "model", place / "adapter")
+    journal = next(place.rglob("journal.jsonl"))
+    text = journal.read_text()
+    assert "top_token_unchanged" in text
+    shown = folder_log(place / "model").rows[0]["top token unchanged"]
+    journal.write_text(text.replace("top_token_unchanged", "same_greedy"))
+    assert folder_log(place / "model").rows[0]["top token unchanged"] == shown is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "[]",
+        '{"event": "done"}',
+        '{"event": "undone", "number": 1}',
+        json.dumps(
+            {
+                **dict.fromkeys(("operation", "base", "originals", "when"), ""),
+                "event": "done",
+                "number": 1,
+                "planned": {},
+                "measured": {},
+                "before": {},
+                "after": {"../thesis": "0" * 64},
+            }
+        ),
+    ],
+)
+def test_a_journal_that_cannot_be_read_is_named_with_its_line(place, line):
+    model = place / "model"
+    merge_adapter(model, place / "adapter")
+    undo_folder(model)
+    with (model / "operations" / "journal.jsonl").open("a") as file:
+        file.write(line + "\n")
+    with pytest.raises(SurgeryError, match=r"journal\.jsonl, line 3"):
+        redo_folder(model)
+
+
+def test_a_journal_is_split_at_line_ends_alone_and_one_in_latin_1_is_refused(place):
+    adapter = place / "a\u2028b\x85c"
+    (place / "adapter").rename(adapter)
+    merge_adapter(place / "model", adapter)
+    assert str(adapter) in folder_log(place / "model").rows[-1]["operation"]
+    journal = place / "model" / "operations" / "journal.jsonl"
+    journal.write_bytes("é".encode("latin-1") + journal.read_bytes())
+    with pytest.raises(SurgeryError, match=r"journal\.jsonl is not UTF-8 at byte 0"):
+        read_journal(place / "model")
