@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 
 def write_folder(goal: str | Path, fill: Callable[[Path], T]) -> T:
-    """Write a folder whole or not at all; again, at most twice, where the device fails.
+    """Writes a folder whole or not at all; again, at most twice, where the device fails.
 
     Args:
         goal: made, or replaced as `whole_folder` says.
@@ -53,7 +53,7 @@ def write_folder(goal: str | Path, fill: Callable[[Path], T]) -> T:
 
 
 def write_file(goal: str | Path, fill: Callable[[Path], T], magic: bytes = b"GGUF") -> T:
-    """Write a file whole or not at all; again, at most twice, where the device fails.
+    """Writes a file whole or not at all; again, at most twice, where the device fails.
 
     Args:
         goal: made, or replaced as `whole_file` says.
@@ -149,7 +149,7 @@ def _contents(folder: Path) -> set[str]:
 
 
 def check_own_file(goal: Path, magic: bytes = b"GGUF") -> None:
-    """Raise `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
+    """Raises `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
     with writing(goal):
         if goal.exists() and not _begins_with(goal, magic):
             raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
@@ -163,7 +163,7 @@ def _begins_with(path: Path, magic: bytes) -> bool:
 
 
 def check_own_folder(goal: Path) -> None:
-    """Raise `SurgeryError` if anything but a sealed or an empty folder lies at `goal`."""
+    """Raises `SurgeryError` if anything but a sealed or an empty folder lies at `goal`."""
     with writing(goal):
         if not goal.exists() or (goal / MANIFEST).is_file():
             return
@@ -174,7 +174,7 @@ def check_own_folder(goal: Path) -> None:
 
 
 def seal(folder: Path) -> None:
-    """Flush every file of a folder to the disk and write its manifest; folders in it stay out."""
+    """Flushes a folder's files to the disk and lists them in a manifest, without its folders."""
     files = {}
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         flush(path)
@@ -211,7 +211,7 @@ def damage(folder: Path) -> str | None:
 
 
 def check_undamaged(folder: Path) -> None:
-    """Raise `SurgeryError` if a folder carries a manifest and differs from it."""
+    """Raises `SurgeryError` if a folder carries a manifest and differs from it."""
     if (folder / MANIFEST).is_file() and (problem := damage(folder)):
         raise SurgeryError(f"{folder} is damaged: {problem}", "restore it from a copy")
 

@@ -166,7 +166,7 @@ def tried_again(action: Callable[[], T], never: tuple[type[Exception], ...] = ()
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, if it is not there.
+    """Makes a folder, and those above it, if it is not there.
 
     Raises:
         SurgeryError: the system refuses.

@@ -16,17 +16,17 @@ MOST_VALUES = 2_500_000  # commas and brackets; Gemma 2's tokenizer.json has 2.0
 
 
 def write_json(path: Path, contents: Any) -> None:
-    """Write JSON in one rename, so that a reader sees the old file or the new one."""
+    """Writes JSON in one rename, so that a reader sees the old file or the new one."""
     replace_text(path, json.dumps(contents, indent=2) + "\n")
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Write a text file in one rename, flushed to the disk."""
+    """Writes a text file in one rename, flushed to the disk."""
     replace_bytes(path, text.encode())
 
 
 def replace_bytes(path: Path, data: bytes) -> None:
-    """Write a file in one rename, flushed to the disk; what the disk refuses is an `OSError`."""
+    """Writes a file in one rename, flushed to the disk; what the disk refuses is an `OSError`."""
 
     def replace() -> None:
         with replacing(path) as temporary:

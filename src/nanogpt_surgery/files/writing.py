@@ -67,7 +67,7 @@ def is_temporary(path: Path) -> bool:
 
 
 def remove_temporaries(folder: Path, of: str | None = None) -> None:
-    """Remove what a killed process left unfinished; for the one process that writes there.
+    """Removes what a killed process left unfinished; for the one process that writes there.
 
     Args:
         folder: where to look.
@@ -84,7 +84,7 @@ def remove_temporaries(folder: Path, of: str | None = None) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Let two folders of one file system change places.
+    """Lets two folders of one file system change places.
 
     Linux and macOS do it in one step. Elsewhere, and on file systems that cannot, it takes three
     renames: a kill between them leaves `other` where `set_aside` finds it.
@@ -122,7 +122,7 @@ def set_aside(path: Path) -> list[Path]:
 
 
 def _in_one_step(one: Path, other: Path) -> bool:
-    """Exchange by the system's own call; False where there is none."""
+    """Exchanges by the system's own call; False where there is none."""
     paths = os.fsencode(one), os.fsencode(other)
     library: Any = ctypes.CDLL(None, use_errno=True) if os.name == "posix" else None
     if sys.platform == "linux" and hasattr(library, "renameat2"):
@@ -140,7 +140,7 @@ def _in_one_step(one: Path, other: Path) -> bool:
 
 
 def flush(path: Path) -> None:
-    """Ask the system to put a file, or a folder's list of names, on the disk now."""
+    """Asks the system to put a file, or a folder's list of names, on the disk now."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -149,7 +149,7 @@ def flush(path: Path) -> None:
 
 
 def flush_place(goal: Path) -> None:
-    """Ask the system to keep the place that a file or folder has just taken.
+    """Asks the system to keep the place that a file or folder has just taken.
 
     Raises:
         NotFlushedError: it refuses; the new state is in its place all the same.
@@ -166,7 +166,7 @@ def flush_place(goal: Path) -> None:
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file; what the disk refuses is an `OSError`.
+    """Writes a safetensors file; what the disk refuses is an `OSError`.
 
     The library makes files that nobody but their owner can read: the mode is that of any new file.
     """
@@ -193,7 +193,7 @@ def _bytes_of(tensors: dict[str, Tensor]) -> int:
 
 
 def link_or_copy(source: Path, goal: Path) -> None:
-    """Put a file that never changes at a second place, in one rename.
+    """Puts a file that never changes at a second place, in one rename.
 
     No bytes are copied where the file system can link.
     """

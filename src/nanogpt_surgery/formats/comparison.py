@@ -35,7 +35,7 @@ def compare(
     title: str,
     lost: Collection[str] = (),
 ) -> Report:
-    """Compare every tensor, the logits on probe ids, and the tokenizer on texts for each part.
+    """Compares every tensor, the logits on probe ids, and the tokenizer on texts for each part.
 
     Args:
         model: what was written, each tensor in the dtype that it was read in.
@@ -71,7 +71,7 @@ def check_equal(
     tokenizer: Tokenizer | None,
     tokenizer_again: Tokenizer | None,
 ) -> None:
-    """Refuse unless all tensors have the same bits and the tokenizer encodes alike."""
+    """Raises `SurgeryError` unless tensors have the same bits and texts the same ids."""
     ours, theirs = model.state_dict(), again.state_dict()
     wrong = [
         name
@@ -193,7 +193,7 @@ _TEXTS = {
 def check_tokenizer(
     tokenizer: Tokenizer | None, again: Tokenizer | None, lost: Collection[str] = ()
 ) -> None:
-    """Refuse unless a tokenizer that was opened again encodes as the one written, part by part.
+    """Checks that a tokenizer that was opened again encodes as the one written, part by part.
 
     Args:
         tokenizer: what was written.

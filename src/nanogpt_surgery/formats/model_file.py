@@ -62,7 +62,7 @@ def save_model(
     tokenizer: Tokenizer | None = None,
     source: str | Path | None = None,
 ) -> None:
-    """Write a model folder in Hugging Face's form, whole or not at all.
+    """Writes a model folder in Hugging Face's form, whole or not at all.
 
     A model on a family's axes is written under the family's names and opens in transformers.
     Whether the head is tied is read from the tensors. `MANIFEST.json` holds sizes and hashes. What
@@ -96,7 +96,7 @@ def write_model_files(
     tokenizer: Tokenizer | None = None,
     source: str | Path | None = None,
 ) -> None:
-    """Write the files of a model folder into a folder that is being made; see `save_model`."""
+    """Writes the files of a model folder into a folder that is being made; see `save_model`."""
     if has_lora(model):
         raise SurgeryError(
             "the model carries a LoRA, which a model folder has no place for",
@@ -166,7 +166,7 @@ def _carried_config(
 
 @check_arguments
 def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokenizer | None]:
-    """Open whatever a path holds, in eval mode on the CPU.
+    """Opens whatever a path holds, in eval mode on the CPU.
 
     Weights are mapped where the file holds them as the model needs them, and otherwise read piece
     by piece, so they are never held twice.
@@ -240,7 +240,7 @@ MERGE_FIRST = "name its model, or merge them: merge_adapter({base}, {path}, out=
 
 
 def check_adapter(path: str | Path, hint: str = MERGE_FIRST) -> None:
-    """Raise `SurgeryError` for an adapter, or the run of one, where a model is needed.
+    """Raises `SurgeryError` for an adapter, or the run of one, where a model is needed.
 
     The hint may hold {path} and {base}, the model that the adapter names.
     """

@@ -247,7 +247,7 @@ def end_ids(tokenizer: Tokenizer) -> frozenset[int]:
 
 
 def warn_of_two_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
-    """Say so if a text begins with BOS twice."""
+    """Warns if a text begins with BOS twice."""
     bos = getattr(tokenizer, "bos_id", None)
     if bos is not None and list(ids[:2]) == [bos, bos]:
         warnings.warn(
@@ -258,7 +258,7 @@ def warn_of_two_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
 
 
 def check_messages(messages: Sequence[Message]) -> None:
-    """Raise `SurgeryError` unless every message has a role and a content (all problems at once)."""
+    """Raises `SurgeryError`, with all problems, unless every message has a role and a content."""
     problems = []
     for i, message in enumerate(messages):
         role = message.get("role") if isinstance(message, dict) else None

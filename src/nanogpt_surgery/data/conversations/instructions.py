@@ -109,7 +109,7 @@ def is_instruction_data(paths: Sequence[str | Path]) -> bool:
 
 
 def check_first_record(path: str | Path) -> None:
-    """Raise `SurgeryError` unless a file begins with a record of a known form."""
+    """Raises `SurgeryError` unless a file begins with a record of a known form."""
     first = next(iter(read_records(path)), None)
     if first is None:
         raise SurgeryError(f"{path} holds no records", EXPECTED)
@@ -237,7 +237,7 @@ _MEANING = ("tools", "tool_calls", "name")  # what a model must see to learn fro
 
 
 def _check_fields(conversations: Sequence[Messages], template: ChatTemplate) -> None:
-    """Find fields that a template does not write: rendered without them its text is the same.
+    """Finds fields that a template does not write: rendered without them its text is the same.
 
     Raises:
         SurgeryError: one of them changes what an answer means. Others are a warning.
@@ -294,7 +294,7 @@ def _example(
 
 
 def check_conversations(conversations: Sequence[Messages], tokenizer: Tokenizer) -> None:
-    """Look for characters that a vocabulary lacks in what records say.
+    """Looks for characters that a vocabulary lacks in what records say.
 
     Raises:
         SurgeryError: there is one (the first, with its record, field and place there).

@@ -235,7 +235,7 @@ def _marked(message: Any, i: int) -> Any:
 
 
 def main() -> None:
-    """Read a template, then a conversation a line, and write a reply a line, all as JSON."""
+    """Reads a template, then a conversation a line, and writes a reply a line, all as JSON."""
     job = json.loads(sys.stdin.readline())
     limit_memory()
     template, failed = None, {}

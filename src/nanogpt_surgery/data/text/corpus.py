@@ -120,7 +120,7 @@ def _no_text(paths: Iterable[str | Path]) -> SurgeryError:
 
 
 def check_characters(tokenizer: Tokenizer, paths: Sequence[str | Path], text: str) -> None:
-    """Look for characters that a vocabulary lacks, before a text is cut into parts.
+    """Looks for characters that a vocabulary lacks, before a text is cut into parts.
 
     Args:
         tokenizer: one without a vocabulary of characters knows all of them.

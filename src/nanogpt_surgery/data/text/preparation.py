@@ -83,7 +83,7 @@ def prepare_tokens(
     held_out: float | None = None,
     workers: int = 0,
 ) -> Iterator[int]:
-    """Encode chunks into a token folder, or go on where an earlier attempt was stopped.
+    """Encodes chunks into a token folder, or goes on where an earlier attempt was stopped.
 
     The tokenizer's end of text, or else a newline, separates documents, and parts that do not
     follow each other in the text, as the last part of each chunk is held out for validation.
@@ -177,7 +177,7 @@ def _size_and_time(file: Path) -> list[int]:
 
 
 def _check_asked(folder: Path, now: dict[str, Any]) -> None:
-    """Write down what is asked for, or refuse what differs from the first time."""
+    """Writes down what is asked for, or refuses what differs from the first time."""
     path = folder / ASKED
     if not path.is_file():
         write_json(path, now)
@@ -197,7 +197,7 @@ def _check_asked(folder: Path, now: dict[str, Any]) -> None:
 
 
 def _encoded(work: Work, numbers: Sequence[int], workers: int) -> Iterator[int]:
-    """Make the parts of chunks; yields a number for each, in any order."""
+    """Makes the parts of chunks; yields a number for each, in any order."""
     if min(workers, len(numbers)) > 1:
         yield from in_processes(_encode, numbers, workers, partial(_begin_with, work))
         return
@@ -235,7 +235,7 @@ def _shard(work: Work, number: int, split: str) -> Shard:
 
 
 def encode_chunk(work: Work, tokenizer: Tokenizer, number: int) -> int:
-    """Write the part of a chunk: ids first, then their sizes and hashes, each in one rename.
+    """Writes the part of a chunk: ids first, then their sizes and hashes, each in one rename.
 
     Raises:
         SurgeryError: the disk refuses, or the text is not UTF-8 or not in the vocabulary.
@@ -285,7 +285,7 @@ def _joined_ids(tokenizer: Tokenizer, documents: list[tuple[str, bool]]) -> Ids:
 
 
 def join_parts(work: Work, split: str) -> tuple[Shard, ...]:
-    """Join the parts of a split into its file; each part is deleted when it is safely in.
+    """Joins the parts of a split into its file; each part is deleted when it is safely in.
 
     Raises:
         SurgeryError: the file has lost parts that went into it, or the disk refuses.

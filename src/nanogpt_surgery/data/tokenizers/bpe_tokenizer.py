@@ -65,7 +65,7 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts: str | Iterable[str], vocab_size: int) -> BPETokenizer:
-        """Learn the merges that shorten these texts the most, greedily.
+        """Learns the merges that shorten these texts the most, greedily.
 
         Args:
             texts: one text, or several.
@@ -94,7 +94,7 @@ class BPETokenizer:
 
     @classmethod
     def from_files(cls, vocab: str | Path, merges: str | Path) -> BPETokenizer:
-        """Read GPT-2's two files, `vocab.json` (or `encoder.json`) and `merges.txt` (`vocab.bpe`).
+        """Reads GPT-2's two files, `vocab.json` (or `encoder.json`) and `merges.txt` (`vocab.bpe`).
 
         Raises:
             SurgeryError: they are not such files, or contradict each other.
@@ -168,7 +168,7 @@ class BPETokenizer:
         return _contents(self.vocab, self.merges, self.special)
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`."""
+        """Writes a `tokenizer.json`."""
         Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False), encoding="utf-8")
 
     @classmethod

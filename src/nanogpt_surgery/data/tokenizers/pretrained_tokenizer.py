@@ -191,7 +191,7 @@ class PretrainedTokenizer:
         return json.loads(self._written)
 
     def save(self, path: str | Path) -> None:
-        """Write a `tokenizer.json`."""
+        """Writes a `tokenizer.json`."""
         Path(path).write_text(json.dumps(self.to_json(), ensure_ascii=False), encoding="utf-8")
 
     def _encoding(self, text: str, encode: Callable[..., list[Encoding]]) -> Encoding:

@@ -76,7 +76,7 @@ class TextStream:
         return text
 
     def _forget(self, kept: list[int], length: int) -> None:
-        """Keep the last ids alone; as many characters as before are still to be shown."""
+        """Keeps the last ids alone; as many characters as before are still to be shown."""
         waiting = length - self._shown
         self._shown = max(0, len(self.tokenizer.decode(kept)) - waiting)
         self._ids, self._new = kept, len(kept)

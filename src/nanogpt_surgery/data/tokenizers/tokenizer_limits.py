@@ -42,7 +42,7 @@ _REPEATED = ("ByteLevel", "Precompiled")  # grow a text again and again
 
 
 def check_limits(contents: dict[str, Any]) -> None:
-    """Raise `SurgeryError` if a tokenizer would need memory or time beyond all measure."""
+    """Raises `SurgeryError` if a tokenizer would need memory or time beyond all measure."""
     for part, children in _CHILDREN.items():
         steps = _steps(contents.get(part), children)
         growth = math.prod(map(_growth, steps))
@@ -86,7 +86,7 @@ def _check_expression(expression: str) -> None:
 
 
 def check_speed(encode: Callable[[str], Any], text: str) -> None:
-    """Raise `SurgeryError` if the time for a text grows with its square, beyond all measure.
+    """Raises `SurgeryError` if the time for a text grows with its square, beyond all measure.
 
     No look at a regular expression can tell; the beginning of the text is encoded to measure it.
     """

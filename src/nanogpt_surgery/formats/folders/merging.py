@@ -95,7 +95,7 @@ def merge_adapter(
     probe: str | None = None,
     tied: Tied | None = None,
 ) -> Report:
-    """Merge an adapter folder into a model, in float32, rounded once; read again and measured.
+    """Merges an adapter folder into a model, in float32, rounded once; read again and measured.
 
     Without `out` the model's own folder is operated on: it changes in one step, what was there is
     kept in it, and `undo_folder` brings every byte back.
@@ -196,7 +196,7 @@ def _says_the_same(there: Path, new: Path) -> bool:
 
 
 def check_not_itself(model: str | Path, out: str | Path | None) -> None:
-    """Raise `SurgeryError` if `out` is the model itself, which could not be brought back then."""
+    """Raises `SurgeryError` if `out` is the model itself, which could not be brought back then."""
     if out is None or not Path(model).is_dir():
         return
     if Path(out).resolve() in (Path(model).resolve(), model_folder(model).resolve()):
@@ -233,7 +233,7 @@ def merge_into_gguf(
     probe: str | None = None,
     tied: Tied | None = None,
 ) -> Report:
-    """Merge an adapter folder into a model in float32, rounded once to a GGUF file's types.
+    """Merges an adapter folder into a model in float32, rounded once to a GGUF file's types.
 
     Args:
         model: whatever `open_model` opens; it stays as it is.
@@ -396,7 +396,7 @@ def _prepare(
 
 
 def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:
-    """Raise `SurgeryError` for tensors that float32 would round, merged or not."""
+    """Raises `SurgeryError` for tensors that float32 would round, merged or not."""
     wide = [name for name, dtype in stored.items() if dtype == torch.float64]
     if wide:
         raise SurgeryError(

@@ -1,6 +1,7 @@
 """Names under which folders of earlier versions store things, and the names of now.
 
-Readers ask here; nothing else knows an old name, and nothing is written under one.
+Readers ask here, and nothing is written under an old name. One more is known where a journal is
+shown: history/ lies below this folder.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def is_gguf(path: Path) -> bool:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Read the header of a file, or of all parts of a split one; tensors are read when used.
+    """Reads the header of a file, or of all parts of a split one; tensors are read when used.
 
     Args:
         path: a file, or any part of a split one (NAME-00001-of-00003.gguf): the others lie beside
@@ -121,7 +121,7 @@ def _all_parts(part: GGUFFile, count: int) -> list[GGUFFile]:
 
 
 def _check_part(part: GGUFFile, place: dict[str, int], first: GGUFFile) -> None:
-    """A part is in its place, and says nothing that the first part does not say."""
+    """Raises `SurgeryError` unless a part is in its place and says only what the first one says."""
     expected = first.metadata | place
     for key, value in part.metadata.items():
         if key != "general.alignment" and not _is_same(value, expected.get(key)):
@@ -170,7 +170,7 @@ class _Reader:
         return _untrusted(self.path, what)
 
     def take(self, count: int, what: str) -> int:
-        """Move over `count` bytes if they are there; the place where they begin."""
+        """Moves over `count` bytes if they are there; returns the place where they begin."""
         left = self.size - self.place
         if count > left:
             raise self.wrong(

@@ -54,7 +54,7 @@ _BYTES = {f"<0x{byte:02X}>" for byte in range(256)}
 
 
 def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -> set[Lost]:
-    """Write a tokenizer's metadata, its vocabulary filled up to the model's.
+    """Writes a tokenizer's metadata, its vocabulary filled up to the model's.
 
     Returns:
         In which texts llama.cpp's ids will differ; the user was warned.
@@ -135,7 +135,7 @@ def _write_templates(writer: GGUFWriter, tokenizer: Tokenizer) -> None:
 
 
 def _wrong_ends(tokenizer: BPETokenizer | PretrainedTokenizer) -> Iterator[str]:
-    """Raises unless the ids put around a text are BOS before it and EOS behind it."""
+    """Yields in words which ids around a text are others than BOS before it and EOS behind it."""
     for where, ids, name in (("before", "prefix_ids", "bos"), ("behind", "suffix_ids", "eos")):
         found = list(getattr(tokenizer, ids, []))
         if found not in ([], [getattr(tokenizer, f"{name}_id", None)]):

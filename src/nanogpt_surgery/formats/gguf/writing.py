@@ -62,7 +62,7 @@ _KEPT_FLOAT32 = (_POSITIONS, ROPE_FACTORS)
 def save_gguf(
     model: SimpleGPT, path: str | Path, tokenizer: Tokenizer | None = None, kind: GGUFType = "F16"
 ) -> Report:
-    """Write a model as a GGUF file, whole or not at all.
+    """Writes a model as a GGUF file, whole or not at all.
 
     Args:
         model: on a family's axes, each tensor in any dtype ("each" opens it as it is stored).
@@ -84,7 +84,7 @@ def save_gguf(
 def write_gguf_file(
     model: SimpleGPT, path: Path, tokenizer: Tokenizer | None, kind: GGUFType, title: str
 ) -> tuple[SimpleGPT, Report]:
-    """Write a file that is being made; what it holds, in float32, and how far that is off."""
+    """Writes a file that is being made; returns its model, in float32, and how far that is off."""
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
     check_finite_weights(model, "the model")
@@ -128,7 +128,7 @@ def _family(model: SimpleGPT) -> str:
 def _write(
     model: SimpleGPT, family: str, path: Path, tokenizer: Tokenizer | None, kind: GGUFType
 ) -> tuple[dict[str, str], set[Lost]]:
-    """Write the file; how each of our tensors was stored, and what of the tokenizer is lost."""
+    """Writes the file; returns how each tensor of ours was stored, and what the tokenizer lost."""
     with closing(GGUFWriter(path, family)) as writer:
         _write_metadata(writer, model.config, family)
         writer.add_file_type(_FILE_TYPES[kind])
@@ -140,7 +140,7 @@ def _write(
 
 
 def _write_tensors(writer: GGUFWriter, tensors: list[Named], kind: GGUFType) -> dict[str, str]:
-    """Write what stands before the tensors, and them; how each of ours was stored."""
+    """Writes what stands before the tensors, and them; returns how each of ours was stored."""
     stored: dict[str, str] = {}
     for name, ours, tensor in tensors:
         chosen = _kind_of(name, tensor, kind)

@@ -293,7 +293,7 @@ def rope_options(contents: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_options(contents: dict[str, Any], model_type: str) -> None:
-    """Refuse, all at once and by name, what would change the result and is not ours.
+    """Raises `SurgeryError`, with all their names, for options of theirs that change the result.
 
     Args:
         contents: a `config.json` without its nulls, with what was absent filled in.

@@ -55,7 +55,7 @@ def hub_folder(name: str, cache: str | Path | None = None) -> Path:
 
 
 def _check_local(name: str) -> None:
-    """Raise `SurgeryError` for a name that begins with a folder that is here: it is mistyped."""
+    """Raises `SurgeryError` for a name that begins with a folder that is here: it is mistyped."""
     owner, _, _ = name.partition("/")
     if Path(owner).is_dir():
         there = [path.name for path in Path(owner).iterdir() if not path.name.startswith(".")]

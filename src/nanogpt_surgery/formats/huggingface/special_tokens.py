@@ -88,7 +88,7 @@ class SpecialTokens:
 
 
 def special_tokens_of(folder: Path, vocabulary: set[str]) -> SpecialTokens:
-    """Gather what a folder's files say; `vocabulary` holds the tokens of its `tokenizer.json`.
+    """Gathers what a folder's files say; `vocabulary` holds the tokens of its `tokenizer.json`.
 
     Raises:
         SurgeryError: a file is damaged, or holds what is no token where a token belongs.

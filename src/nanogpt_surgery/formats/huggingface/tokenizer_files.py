@@ -120,7 +120,7 @@ def with_chat_template(tokenizer: Tokenizer, template: str | None) -> Tokenizer:
 
 
 def write_chat_template(template: str, folder: Path) -> None:
-    """Write the chat template of a folder that is being made, in the place of all others there."""
+    """Writes the chat template of a folder that is being made, in the place of all others there."""
     (folder / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     shutil.rmtree(folder / CHAT_TEMPLATES, ignore_errors=True)
     config = read_object(folder / TOKENIZER_CONFIG)
@@ -176,7 +176,7 @@ def _is_character(contents: dict[str, Any]) -> bool:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
-    """Write a folder that holds a tokenizer alone, whole or not at all; transformers opens it.
+    """Writes a folder that holds a tokenizer alone, whole or not at all; transformers opens it.
 
     What is written is opened again and compared before it counts as written. A folder of ours that
     lies there is replaced.
@@ -195,7 +195,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str | Path) -> None:
 
 
 def write_tokenizer_files(tokenizer: Tokenizer, folder: Path, context: int | None = None) -> None:
-    """Write the tokenizer's files into a folder that is being made; transformers reads them.
+    """Writes the tokenizer's files into a folder that is being made; transformers reads them.
 
     `context` is the longest text of the model in tokens, where there is a model.
 
@@ -239,7 +239,7 @@ def _pretrained_config(tokenizer: PretrainedTokenizer) -> dict[str, Any]:
 
 
 def check_ids(tokenizer: Tokenizer | None, rows: int, path: str | Path) -> None:
-    """Raise `SurgeryError` if a tokenizer has ids for which a model of `rows` tokens has no row."""
+    """Raises `SurgeryError` if a tokenizer has ids that a model of `rows` tokens has no row for."""
     if tokenizer is None or not hasattr(tokenizer, "vocab_size"):
         return
     size = vocab_size_of(tokenizer)
