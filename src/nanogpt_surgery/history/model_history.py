@@ -30,12 +30,12 @@ _TIE = "tie_word_embeddings"
 class ModelOperation(Operation):
     """An operation: what it changed, and every tensor's hash before it.
 
-    `undone` holds every tensor's hash just before and just after it was undone, for the redo.
+    `around_undo` holds every tensor's hash just before and just after its undo, for the redo.
     """
 
     changes: list[Change]
     hashes: dict[str, str] | None
-    undone: tuple[dict[str, str], dict[str, str]] | None = None
+    around_undo: tuple[dict[str, str], dict[str, str]] | None = None
 
     def release(self) -> None:
         """Frees the originals."""
@@ -197,7 +197,7 @@ def _turn(model: nn.Module, back: bool) -> Report:
     _check_untouched(done, back)
     seen: dict[Tensor, str] = {}
     before = tensor_hashes(model, seen)
-    wanted, left = (done.hashes, None) if back else done.undone or (None, None)
+    wanted, left = (done.hashes, None) if back else done.around_undo or (None, None)
     _check_written(done, back, left or {}, before)
     device = next(model.parameters()).device
     replaced = [change.now() for change in done.changes]
@@ -210,7 +210,7 @@ def _turn(model: nn.Module, back: bool) -> Report:
         done.put(not back)
         raise
     _adjust(done.changes, replaced, device)
-    done.undone = (before, after) if back else None
+    done.around_undo = (before, after) if back else None
     history.turn(back)
     side = "before" if back else "after"
     trained = [n for n in wanted if UPDATES in n and after.get(n) not in (None, wanted[n])]
