@@ -33,7 +33,7 @@ HEADER, TOKENIZER, VERSION = "tokens.json", "tokenizer", 1
 SPLITS = ("train", "validation")
 DTYPES = {"uint16": 2, "uint32": 4}  # bytes an id
 DTYPE = Kind(f"one of {', '.join(DTYPES)}", lambda x: isinstance(x, str) and x in DTYPES)
-_LARGEST_ID = {"uint16": 2**16, "uint32": 2**31}  # int32 holds every id elsewhere
+_MOST_IDS = {"uint16": 2**16, "uint32": 2**31}  # int32 holds every id elsewhere
 _AT_ONCE = 1 << 24  # bytes hashed at a time
 
 
@@ -83,7 +83,7 @@ def dtype_for(vocab_size: int) -> str:
     Raises:
         SurgeryError: no dtype does.
     """
-    for name, ids in _LARGEST_ID.items():
+    for name, ids in _MOST_IDS.items():
         if vocab_size <= ids:
             return name
     raise SurgeryError(f"a vocabulary of {vocab_size:,} ids is larger than {2**31:,}")
@@ -95,7 +95,7 @@ def is_token_folder(path: str | Path) -> bool:
 
 
 def open_tokens(folder: str | Path) -> TokenFiles:
-    """Map a folder's ids. Nothing is read but the header; `verify_tokens` looks at every byte.
+    """Maps a folder's ids. Nothing is read but the header; `verify_tokens` looks at every byte.
 
     Raises:
         SurgeryError: the folder is not finished, or a file is missing, has another length than
@@ -155,13 +155,13 @@ def read_header(folder: Path) -> TokenHeader:
 
 
 def write_header(folder: Path, header: TokenHeader) -> None:
-    """Finish a folder whose files are complete."""
+    """Finishes a folder whose files are complete."""
     write_json(folder / HEADER, asdict(header))
     flush_place(folder / HEADER)
 
 
 def verify_tokens(folder: str | Path) -> None:
-    """Read every byte of a folder and compare the hash of each shard.
+    """Reads every byte of a folder and compares the hash of each shard.
 
     Raises:
         SurgeryError: a shard has changed since it was written, or as `open_tokens`.
