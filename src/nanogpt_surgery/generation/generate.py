@@ -72,7 +72,7 @@ def generate(
     if cache.max_length < room:
         raise SurgeryError(f"the cache has room for {cache.max_length} tokens of the text's {room}")
     native = None
-    if engine != "plain":
+    if engine == "native" or (engine == "auto" and cache.ids.is_cpu):
         from nanogpt_surgery.generation.native.decoder import NativeSteps
 
         native = NativeSteps(model, cache, required=engine == "native")
