@@ -133,7 +133,7 @@ def carry_out(
 
 
 def _prepared(training: Training, options: RunOptions, asked: dict[str, Any]) -> Training:
-    """The training as the run's options want it, as long as its data says; all that is said."""
+    """The training with the run's options and its number of steps; says what will be trained."""
     from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
     from nanogpt_surgery.data.text.mixture import Mixture
     from nanogpt_surgery.runs.length import EPOCHS, amount_of, with_length
@@ -165,7 +165,7 @@ def _prepared(training: Training, options: RunOptions, asked: dict[str, Any]) ->
 
 @contextmanager
 def _explained(training: Training, options: RunOptions) -> Iterator[None]:
-    """Errors of the block say which command began the run, and what to lower for memory."""
+    """Adds to errors of the block which command began the run, or what to lower for memory."""
     from nanogpt_surgery.formats.folders.run_folder import checkpoints
     from nanogpt_surgery.runs.description import RunDiffersError
 

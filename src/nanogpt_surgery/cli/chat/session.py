@@ -40,7 +40,7 @@ class Session:
             return False
         try:
             if line.startswith("/") and not line.startswith("//"):
-                self._obey(line)
+                self._run_command(line)
             elif line.strip():
                 self._ask(line.removeprefix("/") if line.startswith("//") else line)
         except BrokenPipeError:  # nobody reads the answers any more
@@ -77,7 +77,7 @@ class Session:
                 sys.stdout.write("\n")
                 sys.stdout.flush()
 
-    def _obey(self, line: str) -> None:
+    def _run_command(self, line: str) -> None:
         name, _, rest = line[1:].partition(" ")
         if name not in commands():
             close = nearest(name, commands(), 1)
@@ -135,11 +135,11 @@ class Session:
         blend_lora(self.model, weights)
         enable_lora(self.model)
         self.conversation.weights_changed()
-        self._written_for(max(weights, key=lambda name: abs(weights[name])))
+        self._use_template_of(max(weights, key=lambda name: abs(weights[name])))
         self.do_adapters("")
 
-    def _written_for(self, adapter: str) -> None:
-        """Messages are written as an adapter was trained; "" is the model without any."""
+    def _use_template_of(self, adapter: str) -> None:
+        """Writes messages as an adapter was trained; "" is the model without any."""
         self.conversation.template = self.templates.get(adapter, self.conversation.template)
 
     def do_base(self, _rest: str) -> None:
@@ -148,7 +148,7 @@ class Session:
 
         disable_lora(self.model)
         self.conversation.weights_changed()
-        self._written_for("")
+        self._use_template_of("")
         self.do_adapters("")
 
     def do_adapters(self, _rest: str) -> None:

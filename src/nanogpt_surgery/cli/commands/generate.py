@@ -149,7 +149,7 @@ def _one_by_one(
     listed = 8 * many.samples * len(texts)  # a reference to each prompt for each of its samples
     check_memory("the list of continuations", {"prompts": listed}, "lower --samples")
     prompts = [one for one in ids for _ in range(many.samples)]
-    several = {key: value for key, value in draw.items() if key != "engine"}  # one way as yet
+    several = {key: value for key, value in draw.items() if key != "engine"}  # batches have one
     several |= {"likeliest": many.logprobs or 0, "batch_size": many.batch_size}
     found = continue_texts(model, tokenizer, prompts, **several)
     rows = ((text, sample) for text in texts for sample in range(1, many.samples + 1))

@@ -32,7 +32,7 @@ PLACES = {  # of the functions that lie in a module of another name than the com
 }
 GROUPS = {
     "tokenizer": ("Train a tokenizer.", ("train",)),
-    "data": ("What a model is to learn from: made ready, looked at.", ("prepare", "preview")),
+    "data": ("Prepare data to train on, and preview it.", ("prepare", "preview")),
 }
 MEMORY_HINT = (
     "give it less at once: a smaller --batch-size, a shorter --block-size or --context, fewer "

@@ -181,7 +181,7 @@ def watched(
 
 
 class Announced:
-    """Held-out data that calls `begin` and `end` around a reading of it, an evaluation."""
+    """Held-out data that calls `begin` before each evaluation and `end` after it."""
 
     def __init__(self, data: EvalData):
         self.data = data
@@ -189,7 +189,7 @@ class Announced:
         self.end: Callable[[], object] = lambda: None
 
     def iter_all(self, batch_size: int) -> Iterator[Batch]:
-        """As the data's own."""
+        """Yields the batches of `data`."""
         self.begin()
         yield from self.data.iter_all(batch_size)
         self.end()
