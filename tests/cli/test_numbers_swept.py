@@ -32,7 +32,7 @@ NEEDED: dict[str, tuple[str, dict[str, str]]] = {
     "eval": ("m text.txt", {}),
     "merge": ("m a", {"--out": "new"}),
     "export": ("m", {"--adapter": "a", "--format": "huggingface", "--out": "new"}),
-    "verify-resume": ("run", {"--before": "1", "--after": "1"}),
+    "verify-resume": ("run", {"--before": "4", "--after": "1"}),
     "tokenizer train": ("text.txt", {"--vocab-size": "300", "--out": "new"}),
     "data prepare": ("text.txt", {"--tokenizer": "m", "--out": "new"}),
     "data preview": ("m pairs.json", {"--template": "plain"}),
@@ -79,7 +79,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def a_run(place: Path, request: pytest.FixtureRequest) -> None:
     """The run that verify-resume looks at, made when it is wanted."""
     if request.node.callspec.params["command"] == "verify-resume" and not (place / "run").exists():
-        flags = SHORT | SIZES | {"--out": str(place / "run"), "--max-steps": "3"}
+        flags = SHORT | SIZES | {"--out": str(place / "run"), "--max-steps": "5"}
         called("train", place / "text.txt", *(f"{key}={flags[key]}" for key in flags))
 
 
