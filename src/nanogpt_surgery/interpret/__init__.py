@@ -1,0 +1,34 @@
+"""Look inside a model, adapted or not; nothing here changes one."""
+
+from nanogpt_surgery.interpret.attribution import Attribution, attribution
+from nanogpt_surgery.interpret.lens import Lens, attention, logit_lens
+from nanogpt_surgery.interpret.patching import (
+    Intervention,
+    add,
+    mean,
+    patch,
+    project_out,
+    put,
+    zero,
+)
+from nanogpt_surgery.interpret.points import points_of
+from nanogpt_surgery.interpret.recording import Activations, plan_recording, record
+
+__all__ = [
+    "Activations",
+    "Attribution",
+    "Intervention",
+    "Lens",
+    "add",
+    "attention",
+    "attribution",
+    "logit_lens",
+    "mean",
+    "patch",
+    "plan_recording",
+    "points_of",
+    "project_out",
+    "put",
+    "record",
+    "zero",
+]

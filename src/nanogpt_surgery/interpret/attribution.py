@@ -1,0 +1,149 @@
+"""Whose doing a logit is: the share of each head and of each feed-forward.
+
+The residual stream before the final norm is a sum: the embedding, what each head adds, what each
+feed-forward adds. With the norm's scale held at what it is, norm and head are linear, so the logit
+is a sum of shares as well (direct logit attribution; Elhage et al., 2021, "A Mathematical Framework
+for Transformer Circuits").
+
+Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.arguments import check_arguments
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.interpret.recording import record
+from nanogpt_surgery.model.loss import eval_mode
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """The shares in the logit of one token a row, which add up to it; float32."""
+
+    token: Tensor
+    """the id whose logit it is, (B,)"""
+    logit: Tensor
+    """(B,)"""
+    heads: Tensor
+    """(B, L, H)"""
+    attention_bias: Tensor
+    """of `o_proj`'s bias, which is no head's: (B, L)"""
+    feed_forward: Tensor
+    """its bias included: (B, L)"""
+    embedding: Tensor
+    """of the token, of previous ones and of its learned position: (B,)"""
+    final_bias: Tensor
+    """of the biases of the final norm and of the head: (B,)"""
+
+    def total(self) -> Tensor:
+        """Returns the sum of all shares, (B,): the logit, to rounding."""
+        inside = self.heads.sum((1, 2)) + self.attention_bias.sum(1) + self.feed_forward.sum(1)
+        return inside + self.embedding + self.final_bias
+
+    def largest(self, count: int = 10, row: int = 0) -> list[tuple[str, float]]:
+        """Returns the shares largest in size, with their names, the largest first."""
+        shares = sorted(self._named(row), key=lambda share: -abs(share[1]))
+        return shares[:count]
+
+    def _named(self, row: int) -> Iterator[tuple[str, float]]:
+        yield "embedding", float(self.embedding[row])
+        yield "final bias", float(self.final_bias[row])
+        for layer, heads in enumerate(self.heads[row].tolist()):
+            yield from ((f"layer {layer}, head {h}", share) for h, share in enumerate(heads))
+            yield f"layer {layer}, attention bias", float(self.attention_bias[row, layer])
+            yield f"layer {layer}, feed-forward", float(self.feed_forward[row, layer])
+
+
+@check_arguments
+def attribution(
+    model: SimpleGPT, ids: Tensor, token: int | None = None, position: int = -1
+) -> Attribution:
+    """Returns the shares in the logit of the token after a position.
+
+    Args:
+        model: with its adapters, if it carries any; left in the mode it is in.
+        ids: (B, T) int64.
+        token: whose logit; None is the likeliest one of each row.
+        position: the token after this one; −1 is the last.
+
+    Raises:
+        SurgeryError: the position or the token is not there.
+    """
+    tokens, vocab_size = ids.size(-1), model.config.vocab_size
+    if not -tokens <= position < tokens:
+        raise SurgeryError(f"position is {position}; there are {tokens} tokens")
+    if token is not None and not 0 <= token < vocab_size:
+        raise SurgeryError(f"token is {token}; the vocabulary is 0 to {vocab_size - 1}")
+    points = ["layers.0.residual_before", "layers.*.heads", "layers.*.mlp"]
+    with eval_mode(model), torch.inference_mode():
+        with record(model, points) as found:
+            hidden = model.hidden(ids)[:, position]  # (B, C)
+        logits = model.lm_head(hidden).float()  # (B, V)
+        chosen = logits.argmax(-1) if token is None else torch.full_like(logits[:, 0].long(), token)
+        layers: list[Any] = list(model.layers)
+        count = len(layers)
+        at = {name: value[:, position] for name, value in found.items()}
+        heads = torch.stack([at[f"layers.{i}.heads"] for i in range(count)], 1)  # (B, L, H, C)
+        mlps = torch.stack([at[f"layers.{i}.mlp"] for i in range(count)], 1)  # (B, L, C)
+        biases = torch.stack([_bias_of(layer.self_attn.o_proj) for layer in layers])  # (L, C)
+        biases = biases.expand_as(mlps)
+        embedding = at["layers.0.residual_before"]  # (B, C)
+        residual = embedding + heads.sum((1, 2)) + biases.sum(1) + mlps.sum(1)
+        shares = _Shares(model, residual, chosen)
+        return Attribution(
+            token=chosen,
+            logit=logits.gather(1, chosen[:, None])[:, 0],
+            heads=shares.of(heads),
+            attention_bias=shares.of(biases),
+            feed_forward=shares.of(mlps),
+            embedding=shares.of(embedding),
+            final_bias=shares.of_biases(),
+        )
+
+
+def _bias_of(layer: Any) -> Tensor:
+    """Returns what a layer gives for zeros, (out,): its bias, adapters included."""
+    return layer.forward(torch.zeros_like(layer.weight[:1]))[0]
+
+
+class _Shares:
+    """The final norm, its scale held, and the head's row of one token a row: both linear."""
+
+    def __init__(self, model: SimpleGPT, residual: Tensor, chosen: Tensor):
+        self.model, self.chosen = model, chosen
+        self.norm: Any = model.norm
+        self.centres = model.config.norm == "layernorm"
+        square = self._centred(residual.float()).square().mean(-1, keepdim=True)
+        self.scale = torch.rsqrt(square + model.config.norm_eps)  # (B, 1)
+        self.head_bias = _bias_of(model.lm_head)  # (V,)
+
+    def _centred(self, x: Tensor) -> Tensor:
+        return x - x.mean(-1, keepdim=True) if self.centres else x
+
+    def of(self, parts: Tensor) -> Tensor:
+        """Returns the shares (B, …) of parts (B, …, C) of the residual stream."""
+        rows = parts.flatten(1, -2) if parts.dim() > 2 else parts[:, None]  # (B, N, C)
+        scaled = self._centred(rows.float()) * self.scale[:, None] * self.norm.weight
+        return self._logits(scaled).view(parts.shape[:-1])
+
+    def of_biases(self) -> Tensor:
+        """Returns the share of the biases of norm and head, (B,)."""
+        of_head = self.head_bias[self.chosen].float()
+        bias = getattr(self.norm, "bias", None)
+        if bias is None:
+            return of_head
+        return self._logits(bias.expand(len(self.chosen), 1, -1))[:, 0] + of_head
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """Returns the head's output without its bias for the chosen tokens: (B, N, C) → (B, N)."""
+        logits = self.model.lm_head(x.to(self.head_bias.dtype)) - self.head_bias  # (B, N, V)
+        chosen = self.chosen[:, None, None].expand(-1, x.size(1), 1)
+        return logits.gather(2, chosen)[..., 0].float()

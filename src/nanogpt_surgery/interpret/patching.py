@@ -1,0 +1,162 @@
+"""Interventions: another value in the place of what a model computes at a point.
+
+Legend: B batch, T tokens, C width, H heads.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.arguments import check_arguments
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.interpret.points import find_points, tap
+
+Places: TypeAlias = Sequence[int] | None
+Change: TypeAlias = Callable[[Tensor], Tensor]
+# The axis of each kind of place, by the last part of a point's name; of any other: rows, positions.
+_AXES = {
+    "attention": {"rows": 0, "heads": 1, "positions": 2},
+    "heads": {"rows": 0, "positions": 1, "heads": 2},
+}
+
+
+@dataclass(frozen=True)
+class Intervention:
+    """A change of a point's value at chosen places; everywhere where none are chosen."""
+
+    change: Change
+    """is given the value of the chosen places, and returns what takes its place"""
+    rows: Places = None
+    """of the batch"""
+    positions: Places = None
+    """of the tokens; −1 is the last one (in attention: of the queries)"""
+    heads: Places = None
+    """where the point has heads"""
+
+    def __call__(self, point: str, value: Tensor) -> Tensor:
+        """Returns the value after the change; the argument is left as it is.
+
+        Raises:
+            SurgeryError: the value has no such places, or the change has another shape.
+        """
+        index = self._index(point, value)
+        part = value[index]
+        new = self.change(part)
+        try:
+            new = new.to(value).expand_as(part)
+        except RuntimeError:
+            shapes = f"{tuple(new.shape)}, not {tuple(part.shape)}"
+            raise SurgeryError(f"what is put at {point} has the shape {shapes}") from None
+        changed = value.clone()
+        changed[index] = new
+        return changed
+
+    def _index(self, point: str, value: Tensor) -> tuple[Tensor, ...]:
+        """Returns the chosen places as an index of the value, one tensor an axis."""
+        axes = _AXES.get(point.rpartition(".")[2], {"rows": 0, "positions": 1})
+        places = [torch.arange(size, device=value.device) for size in value.shape]
+        for name in ("rows", "positions", "heads"):
+            chosen: Places = getattr(self, name)
+            if chosen is None:
+                continue
+            if name not in axes:
+                raise SurgeryError(f"{point} has no {name}, shape {tuple(value.shape)}")
+            size = value.size(axes[name])
+            if outside := [i for i in chosen if not -size <= i < size]:
+                raise SurgeryError(f"{point} has {size} {name}; {outside[0]} is not one of them")
+            places[axes[name]] = places[axes[name]][list(chosen)]
+        return torch.meshgrid(*places, indexing="ij")
+
+
+def zero(**places: Places) -> Intervention:
+    """Returns the intervention that puts zeros; `places` are the fields of `Intervention`."""
+    return Intervention(torch.zeros_like, **places)
+
+
+def mean(**places: Places) -> Intervention:
+    """Returns the intervention that puts the mean over the chosen rows and positions.
+
+    In attention, whose second axis is that of the heads, it is the mean over rows and heads.
+    """
+    return Intervention(lambda part: part.mean((0, 1), keepdim=True), **places)
+
+
+def put(value: Tensor, **places: Places) -> Intervention:
+    """Returns the intervention that puts a tensor, such as another run's activation.
+
+    Its shape is that of the chosen places, or one that torch expands to it.
+    """
+    return Intervention(lambda part: value, **places)
+
+
+def add(vector: Tensor, scale: float = 1.0, **places: Places) -> Intervention:
+    """Returns the intervention that adds a vector (C,), times a scale."""
+    return Intervention(lambda part: part + scale * vector.to(part), **places)
+
+
+def project_out(direction: Tensor, **places: Places) -> Intervention:
+    """Returns the intervention that takes out what points along a direction (C,).
+
+    Raises:
+        SurgeryError: the direction has no length.
+    """
+    length = direction.norm()
+    if not bool(length > 0):
+        raise SurgeryError(f"the direction has the length {float(length)}; it points nowhere")
+    unit = direction / length
+
+    def change(part: Tensor) -> Tensor:
+        along = part @ unit.to(part)
+        return part - along[..., None] * unit.to(part)
+
+    return Intervention(change, **places)
+
+
+@check_arguments
+@contextmanager
+def patch(model: nn.Module, interventions: Mapping[str, Intervention]) -> Iterator[None]:
+    """Within the block, changes what a model computes at points.
+
+        with patch(model, {"layers.3.heads": zero(heads=[1, 4])}):
+            logits = model(ids)
+
+    After the block, left by an exception or not, the model has its hooks and its attributes back;
+    its weights are never touched. A point that no pass came by, or an intervention that changed no
+    number, is a `SurgeryWarning` then.
+
+    Args:
+        model: any module; the points of the anatomy (interpret/points.py) are a `SimpleGPT`'s.
+        interventions: by the names of points, in which `*` stands for any letters.
+
+    Raises:
+        SurgeryError: a name means no point; from the model's forward, a point has not the places
+            that were chosen, or not the shape of what is put there.
+    """
+    changed: dict[str, bool | None] = {}
+    with ExitStack() as stack:
+        for pattern, intervention in interventions.items():
+            for point in find_points(model, pattern):
+                see = _seen(point, intervention, changed)
+                stack.enter_context(tap(model, point, see))
+        yield
+    for verdict, what in ((None, "no forward pass came by"), (False, "nothing was changed at")):
+        if points := [point for point, found in changed.items() if found is verdict]:
+            warnings.warn(f"{what} {', '.join(points)}", SurgeryWarning, stacklevel=3)
+
+
+def _seen(point: str, intervention: Intervention, changed: dict[str, bool | None]) -> Any:
+    changed.setdefault(point, None)
+
+    def see(value: Tensor) -> Tensor:
+        new = intervention(point, value)
+        changed[point] = bool(changed[point]) or not torch.equal(new, value)
+        return new
+
+    return see
