@@ -1,6 +1,8 @@
 """Look inside a model, adapted or not; nothing here changes one."""
 
 from nanogpt_surgery.interpret.attribution import Attribution, attribution
+from nanogpt_surgery.interpret.comparison import Comparison, Moved, compare, forgetting
+from nanogpt_surgery.interpret.examination import examine
 from nanogpt_surgery.interpret.lens import Lens, attention, logit_lens
 from nanogpt_surgery.interpret.patching import (
     Intervention,
@@ -17,11 +19,16 @@ from nanogpt_surgery.interpret.recording import Activations, plan_recording, rec
 __all__ = [
     "Activations",
     "Attribution",
+    "Comparison",
     "Intervention",
     "Lens",
+    "Moved",
     "add",
     "attention",
     "attribution",
+    "compare",
+    "examine",
+    "forgetting",
     "logit_lens",
     "mean",
     "patch",

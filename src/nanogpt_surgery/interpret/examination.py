@@ -1,0 +1,100 @@
+"""The spectra of an adapter: how large each ΔW is, of how many directions, and which of W's.
+
+effective rank   exp(entropy of σ² / Σ σ²): of how many directions ΔW is, by their energy. Far
+                 below the rank, a smaller rank would do; near it, a larger one may help.
+                 (after Roy & Vetterli, 2007)
+overlap          the share of ‖ΔW‖² between W's leading singular vectors, as many as ΔW's rank,
+                 divided by that of a random ΔW: above 1, ΔW turns what W does most.
+intruders        of the 10 leading left singular vectors of W + ΔW, those that resemble none of
+                 W's: every cosine is below 0.6 (arXiv:2410.21228, its count and our threshold).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.arguments import check_arguments
+from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.merging import ROUNDINGS, change_kept
+from nanogpt_surgery.lora.several import lora_layers
+from nanogpt_surgery.report import Report
+
+LEADING = 10
+ALIKE = 0.6  # the least cosine of two singular vectors that resemble each other
+SIGNIFICANT = 1e-6  # of the largest singular value; smaller ones are rounding
+
+
+@check_arguments
+def examine(model: nn.Module) -> Report:
+    """Measures the ΔW of what takes part in each wrapped layer against the layer's own weight.
+
+    Args:
+        model: the base with an adapter on it, by `load_adapter` or `inject_lora`.
+
+    Returns:
+        A report with a row for each layer: ‖ΔW‖ / ‖W‖ and the largest singular value's share of
+        W's; rank, effective rank, overlap and intruders, as the module's docstring says; whether
+        ΔW is finite; and the part of it that survives a merge in bfloat16, float16, int8, int4. A
+        layer whose ΔW is zero is dead: it has learned nothing.
+
+    Raises:
+        SurgeryError: the model carries no LoRA.
+    """
+    layers = {name: layer for name, layer in lora_layers(model).items() if not layer.replaces_whole}
+    with torch.no_grad():
+        rows = [{"layer": name, **_measured(layer)} for name, layer in layers.items()]
+    summary = {
+        "layers": len(rows),
+        "dead": sum(row["rank"] == 0 for row in rows),
+        "not finite": sum(row["rank"] is None for row in rows),
+    }
+    return Report("adapter", rows, summary)
+
+
+def _measured(layer: LoRALayer) -> dict[str, Any]:
+    weight: Tensor = layer.original_layer.weight.float()
+    delta = layer.delta_weight()
+    names = ("ΔW / W", "σ₁ / W's", "rank", "effective rank", "overlap", "intruders", *ROUNDINGS)
+    if not bool(delta.isfinite().all()):
+        return dict.fromkeys(names)
+    of_delta = torch.linalg.svd(delta.cpu(), full_matrices=False)
+    of_weight = torch.linalg.svd(weight.cpu(), full_matrices=False)
+    values = of_delta.S[of_delta.S > SIGNIFICANT * of_delta.S.amax().clamp_min(1e-30)]
+    exact = weight + delta
+    kept = [change_kept(to(exact) - to(weight), delta) for to in ROUNDINGS.values()]
+    measured = (
+        float(delta.norm() / weight.norm().clamp_min(1e-30)),
+        float(of_delta.S[0] / of_weight.S[0].clamp_min(1e-30)),
+        len(values),
+        effective_rank(values),
+        overlap(delta.cpu(), of_weight.U, of_weight.Vh, len(values)),
+        intruders(of_weight.U, exact.cpu()) if len(values) else 0,
+        *kept,
+    )
+    return dict(zip(names, measured, strict=True))
+
+
+def effective_rank(values: Tensor) -> float:
+    """Returns exp(entropy of σ² / Σ σ²) of singular values; 0 of none."""
+    if not len(values):
+        return 0.0
+    shares = values.double().square() / values.double().square().sum()
+    return float(torch.special.entr(shares).sum().exp())
+
+
+def overlap(delta: Tensor, u: Tensor, vh: Tensor, rank: int) -> float:
+    """Returns the share of ‖ΔW‖² between W's `rank` leading singular vectors, over chance's."""
+    if not rank:
+        return 0.0
+    between = u[:, :rank].T @ delta @ vh[:rank].T  # (rank, rank)
+    chance = rank * rank / delta.numel()
+    return float(between.square().sum() / delta.square().sum() / chance)
+
+
+def intruders(u: Tensor, tuned: Tensor) -> int:
+    """Returns how many leading left singular vectors of W + ΔW resemble none of W's, the u."""
+    leading = torch.linalg.svd(tuned, full_matrices=False).U[:, :LEADING]
+    return int(((u.T @ leading).abs().amax(0) < ALIKE).sum())
