@@ -62,7 +62,8 @@ def _measured(layer: LoRALayer) -> dict[str, Any]:
         return dict.fromkeys(names)
     of_delta = torch.linalg.svd(delta.cpu(), full_matrices=False)
     of_weight = torch.linalg.svd(weight.cpu(), full_matrices=False)
-    values = of_delta.S[of_delta.S > SIGNIFICANT * of_delta.S.amax().clamp_min(1e-30)]
+    least = SIGNIFICANT * of_delta.S.amax().clamp_min(1e-30)
+    values = of_delta.S[of_delta.S > least]
     exact = weight + delta
     kept = [change_kept(to(exact) - to(weight), delta) for to in ROUNDINGS.values()]
     measured = (
