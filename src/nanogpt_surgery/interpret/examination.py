@@ -63,7 +63,7 @@ def _measured(layer: LoRALayer) -> dict[str, Any]:
     of_delta = torch.linalg.svd(delta.cpu(), full_matrices=False)
     of_weight = torch.linalg.svd(weight.cpu(), full_matrices=False)
     least = SIGNIFICANT * of_delta.S.amax().clamp_min(1e-30)
-    values = of_delta.S[of_delta.S > least]
+    values = of_delta.S.masked_select(of_delta.S.gt(least))
     exact = weight + delta
     kept = [change_kept(to(exact) - to(weight), delta) for to in ROUNDINGS.values()]
     measured = (
