@@ -1,4 +1,4 @@
-"""What an adapter does to a model: on a text, and on texts of an old and of a new domain.
+"""An adapter looked at on a text, and on texts of an old and of a new domain.
 
 Legend: B batch, T tokens, C width, V vocabulary.
 """
