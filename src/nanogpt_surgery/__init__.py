@@ -52,11 +52,10 @@ if TYPE_CHECKING:
     from nanogpt_surgery.generation.generate import generate as generate
     from nanogpt_surgery.generation.settings import SamplingSettings as SamplingSettings
     from nanogpt_surgery.generation.text import generate_text as generate_text
-    from nanogpt_surgery.history.hashing import tensor_hashes as tensor_hashes
     from nanogpt_surgery.history.model_history import lora_log as lora_log
     from nanogpt_surgery.history.model_history import redo_lora as redo_lora
+    from nanogpt_surgery.history.model_history import tensor_hashes as tensor_hashes
     from nanogpt_surgery.history.model_history import undo_lora as undo_lora
-    from nanogpt_surgery.lora.checks import learned as learned
     from nanogpt_surgery.lora.embedding import LoRAEmbedding as LoRAEmbedding
     from nanogpt_surgery.lora.inject import disable_lora as disable_lora
     from nanogpt_surgery.lora.inject import enable_lora as enable_lora
@@ -69,6 +68,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.operations import swap_lora as swap_lora
     from nanogpt_surgery.lora.per_row import lora_rows as lora_rows
     from nanogpt_surgery.lora.settings import LoRASettings as LoRASettings
+    from nanogpt_surgery.lora.several import learned as learned
     from nanogpt_surgery.model.config import FAMILIES as FAMILIES
     from nanogpt_surgery.model.config import GPTConfig as GPTConfig
     from nanogpt_surgery.model.config import RopeScaling as RopeScaling
@@ -107,9 +107,7 @@ _HOMES = {
     "generation.generate": "generate",
     "generation.settings": "SamplingSettings",
     "generation.text": "generate_text",
-    "history.hashing": "tensor_hashes",
-    "history.model_history": "lora_log redo_lora undo_lora",
-    "lora.checks": "learned",
+    "history.model_history": "lora_log redo_lora tensor_hashes undo_lora",
     "lora.embedding": "LoRAEmbedding",
     "lora.inject": "disable_lora enable_lora inject_lora",
     "lora.linear": "LoRALinear",
@@ -117,6 +115,7 @@ _HOMES = {
     "lora.operations": "blend_lora remove_lora swap_lora",
     "lora.per_row": "lora_rows",
     "lora.settings": "LoRASettings",
+    "lora.several": "learned",
     "model.config": "FAMILIES GPTConfig RopeScaling",
     "model.simple_gpt": "SimpleGPT",
     "model.transformer_encoder_layer": "KVCache TransformerEncoderLayer",

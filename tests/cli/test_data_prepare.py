@@ -17,7 +17,7 @@ from nanogpt_surgery.data.text import preparation
 from nanogpt_surgery.data.text.processes import in_processes
 from nanogpt_surgery.data.text.token_files import open_tokens
 from nanogpt_surgery.files.atomic import file_hash
-from nanogpt_surgery.runs import token_folder
+from nanogpt_surgery.runs import data as runs_data
 
 TEXT = "".join(f"verse {i}: to be or not to be, {i * i} times\n" for i in range(120))
 OTHER = "".join(f"rule {i} of the other text is {i % 7}\n" for i in range(90))
@@ -192,7 +192,7 @@ def test_ctrl_c_at_any_moment_says_that_the_same_command_goes_on(place, capsys, 
     arguments = ["data", "prepare", "a.txt", "--out", "tokens", "--workers", 1]
     if name == "verify_tokens":
         surgery(capsys, *arguments)
-    monkeypatch.setattr(token_folder, name, lambda *_: signal.raise_signal(signal.SIGINT))
+    monkeypatch.setattr(runs_data, name, lambda *_: signal.raise_signal(signal.SIGINT))
     with pytest.raises(SystemExit, match="130"):
         run(list(map(str, arguments)))
     assert "stopped; the same command goes on with tokens" in capsys.readouterr().err

@@ -96,7 +96,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
         ("eval m text.txt", "nanogpt_surgery.generation.evaluation:perplexity", signal.SIGINT),
         (
             f"train text.txt --plan {' '.join(SIZES)}",
-            "nanogpt_surgery.training.estimates.plan:plan_training",
+            "nanogpt_surgery.training.estimates:plan_training",
             signal.SIGINT,
         ),
         ("plan m", "nanogpt_surgery.formats.peft.writing:plan_lora", signal.SIGTERM),

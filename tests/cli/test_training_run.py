@@ -19,11 +19,11 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.files.atomic import file_hash
-from nanogpt_surgery.runs import length
+from nanogpt_surgery.runs import training
 from nanogpt_surgery.runs.checkpoints import RunFolder
-from nanogpt_surgery.runs.length import SaveInterval, with_length
 from nanogpt_surgery.runs.run import evaluations_since_best
-from nanogpt_surgery.runs.samples import one_line
+from nanogpt_surgery.runs.summary import one_line
+from nanogpt_surgery.runs.training import SaveInterval, with_length
 from nanogpt_surgery.training.step import Step
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -206,7 +206,7 @@ def test_a_kill_loses_at_most_the_steps_since(place):
 
 def test_an_interval_is_of_steps_or_of_time(monkeypatch):
     now = [100.0]
-    monkeypatch.setattr(length, "monotonic", lambda: now[0])
+    monkeypatch.setattr(training, "monotonic", lambda: now[0])
     for word, seconds in {"90s": 90, "10m": 600, "2h": 7200}.items():
         interval = SaveInterval.read(word)
         now[0] += seconds - 1

@@ -13,7 +13,7 @@ from nanogpt_surgery import (
     merge_survival,
     tensor_hashes,
 )
-from nanogpt_surgery.history.hashing import tensor_hash
+from nanogpt_surgery.history.model_history import tensor_hash
 from nanogpt_surgery.lora.merging import (
     change_kept,
     compare_logits,

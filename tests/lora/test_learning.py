@@ -11,8 +11,8 @@ from nanogpt_surgery import (
     inject_lora,
     learned,
 )
-from nanogpt_surgery.lora.checks import check_gradients, check_moved, check_optimizer
 from nanogpt_surgery.lora.several import lora_layers
+from nanogpt_surgery.training.checks import check_gradients, check_moved, check_optimizer
 from nanogpt_surgery.training.optimizer import make_optimizer
 from nanogpt_surgery.training.settings import FitSettings
 

@@ -8,9 +8,9 @@ from helpers.models import randomise, train_a_little
 from torch import nn
 
 from nanogpt_surgery import SurgeryError, inject_lora, merge_lora, tensor_hashes, undo_lora
-from nanogpt_surgery.lora.checks import check_gradients
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter
+from nanogpt_surgery.training.checks import check_gradients
 
 OF_A_LINEAR = ("weight", "bias", "in_features", "out_features")
 OF_AN_EMBEDDING = ("weight", "num_embeddings", "embedding_dim", "padding_idx")

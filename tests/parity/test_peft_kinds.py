@@ -26,8 +26,7 @@ from nanogpt_surgery import (
     save_model,
     tensor_hashes,
 )
-from nanogpt_surgery.lora.checks import trained_updates
-from nanogpt_surgery.lora.several import lora_layers
+from nanogpt_surgery.lora.several import lora_layers, trained_updates
 from nanogpt_surgery.lora.variants import PiSSAUpdate
 
 transformers = pytest.importorskip("transformers")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.runs.metrics_file import append_metrics, trim_metrics
+from nanogpt_surgery.runs.checkpoints import append_metrics, trim_metrics
 
 LINES = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2, 3, 4)]
 TORN = '{"step": 1, "lo\n'

@@ -11,8 +11,8 @@ from nanogpt_surgery import LoRASettings, Run, SurgeryError, Training, inject_lo
 from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
 from nanogpt_surgery.history.folder_history import read_journal
+from nanogpt_surgery.runs.checkpoints import read_metrics
 from nanogpt_surgery.runs.description import RunDiffersError
-from nanogpt_surgery.runs.metrics_file import read_metrics
 from nanogpt_surgery.runs.training import fingerprint
 
 SHORT = replace(SETTINGS, max_steps=6, evaluate_every=3, device="cpu", precision="float32")

@@ -15,7 +15,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.training.fast.accelerate import compiled_calls
 from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
-from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks, attributes_set
+from nanogpt_surgery.training.forward import CheckpointedBlocks, attributes_set
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of
 
 TEXT = "the quick brown fox jumps over the lazy dog. " * 20

@@ -8,12 +8,14 @@ import torch
 from helpers.training import DATASET, SETTINGS, VALIDATION, hashes, model_of
 
 from nanogpt_surgery import GPTDataset, SimpleGPT, fit, inject_lora
-from nanogpt_surgery.training.estimates.memory import LiveTensors, Part, cut
-from nanogpt_surgery.training.estimates.plan import (
+from nanogpt_surgery.training.estimates import (
     AGAIN,
     NEW,
+    LiveTensors,
     Pace,
+    Part,
     affordable_part,
+    cut,
     plan_training,
     probed,
 )
@@ -152,7 +154,7 @@ def test_a_probe_learns_from_what_is_affordable(monkeypatch):
     model.lm_head.register_forward_hook(lambda _m, inputs, _o: steps.append(inputs[0].shape))
     whole = plan_training(model, WINDOWS, replace(LONGER, cache_gib=0.0), WINDOWS)
     assert affordable_part(model, WINDOWS, LONGER).tokens == LONGER.batch_size * 9
-    monkeypatch.setattr("nanogpt_surgery.training.estimates.plan.matmul_rate", lambda *_: 1e3)
+    monkeypatch.setattr("nanogpt_surgery.training.estimates.matmul_rate", lambda *_: 1e3)
     part = affordable_part(model, WINDOWS, LONGER)
     assert (part.rows, part.block_size) == (1, 9)
     large = replace(LONGER, batch_size=10**6, cache_gib=0.0)
@@ -169,7 +171,7 @@ def test_a_line_through_two_sizes_of_batch_goes_on_to_the_real_one(monkeypatch):
     def seconds(_model, _settings, _optimizer, part):
         return 9.0, 1 + part.tokens / 8, 0.5 + part.tokens / 80
 
-    monkeypatch.setattr("nanogpt_surgery.training.estimates.plan._step_seconds", seconds)
+    monkeypatch.setattr("nanogpt_surgery.training.estimates._step_seconds", seconds)
     pace, _ = probed(tuned(), WINDOWS, LONGER, Part(WINDOWS, 2, 9))
     assert pace.first_pass == pytest.approx(1 + 5 * 9 / 8)
     assert pace.later == pytest.approx(0.5 + 5 * 9 / 80)
@@ -194,8 +196,8 @@ def test_an_update_that_takes_long_is_counted_and_not_made(muon, monkeypatch):
     kept = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
     size = sum(t.numel() * t.element_size() for t in kept)
     assert probed(model, DATASET, settings)[1] == size
-    monkeypatch.setattr("nanogpt_surgery.training.estimates.plan.update_operations", lambda _: 1e30)
-    monkeypatch.setattr("nanogpt_surgery.training.estimates.plan.matmul_rate", lambda *_: 1e12)
+    monkeypatch.setattr("nanogpt_surgery.training.estimates.update_operations", lambda _: 1e30)
+    monkeypatch.setattr("nanogpt_surgery.training.estimates.matmul_rate", lambda *_: 1e12)
     before = hashes(model)
     pace, state = probed(model, DATASET, settings)
     assert hashes(model) == before

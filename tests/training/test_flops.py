@@ -7,9 +7,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
 from nanogpt_surgery.training import hardware
 from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
+from nanogpt_surgery.training.forward import training_flops_per_token
 from nanogpt_surgery.training.hardware import matmul_rate
 from nanogpt_surgery.training.recipes import RECIPES
-from nanogpt_surgery.training.trainable_stages import training_flops_per_token
 
 SIZES = {"n_embd": 24, "n_head": 3, "n_layer": 4, "block_size": 16}
 CONFIGS = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nanogpt_surgery import SimpleGPT, fit, inject_lora
 from nanogpt_surgery.training.fast.chunked_logits import backward_of_loss
-from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
+from nanogpt_surgery.training.forward import CheckpointedBlocks
 
 
 def gradients(model: SimpleGPT, checkpointed: bool) -> dict[str, Tensor]:

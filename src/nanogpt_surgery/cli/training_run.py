@@ -59,8 +59,8 @@ def check_first(options: RunOptions, settings: FitSettings, asked: dict[str, Any
             options contradict each other or the settings that were `asked` for.
     """
     from nanogpt_surgery.formats.folders.run_folder import checkpoints
-    from nanogpt_surgery.runs.length import SaveInterval, check_epochs
     from nanogpt_surgery.runs.run import check_run
+    from nanogpt_surgery.runs.training import SaveInterval, check_epochs
     from nanogpt_surgery.training.hardware import choose_hardware
 
     check_epochs(options.epochs, asked.get("max_steps"))
@@ -136,7 +136,7 @@ def _prepared(training: Training, options: RunOptions, asked: dict[str, Any]) ->
     """The training with the run's options and its number of steps; says what will be trained."""
     from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
     from nanogpt_surgery.data.text.mixture import Mixture
-    from nanogpt_surgery.runs.length import EPOCHS, amount_of, with_length
+    from nanogpt_surgery.runs.training import EPOCHS, amount_of, with_length
 
     usual, data = training.settings, training.dataset
     if not isinstance(data, InstructionDataset):  # else a table has said it
@@ -195,7 +195,7 @@ def _planned(training: Training, options: RunOptions) -> Report:
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.runs.checkpoints import KEPT
     from nanogpt_surgery.training.checks import check_training, memory_for_training
-    from nanogpt_surgery.training.estimates.plan import plan_training
+    from nanogpt_surgery.training.estimates import plan_training
 
     model, settings = training.model, training.settings
     check_training(model, training.dataset, settings)

@@ -16,7 +16,6 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of, operation
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.linear import LoRALayer
-from nanogpt_surgery.lora.planning import plan_updates, tied_view
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.several import (
     active_adapters,
@@ -26,6 +25,7 @@ from nanogpt_surgery.lora.several import (
     report_on,
     set_active,
 )
+from nanogpt_surgery.lora.targets import plan_updates, tied_view
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import chosen
 

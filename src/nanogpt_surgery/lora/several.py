@@ -1,4 +1,4 @@
-"""The adapters that a model carries: their names, layers and rows of a report; which take part."""
+"""The adapters that a model carries: which take part, and what they have learned."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ from typing import Any
 
 from torch import nn
 
+from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.history.model_history import plain_name, tensor_hashes
 from nanogpt_surgery.lora.active import ActiveAdapters, WeightedAdapters
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.embedding import LoRAEmbedding
+from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.report import Report
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -122,3 +125,48 @@ def state_of(model: nn.Module) -> dict[str, Any]:
     if names and not active.names():
         state["next"] = f"no adapter takes part: swap_lora(model, {names[0]!r})"
     return state
+
+
+def trained_updates(model: nn.Module) -> dict[str, LoRAUpdate]:
+    """The updates that can be trained, by layer and adapter; shared ones once."""
+    found: dict[str, LoRAUpdate] = {}
+    seen: set[nn.Parameter] = set()
+    for path, layer in model.named_modules():
+        for name, update in layer.updates.items() if isinstance(layer, LoRALayer) else ():
+            if isinstance(update, LoRAUpdate) and update.lora_A.requires_grad:
+                if update.lora_A not in seen:
+                    found[f"{path} ({name})"] = update
+                seen.add(update.lora_A)
+    return found
+
+
+def linear_b_matrices(model: nn.Module) -> list[nn.Parameter]:
+    """The B of each Linear's update that can be trained.
+
+    LoRA+ argues from the width of the input that B is summed over less than A, and so may learn
+    faster; an embedding's update sums over nothing.
+    """
+    updates = trained_updates(model).values()
+    return [update.lora_B for update in updates if update.wrapper() is not LoRAEmbedding]
+
+
+def frozen_hashes(model: nn.Module) -> dict[str, str]:
+    """The hashes of the parameters that no training may move: those without a gradient."""
+    frozen = {plain_name(n) for n, p in model.named_parameters() if not p.requires_grad}
+    return {name: digest for name, digest in tensor_hashes(model).items() if name in frozen}
+
+
+@check_arguments
+def learned(model: nn.Module) -> Report:
+    """For each update that can be trained the sizes of A, B and ΔW, and whether it has moved."""
+    rows: list[dict[str, Any]] = [
+        {
+            "update": name,
+            "‖A‖": float(update.lora_A.detach().norm()),
+            "‖B‖": float(update.lora_B.detach().norm()),
+            "‖ΔW‖": float(update.product().norm()),
+            "moved": update.moved(),
+        }
+        for name, update in trained_updates(model).items()
+    ]
+    return Report("what was learned", rows, {"updates": len(rows)})

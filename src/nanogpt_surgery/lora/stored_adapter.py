@@ -13,13 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.errors import SurgeryError, listed, nearest, quoted
-from nanogpt_surgery.history.hashing import plain_name
-from nanogpt_surgery.history.model_history import operation
+from nanogpt_surgery.history.model_history import operation, plain_name
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
 from nanogpt_surgery.lora.inject import attach_updates
 from nanogpt_surgery.lora.linear import LoRAUpdate
-from nanogpt_surgery.lora.planning import find_tied, tied_to
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import (
     active_adapters,
@@ -28,7 +26,13 @@ from nanogpt_surgery.lora.several import (
     lora_layers,
     report_on,
 )
-from nanogpt_surgery.lora.targets import adaptable_layers, output_layer, unsupported_reason
+from nanogpt_surgery.lora.targets import (
+    adaptable_layers,
+    find_tied,
+    output_layer,
+    tied_to,
+    unsupported_reason,
+)
 from nanogpt_surgery.lora.variants import (
     DoRAUpdate,
     PiSSAUpdate,

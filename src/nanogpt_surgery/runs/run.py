@@ -24,21 +24,17 @@ from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.files.disk_errors import make_folder, writing
 from nanogpt_surgery.formats.folders.run_folder import METRICS, checkpoint_at
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, read_journal, record
-from nanogpt_surgery.lora.checks import TrainingChecks, check_frozen
-from nanogpt_surgery.runs.checkpoints import RunFolder, check_folder, open_run_folder
-from nanogpt_surgery.runs.length import SaveInterval
-from nanogpt_surgery.runs.metrics_file import read_metrics
-from nanogpt_surgery.runs.samples import Samples
-from nanogpt_surgery.runs.summary import summary_of
-from nanogpt_surgery.runs.training import Training
-from nanogpt_surgery.training.checks import check_fit
+from nanogpt_surgery.runs.checkpoints import RunFolder, check_folder, open_run_folder, read_metrics
+from nanogpt_surgery.runs.summary import Samples, summary_of
+from nanogpt_surgery.runs.training import SaveInterval, Training
+from nanogpt_surgery.training.checks import TrainingChecks, check_fit, check_frozen
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.evaluation import Subsampled, validation_loss
 from nanogpt_surgery.training.fit import TrainingLoop
+from nanogpt_surgery.training.forward import training_flops_per_token
 from nanogpt_surgery.training.hardware import environment_of, matmul_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step
-from nanogpt_surgery.training.trainable_stages import training_flops_per_token
 
 Say = Callable[[str], object]
 

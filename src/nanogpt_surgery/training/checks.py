@@ -1,20 +1,32 @@
-"""Checks before a training begins: weights, data, and the memory that it is certain to need."""
+"""Checks of a training: before it begins, that it learns, and that its numbers are finite."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
+from nanogpt_surgery.data.gpt_dataset import Batch, Batches, GPTDataset
 from nanogpt_surgery.data.text.mixture import Mixture
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import NotFiniteError, SurgeryError, listed
+from nanogpt_surgery.lora.several import frozen_hashes, has_lora, trained_updates
 from nanogpt_surgery.memory import available_memory, check_memory
 from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.finite import first_not_finite
+from nanogpt_surgery.model.loss import count_trained, eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import world
+from nanogpt_surgery.training.evaluation import summed_loss
 from nanogpt_surgery.training.forward import check_not_packed
-from nanogpt_surgery.training.hardware import choose_hardware
+from nanogpt_surgery.training.hardware import Hardware, choose_hardware
 from nanogpt_surgery.training.settings import FitSettings
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.training.fit import TrainingLoop
+
 
 FLOAT32, ID = 4, 8  # bytes
 SHORTEST = 2  # tokens that a row of a conversation has at least
@@ -92,3 +104,167 @@ def _free_on_device(settings: FitSettings) -> int | None:
     """Bytes that a GPU has free; None where the processor computes."""
     device = choose_hardware(settings).device
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+
+
+class TrainingChecks:
+    """Checks a training after its first and its last step.
+
+    Args:
+        model: what is trained.
+        optimizer: checked at once for holding every trainable parameter.
+        first: number of the first step.
+        last: number of the last one.
+
+    Raises:
+        SurgeryError: from any of its methods, with the names of what does not learn or stay.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int):
+        check_optimizer(model, optimizer)
+        self.model = model
+        self.steps = {first, last}
+        self.last = last
+        self.frozen = frozen_hashes(model) if has_lora(model) else {}
+
+    def after_backward(self, step: int) -> None:
+        """Checks that a gradient has reached every update."""
+        if step in self.steps:
+            check_gradients(self.model)
+
+    def after_update(self, step: int) -> None:
+        """Checks that every update has moved, and, at the end, that no frozen parameter has."""
+        if step in self.steps:
+            check_moved(self.model)
+        if step == self.last:
+            check_frozen(self.model, self.frozen)
+
+    def after_skip(self, step: int) -> None:
+        """A step that changed no weight shows nothing: the next one is looked at in its place."""
+        if step == self.last:
+            check_frozen(self.model, self.frozen)
+        elif step in self.steps:
+            self.steps.add(step + 1)
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raises `SurgeryError` unless every trainable parameter is in the optimizer.
+
+    All that are missing are named.
+    """
+    optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in optimised]
+    if missing:
+        raise SurgeryError(
+            f"{len(missing)} trainable parameters are not in the optimizer: {_some(missing)}",
+            "make the optimizer after inject_lora, from the parameters that can be trained",
+        )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raises `SurgeryError` unless each update that is trained got a gradient.
+
+    To be called after a backward pass, before the gradients are cleared. A gradient that is zero in
+    all its parameters is none; all updates without are named.
+    """
+    silent = [
+        name
+        for name, update in trained_updates(model).items()
+        if not any(p.grad is not None and p.grad.any() for p in update.trainable())
+    ]
+    if silent:
+        raise SurgeryError(
+            f"no gradient reaches {len(silent)} of the adapter's updates: {_some(silent)}",
+            "is the layer used in the forward pass, enabled, and the loss made from its output?",
+        )
+
+
+def check_moved(model: nn.Module) -> None:
+    """Raises `SurgeryError` unless each update that is trained has left its start, where ΔW is 0.
+
+    For most that means ‖B‖ > 0; all that have not are named.
+    """
+    still = [name for name, update in trained_updates(model).items() if not update.moved()]
+    if still:
+        raise SurgeryError(
+            f"{len(still)} of the adapter's updates have not moved, ΔW is zero: {_some(still)}",
+            "is the learning rate above 0?",
+        )
+
+
+def check_frozen(model: nn.Module, before: Mapping[str, str]) -> None:
+    """Raises `SurgeryError` unless every frozen parameter has the hash it had; all are named.
+
+    `before` is from `frozen_hashes`.
+    """
+    now = frozen_hashes(model)
+    moved = [name for name, digest in before.items() if now.get(name) != digest]
+    if moved:
+        raise SurgeryError(
+            f"{len(moved)} frozen parameters have changed in training: {_some(moved)}",
+            "make the optimizer after inject_lora, from the parameters that can be trained",
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
+
+
+MOST_ROWS = 12  # whose numbers are said
+
+
+def check_skipped_steps(loop: TrainingLoop, batch: Batch, step: int) -> None:
+    """Raises after too many skipped steps in a row, and says where their numbers arose.
+
+    Args:
+        loop: while the gradients of its last step are still there.
+        batch: the last step's.
+        step: its number, the first being 0.
+    """
+    if loop.skipped_in_a_row < loop.settings.max_skipped_steps:
+        return
+    model = loop.model
+    what = (
+        f"{loop.skipped_in_a_row} steps in a row, the last of them step {step + 1}, had a gradient "
+        "that is not finite, and were skipped: no weight was changed by them; "
+        f"{_where(model, batch, _rows_of(loop, step), loop.hardware)}"
+    )
+    if name := _first_gradient(model):
+        what += f"; the first gradient that is not finite is that of {name}"
+    loop.optimizer.zero_grad()
+    raise NotFiniteError(
+        what, "lower the learning rate; where the precision is bfloat16, float32 may help as well"
+    )
+
+
+def _rows_of(loop: TrainingLoop, step: int) -> list[int]:
+    """The numbers of the windows, or rows, in this process's part of a batch; [] if unknown."""
+    known: Any = getattr(loop.dataset, "indices", None)
+    if known is None:
+        return []
+    settings = loop.settings
+    size = settings.batch_size * settings.grad_accum_steps
+    return known(step, size, settings.seed, **loop.world.share).tolist()
+
+
+def _first_gradient(model: nn.Module) -> str:
+    """The first parameter, in the model's order, whose gradient is not finite; "" if all are."""
+    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
+    return next((name for name, gradient in gradients if not gradient.isfinite().all()), "")
+
+
+def _where(model: nn.Module, batch: Batch, rows: list[int], hardware: Hardware) -> str:
+    """Which rows it was, and the module in which the loss of the first bad one is lost."""
+    for index in range(len(batch[1])):
+        row = tuple(tensor[index : index + 1] for tensor in batch)
+        if count_trained(row[1]) and not _loss(model, row, hardware).isfinite():
+            origin = first_not_finite(model, partial(_loss, model, row, hardware))
+            number = rows[index] if rows else index
+            of = "row" if rows else "row, in the batch,"
+            return f"the loss of {of} {number} is not finite: {origin}"
+    which = f" (rows {listed(map(str, rows), MOST_ROWS)})" if rows else ""
+    return f"the loss of each row is finite{which}"
+
+
+def _loss(model: nn.Module, row: Batch, hardware: Hardware) -> torch.Tensor:
+    with eval_mode(model), torch.no_grad(), hardware.autocast():
+        return summed_loss(model, row)

@@ -16,10 +16,9 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.model.loss import count_trained, cross_entropy, eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import ALONE, World, world
-from nanogpt_surgery.training.forward import check_not_packed, logits_of
+from nanogpt_surgery.training.forward import check_not_packed, first_trainable_stage, logits_of
 from nanogpt_surgery.training.hardware import Hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
-from nanogpt_surgery.training.trainable_stages import first_trainable_stage
 
 EVALUATED_AT_ONCE = 64  # windows
 LITTLE = 2**20  # numbers in hidden states that are no burden

@@ -22,15 +22,12 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.gpt_dataset import Batch, Batches, documents_of
-from nanogpt_surgery.lora.checks import TrainingChecks
 from nanogpt_surgery.model.loss import count_trained, cross_entropy
-from nanogpt_surgery.training.checks import check_fit
+from nanogpt_surgery.training.checks import TrainingChecks, check_fit, check_skipped_steps
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.evaluation import subsample, validation_loss
-from nanogpt_surgery.training.forward import logits_of
-from nanogpt_surgery.training.gradient_checkpointing import CheckpointedBlocks
+from nanogpt_surgery.training.forward import CheckpointedBlocks, logits_of
 from nanogpt_surgery.training.hardware import choose_hardware, operations_of, to_device, to_host
-from nanogpt_surgery.training.nonfinite import check_skipped_steps
 from nanogpt_surgery.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from nanogpt_surgery.training.settings import FitSettings
 from nanogpt_surgery.training.step import Step, Way

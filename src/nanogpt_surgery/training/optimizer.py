@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.checks import linear_b_matrices
+from nanogpt_surgery.lora.several import linear_b_matrices
 from nanogpt_surgery.training.muon import Muon, muon_groups
 from nanogpt_surgery.training.settings import FitSettings
 

@@ -45,7 +45,7 @@ def prepare(
     from nanogpt_surgery.data.conversations.record_files import warn_of_records
     from nanogpt_surgery.data.text.corpus import chunks_of
     from nanogpt_surgery.data.text.token_files import is_token_folder
-    from nanogpt_surgery.runs.token_folder import prepare_folder
+    from nanogpt_surgery.runs.data import prepare_folder
 
     _check_folder(out, text)
     check_no_records(text)

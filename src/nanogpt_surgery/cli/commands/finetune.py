@@ -184,7 +184,7 @@ def _with_stride(
     """Windows to train on that begin as often as asked for, or as pays, and how often that is."""
     from nanogpt_surgery.data.gpt_dataset import GPTDataset
     from nanogpt_surgery.data.text.mixture import Mixture
-    from nanogpt_surgery.training.trainable_stages import can_keep
+    from nanogpt_surgery.training.forward import can_keep
 
     train, held_out = data
     assert isinstance(train, GPTDataset | Mixture)

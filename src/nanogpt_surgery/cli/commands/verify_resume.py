@@ -160,7 +160,7 @@ def _results(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     """The metrics of each step but for its time, and the sha256 of each file of tensors."""
     from nanogpt_surgery.files.atomic import file_hash
     from nanogpt_surgery.formats.folders.run_folder import METRICS, latest_checkpoint
-    from nanogpt_surgery.runs.metrics_file import read_metrics
+    from nanogpt_surgery.runs.checkpoints import read_metrics
 
     checkpoint = latest_checkpoint(folder)
     assert checkpoint is not None

@@ -39,7 +39,7 @@ from nanogpt_surgery.formats.model_file import TENSORS, model_folder, open_model
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
-from nanogpt_surgery.history.hashing import UPDATES, combined, plain_name, tensor_hashes
+from nanogpt_surgery.history.model_history import UPDATES, combined, plain_name, tensor_hashes
 from nanogpt_surgery.lora.merging import (
     Rounding,
     RoundingOf,

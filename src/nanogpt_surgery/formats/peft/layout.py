@@ -29,7 +29,7 @@ from nanogpt_surgery.formats.huggingface.name_map import (
     to_theirs,
 )
 from nanogpt_surgery.formats.peft.config import CONFIG, MERGE_IN_PEFT
-from nanogpt_surgery.history.hashing import tensor_hash
+from nanogpt_surgery.history.model_history import tensor_hash
 from nanogpt_surgery.lora.inject import bare_layer
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, Updates, alpha_for
 from nanogpt_surgery.lora.variants import as_matrix

@@ -29,7 +29,7 @@ from nanogpt_surgery.formats.peft.config import (
     read_extras,
 )
 from nanogpt_surgery.formats.peft.layout import OPEN_ITS_BASE, adapter_to_ours, base_fingerprint
-from nanogpt_surgery.history.hashing import tensor_hash
+from nanogpt_surgery.history.model_history import tensor_hash
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import (

@@ -30,7 +30,6 @@ from nanogpt_surgery.formats.peft.reading import (
     TENSORS,
     read_adapter,
 )
-from nanogpt_surgery.lora.planning import UpdatePlan, plan_updates
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.several import check_new_name, report_on
 from nanogpt_surgery.lora.stored_adapter import (
@@ -40,7 +39,7 @@ from nanogpt_surgery.lora.stored_adapter import (
     extract_adapter,
     same,
 )
-from nanogpt_surgery.lora.targets import adaptable_layers, uncompiled
+from nanogpt_surgery.lora.targets import UpdatePlan, adaptable_layers, plan_updates, uncompiled
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import chosen

@@ -23,7 +23,7 @@ from nanogpt_surgery.training.fast.chunked_logits import (
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix, prefix_for
 from nanogpt_surgery.training.fast.fused_lora import fused_products, stored_in_bfloat16
-from nanogpt_surgery.training.gradient_checkpointing import attributes_set, blocks_of
+from nanogpt_surgery.training.forward import attributes_set, blocks_of
 from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16, pinned, to_device
 from nanogpt_surgery.training.settings import FitSettings
 

@@ -23,7 +23,7 @@ from nanogpt_surgery.model.transformer_encoder_layer import (
     causal_attention,
     repeat_heads,
 )
-from nanogpt_surgery.training.gradient_checkpointing import attributes_set
+from nanogpt_surgery.training.forward import attributes_set
 
 LEVELS = 2**16
 QUERIES = 64  # in a block

@@ -28,9 +28,9 @@ from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.fast.fused_lora import stored_in_bfloat16
+from nanogpt_surgery.training.forward import can_keep, first_trainable_stage
 from nanogpt_surgery.training.hardware import choose_hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
-from nanogpt_surgery.training.trainable_stages import can_keep, first_trainable_stage
 
 MIB, GIB = 2**20, 2**30
 LEAST_VISITS = 1.5  # of each window in a training, on average, for keeping it to pay

@@ -24,8 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogpt_surgery.lora.linear import LoRALinear
-from nanogpt_surgery.training.gradient_checkpointing import attributes_set
-from nanogpt_surgery.training.trainable_stages import is_trainable
+from nanogpt_surgery.training.forward import attributes_set, is_trainable
 
 
 class FrozenProduct(torch.autograd.Function):

@@ -1,1 +1,0 @@
-"""Memory and time of a training, before it runs."""
