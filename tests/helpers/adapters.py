@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from helpers.models import tiny_model, train_a_little
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
+from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.merging import add_update, plain_layer
 from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter, check_fit
 from nanogpt_surgery.lora.stored_adapter import attach_adapter as attach_checked
@@ -23,6 +25,11 @@ def adapted(
     inject_lora(model, targets, rank=rank, alpha=alpha, tied="untie")
     train_a_little(model, size=0.2)
     return model
+
+
+def merged_layer(layer: LoRALayer) -> nn.Module:
+    """The plain layer that a merge puts in the place of a wrapped one."""
+    return plain_layer(layer.original_layer, add_update(layer)[0])
 
 
 def attach_adapter(model: nn.Module, adapter: StoredAdapter, name: str = "default") -> None:

@@ -15,7 +15,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.history.model_history import tensor_hash
 from nanogpt_surgery.lora.merging import (
-    change_kept,
+    add_update,
     compare_logits,
     logits_of,
     round_int4,
@@ -139,12 +139,13 @@ def test_rounding_to_integers_has_as_many_levels_as_it_says():
         assert (block - was).abs().max() <= was.abs().max() / 7 / 2 * 1.001
 
 
-def test_change_kept_is_a_share():
-    delta = torch.randn(5, 6)
-    assert change_kept(delta, delta) == 1
-    assert change_kept(torch.zeros(5, 6), delta) == 0
-    assert change_kept(0.5 * delta, delta) == pytest.approx(0.75)
-    assert change_kept(-delta, delta) == 0
+@pytest.mark.parametrize(("arriving", "kept"), [(1, 1), (0, 0), (0.5, 0.75), (-1, 0)])
+def test_the_change_kept_is_a_share(arriving, kept):
+    layer = LoRALinear(nn.Linear(5, 6), rank=2)
+    nn.init.zeros_(layer.original_layer.weight)
+    nn.init.normal_(layer.lora_B)
+    _, row = add_update(layer, stored=("a share", lambda numbers: arriving * numbers))
+    assert row["change kept"] == pytest.approx(kept, abs=1e-12)
 
 
 def test_a_hash_knows_dtype_shape_and_every_bit():

@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.adapters import merged_layer
 from helpers.builds import MODELS, TABLES, close, logits, some_ids
 from helpers.models import train_a_little
 from torch import nn
@@ -16,7 +17,6 @@ from nanogpt_surgery import (
     merge_lora,
     plan_lora,
 )
-from nanogpt_surgery.lora.merging import merged_layer
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.variants import (
     DoRAUpdate,

@@ -1,11 +1,11 @@
 import pytest
 import torch
+from helpers.adapters import merged_layer
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from nanogpt_surgery import LoRALinear, SurgeryError
-from nanogpt_surgery.lora.merging import merged_layer
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12), st.integers(1, 8))
 

@@ -1,16 +1,17 @@
 """Merging: W + ΔW in the place of a layer and its updates, and what that does.
 
-A merge rounds W + ΔW once, to W's own dtype. How much of ΔW arrives is computed for each layer
-before anything is touched, and the effect on the logits is measured on a probe: ids that the model
-is called on, or a function of no arguments that gives logits (…, V).
+A merge rounds W + ΔW once, to W's own dtype. How much of ΔW arrives is computed in the same pass
+over each layer, before anything is touched, and the effect on the logits is measured on a probe:
+ids that the model is called on, or a function of no arguments that gives logits (…, V).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from functools import partial
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -19,19 +20,21 @@ from torch import Tensor, nn
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import get_tie_word_embeddings, history_of, operation
+from nanogpt_surgery.lora.active import WeightedAdapters
+from nanogpt_surgery.lora.embedding import TiedEmbeddingUpdate
 from nanogpt_surgery.lora.inject import replace_module
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.several import active_adapters, adapter_names, lora_layers
 from nanogpt_surgery.lora.targets import tied_to
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
 from nanogpt_surgery.report import Report
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
-Rounding: TypeAlias = Callable[[Tensor], Tensor]  # a matrix, to fewer bits and back
-RoundingOf: TypeAlias = Callable[[str, Tensor], tuple[str, Rounding]]
-"""By a layer's name and weight: what its numbers become, under a name."""
+T = TypeVar("T")
+Rounding: TypeAlias = Callable[[Tensor], Tensor]  # rows of a matrix, to fewer bits and back
 FLOAT16 = ("float16", "F16")  # as torch and GGUF call it
 BLOCK = 32  # weights that share a scale at 4 bits
+CHUNK = 1 << 17  # weights worked on at once, few enough for a processor's cache
 
 
 @check_arguments
@@ -65,21 +68,23 @@ def merge_lora(
     layers = lora_layers(model)
     _check_takes_part(model, layers)
     check_undecided(model, layers)
-    kept = "kept" if keep_originals else "dropped"
-    rows = [{**row, "original": kept} for row in merge_rows(layers)]
+    done = for_each_layer(layers, lambda _, layer: add_update(layer))
+    rows = [{"layer": name, **row} for name, (_, row) in done.items()]
     if not force:
         check_weights(rows, layers)
     effect: dict[str, float] = {}
     with operation(model, "merge"):
         before = None if probe is None else logits_of(model, probe)
-        merge_layers(model)
+        replace_layers(model, {name: weight for name, (weight, _) in done.items()})
         if probe is not None and before is not None:
             effect = compare_logits(before, logits_of(model, probe))
             if not force:
                 check_effect(effect, tolerance)
     if not keep_originals:
         history_of(model).settle()
-    return Report("LoRA merged", rows, {"layers": len(rows), "originals": kept} | effect)
+    kept = {"originals": "kept" if keep_originals else "dropped"}
+    rows = [row | {"original": kept["originals"]} for row in rows]
+    return Report("LoRA merged", rows, {"layers": len(rows)} | kept | effect)
 
 
 def _check_takes_part(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
@@ -125,8 +130,8 @@ def _is_decided(partner: nn.Module, layer: LoRALayer) -> bool:
     )
 
 
-def merge_layers(model: nn.Module) -> None:
-    """Puts W + ΔW in the place of every wrapped layer.
+def replace_layers(model: nn.Module, merged: Mapping[str, Tensor]) -> None:
+    """Puts a plain layer with its W + ΔW, by name, in the place of every wrapped layer.
 
     Layers that shared a weight and have the same W + ΔW share one again; where a tie is broken, a
     config that says `tie_word_embeddings` says no.
@@ -135,16 +140,18 @@ def merge_layers(model: nn.Module) -> None:
     trainable = None if before is None else {id(parameter) for parameter in before}
     made: dict[int, list[Any]] = {}
     for name, layer in lora_layers(model).items():
+        if layer.replaces_whole:
+            replace_module(model, name, layer.shown)
+            continue
         original: Any = layer.original_layer
-        merged: Any = merged_layer(layer)
-        if not layer.replaces_whole:
-            merged.weight.requires_grad_(trainable is None or id(original.weight) in trainable)
-            twins = made.setdefault(id(original.weight), [])
-            for twin in twins:
-                if torch.equal(twin.weight, merged.weight):
-                    merged.weight = twin.weight
-            twins.append(merged)
-        replace_module(model, name, merged)
+        plain: Any = plain_layer(original, merged[name])
+        plain.weight.requires_grad_(trainable is None or id(original.weight) in trainable)
+        twins = made.setdefault(id(original.weight), [])
+        for twin in twins:
+            if torch.equal(twin.weight, plain.weight):
+                plain.weight = twin.weight
+        twins.append(plain)
+        replace_module(model, name, plain)
     restore_requires_grad(model)
     if get_tie_word_embeddings(model) and _is_untied(model):
         config: Any = model.config
@@ -165,20 +172,12 @@ def restore_requires_grad(model: nn.Module) -> None:
     history_of(model).trainable_before = None
 
 
-def merged_layer(layer: LoRALayer) -> nn.Module:
-    """A new plain layer with W + ΔW, rounded once, to W's own dtype.
-
-    It is added in float32, to a float64 W in float64. A module that is replaced whole is the copy
-    that takes part, not rounded.
-    """
-    if layer.replaces_whole:
-        return layer.shown
-    original, weight = layer.original_layer, layer.original_layer.weight
-    merged = (_widened(weight) + layer.delta_weight()).to(weight.dtype).contiguous()
+def plain_layer(original: Any, weight: Tensor) -> nn.Module:
+    """A new layer of the original's kind, with its bias and another weight."""
     plain: nn.Linear | nn.Embedding
     if isinstance(original, nn.Embedding):
         plain = nn.Embedding.from_pretrained(
-            merged,
+            weight,
             padding_idx=original.padding_idx,
             scale_grad_by_freq=original.scale_grad_by_freq,
             sparse=original.sparse,
@@ -186,13 +185,108 @@ def merged_layer(layer: LoRALayer) -> nn.Module:
     else:
         plain = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
         plain.bias = original.bias
-    plain.weight = nn.Parameter(merged)
+    plain.weight = nn.Parameter(weight)
     return plain.train(original.training)
 
 
-def _widened(weight: Tensor) -> Tensor:
-    """A weight in the dtype that it is merged in, float32 or its own wider one; no gradient."""
-    return weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+def for_each_layer(
+    layers: Mapping[str, LoRALayer], work: Callable[[str, LoRALayer], T]
+) -> dict[str, T]:
+    """The result of some work for each layer with a ΔW, as many at a time as PyTorch has threads.
+
+    Each is done by one thread: those that PyTorch puts on one operation wait for each other at its
+    end, which beside another process takes many times as long as so small an operation.
+    """
+    layers = {name: layer for name, layer in layers.items() if not layer.replaces_whole}
+    threads = torch.get_num_threads()
+    try:
+        with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as pool:
+            return dict(zip(layers, pool.map(work, layers, layers.values()), strict=True))
+    finally:
+        torch.set_num_threads(threads)  # of threads that begin after this
+
+
+@torch.no_grad()
+def add_update(
+    layer: LoRALayer,
+    dtype: torch.dtype | None = None,
+    stored: tuple[str, Rounding] | None = None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """W + ΔW, added in float32 (float64 if W is) and rounded once; and what becomes of ΔW.
+
+    It is one pass over some rows at a time, which stay in the processor's cache; sums are float64.
+
+    Args:
+        layer: with a ΔW.
+        dtype: of the sum; by default W's own.
+        stored: what a file will make of the numbers, under a name; by default they are rounded to
+            the dtype.
+
+    Returns:
+        The sum; and the size of ΔW, the largest error of a weight, the part of the change that is
+        kept, and the share of the weights that are other numbers than without ΔW.
+    """
+    weight = layer.original_layer.weight
+    dtype = dtype or weight.dtype
+    kind, rounded = stored or (str(dtype).removeprefix("torch."), partial(round_to, dtype=dtype))
+    merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    errors, sums = [], []
+    for rows, base, delta in _chunks(layer):
+        exact = base + delta
+        merged[rows] = exact
+        before, after = rounded(base), rounded(exact)
+        errors.append((after - exact).abs().max())
+        changed, lost = (after != before).sum(), _squares(after - before - delta)
+        sums.append(torch.stack((_squares(base), _squares(delta), lost, changed)))
+    size, energy, lost, changed = torch.stack(sums).sum(0)
+    return merged, {
+        "dtype": kind,
+        "ΔW / W": _ratio(energy, size),
+        "largest error": float(torch.stack(errors).max()),
+        "change kept": _kept(lost, energy),
+        "weights changed": float(changed) / weight.numel(),
+    }
+
+
+def _chunks(layer: LoRALayer) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Some rows of a layer at a time: which, W in the dtype that it is added in, and ΔW."""
+    weight = layer.original_layer.weight.detach()
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    n_rows = max(1, CHUNK * len(weight) // weight.numel())
+    for i, delta in enumerate(_delta_chunks(layer, n_rows)):
+        rows = slice(i * n_rows, (i + 1) * n_rows)
+        yield rows, weight[rows].to(wide), delta
+
+
+def _delta_chunks(layer: LoRALayer, n_rows: int) -> Iterator[Tensor]:
+    """ΔW in the weight's layout, some rows at a time; in one piece unless all updates are plain."""
+    weights = layer.active.weights if isinstance(layer.active, WeightedAdapters) else {}
+    updates: list[tuple[Any, float]] = [
+        (layer.updates[name], weight) for name, weight in weights.items() if name in layer.updates
+    ]
+    if not updates or any(type(u) not in (LoRAUpdate, TiedEmbeddingUpdate) for u, _ in updates):
+        yield from layer.delta_weight().split(n_rows)
+        return
+    for start in range(0, len(layer.original_layer.weight), n_rows):
+        rows = slice(start, start + n_rows)
+        products = ((u.lora_B[rows].float() @ u.lora_A.float(), u, w) for u, w in updates)
+        yield reduce(torch.add, (p.mul_(u.scaling).mul_(w) for p, u, w in products))
+
+
+def _squares(numbers: Tensor) -> Tensor:
+    """The sum of the squares, added in float64."""
+    flat = numbers.double().flatten()
+    return flat @ flat
+
+
+def _ratio(energy: Tensor, of: Tensor) -> float:
+    """Of two sums of squares, the ratio of the roots."""
+    return float(energy.sqrt() / of.sqrt().clamp_min(1e-30))
+
+
+def _kept(lost: Tensor, energy: Tensor) -> float:
+    """1 − ‖arrived − ΔW‖² / ‖ΔW‖², at least 0: 1 if the change arrives whole, 0 if it drowns."""
+    return float((1 - lost / energy).clamp(0, 1)) if energy else 1.0
 
 
 def logits_of(model: nn.Module, probe: Probe) -> Tensor:
@@ -239,13 +333,13 @@ def check_weights(
     """Raises `SurgeryError` if a merge with these rows makes NaN or infinities, or changes nothing.
 
     Args:
-        rows: from `merge_rows`.
+        rows: from `add_update`, with the name of each layer.
         layers: what is merged.
         what: the merge's name.
         wider: what to do where ΔW does not fit into the dtype: too small or too large for it.
     """
     trained = "train the adapter first, or force=True"
-    whole = {name: merged_layer(layer) for name, layer in layers.items() if layer.replaces_whole}
+    whole = {name: layer.shown for name, layer in layers.items() if layer.replaces_whole}
     wrong = [row for row in rows if not math.isfinite(row["largest error"])]
     narrow = any(row["dtype"] in FLOAT16 for row in wrong)
     names = [row["layer"] for row in wrong] + [
@@ -272,40 +366,6 @@ def check_weights(
     )
 
 
-def as_stored(_layer: str, weight: Tensor) -> tuple[str, Rounding]:
-    """Rounding to a weight's own dtype."""
-    return str(weight.dtype).removeprefix("torch."), partial(round_to, dtype=weight.dtype)
-
-
-def merge_rows(
-    layers: Mapping[str, LoRALayer], rounding: RoundingOf = as_stored
-) -> list[dict[str, Any]]:
-    """For each layer with a ΔW what a merge does that rounds so.
-
-    The size of ΔW, the largest error of a weight, the part of the change that is kept and the share
-    of the weights that are other numbers than without ΔW.
-    """
-    rows = []
-    for name, layer in layers.items():
-        if layer.replaces_whole:
-            continue
-        kind, rounded = rounding(name, layer.original_layer.weight)
-        weight, delta = _widened(layer.original_layer.weight), layer.delta_weight()
-        exact = weight + delta
-        before, after = rounded(weight), rounded(exact)
-        rows.append(
-            {
-                "layer": name,
-                "dtype": kind,
-                "ΔW / W": _ratio(delta, weight),
-                "largest error": float((after - exact).abs().max()),
-                "change kept": change_kept(after - before, delta),
-                "weights changed": float((after != before).double().mean()),
-            }
-        )
-    return rows
-
-
 @check_arguments
 def merge_survival(model: nn.Module) -> Report:
     """The part of the change that each layer keeps after rounding to lower precisions.
@@ -316,32 +376,24 @@ def merge_survival(model: nn.Module) -> Report:
     Raises:
         SurgeryError: the model carries no LoRA.
     """
-    rows: list[dict[str, Any]] = []
-    for name, layer in lora_layers(model).items():
-        if layer.replaces_whole:
-            continue
-        weight, delta = _widened(layer.original_layer.weight), layer.delta_weight()
-        exact = weight + delta
-        left = {
-            precision: change_kept(rounded(exact) - rounded(weight), delta)
-            for precision, rounded in ROUNDINGS.items()
-        }
-        rows.append({"layer": name, "ΔW / W": _ratio(delta, weight), **left})
+    found = for_each_layer(lora_layers(model), lambda _, layer: _survival(layer))
+    rows: list[dict[str, Any]] = [{"layer": name, **survival} for name, survival in found.items()]
     lowest = {f"lowest_{name}": min(row[name] for row in rows) for name in ROUNDINGS if rows}
     return Report("part of the change kept after rounding", rows, {"layers": len(rows), **lowest})
 
 
-def _ratio(delta: Tensor, weight: Tensor) -> float:
-    return float(delta.norm() / weight.norm().clamp_min(1e-30))
-
-
-def change_kept(arrived: Tensor, delta: Tensor) -> float:
-    """1 − ‖arrived − ΔW‖² / ‖ΔW‖², at least 0: 1 if the change arrives whole, 0 if it drowns."""
-    energy = delta.double().square().sum()
-    if energy == 0:
-        return 1.0
-    lost = (arrived.double() - delta.double()).square().sum()
-    return float((1 - lost / energy).clamp(0, 1))
+@torch.no_grad()
+def _survival(layer: LoRALayer) -> dict[str, float]:
+    """The size of ΔW, and the part of the change that each rounding keeps."""
+    sums = []
+    for _, base, delta in _chunks(layer):
+        exact = base + delta
+        arrived = [rounded(exact) - rounded(base) for rounded in ROUNDINGS.values()]
+        lost = [_squares(part - delta) for part in arrived]
+        sums.append(torch.stack((_squares(base), _squares(delta), *lost)))
+    size, energy, *losses = torch.stack(sums).sum(0)
+    kept = {name: _kept(lost, energy) for name, lost in zip(ROUNDINGS, losses, strict=True)}
+    return {"ΔW / W": _ratio(energy, size), **kept}
 
 
 def round_to(weight: Tensor, dtype: torch.dtype) -> Tensor:

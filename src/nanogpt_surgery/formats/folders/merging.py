@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -40,18 +41,18 @@ from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
 from nanogpt_surgery.history.model_history import UPDATES, combined, plain_name, tensor_hashes
+from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.merging import (
     Rounding,
-    RoundingOf,
+    add_update,
     check_effect,
     check_undecided,
     check_weights,
     compare_logits,
+    for_each_layer,
     logits_of,
-    merge_layers,
-    merge_rows,
     merge_survival,
-    round_to,
+    replace_layers,
 )
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import lora_layers
@@ -125,7 +126,7 @@ def merge_adapter(
     goal = _in_place(model) if out is None else Path(out)
     merge = _prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
     planned = merge.planned() | {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER)}
-    merge.add_in(merge.rounding, tolerance, force)
+    merge.add_in(tolerance, force)
     done = FolderOperation(merge.title, merge.base, planned=planned)
     if out is None:
         gone = weight_files(goal)
@@ -257,7 +258,7 @@ def merge_into_gguf(
     merge = _prepare(model, adapter, dtype="float32", probe=probe, force=force, tied=tied)
     if tolerance is None:
         tolerance = 1e-2 if kind == "Q8_0" else 1e-3
-    merge.add_in(partial(rounding_of, kind=kind), tolerance, force)
+    merge.add_in(tolerance, force, partial(rounding_of, kind=kind))
 
     def write(new: Path) -> tuple[Report, dict[str, Any]]:
         again, written = write_gguf_file(merge.model, new, merge.tokenizer, kind, "")
@@ -317,18 +318,19 @@ class Merge:
         names = sorted({_name(self.dtypes[name]) for name, _ in own})
         return {"dtype": " and ".join(names), "model_bytes": size}
 
-    def rounding(self, layer: str, _weight: Tensor) -> tuple[str, Rounding]:
-        """The dtype that a layer's weight is written in."""
-        dtype = self.dtypes[f"{layer}.weight"]
-        return _name(dtype), partial(round_to, dtype=dtype)
-
-    def add_in(self, rounding: RoundingOf, tolerance: float, force: bool) -> None:
+    def add_in(
+        self,
+        tolerance: float,
+        force: bool,
+        stored: Callable[[str, Tensor], tuple[str, Rounding]] | None = None,
+    ) -> None:
         """Merges the adapter in float32; then each weight gets the dtype it is to be written in.
 
         Args:
-            rounding: what the file will make of a layer's weight, by name and weight, and its name.
             tolerance: largest mean KL divergence that `measure` lets pass.
             force: let pass whatever is measured.
+            stored: what a file will make of a layer's weight, by name and weight, under a name; by
+                default it is rounded to its dtype.
 
         Raises:
             SurgeryError: every weight would be the number that it is without the adapter, or one
@@ -338,11 +340,18 @@ class Merge:
         logits = partial(logits_of, self.model, self.probe)
         self.adapted, layers = logits(), lora_layers(self.model)
         check_finite(self.adapted, self.model, logits, f"the model with {self.adapter}")
-        self.rows = merge_rows(layers, rounding)
+        check_undecided(self.model, layers)
+
+        def add(name: str, layer: LoRALayer) -> tuple[Tensor, dict[str, Any]]:
+            kind = stored and stored(name, layer.weight)
+            return add_update(layer, self.dtypes[f"{name}.weight"], kind)
+
+        done = for_each_layer(layers, add)
+        self.rows = [{"layer": name, **row} for name, (_, row) in done.items()]
         if not force:
             check_weights(self.rows, layers, self.adapter, WIDER)
-        check_undecided(self.model, layers)
-        merge_layers(self.model)  # the model is only here to be written: nothing is journaled
+        # The model is only here to be written: nothing is journaled.
+        replace_layers(self.model, {name: weight for name, (weight, _) in done.items()})
         for name, parameter in self.model.named_parameters():
             parameter.data = parameter.data.to(self.dtypes[name])
 
