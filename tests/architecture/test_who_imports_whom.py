@@ -11,13 +11,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "src" / "nanogpt_surgery"
 
-GROUND = {"errors", "values", "arguments", "memory", "files", "report"}
+GROUND = {"errors", "values", "arguments", "memory", "files", "report", "drawing"}
 MAY_IMPORT = {
     "errors": set(),
     "values": {"errors"},
     "arguments": {"errors"},
     "memory": {"errors"},
     "report": {"errors"},
+    "drawing": {"errors"},
     "files": {"errors"},
     "model": GROUND,
     "data": GROUND,

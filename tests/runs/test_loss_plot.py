@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from nanogpt_surgery.runs.summary import centred_means, drawable, plot_losses
+from nanogpt_surgery.drawing import drawable
+from nanogpt_surgery.runs.summary import centred_means, plot_losses
 
 
 def rows(steps: int, first: bool = True, every: int = 10) -> list[dict[str, Any]]:

@@ -12,7 +12,8 @@ from nanogpt_surgery.data.conversations.chat import end_ids
 from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
 from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.data.text.mixture import passes
-from nanogpt_surgery.errors import SurgeryError, printable
+from nanogpt_surgery.drawing import BLUE, GREY, ORANGE, drawable, paint
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.json_files import replace_text
 from nanogpt_surgery.formats.folders.run_folder import METRICS, SAMPLES
 from nanogpt_surgery.generation.generate import generate
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
 
 
 SMOOTHED_FROM = 200  # steps; fewer are drawn as they are
-GREY, BLUE, ORANGE = "#808080", "#3f8fd6", "#e0812c"  # on white and on black
-LONGEST_TITLE = 70
-NO_LETTERS = ("Last Resort", "LastResort", "Color Emoji", "Emoji", "cm", "STIX")  # fonts' names
 
 
 def plot_losses(
@@ -63,7 +61,8 @@ def plot_losses(
     axes.set(xlabel="step", ylabel="loss, nats a token")
     text, fonts = drawable(title)
     axes.set_title(text, family=fonts, parse_math=False)
-    _paint(axes)
+    axes.grid(color=GREY, alpha=0.3)
+    paint(axes)
     figure.savefig(goal, dpi=120, transparent=True)
 
 
@@ -95,72 +94,6 @@ def centred_means(values: Sequence[float], width: int) -> list[float]:
         sums.append(sums[-1] + value)
     sides = [min(width, i, len(values) - 1 - i) for i in range(len(values))]
     return [(sums[i + s + 1] - sums[i - s]) / (2 * s + 1) for i, s in enumerate(sides)]
-
-
-def _paint(axes: Any) -> None:
-    """Grey for all that is no curve, and a legend without a background."""
-    axes.grid(color=GREY, alpha=0.3)
-    axes.tick_params(colors=GREY)
-    for line in axes.spines.values():
-        line.set_color(GREY)
-    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-        text.set_color(GREY)
-    axes.legend(labelcolor=GREY, framealpha=0, edgecolor=GREY)
-
-
-def drawable(title: str) -> tuple[str, list[str]]:
-    r"""A title as it can be drawn, and the fonts for it.
-
-    What no font here has is written as its number: \u4e2d.
-    """
-    text = printable(title).replace("\n", " ").replace("\t", " ")
-    if len(text) > LONGEST_TITLE:
-        text = "…" + text[1 - LONGEST_TITLE :]
-    fonts, missing = ["DejaVu Sans"], _missing(set(text), _path_of("DejaVu Sans"))
-    for name, path in _others() if missing else ():
-        left = _missing(missing, path)
-        if left != missing:
-            fonts, missing = [*fonts, name], left
-        if not missing:
-            break
-    return "".join(_escaped(c) if c in missing else c for c in text), fonts
-
-
-def _escaped(character: str) -> str:
-    number = ord(character)
-    return f"\\U{number:08x}" if number > 0xFFFF else f"\\u{number:04x}"
-
-
-def _path_of(name: str) -> str:
-    from matplotlib.font_manager import findfont
-
-    return str(findfont(name))
-
-
-def _others() -> list[tuple[str, str]]:
-    """The installed fonts of letters, one file a name."""
-    from matplotlib.font_manager import fontManager
-
-    plain = {
-        font.name: font.fname
-        for font in reversed(fontManager.ttflist)
-        if font.style == "normal" and not any(word in font.name for word in NO_LETTERS)
-    }
-    return sorted(plain.items())
-
-
-def _missing(characters: set[str], path: str) -> set[str]:
-    """Those of the characters that a font has no glyph for; all, where it does not open."""
-    from matplotlib.ft2font import FT2Font
-
-    try:
-        known = FT2Font(path).get_charmap()
-    except (OSError, RuntimeError):
-        return characters
-    return {character for character in characters if ord(character) not in known}
-
-
-MOST_TOKENS, PROMPT_TOKENS = 48, 32
 
 
 class Samples:

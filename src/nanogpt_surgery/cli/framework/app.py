@@ -22,8 +22,8 @@ from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.memory import is_out_of_memory
 
 COMMANDS = (
-    *("train", "plan", "finetune", "generate", "ask", "chat", "eval", "inspect", "merge", "undo"),
-    *("redo", "log", "export", "verify-resume", "tokenizer", "data", "doctor"),
+    *("train", "plan", "finetune", "generate", "ask", "chat", "eval", "look", "inspect", "merge"),
+    *("undo", "redo", "log", "export", "verify-resume", "adapter", "tokenizer", "data", "doctor"),
 )
 PLACES = {  # of the functions that lie in a module of another name than the command's
     "eval": "evaluate:evaluate",
@@ -31,6 +31,7 @@ PLACES = {  # of the functions that lie in a module of another name than the com
     **{name: f"history:{name}" for name in ("undo", "redo", "log")},
 }
 GROUPS = {
+    "adapter": ("Look at an adapter.", ("examine",)),
     "tokenizer": ("Train a tokenizer.", ("train",)),
     "data": ("Prepare data to train on, and preview it.", ("prepare", "preview")),
 }
