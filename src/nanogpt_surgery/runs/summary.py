@@ -96,6 +96,9 @@ def centred_means(values: Sequence[float], width: int) -> list[float]:
     return [(sums[i + s + 1] - sums[i - s]) / (2 * s + 1) for i, s in enumerate(sides)]
 
 
+MOST_TOKENS, PROMPT_TOKENS = 48, 32
+
+
 class Samples:
     """Greedy continuations of one held-out prompt, a line each in the run's folder.
 
