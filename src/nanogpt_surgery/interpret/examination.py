@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.lora.linear import LoRALayer
-from nanogpt_surgery.lora.merging import ROUNDINGS, change_kept
+from nanogpt_surgery.lora.merging import ROUNDINGS, survival
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.report import Report
 
@@ -64,15 +64,14 @@ def _measured(layer: LoRALayer) -> dict[str, Any]:
     of_weight = torch.linalg.svd(weight.cpu(), full_matrices=False)
     least = SIGNIFICANT * of_delta.S.amax().clamp_min(1e-30)
     values = of_delta.S.masked_select(of_delta.S.gt(least))
-    exact = weight + delta
-    kept = [change_kept(to(exact) - to(weight), delta) for to in ROUNDINGS.values()]
+    size, *kept = survival(layer).values()
     measured = (
-        float(delta.norm() / weight.norm().clamp_min(1e-30)),
+        size,
         float(of_delta.S[0] / of_weight.S[0].clamp_min(1e-30)),
         len(values),
         effective_rank(values),
         overlap(delta.cpu(), of_weight.U, of_weight.Vh, len(values)),
-        intruders(of_weight.U, exact.cpu()) if len(values) else 0,
+        intruders(of_weight.U, (weight + delta).cpu()) if len(values) else 0,
         *kept,
     )
     return dict(zip(names, measured, strict=True))

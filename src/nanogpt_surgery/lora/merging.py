@@ -376,14 +376,14 @@ def merge_survival(model: nn.Module) -> Report:
     Raises:
         SurgeryError: the model carries no LoRA.
     """
-    found = for_each_layer(lora_layers(model), lambda _, layer: _survival(layer))
-    rows: list[dict[str, Any]] = [{"layer": name, **survival} for name, survival in found.items()]
+    found = for_each_layer(lora_layers(model), lambda _, layer: survival(layer))
+    rows: list[dict[str, Any]] = [{"layer": name, **kept} for name, kept in found.items()]
     lowest = {f"lowest_{name}": min(row[name] for row in rows) for name in ROUNDINGS if rows}
     return Report("part of the change kept after rounding", rows, {"layers": len(rows), **lowest})
 
 
 @torch.no_grad()
-def _survival(layer: LoRALayer) -> dict[str, float]:
+def survival(layer: LoRALayer) -> dict[str, float]:
     """The size of ΔW, and the part of the change that each rounding keeps."""
     sums = []
     for _, base, delta in _chunks(layer):
