@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.lora.linear import LoRALayer
-from nanogpt_surgery.lora.merging import ROUNDINGS, survival
+from nanogpt_surgery.lora.merging import survival
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.report import Report
 
@@ -55,26 +55,22 @@ def examine(model: nn.Module) -> Report:
 
 
 def _measured(layer: LoRALayer) -> dict[str, Any]:
-    weight: Tensor = layer.original_layer.weight.float()
-    delta = layer.delta_weight()
-    names = ("ΔW / W", "σ₁ / W's", "rank", "effective rank", "overlap", "intruders", *ROUNDINGS)
+    kept = survival(layer)
+    weight, delta = layer.original_layer.weight.float().cpu(), layer.delta_weight().cpu()
     if not bool(delta.isfinite().all()):
-        return dict.fromkeys(names)
-    of_delta = torch.linalg.svd(delta.cpu(), full_matrices=False)
-    of_weight = torch.linalg.svd(weight.cpu(), full_matrices=False)
+        spectral = dict.fromkeys(("σ₁ / W's", "rank", "effective rank", "overlap", "intruders"))
+        return dict.fromkeys(kept) | spectral
+    of_delta = torch.linalg.svd(delta, full_matrices=False)
+    of_weight = torch.linalg.svd(weight, full_matrices=False)
     least = SIGNIFICANT * of_delta.S.amax().clamp_min(1e-30)
     values = of_delta.S.masked_select(of_delta.S.gt(least))
-    size, *kept = survival(layer).values()
-    measured = (
-        size,
-        float(of_delta.S[0] / of_weight.S[0].clamp_min(1e-30)),
-        len(values),
-        effective_rank(values),
-        overlap(delta.cpu(), of_weight.U, of_weight.Vh, len(values)),
-        intruders(of_weight.U, (weight + delta).cpu()) if len(values) else 0,
-        *kept,
-    )
-    return dict(zip(names, measured, strict=True))
+    return kept | {
+        "σ₁ / W's": float(of_delta.S[0] / of_weight.S[0].clamp_min(1e-30)),
+        "rank": len(values),
+        "effective rank": effective_rank(values),
+        "overlap": overlap(delta, of_weight.U, of_weight.Vh, len(values)),
+        "intruders": intruders(of_weight.U, weight + delta) if len(values) else 0,
+    }
 
 
 def effective_rank(values: Tensor) -> float:
