@@ -12,7 +12,7 @@ import pytest
 from helpers.commands import called
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.files.atomic import file_hash
+from nanogpt_surgery.files.atomic import file_hash, seal
 from nanogpt_surgery.runs import data
 from nanogpt_surgery.training.distributed import World
 
@@ -120,13 +120,16 @@ def test_asked_to_stop_they_save_and_resume_to_the_same_bits(text, tmp_path, num
     assert_same(cut, whole)
 
 
-def test_gone_on_with_by_another_number_of_processes_it_says_so(text, tmp_path, monkeypatch):
+def test_gone_on_with_by_another_number_of_processes_it_says_so(text, tmp_path):
     words = ["train", text, "--out", tmp_path / "run", *TRAINING, 20]
     called(*words)
     summary = tmp_path / "run" / "checkpoints" / "step-00000020" / "training.json"
-    assert json.loads(summary.read_text())["processes"] == 1
+    contents = json.loads(summary.read_text())
+    assert contents["processes"] == 1
     assert "processes" not in called(*words)[1]
-    monkeypatch.setattr("nanogpt_surgery.runs.checkpoints.RunFolder.processes", 3)
+    summary.write_text(json.dumps(contents | {"processes": 3}))
+    (summary.parent / "MANIFEST.json").unlink()
+    seal(summary.parent)
     assert "note: so far 3 at a time trained, now 1" in called(*words)[1]
 
 

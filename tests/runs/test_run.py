@@ -11,6 +11,7 @@ from nanogpt_surgery import LoRASettings, Run, SurgeryError, Training, inject_lo
 from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
 from nanogpt_surgery.history.folder_history import read_journal
+from nanogpt_surgery.history.journal import SETTLED
 from nanogpt_surgery.runs.checkpoints import read_metrics
 from nanogpt_surgery.runs.description import RunDiffersError
 from nanogpt_surgery.runs.training import fingerprint
@@ -37,7 +38,7 @@ def test_a_run_is_trained_recorded_saved_and_signed_off(tmp_path: Path) -> None:
     assert not run.stopped and not run.stopped_early
     assert any("validation loss" in line for line in lines)
     assert (tmp_path / "run" / "loss.png").is_file()
-    assert len(read_journal(tmp_path / "run").settled) == 1
+    assert [entry.state for entry in read_journal(tmp_path / "run").operations] == [SETTLED]
     model, tokenizer = open_model(tmp_path / "run")
     assert tokenizer is not None
     assert model.n_parameters == model_of().n_parameters

@@ -47,7 +47,7 @@ from nanogpt_surgery.formats.huggingface.tokenizer_files import (
 )
 from nanogpt_surgery.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.formats.placing import Dtype, build_model, usual_dtype
-from nanogpt_surgery.history.folder_history import is_operated
+from nanogpt_surgery.history.folder_history import operations_on
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -262,7 +262,7 @@ def model_folder(path: str | Path) -> Path:
     """
     folder = Path(path)
     check_adapter(folder)
-    if is_run(folder) and not is_operated(folder):
+    if is_run(folder) and not operations_on(folder):
         folder = chosen_checkpoint(folder)
     if not folder.exists() and is_hub_name(str(path)):
         return hub_folder(str(path))

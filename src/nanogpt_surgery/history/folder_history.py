@@ -45,6 +45,7 @@ from nanogpt_surgery.files.writing import (
 from nanogpt_surgery.history.journal import (
     AGAIN,
     DONE,
+    SETTLED,
     UNDONE,
     Journal,
     Operation,
@@ -73,6 +74,7 @@ class FolderOperation(Operation):
         planned: what was expected of it.
         measured: what it did.
         when: in UTC, to the second.
+        number: its place in the journal, the first being 1.
     """
 
     base: str
@@ -82,6 +84,7 @@ class FolderOperation(Operation):
     planned: dict[str, Any] = field(default_factory=dict)
     measured: dict[str, Any] = field(default_factory=dict)
     when: str = ""
+    number: int = 0
 
     def __post_init__(self) -> None:
         for name, digest in [*self.before.items(), *self.after.items()]:  # they become paths
@@ -120,7 +123,7 @@ class FolderJournal(Journal[FolderOperation]):
 
     def add_now(self, operation: FolderOperation) -> FolderOperation:
         """Adds an operation that has just been done; returns it numbered and dated."""
-        return self.write(DONE, **asdict(operation) | {"number": self.next_number()})
+        return self.write(DONE, **asdict(operation) | {"number": len(self.operations) + 1})
 
     def play(self, line: dict[str, Any]) -> FolderOperation:
         """Adds a line; returns the operation that it is about."""
@@ -197,10 +200,10 @@ def record(folder: Path, operation: FolderOperation) -> None:
     write_journal(folder, journal)
 
 
-def is_operated(folder: Path) -> bool:
-    """Whether a folder's own files are the result of an operation that is not undone."""
-    journal = read_journal(folder)
-    return any(one.originals != "none" for one in [*journal.settled, *journal.done])
+def operations_on(folder: Path) -> list[FolderOperation]:
+    """The operations, not undone, whose result a folder's own files are; the oldest first."""
+    operations = read_journal(folder).operations
+    return [o for o in operations if o.originals != "none" and o.state in (DONE, SETTLED)]
 
 
 def hashes_of(folder: Path) -> dict[str, str]:

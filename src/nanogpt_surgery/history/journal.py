@@ -8,22 +8,22 @@ hashes that every bit is where it was.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.report import SHOWN_OF_A_HASH, Report
 
 DONE, UNDONE, AGAIN = "done", "undone", "done again"
+SETTLED, LAPSED = "done, cannot be undone", "undone, cannot be redone"
 
 
 @dataclass
 class Operation:
-    """One operation: what was done, in words, and its number in the journal."""
+    """One operation: what was done, in words."""
 
     operation: str
-    _: KW_ONLY
-    number: int = 0
+    state = DONE  # no field: it follows from the operations and undos after this one
 
     def release(self) -> None:
         """Lets go of what an undo or a redo would need, since neither will come."""
@@ -34,32 +34,37 @@ Op = TypeVar("Op", bound=Operation)
 
 @dataclass
 class Journal(Generic[Op]):
-    """Every operation, by what has become of it.
+    """Every operation in the order in which it was first done, each with its state."""
 
-    Attributes:
-        settled: done, and not to be undone any more.
-        done: can be undone, the last one first.
-        undone: can be done again, the one undone last first.
-        lapsed: undone, and followed by something else.
-    """
+    operations: list[Op] = field(default_factory=list)
 
-    settled: list[Op] = field(default_factory=list)
-    done: list[Op] = field(default_factory=list)
-    undone: list[Op] = field(default_factory=list)
-    lapsed: list[Op] = field(default_factory=list)
+    def in_state(self, state: str) -> list[Op]:
+        """Those that are in a state, the oldest first."""
+        return [operation for operation in self.operations if operation.state == state]
 
-    def next_number(self) -> int:
-        """The number of an operation to come; the first is 1."""
-        return 1 + sum(map(len, (self.settled, self.done, self.undone, self.lapsed)))
+    @property
+    def done(self) -> list[Op]:
+        """Those that can be undone, the next one to undo last."""
+        return self.in_state(DONE)
+
+    @property
+    def undone(self) -> list[Op]:
+        """Those that can be done again, the next one to redo last."""
+        return self.in_state(UNDONE)[::-1]
 
     def add(self, operation: Op) -> None:
         """Adds an operation that was done; what was undone cannot be redone from here on."""
-        _move(self.undone, self.lapsed)
-        self.done.append(operation)
+        self._give_up(UNDONE, LAPSED)
+        self.operations.append(operation)
 
     def settle(self) -> None:
         """Gives up undoing whatever was done."""
-        _move(self.done, self.settled)
+        self._give_up(DONE, SETTLED)
+
+    def _give_up(self, state: str, then: str) -> None:
+        for operation in self.in_state(state):
+            operation.release()
+            operation.state = then
 
     def last(self, back: bool, where: str, hint: str = "") -> Op:
         """The operation to undo, if `back`, or else the one to redo.
@@ -67,10 +72,10 @@ class Journal(Generic[Op]):
         Raises:
             SurgeryError: there is none.
         """
-        here, gone = (self.done, self.settled) if back else (self.undone, self.lapsed)
-        if here:
+        if here := self.done if back else self.undone:
             return here[-1]
-        last = f"; '{gone[-1].operation}' cannot be taken back" if gone and back else ""
+        gone = self.in_state(SETTLED) if back else []
+        last = f"; '{gone[-1].operation}' cannot be taken back" if gone else ""
         raise SurgeryError(f"{where} has no operation to {'undo' if back else 'redo'}{last}", hint)
 
     def turn(self, back: bool) -> Op:
@@ -79,36 +84,16 @@ class Journal(Generic[Op]):
         Raises:
             IndexError: there is none.
         """
-        here, there = (self.done, self.undone) if back else (self.undone, self.done)
-        there.append(here.pop())
-        return there[-1]
+        operation = (self.done if back else self.undone)[-1]
+        operation.state = UNDONE if back else DONE
+        return operation
 
     def log(self, title: str, row: Callable[[Op], dict[str, Any]], **summary: Any) -> Report:
         """A row for each operation, with its state, the oldest first."""
-        states = {
-            "done, cannot be undone": self.settled,
-            "done": self.done,
-            "undone": self.undone,
-            "undone, cannot be redone": self.lapsed,
-        }
-        stated = [(op, state) for state, operations in states.items() for op in operations]
-        rows = [row(op) | {"state": state} for op, state in sorted(stated, key=_number)]
-        can = {
-            "can_undo": self.done[-1].operation if self.done else None,
-            "can_redo": self.undone[-1].operation if self.undone else None,
-        }
-        return Report(title, rows, can | summary)
-
-
-def _move(operations: list[Op], to: list[Op]) -> None:
-    for operation in operations:
-        operation.release()
-    to += operations
-    operations.clear()
-
-
-def _number(stated: tuple[Operation, str]) -> int:
-    return stated[0].number
+        rows = [row(operation) | {"state": operation.state} for operation in self.operations]
+        can = {"can_undo": self.done, "can_redo": self.undone}
+        next_ones = {key: here[-1].operation if here else None for key, here in can.items()}
+        return Report(title, rows, next_ones | summary)
 
 
 def report_turn(

@@ -170,7 +170,7 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
         done.changes = _differences(model, before)
         done.put(back=True)
         raise
-    done.changes, done.number = _differences(model, before), history.next_number()
+    done.changes = _differences(model, before)
     history.add(done)
 
 

@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems
 from nanogpt_surgery.files.atomic import MANIFEST, damage, file_hash, write_folder
-from nanogpt_surgery.files.disk_errors import disk_refuses, make_folder, tried_again, writing
+from nanogpt_surgery.files.disk_errors import make_folder, tried_again, writing
 from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
 from nanogpt_surgery.files.lock import LOCK, file_lock
 from nanogpt_surgery.files.writing import (
@@ -56,10 +56,11 @@ from nanogpt_surgery.formats.folders.run_folder import (
 from nanogpt_surgery.history.folder_history import (
     RUN,
     FolderOperation,
-    is_operated,
+    operations_on,
     read_journal,
     record,
 )
+from nanogpt_surgery.history.journal import SETTLED
 from nanogpt_surgery.runs.description import RunDiffersError, differences
 from nanogpt_surgery.training.step import Step
 
@@ -70,10 +71,8 @@ def append_metrics(path: Path, step: dict[str, Any]) -> None:
     Raises:
         SurgeryError: the disk refuses. The checkpoints that are there can be gone on from.
     """
-    try:
+    with writing(path):
         tried_again(lambda: _append(path, json.dumps(step) + "\n"))
-    except OSError as error:
-        raise disk_refuses(path, error) from error
 
 
 def _append(path: Path, line: str) -> None:
@@ -161,18 +160,12 @@ class RunFolder:
         return step_of(self.checkpoint) if self.checkpoint else 0
 
     @property
-    def processes(self) -> int:
-        """How many shared the batch of the step before."""
-        return int(self._summary_before().get("processes", 1))
-
-    @property
     def environment_before(self) -> dict[str, Any]:
         """On what the steps before the checkpoint to go on from were computed; {} if not known."""
-        known = self._summary_before()
-        return {**known.get("environment", {}), "processes": self.processes} if known else {}
-
-    def _summary_before(self) -> dict[str, Any]:
-        return summary_of_checkpoint(self.checkpoint) if self.checkpoint else {}
+        if self.checkpoint is None:
+            return {}
+        known = summary_of_checkpoint(self.checkpoint)
+        return {**known.get("environment", {}), "processes": known.get("processes", 1)}
 
     def record_start(self, validation_loss: float) -> None:
         """Begins the metrics with the validation loss before the first step, as that of step 0.
@@ -278,7 +271,10 @@ class RunFolder:
         kept = {*islice(newest, KEPT), self.best}
         for folder in found:
             if folder not in kept and holds_only_its_own(folder):
-                _remove_whole(folder)
+                with suppress(
+                    OSError
+                ):  # renamed first: nobody ever finds half of it under its name
+                    shutil.rmtree(folder.rename(temporary_beside(folder)))
 
     def _is_whole(self, checkpoint: Path) -> bool:
         if checkpoint not in self._whole and damage(checkpoint) is None:
@@ -388,8 +384,8 @@ def check_folder(folder: Path, resume: bool) -> None:
                 f"{folder} holds a run already",
                 "resume=True goes on with it; or choose a new folder",
             )
-        if is_operated(folder):
-            lasting = any(entry.originals != "none" for entry in read_journal(folder).settled)
+        if standing := operations_on(folder):
+            lasting = any(operation.state == SETTLED for operation in standing)
             way = "choose a new folder" if lasting else f"undo_folder({folder}) takes it back"
             raise SurgeryError(
                 f"{folder} was operated on since, and going on would write over the result",
@@ -453,47 +449,34 @@ def restore_state(file: Path, model: nn.Module, optimizer: torch.optim.Optimizer
             "it is a model: init_from=MODEL trains it further, as a new run",
         )
     tensors, trained = with_current_modules(load_file(file)), _trained(model, optimizer)
-    _check_another(file, tensors, trained)
+    _check_same_training(file, tensors, trained)
     for name, parameter in trained.items():
         prefix = f"{name}:"
         state = {k.removeprefix(prefix): tensors.pop(k) for k in [*tensors] if k.startswith(prefix)}
-        value = state.pop("value")
-        for key, tensor in state.items():
-            if tensor.dim() and tensor.shape != parameter.shape:
-                raise SurgeryError(
-                    f"the {key} of {name} is {tuple(tensor.shape)} in the checkpoint, and of this "
-                    f"version's {tuple(parameter.shape)}: the run was begun by an earlier one",
-                    "begin it anew, in another folder",
-                )
         with torch.no_grad():
-            parameter.copy_(value)
+            parameter.copy_(state.pop("value"))
         # Copies: the tensors lie in the file's memory, and the file may be deleted.
         optimizer.state[parameter] = {
             key: tensor.to(parameter.device, copy=True) for key, tensor in state.items()
         }
 
 
-def _remove_whole(folder: Path) -> None:
-    """Removes a folder so that nobody ever finds half of it under its name."""
-    with suppress(OSError):
-        shutil.rmtree(folder.rename(temporary_beside(folder)))
-
-
-def _check_another(
+def _check_same_training(
     file: Path, tensors: dict[str, Tensor], trained: dict[str, nn.Parameter]
 ) -> None:
     """Raises if a state is of a model in which something else is trained, or in another shape."""
-    there = {name[: -len(":value")]: t for name, t in tensors.items() if name.endswith(":value")}
-    wrong = [
-        f"{name} is {tuple(there[name].shape)} there and {tuple(trained[name].shape)} here"
-        for name in trained.keys() & there.keys()
-        if there[name].shape != trained[name].shape
-    ]
-    wrong += [f"{name} is trained there only" for name in there.keys() - trained.keys()]
-    wrong += [f"{name} is trained here only" for name in trained.keys() - there.keys()]
+    wrong = []
+    for key, tensor in tensors.items():
+        name, _, kind = key.rpartition(":")
+        if name not in trained and kind == "value":
+            wrong.append(f"{name} is trained there only")
+        elif name in trained and (tensor.dim() or kind == "value"):  # else a number of steps
+            there, here = tuple(tensor.shape), tuple(trained[name].shape)
+            wrong += [f"{key} is {there} there and {here} here"] if there != here else []
+    wrong += [f"{name} is trained here only" for name in trained if f"{name}:value" not in tensors]
     if wrong:
-        more = f"; {len(wrong) - 4} more" if wrong[4:] else ""
         raise SurgeryError(
-            f"{file} is not the state of this training: {'; '.join(sorted(wrong)[:4])}{more}",
-            "go on with the settings that it was begun with, or choose a new folder",
+            f"{file} is not the state of this training: {first_problems(sorted(wrong), 4)}",
+            "go on with the settings, and the version, that it was begun with, or choose a new "
+            "folder",
         )

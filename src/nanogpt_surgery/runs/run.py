@@ -65,13 +65,7 @@ class Run:
         stopped_early: whether it ended for lack of improvement (`Training.patience`).
     """
 
-    def __init__(
-        self,
-        folder: RunFolder,
-        training: Training,
-        loop: TrainingLoop,
-        say: Say,
-    ):
+    def __init__(self, folder: RunFolder, training: Training, loop: TrainingLoop, say: Say):
         self.folder, self.training, self.loop = folder, training, loop
         self.say, self.world = say, loop.world
         self.stopped, self.stopped_early = 0, False
@@ -167,7 +161,8 @@ class Run:
             SurgeryError: as `fit`, or the disk refuses.
         """
         training, loop, first = self.training, self.loop, self.folder.first_step
-        rows = self._metrics()
+        main = self.world.is_main_process
+        rows = read_metrics(self.folder.folder / METRICS) if main else []
         losses = [row["validation_loss"] for row in rows if row["step"]]
         self._losses = [loss for loss in losses if loss is not None]
         if self._nothing_is_gained():
@@ -181,11 +176,15 @@ class Run:
             self.say("evaluating before the first step")
             assert loop.eval_data is not None
             loss = validation_loss(loop.model, loop.eval_data, loop.settings, loop.hardware)
-            self._record_start(loss)
+            if main:
+                self.folder.record_start(loss)
+                self.say(f"step 0 of {loop.settings.max_steps:,}  validation loss {loss:.4f}")
+                if self._samples.due(0, evaluated=True, last=False):
+                    self._samples.take(0)
         return self._steps(loop.steps(first, checks), checks)
 
     def _steps(self, steps: Iterator[Step], checks: TrainingChecks) -> Iterator[Step]:
-        with self._saved_where_it_breaks():
+        try:
             for step in steps:
                 try:
                     yield step
@@ -193,6 +192,11 @@ class Run:
                     self._keep(step)
                 if self.stopped or self.stopped_early:
                     break
+        except NotFiniteError:
+            if self.world.is_main_process:
+                self._save()
+            self.world.all_reduce_max(0)  # it is written before another process ends
+            raise
         if self.stopped_early:  # what follows the last step else
             check_frozen(self.training.model, checks.frozen)
 
@@ -267,30 +271,6 @@ class Run:
             self.folder.save(self._unsaved, training.write_weights, training.model, optimizer)
             self._interval.saved()
             self._unsaved = None
-
-    @contextmanager
-    def _saved_where_it_breaks(self) -> Iterator[None]:
-        """Saves the steps since the last checkpoint if numbers stop being finite."""
-        try:
-            yield
-        except NotFiniteError:
-            if self.world.is_main_process:
-                self._save()
-            self.world.all_reduce_max(0)  # it is written before another process ends
-            raise
-
-    def _record_start(self, loss: float) -> None:
-        """Records the validation loss before the first step, and takes the first sample."""
-        if self.world.is_main_process:
-            self.folder.record_start(loss)
-            most = self.training.settings.max_steps
-            self.say(f"step 0 of {most:,}  validation loss {loss:.4f}")
-            if self._samples.due(0, evaluated=True, last=False):
-                self._samples.take(0)
-
-    def _metrics(self) -> list[dict[str, Any]]:
-        """The lines of the steps so far; of the first process, which writes them."""
-        return read_metrics(self.folder.folder / METRICS) if self.world.is_main_process else []
 
     def _say_how(self) -> None:
         """Says from where it goes on, on what it computes, and what an evaluation reads."""
