@@ -21,7 +21,7 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.training.distributed import world
 from nanogpt_surgery.training.evaluation import summed_loss
 from nanogpt_surgery.training.forward import check_not_packed
-from nanogpt_surgery.training.hardware import Hardware, choose_hardware
+from nanogpt_surgery.training.hardware import Hardware, choose_device
 from nanogpt_surgery.training.settings import FitSettings
 
 if TYPE_CHECKING:
@@ -30,8 +30,10 @@ if TYPE_CHECKING:
 
 FLOAT32, ID = 4, 8  # bytes
 SHORTEST = 2  # tokens that a row of a conversation has at least
+MOST_ROWS = 12  # of a batch, whose numbers are said
 LOWER_MODEL = "a smaller model fits: lower n_embd, n_layer or the vocabulary"
 LOWER_BATCH = "lower batch_size (and raise grad_accum_steps by as much), or block_size"
+_MAKE_IT_AFTER = "make the optimizer after inject_lora, from the parameters that can be trained"
 
 
 def check_fit(model: nn.Module, dataset: Batches, settings: FitSettings) -> None:
@@ -58,7 +60,7 @@ def check_new_model(config: GPTConfig, settings: FitSettings) -> None:
     parts = {"weights": size} | _learning(config.n_parameters, settings)
     rows = _of_a_batch(config.n_embd, settings, config.block_size)
     hint = LOWER_BATCH if sum(rows.values()) > sum(parts.values()) else LOWER_MODEL
-    if choose_hardware(settings).device.type == "cuda":
+    if choose_device(settings.device).type == "cuda":
         check_memory("the model", {"weights": size}, hint)  # it is made in the host's memory
     check_memory("this training", parts | rows, hint, _free_on_device(settings))
 
@@ -94,15 +96,15 @@ def memory_for_training(model: nn.Module, settings: FitSettings) -> int | None:
     None where the system does not say. Weights that lie where the training computes count as free,
     since a plan's memory counts them too.
     """
-    device = choose_hardware(settings).device
-    free = _free_on_device(settings) if device.type == "cuda" else available_memory()
-    own = (p for p in model.parameters() if p.device.type == device.type)
+    kind = choose_device(settings.device).type
+    free = _free_on_device(settings) if kind == "cuda" else available_memory()
+    own = (p for p in model.parameters() if p.device.type == kind)
     return None if free is None else free + sum(p.numel() * p.element_size() for p in own)
 
 
 def _free_on_device(settings: FitSettings) -> int | None:
     """Bytes that a GPU has free; None where the processor computes."""
-    device = choose_hardware(settings).device
+    device = choose_device(settings.device)
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
@@ -153,11 +155,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """
     optimised = {id(p) for group in optimizer.param_groups for p in group["params"]}
     missing = [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in optimised]
-    if missing:
-        raise SurgeryError(
-            f"{len(missing)} trainable parameters are not in the optimizer: {_some(missing)}",
-            "make the optimizer after inject_lora, from the parameters that can be trained",
-        )
+    _check_none(missing, "{} trainable parameters are not in the optimizer", _MAKE_IT_AFTER)
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -171,11 +169,8 @@ def check_gradients(model: nn.Module) -> None:
         for name, update in trained_updates(model).items()
         if not any(p.grad is not None and p.grad.any() for p in update.trainable())
     ]
-    if silent:
-        raise SurgeryError(
-            f"no gradient reaches {len(silent)} of the adapter's updates: {_some(silent)}",
-            "is the layer used in the forward pass, enabled, and the loss made from its output?",
-        )
+    hint = "is the layer used in the forward pass, enabled, and the loss made from its output?"
+    _check_none(silent, "no gradient reaches {} of the adapter's updates", hint)
 
 
 def check_moved(model: nn.Module) -> None:
@@ -184,11 +179,8 @@ def check_moved(model: nn.Module) -> None:
     For most that means ‖B‖ > 0; all that have not are named.
     """
     still = [name for name, update in trained_updates(model).items() if not update.moved()]
-    if still:
-        raise SurgeryError(
-            f"{len(still)} of the adapter's updates have not moved, ΔW is zero: {_some(still)}",
-            "is the learning rate above 0?",
-        )
+    what = "{} of the adapter's updates have not moved, ΔW is zero"
+    _check_none(still, what, "is the learning rate above 0?")
 
 
 def check_frozen(model: nn.Module, before: Mapping[str, str]) -> None:
@@ -198,18 +190,12 @@ def check_frozen(model: nn.Module, before: Mapping[str, str]) -> None:
     """
     now = frozen_hashes(model)
     moved = [name for name, digest in before.items() if now.get(name) != digest]
-    if moved:
-        raise SurgeryError(
-            f"{len(moved)} frozen parameters have changed in training: {_some(moved)}",
-            "make the optimizer after inject_lora, from the parameters that can be trained",
-        )
+    _check_none(moved, "{} frozen parameters have changed in training", _MAKE_IT_AFTER)
 
 
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:8]) + (f" and {len(names) - 8} more" if names[8:] else "")
-
-
-MOST_ROWS = 12  # whose numbers are said
+def _check_none(names: list[str], what: str, hint: str) -> None:
+    if names:
+        raise SurgeryError(f"{what.format(len(names))}: {listed(names)}", hint)
 
 
 def check_skipped_steps(loop: TrainingLoop, batch: Batch, step: int) -> None:
@@ -228,8 +214,10 @@ def check_skipped_steps(loop: TrainingLoop, batch: Batch, step: int) -> None:
         "that is not finite, and were skipped: no weight was changed by them; "
         f"{_where(model, batch, _rows_of(loop, step), loop.hardware)}"
     )
-    if name := _first_gradient(model):
-        what += f"; the first gradient that is not finite is that of {name}"
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None and not parameter.grad.isfinite().all():
+            what += f"; the first gradient that is not finite is that of {name}"
+            break
     loop.optimizer.zero_grad()
     raise NotFiniteError(
         what, "lower the learning rate; where the precision is bfloat16, float32 may help as well"
@@ -244,12 +232,6 @@ def _rows_of(loop: TrainingLoop, step: int) -> list[int]:
     settings = loop.settings
     size = settings.batch_size * settings.grad_accum_steps
     return known(step, size, settings.seed, **loop.world.share).tolist()
-
-
-def _first_gradient(model: nn.Module) -> str:
-    """The first parameter, in the model's order, whose gradient is not finite; "" if all are."""
-    gradients = ((name, p.grad) for name, p in model.named_parameters() if p.grad is not None)
-    return next((name for name, gradient in gradients if not gradient.isfinite().all()), "")
 
 
 def _where(model: nn.Module, batch: Batch, rows: list[int], hardware: Hardware) -> str:

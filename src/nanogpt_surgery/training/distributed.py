@@ -118,7 +118,12 @@ class World:
         """
         if self.size == 1:
             return
-        _check_device(model)
+        kinds = {parameter.device.type for parameter in model.parameters()} - {"cpu", "cuda"}
+        if kinds:
+            raise SurgeryError(
+                f"several processes train on CPUs or on CUDA's GPUs, not on {', '.join(kinds)}",
+                "choose the device cpu, or start one process",
+            )
         for tensor in (*model.parameters(), *model.buffers()):
             value = tensor.detach().contiguous()
             with _others_there():
@@ -144,7 +149,13 @@ def joined() -> Iterator[World]:
         SurgeryError: there are GPUs, but fewer than processes.
     """
     if torch.cuda.is_available():
-        torch.cuda.set_device(_own_gpu(int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()))
+        number, there = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if number >= there:
+            raise SurgeryError(
+                f"process {number} of this machine has no GPU: there are {there}",
+                f"torchrun --nproc-per-node {there} starts one process for each",
+            )
+        torch.cuda.set_device(number)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     store, rank, size = next(STORES.rendezvous("env://"))
     dist.init_process_group(backend, store=_own_part(store), rank=rank, world_size=size)
@@ -164,15 +175,6 @@ def _own_part(store: Any) -> Any:
     return STORES.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
-def _own_gpu(number: int, there: int) -> int:
-    if number >= there:
-        raise SurgeryError(
-            f"process {number} of this machine has no GPU: there are {there}",
-            f"torchrun --nproc-per-node {there} starts one process for each",
-        )
-    return number
-
-
 @contextmanager
 def _others_there() -> Iterator[None]:
     """Turns a failure to reach the other processes into a `SurgeryError`."""
@@ -183,15 +185,6 @@ def _others_there() -> Iterator[None]:
             "another process of this training has ended",
             "its own message says why; the run can be resumed from its last checkpoint",
         ) from error
-
-
-def _check_device(model: nn.Module) -> None:
-    others = {tensor.device.type for tensor in model.parameters()} - {"cpu", "cuda"}
-    if others:
-        raise SurgeryError(
-            f"several processes train on CPUs or on CUDA's GPUs, not on {', '.join(others)}",
-            "choose the device cpu, or start one process",
-        )
 
 
 def _buckets(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:

@@ -47,13 +47,6 @@ def evaluate(
     """
     if batch_size < 1:
         raise SurgeryError(f"batch_size is {batch_size}; it must be at least 1")
-    return mean_loss(model, dataset, batch_size, processes, fast)
-
-
-def mean_loss(
-    model: nn.Module, dataset: EvalData, batch_size: int, processes: World, fast: bool
-) -> float:
-    """The loss of `evaluate`, whose arguments these are."""
     losses: list[Tensor] = []
     count: float = 0
     with eval_mode(model), torch.inference_mode(), _way(model, fast) as summed:
@@ -80,7 +73,7 @@ def validation_loss(
     """The loss on held-out data as a training measures it: in its precision, by all processes."""
     windows = windows_at_once(model, settings)
     with hardware.evaluating():
-        return mean_loss(model, eval_data, windows, world(), settings.fast)
+        return evaluate(model, eval_data, windows, world(), settings.fast)
 
 
 def windows_at_once(model: nn.Module, settings: FitSettings) -> int:

@@ -111,7 +111,7 @@ def choose_hardware(settings: FitSettings, operations: float = 0) -> Hardware:
     Raises:
         SurgeryError: a device, or compiling, is asked for, and what it needs is not there.
     """
-    device = _device(settings.device)
+    device = choose_device(settings.device)
     lacking = lacking_to_compile(device)
     if settings.compile == "on" and lacking:
         raise SurgeryError(
@@ -158,7 +158,12 @@ def _timed_product(a: Tensor, b: Tensor) -> float:
     return time.perf_counter() - start
 
 
-def _device(wanted: str) -> torch.device:
+def choose_device(wanted: str) -> torch.device:
+    """The device of this name, or with "auto" the first of CUDA, MPS and CPU that is there.
+
+    Raises:
+        SurgeryError: it is not there.
+    """
     there = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
