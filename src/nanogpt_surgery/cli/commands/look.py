@@ -88,14 +88,14 @@ def look(
         check_out(out, overwrite)
     looked = _look(model, text, adapter, opening)
     _check_choices(looked.model, pictures)
+    if out is not None:
+        _write(out, f"{model}{f' and {adapter}' if adapter else ''}", looked, pictures)
+        say(f"wrote {out}; {out / 'look.html'} opens in a browser")
     if json:
         print(json_of.dumps(_as_json(looked), indent=2))
     else:
         _print_grid(looked)
         _print_moved(looked)
-    if out is not None:
-        _write(out, f"{model}{f' and {adapter}' if adapter else ''}", looked, pictures)
-        say(f"wrote {out}; {out / 'look.html'} opens in a browser")
 
 
 def _look(model: str, text: str, adapter: Path | None, opening: OpeningOptions) -> Looked:
@@ -227,7 +227,7 @@ def _write(out: Path, title: str, looked: Looked, pictures: PictureOptions) -> N
     from nanogpt_surgery.interpret.page import Side, page
     from nanogpt_surgery.interpret.pictures import draw_attention, draw_attribution, draw_lens
 
-    weights, shares = attention(looked.model, looked.ids)[:, 0], None
+    weights = attention(looked.model, looked.ids)[:, 0]
     shares = attribution(looked.model, looked.ids)
     sides = {"with the adapter" if looked.comparison else "model": Side(looked.lens, weights)}
     if looked.comparison is not None:
