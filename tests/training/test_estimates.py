@@ -14,10 +14,9 @@ from nanogpt_surgery.training.estimates import (
     LiveTensors,
     Pace,
     Part,
-    affordable_part,
+    Probe,
     cut,
     plan_training,
-    probed,
 )
 from nanogpt_surgery.training.fast import frozen_head
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix
@@ -118,14 +117,14 @@ def test_over_a_frozen_head_one_tensor_is_as_wide_as_the_vocabulary(most, monkey
 def test_the_first_pass_and_what_comes_after_are_probed_apart():
     model, computed = tuned(), []
     model.layers[0].register_forward_hook(lambda _m, inputs, _o: computed.append(len(inputs[0])))
-    pace, _ = probed(model, WINDOWS, LONGER)
+    pace = Probe(model, WINDOWS, LONGER).pace()
     assert sum(computed) == 5 * NEW, "of the first steps alone"
     assert pace.first_pass_steps == math.ceil(39 / 5)
     plan = plan_training(model, WINDOWS, LONGER)
     assert plan["first_pass_steps"] == pace.first_pass_steps
     assert {"seconds_a_step", "seconds_a_step_of_the_first_pass"} <= plan.keys()
     computed.clear()
-    probed(model, WINDOWS, replace(LONGER, cache_gib=0.0))
+    Probe(model, WINDOWS, replace(LONGER, cache_gib=0.0)).pace()
     assert sum(computed) == 5 * (NEW + AGAIN)
 
 
@@ -153,9 +152,9 @@ def test_a_probe_learns_from_what_is_affordable(monkeypatch):
     model, steps = tuned(), []
     model.lm_head.register_forward_hook(lambda _m, inputs, _o: steps.append(inputs[0].shape))
     whole = plan_training(model, WINDOWS, replace(LONGER, cache_gib=0.0), WINDOWS)
-    assert affordable_part(model, WINDOWS, LONGER).tokens == LONGER.batch_size * 9
+    assert Probe(model, WINDOWS, LONGER).part.tokens == LONGER.batch_size * 9
     monkeypatch.setattr("nanogpt_surgery.training.estimates.matmul_rate", lambda *_: 1e3)
-    part = affordable_part(model, WINDOWS, LONGER)
+    part = Probe(model, WINDOWS, LONGER).part
     assert (part.rows, part.block_size) == (1, 9)
     large = replace(LONGER, batch_size=10**6, cache_gib=0.0)
     steps.clear()
@@ -168,11 +167,11 @@ def test_a_probe_learns_from_what_is_affordable(monkeypatch):
 
 
 def test_a_line_through_two_sizes_of_batch_goes_on_to_the_real_one(monkeypatch):
-    def seconds(_model, _settings, _optimizer, part):
+    def seconds(_probe, _optimizer, part):
         return 9.0, 1 + part.tokens / 8, 0.5 + part.tokens / 80
 
-    monkeypatch.setattr("nanogpt_surgery.training.estimates._step_seconds", seconds)
-    pace, _ = probed(tuned(), WINDOWS, LONGER, Part(WINDOWS, 2, 9))
+    monkeypatch.setattr("nanogpt_surgery.training.estimates.Probe._step_seconds", seconds)
+    pace = Probe(tuned(), WINDOWS, LONGER, Part(WINDOWS, 2, 9)).pace()
     assert pace.first_pass == pytest.approx(1 + 5 * 9 / 8)
     assert pace.later == pytest.approx(0.5 + 5 * 9 / 80)
 
@@ -195,11 +194,12 @@ def test_an_update_that_takes_long_is_counted_and_not_made(muon, monkeypatch):
     list(fit(model, DATASET, settings, optimizer=optimizer, max_steps=1))
     kept = [t for values in optimizer.state.values() for t in values.values() if t.dim()]
     size = sum(t.numel() * t.element_size() for t in kept)
-    assert probed(model, DATASET, settings)[1] == size
+    assert Probe(model, DATASET, settings).optimizer_bytes == size
     monkeypatch.setattr("nanogpt_surgery.training.estimates.update_operations", lambda _: 1e30)
     monkeypatch.setattr("nanogpt_surgery.training.estimates.matmul_rate", lambda *_: 1e12)
     before = hashes(model)
-    pace, state = probed(model, DATASET, settings)
+    probe = Probe(model, DATASET, settings)
+    pace = probe.pace()
     assert hashes(model) == before
-    assert state == size
+    assert probe.optimizer_bytes == size
     assert pace.later == pytest.approx(1e18)

@@ -139,12 +139,16 @@ class StoredAdapter:
 
     def in_float32(self) -> StoredAdapter:
         """A copy in float32: an adapter that was read is mapped, in the dtypes of its file."""
+
+        def copied(tensor: Any) -> Any:
+            return None if tensor is None else tensor.to(torch.float32, copy=True)
+
         updates = {
-            name: replace(u, A=_float(u.A), B=_float(u.B), magnitude=_float(u.magnitude))
+            name: replace(u, A=copied(u.A), B=copied(u.B), magnitude=copied(u.magnitude))
             for name, u in self.updates.items()
         }
-        whole = {name: _float(tensor) for name, tensor in self.whole.items()}
-        copies = {name: _float(tensor) for name, tensor in self.base_copies.items()}
+        whole = {name: copied(tensor) for name, tensor in self.whole.items()}
+        copies = {name: copied(tensor) for name, tensor in self.base_copies.items()}
         return replace(self, updates=updates, whole=whole, base_copies=copies)
 
     def inside(self, module: str) -> StoredAdapter:
@@ -155,10 +159,6 @@ class StoredAdapter:
             whole={f"{module}.{name}": tensor for name, tensor in self.whole.items()},
             base_copies={f"{module}.{name}": copy for name, copy in self.base_copies.items()},
         )
-
-
-def _float(tensor: Any) -> Any:
-    return None if tensor is None else tensor.to(torch.float32, copy=True)
 
 
 def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
@@ -296,7 +296,10 @@ def attach_adapter(
     """
     _check_dora(model, adapter.updates)
     choice: Any = tied or adapter.tied or "refuse"
-    whole = _by_module(adapter.whole)
+    whole: dict[str, dict[str, Tensor]] = {}  # by the name of the module, then by the tensor's own
+    for path, tensor in adapter.whole.items():
+        module, _, key = path.rpartition(".")
+        whole.setdefault(module, {})[key] = tensor
     find_tied(model, whole, "untie" if choice == "untie" else "refuse")
     tied_layers = _check_same_updates(adapter.updates, find_tied(model, adapter.updates, choice))
     others = {name for names in tied_layers.values() for name in names}
@@ -394,15 +397,6 @@ def _check_dora(model: nn.Module, updates: Updates) -> None:
             change = update.delta_weight.to(layers[path].weight.device)
             hint = "take another base, whose rows are not zero, or another adapter, without DoRA"
             check_row_norms(path, layers[path], change, hint)
-
-
-def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Tensors by the name of their module, then by their own."""
-    modules: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        path, _, key = name.rpartition(".")
-        modules.setdefault(path, {})[key] = tensor
-    return modules
 
 
 def _check_same_updates(

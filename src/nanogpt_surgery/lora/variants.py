@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -47,15 +48,8 @@ class PartUpdate(LoRAUpdate):
         self.dropout = nn.Dropout(inner.dropout.p)
         self.inner = inner
 
-    @property
-    def lora_A(self) -> nn.Parameter:  # type: ignore[override]  # noqa: N802
-        """A of the part inside."""
-        return self.inner.lora_A
-
-    @property
-    def lora_B(self) -> nn.Parameter:  # type: ignore[override]  # noqa: N802
-        """B of the part inside."""
-        return self.inner.lora_B
+    lora_A: Any = property(attrgetter("inner.lora_A"))  # noqa: N815
+    lora_B: Any = property(attrgetter("inner.lora_B"))  # noqa: N815
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Those of the part inside."""

@@ -23,8 +23,8 @@ from nanogpt_surgery.runs.training import Training
 if TYPE_CHECKING:
     from nanogpt_surgery.runs.run import Run
 
-
 SMOOTHED_FROM = 200  # steps; fewer are drawn as they are
+MOST_TOKENS, PROMPT_TOKENS = 48, 32  # of a sample answer, and of a text that it continues
 
 
 def plot_losses(
@@ -94,9 +94,6 @@ def centred_means(values: Sequence[float], width: int) -> list[float]:
         sums.append(sums[-1] + value)
     sides = [min(width, i, len(values) - 1 - i) for i in range(len(values))]
     return [(sums[i + s + 1] - sums[i - s]) / (2 * s + 1) for i, s in enumerate(sides)]
-
-
-MOST_TOKENS, PROMPT_TOKENS = 48, 32
 
 
 class Samples:
