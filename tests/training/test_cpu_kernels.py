@@ -1,120 +1,15 @@
-"""Dropout by 16 bits a number, and attention with it, beside what PyTorch defines."""
+"""A model whose dropout and attention are exchanged for those of training/fast."""
 
 import pytest
 import torch
-import torch.nn.functional as F
 from helpers.models import CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.transformer_encoder_layer import causal_attention
 from nanogpt_surgery.training.fast import cpu_kernels as module
-from nanogpt_surgery.training.fast.cpu_kernels import (
-    Dropout,
-    attention_with_dropout,
-    cpu_attention,
-    cpu_kernels,
-    dropped,
-    gain,
-)
-
-
-@pytest.mark.parametrize("probability", [0.1, 0.5, 0.83])
-def test_the_share_is_the_probability_and_the_mean_stays(probability):
-    torch.manual_seed(0)
-    x = torch.ones(301, 1003)
-    y = Dropout(probability)(x)
-    deviation = (probability * (1 - probability) / x.numel()) ** 0.5
-    assert abs((y == 0).double().mean() - probability) < 5 * deviation
-    torch.testing.assert_close(y[y != 0], torch.full_like(y[y != 0], 1 / (1 - probability)),
-                               rtol=1e-3, atol=0)  # fmt: skip
-    assert abs(y.mean() - 1) < 5 * deviation / (1 - probability)
-
-
-def test_numbers_that_share_a_draw_are_dropped_independently():
-    torch.manual_seed(0)
-    four = dropped(torch.empty(200_000, 4), 0.3).double()
-    covariance = torch.cov(four.T)
-    expected = 0.21 * torch.eye(4, dtype=torch.float64)
-    torch.testing.assert_close(covariance, expected, rtol=0, atol=5 * 0.21 / 200_000**0.5)
-
-
-def test_draws_follow_the_generator():
-    x = torch.randn(5, 7)
-    layer = Dropout(0.4)
-    torch.manual_seed(3)
-    first, second = layer(x), layer(x)
-    assert not torch.equal(first, second)
-    torch.manual_seed(3)
-    assert torch.equal(layer(x), first)
-
-
-@pytest.mark.parametrize("probability", [0.0, 1e-6, 0.999999])
-def test_probabilities_at_the_ends_give_no_nan(probability):
-    x = torch.randn(64, 64, requires_grad=True)
-    y = Dropout(probability)(x)
-    y.sum().backward()
-    assert y.isfinite().all()
-    assert x.grad.isfinite().all()
-    assert torch.equal(y, x) is (probability < 0.5)
-
-
-def test_the_gradient_goes_where_the_numbers_went():
-    torch.manual_seed(0)
-    x = torch.randn(9, 11, requires_grad=True)
-    y = Dropout(0.25)(x)
-    y.backward(torch.full_like(y, 2.0))
-    torch.testing.assert_close(x.grad, torch.where(y == 0, 0.0, 2.0 * gain(0.25)))
-
-
-def test_outside_training_nothing_is_dropped():
-    x = torch.randn(5, 7)
-    assert Dropout(0.9).eval()(x) is x
-
-
-def reference(q, k, v, mask, weights_dropped, probability):
-    """All of it at once, as PyTorch's documentation of its attention writes it."""
-    weights = q @ k.mT / q.size(-1) ** 0.5
-    weights = weights.masked_fill(~mask, float("-inf")).softmax(-1)
-    return weights.masked_fill(weights_dropped, 0) / (1 - probability) @ v
-
-
-@pytest.mark.parametrize(("new", "keys"), [(13, 13), (5, 13), (1, 13), (8, 8)])
-@pytest.mark.parametrize("masked", [False, True])
-def test_attention_in_blocks_is_attention_with_those_weights_dropped(
-    new, keys, masked, monkeypatch
-):
-    monkeypatch.setattr(module, "QUERIES", 4)
-    torch.manual_seed(0)
-    q, k, v = (
-        torch.randn(2, 3, n, 6, dtype=torch.float64, requires_grad=True) for n in (new, keys, keys)
-    )
-    causal = torch.ones(new, keys, dtype=torch.bool).tril(keys - new)
-    mask = causal.expand(2, 1, new, keys)
-    if masked:
-        mask = mask & (torch.rand(2, 1, new, keys) < 0.6) | torch.eye(
-            new, keys, dtype=torch.bool
-        ).roll(keys - new, 1)
-    torch.manual_seed(5)
-    out = attention_with_dropout(q, k, v, 0.375, mask if masked else None)
-    torch.manual_seed(5)
-    lost = torch.zeros(2, 3, new, keys, dtype=torch.bool)
-    for start in range(0, new, 4):
-        end = keys - new + min(start + 4, new)
-        lost[:, :, start : start + 4, :end] = dropped(lost[:, :, start : start + 4, :end], 0.375)
-    expected = reference(q, k, v, mask, lost, 0.375)
-    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
-    up = torch.randn_like(out)
-    ours = torch.autograd.grad(out, (q, k, v), up)
-    theirs = torch.autograd.grad(expected, (q, k, v), up)
-    for a, b in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
-
-
-def test_without_dropout_it_is_pytorch_s_attention():
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, 3, 150, 8) for _ in range(3))
-    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    torch.testing.assert_close(attention_with_dropout(q, k, v, 0.0), expected)
+from nanogpt_surgery.training.fast.block_attention import block_attention
+from nanogpt_surgery.training.fast.cpu_dropout import Dropout
+from nanogpt_surgery.training.fast.cpu_kernels import cpu_attention, cpu_kernels
 
 
 def test_the_mean_over_many_draws_is_the_model_s_own_attention():
@@ -161,13 +56,37 @@ def test_a_model_is_itself_again_after_the_block():
     assert all(layer.self_attn.attend is causal_attention for layer in model.layers)
 
 
-@pytest.mark.parametrize("trains", [True, False])
-def test_in_training_attention_is_computed_in_float32(trains):
+def qkv(length: int, dtype: torch.dtype, trains: bool = True) -> list[torch.Tensor]:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(2, h, 9, 8).bfloat16() for h in (6, 2, 2))
-    q.requires_grad_(trains)
-    found = cpu_attention(q, k, v)
-    exact = causal_attention(q.float(), k.float(), v.float()).bfloat16()
+    return [torch.randn(2, h, length, 8).to(dtype).requires_grad_(trains) for h in (6, 2, 2)]
+
+
+@pytest.mark.parametrize(("arithmetic", "computed"), [(True, torch.bfloat16), (False, torch.float)])
+def test_blocks_compute_in_bfloat16_where_the_processor_does(arithmetic, computed, monkeypatch):
+    monkeypatch.setattr(module, "cpu_has_bfloat16", lambda: arithmetic)
+    q, k, v = qkv(9, torch.bfloat16)
+    # Under autocast a rotation leaves q and k in float32, and products would be cast again.
+    with torch.autocast("cpu", torch.bfloat16):
+        found = cpu_attention(q.float(), k.float(), v)
+    expected = block_attention(q.to(computed), k.to(computed), v.to(computed))
     assert found.dtype == torch.bfloat16
-    expected = exact if trains else causal_attention(q, k, v)
-    assert torch.equal(found, expected)
+    assert torch.equal(found, expected.bfloat16())
+
+
+@pytest.mark.parametrize("length", [9, 256, 513])
+@pytest.mark.parametrize("masked", [False, True])
+def test_in_float32_each_length_takes_what_is_faster(length, masked):
+    tensors = qkv(length, torch.float32)
+    mask = torch.ones(length, length, dtype=torch.bool).tril().expand(2, 1, -1, -1)
+    found = cpu_attention(*tensors, 0.0, mask if masked else None)
+    by_blocks = masked or length == 256
+    assert type(found.grad_fn).__name__.startswith("BlockAttention") is by_blocks
+    torch.testing.assert_close(found, causal_attention(*tensors))
+
+
+def test_without_gradients_it_is_the_model_s_own():
+    tensors = qkv(256, torch.bfloat16, trains=False)
+    assert torch.equal(cpu_attention(*tensors), causal_attention(*tensors))
+    with torch.no_grad():
+        tensors = qkv(256, torch.float32)
+        assert torch.equal(cpu_attention(*tensors), causal_attention(*tensors))

@@ -23,7 +23,12 @@ from nanogpt_surgery import (
     swap_lora,
 )
 from nanogpt_surgery.data.conversations.instructions import Example
-from nanogpt_surgery.training.fast import chunked_logits, frozen_head
+from nanogpt_surgery.training.fast import (
+    block_attention,
+    chunked_logits,
+    cpu_kernels,
+    frozen_head,
+)
 from nanogpt_surgery.training.recipes import MUON
 
 SETTINGS = FitSettings(
@@ -126,16 +131,23 @@ def trained(model: nn.Module, data: object, **changes: object) -> tuple[list[flo
     return losses, [step.gradient_norm for step in steps]
 
 
-@pytest.fixture(params=[2**23, 300], ids=["", "logits in parts"])
-def most_logits(request, monkeypatch) -> None:
-    """So few logits at once that they are made, and the vocabulary is cut, in parts."""
-    monkeypatch.setattr(chunked_logits, "MOST_LOGITS", request.param)
-    if request.param < 1000:
+@pytest.fixture(params=[False, True], ids=["", "in parts"])
+def in_parts(request, monkeypatch) -> None:
+    """Logits, the vocabulary and attention in parts that are small enough to be several.
+
+    Attention is computed so in float32 too, and in bfloat16 as if the processor had arithmetic.
+    """
+    if request.param:
+        monkeypatch.setattr(chunked_logits, "MOST_LOGITS", 300)
         monkeypatch.setattr(frozen_head, "IN_CACHE", 50)
+        monkeypatch.setattr(block_attention, "QUERIES", 4)
+        monkeypatch.setattr(block_attention, "IN_CACHE", 100)
+        monkeypatch.setattr(cpu_kernels, "float32_blocks_pay", lambda k: True)
+        monkeypatch.setattr(cpu_kernels, "cpu_has_bfloat16", lambda: True)
 
 
 @pytest.mark.filterwarnings("default:::torch")  # of PyTorch's compiler
-@pytest.mark.usefixtures("most_logits")
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize(("name", "adapter", "changes", "data"), CASES)
 def test_fast_is_plain(name, adapter, changes, data):
     fast = prepared(name, adapter)
@@ -163,7 +175,7 @@ def gradients(model: SimpleGPT, data: object, **changes: object) -> dict[str, to
     return found
 
 
-@pytest.mark.usefixtures("most_logits")
+@pytest.mark.usefixtures("in_parts")
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 @pytest.mark.parametrize("data", [windows, answers])
 @pytest.mark.parametrize("adapter", ADAPTERS)
