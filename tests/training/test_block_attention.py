@@ -121,7 +121,7 @@ def test_in_bfloat16_it_is_as_exact_as_the_formula_in_bfloat16(monkeypatch):
     plain = at_once(*rounded, causal(200, 200), torch.ones((), dtype=torch.bfloat16))
     ours, theirs = (y, *gradients(y, rounded)), (plain, *gradients(plain, rounded))
     for a, b, c in zip(ours, theirs, wanted, strict=True):
-        assert (a.double() - c).norm() < 1.1 * (b.double() - c).norm()
+        assert (a.double() - c).norm() < (b.double() - c).norm()
 
 
 def test_queries_and_keys_in_float32_are_rounded_once():
