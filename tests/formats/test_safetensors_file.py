@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.formats.huggingface.safetensors_file import INDEX, read_header, stored_tensors
+from nanogpt_surgery.formats.huggingface.safetensors_file import (
+    DTYPES,
+    INDEX,
+    read_header,
+    stored_tensors,
+    write_tensors,
+)
 
 GOOD = {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
 
@@ -144,3 +150,20 @@ def test_pickled_weights_are_refused_with_the_reason(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(SurgeryError, match=r"pytorch_model.bin: pickle"):
         stored_tensors(tmp_path)
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_file_is_written_to_the_byte_as_the_library_writes_it(one_by_one, tmp_path):
+    tensors = {f"{i} é": torch.arange(6 + i).to(dtype) for i, dtype in enumerate(DTYPES.values())}
+    tensors |= {
+        "none": torch.zeros(2, 0),
+        "one": torch.tensor(1.5),
+        "turned": torch.randn(3, 4).t(),
+    }
+    shapes = (
+        {name: tensor.to("meta") for name, tensor in tensors.items()} if one_by_one else tensors
+    )
+    make = (lambda names: (tensors[name] for name in names)) if one_by_one else None
+    write_tensors(shapes, tmp_path / "a", make)
+    plain = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    assert (tmp_path / "a").read_bytes() == save(plain, metadata={"format": "pt"})

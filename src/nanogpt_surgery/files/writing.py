@@ -6,9 +6,7 @@ import ctypes
 import errno
 import glob
 import os
-import re
 import shutil
-import stat
 import sys
 import uuid
 from collections.abc import Iterator
@@ -19,12 +17,11 @@ from typing import TYPE_CHECKING, Any
 from nanogpt_surgery.files.disk_errors import (
     NotFlushedError,
     SetAsideError,
-    UnwrittenError,
     tried_again,
 )
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
 _TEMPORARY = ".tmp-"
 _ASIDE = ".old-"
@@ -163,33 +160,6 @@ def flush_place(goal: Path) -> None:
             "before",
             "look after the disk, and whether the new state is still there",
         ) from error
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Writes a safetensors file; what the disk refuses is an `OSError`.
-
-    The library makes files that nobody but their owner can read: the mode is that of any new file.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    path.touch()
-    mode = stat.S_IMODE(path.stat().st_mode)
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UnwrittenError(_as_os_error(error), path, _bytes_of(tensors)) from error
-    path.chmod(mode)
-
-
-def _as_os_error(error: Exception) -> OSError:
-    """The system's error that a library in Rust has put into words."""
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    return OSError(int(found[1]), os.strerror(int(found[1]))) if found else OSError(str(error))
-
-
-def _bytes_of(tensors: dict[str, Tensor]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def link_or_copy(source: Path, goal: Path) -> None:

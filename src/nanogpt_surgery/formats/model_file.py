@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import shutil
 import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
 from nanogpt_surgery.files.atomic import check_undamaged, write_folder
 from nanogpt_surgery.files.json_files import read_json, write_json
-from nanogpt_surgery.files.writing import write_tensors
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.old_keys import with_current_fields, with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import checkpoints, chosen_checkpoint, is_run
@@ -30,12 +34,13 @@ from nanogpt_surgery.formats.huggingface.config import (
 from nanogpt_surgery.formats.huggingface.hub import hub_folder, is_hub_name
 from nanogpt_surgery.formats.huggingface.name_map import (
     NAME_MAPS,
+    Row,
     each_layer,
     identity,
     normal_names,
     to_theirs,
 )
-from nanogpt_surgery.formats.huggingface.safetensors_file import stored_tensors
+from nanogpt_surgery.formats.huggingface.safetensors_file import stored_tensors, write_tensors
 from nanogpt_surgery.formats.huggingface.tokenizer_files import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATES,
@@ -95,32 +100,56 @@ def write_model_files(
     folder: Path,
     tokenizer: Tokenizer | None = None,
     source: str | Path | None = None,
+    dtypes: Mapping[str, torch.dtype] | None = None,
+    make: Callable[[str], Tensor] | None = None,
 ) -> None:
-    """Writes the files of a model folder into a folder that is being made; see `save_model`."""
+    """Writes the files of a model folder into a folder that is being made; see `save_model`.
+
+    No two tensors need be in memory, but for those that a format fuses.
+
+    Args:
+        model: what is written.
+        folder: as in `save_model`.
+        tokenizer: as there.
+        source: as there.
+        dtypes: of the tensors, where `make` gives them.
+        make: gives a tensor by its name in the model; by default the model's.
+    """
     if has_lora(model):
         raise SurgeryError(
             "the model carries a LoRA, which a model folder has no place for",
             "save_adapter(model, folder), or merge_lora(model) or remove_lora(model) first",
         )
     tied = model.lm_head.weight is model.embed_tokens.weight
-    tensors = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    if tied:
-        del tensors["lm_head.weight"]
-    dtype = usual_dtype((tensor.dtype, tensor.numel()) for tensor in tensors.values())
+    shapes = {
+        name: torch.empty_like(t, dtype=dtypes[name] if dtypes else t.dtype, device="meta")
+        for name, t in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    dtype = usual_dtype((shape.dtype, shape.numel()) for shape in shapes.values())
     contents = config_to_json(model.config, tied, str(dtype).removeprefix("torch."))
-    if contents["model_type"] != OWN:
-        tensors = to_theirs(
-            tensors, each_layer(NAME_MAPS[contents["model_type"]], model.config.n_layer)
-        )
+    table = NAME_MAPS.get(contents["model_type"]) or identity(shapes)
+    rows = list(each_layer(table, model.config.n_layer))
     contents |= special_ids(tokenizer)
     if source is not None and not is_gguf(Path(source)):
         carried = model_folder(source)
         contents = _carried_config(carried, contents, model.config, tied)
         _carry_files(carried, folder)
     write_json(folder / CONFIG, contents)
-    write_tensors(tensors, folder / TENSORS)
+    made = partial(_theirs, make=make or model.state_dict().__getitem__, rows=rows)
+    write_tensors(to_theirs(shapes, rows), folder / TENSORS, made)
     if tokenizer is not None and not any((folder / name).is_file() for name in _VOCABULARIES):
         write_tokenizer_files(tokenizer, folder, model.config.block_size)
+
+
+def _theirs(
+    names: Iterable[str], make: Callable[[str], Tensor], rows: list[Row]
+) -> Iterator[Tensor]:
+    """The tensors of a family's names, one after the other, from ours by ours."""
+    places = {f"{row.theirs}.{kind}": (row, kind) for row in rows for kind in ("weight", "bias")}
+    for name in names:
+        row, kind = places[name]
+        yield to_theirs({f"{n}.{kind}": make(f"{n}.{kind}") for n in row.ours}, [row])[name]
 
 
 _VOCABULARIES = (TOKENIZER, "vocab.json", "tokenizer.model")

@@ -33,7 +33,6 @@ from nanogpt_surgery.files.writing import (
     link_or_copy,
     remove_temporaries,
     temporary_beside,
-    write_tensors,
 )
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import (
@@ -53,6 +52,7 @@ from nanogpt_surgery.formats.folders.run_folder import (
     summary_of_checkpoint,
     validation_loss_of,
 )
+from nanogpt_surgery.formats.huggingface.safetensors_file import write_tensors
 from nanogpt_surgery.history.folder_history import (
     RUN,
     FolderOperation,

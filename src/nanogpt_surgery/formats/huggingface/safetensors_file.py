@@ -4,19 +4,23 @@
 
 The header says of each tensor its dtype, shape and place: claims of whoever wrote the file. Within
 our limits the safetensors library checks them; the tensors are mapped or read as
-`stored_tensor.py` does it for every format, since the library has no way to read without a map.
+`stored_tensor.py` does it for every format, since the library has no way to read without a map, nor
+one to write without all tensors in memory.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError, quoted
+from nanogpt_surgery.files.disk_errors import UnwrittenError
 from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.stored_tensor import MappedFile, StoredTensor
 
@@ -38,6 +42,9 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# The library writes tensors in this order, so that each lies at a multiple of its numbers' size.
+_ORDER = ("I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL")
+_RANKS = {DTYPES[name]: rank for rank, name in enumerate(_ORDER)}
 
 
 def stored_tensors(folder: Path, file_name: str = "model.safetensors") -> dict[str, StoredTensor]:
@@ -153,3 +160,35 @@ def _tensor(name: str, entry: dict[str, Any], start: int, file: MappedFile) -> S
 
 def _wrong(path: Path, what: str) -> SurgeryError:
     return SurgeryError(f"{path} is not a safetensors file that can be trusted: {what}")
+
+
+def write_tensors(
+    tensors: Mapping[str, Tensor],
+    path: Path,
+    make: Callable[[Iterable[str]], Iterable[Tensor]] | None = None,
+) -> None:
+    """Writes a file, to the byte as the library does; what the disk refuses is an `OSError`.
+
+    Args:
+        tensors: by name; if `make` is given only their shapes and dtypes count.
+        path: made, or replaced.
+        make: gives the tensors of some names, one after the other, so that not all need be in
+            memory.
+    """
+    names = sorted(tensors, key=lambda name: (_RANKS[tensors[name].dtype], name))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        entry = {"dtype": _ORDER[_RANKS[tensors[name].dtype]], "shape": list(tensors[name].shape)}
+        header[name] = entry | {"data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in make(names) if make else (tensors[name] for name in names):
+                flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                file.write(flat.numpy())
+    except OSError as error:
+        raise UnwrittenError(error, path, 8 + len(text) + end) from error

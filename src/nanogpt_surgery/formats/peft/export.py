@@ -20,11 +20,11 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_file, write_folder
 from nanogpt_surgery.files.json_files import write_json
-from nanogpt_surgery.files.writing import write_tensors
 from nanogpt_surgery.formats.gguf.file import read_gguf
 from nanogpt_surgery.formats.gguf.model import table
 from nanogpt_surgery.formats.huggingface.config import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import each_layer
+from nanogpt_surgery.formats.huggingface.safetensors_file import write_tensors
 from nanogpt_surgery.formats.peft.layout import Factors, block_diagonal
 from nanogpt_surgery.formats.placing import interleave
 from nanogpt_surgery.lora.inject import bare_layer
