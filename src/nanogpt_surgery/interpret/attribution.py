@@ -83,27 +83,26 @@ def attribution(
     if token is not None and not 0 <= token < vocab_size:
         raise SurgeryError(f"token is {token}; the vocabulary is 0 to {vocab_size - 1}")
     points = ["layers.0.residual_before", "layers.*.heads", "layers.*.mlp"]
-    with eval_mode(model), torch.inference_mode():
+    with eval_mode(model), torch.no_grad():
         with record(model, points) as found:
             hidden = model.hidden(ids)[:, position]  # (B, C)
         logits = model.lm_head(hidden).float()  # (B, V)
         chosen = logits.argmax(-1) if token is None else torch.full_like(logits[:, 0].long(), token)
-        layers: list[Any] = list(model.layers)
-        count = len(layers)
+        attentions: list[Any] = [layer.self_attn for layer in model.layers]
         at = {name: value[:, position] for name, value in found.items()}
-        heads = torch.stack([at[f"layers.{i}.heads"] for i in range(count)], 1)  # (B, L, H, C)
-        mlps = torch.stack([at[f"layers.{i}.mlp"] for i in range(count)], 1)  # (B, L, C)
-        biases = torch.stack([_bias_of(layer.self_attn.o_proj) for layer in layers])  # (L, C)
-        biases = biases.expand_as(mlps)
+        numbers = range(len(attentions))
+        heads = torch.stack([at[f"layers.{i}.heads"] for i in numbers], 1)  # (B, L, H, C)
+        mlp = torch.stack([at[f"layers.{i}.mlp"] for i in numbers], 1)  # (B, L, C)
+        biases = torch.stack([_bias_of(a.o_proj) for a in attentions]).expand_as(mlp)
         embedding = at["layers.0.residual_before"]  # (B, C)
-        residual = embedding + heads.sum((1, 2)) + biases.sum(1) + mlps.sum(1)
+        residual = embedding + heads.sum((1, 2)) + biases.sum(1) + mlp.sum(1)
         shares = _Shares(model, residual, chosen)
         return Attribution(
             token=chosen,
             logit=logits.gather(1, chosen[:, None])[:, 0],
             heads=shares.of(heads),
             attention_bias=shares.of(biases),
-            feed_forward=shares.of(mlps),
+            feed_forward=shares.of(mlp),
             embedding=shares.of(embedding),
             final_bias=shares.of_biases(),
         )
@@ -118,12 +117,15 @@ class _Shares:
     """The final norm, its scale held, and the head's row of one token a row: both linear."""
 
     def __init__(self, model: SimpleGPT, residual: Tensor, chosen: Tensor):
-        self.model, self.chosen = model, chosen
         self.norm: Any = model.norm
         self.centres = model.config.norm == "layernorm"
         square = self._centred(residual.float()).square().mean(-1, keepdim=True)
         self.scale = torch.rsqrt(square + model.config.norm_eps)  # (B, 1)
-        self.head_bias = _bias_of(model.lm_head)  # (V,)
+        with torch.enable_grad():  # the row is a gradient, so that adapters of the head take part
+            x = torch.zeros_like(residual, requires_grad=True)
+            bias = model.lm_head(x).gather(1, chosen[:, None])  # (B, 1): the head's, if it has one
+            (row,) = torch.autograd.grad(bias.sum(), x)
+        self.row, self.head_bias = row.float(), bias.detach()[:, 0].float()  # (B, C), (B,)
 
     def _centred(self, x: Tensor) -> Tensor:
         return x - x.mean(-1, keepdim=True) if self.centres else x
@@ -131,19 +133,10 @@ class _Shares:
     def of(self, parts: Tensor) -> Tensor:
         """Returns the shares (B, …) of parts (B, …, C) of the residual stream."""
         rows = parts.flatten(1, -2) if parts.dim() > 2 else parts[:, None]  # (B, N, C)
-        scaled = self._centred(rows.float()) * self.scale[:, None] * self.norm.weight
-        return self._logits(scaled).view(parts.shape[:-1])
+        scaled = self._centred(rows.float()) * self.scale[:, None] * self.norm.weight.float()
+        return (scaled @ self.row[..., None]).view(parts.shape[:-1])
 
     def of_biases(self) -> Tensor:
         """Returns the share of the biases of norm and head, (B,)."""
-        of_head = self.head_bias[self.chosen].float()
         bias = getattr(self.norm, "bias", None)
-        if bias is None:
-            return of_head
-        return self._logits(bias.expand(len(self.chosen), 1, -1))[:, 0] + of_head
-
-    def _logits(self, x: Tensor) -> Tensor:
-        """Returns the head's output without its bias for the chosen tokens: (B, N, C) → (B, N)."""
-        logits = self.model.lm_head(x.to(self.head_bias.dtype)) - self.head_bias  # (B, N, V)
-        chosen = self.chosen[:, None, None].expand(-1, x.size(1), 1)
-        return logits.gather(2, chosen)[..., 0].float()
+        return self.head_bias if bias is None else self.row @ bias.float() + self.head_bias
