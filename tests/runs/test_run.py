@@ -8,6 +8,7 @@ import torch
 from helpers.training import DATASET, SETTINGS, TOKENIZER, VALIDATION, hashes, model_of
 
 from nanogpt_surgery import LoRASettings, Run, SurgeryError, Training, inject_lora, open_model
+from nanogpt_surgery.files import atomic
 from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.run_folder import checkpoints
 from nanogpt_surgery.history.folder_history import read_journal
@@ -42,6 +43,16 @@ def test_a_run_is_trained_recorded_saved_and_signed_off(tmp_path: Path) -> None:
     model, tokenizer = open_model(tmp_path / "run")
     assert tokenizer is not None
     assert model.n_parameters == model_of().n_parameters
+
+
+def test_each_file_of_a_run_is_hashed_once_when_it_is_opened(tmp_path: Path, monkeypatch) -> None:
+    with Run.begin(tmp_path / "run", training_of()) as run:
+        list(run.train())
+    hashed: list[Path] = []
+    monkeypatch.setattr(atomic, "file_hash", lambda path: hashed.append(path) or file_hash(path))
+    open_model(tmp_path / "run")
+    assert len(hashed) == len(set(hashed))
+    assert "model.safetensors" in [path.name for path in hashed]
 
 
 def test_a_stopped_run_goes_on_to_the_bits_of_an_unbroken_one(tmp_path: Path) -> None:

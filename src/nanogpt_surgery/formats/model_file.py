@@ -216,7 +216,8 @@ def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokeni
     if is_gguf(Path(path)):
         return open_gguf(path, dtype)
     folder = model_folder(path)
-    check_undamaged(folder)
+    if folder == Path(path) or not is_run(path):  # a checkpoint was read when it was chosen
+        check_undamaged(folder)
     contents = read_json(folder / CONFIG)
     if isinstance(contents, dict) and contents.get("auto_map"):
         warnings.warn(
