@@ -114,10 +114,15 @@ def carry_out(
             show(_planned(training, options), options.json)
             say("the same command without --plan trains it")
             return
-        way: dict[str, Any] = {"typed": typed_command(), "say": say}
-        if options.resume:
-            way |= {"strict": options.strict, "allow_changes": options.allow_changes}
-        begun = (Run.resume if options.resume else Run.begin)(options.out, training, **way)
+        begun = Run.begin(
+            options.out,
+            training,
+            resume=options.resume,
+            strict=options.strict,
+            allow_changes=options.allow_changes,
+            typed=typed_command(),
+            say=say,
+        )
         with begun as run, signals(run.stop):
             data = run.loop.eval_data = Announced(run.loop.eval_data or training.validation)
             first, most = run.folder.first_step, training.settings.max_steps

@@ -324,29 +324,20 @@ def open_run_folder(
     make_folder(folder)
     with file_lock(folder / LOCK):
         with writing(folder):
-            run = _begun(folder, description, strict, allow_changes)
+            remove_temporaries(folder)
+            remove_temporaries(folder / "checkpoints")
+            changes: list[str] = []
+            if is_run(folder) and not _ended_early(folder):
+                changes = _changes(folder, description, allow_changes)
+            else:
+                for name in _LEFT_EARLY:
+                    (folder / name).unlink(missing_ok=True)
+                write_json(folder / RUN, description)
+            run = RunFolder(folder, latest_checkpoint(folder, strict), best_checkpoint(folder))
+            run.changes = (description, changes) if changes else None
+            trim_metrics(folder / METRICS, run.first_step)
+            run.show()
         yield run
-
-
-def _begun(
-    folder: Path, description: dict[str, Any], strict: bool, allow_changes: bool
-) -> RunFolder:
-    """A run in a folder that is locked, as its checkpoints say it stands."""
-    remove_temporaries(folder)
-    remove_temporaries(folder / "checkpoints")
-    changes: list[str] = []
-    if is_run(folder) and not _ended_early(folder):
-        changes = _changes(folder, description, allow_changes)
-    else:
-        for name in _LEFT_EARLY:
-            (folder / name).unlink(missing_ok=True)
-        write_json(folder / RUN, description)
-    run = RunFolder(folder, latest_checkpoint(folder, strict), best_checkpoint(folder))
-    if changes:
-        run.changes = description, changes
-    trim_metrics(folder / METRICS, run.first_step)
-    run.show()
-    return run
 
 
 def _ended_early(folder: Path) -> bool:

@@ -83,53 +83,34 @@ class Run:
             self._samples = Samples(training, folder.folder, folder.first_step, say)
 
     @classmethod
-    def begin(
-        cls, folder: str | Path, training: Training, **options: Any
-    ) -> AbstractContextManager[Run]:
-        """Begins a run in a new folder, which is locked until the block ends.
-
-        Args:
-            folder: made; it holds metrics, checkpoints, and the best model or adapter at its top.
-            training: what is trained, and on what.
-            **options: `typed`, the command to record; `say`, called with a line on what goes on.
-
-        Raises:
-            SurgeryError: the folder holds a run already, or something else, or the disk refuses.
-        """
-        return cls._open(Path(folder), training, resume=False, **options)
-
-    @classmethod
-    def resume(
-        cls, folder: str | Path, training: Training, **options: Any
-    ) -> AbstractContextManager[Run]:
-        """Goes on from a run's newest whole checkpoint; its steps have the bits of an unbroken run.
-
-        Args:
-            folder: of the run; one that has no checkpoint yet is begun.
-            training: the same that it was begun with, or it is refused.
-            **options: as `begin`; `strict`: go on from the newest checkpoint or not at all;
-                `allow_changes`: go on although the training is another one, with a warning.
-
-        Raises:
-            RunDiffersError: the training is another one (all differences).
-            SurgeryError: another process is writing it, it is damaged, or the disk refuses.
-        """
-        return cls._open(Path(folder), training, resume=True, **options)
-
-    @classmethod
     @contextmanager
-    def _open(
+    def begin(
         cls,
-        folder: Path,
+        folder: str | Path,
         training: Training,
         *,
-        resume: bool,
+        resume: bool = False,
         strict: bool = False,
         allow_changes: bool = False,
         typed: Any = None,
         say: Say = lambda _: None,
     ) -> Iterator[Run]:
-        model, data, settings = training.model, training.dataset, training.settings
+        """Begins a run in a new folder, which is locked until the block ends.
+
+        Args:
+            folder: made; it holds metrics, checkpoints, and the best model or adapter at its top.
+            training: what is trained, and on what.
+            resume: go on with the run that is there (`Run.resume`).
+            strict: on resuming, go on from the newest checkpoint or not at all.
+            allow_changes: on resuming, go on although the training is another one, with a warning.
+            typed: the command to record.
+            say: called with a line on what goes on.
+
+        Raises:
+            SurgeryError: the folder holds a run already, or something else, or the disk refuses.
+        """
+        folder, model, data = Path(folder), training.model, training.dataset
+        settings = training.settings
         check_fit(model, data, settings)  # before a folder is made
         loop = TrainingLoop(model, data, settings, training.validation, None, training.cache_dir)
         environment = environment_of(loop.hardware, loop.world.size)
@@ -149,6 +130,23 @@ class Run:
             there = own[0] if own else RunFolder(folder, checkpoint_at(folder, step))
             there.environment = environment
             yield cls(there, training, loop, say)
+
+    @classmethod
+    def resume(
+        cls, folder: str | Path, training: Training, **options: Any
+    ) -> AbstractContextManager[Run]:
+        """Goes on from a run's newest whole checkpoint; its steps have the bits of an unbroken run.
+
+        Args:
+            folder: of the run; one that has no checkpoint yet is begun.
+            training: the same that it was begun with, or it is refused.
+            **options: as `begin`.
+
+        Raises:
+            RunDiffersError: the training is another one (all differences).
+            SurgeryError: another process is writing it, it is damaged, or the disk refuses.
+        """
+        return cls.begin(folder, training, resume=True, **options)
 
     def train(self) -> Iterator[Step]:
         """The steps that are left, after an evaluation before the first one.
