@@ -16,6 +16,7 @@ from nanogpt_surgery import (
     load_adapter,
     open_model,
 )
+from nanogpt_surgery.generation.engine import chosen_engine
 
 FEW = ["--max-new-tokens", 8, "--template", "plain"]
 
@@ -79,6 +80,7 @@ def test_both_answers_are_drawn_by_one_seed(folder: Path) -> None:
 def test_as_json(folder: Path) -> None:
     more = ["--adapter", folder / "a", "--compare", "--json", "--seed", 6]
     found = json.loads(called("ask", folder / "m", "x?", *FEW, *more)[0])
+    assert found.pop("engine") == str(chosen_engine(open_model(folder / "m")[0], "auto"))
     assert found == {
         "question": "x?",
         "base_answer": answer(folder, "x?", 6),

@@ -14,6 +14,7 @@ from helpers.tokenizers import byte_level
 from nanogpt_surgery import CharacterTokenizer, SimpleGPT, generate, open_model, save_model
 from nanogpt_surgery.cli.framework.app import run
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.generation.engine import chosen_engine
 
 FEW = ["--max-new-tokens", 6, "--seed", 3]
 
@@ -49,6 +50,14 @@ def test_a_file_of_prompts_is_continued_as_each_alone(folder: Path, name: str) -
     ]
     assert {r["ended"] for r in found} == {"length"}
     assert len({r["text"] for r in found}) == 6
+
+
+def test_what_computed_a_text_is_told(folder: Path) -> None:
+    model, _ = open_model(folder / "m")
+    for flags, engine in (((), "auto"), (("--plain",), "plain")):
+        found = records(folder, "--prompt", "x", *FEW, "--samples", 2, *flags)
+        assert [r["engine"] for r in found] == [str(chosen_engine(model, engine))] * 2
+    assert found[0]["engine"].startswith("plain")
 
 
 def test_seeds_of_further_prompts_begin_again_after_the_largest(folder: Path) -> None:

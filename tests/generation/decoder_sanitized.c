@@ -33,7 +33,7 @@ static Matrix matrix(int rows, int columns, int max_rank) {
     Update *updates = malloc(m.n_updates * sizeof *updates);
     for (int i = 0; i < m.n_updates; i++) {
         int rank = between(1, max_rank);
-        updates[i] = (Update){rank, 0.5f, any((size_t)rank * columns), any((size_t)rows * rank)};
+        updates[i] = (Update){rank, between(ALL, 2), 0.5f, any((size_t)rank * columns), any((size_t)rows * rank)};
     }
     m.updates = updates;
     return m;
@@ -71,22 +71,31 @@ static void free_layer(Layer l) {
     free(l.keys), free(l.values);
 }
 
-/* All steps that a cache has room for; returns whether every logit is a finite number. */
+/* Fills a cache, each row at its own pace: a step has up to three new tokens of a row, or none.
+   Returns whether every logit is a finite number. */
 static int steps(const Model *m, int rows, int threads) {
-    int finite = 1;
-    Pool *pool = pool_make(m, rows, threads);
-    if (!pool) return 0;
-    size_t count = (size_t)rows * m->vocab;
-    int64_t *ids = malloc(rows * (1 + m->n_prev) * sizeof *ids);
-    float *logits = malloc(count * sizeof *logits);
-    for (int t = 0; t < m->max_length; t++) {
-        for (int i = 0; i < rows * (1 + m->n_prev); i++) ids[i] = between(0, m->vocab - 1);
-        pool_step(pool, ids, t, logits);
-        for (size_t i = 0; i < count; i++) finite = finite && isfinite(logits[i]);
+    int finite = 1, most = 3 * rows, *lengths = calloc(rows, sizeof *lengths);
+    Pool *pool = pool_make(m, most, threads);
+    for (int left = rows * m->max_length; left && pool;) {
+        int count = 0, numbers = 1 + m->n_prev;
+        Token *all = malloc(most * sizeof *all);
+        for (int row = 0; row < rows; row++)
+            for (int i = between(0, 3); i && lengths[row] < m->max_length; i--)
+                all[count++] = (Token){row, lengths[row]++, between(0, 2)};
+        int wanted = count ? between(0, count) : 0;
+        Token *tokens = malloc(count * sizeof *tokens);
+        if (count) memcpy(tokens, all, count * sizeof *tokens);
+        int64_t *ids = malloc(count * numbers * sizeof *ids);
+        float *logits = malloc((size_t)wanted * m->vocab * sizeof *logits);
+        for (int i = 0; i < count * numbers; i++) ids[i] = between(0, m->vocab - 1);
+        pool_step(pool, tokens, ids, count, wanted, logits);
+        for (int i = 0; i < wanted * m->vocab; i++) finite = finite && isfinite(logits[i]);
+        free(all), free(tokens), free(ids), free(logits);
+        left -= count;
     }
-    free(ids), free(logits);
-    pool_free(pool);
-    return finite;
+    free(lengths);
+    if (pool) pool_free(pool);
+    return pool && finite;
 }
 
 static int any_shape(void) {

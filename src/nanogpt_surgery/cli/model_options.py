@@ -14,7 +14,12 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.options import given, options_of
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.settings import SamplingSettings, check_seed, check_stop
+from nanogpt_surgery.generation.settings import (
+    Engine,
+    SamplingSettings,
+    check_seed,
+    check_stop,
+)
 from nanogpt_surgery.lora.settings import Tied
 
 if TYPE_CHECKING:
@@ -177,6 +182,16 @@ class SamplingOptions:
         sampling = SamplingSettings(**given(self.chosen), logit_bias=_biases(self.logit_bias))
         engine = "plain" if self.plain else "auto"
         return {"sampling": sampling, "stop": self.stop, "seed": self.seed, "engine": engine}
+
+
+def say_engine(model: SimpleGPT, engine: Engine) -> str:
+    """Returns what computes the tokens, in words; a note where the decoder cannot be used."""
+    from nanogpt_surgery.generation.engine import chosen_engine
+
+    choice = chosen_engine(model, engine)
+    if engine == "auto" and choice.name == "plain":
+        say(f"note: the compiled decoder is not used: {choice.reason}")
+    return str(choice)
 
 
 DEFAULT_OPENING, DEFAULT_SAMPLING = OpeningOptions(), SamplingOptions()

@@ -1,15 +1,19 @@
 """Several prompts at once, of any lengths, each continued as it would be alone.
 
-Rows are padded on the left so that they end together; a layout keeps the padding unseen and gives
-every token its position in its own text. A row that would outgrow the model's block_size is
-continued by itself, where its window can slide.
+The compiled decoder computes the next tokens of all rows in one step, each to the bit as alone;
+`engine="plain"` computes row after row by the code of `generate`, to the bit as well. Where the
+decoder cannot be used, all rows share each pass of PyTorch's, which is right up to rounding: the
+sums of its products depend on how many rows there are. They are padded on the left then, so that
+they end together; a layout keeps the padding unseen and gives every token its position in its own
+text, and a row that would outgrow the model's block_size is continued by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -17,13 +21,14 @@ from torch import Tensor
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.checks import check_request
+from nanogpt_surgery.generation.engine import chosen_engine
 from nanogpt_surgery.generation.generate import (
     choose,
     last_logits,
     new_cache,
     next_logits,
 )
-from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings
+from nanogpt_surgery.generation.settings import MOST_SEED, Engine, SamplingSettings
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.layout import Layout
 from nanogpt_surgery.model.loss import eval_mode
@@ -54,6 +59,7 @@ def generate_batch(
     seed: int | None = None,
     likeliest: int = 0,
     until: Callable[[Token], bool] | None = None,
+    engine: Engine = "auto",
 ) -> Iterator[Token]:
     """Continue several prompts, a token for each item taken from the iterator.
 
@@ -69,10 +75,11 @@ def generate_batch(
         seed: of the draws; None draws differently each time.
         likeliest: how many log-probabilities to give beside the chosen one's.
         until: called with each token as it is made; true ends the row after it.
+        engine: what computes the tokens, as in `generate`; see above.
 
     Raises:
-        SurgeryError: no prompts, an empty one, an id outside the vocabulary, or a setting outside
-            its range.
+        SurgeryError: no prompts, an empty one, an id outside the vocabulary, a setting outside its
+            range, or a model that the native engine does not compute.
     """
     if not prompts:
         raise SurgeryError("there are no prompts")
@@ -83,27 +90,38 @@ def generate_batch(
     lines = [
         _Line(i, row, settings, stop_ids, seed, likeliest, until) for i, row in enumerate(rows)
     ]
-    return _tokens(model, lines, max_new_tokens)
+    return _tokens(lines, max_new_tokens, _rows(model, rows, max_new_tokens, engine))
 
 
-def _tokens(model: SimpleGPT, lines: list[_Line], max_new_tokens: int) -> Iterator[Token]:
-    room = model.config.block_size - max_new_tokens
-    together = [line for line in lines if len(line.prompt) <= room]
-    shared = _Together(model, together, max_new_tokens) if together else None
-    alone = [
-        (line, new_cache(model, 1, model.config.block_size))
-        for line in lines
-        if len(line.prompt) > room
-    ]
+def _tokens(lines: list[_Line], max_new_tokens: int, rows: _Rows) -> Iterator[Token]:
     for _ in range(max_new_tokens):
-        if shared is not None:
-            yield from shared.step()
-        for line, cache in alone:
-            if line.running:
-                logits = next_logits(model, [*line.prompt, *line.answer], cache)
-                yield from line.take(logits.cpu())
-        if not any(line.running for line in lines):
+        running = {line.row: line for line in lines if line.running}
+        if not running:
             return
+        texts = {row: [*line.prompt, *line.answer] for row, line in running.items()}
+        for line, logits in zip(running.values(), rows.logits(texts), strict=True):
+            yield from line.take(logits.cpu())
+
+
+class _Rows(Protocol):
+    """The logits of several texts as they grow."""
+
+    def logits(self, texts: Mapping[int, list[int]]) -> Sequence[Tensor]:
+        """Returns the logits (V,) after each of some rows' ids, by row."""
+
+
+def _rows(model: SimpleGPT, prompts: list[list[int]], max_new_tokens: int, engine: Engine) -> _Rows:
+    """Returns what computes the rows of a batch."""
+    length = max(map(len, prompts)) + max_new_tokens
+    if chosen_engine(model, engine, len(prompts)).name == "native":
+        from nanogpt_surgery.generation.native.rows import NativeRows
+
+        return NativeRows(model, len(prompts), length)
+    # Rows with adapters of their own (`lora_rows`) cannot be taken apart.
+    bound = any(hasattr(getattr(m, "active", None), "by_row") for m in model.modules())
+    if engine == "plain" and not bound:
+        return _OneByOne(model, range(len(prompts)), length)
+    return _Padded(model, prompts, max_new_tokens)
 
 
 @dataclass
@@ -141,43 +159,55 @@ class _Line:
         return [token]
 
 
-class _Together:
-    """Rows that share a cache; each step is one pass over all of them."""
+class _OneByOne:
+    """Rows each by itself, as `generate` computes them."""
 
-    def __init__(self, model: SimpleGPT, lines: list[_Line], max_new_tokens: int):
-        longest = max(len(line.prompt) for line in lines)
-        self.model, self.lines = model, lines
-        self.cache = new_cache(model, len(lines), longest + max_new_tokens)
+    def __init__(self, model: SimpleGPT, rows: Iterable[int], length: int):
+        room = min(model.config.block_size, length)
+        self.model, self.caches = model, {row: new_cache(model, 1, room) for row in rows}
+
+    def logits(self, texts: Mapping[int, list[int]]) -> list[Tensor]:
+        """Returns the logits (V,) after each of some rows' ids, by row."""
+        return [next_logits(self.model, ids, self.caches[row]) for row, ids in texts.items()]
+
+
+class _Padded:
+    """Rows that share a cache, each pass over all of them; but those that outgrow the context."""
+
+    def __init__(self, model: SimpleGPT, prompts: list[list[int]], max_new_tokens: int):
+        room = model.config.block_size - max_new_tokens
+        self.together = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
+        longer = [row for row, prompt in enumerate(prompts) if len(prompt) > room]
+        self.model, self.alone = model, _OneByOne(model, longer, model.config.block_size)
+        self.longest = max((len(prompts[row]) for row in self.together), default=0)
+        self.cache = new_cache(model, len(self.together), self.longest + max_new_tokens)
         self.padding = torch.tensor(
-            [longest - len(line.prompt) for line in lines], device=self.cache.ids.device
+            [self.longest - len(prompts[row]) for row in self.together],
+            device=self.cache.ids.device,
         )
-        self.new = torch.zeros(len(lines), longest, dtype=torch.long)  # (B, T)
-        for row, line in zip(self.new, lines, strict=True):
-            row[longest - len(line.prompt) :] = torch.tensor(line.prompt)
 
-    def step(self) -> list[Token]:
-        """The next token of every row that goes on."""
-        if not any(line.running for line in self.lines):
-            return []
-        logits = self._logits().cpu()
-        self.new = torch.zeros(len(self.lines), 1, dtype=torch.long)
-        tokens = []
-        for i, line in enumerate(self.lines):
-            if line.running:
-                check_finite(logits[i], self.model, partial(self._anew, line))
-                tokens += line.take(logits[i])
-                self.new[i] = line.answer[-1] if line.running else 0
-        return tokens
+    def logits(self, texts: Mapping[int, list[int]]) -> list[Tensor]:
+        """Returns the logits (V,) after each of some rows' ids, by row."""
+        found = {}
+        if texts.keys() & set(self.together):
+            for row, logits in zip(self.together, self._pass(texts), strict=True):
+                if row in texts:
+                    ids = torch.tensor(texts[row], device=self.padding.device)
+                    check_finite(logits, self.model, partial(last_logits, self.model, ids))
+                    found[row] = logits
+        alone = {row: ids for row, ids in texts.items() if row not in found}
+        found |= zip(alone, self.alone.logits(alone), strict=True)
+        return [found[row] for row in texts]
 
-    def _anew(self, line: _Line) -> Tensor:
-        """The logits of one row by itself."""
-        ids = torch.tensor([*line.prompt, *line.answer], device=self.padding.device)
-        return last_logits(self.model, ids)
-
-    def _logits(self) -> Tensor:
-        """Logits (B, V) after the new columns."""
-        new = self.new.to(self.padding.device)
-        layout = Layout.after_padding(self.padding, self.cache.length, new.size(1))
+    def _pass(self, texts: Mapping[int, list[int]]) -> Tensor:
+        """Returns logits (B, V) after the new columns; those of a row that has ended are of 0."""
+        count = 1 if self.cache.length else self.longest
+        new = torch.zeros(len(self.together), count, dtype=torch.long)  # (B, T)
+        for place, row in zip(new, self.together, strict=True):
+            if ids := texts.get(row, [])[-count:]:
+                place[count - len(ids) :] = torch.tensor(ids)
+        new = new.to(self.padding.device)
+        layout = Layout.after_padding(self.padding, self.cache.length, count)
         with eval_mode(self.model), torch.inference_mode():
             hidden = self.model.hidden(new, self.cache, layout)  # (B, T, C)
             return self.model.lm_head(hidden[:, -1])  # (B, V)

@@ -26,7 +26,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
 )
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.generation.evaluation import scored
-from nanogpt_surgery.generation.settings import SamplingSettings
+from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.generation.text import continue_texts
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.values import SIZE, chosen, raise_all, wrong_values
@@ -48,15 +48,21 @@ class HarnessModel(LM):  # type: ignore[misc]
         tokenizer: the model's.
         batch_size: rows computed together.
         seed: of draws, where a task asks for them.
+        engine: what computes answers, as in `generate`.
     """
 
     def __init__(
-        self, model: SimpleGPT, tokenizer: Tokenizer | None, batch_size: int = 8, seed: int = 0
+        self,
+        model: SimpleGPT,
+        tokenizer: Tokenizer | None,
+        batch_size: int = 8,
+        seed: int = 0,
+        engine: Engine = "auto",
     ):
         super().__init__()
         raise_all(wrong_values(SIZE, {"batch_size": batch_size}))
         self.model, self.tokenizer = model, required_tokenizer(tokenizer, "the model")
-        self.batch_size, self.seed = batch_size, seed
+        self.batch_size, self.seed, self.engine = batch_size, seed, engine
         self.template = template_of(self.tokenizer)
         self._conversations: dict[int, set[str]] = {}  # those that the template wrote, by length
         begin = getattr(tokenizer, "bos_id", None)
@@ -159,6 +165,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             chosen(SamplingSettings, None, asked),
             stop=self._stop(context, stop),
             seed=self.seed,
+            engine=self.engine,
         )
         return found.text
 

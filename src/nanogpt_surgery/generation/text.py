@@ -12,6 +12,7 @@ from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.generation.batch import Token, generate_batch
 from nanogpt_surgery.generation.checks import check_rows_fit
+from nanogpt_surgery.generation.engine import EngineChoice, chosen_engine
 from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.generation.settings import (
     MOST_SEED,
@@ -113,6 +114,8 @@ class Continuation:
     """all that were drawn, those of a stop string among them"""
     ended: Literal["stop", "length"]
     """by a stop string or a token that ends a text, or because max_new_tokens were drawn"""
+    engine: EngineChoice
+    """what computed the tokens"""
 
 
 def continue_texts(
@@ -126,6 +129,7 @@ def continue_texts(
     seed: int | None = None,
     likeliest: int = 0,
     batch_size: int = 8,
+    engine: Engine = "auto",
 ) -> Iterator[Continuation]:
     """Continue prompts, `batch_size` at a time, each as it is continued alone; in their order.
 
@@ -138,6 +142,7 @@ def continue_texts(
     check_rows_fit(model, min(batch_size, len(prompts)), 1 + max_new_tokens)
     for first in range(0, len(prompts), batch_size):
         chunk = prompts[first : first + batch_size]
+        choice = chosen_engine(model, engine, len(chunk))
         rows = [TextUntil(tokenizer, stop, prompt) for prompt in chunk]
         pieces, tokens = [list[str]() for _ in chunk], [list[Token]() for _ in chunk]
         for token in generate_batch(
@@ -149,12 +154,13 @@ def continue_texts(
             seed=None if seed is None else (int(seed) + first) % (MOST_SEED + 1),
             likeliest=likeliest,
             until=partial(_add, rows, pieces),
+            engine=engine,
         ):
             tokens[token.row].append(token)
         for row, shown, drawn in zip(rows, pieces, tokens, strict=True):
             text = "".join(shown) + row.finish()
             cut = len(drawn) == max_new_tokens and not row.found
-            yield Continuation(text, tuple(drawn), "length" if cut else "stop")
+            yield Continuation(text, tuple(drawn), "length" if cut else "stop", choice)
 
 
 def _add(rows: Sequence[TextUntil], pieces: Sequence[list[str]], token: Token) -> bool:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of
+from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
 from nanogpt_surgery.lora.variants import DoRAUpdate, dora_change
@@ -164,17 +165,50 @@ def _checked(model: nn.Module, active: PerRowAdapters) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def one_of_rows(model: nn.Module, row: int) -> Iterator[None]:
+    """Within the block, the model computes this row alone, with its adapter, in any shape.
+
+    Without `lora_rows` around it, the block changes nothing.
+    """
+    active = next((a for a in map(_active, model.modules()) if a is not None), None)
+    if active is None:
+        yield
+        return
+    name = active.by_row[row]
+    hooks = (*model._forward_pre_hooks.values(), *model._forward_hooks.values())
+    [check] = {h.__self__ for h in hooks if is_row_check(h)}  # type: ignore[attr-defined]
+    check.paused = True
+    set_active(model, WeightedAdapters({} if name is None else {name: 1.0}))
+    try:
+        yield
+    finally:
+        check.paused = False
+        set_active(model, active)
+
+
+def _active(module: nn.Module) -> PerRowAdapters | None:
+    active = getattr(module, "active", None)
+    return active if isinstance(active, PerRowAdapters) else None
+
+
+def is_row_check(hook: Any) -> bool:
+    """Returns whether a hook is one of those that `lora_rows` sets: it computes nothing."""
+    return isinstance(getattr(getattr(hook, "func", hook), "__self__", None), _RowCheck)
+
+
 class _RowCheck:
     """The batch that the model is in the midst of, None where only parts of it are called."""
 
     def __init__(self, rows: int):
         self.rows = rows
         self.batch: Tensor | None = None
+        self.paused = False
 
     def begin(self, model: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
         """Takes the first tensor for the batch."""
         self.batch = _first_tensor(inputs, named)
-        if self.batch is not None and self.batch.shape[:1] != (self.rows,):
+        if not (self.paused or self.batch is None or self.batch.shape[:1] == (self.rows,)):
             raise SurgeryError(
                 f"the model is called on {self.batch.size(0) if self.batch.dim() else 'no'} rows, "
                 f"but adapters were given for {self.rows}",
@@ -191,7 +225,8 @@ class _RowCheck:
         """Raises `SurgeryError` unless a layer's input has the rows of the batch."""
         x = _first_tensor(inputs, named)
         assert x is not None, "a layer is called on a tensor"
-        if not self._has_rows(x, isinstance(layer.original_layer, nn.Embedding)):
+        looked_up = isinstance(layer.original_layer, nn.Embedding)
+        if not self.paused and not self._has_rows(x, looked_up):
             raise SurgeryError(
                 f"{name} is called on a tensor of shape {tuple(x.shape)}, which does not show that "
                 f"it belongs to the batch of {self.rows} rows, each with its own adapter",

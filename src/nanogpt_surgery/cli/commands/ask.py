@@ -21,6 +21,7 @@ from nanogpt_surgery.cli.model_options import (
     OpeningOptions,
     SamplingOptions,
     one_adapter,
+    say_engine,
 )
 from nanogpt_surgery.errors import SurgeryError, printable
 
@@ -53,8 +54,8 @@ def ask(
     compare
         show the answer of the model without the adapter beside that with it
     json
-        print a JSON object: question, answer, ended (stop or length), seed; with --compare also
-        base_answer and base_ended
+        print a JSON object: question, answer, ended (stop or length), seed, engine (what computed
+        it, and why it was not the compiled decoder); with --compare also base_answer and base_ended
     """
     settings = ChatSettings(talk.max_new_tokens, **sampling.arguments())
     if settings.seed is None:  # one that two answers can share
@@ -69,9 +70,10 @@ def ask(
         _Answer(copy(fresh), asked, settings, of_base)
         for of_base in ((True, False) if compare else (False,))
     ]
+    engine = say_engine(opened[0], settings.engine)
     with notes_afterwards():
         if json:
-            _print_json(answers)
+            _print_json(answers, engine)
         elif compare:
             _print_both(answers, ["without adapter", f"with {adapter}"])
         else:
@@ -130,14 +132,15 @@ class _Answer:
             )
 
 
-def _print_json(answers: Sequence[_Answer]) -> None:
+def _print_json(answers: Sequence[_Answer], engine: str) -> None:
     first = answers[0]
     found: dict[str, Any] = {"question": first.question}
     if first.talk.system:
         found["system"] = first.talk.system
     for answer in answers:
         found |= answer.to_dict()
-    print(json.dumps(found | {"seed": first.settings.seed}, ensure_ascii=False, indent=2))
+    found |= {"seed": first.settings.seed, "engine": engine}
+    print(json.dumps(found, ensure_ascii=False, indent=2))
 
 
 def _print_both(answers: Sequence[_Answer], headings: Sequence[str]) -> None:

@@ -13,6 +13,7 @@ from nanogpt_surgery.cli.model_options import (
     OpeningOptions,
     SamplingOptions,
     named_adapters,
+    say_engine,
 )
 
 
@@ -45,6 +46,7 @@ def chat(
     if adapters:
         names = [name for name, _ in adapters]
         say(f"adapters: {', '.join(names)}; {names[0]} takes part")
+    say_engine(network, settings.engine)
     say("/help lists the commands, /exit leaves; Ctrl-C stops an answer")
     for line in lines_typed():
         if not session.hear(line):

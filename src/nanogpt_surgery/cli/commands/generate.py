@@ -19,6 +19,7 @@ from nanogpt_surgery.cli.model_options import (
     OpeningOptions,
     SamplingOptions,
     one_adapter,
+    say_engine,
 )
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.memory import check_memory
@@ -42,7 +43,8 @@ class ManyOptions:
     batch_size: int = 8
     """how many continuations are computed together"""
     json: bool = False
-    """print a JSON object a line: prompt, sample, text, ended, and tokens with --logprobs"""
+    """print a JSON object a line: prompt, sample, text, ended, engine (what computed the tokens,
+    and why it was not the compiled decoder), and tokens with --logprobs"""
 
     def check(self) -> None:
         """Raises `SurgeryError` for what is out of its range, all at once."""
@@ -90,6 +92,7 @@ def generate(
             "note: this model has a chat template, and generate continues raw text; to put a "
             f'question: surgery ask {model}{with_it} "…", or surgery chat'
         )
+    say_engine(network, draw["engine"])
     with notes_afterwards():
         if many.is_one_text(texts):
             write(_as_it_is_made(network, tokenizer, texts[0], draw))
@@ -149,15 +152,14 @@ def _one_by_one(
     listed = 8 * many.samples * len(texts)  # a reference to each prompt for each of its samples
     check_memory("the list of continuations", {"prompts": listed}, "lower --samples")
     prompts = [one for one in ids for _ in range(many.samples)]
-    several = {key: value for key, value in draw.items() if key != "engine"}  # batches have one
-    several |= {"likeliest": many.logprobs or 0, "batch_size": many.batch_size}
+    several = draw | {"likeliest": many.logprobs or 0, "batch_size": many.batch_size}
     found = continue_texts(model, tokenizer, prompts, **several)
     rows = ((text, sample) for text in texts for sample in range(1, many.samples + 1))
     empty = 0
     for (text, sample), continuation in zip(rows, found, strict=True):
         empty += not continuation.text
         record = {"prompt": text, "sample": sample, "text": continuation.text}
-        record |= {"ended": continuation.ended}
+        record |= {"ended": continuation.ended, "engine": str(continuation.engine)}
         if many.logprobs is not None:
             record["tokens"] = _tokens(continuation, tokenizer)
         yield json.dumps(record) + "\n" if many.json else _block(record)

@@ -1,11 +1,13 @@
-/* One decode step of a GPT: the next token's logits for each of B rows, from their caches.
+/* One decode step of a GPT: the logits after each of N new tokens, from the caches of their texts.
 
-   It computes what `SimpleGPT.forward` computes for one new token a row, in one call: nothing is
-   allocated, and threads that wait for each other spin. Called through ctypes; decoder.py fills in
-   the structures and has checked every size: nothing is checked here but the ids.
+   It computes what `SimpleGPT.forward` computes, in one call: nothing is allocated, and threads
+   that wait for each other spin. The new tokens may belong to one text or to several, of any
+   lengths and each with its own adapter; every weight is read once for all of them, and the sums
+   of one do not depend on which others there are. Called through ctypes; decoder.py fills in the
+   structures and has checked every size: nothing is checked here but the ids.
 
-   Legend: B rows, C width, I width inside the feed-forward, H heads, G key-value heads, D head
-   width, V vocabulary, S tokens so far. */
+   Legend: N new tokens, B rows of the cache, C width, I width inside the feed-forward, H heads,
+   G key-value heads, D head width, V vocabulary, S tokens so far. */
 
 #include <math.h>
 #include <pthread.h>
@@ -26,9 +28,11 @@ typedef struct {
     int32_t kind;
 } Numbers;
 
-/* s · B A x beside a product: A (rank, columns), B (rows, rank). */
+/* s · B A x beside a product: A (rank, columns), B (rows, rank); for the tokens of one adapter, or
+   for all where `adapter` is ALL. */
+enum { ALL = -1 };
 typedef struct {
-    int32_t rank;
+    int32_t rank, adapter;
     float scale;
     Numbers a, b;
 } Update;
@@ -61,6 +65,11 @@ typedef struct {
     const float *frequencies;           /* radians a token for each pair, (D / 2) */
     Layer *layers;
 } Model;
+
+/* A new token: its text's row of the cache, its position there, and the adapter of its text. */
+typedef struct {
+    int32_t row, position, adapter;
+} Token;
 
 /* ---- numbers and products: vectors of the compiler's, as wide as the machine's ---- */
 
@@ -186,11 +195,11 @@ typedef struct Pool Pool;
 typedef struct {
     Pool *pool;
     int number;
-    float *h, *scores, *low;            /* its own: (B, C), (max_length), (largest rank) */
+    float *h, *scores, *low;            /* its own: (N, C), (max_length), (largest rank) */
 } Worker;
 
 struct Pool {
-    int threads, rows, stopping;
+    int threads, stopping, most;        /* tokens of a step */
     pid_t process;                      /* that the threads belong to */
     unsigned round;                     /* of steps: a new number wakes the workers */
     pthread_mutex_t lock;
@@ -200,9 +209,13 @@ struct Pool {
     atomic_uint arrived, phase, asleep; /* of the barrier */
     /* The step at hand. */
     const Model *model;
-    const int64_t *ids;                 /* (B, 1 + n_prev): the new id, the one before it, … */
-    int length;                         /* tokens in the cache: the position of the new one */
-    float *x, *q, *k, *v, *y, *inner, *logits;
+    int count;                          /* N */
+    const Token *tokens;
+    const int64_t *ids;                 /* (N, 1 + n_prev): the new id, the one before it, … */
+    float *x, *q, *k, *v, *y, *inner;   /* (N, …) */
+    float *turns;                       /* (N, D): the cosines of a token's angles, the sines */
+    float *logits;                      /* (wanted, V): after the last tokens */
+    int wanted;
 };
 
 enum { SPINS = 30000 };                 /* some tens of microseconds */
@@ -240,15 +253,29 @@ static void share(const Worker *w, int count, int *first, int *last) {
 
 /* ---- the parts of a step ---- */
 
-/* Rows first … last of y = W x + b + Σ s · B A x, for each of B inputs; `add` adds to y. */
+/* Adds s · B A x to rows first … last of y, for the tokens that have this adapter. */
+static void add_update(
+    const Worker *w, const Update *update, size_t n, int first, int last, int begin,
+    const float *x, size_t x_stride, float *y, size_t y_stride) {
+    const Pool *p = w->pool;
+    for (int b = begin; b < p->count; b++) {
+        if (update->adapter != ALL && update->adapter != p->tokens[b].adapter) continue;
+        for (int i = 0; i < update->rank; i++)
+            w->low[i] = dot(update->a, i, n, x + b * x_stride);
+        for (int r = first; r < last; r++)
+            y[b * y_stride + r] += update->scale * dot(update->b, r, update->rank, w->low);
+    }
+}
+
+/* Rows first … last of y = W x + b + Σ s · B A x, for each input from `begin` on; `add` adds to y. */
 static void product(
-    const Worker *w, const Matrix *m, const float *x, size_t x_stride, float *y, size_t y_stride,
-    int add) {
-    int first, last, rows = w->pool->rows;
+    const Worker *w, const Matrix *m, int begin, const float *x, size_t x_stride, float *y,
+    size_t y_stride, int add) {
+    int first, last, count = w->pool->count;
     size_t n = m->columns;
     share(w, m->rows, &first, &last);
     for (int r = first; r < last; r += 4)
-        for (int b = 0; b < rows; b++) {
+        for (int b = begin; b < count; b++) {
             const float *in = x + b * x_stride;
             float out[4], *to = y + b * y_stride + r;
             if (last - r >= 4) dot4(m->weight, r, n, in, out);
@@ -258,15 +285,8 @@ static void product(
                 to[i] = add ? to[i] + value : value;
             }
         }
-    for (int u = 0; u < m->n_updates; u++) {
-        const Update *update = &m->updates[u];
-        for (int b = 0; b < rows; b++) {
-            for (int i = 0; i < update->rank; i++)
-                w->low[i] = dot(update->a, i, n, x + b * x_stride);
-            for (int r = first; r < last; r++)
-                y[b * y_stride + r] += update->scale * dot(update->b, r, update->rank, w->low);
-        }
-    }
+    for (int u = 0; u < m->n_updates; u++)
+        add_update(w, &m->updates[u], n, first, last, begin, x, x_stride, y, y_stride);
 }
 
 static void normalise(const Norm *norm, int kind, float eps, const float *x, int n, float *out) {
@@ -282,10 +302,10 @@ static void normalise(const Norm *norm, int kind, float eps, const float *x, int
             + (norm->bias.at ? number_at(norm->bias, i) : 0);
 }
 
-/* Each worker normalises all rows for itself: that is less work than to wait for another. */
+/* Each worker normalises all tokens for itself: that is less work than to wait for another. */
 static const float *normalised(const Worker *w, const Norm *norm) {
     const Model *m = w->pool->model;
-    for (int b = 0; b < w->pool->rows; b++)
+    for (int b = 0; b < w->pool->count; b++)
         normalise(norm, m->norm, m->eps, w->pool->x + (size_t)b * m->width, m->width,
                   w->h + (size_t)b * m->width);
     return w->h;
@@ -295,34 +315,40 @@ static void embed(const Worker *w) {
     const Pool *p = w->pool;
     const Model *m = p->model;
     size_t n = m->width;
-    for (int b = w->number; b < p->rows; b += p->threads) {
-        float *x = p->x + b * n;
+    int half = m->head_dim / 2;
+    for (int b = w->number; b < p->count; b += p->threads) {
+        float *x = p->x + b * n, *turns = p->turns + (size_t)b * m->head_dim;
         const int64_t *ids = p->ids + (size_t)b * (1 + m->n_prev);
+        int position = p->tokens[b].position;
         for (size_t i = 0; i < n; i++)
             x[i] = number_at(m->embedding.weight, ids[0] * n + i);
-        for (int d = 0; d < m->n_prev && d < p->length; d++)
+        for (int d = 0; d < m->n_prev && d < position; d++)
             for (size_t i = 0; i < n; i++)
                 x[i] += number_at(m->prev_embeddings[d].weight, ids[1 + d] * n + i);
         if (m->positions == LEARNED)
             for (size_t i = 0; i < n; i++)
-                x[i] += number_at(m->learned->weight, (size_t)p->length * n + i);
+                x[i] += number_at(m->learned->weight, (size_t)position * n + i);
+        else for (int i = 0; i < half; i++) {
+            float angle = (float)position * m->frequencies[i];
+            turns[i] = cosf(angle), turns[half + i] = sinf(angle);
+        }
     }
 }
 
 /* Turns pair (i, i + D/2) of a head by its angle. */
-static void rotate(const Model *m, float *head, int position) {
+static void rotate(const Model *m, float *head, const float *turns) {
     int half = m->head_dim / 2;
     for (int i = 0; i < half; i++) {
-        float angle = (float)position * m->frequencies[i], c = cosf(angle), s = sinf(angle);
-        float one = head[i], other = head[i + half];
+        float c = turns[i], s = turns[half + i], one = head[i], other = head[i + half];
         head[i] = one * c - other * s;
         head[i + half] = other * c + one * s;
     }
 }
 
-static void prepare_head(const Model *m, const Norm *norm, float *head, int position) {
+static void prepare_head(const Pool *p, const Norm *norm, float *head, int token) {
+    const Model *m = p->model;
     if (norm->weight.at) normalise(norm, RMSNORM, m->eps, head, m->head_dim, head);
-    if (m->positions == ROTARY) rotate(m, head, position);
+    if (m->positions == ROTARY) rotate(m, head, p->turns + (size_t)token * m->head_dim);
 }
 
 static void store(int kind, void *cache, size_t at, const float *from, int n) {
@@ -352,24 +378,37 @@ static void attend(
     for (int i = 0; i < d; i++) y[i] /= total;
 }
 
-/* Each worker takes whole groups: it stores a group's key and value, and then reads them. */
+/* Where the keys of a group begin for a token's text. */
+static size_t cache_of(const Model *m, const Token *token, int group) {
+    return ((size_t)token->row * m->kv_heads + group) * m->max_length * m->head_dim;
+}
+
+/* Puts the keys and values of all new tokens into the cache, before any of them looks there. */
+static void store_keys(const Worker *w, const Layer *layer) {
+    const Pool *p = w->pool;
+    const Model *m = p->model;
+    int d = m->head_dim, groups = m->kv_heads;
+    for (int task = w->number; task < p->count * groups; task += p->threads) {
+        const Token *token = &p->tokens[task / groups];
+        size_t at = cache_of(m, token, task % groups) + (size_t)token->position * d;
+        float *k = p->k + (size_t)task * d;
+        prepare_head(p, &layer->k_norm, k, task / groups);
+        store(m->cache_kind, layer->keys, at, k, d);
+        store(m->cache_kind, layer->values, at, p->v + (size_t)task * d, d);
+    }
+}
+
+/* Each head of each new token looks at its own text, up to its own position. */
 static void attention(const Worker *w, const Layer *layer) {
     const Pool *p = w->pool;
     const Model *m = p->model;
-    int d = m->head_dim, per_group = m->heads / m->kv_heads;
-    for (int task = w->number; task < p->rows * m->kv_heads; task += p->threads) {
-        int b = task / m->kv_heads, g = task % m->kv_heads;
-        size_t cache = ((size_t)b * m->kv_heads + g) * m->max_length * d;
-        size_t at = cache + (size_t)p->length * d;
-        float *k = p->k + ((size_t)b * m->kv_heads + g) * d;
-        prepare_head(m, &layer->k_norm, k, p->length);
-        store(m->cache_kind, layer->keys, at, k, d);
-        store(m->cache_kind, layer->values, at, p->v + ((size_t)b * m->kv_heads + g) * d, d);
-        for (int h = g * per_group; h < (g + 1) * per_group; h++) {
-            size_t head = ((size_t)b * m->heads + h) * d;
-            prepare_head(m, &layer->q_norm, p->q + head, p->length);
-            attend(w, layer, p->q + head, cache, p->length + 1, p->y + head);
-        }
+    int per_group = m->heads / m->kv_heads;
+    for (int task = w->number; task < p->count * m->heads; task += p->threads) {
+        const Token *token = &p->tokens[task / m->heads];
+        size_t cache = cache_of(m, token, task % m->heads / per_group);
+        float *q = p->q + (size_t)task * m->head_dim;
+        prepare_head(p, &layer->q_norm, q, task / m->heads);
+        attend(w, layer, q, cache, token->position + 1, p->y + (size_t)task * m->head_dim);
     }
 }
 
@@ -387,10 +426,10 @@ static void inner(const Worker *w, const Layer *layer, const float *h, float *ga
     const Pool *p = w->pool;
     const Model *m = p->model;
     int first, last;
-    product(w, &layer->up, h, m->width, p->inner, m->inner, 0);
-    if (m->mlp == SWIGLU) product(w, &layer->gate, h, m->width, gate, m->inner, 0);
+    product(w, &layer->up, 0, h, m->width, p->inner, m->inner, 0);
+    if (m->mlp == SWIGLU) product(w, &layer->gate, 0, h, m->width, gate, m->inner, 0);
     share(w, m->inner, &first, &last);
-    for (int b = 0; b < p->rows; b++)
+    for (int b = 0; b < p->count; b++)
         for (int i = first; i < last; i++) {
             float *x = p->inner + (size_t)b * m->inner + i;
             *x = m->mlp == SWIGLU ? activation(SWIGLU, gate[(size_t)b * m->inner + i]) * *x
@@ -408,20 +447,24 @@ static void step(const Worker *w) {
     for (int i = 0; i < m->n_layer; i++) {
         const Layer *layer = &m->layers[i];
         const float *h = normalised(w, &layer->input_norm);
-        product(w, &layer->q, h, m->width, p->q, q_width, 0);
-        product(w, &layer->k, h, m->width, p->k, kv_width, 0);
-        product(w, &layer->v, h, m->width, p->v, kv_width, 0);
+        product(w, &layer->q, 0, h, m->width, p->q, q_width, 0);
+        product(w, &layer->k, 0, h, m->width, p->k, kv_width, 0);
+        product(w, &layer->v, 0, h, m->width, p->v, kv_width, 0);
+        barrier(p);
+        store_keys(w, layer);
         barrier(p);
         attention(w, layer);
         barrier(p);
-        product(w, &layer->o, p->y, q_width, p->x, m->width, 1);
+        product(w, &layer->o, 0, p->y, q_width, p->x, m->width, 1);
         barrier(p);
         inner(w, layer, normalised(w, &layer->mlp_norm), gate);
         barrier(p);
-        product(w, &layer->down, p->inner, m->inner, p->x, m->width, 1);
+        product(w, &layer->down, 0, p->inner, m->inner, p->x, m->width, 1);
         barrier(p);
     }
-    product(w, &m->head, normalised(w, &m->final_norm), m->width, p->logits, m->vocab, 0);
+    int begin = p->count - p->wanted;
+    float *logits = p->logits - (size_t)begin * m->vocab;
+    product(w, &m->head, begin, normalised(w, &m->final_norm), m->width, logits, m->vocab, 0);
     barrier(p);                         /* the last: past it a worker touches nothing of the step */
 }
 
@@ -469,7 +512,7 @@ void pool_free(Pool *p) {
     for (int i = 1; i < p->threads; i++) pthread_join(p->handles[i], NULL);
     for (int i = 0; i < p->threads; i++) free_worker(&p->workers[i]);
     pthread_mutex_destroy(&p->lock), pthread_cond_destroy(&p->wake);
-    free(p->x), free(p->q), free(p->k), free(p->v), free(p->y), free(p->inner);
+    free(p->x), free(p->q), free(p->k), free(p->v), free(p->y), free(p->inner), free(p->turns);
     free(p->handles), free(p->workers), free(p);
 }
 
@@ -480,7 +523,7 @@ static int add_worker(Pool *p) {
     int i = p->threads;
     Worker *w = &p->workers[i];
     *w = (Worker){
-        p, i, numbers((size_t)p->rows * m->width), numbers(m->max_length), numbers(m->max_rank)};
+        p, i, numbers((size_t)p->most * m->width), numbers(m->max_length), numbers(m->max_rank)};
     int there = w->h && w->scores && w->low;
     if (there && i) there = !pthread_create(&p->handles[i], NULL, work, w);
     if (there) p->threads++;
@@ -488,33 +531,36 @@ static int add_worker(Pool *p) {
     return there;
 }
 
-/* Threads and buffers for steps of `rows` rows of a model: as many as are wanted, or as the system
-   gives; NULL where there is no memory. */
-Pool *pool_make(const Model *m, int rows, int threads) {
+/* Threads and buffers for steps of at most so many tokens: as many threads as are wanted, or as the
+   system gives; NULL where there is no memory. */
+Pool *pool_make(const Model *m, int most, int threads) {
     Pool *p = calloc(1, sizeof *p);
     if (!p) return NULL;
-    size_t wide = rows * widest(m);
-    p->model = m, p->rows = rows, p->process = getpid();
+    size_t wide = most * widest(m);
+    p->model = m, p->most = most, p->process = getpid();
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->wake, NULL);
     p->handles = calloc(threads, sizeof *p->handles);
     p->workers = calloc(threads, sizeof *p->workers);
     p->x = numbers(wide), p->q = numbers(wide), p->k = numbers(wide);
     p->v = numbers(wide), p->y = numbers(wide), p->inner = numbers(wide);
-    int there = p->handles && p->workers && p->x && p->q && p->k && p->v && p->y && p->inner;
+    p->turns = numbers((size_t)most * m->head_dim);
+    int there = p->handles && p->workers && p->x && p->q && p->k && p->v && p->y && p->inner && p->turns;
     while (there && p->threads < threads && add_worker(p)) continue;
     if (p->threads) return p;
     pool_free(p);
     return NULL;
 }
 
-/* Writes the logits (B, V) after one more id a row; its key and value go to place `length` of the
-   cache. Returns whether every id is one of the vocabulary; nothing is done where one is not. */
-int pool_step(Pool *p, const int64_t *ids, int length, float *logits) {
-    for (int i = 0; i < p->rows * (1 + p->model->n_prev); i++)
+/* Takes `count` new tokens, those of one text in the order of their positions, and their ids; writes
+   the logits (wanted, V) after the last of them. Returns whether every id is one of the vocabulary;
+   nothing is done where one is not. */
+int pool_step(
+    Pool *p, const Token *tokens, const int64_t *ids, int count, int wanted, float *logits) {
+    for (int i = 0; i < count * (1 + p->model->n_prev); i++)
         if (ids[i] < 0 || ids[i] >= p->model->vocab) return 0;
     after_a_fork(p);
-    p->ids = ids, p->length = length, p->logits = logits;
+    p->tokens = tokens, p->ids = ids, p->count = count, p->wanted = wanted, p->logits = logits;
     pthread_mutex_lock(&p->lock);
     p->round++;
     pthread_cond_broadcast(&p->wake);

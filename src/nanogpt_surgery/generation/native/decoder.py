@@ -4,7 +4,7 @@ Nothing is copied: the structures point at the model's own tensors, wherever the
 adapters' factors and at the cache. What they were taken from is compared before every step, so
 that after any operation, or with another adapter, the decoder is built anew.
 
-Legend: B rows, V vocabulary.
+Legend: B rows, T new tokens a row, N new tokens of a step, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -24,6 +24,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.native.library import decoder_library
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.linear import LoRALinear, LoRAUpdate
+from nanogpt_surgery.lora.per_row import PerRowAdapters, is_row_check
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.embeddings import (
     LearnedPositions,
@@ -49,6 +50,8 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1}
 NORMS = {"layernorm": 0, "rmsnorm": 1}
 MLPS = {"gelu": 0, "gelu_tanh": 1, "relu2": 2, "swiglu": 3}
 POSITIONS = {"learned": 0, "rotary": 1}
+ALL = -1  # an update for the tokens of every adapter
+MOST = 32  # tokens of a step, where the cache has no more rows
 # The modules whose arithmetic decoder.c has.
 KNOWN = (
     *(SimpleGPT, TransformerEncoderLayer, CausalSelfAttention, PlainFeedForward),
@@ -69,7 +72,7 @@ def _ints(names: str) -> dict[str, Any]:
 
 POINTER, FLOAT = ctypes.c_void_p, ctypes.c_float
 Numbers = struct("Numbers", at=POINTER, kind=ctypes.c_int32)
-Update = struct("Update", rank=ctypes.c_int32, scale=FLOAT, a=Numbers, b=Numbers)
+Update = struct("Update", **_ints("rank adapter"), scale=FLOAT, a=Numbers, b=Numbers)
 Matrix = struct("Matrix", **_ints("rows columns n_updates"), weight=Numbers, bias=Numbers,
                 updates=ctypes.POINTER(Update))  # fmt: skip
 Norm = struct("Norm", weight=Numbers, bias=Numbers)
@@ -116,11 +119,17 @@ def _hooks_on_all_modules() -> bool:
     return bool(every_module._global_forward_hooks or every_module._global_forward_pre_hooks)
 
 
+def _hooked(parts: dict[str, Any]) -> bool:
+    """Returns whether the attributes of a module have its forward do more than its class says."""
+    hooks = (*parts["_forward_hooks"].values(), *parts["_forward_pre_hooks"].values())
+    return "forward" in parts or not all(map(is_row_check, hooks))
+
+
 def _unknown(module: Any, config: GPTConfig) -> str:
     """Returns what a module computes in another way than decoder.c does, or ""."""
     if type(module) not in KNOWN:
         return f"is a {type(module).__name__}"
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+    if _hooked(vars(module)):
         return "has a hook"
     if isinstance(module, CausalSelfAttention):
         rotation = rotate if config.positions == "rotary" else identity
@@ -131,8 +140,6 @@ def _unknown(module: Any, config: GPTConfig) -> str:
         found, wanted = getattr(module, "activation", None), ACTIVATIONS.get(config.mlp)
         if _parts_of_call(found) != _parts_of_call(wanted):
             return f"has another activation than {config.mlp}"
-    if isinstance(module, LoRALinear) and not isinstance(module.active, WeightedAdapters):
-        return "has another adapter for each row"
     if isinstance(module, (RMSNorm, nn.LayerNorm)) and module.eps != config.norm_eps:
         return f"has eps {module.eps}, not the config's {config.norm_eps}"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
@@ -220,6 +227,9 @@ def _unfit(model: SimpleGPT, cache: KVCache) -> str:
         reason = _unreadable(tensor, shape) or (tensor.dtype != kind and "has two dtypes")
         if reason:
             return f"the cache {reason}"
+    names = _names_by_row(model)
+    if len(names) not in (0, cache.batch_size):
+        return f"adapters were given for {len(names)} rows, and the cache has {cache.batch_size}"
     frequencies = getattr(model.embed_positions, "frequencies", None)
     if frequencies is not None and frequencies.dtype != torch.float32:
         return f"the rotary frequencies are {frequencies.dtype}"
@@ -227,15 +237,19 @@ def _unfit(model: SimpleGPT, cache: KVCache) -> str:
 
 
 class NativeDecoder:
-    """Steps of one token a row, for a model and a cache that `unsupported_reason` lets pass."""
+    """Steps of new tokens, for a model and a cache that `unsupported_reason` lets pass."""
 
     def __init__(self, model: SimpleGPT, cache: KVCache, threads: int = 0):
         self.library, _ = decoder_library()
         self.cache = cache
         self._kept: list[Any] = []  # what C points at lives as long as this
+        names = _names_by_row(model)
+        self._numbers_of_names = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        self.adapters = [self._numbers_of_names[name] for name in names] or [0] * cache.batch_size
         self.model = self._model(model)
         self.threads = threads or torch.get_num_threads()
-        pool = self.library.pool_make(ctypes.byref(self.model), cache.batch_size, self.threads)
+        self.most = max(MOST, cache.batch_size)
+        pool = self.library.pool_make(ctypes.byref(self.model), self.most, self.threads)
         if not pool:
             raise MemoryError("no memory for the buffers of the decoder")
         self.pool = pool
@@ -243,26 +257,64 @@ class NativeDecoder:
         end.atexit = False  # a daemon thread may be within a step then
 
     def step(self, ids: Tensor) -> Tensor:
-        """Returns the logits (B, V), float32, after one more id a row, (B, 1); see `KVCache`.
+        """Returns the logits (B, V), float32, after the last of more ids (B, T); see `KVCache`.
 
         Raises:
             SurgeryError: they do not fit in the cache, or one is outside the vocabulary.
         """
-        cache, n_ids = self.cache, 1 + self.model.n_prev
-        cache.check_room(*ids.shape)
-        length, rows = cache.length, cache.batch_size
-        last = cache.append_ids(ids)[:, -n_ids:].flip(1)  # the newest first
-        # Whatever the default dtype and device are, C reads and writes these.
-        recent = torch.zeros(rows, n_ids, dtype=torch.int64, device="cpu")
-        recent[:, : last.size(1)] = last
-        logits = torch.empty(rows, self.model.vocab, dtype=torch.float32, device="cpu")
-        if not self.library.pool_step(self.pool, recent.data_ptr(), length, logits.data_ptr()):
-            raise SurgeryError(
-                f"an id of {recent[:, 0].tolist()} is outside the vocabulary of {self.model.vocab}"
-            )
+        return self.logits(ids, 1)[:, 0]
+
+    def logits(self, ids: Tensor, count: int) -> Tensor:
+        """Returns the logits (B, count, V) after each of the last ids of (B, T); see `step`."""
+        cache, (rows, tokens) = self.cache, ids.shape
+        cache.check_room(rows, tokens)
+        start = cache.length
+        cache.append_ids(ids)
+        # In the order of time, so that those whose logits are wanted come last.
+        places = [(row, start + t) for t in range(tokens) for row in range(rows)]
+        logits = self._run(places, rows * count).view(count, rows, -1).transpose(0, 1)
         for layer in cache.layers:
-            layer.length = length + 1
+            layer.length = start + tokens
         return logits
+
+    def step_rows(self, rows: Sequence[int], caches: Sequence[KVCache]) -> Tensor:
+        """Returns the logits (N, V) after the newest id in some rows of the cache, one for each.
+
+        Args:
+            rows: which, N of them.
+            caches: of each alone, in the same memory and of any length; the newest id is in it,
+                and its keys and values are not.
+        """
+        logits = self._run([(r, c.length) for r, c in zip(rows, caches, strict=True)], len(rows))
+        for layer in (layer for cache in caches for layer in cache.layers):
+            layer.length += 1
+        return logits
+
+    def _run(self, places: list[tuple[int, int]], wanted: int) -> Tensor:
+        """Returns the logits (wanted, V) after the last of new tokens, each (row, position)."""
+        # Whatever the default dtype and device are, C reads and writes these.
+        logits = torch.empty(wanted, self.model.vocab, dtype=torch.float32, device="cpu")
+        for first in range(0, len(places), self.most):
+            part = places[first : first + self.most]
+            later = len(places) - first - len(part)
+            found = max(0, min(len(part), wanted - later))  # of this part's last are wanted
+            at = logits[wanted - later - found :] if found else logits
+            ids = self._recent(part)
+            tokens = [(row, position, self.adapters[row]) for row, position in part]
+            table = torch.tensor(tokens, dtype=torch.int32, device="cpu")  # (N, 3)
+            if not self.library.pool_step(
+                *(self.pool, table.data_ptr(), ids.data_ptr(), len(part), found, at.data_ptr())
+            ):
+                raise SurgeryError(
+                    f"an id of {ids[:, 0].tolist()} is outside the vocabulary of {logits.size(1)}"
+                )
+        return logits
+
+    def _recent(self, places: list[tuple[int, int]]) -> Tensor:
+        """Returns each new token's id, and those before it, the newest first: (N, 1 + n_prev)."""
+        rows, positions = torch.tensor(places, device="cpu").unbind(1)
+        before = positions[:, None] - torch.arange(1 + self.model.n_prev, device="cpu")
+        return self.cache.ids[rows[:, None], before.clamp_min(0)].contiguous()
 
     def _model(self, model: SimpleGPT) -> Any:
         config, blocks = model.config, zip(model.layers, self.cache.layers, strict=True)
@@ -304,13 +356,25 @@ class NativeDecoder:
     def _matrix(self, layer: Any) -> Any:
         updates = []
         if isinstance(layer, LoRALinear):
-            for update, weight in _taking_part(layer):
+            for name, weight, adapter in self._taking_part(layer):
+                update: Any = layer.updates[name]
                 a, b = map(self._numbers, update.factors())
-                updates.append(Update(update.rank, weight * update.scaling, a, b))
+                updates.append(Update(update.rank, adapter, weight * update.scaling, a, b))
             layer = layer.original_layer
         bias = self._numbers(getattr(layer, "bias", None))
         weight = self._numbers(layer.weight)
         return Matrix(*layer.weight.shape, len(updates), weight, bias, self._array(Update, updates))
+
+    def _taking_part(self, layer: LoRALinear) -> list[tuple[str, float, int]]:
+        """Returns the updates that take part in a layer: name, weight, and for which tokens."""
+        active: Any = layer.active
+        if not layer.enabled:
+            return []
+        if isinstance(active, PerRowAdapters):
+            found = [(name, 1.0, self._numbers_of_names[name]) for name in active.names()]
+        else:
+            found = [(name, weight, ALL) for name, weight in active.weights.items()]
+        return [part for part in found if part[0] in layer.updates]
 
     def _norm(self, norm: nn.Module) -> Any:
         weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
@@ -328,12 +392,10 @@ class NativeDecoder:
         return array if values else None
 
 
-def _taking_part(layer: LoRALinear) -> list[tuple[LoRAUpdate, float]]:
-    """Returns the updates that take part in a layer, each with its weight."""
-    if not layer.enabled or not isinstance(layer.active, WeightedAdapters):
-        return []
-    weights = layer.active.weights.items()
-    return [(layer.updates[n], w) for n, w in weights if n in layer.updates]  # type: ignore[misc]
+def _names_by_row(model: SimpleGPT) -> tuple[str | None, ...]:
+    """Returns the adapter of each row of a batch; none where all rows have the same."""
+    active = (layer.active for layer in model.modules() if isinstance(layer, LoRALinear))
+    return next((a.by_row for a in active if isinstance(a, PerRowAdapters)), ())
 
 
 class NativeSteps:
@@ -383,9 +445,7 @@ def _facts(modules: list[nn.Module], cache: KVCache) -> list[Any]:
     children = [child for part in parts for child in part["_modules"].values()]
     tensors = [t for part in parts for t in part["_parameters"].values() if t is not None]
     tensors += [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    hooked = _hooks_on_all_modules() or any(
-        part["_forward_hooks"] or part["_forward_pre_hooks"] or "forward" in part for part in parts
-    )
+    hooked = _hooks_on_all_modules() or any(map(_hooked, parts))
     others = [ATTRIBUTES[type(m)](m) for m in modules if type(m) in ATTRIBUTES]
     process = os.getpid(), torch.get_num_threads()
     shape = cache.batch_size, cache.max_length
@@ -397,9 +457,9 @@ def _memory(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _adapters(layer: LoRALinear) -> Any:
-    weights = getattr(layer.active, "weights", {})
-    names = vars(layer)["_modules"]["updates"]._modules
-    return layer.enabled, type(layer.active), [*weights.items()], [*names]
+    active: Any = layer.active
+    weights = [*active.weights.items()] if isinstance(active, WeightedAdapters) else active.by_row
+    return layer.enabled, weights, [*vars(layer)["_modules"]["updates"]._modules]
 
 
 # The attributes of modules, besides tensors and children, that a decoder is made from.
