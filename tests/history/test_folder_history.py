@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -80,12 +81,12 @@ def test_two_merges_are_undone_in_order(place):
     assert bytes_of(model) == states[1]
     undo_folder(model)
     assert bytes_of(model) == states[0]
-    with pytest.raises(SurgeryError, match="no operation to undo"):
+    with pytest.raises(SurgeryError, match=" undo"):
         undo_folder(model)
     redo_folder(model)
     redo_folder(model)
     assert bytes_of(model) == states[2]
-    with pytest.raises(SurgeryError, match="no operation to redo"):
+    with pytest.raises(SurgeryError, match=" redo"):
         redo_folder(model)
     log = folder_log(model)
     assert [row["state"] for row in log.rows] == ["done", "done"]
@@ -98,7 +99,7 @@ def test_a_new_operation_ends_what_could_be_redone(place):
     merge_adapter(model, place / "adapter")
     undo_folder(model)
     merge_adapter(model, place / "adapter", dtype="float16", tolerance=1)
-    with pytest.raises(SurgeryError, match="no operation to redo"):
+    with pytest.raises(SurgeryError, match=" redo"):
         redo_folder(model)
     states = [row["state"] for row in folder_log(model).rows]
     assert states == ["undone, cannot be redone", "done"]
@@ -144,9 +145,10 @@ def test_dropped_originals_cannot_come_back(place):
     report = merge_adapter(model, place / "adapter", keep_originals=False)
     assert report.summary["originals"] == "dropped"
     assert [path.name for path in (model / "operations").iterdir()] == ["journal.jsonl"]
-    with pytest.raises(SurgeryError, match="cannot be taken back"):
+    [row] = folder_log(model).rows
+    assert row["state"] == "done, cannot be undone"
+    with pytest.raises(SurgeryError, match=re.escape(f"'{row['operation']}'")):
         undo_folder(model)
-    assert folder_log(model).rows[0]["state"] == "done, cannot be undone"
 
 
 @pytest.mark.parametrize("way", [[], ["renames"]])
@@ -188,7 +190,7 @@ def test_where_it_cannot_be_done_in_place_it_says_so(place, monkeypatch):
     with pytest.raises(SurgeryError, match="out="):
         merge_adapter("owner/name", place / "adapter")
     monkeypatch.chdir(model)
-    with pytest.raises(SurgeryError, match="you stand in"):
+    with pytest.raises(SurgeryError, match=re.escape(str(model))):
         merge_adapter(model, place / "adapter")
     monkeypatch.undo()
     (model / "link.md").symlink_to(place / "adapter" / "adapter_config.json")

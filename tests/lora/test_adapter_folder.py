@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 import torch
@@ -158,13 +159,13 @@ def test_saving_again_replaces_what_was_there(tmp_path):
 
 def test_a_foreign_folder_is_not_written_over(tmp_path):
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
-    with pytest.raises(SurgeryError, match="not written by this program"):
+    with pytest.raises(SurgeryError, match=re.escape(str(tmp_path))):
         save_adapter(adapted(LLAMA), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_model_without_a_lora_has_nothing_to_save(tmp_path):
-    with pytest.raises(SurgeryError, match="no LoRA"):
+    with pytest.raises(SurgeryError, match="inject_lora"):
         save_adapter(tiny_model(LLAMA), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
 

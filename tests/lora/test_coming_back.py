@@ -173,6 +173,6 @@ def test_an_undo_of_a_merge_after_a_training_is_refused():
     merge_lora(model)
     windows = GPTDataset.from_ids(some_ids(batch=20).flatten(), block_size=7)
     list(fit(model, windows, max_steps=2, batch_size=2, device="cpu", compile="off"))
-    with pytest.raises(SurgeryError, match="frozen tensors were written to since"):
+    with pytest.raises(SurgeryError, match=r"\d+ frozen tensors"):
         undo_lora(model)
     assert not has_lora(model)

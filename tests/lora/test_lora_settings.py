@@ -64,7 +64,7 @@ def test_a_value_of_another_type_is_answered_in_a_sentence(wrong, said):
 @pytest.mark.parametrize("alpha", [math.inf, 1e30, 10**400], ids=["inf", "1e30", "10^400"])
 def test_an_alpha_that_no_file_may_hold_is_refused(alpha):
     for settings in ({"alpha": alpha}, {"alpha_pattern": {"q_proj": alpha}}):
-        with pytest.raises(SurgeryError, match="must be a number above 0 and below 1e30"):
+        with pytest.raises(SurgeryError, match=r"alpha.* 1e30"):
             LoRASettings(**settings)
 
 

@@ -146,7 +146,7 @@ def test_a_merge_of_nothing_is_refused(force):
     """The adapter that waits would leave without having been merged."""
     model = two_adapters()
     remove_lora(model, "b")
-    with pytest.raises(SurgeryError, match="no adapter takes part") as caught:
+    with pytest.raises(SurgeryError) as caught:
         merge_lora(model, keep_originals=False, force=force)
     assert "swap_lora(model, 'a')" in caught.value.hint
     assert list(lora_layers(model)) == [f"layers.{i}.self_attn.q_proj" for i in (0, 1)]

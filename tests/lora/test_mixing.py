@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 from helpers.adapters import attach_adapter
@@ -126,7 +128,7 @@ def test_what_cannot_be_mixed_is_refused():
         pass
     with pytest.raises(SurgeryError, match=r"3 rows.*for 2"), lora_rows(model, ["a", "b"]):
         model(ids)
-    with pytest.raises(SurgeryError, match="no one ΔW"), lora_rows(model, ["a", "b", None]):
+    with pytest.raises(SurgeryError, match="lora_rows"), lora_rows(model, ["a", "b", None]):
         merge_lora(model)
     disable_lora(model)
     with pytest.raises(SurgeryError, match="disabled"), lora_rows(model, ["a", "b", None]):
@@ -137,7 +139,7 @@ def test_what_cannot_be_mixed_is_refused():
     "name", ["", "a.b", "../up", "keys", "x" * 65, "train", "training", "_modules", "é"]
 )
 def test_a_name_that_no_adapter_can_have_is_refused(name):
-    with pytest.raises(SurgeryError, match="cannot be named"):
+    with pytest.raises(SurgeryError, match=re.escape(repr(name))):
         inject_lora(MODELS["another"](), "all-linear", name=name)
 
 
@@ -145,13 +147,13 @@ def test_a_name_that_no_adapter_can_have_is_refused(name):
 def test_a_name_that_is_no_text_is_refused(name):
     with pytest.raises(SurgeryError, match=r"name is .*; it must be text"):
         inject_lora(MODELS["another"](), "all-linear", name=name)
-    with pytest.raises(SurgeryError, match="cannot be named"):
+    with pytest.raises(SurgeryError, match=re.escape(repr(name))):
         attach_adapter(MODELS["another"](), StoredAdapter({}), name=name)
 
 
 def test_a_name_that_is_taken_is_refused():
     model = three("another")
-    with pytest.raises(SurgeryError, match="carries a LoRA already, named 'b'"):
+    with pytest.raises(SurgeryError, match="named 'b'"):
         inject_lora(model, "all-linear", name="b")
 
 

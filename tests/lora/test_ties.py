@@ -29,7 +29,7 @@ def weights(model: nn.Module, patient: str) -> tuple[nn.Parameter, nn.Parameter]
 @pytest.mark.parametrize("end", [HEADS, TABLES], ids=["head", "table"])
 def test_a_tied_target_is_refused_with_the_reason(patient, end):
     model = MODELS[patient](tied=True)
-    with pytest.raises(SurgeryError, match=rf"{end[patient]} with .*breaks the tie") as caught:
+    with pytest.raises(SurgeryError, match=rf"{end[patient]} with ") as caught:
         inject_lora(model, end[patient])
     assert "tied='untie'" in caught.value.hint
     assert "tied='both'" in caught.value.hint
@@ -86,7 +86,7 @@ def test_both_get_the_same_change_and_stay_tied(patient, end):
 def test_both_needs_a_kind_that_has_two_sides():
     model = MODELS["SimpleGPT"](tied=True)
     for kind in ({"dora": True}, {"pissa": True}):
-        with pytest.raises(SurgeryError, match="plain LoRA and rsLoRA"):
+        with pytest.raises(SurgeryError, match="tied='untie'"):
             inject_lora(model, "lm_head", tied="both", **kind)
         assert not lora_layers_of(model)
 
@@ -99,7 +99,7 @@ def test_a_merge_that_would_break_an_undecided_tie_is_refused():
     model = MODELS["SimpleGPT"]()
     inject_lora(model, "lm_head")
     model.embed_tokens.weight = model.lm_head.original_layer.weight  # tied after the injection
-    with pytest.raises(SurgeryError, match="break the tie of lm_head with embed_tokens"):
+    with pytest.raises(SurgeryError, match="lm_head with embed_tokens"):
         merge_lora(model)
     assert lora_layers(model)
 
@@ -146,7 +146,7 @@ def test_the_choice_travels_with_the_adapter(choice, tmp_path):
     train_a_little(model)
     save_adapter(model, tmp_path / "adapter")
     again = MODELS["SimpleGPT"](tied=True)
-    with pytest.raises(SurgeryError, match="share one weight"):
+    with pytest.raises(SurgeryError, match="lm_head with embed_tokens"):
         load_adapter(again, tmp_path / "adapter", tied="refuse")
     load_adapter(again, tmp_path / "adapter")
     assert torch.equal(logits(again, ids), logits(model, ids))

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_resuming_a_finished_run_does_nothing(tmp_path: Path) -> None:
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     train(tmp_path / "run", stop_after=2)
-    with pytest.raises(SurgeryError, match=r"holds a run already[\s\S]*resume=True"):
+    with pytest.raises(SurgeryError, match="resume=True"):
         train(tmp_path / "run")
 
 
@@ -122,7 +123,7 @@ def test_a_changed_setting_is_refused_with_the_difference(tmp_path: Path) -> Non
 
 def test_a_foreign_folder_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear diary")
-    with pytest.raises(SurgeryError, match="is not a run"):
+    with pytest.raises(SurgeryError, match=re.escape(str(tmp_path))):
         train(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["letter.txt"]
 
@@ -457,7 +458,7 @@ def test_a_run_without_a_checkpoint_that_holds_more_is_left_alone(tmp_path: Path
     (run / "letter.txt").write_text("dear diary")
     before = names(run)
     with (
-        pytest.raises(SurgeryError, match="holds a run already"),
+        pytest.raises(SurgeryError, match="resume=True"),
         open_run_folder(run, DESCRIPTION, resume=False),
     ):
         raise AssertionError("never begun")

@@ -69,6 +69,6 @@ def test_a_model_of_vectors_alone_is_no_trouble():
 
 def test_nothing_to_train_is_an_error():
     model = tiny_model(FAMILY_CONFIGS["llama"]).requires_grad_(False)
-    with pytest.raises(SurgeryError, match="no parameter that can be trained") as caught:
+    with pytest.raises(SurgeryError) as caught:
         make_optimizer(model, SETTINGS)
     assert "inject_lora" in caught.value.hint
