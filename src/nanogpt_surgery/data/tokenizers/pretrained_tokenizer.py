@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import AddedToken, Encoding
 from tokenizers import Tokenizer as Encoder
+from tokenizers.models import WordLevel
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer_limits import (
@@ -78,7 +79,7 @@ class PretrainedTokenizer:
             if tokens:
                 self._encoder.add_tokens(tokens)
                 contents = contents | {"added_tokens": _added_tokens(self._encoder)}
-            self.prefix_ids, self.suffix_ids = added_around(contents.get("post_processor"))
+            self.prefix_ids, self.suffix_ids = added_around(self._encoder)
             self._encoder.post_processor = None  # it would pass over blanks in offsets of tokens
         self.special_tokens = {name: str(token) for name, token in named.items()}
         self.extra_special_tokens = [str(token) for token in extra_special_tokens]
@@ -250,48 +251,21 @@ def _added_tokens(encoder: Encoder) -> list[dict[str, Any]]:
     ]
 
 
-def added_around(processor: Any) -> tuple[list[int], list[int]]:
-    """The ids that a post-processor puts before a text, and those it puts behind it.
+def added_around(encoder: Encoder) -> tuple[list[int], list[int]]:
+    """The ids that an encoder's post-processor puts before a text, and those it puts behind it.
 
     Raises:
         SurgeryError: it writes the text another number of times than once.
     """
-    if not isinstance(processor, dict):
-        return [], []
-    kind = processor.get("type")
-    if kind == "Sequence":  # each puts its own around what those before it made
-        before: list[int] = []
-        behind: list[int] = []
-        for step in processor["processors"]:
-            first, last = added_around(step)
-            before, behind = [*first, *before], [*behind, *last]
-        return before, behind
-    if kind in ("RobertaProcessing", "BertProcessing"):
-        return [processor["cls"][1]], [processor["sep"][1]]
-    if kind == "TemplateProcessing":
-        return _template(processor)
-    return [], []
-
-
-def _template(processor: dict[str, Any]) -> tuple[list[int], list[int]]:
-    pieces = processor["single"]
-    texts = [i for i, piece in enumerate(pieces) if "Sequence" in piece]
-    if len(texts) != 1:
+    text = Encoder(WordLevel({"": 0}, unk_token="")).encode("one token")
+    around = encoder.post_process(text)
+    places = [i for i, added in enumerate(around.special_tokens_mask) if not added]
+    if len(places) != 1:
         raise SurgeryError(
-            f"the tokenizer.json's post_processor writes a text {len(texts)} times; it must be once"
+            f"the tokenizer.json's post_processor writes a text {len(places)} times; it must be "
+            "once"
         )
-    return _ids(processor, pieces[: texts[0]]), _ids(processor, pieces[texts[0] + 1 :])
-
-
-def _ids(processor: dict[str, Any], pieces: list[Any]) -> list[int]:
-    table = processor["special_tokens"]
-    names = [piece["SpecialToken"]["id"] for piece in pieces]
-    unknown = [name for name in names if name not in table]
-    if unknown:
-        raise SurgeryError(
-            f"the tokenizer.json's post_processor has no ids for {quoted(unknown[0])}"
-        )
-    return [i for name in names for i in table[name]["ids"]]
+    return around.ids[: places[0]], around.ids[places[0] + 1 :]
 
 
 def begin_with(token: str | None, index: int) -> dict[str, Any]:
