@@ -154,7 +154,7 @@ KINDS = {
 
 @pytest.mark.parametrize("name", KINDS)
 def test_every_kind_of_storage_is_dequantised_as_the_package_does_it(name, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt_surgery.formats.stored_tensor.PIECE", 1024)
+    monkeypatch.setattr("nanogpt_surgery.formats.placing.PIECE", 1024)
     kind = KINDS[name]
     draw = np.random.default_rng(1)
     numbers = draw.standard_normal((7, 512), dtype=np.float32)

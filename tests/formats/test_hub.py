@@ -5,7 +5,7 @@ import torch
 from helpers.models import FAMILY_CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery import SurgeryError, open_model, save_model
-from nanogpt_surgery.formats.huggingface.hub import hub_folder, is_hub_name
+from nanogpt_surgery.formats.model_file import hub_folder, is_hub_name
 
 
 def test_names_on_the_hub_are_told_from_paths():

@@ -101,7 +101,7 @@ def test_flipped_bytes_give_tensors_or_our_own_error(data, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64])
 def test_mapped_and_in_pieces_are_what_was_saved(dtype, tmp_path, monkeypatch):
-    monkeypatch.setattr("nanogpt_surgery.formats.stored_tensor.PIECE", 6)
+    monkeypatch.setattr("nanogpt_surgery.formats.placing.PIECE", 6)
     tensors = {"a": torch.arange(35).view(7, 5).to(dtype), "b": torch.arange(3).to(dtype)}
     path = tmp_path / "model.safetensors"
     path.write_bytes(save(tensors))

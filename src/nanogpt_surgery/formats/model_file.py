@@ -1,7 +1,13 @@
-"""Opening and saving models: `open_model` takes whatever the path holds, `save_model` writes it."""
+"""Opening and saving models: `open_model` takes whatever the path holds, `save_model` writes it.
+
+A model that is named as on the Hugging Face hub is fetched by `huggingface_hub` and kept in its
+cache. What is there is used without asking the network. Only weights in safetensors and JSON files
+are fetched, never code; a download that was cut off goes on where it stopped.
+"""
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,7 +21,7 @@ from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, nearest
 from nanogpt_surgery.files.atomic import check_undamaged, write_folder
 from nanogpt_surgery.files.json_files import read_json, write_json
 from nanogpt_surgery.formats.comparison import check_equal
@@ -31,7 +37,6 @@ from nanogpt_surgery.formats.huggingface.config import (
     config_from_json,
     config_to_json,
 )
-from nanogpt_surgery.formats.huggingface.hub import hub_folder, is_hub_name
 from nanogpt_surgery.formats.huggingface.name_map import (
     NAME_MAPS,
     Row,
@@ -303,3 +308,67 @@ def model_folder(path: str | Path) -> Path:
             "a training makes a run",
         )
     return folder
+
+
+_NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+_FILES = ["*.json", "*.safetensors", "merges.txt", "chat_template.jinja"]
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether it has the form of a name on the hub, owner/model."""
+    return _NAME.fullmatch(name) is not None and ".." not in name
+
+
+def hub_folder(name: str, cache: str | Path | None = None) -> Path:
+    """The folder of a model of the hub, fetched if it is not in the cache.
+
+    Args:
+        name: owner/model.
+        cache: where copies are kept; None: where huggingface_hub keeps them.
+
+    Raises:
+        SurgeryError: there is no such model, or it cannot be reached. Where a folder here has the
+            owner's name, a path in it was meant.
+    """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    cached = _cached(name, cache)
+    if cached is not None:
+        return cached
+    try:
+        folder = Path(
+            snapshot_download(name, cache_dir=cache, allow_patterns=_FILES, ignore_patterns=["*/*"])
+        )
+    except (HfHubHTTPError, OSError) as error:
+        _check_local(name)
+        reason = str(error).strip().splitlines()[0]
+        raise SurgeryError(
+            f"{name} is no folder here, and it cannot be fetched from the Hugging Face hub: "
+            f"{reason}",
+            "check the name and the network, or name a folder or file that is on this machine",
+        ) from error
+    stored_tensors(folder)  # raises if the network is off and the copy is incomplete
+    return folder
+
+
+def _check_local(name: str) -> None:
+    """Raises `SurgeryError` for a name that begins with a folder that is here: it is mistyped."""
+    owner, _, _ = name.partition("/")
+    if Path(owner).is_dir():
+        there = [path.name for path in Path(owner).iterdir() if not path.name.startswith(".")]
+        close = nearest(name.rpartition("/")[2], sorted(there)) or "nothing"
+        raise SurgeryError(f"there is no {name} here", f"{owner}/ has: {close}")
+
+
+def _cached(name: str, cache: str | Path | None) -> Path | None:
+    """The copy in the cache, if there is a whole one."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, cache_dir=cache, local_files_only=True))
+        whole = (folder / CONFIG).is_file() and bool(stored_tensors(folder))
+    except (LocalEntryNotFoundError, SurgeryError):
+        return None
+    return folder if whole else None

@@ -1,4 +1,9 @@
-"""From tensors in a file to a model: which goes where, checked whole before the first is read."""
+"""Tensors that lie in a file and have not been read, and the model that they become.
+
+A tensor is either mapped, so that its bytes are those of the file and are read when they are used,
+or read in pieces, each converted before the next is read. Neither holds the weights twice. Which
+of them goes where in a model is checked whole before the first is read.
+"""
 
 from __future__ import annotations
 
@@ -8,18 +13,125 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from nanogpt_surgery.errors import SurgeryError, quoted
+from nanogpt_surgery.errors import SurgeryError, first_problems, quoted
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
-from nanogpt_surgery.formats.stored_tensor import StoredTensor
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType
+
+
+PIECE = 1 << 20  # numbers read at once
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor in a safetensors or GGUF file, whose numbers lie one after the other.
+
+    Several tensors of one file share its map, which is made when the first of them needs it. The
+    map is private: writing to a tensor does not write to the file. A file that is replaced, as
+    every writer here does, stays as it was for those who have mapped it.
+
+    Attributes:
+        name: as the file calls it.
+        shape: in the file's orientation.
+        dtype: that its numbers are stored in; None if they are quantised.
+        offset: in the file, in bytes.
+        file: that it lies in.
+        quantised: how its numbers are packed in few bits, in blocks along its rows; else None.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None
+    offset: int
+    file: MappedFile
+    quantised: GGMLQuantizationType | None = None
+
+    @property
+    def n_numbers(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+    def n_bytes(self, rows: int | None = None) -> int:
+        """How many bytes it takes, or so many of its rows."""
+        numbers = self.n_numbers if rows is None else rows * math.prod(self.shape[1:])
+        if self.dtype is not None:
+            return numbers * self.dtype.itemsize
+        from gguf import GGML_QUANT_SIZES  # takes a quarter of a second, and few files need it
+
+        assert self.quantised is not None
+        block, size = GGML_QUANT_SIZES[self.quantised]
+        return numbers // block * size
+
+    def mapped(self) -> Tensor | None:
+        """The tensor as a part of the mapped file, where it can be used as it lies there."""
+        if self.dtype is None or self.offset % self.dtype.itemsize:
+            return None
+        return self._bytes().view(self.dtype).view(self.shape)
+
+    def read(self) -> Tensor:
+        """The tensor, mapped where it can be, or else a copy."""
+        mapped = self.mapped()
+        if mapped is not None:
+            return mapped
+        return self._numbers(self._bytes().clone().numpy()).view(self.shape)
+
+    def _bytes(self) -> Tensor:
+        return self.file.map()[self.offset : self.offset + self.n_bytes()]
+
+    def pieces(self) -> Iterator[tuple[int, Tensor]]:
+        """Parts of about `PIECE` numbers, each with the index of its first row; read in turn.
+
+        Numbers that are quantised become float32.
+        """
+        if not self.n_numbers:
+            return
+        rows = max(1, PIECE * self.shape[0] // self.n_numbers)
+        with self.file.path.open("rb") as file:
+            file.seek(self.offset)
+            for start in range(0, self.shape[0], rows):
+                count = min(rows, self.shape[0] - start)
+                data = np.fromfile(file, np.uint8, self.n_bytes(count))
+                yield start, self._numbers(data.reshape(count, -1)).view(count, *self.shape[1:])
+
+    def _numbers(self, data: NDArray[Any]) -> Tensor:
+        if self.dtype is not None:
+            return torch.from_numpy(data).view(self.dtype)
+        from gguf.quants import dequantize
+
+        assert self.quantised is not None
+        with np.errstate(all="ignore"):  # a damaged scale may be infinite
+            return torch.from_numpy(dequantize(data, self.quantised))
+
+
+class MappedFile:
+    """A file that is mapped into memory once, when first asked."""
+
+    def __init__(self, path: Path, size: int):
+        self.path = path
+        self.size = size
+        self._map: Tensor | None = None
+
+    def map(self) -> Tensor:
+        """Its bytes, (size,) uint8."""
+        if self._map is None:
+            self._map = torch.from_file(
+                str(self.path), shared=False, size=self.size, dtype=torch.uint8
+            )
+        return self._map
+
 
 Dtype: TypeAlias = torch.dtype | Literal["each"] | None
 
@@ -215,8 +327,7 @@ def _check_fit(
     problems += [f"{_short(name)} is unknown" for name in unknown]
     problems += [problem for p in placements for problem in _misfits(p, expected)]
     if problems:
-        more = f"; {len(problems) - _SHOWN} more" if problems[_SHOWN:] else ""
-        shown = "; ".join(problems[:_SHOWN]) + more
+        shown = first_problems(problems, _SHOWN)
         raise SurgeryError(f"the tensors in {where} do not fit its config: {shown}")
 
 

@@ -28,7 +28,6 @@ from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.run_folder import is_run
 from nanogpt_surgery.formats.gguf.writing import GGUFType, rounding_of, write_gguf_file
 from nanogpt_surgery.formats.huggingface.config import CONFIG
-from nanogpt_surgery.formats.huggingface.hub import is_hub_name
 from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
 from nanogpt_surgery.formats.huggingface.tokenizer_files import (
     CHAT_TEMPLATE,
@@ -36,7 +35,13 @@ from nanogpt_surgery.formats.huggingface.tokenizer_files import (
     with_chat_template,
     write_chat_template,
 )
-from nanogpt_surgery.formats.model_file import TENSORS, model_folder, open_model, write_model_files
+from nanogpt_surgery.formats.model_file import (
+    TENSORS,
+    is_hub_name,
+    model_folder,
+    open_model,
+    write_model_files,
+)
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record

@@ -21,7 +21,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
 from nanogpt_surgery.formats.huggingface.safetensors_file import MAX_TENSORS
-from nanogpt_surgery.formats.stored_tensor import MappedFile, StoredTensor
+from nanogpt_surgery.formats.placing import MappedFile, StoredTensor
 
 MAGIC = b"GGUF"
 MAX_METADATA = 10_000

@@ -19,8 +19,7 @@ from nanogpt_surgery.formats.gguf.file import PLAIN, GGUFFile, read_gguf
 from nanogpt_surgery.formats.gguf.tokenizer import tokenizer_of
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
 from nanogpt_surgery.formats.huggingface.tokenizer_files import check_ids
-from nanogpt_surgery.formats.placing import Dtype, build_model, place
-from nanogpt_surgery.formats.stored_tensor import StoredTensor
+from nanogpt_surgery.formats.placing import Dtype, StoredTensor, build_model, place
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.embeddings import rotary_frequencies, scale_rope_frequencies
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

@@ -49,13 +49,13 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
             i: kind == CONTROL for i, kind in enumerate(types) if kind in (CONTROL, USER_DEFINED)
         }
         if kind == "gpt2":
-            contents, add_bos = _byte_level(own, tokens, special)
+            contents, add_bos = _byte_level(own, tokens, special), own.get("pre") == "llama-bpe"
         elif kind == "rwkv":
             characters = _characters(tokens, types)
             characters.chat_template = template
             return characters
         elif kind == "llama":
-            contents, add_bos = _sentencepiece(own, tokens, types, special)
+            contents, add_bos = _sentencepiece(own, tokens, types, special), True
         else:
             raise SurgeryError(
                 f"its tokenizer is of the kind {quoted(kind)}, which is not one we have"
@@ -75,9 +75,7 @@ def tokenizer_of(metadata: dict[str, Any]) -> Tokenizer | None:
         return tokenizer
 
 
-def _byte_level(
-    own: dict[str, Any], tokens: list[str], special: dict[int, bool]
-) -> tuple[dict[str, Any], bool]:
+def _byte_level(own: dict[str, Any], tokens: list[str], special: dict[int, bool]) -> dict[str, Any]:
     pre, merges = own.get("pre"), own.get("merges")
     if not isinstance(pre, str) or pre not in CUTTINGS:
         raise SurgeryError(
@@ -86,20 +84,20 @@ def _byte_level(
         )
     if not isinstance(merges, list) or any(merge.count(" ") != 1 for merge in merges):
         raise SurgeryError(f"{PREFIX}merges is missing, or holds what is not a pair")
-    return byte_level_json(tokens, merges, special, CUTTINGS[pre]), pre == "llama-bpe"
+    return byte_level_json(tokens, merges, special, CUTTINGS[pre])
 
 
 def _sentencepiece(
     own: dict[str, Any], tokens: list[str], types: list[int], special: dict[int, bool]
-) -> tuple[dict[str, Any], bool]:
+) -> dict[str, Any]:
     scores = _aligned(own, "scores", tokens)
     if scores is None:
         raise SurgeryError(f"{PREFIX}scores is missing")
-    unknown = next((i for i, kind in enumerate(types) if kind == UNKNOWN), None)
+    unknown = types.index(UNKNOWN) if UNKNOWN in types else None
     if unknown is not None:
         special = special | {unknown: True}
     space_first = bool(own.get("add_space_prefix", True))
-    return sentencepiece_json(tokens, scores, special, unknown, space_first), True
+    return sentencepiece_json(tokens, scores, special, unknown, space_first)
 
 
 def _aligned(own: dict[str, Any], name: str, tokens: list[str]) -> list[Any] | None:
@@ -135,6 +133,8 @@ _LARGEST_VOCABULARY = 300_000  # tokens, and half as many as merges; see tokeniz
 _LONGEST_TOKEN = 256  # characters
 _MOST_MERGES = 5  # ways to make a token, on average; Gemma's vocabulary has 2.3
 SPACE = "▁"  # SentencePiece's way to write a space
+PREPEND = {"type": "Prepend", "prepend": SPACE}
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
 
 # Contractions in either case, words with one sign before them, numbers, marks, then white space.
 _LLAMA3_PATTERN = (
@@ -205,9 +205,8 @@ def sentencepiece_json(
         unknown: the id for what cannot be written even in bytes.
         space_first: a space is put before each text.
     """
-    replace = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
     back = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
-    steps = ([{"type": "Prepend", "prepend": SPACE}] if space_first else []) + [replace]
+    steps = [PREPEND, REPLACE] if space_first else [REPLACE]
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if space_first else []
     model = {
         "vocab": _ids(tokens),

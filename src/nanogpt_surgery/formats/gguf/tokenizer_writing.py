@@ -28,6 +28,8 @@ from nanogpt_surgery.formats.gguf.tokenizer import (
     CUTTINGS,
     NORMAL,
     PREFIX,
+    PREPEND,
+    REPLACE,
     SPACE,
     TEMPLATE,
     TURN_ENDS,
@@ -305,14 +307,14 @@ def _wrong_sentencepiece(contents: dict[str, Any]) -> Iterator[str]:
     model = contents["model"]
     steps = _steps(contents.get("normalizer"), "normalizers")
     before = _steps(contents.get("pre_tokenizer"), "pretokenizers")
-    strange = [step for step in steps if step not in _WAYS_OF_SPACES]
+    strange = [step for step in steps if step not in (PREPEND, REPLACE)]
     if strange:
         yield f"normalizer: {_shown(strange)}"
     spaces = [step for step in before if step.get("type") == "Metaspace"]
     others = [step for step in before if step not in spaces]
     if others or len(spaces) > 1 or any(s.get("replacement") != SPACE for s in spaces):
         yield f"pre_tokenizer: {_shown(before)}"
-    elif not spaces and _REPLACE not in steps:
+    elif not spaces and REPLACE not in steps:
         yield f"normalizer: nothing writes a space as {SPACE}"
     elif spaces and spaces[0].get("split", True):
         inside = [token for token in model["vocab"] if SPACE in token[1:]]
@@ -323,11 +325,6 @@ def _wrong_sentencepiece(contents: dict[str, Any]) -> Iterator[str]:
     missing = _BYTES - model["vocab"].keys()
     if missing:
         yield f"model.vocab: no token for {len(missing)} of the 256 bytes"
-
-
-_PREPEND = {"type": "Prepend", "prepend": SPACE}
-_REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": SPACE}
-_WAYS_OF_SPACES = (_PREPEND, _REPLACE)
 
 
 def _write_sentencepiece(
@@ -361,7 +358,7 @@ def _space_first(contents: dict[str, Any]) -> tuple[bool, set[Lost]]:
         scheme = step.get("prepend_scheme", usual)
         if scheme != "never":
             return True, _LOST_BY_FIRST if scheme == "first" else _LOST_BY_FIRST - {"after a token"}
-    return _PREPEND in _steps(contents.get("normalizer"), "normalizers"), set()
+    return PREPEND in _steps(contents.get("normalizer"), "normalizers"), set()
 
 
 _LOST_BY_FIRST: set[Lost] = {"blank first", "after a token"}

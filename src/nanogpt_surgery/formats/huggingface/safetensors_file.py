@@ -4,7 +4,7 @@
 
 The header says of each tensor its dtype, shape and place: claims of whoever wrote the file. Within
 our limits the safetensors library checks them; the tensors are mapped or read as
-`stored_tensor.py` does it for every format, since the library has no way to read without a map, nor
+`placing.py` does it for every format, since the library has no way to read without a map, nor
 one to write without all tensors in memory.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.files.disk_errors import UnwrittenError
 from nanogpt_surgery.files.json_files import read_json
-from nanogpt_surgery.formats.stored_tensor import MappedFile, StoredTensor
+from nanogpt_surgery.formats.placing import MappedFile, StoredTensor
 
 INDEX = "model.safetensors.index.json"
 MAX_HEADER = 16 << 20  # bytes

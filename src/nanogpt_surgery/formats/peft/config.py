@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
-from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
+from nanogpt_surgery.errors import SurgeryError, first_problems, foreign_file, quoted
 from nanogpt_surgery.files.json_files import read_json
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.lora.settings import LoRASettings, Tied
@@ -31,7 +31,6 @@ from nanogpt_surgery.values import NOT_0, SHARE, SIZE, SWITCH, TABLE, Kind, wron
 
 CONFIG = "adapter_config.json"
 LARGEST_CONFIG = 8 << 20  # bytes; an adapter of 25,000 layers, each with an alpha, has half of it
-_SHOWN = 12  # problems
 _MOST_WHOLE = 100  # modules_to_save
 _QUOTES = "'\""
 MERGE_IN_PEFT = (
@@ -124,8 +123,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     with foreign_file(path):
         _check_unknown(config, folder)
         if problems := _wrong(config):
-            shown = "; ".join(problems[:_SHOWN]) + ("; …" if problems[_SHOWN:] else "")
-            raise SurgeryError(f"{path} is damaged: {shown}", _SAVE_AGAIN)
+            raise SurgeryError(f"{path} is damaged: {first_problems(problems, 12)}", _SAVE_AGAIN)
     return with_current_modules(config)
 
 
@@ -242,7 +240,7 @@ def read_extras(path: Path) -> dict[str, Any]:
                 kind, {f"{key} of {quoted(name)}": value for name, value in (table or {}).items()}
             )
     if problems:
-        raise SurgeryError(f"{path} is damaged: {'; '.join(problems[:12])}", f"rm {path}")
+        raise SurgeryError(f"{path} is damaged: {first_problems(problems, 12)}", f"rm {path}")
     return with_current_modules(extras)
 
 
@@ -349,9 +347,6 @@ _OPERATOR = re.compile(r"[\\^$*+?{}\[\]|()]")
 
 def _plain(pattern: str) -> tuple[str, Layout] | None:
     """A pattern without operators but for ^ at the beginning and dots, each any character."""
-    if not _OPERATOR.search(pattern):
-        dots = tuple(found.start() for found in re.finditer(r"\.", pattern))
-        return pattern, (len(pattern), dots, False)
     whole = pattern.startswith("^")
     rest = iter(pattern[1:] if whole else pattern)
     text, wildcards = "", []
