@@ -51,18 +51,22 @@ def lora_rows(model: nn.Module, names: Sequence[str | None]) -> Iterator[None]:
     active = PerRowAdapters(tuple(n if n is None else check_name(model, n) for n in names))
     if not all(layer.enabled for layer in lora_layers(model).values()):
         raise SurgeryError("the LoRA is disabled, so no row would be adapted", "enable_lora(model)")
-    before = active_adapters(model)
-    set_active(model, active)
-    history.closed = SurgeryError(
-        "the model is in a block of lora_rows, which gives each row its own adapter",
-        "leave the block first",
-    )
-    try:
-        with _checked(model, active):
-            yield
-    finally:
-        history.closed = None
-        set_active(model, before)
+    rows = _RowCheck(len(names))
+    with ExitStack() as stack:
+        stack.callback(set_active, model, active_adapters(model))
+        set_active(model, active)
+        stack.callback(setattr, history, "closed", None)
+        history.closed = SurgeryError(
+            "the model is in a block of lora_rows, which gives each row its own adapter",
+            "leave the block first",
+        )
+        stack.enter_context(model.register_forward_pre_hook(rows.begin, with_kwargs=True))
+        stack.enter_context(model.register_forward_hook(rows.end, always_call=True))
+        for name, layer in lora_layers(model).items():
+            if any(n in layer.updates for n in active.names()) and not layer.replaces_whole:
+                check = partial(rows.check, name)
+                stack.enter_context(layer.register_forward_pre_hook(check, with_kwargs=True))
+        yield
 
 
 @dataclass(frozen=True)
@@ -145,24 +149,6 @@ def _stacked_dora_scales(layer: LoRALayer, updates: list[Any]) -> Tensor | None:
         return None
     ones = torch.ones_like(updates[0].factors()[1][:, 0])
     return torch.stack([*(ones if scale is None else scale for scale in scales), ones])
-
-
-@contextmanager
-def _checked(model: nn.Module, active: PerRowAdapters) -> Iterator[None]:
-    """Within the block, raises if the model's batch or a layer's input has not these rows.
-
-    Raises:
-        SurgeryError: from the model's forward; the layer is named.
-    """
-    rows = _RowCheck(len(active.by_row))
-    with ExitStack() as hooks:
-        hooks.enter_context(model.register_forward_pre_hook(rows.begin, with_kwargs=True))
-        hooks.enter_context(model.register_forward_hook(rows.end, always_call=True))
-        for name, layer in lora_layers(model).items():
-            if any(n in layer.updates for n in active.names()) and not layer.replaces_whole:
-                check = partial(rows.check, name)
-                hooks.enter_context(layer.register_forward_pre_hook(check, with_kwargs=True))
-        yield
 
 
 @contextmanager

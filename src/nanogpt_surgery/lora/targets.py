@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from nanogpt_surgery.errors import SurgeryError, nearest
+from nanogpt_surgery.errors import SurgeryError, listed, nearest
 from nanogpt_surgery.lora.embedding import TiedEmbeddingUpdate
 from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.settings import LoRASettings, Tied
@@ -252,7 +252,12 @@ def plan_updates(
     matches, layers = find_targets(model, targets), adaptable_layers(model)
     matched = {layer for found in matches.values() for layer in found}
     names = [layer for layer in layers if layer in matched]
-    _check_patterns({**(settings.rank_pattern or {}), **(settings.alpha_pattern or {})}, names)
+    patterns = {**(settings.rank_pattern or {}), **(settings.alpha_pattern or {})}
+    if unused := [p for p in patterns if not any(by_pattern({p: True}, n, False) for n in names)]:
+        raise SurgeryError(
+            f"no target matches {', '.join(map(repr, unused))} of rank_pattern or alpha_pattern",
+            f"the targets are {listed(names, 12)}",
+        )
     by_layer = {
         layer: replace(
             settings,
@@ -291,15 +296,6 @@ def _with_one_update_a_weight(plan: UpdatePlan, layers: Mapping[str, nn.Module])
         settings[first] = its_settings
         tied_layers[first] = [other for other in group if other != first]
     return UpdatePlan(plan.matches, settings, tied_layers)
-
-
-def _check_patterns(patterns: dict[str, Any], names: list[str]) -> None:
-    unused = [p for p in patterns if not any(by_pattern({p: True}, n, False) for n in names)]
-    if unused:
-        raise SurgeryError(
-            f"no target matches {', '.join(map(repr, unused))} of rank_pattern or alpha_pattern",
-            f"the targets are {', '.join(names[:12])}{', …' if names[12:] else ''}",
-        )
 
 
 def check_settings(
