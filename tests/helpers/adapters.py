@@ -29,7 +29,7 @@ def adapted(
 
 def merged_layer(layer: LoRALayer) -> nn.Module:
     """The plain layer that a merge puts in the place of a wrapped one."""
-    return plain_layer(layer.original_layer, add_update(layer)[0])
+    return plain_layer(layer.original_layer, nn.Parameter(add_update(layer)[0]))
 
 
 def attach_adapter(model: nn.Module, adapter: StoredAdapter, name: str = "default") -> None:

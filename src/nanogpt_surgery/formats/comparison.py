@@ -7,19 +7,19 @@ or a merge: every part has texts that come out otherwise without it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, vocab_size_of
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.lora.merging import in_turn
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.report import Report
 
 # How far a number may move, as a share of the largest in its row.
 _TOLERANCES = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-8, "Q8_0": 0.6 / 127}
@@ -27,34 +27,31 @@ _PROBE = 16
 
 
 def compare(
-    model: SimpleGPT,
+    make: Callable[[str], Tensor],
     again: SimpleGPT,
     tokenizer: Tokenizer | None,
     tokenizer_again: Tokenizer | None,
     kinds: dict[str, str],
-    title: str,
     lost: Collection[str] = (),
-) -> Report:
-    """Compares every tensor, the logits on probe ids, and the tokenizer on texts for each part.
+) -> list[dict[str, Any]]:
+    """Compares every tensor, and the tokenizer on texts for each part.
 
     Args:
-        model: what was written, each tensor in the dtype that it was read in.
-        again: what the file holds, in float32.
+        make: gives the tensors that were written, by their names in the model.
+        again: what the file holds.
         tokenizer: what was written.
         tokenizer_again: what the file holds.
         kinds: how each tensor was stored.
-        title: of the report.
         lost: parts of the tokenizer that are known not to be carried over, and were said.
 
     Returns:
-        A row for each kind of storage, and the largest error of the logits, the KL divergence and
-        the share of unchanged top tokens on probe ids.
+        A row for each kind of storage.
 
     Raises:
-        SurgeryError: a tensor moved further than its kind allows, the logits are not finite, or
-            the tokenizer encodes otherwise.
+        SurgeryError: a tensor moved further than its kind allows, or the tokenizer encodes
+            otherwise.
     """
-    rows = _tensor_rows(model, again, kinds)
+    rows = _tensor_rows(make, again, kinds)
     if tokenizer is None:
         warnings.warn(
             "no tokenizer was written: whoever opens the file must bring ids",
@@ -62,7 +59,7 @@ def compare(
             stacklevel=8,  # whoever called the function that writes the file
         )
     check_tokenizer(tokenizer, tokenizer_again, lost)
-    return Report(title, rows, _logits(model, again))
+    return rows
 
 
 def check_equal(
@@ -91,13 +88,13 @@ def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _tensor_rows(
-    model: SimpleGPT, again: SimpleGPT, kinds: dict[str, str]
-) -> list[dict[str, object]]:
-    ours, theirs = model.state_dict(), again.state_dict()
+    make: Callable[[str], Tensor], again: SimpleGPT, kinds: dict[str, str]
+) -> list[dict[str, Any]]:
+    theirs = again.state_dict()
     worst: dict[str, list[float]] = {}
-    wrong = [f"{name} is missing" for name in ours if name not in theirs]
-    for name, kind in kinds.items():
-        error = _largest_move(ours[name], theirs[name])
+    wrong: list[str] = []
+    moves = in_turn(lambda name: _largest_move(make(name), theirs[name]), kinds)
+    for (name, kind), error in zip(kinds.items(), moves, strict=True):
         if not error <= _TOLERANCES[kind] * 1.01 + 2**-24:
             wrong.append(f"{name} moved by {error:.2g} of its row's largest number")
         worst.setdefault(kind, []).append(error)
@@ -121,17 +118,23 @@ def _largest_move(ours: Tensor, theirs: Tensor) -> float:
     return float(((ours - theirs).abs() / scale).max())
 
 
-def _logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
+def effect_on_logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
+    """How far a written model's logits on probe ids are from those of what was written.
+
+    The largest error, the KL divergence, and the share of unchanged top tokens.
+
+    Raises:
+        SurgeryError: they are not finite.
+    """
     draw = torch.Generator().manual_seed(0)
     length = min(_PROBE, model.config.block_size)
     ids = torch.randint(model.config.vocab_size, (2, length), generator=draw)
     device = model.embed_tokens.weight.device
-    with eval_mode(model), torch.no_grad(), computing_in_float32(model):
-        ours = model(ids.to(device)).cpu()
-        theirs = again(ids).float()
-    with computing_in_float32(model):
+    with computing_in_float32(model), computing_in_float32(again):
+        with eval_mode(model), torch.no_grad():
+            ours, theirs = model(ids.to(device)).cpu(), again(ids)
         check_finite(ours, model, lambda: model(ids.to(device)))
-    check_finite(theirs, again, lambda: again(ids), "the written model")
+        check_finite(theirs, again, lambda: again(ids), "the written model")
     return {
         "largest_logit_error": float((ours - theirs).abs().max()),
         "kl_divergence": float(kl_divergence(ours, theirs)),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +58,7 @@ from nanogpt_surgery.formats.huggingface.tokenizer_files import (
 from nanogpt_surgery.formats.peft.config import CONFIG as ADAPTER_CONFIG
 from nanogpt_surgery.formats.placing import Dtype, build_model, usual_dtype
 from nanogpt_surgery.history.folder_history import operations_on
+from nanogpt_surgery.lora.merging import in_turn
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -127,7 +128,7 @@ def write_model_files(
         )
     tied = model.lm_head.weight is model.embed_tokens.weight
     shapes = {
-        name: torch.empty_like(t, dtype=dtypes[name] if dtypes else t.dtype, device="meta")
+        name: torch.empty(t.shape, dtype=dtypes[name] if dtypes else t.dtype, device="meta")
         for name, t in model.state_dict().items()
         if not (tied and name == "lm_head.weight")
     }
@@ -142,19 +143,17 @@ def write_model_files(
         _carry_files(carried, folder)
     write_json(folder / CONFIG, contents)
     made = partial(_theirs, make=make or model.state_dict().__getitem__, rows=rows)
-    write_tensors(to_theirs(shapes, rows), folder / TENSORS, made)
+    in_order = partial(in_turn, made) if make else partial(map, made)
+    write_tensors(to_theirs(shapes, rows), folder / TENSORS, in_order)
     if tokenizer is not None and not any((folder / name).is_file() for name in _VOCABULARIES):
         write_tokenizer_files(tokenizer, folder, model.config.block_size)
 
 
-def _theirs(
-    names: Iterable[str], make: Callable[[str], Tensor], rows: list[Row]
-) -> Iterator[Tensor]:
-    """The tensors of a family's names, one after the other, from ours by ours."""
-    places = {f"{row.theirs}.{kind}": (row, kind) for row in rows for kind in ("weight", "bias")}
-    for name in names:
-        row, kind = places[name]
-        yield to_theirs({f"{n}.{kind}": make(f"{n}.{kind}") for n in row.ours}, [row])[name]
+def _theirs(name: str, make: Callable[[str], Tensor], rows: list[Row]) -> Tensor:
+    """The tensor of a family's name, from ours by ours."""
+    theirs, _, kind = name.rpartition(".")
+    row = next(row for row in rows if row.theirs == theirs)
+    return to_theirs({f"{n}.{kind}": make(f"{n}.{kind}") for n in row.ours}, [row])[name]
 
 
 _VOCABULARIES = (TOKENIZER, "vocab.json", "tokenizer.model")

@@ -8,8 +8,9 @@ ids that the model is called on, or a function of no arguments that gives logits
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, reduce
 from typing import Any, TypeAlias, TypeVar
 
@@ -30,6 +31,7 @@ from nanogpt_surgery.model.loss import eval_mode, kl_divergence
 from nanogpt_surgery.report import Report
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
+K = TypeVar("K")
 T = TypeVar("T")
 Rounding: TypeAlias = Callable[[Tensor], Tensor]  # rows of a matrix, to fewer bits and back
 FLOAT16 = ("float16", "F16")  # as torch and GGUF call it
@@ -68,14 +70,17 @@ def merge_lora(
     layers = lora_layers(model)
     _check_takes_part(model, layers)
     check_undecided(model, layers)
-    done = for_each_layer(layers, lambda _, layer: add_update(layer))
+    changed = with_delta(layers)
+    done = dict(zip(changed, in_turn(add_update, changed.values()), strict=True))
     rows = [{"layer": name, **row} for name, (_, row) in done.items()]
     if not force:
         check_weights(rows, layers)
     effect: dict[str, float] = {}
     with operation(model, "merge"):
         before = None if probe is None else logits_of(model, probe)
-        replace_layers(model, {name: weight for name, (weight, _) in done.items()})
+        merged = {name: weight for name, (weight, _) in done.items()}
+        share_equal(layers, merged)
+        replace_layers(model, merged)
         if probe is not None and before is not None:
             effect = compare_logits(before, logits_of(model, probe))
             if not force:
@@ -133,24 +138,18 @@ def _is_decided(partner: nn.Module, layer: LoRALayer) -> bool:
 def replace_layers(model: nn.Module, merged: Mapping[str, Tensor]) -> None:
     """Puts a plain layer with its W + ΔW, by name, in the place of every wrapped layer.
 
-    Layers that shared a weight and have the same W + ΔW share one again; where a tie is broken, a
-    config that says `tie_word_embeddings` says no.
+    Layers that are given one tensor share it; where a tie is broken, a config that says
+    `tie_word_embeddings` says no.
     """
     before = history_of(model).trainable_before
     trainable = None if before is None else {id(parameter) for parameter in before}
-    made: dict[int, list[Any]] = {}
+    parameters: dict[int, nn.Parameter] = {}
     for name, layer in lora_layers(model).items():
-        if layer.replaces_whole:
-            replace_module(model, name, layer.shown)
-            continue
-        original: Any = layer.original_layer
-        plain: Any = plain_layer(original, merged[name])
-        plain.weight.requires_grad_(trainable is None or id(original.weight) in trainable)
-        twins = made.setdefault(id(original.weight), [])
-        for twin in twins:
-            if torch.equal(twin.weight, plain.weight):
-                plain.weight = twin.weight
-        twins.append(plain)
+        plain: Any = layer.shown
+        if not layer.replaces_whole:
+            weight = parameters.setdefault(id(merged[name]), nn.Parameter(merged[name]))
+            weight.requires_grad_(trainable is None or id(layer.original_layer.weight) in trainable)
+            plain = plain_layer(layer.original_layer, weight)
         replace_module(model, name, plain)
     restore_requires_grad(model)
     if get_tie_word_embeddings(model) and _is_untied(model):
@@ -172,12 +171,12 @@ def restore_requires_grad(model: nn.Module) -> None:
     history_of(model).trainable_before = None
 
 
-def plain_layer(original: Any, weight: Tensor) -> nn.Module:
+def plain_layer(original: Any, weight: nn.Parameter) -> nn.Module:
     """A new layer of the original's kind, with its bias and another weight."""
     plain: nn.Linear | nn.Embedding
     if isinstance(original, nn.Embedding):
         plain = nn.Embedding.from_pretrained(
-            weight,
+            weight.detach(),
             padding_idx=original.padding_idx,
             scale_grad_by_freq=original.scale_grad_by_freq,
             sparse=original.sparse,
@@ -185,25 +184,44 @@ def plain_layer(original: Any, weight: Tensor) -> nn.Module:
     else:
         plain = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
         plain.bias = original.bias
-    plain.weight = nn.Parameter(weight)
+    plain.weight = weight
     return plain.train(original.training)
 
 
-def for_each_layer(
-    layers: Mapping[str, LoRALayer], work: Callable[[str, LoRALayer], T]
-) -> dict[str, T]:
-    """The result of some work for each layer with a ΔW, as many at a time as PyTorch has threads.
+def with_delta(layers: Mapping[str, LoRALayer]) -> dict[str, LoRALayer]:
+    """Those that are not replaced whole."""
+    return {name: layer for name, layer in layers.items() if not layer.replaces_whole}
+
+
+def in_turn(work: Callable[[K], T], items: Iterable[K]) -> Iterator[T]:
+    """The results of some work, in order; at a time as many as PyTorch has threads, at most 8.
 
     Each is done by one thread: those that PyTorch puts on one operation wait for each other at its
-    end, which beside another process takes many times as long as so small an operation.
+    end, which beside another process takes many times as long as an operation on a few rows.
     """
-    layers = {name: layer for name, layer in layers.items() if not layer.replaces_whole}
     threads = torch.get_num_threads()
+    workers, results = min(threads, 8), deque[Future[T]]()
     try:
-        with ThreadPoolExecutor(threads, "", torch.set_num_threads, (1,)) as pool:
-            return dict(zip(layers, pool.map(work, layers, layers.values()), strict=True))
+        with ThreadPoolExecutor(workers, "", torch.set_num_threads, (1,)) as pool:
+            for item in items:
+                results.append(pool.submit(work, item))
+                if len(results) > workers:
+                    yield results.popleft().result()
+            while results:
+                yield results.popleft().result()
     finally:
         torch.set_num_threads(threads)  # of threads that begin after this
+
+
+def share_equal(layers: Mapping[str, LoRALayer], merged: dict[str, Tensor]) -> None:
+    """Gives layers that shared a weight, and whose W + ΔW are equal, one tensor again."""
+    made: dict[int, list[str]] = {}
+    for name in merged:
+        others = made.setdefault(id(layers[name].original_layer.weight), [])
+        equal = [other for other in others if torch.equal(merged[other], merged[name])]
+        if equal:
+            merged[name] = merged[equal[0]]
+        others.append(name)
 
 
 @torch.no_grad()
@@ -376,8 +394,9 @@ def merge_survival(model: nn.Module) -> Report:
     Raises:
         SurgeryError: the model carries no LoRA.
     """
-    found = for_each_layer(lora_layers(model), lambda _, layer: survival(layer))
-    rows: list[dict[str, Any]] = [{"layer": name, **kept} for name, kept in found.items()]
+    layers = with_delta(lora_layers(model))
+    found = zip(layers, in_turn(survival, layers.values()), strict=True)
+    rows: list[dict[str, Any]] = [{"layer": name, **kept} for name, kept in found]
     lowest = {f"lowest_{name}": min(row[name] for row in rows) for name in ROUNDINGS if rows}
     return Report("part of the change kept after rounding", rows, {"layers": len(rows), **lowest})
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -24,7 +25,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import file_hash, write_file, write_folder
 from nanogpt_surgery.files.disk_errors import free_bytes
 from nanogpt_surgery.files.json_files import read_json
-from nanogpt_surgery.formats.comparison import check_equal
+from nanogpt_surgery.formats.comparison import check_tokenizer, computing_in_float32
 from nanogpt_surgery.formats.folders.run_folder import is_run
 from nanogpt_surgery.formats.gguf.writing import GGUFType, rounding_of, write_gguf_file
 from nanogpt_surgery.formats.huggingface.config import CONFIG
@@ -42,10 +43,17 @@ from nanogpt_surgery.formats.model_file import (
     open_model,
     write_model_files,
 )
+from nanogpt_surgery.formats.peft.layout import adapter_to_ours
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
-from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
+from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter, read_adapter
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
-from nanogpt_surgery.history.model_history import UPDATES, combined, plain_name, tensor_hashes
+from nanogpt_surgery.history.model_history import (
+    UPDATES,
+    combined,
+    plain_name,
+    tensor_hash,
+    tensor_hashes,
+)
 from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.merging import (
     Rounding,
@@ -54,10 +62,12 @@ from nanogpt_surgery.lora.merging import (
     check_undecided,
     check_weights,
     compare_logits,
-    for_each_layer,
+    in_turn,
     logits_of,
     merge_survival,
     replace_layers,
+    share_equal,
+    with_delta,
 )
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import lora_layers
@@ -151,11 +161,15 @@ def _write(
 ) -> FolderOperation:
     """Writes the merged model and measures what was written; in place, without what is there."""
     tokenizer = merge.tokenizer if place is None or is_run(place) else None
-    write_model_files(merge.model, new, tokenizer, place or merge.source)
+    write_model_files(
+        merge.model, new, tokenizer, place or merge.source, merge.dtypes, merge.tensor
+    )
+    merge.check_rows()
     if merge.chat_template is not None:
         write_chat_template(merge.chat_template, new)
     again, tokenizer_again = open_model(new, "each")
-    check_equal(merge.model, again, tokenizer, tokenizer_again)
+    merge.check_written(again)
+    check_tokenizer(tokenizer, tokenizer_again)
     if place is not None:
         _leave_away(new, place)
     return replace(done, measured=merge.measure(again))
@@ -263,15 +277,17 @@ def merge_into_gguf(
     merge = _prepare(model, adapter, dtype="float32", probe=probe, force=force, tied=tied)
     if tolerance is None:
         tolerance = 1e-2 if kind == "Q8_0" else 1e-3
-    merge.add_in(tolerance, force, partial(rounding_of, kind=kind))
+    merge.stored = partial(rounding_of, kind=kind)
+    merge.add_in(tolerance, force)
 
-    def write(new: Path) -> tuple[Report, dict[str, Any]]:
-        again, written = write_gguf_file(merge.model, new, merge.tokenizer, kind, "")
+    def write(new: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        again, written = write_gguf_file(merge.model, new, merge.tokenizer, kind, merge.tensor)
+        merge.check_rows()
         return written, merge.measure(again)
 
     written, effect = write_file(path, write)
     summary = {"file": str(path), "layers": len(merge.rows), "base": merge.base, **effect}
-    stored = {f"stored_as_{row['stored as']}": row["tensors"] for row in written.rows}
+    stored = {f"stored_as_{row['stored as']}": row["tensors"] for row in written}
     return Report(f"merged: {merge.title} into {model}", merge.rows, summary | stored)
 
 
@@ -283,8 +299,12 @@ WIDER = "merge with dtype='float32', or export with format='F32'"
 class Merge:
     """A merge, from the adapted model to the merged one and what its report says.
 
+    Of neither is more in memory than a tensor or a few: what was opened is mapped, a module's
+    weights are widened while it computes, and W + ΔW is made when it is written.
+
     Attributes:
-        model: float32, with the adapter until `add_in`.
+        model: with the adapter until `add_in`; then what is to be written, but the weights that the
+            adapter changes have shapes alone.
         tokenizer: of the model, if there is one, with the adapter's chat template.
         dtypes: what each of its tensors is to be written in.
         source: what was opened.
@@ -293,9 +313,14 @@ class Merge:
         probe: ids (B, T) to measure on.
         probed_on: what they are, in words.
         chat_template: the one beside the adapter, in Jinja.
-        rows: for each layer what became of its weight, after `add_in`.
         adapted: the adapted model's logits, after `add_in`.
-        tolerance: the largest KL divergence that `measure` lets pass, after `add_in`; None: any.
+        layers: those that the adapter changes, after `add_in`.
+        stored: what a file will make of a layer's weight, by name and weight, under a name; None:
+            it is rounded to its dtype.
+        tolerance: the largest KL divergence that is let pass, after `add_in`; None: whatever is
+            measured.
+        hashes: the sha256 of each tensor that was made.
+        made: for each layer that was made what became of its weight.
     """
 
     model: SimpleGPT
@@ -307,9 +332,12 @@ class Merge:
     probe: Tensor
     probed_on: str
     chat_template: str | None
-    rows: list[dict[str, Any]] = field(default_factory=list)
     adapted: Tensor = field(default_factory=lambda: torch.empty(0))
+    layers: dict[str, LoRALayer] = field(default_factory=dict)
+    stored: Callable[[str, Tensor], tuple[str, Rounding]] | None = None
     tolerance: float | None = None
+    hashes: dict[str, str] = field(default_factory=dict)
+    made: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def title(self) -> str:
@@ -323,53 +351,82 @@ class Merge:
         names = sorted({_name(self.dtypes[name]) for name, _ in own})
         return {"dtype": " and ".join(names), "model_bytes": size}
 
-    def add_in(
-        self,
-        tolerance: float,
-        force: bool,
-        stored: Callable[[str, Tensor], tuple[str, Rounding]] | None = None,
-    ) -> None:
-        """Merges the adapter in float32; then each weight gets the dtype it is to be written in.
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """For each layer with a ΔW what became of its weight."""
+        return [{"layer": name, **self.made[name]} for name in with_delta(self.layers)]
+
+    def add_in(self, tolerance: float, force: bool) -> None:
+        """Measures the adapted model, and puts plain layers in the place of the adapted ones.
 
         Args:
-            tolerance: largest mean KL divergence that `measure` lets pass.
+            tolerance: largest mean KL divergence that is let pass.
             force: let pass whatever is measured.
-            stored: what a file will make of a layer's weight, by name and weight, under a name; by
-                default it is rounded to its dtype.
 
         Raises:
-            SurgeryError: every weight would be the number that it is without the adapter, or one
-                would be NaN or infinite.
+            SurgeryError: the adapted model's logits are not finite, or a tie would be broken.
         """
         self.tolerance = None if force else tolerance
-        logits = partial(logits_of, self.model, self.probe)
-        self.adapted, layers = logits(), lora_layers(self.model)
-        check_finite(self.adapted, self.model, logits, f"the model with {self.adapter}")
-        check_undecided(self.model, layers)
+        self.adapted = self._logits(self.model, f"the model with {self.adapter}")
+        self.layers = lora_layers(self.model)
+        check_undecided(self.model, self.layers)
+        changed = with_delta(self.layers)
+        weights = Counter(id(layer.original_layer.weight) for layer in changed.values())
+        tied = [n for n, layer in changed.items() if weights[id(layer.original_layer.weight)] > 1]
+        twins = dict(zip(tied, in_turn(self._add_update, tied), strict=True))
+        share_equal(self.layers, twins)
+        shapes: dict[int, Tensor] = {}
+        for name, layer in changed.items():
+            shape = torch.empty(layer.weight.shape, dtype=self._dtype(name), device="meta")
+            shapes.setdefault(id(twins.get(name, layer)), shape)
+        replace_layers(
+            self.model, {n: shapes[id(twins.get(n, layer))] for n, layer in changed.items()}
+        )  # the model is only here to be written: nothing is journaled
 
-        def add(name: str, layer: LoRALayer) -> tuple[Tensor, dict[str, Any]]:
-            kind = stored and stored(name, layer.weight)
-            return add_update(layer, self.dtypes[f"{name}.weight"], kind)
+    def _dtype(self, layer: str) -> torch.dtype:
+        return self.dtypes[f"{layer}.weight"]
 
-        done = for_each_layer(layers, add)
-        self.rows = [{"layer": name, **row} for name, (_, row) in done.items()]
-        if not force:
-            check_weights(self.rows, layers, self.adapter, WIDER)
-        # The model is only here to be written: nothing is journaled.
-        replace_layers(self.model, {name: weight for name, (weight, _) in done.items()})
-        for name, parameter in self.model.named_parameters():
-            parameter.data = parameter.data.to(self.dtypes[name])
+    def _add_update(self, name: str) -> Tensor:
+        layer = self.layers[name]
+        stored = self.stored and self.stored(name, layer.weight)
+        weight, self.made[name] = add_update(layer, self._dtype(name), stored)
+        return weight
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the merged model in the dtype that it is to be written in."""
+        layer = name.removesuffix(".weight")
+        if layer in with_delta(self.layers) and layer != name:
+            tensor = self._add_update(layer)
+        else:
+            tensor = self.model.get_parameter(name).detach().to(self.dtypes[name])
+        self.hashes[name] = tensor_hash(tensor)
+        return tensor
+
+    def check_rows(self) -> None:
+        """Checks what became of the weights, unless forced; see `check_weights`."""
+        if self.tolerance is not None:
+            check_weights(self.rows, self.layers, self.adapter, WIDER)
+
+    def check_written(self, again: SimpleGPT) -> None:
+        """Raises `SurgeryError` unless a model that was read again has the bits that were made."""
+        read = tensor_hashes(again)
+        wrong = [name for name, digest in self.hashes.items() if read.get(name) != digest]
+        if wrong:
+            raise SurgeryError(f"what was written does not read back: {', '.join(wrong[:8])}")
+
+    def _logits(self, model: SimpleGPT, whose: str) -> Tensor:
+        with computing_in_float32(model):
+            logits = logits_of(model, self.probe)
+            check_finite(logits, model, lambda: model(self.probe), whose)
+        return logits
 
     def measure(self, again: SimpleGPT) -> dict[str, Any]:
-        """The effect on the logits of a model that was read again; it becomes float32.
+        """The effect on the logits of a model that was read again.
 
         Raises:
             SurgeryError: it exceeds the tolerance, or the logits are not finite.
         """
-        logits = partial(logits_of, again.float(), self.probe)
-        merged = logits()
-        check_finite(merged, again, logits, "the merged model")
-        effect = compare_logits(self.adapted, merged)
+        effect = compare_logits(self.adapted, self._logits(again, "the merged model"))
         if self.tolerance is not None:
             check_effect(effect, self.tolerance)
         largest = {"largest_logit": float(self.adapted.abs().max())}
@@ -396,9 +453,9 @@ def _prepare(
     if dtype is None:
         _check_wider(stored, str(model))
     dtypes = stored if dtype is None else dict.fromkeys(stored, getattr(torch, dtype))
-    check_finite_weights(network, str(model))
-    network.float()
-    base = combined(tensor_hashes(network).values())
+    base = _base(network, str(model))
+    for name in adapter_to_ours(read_adapter(adapter_folder(adapter)), network).whole:
+        network.get_submodule(name.rpartition(".")[0]).float()  # its copy will be float32
     load_adapter(network, adapter, tied=tied, force=force)
     ids, probed_on = _probe(network, tokenizer, probe)
     template = chat_template_in(adapter_folder(adapter))
@@ -407,6 +464,23 @@ def _prepare(
     return Merge(
         network, tokenizer, dtypes, str(model), base, str(adapter), ids, probed_on, template
     )
+
+
+def _base(model: SimpleGPT, where: str) -> str:
+    """The hash of all weights in float32, the same for a model in any dtype.
+
+    Raises:
+        SurgeryError: one is NaN or infinite.
+    """
+
+    def look(tensor: Tensor) -> tuple[str, bool]:
+        return tensor_hash(tensor.float()), bool(tensor.isfinite().all())
+
+    tensors = list(model.parameters())
+    hashes, finite = zip(*in_turn(look, tensors), strict=True)
+    if not all(finite):
+        check_finite_weights(model, where)
+    return combined(tensor_hashes(model, dict(zip(tensors, hashes, strict=True))).values())
 
 
 def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:

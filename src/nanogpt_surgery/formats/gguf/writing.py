@@ -8,7 +8,7 @@ multiple of that is written as F16, and the report says so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -25,7 +25,7 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_file
-from nanogpt_surgery.formats.comparison import compare
+from nanogpt_surgery.formats.comparison import compare, effect_on_logits
 from nanogpt_surgery.formats.gguf.model import (
     FIELDS,
     ROPE_FACTORS,
@@ -39,7 +39,7 @@ from nanogpt_surgery.formats.gguf.tokenizer_writing import Lost, write_tokenizer
 from nanogpt_surgery.formats.huggingface.config import OWN, family_of
 from nanogpt_surgery.formats.huggingface.name_map import each_layer
 from nanogpt_surgery.formats.placing import interleave
-from nanogpt_surgery.lora.merging import Rounding
+from nanogpt_surgery.lora.merging import Rounding, in_turn
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.finite import check_finite_weights
@@ -53,7 +53,8 @@ _FILE_TYPES = {
     "BF16": LlamaFileType.MOSTLY_BF16,
     "Q8_0": LlamaFileType.MOSTLY_Q8_0,
 }
-Named: TypeAlias = tuple[str, tuple[str, ...], Tensor]  # the file's name, ours, the tensor
+# The file's name, ours, a tensor of its shape (itself if none of ours is in it), interleaved heads.
+Named: TypeAlias = tuple[str, tuple[str, ...], Tensor, int]
 _POSITIONS = "position_embd.weight"
 _KEPT_FLOAT32 = (_POSITIONS, ROPE_FACTORS)
 
@@ -77,20 +78,32 @@ def save_gguf(
         SurgeryError: llama.cpp has no such model or tokenizer, or what was written does not read
             back as it should. There is no new file then.
     """
-    title = f"GGUF written: {path}"
-    return write_file(path, lambda new: write_gguf_file(model, new, tokenizer, kind, title)[1])
+
+    def write(new: Path) -> Report:
+        check_finite_weights(model, "the model")
+        make = model.state_dict().__getitem__
+        again, rows = write_gguf_file(model, new, tokenizer, kind, make)
+        return Report(f"GGUF written: {path}", rows, effect_on_logits(model, again))
+
+    return write_file(path, write)
 
 
 def write_gguf_file(
-    model: SimpleGPT, path: Path, tokenizer: Tokenizer | None, kind: GGUFType, title: str
-) -> tuple[SimpleGPT, Report]:
-    """Writes a file that is being made; returns its model, in float32, and how far that is off."""
+    model: SimpleGPT,
+    path: Path,
+    tokenizer: Tokenizer | None,
+    kind: GGUFType,
+    make: Callable[[str], Tensor],
+) -> tuple[SimpleGPT, list[dict[str, Any]]]:
+    """Writes a file that is being made; returns its model, and how far its tensors are off.
+
+    `make` gives a tensor by its name in the model; of the model's own only the shapes count.
+    """
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
-    check_finite_weights(model, "the model")
-    kinds, lost = _write(model, _family(model), path, tokenizer, kind)
-    again, tokenizer_again = open_gguf(path, torch.float32)
-    return again, compare(model, again, tokenizer, tokenizer_again, kinds, title, lost)
+    kinds, lost = _write(model, _family(model), path, tokenizer, kind, make)
+    again, tokenizer_again = open_gguf(path, "each")
+    return again, compare(make, again, tokenizer, tokenizer_again, kinds, lost)
 
 
 def rounding_of(layer: str, weight: Tensor, kind: GGUFType) -> tuple[str, Rounding]:
@@ -126,7 +139,12 @@ def _family(model: SimpleGPT) -> str:
 
 
 def _write(
-    model: SimpleGPT, family: str, path: Path, tokenizer: Tokenizer | None, kind: GGUFType
+    model: SimpleGPT,
+    family: str,
+    path: Path,
+    tokenizer: Tokenizer | None,
+    kind: GGUFType,
+    make: Callable[[str], Tensor],
 ) -> tuple[dict[str, str], set[Lost]]:
     """Writes the file; returns how each tensor of ours was stored, and what the tokenizer lost."""
     with closing(GGUFWriter(path, family)) as writer:
@@ -136,13 +154,15 @@ def _write(
         lost: set[Lost] = set()
         if tokenizer is not None:
             lost = write_tokenizer(writer, tokenizer, model.config.vocab_size)
-        return _write_tensors(writer, list(_named(model, family)), kind), lost
+        return _write_tensors(writer, list(_named(model, family)), kind, make), lost
 
 
-def _write_tensors(writer: GGUFWriter, tensors: list[Named], kind: GGUFType) -> dict[str, str]:
+def _write_tensors(
+    writer: GGUFWriter, tensors: list[Named], kind: GGUFType, make: Callable[[str], Tensor]
+) -> dict[str, str]:
     """Writes what stands before the tensors, and them; returns how each of ours was stored."""
     stored: dict[str, str] = {}
-    for name, ours, tensor in tensors:
+    for name, ours, tensor, _ in tensors:
         chosen = _kind_of(name, tensor, kind)
         stored |= dict.fromkeys(ours, chosen.name)
         block, size = GGML_QUANT_SIZES[chosen]
@@ -152,26 +172,36 @@ def _write_tensors(writer: GGUFWriter, tensors: list[Named], kind: GGUFType) -> 
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for name, _, tensor in tensors:
-        writer.write_tensor_data(_packed(tensor, _kind_of(name, tensor, kind)))
+
+    def pack(named: Named) -> NDArray[Any]:
+        name, ours, tensor, heads = named
+        made = _joined([make(one) for one in ours], heads) if ours else tensor
+        return _packed(made, _kind_of(name, tensor, kind))
+
+    for packed in in_turn(pack, tensors):
+        writer.write_tensor_data(packed)
     return stored
 
 
+def _joined(parts: list[Tensor], heads: int) -> Tensor:
+    """The parts of a tensor as one, in the file's order of rows."""
+    return interleave(torch.cat(parts) if len(parts) > 1 else parts[0], heads)
+
+
 def _named(model: SimpleGPT, family: str) -> Iterator[Named]:
-    """The file's name, our names, and the tensor in the file's order of rows."""
-    tensors = dict(model.state_dict())
+    """Every tensor of the file."""
+    tensors = {name: tensor.to("meta") for name, tensor in model.state_dict().items()}
     if model.lm_head.weight is model.embed_tokens.weight:
         del tensors["lm_head.weight"]
     for row in each_layer(table(family, model.config), model.config.n_layer):
         for end in ("weight", "bias"):
             ours = tuple(f"{name}.{end}" for name in row.ours)
             if ours[0] in tensors:
-                parts = [tensors[name].detach() for name in ours]
-                joined = torch.cat(parts) if len(parts) > 1 else parts[0]
-                yield f"{row.theirs}.{end}", ours, interleave(joined, row.interleaved)
+                shape = _joined([tensors[name] for name in ours], row.interleaved)
+                yield f"{row.theirs}.{end}", ours, shape, row.interleaved
     scaling = model.config.rope_scaling
     if scaling is not None and scaling.rope_type == "llama3":
-        yield ROPE_FACTORS, (), rope_factors(model.config)
+        yield ROPE_FACTORS, (), rope_factors(model.config), 0
 
 
 def _kind_of(name: str, tensor: Tensor, kind: GGUFType) -> GGMLQuantizationType:

@@ -31,6 +31,7 @@ from nanogpt_surgery.formats.huggingface.name_map import (
 from nanogpt_surgery.formats.peft.config import CONFIG, MERGE_IN_PEFT
 from nanogpt_surgery.history.model_history import tensor_hash
 from nanogpt_surgery.lora.inject import bare_layer
+from nanogpt_surgery.lora.merging import in_turn
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, Updates, alpha_for
 from nanogpt_surgery.lora.variants import as_matrix
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -54,9 +55,13 @@ def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
     The names are those of the family's checkpoints; a fused matrix is hashed as one.
     """
     ours = {row.theirs: row.ours for row in rows_of(model)}
-    return {
-        name: tensor_hash(torch.cat(_matrices(model, ours.get(name, [name])))) for name in names
-    }
+    names = list(names)
+
+    def digest(name: str) -> str:
+        parts = _matrices(model, ours.get(name, [name]))
+        return tensor_hash(torch.cat(parts) if len(parts) > 1 else parts[0])
+
+    return dict(zip(names, in_turn(digest, names), strict=True))
 
 
 def _matrices(model: nn.Module, names: Iterable[str]) -> list[Tensor]:
