@@ -166,10 +166,10 @@ def test_memory_that_runs_out_all_the_same_is_a_sentence(kind, made, monkeypatch
 
 
 def test_other_commands_say_so_as_well(made, monkeypatch):
-    from nanogpt_surgery.cli import model_options as opening
+    from nanogpt_surgery.formats import opening
 
     monkeypatch.chdir(made)
-    monkeypatch.setattr(opening, "_dtype_here", lambda _: torch.empty(1 << 50))
+    monkeypatch.setattr(opening, "usual_dtype", lambda _: torch.empty(1 << 50))
     _, said = called("generate", "m", check=1)
     assert "memory ran out" in said
     assert "--batch-size" in said

@@ -62,10 +62,9 @@ def test_what_load_cannot_go_on_with_is_said(folder: Path, talk) -> None:
     write(folder / "alone.json", {"messages": [ANSWER]})
     write(folder / "two.json", {"messages": ASKED}, {"messages": ASKED})
     _, errors = talk("/load empty.json\n/load alone.json\n/load two.json\n/undo\n/exit\n")
-    assert "empty.json is not instruction data: record 1, messages: is an empty list" in errors
-    assert "alone.json holds one in which no user says anything" in errors
-    assert "two.json holds 2 conversations" in errors
-    assert "nothing has been said that could be taken back" in errors
+    for pieces in (["empty.json", "record 1"], ["alone.json", "no user"], ["two.json", "2 conv"]):
+        assert any(all(piece in line for piece in pieces) for line in errors.splitlines()), pieces
+    assert "taken back" in errors
 
 
 def test_an_answer_that_only_calls_tools_is_shown_by_their_names(folder: Path, talk) -> None:

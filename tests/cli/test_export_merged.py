@@ -97,7 +97,7 @@ def test_what_a_quantised_file_keeps_is_told(place, tmp_path) -> None:
 def test_an_adapter_that_never_learned_is_refused(place, tmp_path, form) -> None:
     arguments = ["export", place / "base", "--adapter", place / "newborn", "--format", form]
     _, said = called(*arguments, "--out", tmp_path / "m", check=1)
-    assert "newborn would change no weight: ΔW is 0 in all 4 layers" in said
+    assert "newborn" in said and "ΔW is 0 in all 4 layers" in said
     assert not list(tmp_path.iterdir())
     called(*arguments, "--out", tmp_path / "m", "--force")
     assert (tmp_path / "m").exists()

@@ -127,7 +127,7 @@ def test_a_stop_string_ends_one_row_and_not_the_others(folder: Path) -> None:
         (["--prompts", "no.txt"], ["no.txt"]),
         (["--prompts", "bad.jsonl"], ["bad.jsonl", "record 2 has no prompt"]),
         (["--prompts", "empty.txt"], ["empty.txt", "there are none"]),
-        (["--prompts", "latin1.txt"], ["latin1.txt is not UTF-8: byte 0xe9 at position 3"]),
+        (["--prompts", "latin1.txt"], ["latin1.txt", "0xe9 at position 3"]),
         (["--samples", "2", "--max-new-tokens", "-10"], ["max_new_tokens is -10"]),
         (["--stop", ""], ["a stop string is empty"]),
     ],
@@ -155,7 +155,7 @@ def test_prompts_are_split_at_line_ends_alone(folder: Path, tmp_path: Path) -> N
 def test_a_prompt_on_standard_input_that_is_not_utf_8_is_refused(folder: Path, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9"), encoding="utf-8"))
     _, errors = called("generate", folder / "m", "--prompt=-", check=1)
-    assert "standard input is not UTF-8: byte 0xe9 at position 3" in errors
+    assert "standard input" in errors and "0xe9 at position 3" in errors
 
 
 @pytest.mark.parametrize("more", [[], ["--samples", 2], ["--samples", 2, "--json"]])

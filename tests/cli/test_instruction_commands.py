@@ -197,8 +197,8 @@ def test_a_text_behind_the_targets_is_told_from_one(place, tmp_path, capsys, mon
         with pytest.raises(SystemExit):
             surgery("finetune", "m", "--out", tmp_path / "o", "--targets", "lm_head", path)
         err = capsys.readouterr().err
-        assert f"{path} is a {kind}, and stands among the targets" in err
-        assert f"put the text before --targets: surgery finetune MODEL {path}" in err
+        assert f"{path} is a {kind}" in err
+        assert f"surgery finetune MODEL {path} … --targets" in err
         assert "no text was named" not in err
 
 
@@ -207,12 +207,12 @@ def test_a_fine_tuning_says_what_it_trains_on_and_how_fast(place, tmp_path, caps
     few = ["--out", tmp_path / "o", *STEPS, "--block-size", 16, "--plan", "--learning-rate", 0.25]
     surgery("finetune", place / "m", *few)
     err = capsys.readouterr().err
-    assert "no text was named: training on the source of Python's standard library" in err
+    assert "no text was named" in err and "standard library" in err
     surgery("finetune", place / "m", place / "a.txt", *few)
     err = capsys.readouterr().err
     assert "no text was named" not in err
     assert "windows to train on" in err
-    assert "trained by AdamW, at a learning rate of 0.25" in err
+    assert "AdamW, at a learning rate of 0.25" in err
 
 
 TABLE = "Question,Answer,Topic\n" + "".join(f'"{i}, and 1?",{i + 1},sums\n' for i in range(20))
@@ -291,4 +291,4 @@ def test_too_short_a_block_is_said_once_with_its_flag(place, tmp_path, capsys):
     surgery(*words, "--plan")
     err = capsys.readouterr().err
     assert err.count("no target ends a turn") == 1
-    assert "note: 47 of 48 examples to train on are left out: no answer begins within 96" in err
+    assert "47 of 48 examples" in err and "within 96" in err

@@ -100,7 +100,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
             signal.SIGINT,
         ),
         ("plan m", "nanogpt_surgery.formats.peft.writing:plan_lora", signal.SIGTERM),
-        ("inspect m", "nanogpt_surgery.formats.model_file:open_model", signal.SIGINT),
+        ("inspect m", "nanogpt_surgery.formats.inspection:open_model", signal.SIGINT),
     ],
 )
 def test_nothing_half_written_stays(command, where, number, folder, monkeypatch, capfd):

@@ -171,7 +171,7 @@ def test_a_run_is_resumed_with_the_adapter_that_it_has(
     with pytest.raises(SystemExit):
         surgery([*words, "--resume"])
     said = capsys.readouterr().err
-    assert "dropout was 0.1 and is 0.0; rslora was True and is False" in said
+    assert "dropout was 0.1 and is 0.0" in said and "rslora was True and is False" in said
     assert "--rslora --dropout 0.1;" in said, "the command that began it"
     surgery([*words, "--rslora", "--dropout", "0.1", "--resume"])
     del written["adapter"]
@@ -194,8 +194,7 @@ def test_what_cannot_be_saved_is_refused_before_the_training(
     with pytest.raises(SystemExit):
         surgery([*words, "--out", str(tmp_path / "run")])
     said = capsys.readouterr().err
-    assert "reads differently: model.layers.0.self_attn.q_proj" in said
-    assert "please report it" in said
+    assert "model.layers.0.self_attn.q_proj" in said
     assert not (tmp_path / "run").exists()
 
 

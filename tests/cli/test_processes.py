@@ -142,18 +142,19 @@ def torchrun(monkeypatch, size: str, rank: str = "0") -> None:
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["generate", "run", "--prompt", "x"], "3 processes were started for surgery generate"),
-        (["data", "preview", "m", "x"], "3 processes were started for surgery data preview"),
+        (["generate", "run", "--prompt", "x"], "surgery generate"),
+        (["data", "preview", "m", "x"], "surgery data preview"),
     ],
 )
 def test_what_is_not_shared_is_refused(words, answer, monkeypatch):
     torchrun(monkeypatch, "3")
-    assert answer in called(*words, check=1)[1]
+    said = called(*words, check=1)[1]
+    assert "3 processes" in said and answer in said
 
 
 def test_standard_input_is_not_shared(monkeypatch):
     monkeypatch.setattr(data, "world", lambda: World(0, 2))
-    with pytest.raises(SurgeryError, match=r"standard input(.|\n)*name a file"):
+    with pytest.raises(SurgeryError, match="standard input"):
         data.open_sources(("-",))
 
 
@@ -162,13 +163,13 @@ def test_one_process_speaks_for_all(text, tmp_path, monkeypatch):
     monkeypatch.setattr("nanogpt_surgery.cli.framework.console.is_main_process", lambda: False)
     monkeypatch.setenv("RANK", "1")
     assert called(*words) == ("", "")
-    assert "there is no such folder" in called("generate", text / "x", "--prompt", "x", check=1)[1]
+    assert str(text / "x") in called("generate", text / "x", "--prompt", "x", check=1)[1]
 
 
 def test_an_error_names_the_process_that_it_is_of(monkeypatch):
     torchrun(monkeypatch, "2", rank="1")
     said = called("generate", "m", "--prompt", "x", check=1)[1]
-    assert said.startswith("process 1: surgery: 2 processes were started")
+    assert said.startswith("process 1: surgery: 2 processes")
 
 
 def test_other_programs_that_set_the_size_are_not_torchrun(monkeypatch):

@@ -34,9 +34,9 @@ def test_without_a_recipe_muon_trains_and_without_muon_adamw_s_defaults_count(
     small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 2".split()
     words = ["train", tmp_path / "text.txt", *small]
     _, said = called(*words, "--out", tmp_path / "muon", "--max-grad-norm", 2)
-    assert f"trained by Muon, at a learning rate of {MUON['learning_rate']:g}" in said
+    assert f"Muon, at a learning rate of {MUON['learning_rate']:g}" in said
     _, said = called(*words, "--out", tmp_path / "adamw", "--no-muon", "--max-grad-norm", 2)
-    assert f"trained by AdamW, at a learning rate of {FitSettings().learning_rate:g}" in said
+    assert f"AdamW, at a learning rate of {FitSettings().learning_rate:g}" in said
     wanted = {"muon": FitSettings(**(MUON | {"max_steps": 2, "max_grad_norm": 2.0}))}
     wanted["adamw"] = FitSettings(max_steps=2, max_grad_norm=2.0)
     for name, settings in wanted.items():
@@ -51,7 +51,7 @@ def test_tables_that_outgrow_the_model_are_said(tmp_path: Path) -> None:
     small = "--n-layer 1 --n-embd 16 --n-head 2 --block-size 16 --max-steps 2 --plan".split()
     words = ["train", tmp_path / "text.txt", "--out", tmp_path / "run", "--recipe", "fast", *small]
     _, said = called(*words)
-    assert "note: 49,152 of them are tables of previous tokens" in said
+    assert "49,152 of them are tables" in said and "--n-prev-tokens 0" in said
     _, said = called(*words, "--n-prev-tokens", 0)
     assert "tables of previous tokens" not in said
 

@@ -5,9 +5,8 @@ from pathlib import Path
 import pytest
 from helpers.commands import called
 
-from nanogpt_surgery.cli.framework import suggestions
-from nanogpt_surgery.cli.framework.app import COMMANDS, GROUPS, make_app, with_flags
-from nanogpt_surgery.cli.framework.suggestions import meanings, nearest_command
+from nanogpt_surgery.cli.framework.app import COMMANDS, GROUPS, make_app
+from nanogpt_surgery.cli.framework.suggestions import meanings, suggested, with_flags
 
 MEANT = {
     "train": {
@@ -89,26 +88,26 @@ def flags() -> dict[str, set[str]]:
 )
 def test_a_flag_of_another_program_is_understood(command, written, meant, flags):
     assert meant in flags[command]
-    assert suggestions.nearest_flag(written, flags[command]) == meant
-    assert suggestions.nearest_flag(f"{written}=3", flags[command]) == meant
+    assert suggested("flags", written, flags[command]) == meant
+    assert suggested("flags", f"{written}=3", flags[command]) == meant
 
 
 def test_every_flag_that_is_suggested_is_one_of_some_command(flags):
     there = set().union(*flags.values(), COMING)
-    assert not [flag for found in meanings().values() for flag in found if flag not in there]
+    assert not [flag for found in meanings("flags").values() for flag in found if flag not in there]
 
 
 def test_no_flag_of_ours_is_taken_for_another(flags):
     """The flag of a command itself is never among the words for something else in that command."""
-    known = meanings()
-    assert [f for found in flags.values() for f in found if f[2:] in known.get(f[2:], [])] == []
+    known = meanings("flags")
+    assert [f for found in flags.values() for f in found if f in known.get(f[2:], [])] == []
 
 
 def test_every_command_that_is_suggested_is_there():
     for written, meant in COMMANDS_MEANT.items():
-        assert nearest_command(written, COMMANDS) == meant
-    assert set(suggestions._COMMANDS) <= set(COMMANDS)
-    assert nearest_command("trian", COMMANDS) == "train"
+        assert suggested("commands", written, COMMANDS) == meant
+    assert {c for found in meanings("commands").values() for c in found} <= set(COMMANDS)
+    assert suggested("commands", "trian", COMMANDS) == "train"
 
 
 @pytest.mark.parametrize(

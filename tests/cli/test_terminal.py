@@ -10,13 +10,8 @@ import pytest
 from helpers.commands import Terminal
 
 from nanogpt_surgery import Step, SurgeryWarning
-from nanogpt_surgery.cli.framework.console import (
-    Announced,
-    quiet_libraries,
-    say,
-    spoken_warnings,
-    watched,
-)
+from nanogpt_surgery.cli.framework.console import quiet_libraries, say, spoken_warnings
+from nanogpt_surgery.runs.progress import Announced, Progress
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\r")
 
@@ -33,7 +28,7 @@ def test_bar_step_and_loss_stay(columns: int, monkeypatch: pytest.MonkeyPatch) -
     terminal = Terminal()
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr("sys.stderr", terminal)
-    for _ in watched(steps(4), 0, 20_000, 1e6, Announced([])):
+    for _ in Progress(0, 20_000, 1e6).bar(steps(4), Announced([])):
         pass
     plain = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue())
     lines = re.split(r"[\r\n]+", ESCAPES.sub("\n", plain))
@@ -55,14 +50,15 @@ def test_no_number_of_a_note_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "17,568,123" in terminal.getvalue()
 
 
-def test_a_skipped_step_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_skipped_step_is_said() -> None:
     nan = float("nan")
     done = [
         Step(1, nan, 1e-3, nan, 10, 0.5, 4.5, skipped=True),
         Step(2, 4.1, 1e-3, 1.0, 10, 0.5, 4.25),
     ]
-    assert len(list(watched(done, 0, 2, 1e6, Announced([])))) == 2
-    first, second = capsys.readouterr().err.splitlines()
+    said: list[str] = []
+    assert len(list(Progress(0, 2, 1e6).lines(done, said.append))) == 2
+    first, second = said
     assert "skipped" in first and "nan" not in first and "4.5" in first
     assert "loss 4.1000" in second and "skipped" not in second
 

@@ -14,8 +14,9 @@ import torch
 from helpers.commands import called
 
 from nanogpt_surgery.cli.commands import verify_resume
-from nanogpt_surgery.cli.commands.verify_resume import _compared, _kept
+from nanogpt_surgery.cli.commands.verify_resume import _kept
 from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.runs.summary import compare_runs
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
 SMALL = "--n-embd 16 --n-head 2 --n-layer 2 --block-size 12 --batch-size 4 --warmup-steps 1".split()
@@ -119,7 +120,7 @@ def test_a_difference_is_found_and_named(tmp_path, differs):
         loss = 0.5 if spoilt and differs == "a loss" else 0.25
         rows = [{"step": step, "loss": loss, "seconds": id(folder)} for step in steps]
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
-    found = _compared(tmp_path, 1, tmp_path / "whole", tmp_path / "cut").summary
+    found = compare_runs(tmp_path / "whole", tmp_path / "cut").summary
     assert found["same"] is (differs == "nothing")
     assert found["losses_differ"] == {"a loss": "step 1, step 2", "a step": "step 3"}.get(differs)
     assert found["files_differ"] == {"a tensor": "model.safetensors"}.get(differs)

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nanogpt_surgery import SurgeryError, generate, inject_lora, save_adapter
-from nanogpt_surgery.cli.chat.settings import ChatSettings
+from nanogpt_surgery.cli.chat import ChatSettings
 from nanogpt_surgery.generation.batch import generate_batch
 from nanogpt_surgery.generation.settings import MOST_SEED, SamplingSettings, check_stop
 

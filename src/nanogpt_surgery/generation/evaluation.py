@@ -10,12 +10,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.conversations.instructions import Example
+from nanogpt_surgery.data.conversations.record_files import Question
+from nanogpt_surgery.data.tokenizers.token_text import bytes_of_first
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.memory import check_memory
@@ -200,3 +203,75 @@ def _common(left: Sequence[int], right: Sequence[int]) -> int:
     """How many ids two texts begin with together; the last of the second is never among them."""
     most = min(len(left), len(right) - 1)
     return next((i for i in range(most) if left[i] != right[i]), most)
+
+
+def measure_text(
+    model: SimpleGPT,
+    tokenizer: Tokenizer,
+    text: str,
+    stride: int | None = None,
+    batch_size: int = 8,
+    context: int | None = None,
+) -> dict[str, Any]:
+    """Measures `perplexity` on a text: loss in nats a token, and bits for each of its bytes.
+
+    Raises:
+        SurgeryError: as `perplexity`.
+    """
+    context = model.config.block_size if context is None else context
+    stride = max(1, context // 2) if stride is None else stride
+    ids = prompt_ids(tokenizer, text)
+    found = perplexity(model, ids, stride, batch_size, context)
+    # The first token is not predicted: where it is not a BOS, its bytes do not count.
+    begins = getattr(tokenizer, "add_bos", False)
+    n_bytes = len(text.encode()) - (0 if begins else bytes_of_first(tokenizer, text, ids[0]))
+    return {
+        "tokens": found.tokens,
+        "bytes": n_bytes,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+        "bits_per_byte": found.bits / n_bytes,
+        "context": context,
+        "stride": stride,
+    }
+
+
+def measure_choices(
+    model: SimpleGPT, tokenizer: Tokenizer, questions: Sequence[Question]
+) -> dict[str, Any]:
+    """Returns the share of questions whose right choice is the likeliest, beside that by chance.
+
+    Raises:
+        SurgeryError: as `multiple_choice`.
+    """
+    plain, normalised = 0, 0
+    for question in questions:
+        found = multiple_choice(model, tokenizer, question.prompt, question.choices)
+        right = found[question.answer]
+        plain += right is max(found, key=lambda choice: choice.log_likelihood)
+        normalised += right is max(found, key=lambda choice: choice.per_character)
+    count = len(questions)
+    return {
+        "questions": count,
+        "accuracy": plain / count,
+        "length_normalised_accuracy": normalised / count,
+        "accuracy_by_chance": sum(1 / len(q.choices) for q in questions) / count,
+    }
+
+
+def measure_answers(
+    model: SimpleGPT, examples: Sequence[Example], batch_size: int = 8
+) -> dict[str, Any]:
+    """Measures `answer_loss`, and counts the conversations that outgrow the block_size (`cut`).
+
+    Raises:
+        SurgeryError: as `answer_loss`.
+    """
+    found = answer_loss(model, examples, batch_size)
+    return {
+        "conversations": len(examples),
+        "cut": sum(len(example.ids) > model.config.block_size + 1 for example in examples),
+        "answer_tokens": found.tokens,
+        "loss": found.loss,
+        "perplexity": found.perplexity,
+    }

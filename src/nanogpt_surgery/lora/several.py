@@ -47,6 +47,14 @@ def adapter_names(model: nn.Module) -> list[str]:
     return list(dict.fromkeys(name for layer in layers for name in layer.updates))
 
 
+def adapter_weights(model: nn.Module) -> dict[str, float | None]:
+    """The weight of each adapter on a model; None where it takes no part, or differs by row."""
+    active = active_adapters(model)
+    enabled = all(m.enabled for m in model.modules() if isinstance(m, LoRALayer))
+    taking = active.weights if enabled and isinstance(active, WeightedAdapters) else {}
+    return {name: taking.get(name) for name in adapter_names(model)}
+
+
 def set_active(model: nn.Module, active: ActiveAdapters) -> None:
     """Chooses which adapters take part, on every layer."""
     for layer in lora_layers(model).values():

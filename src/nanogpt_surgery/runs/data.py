@@ -18,12 +18,15 @@ from nanogpt_surgery.data.conversations.record_files import warn_of_records
 from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
 from nanogpt_surgery.data.text.corpus import Chunk, check_characters, read_texts, split_by_position
 from nanogpt_surgery.data.text.mixture import Mixture
-from nanogpt_surgery.data.text.preparation import characters_of, prepare_tokens
+from nanogpt_surgery.data.text.preparation import ASKED, characters_of, prepare_tokens
 from nanogpt_surgery.data.text.token_files import (
+    DTYPES,
+    SPLITS,
     TOKENIZER,
     TokenFiles,
     is_token_folder,
     open_tokens,
+    read_header,
     verify_tokens,
 )
 from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
@@ -31,8 +34,9 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, encode_text, to
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files.disk_errors import tried_again, writing
 from nanogpt_surgery.files.lock import LOCK, file_lock
-from nanogpt_surgery.files.writing import temporary_beside
+from nanogpt_surgery.files.writing import is_temporary, temporary_beside
 from nanogpt_surgery.formats.huggingface.tokenizer_files import open_tokenizer, save_tokenizer
+from nanogpt_surgery.report import Report
 from nanogpt_surgery.training.distributed import world
 
 LONGEST_WINDOW = 256  # tokens, where none is asked for
@@ -178,6 +182,25 @@ def _check_ids(source: TokenFiles, tokenizer: Tokenizer) -> None:
         )
 
 
+def check_token_folder(out: Path, text: Sequence[str]) -> None:
+    """Raises if a folder of ids cannot be made, or gone on with, at a place.
+
+    Raises:
+        SurgeryError: `out` holds something else, or lies in the corpus, which it would become part
+            of.
+    """
+    for path in map(Path, text):
+        if path.is_dir() and out.resolve().is_relative_to(path.resolve()):
+            raise SurgeryError(
+                f"{out} lies in {path}, all of which is to be encoded", "choose an out outside"
+            )
+    if not out.exists() or (out / ASKED).is_file():
+        return
+    ours = (LOCK, TOKENIZER)
+    if not out.is_dir() or any(p.name not in ours and not is_temporary(p) for p in out.iterdir()):
+        raise SurgeryError(f"{out} exists and is no folder of tokens", "choose a new out")
+
+
 def prepare_folder(
     chunks: Sequence[Chunk],
     out: Path,
@@ -185,12 +208,12 @@ def prepare_folder(
     held_out: float | None = None,
     workers: int = 0,
     on_progress: Callable[[int], object] = lambda _: None,
-) -> None:
+) -> Report:
     """Encodes chunks of text into a folder of ids, which is there whole or not at all.
 
     Until it is finished it lies beside its place, under a temporary name; the same call goes on
     with what is there, and of a finished folder it verifies every byte. What was begun otherwise,
-    and left, is begun anew, with a warning.
+    and left, is begun anew, with a warning. Returns the numbers of tokens, and their fingerprint.
 
     Args:
         chunks: from `chunks_of`.
@@ -221,10 +244,26 @@ def prepare_folder(
         if finished:
             prepare()
             verify_tokens(folder)
-            return
-        _prepare_or_clear(prepare, folder, out)
-    with writing(out):
-        tried_again(lambda: folder.rename(out))
+        else:
+            _prepare_or_clear(prepare, folder, out)
+    if not finished:
+        with writing(out):
+            tried_again(lambda: folder.rename(out))
+    return _token_report(out)
+
+
+def _token_report(folder: Path) -> Report:
+    header = read_header(folder)
+    tokens = {f"{split}_tokens": header.tokens(split) for split in SPLITS}
+    summary = {
+        "folder": str(folder),
+        "dtype": header.dtype,
+        "vocabulary": header.vocab_size,
+        **tokens,
+        "bytes": sum(tokens.values()) * DTYPES[header.dtype],
+        "fingerprint": header.fingerprint(),
+    }
+    return Report("prepared", [], summary)
 
 
 def _prepare_or_clear(prepare: Callable[[], None], folder: Path, out: Path) -> None:

@@ -14,9 +14,11 @@ from nanogpt_surgery.data.gpt_dataset import Batches
 from nanogpt_surgery.data.text.mixture import passes
 from nanogpt_surgery.drawing import BLUE, GREY, ORANGE, drawable, paint
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.files.json_files import replace_text
-from nanogpt_surgery.formats.folders.run_folder import METRICS, SAMPLES
+from nanogpt_surgery.formats.folders.run_folder import METRICS, SAMPLES, latest_checkpoint
 from nanogpt_surgery.generation.generate import generate
+from nanogpt_surgery.report import Report
 from nanogpt_surgery.runs.checkpoints import read_metrics
 from nanogpt_surgery.runs.training import Training
 
@@ -241,3 +243,35 @@ def _samples(found: list[dict[str, Any]]) -> dict[str, str]:
     first, last = found[0], found[-1]
     before = {"sample_before": first["answer"]} if first["step"] == 0 else {}
     return {"sample_prompt": first["prompt"], **before, "sample_after": last["answer"]}
+
+
+def compare_runs(whole: Path, resumed: Path) -> Report:
+    """Compares the metrics of every step, their times apart, and the newest checkpoints' tensors.
+
+    Returns a row for each file of tensors, with its sha256 in both folders, and in the summary
+    whether all is the `same`, or in what steps and files they differ.
+    """
+    (steps, files), (steps_too, files_too) = _results(whole), _results(resumed)
+    losses = [name for name in steps | steps_too if steps.get(name) != steps_too.get(name)]
+    hashes = [name for name in files | files_too if files.get(name) != files_too.get(name)]
+    rows = [
+        {"file": name, "without a break": digest, "killed": files_too.get(name, "-")}
+        for name, digest in files.items()
+    ]
+    summary = {
+        "steps": len(steps),
+        "losses_differ": ", ".join(losses[:8]) or None,
+        "files_differ": ", ".join(hashes) or None,
+        "same": not losses and not hashes,
+    }
+    return Report("resumed after a kill (sha256)", rows, summary)
+
+
+def _results(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The metrics of each step but for its time, and the sha256 of each file of tensors."""
+    checkpoint = latest_checkpoint(folder)
+    assert checkpoint is not None
+    rows = read_metrics(folder / METRICS)
+    files = sorted(checkpoint.glob("*.safetensors"))
+    steps = {f"step {row['step']}": row | {"seconds": 0} for row in rows}
+    return steps, {file.name: file_hash(file) for file in files}

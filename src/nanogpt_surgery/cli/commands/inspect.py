@@ -1,35 +1,30 @@
-"""`surgery inspect`: what a model or an adapter is made of."""
+"""`surgery inspect`, `adapter examine`, `plan`, `doctor`: look, and touch nothing."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import replace
+import os
+import platform
+import sys
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nanogpt_surgery.cli.framework.console import AllLayers, Json, show
-
-LARGEST_FACTOR = 1 << 24  # numbers of a factor; larger ones are not read for their norm
-MOST_READ = 1 << 30  # numbers of an adapter
-NORMS = ("norm of ΔW", "largest singular value", "rank of ΔW")
-PARTS_RANKS = "r of its parts"
-FUSED, PARTS = "attn.c_attn", ("q_proj", "k_proj", "v_proj")
-KINDS = {  # of a tokenizer.json
-    "BPE": "byte pairs (BPE)",
-    "Unigram": "pieces of words (Unigram)",
-    "WordPiece": "pieces of words (WordPiece)",
-    "WordLevel": "whole words",
-}
-ABOUT_FUSED = (
-    "c_attn is GPT-2's q_proj, k_proj and v_proj in one matrix, and so is its update: parts made "
-    "apart stand in it with A stacked, B on a block diagonal and r their sum; else they share A"
+from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.options import (
+    AllLayers,
+    Json,
+    Model,
+    TargetOptions,
+    given,
+    options_of,
 )
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.disk_errors import free_bytes
+from nanogpt_surgery.lora.settings import LoRASettings
+from nanogpt_surgery.memory import available_memory
 
-if TYPE_CHECKING:
-    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-    from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, Updates
-    from nanogpt_surgery.report import Report
+LoraOptions: Any = options_of(LoRASettings, "LoRA", leave_out=("name",))
+PACKAGES = ("nanogpt-surgery", "torch", "tiktoken", "safetensors", "numpy", "rich", "cyclopts")
 
 
 def inspect(path: str, *, all_layers: AllLayers = False, json: Json = False) -> None:
@@ -40,125 +35,121 @@ def inspect(path: str, *, all_layers: AllLayers = False, json: Json = False) -> 
     path
         a run, a model folder, a GGUF file, a hub name or an adapter folder
     """
+    from nanogpt_surgery.formats.inspection import describe_adapter, describe_model
+
     is_adapter = (Path(path) / "adapter_config.json").is_file()
-    show(_adapter_report(path) if is_adapter else _model_report(path), json, all_layers)
+    show((describe_adapter if is_adapter else describe_model)(path), json, all_layers)
 
 
-def _model_report(path: str) -> Report:
-    from nanogpt_surgery.formats.gguf.file import is_gguf
-    from nanogpt_surgery.formats.gguf.model import types_in
-    from nanogpt_surgery.formats.huggingface.config import family_of
+def examine(
+    adapter: Path,
+    *,
+    base: str | None = None,
+    picture: Path | None = None,
+    force: bool = False,
+    all_layers: AllLayers = False,
+    json: Json = False,
+) -> None:
+    """Measure each update of an adapter against the weight that it changes.
+
+    Its size beside W's, of how many directions it is (effective rank; far below the rank, a smaller
+    rank would do), how much it turns what W does most (overlap, over chance), new directions among
+    W's leading ones (intruders, arXiv:2410.21228), and what of it survives a merge in fewer bits.
+
+    Parameters
+    ----------
+    adapter
+        an adapter folder or a run of finetune
+    base
+        its model; by default the one that the adapter names
+    picture
+        a PNG to draw sizes and ranks into
+    force
+        take an adapter that was made for another base, with a warning
+    """
     from nanogpt_surgery.formats.model_file import open_model
-    from nanogpt_surgery.report import Report
+    from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
+    from nanogpt_surgery.interpret import examine as examined
 
-    model, tokenizer = open_model(path)
-    config = model.config
-    types = types_in(path) if is_gguf(Path(path)) else {}  # GGUF's names for them
-    if config.tie_head and types:
-        types["lm_head.weight"] = types["embed_tokens.weight"]
-    rows = []
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        dtypes = {
-            key: str(parameter.dtype).removeprefix("torch.") for key, parameter in own.items()
-        }
-        stored = {types.get(f"{name}.{key}", dtype) for key, dtype in dtypes.items()}
-        rows.append(
-            {
-                "module": name or "model",
-                "kind": type(module).__name__,
-                "shape": ", ".join("×".join(map(str, p.shape)) for p in own.values()),
-                "parameters": sum(p.numel() for p in module.parameters()),
-                "dtype": ", ".join(sorted(stored)),
-            }
-        )
-    summary = {
-        "family": family_of(config),
-        "parameters": model.n_parameters,
-        "head": "tied to the embedding" if config.tie_head else "its own matrix",
-        "context": config.block_size,
-        "forward_flops_per_token": config.flops_per_token(),
-        "tokenizer": f"{_kind_of(tokenizer)}, {config.vocab_size:,} ids" if tokenizer else "none",
+    folder = adapter_folder(adapter)
+    model, _ = open_model(base or _base_of(folder), "each")
+    load_adapter(model, folder, force=force)
+    report = examined(model)
+    if picture is not None:
+        from nanogpt_surgery.files.atomic import write_file
+        from nanogpt_surgery.interpret.pictures import draw_examination
+
+        write_file(picture, lambda goal: draw_examination(report, goal), magic=b"\x89PNG")
+        say(f"wrote {picture}")
+    show(report, json, all_layers)
+
+
+def _base_of(folder: Path) -> str:
+    """The base that an adapter names, where it is there.
+
+    Raises:
+        SurgeryError: it names none, or it is elsewhere.
+    """
+    from nanogpt_surgery.files.json_files import read_json
+
+    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(named, str) or not Path(named).exists():
+        raise SurgeryError(f"{folder} does not say where its base is here", "name it with --base")
+    return named
+
+
+def plan(
+    model: Model,
+    *,
+    target: TargetOptions | None = None,
+    lora: LoraOptions = None,
+    all_layers: AllLayers = False,
+    json: Json = False,
+) -> None:
+    """Say which layers a LoRA would adapt, their shapes, its parameters and the size of its file.
+
+    What a training takes in memory and time, surgery finetune --plan says.
+    """
+    import torch
+
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.formats.peft.writing import plan_lora
+
+    network = open_model(model, torch.float32)[0]  # as finetune opens it
+    adapter = LoRASettings(**given(lora))
+    show(plan_lora(network, **given(target), settings=adapter), json, all_layers)
+    say(f"surgery finetune {model} TEXT… --out FOLDER trains it, by the same flags")
+
+
+def doctor(*, json: Json = False) -> None:
+    """Say what is installed, what the hardware can do, and what training would choose."""
+    import torch
+
+    from nanogpt_surgery.report import Report
+    from nanogpt_surgery.training.hardware import (
+        choose_hardware,
+        cpu_has_bfloat16,
+        lacking_to_compile,
+        matmul_rate,
+    )
+    from nanogpt_surgery.training.settings import FitSettings
+
+    hardware = choose_hardware(FitSettings())
+    lacking = lacking_to_compile(hardware.device)
+    summary: dict[str, Any] = {
+        "python": f"{platform.python_version()} at {sys.executable}",
+        "system": platform.platform(),
+        **{name: version(name) for name in PACKAGES},
+        "training_would_use": hardware.describe().rpartition(", ")[0],
+        "cores": os.cpu_count(),
+        "cpu_kernels": torch.backends.cpu.get_cpu_capability(),
+        "cpu_bfloat16": cpu_has_bfloat16(),
+        "torch_compile": f"cannot work: there is no {lacking}" if lacking else "can work",
+        "available_bytes": available_memory(),
+        "free_bytes": free_bytes(Path()),
+        "float32_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.float32) / 1e9),
+        "bfloat16_matmul_GFLOPs": round(matmul_rate(hardware.device, torch.bfloat16) / 1e9),
     }
-    return Report(f"model {path}", rows, summary)
-
-
-def _kind_of(tokenizer: Tokenizer) -> str:
-    """The kind of a tokenizer in plain words."""
-    from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
-    from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
-
-    if isinstance(tokenizer, CharacterTokenizer):
-        return "characters, an id each"
-    if isinstance(tokenizer, PretrainedTokenizer):
-        kind = tokenizer.to_json()["model"].get("type")
-        return f"{KINDS.get(kind, kind or 'of an unnamed kind')}, from a tokenizer.json"
-    return KINDS["BPE"]
-
-
-def _adapter_report(path: str) -> Report:
-    from nanogpt_surgery.formats.peft.reading import adapter_folder, read_adapter
-    from nanogpt_surgery.report import Report
-
-    updates = read_adapter(adapter_folder(path)).updates
-    unknown = dict.fromkeys(NORMS)
-    rows: dict[str, dict[str, Any]] = {}
-    for name, update in updates.items():
-        shape = f"{update.B.size(0)}×{update.A.size(1)}"
-        about = {"layer": name, "shape": shape, "r": update.rank, "alpha": update.alpha}
-        rows[name] = about | unknown
-    measured = _small_enough(updates)
-    for names in _alike(measured):
-        _add_norms({name: rows[name] for name in names}, measured)
-    parts = {name: _ranks_of_parts(u) for name, u in measured.items() if name.endswith(FUSED)}
-    summary: dict[str, Any] = {"layers": len(rows)}
-    if len(measured) < len(rows):
-        summary["layers too large for norms"] = len(rows) - len(measured)
-    broken = sum(rows[name][NORMS[0]] is None for name in measured)
-    if broken:
-        summary["layers that are not finite"] = broken
-    if parts:
-        summary["fused"] = ABOUT_FUSED
-        for name, row in rows.items():
-            row[PARTS_RANKS] = parts.get(name)
-    return Report(f"adapter {path}", list(rows.values()), summary)
-
-
-def _small_enough(updates: Updates) -> Updates:
-    """The updates that are read for their norms, in the order of the file."""
-    left, found = MOST_READ, {}
-    for name, update in updates.items():
-        left -= update.A.numel() + update.B.numel()
-        if max(update.A.numel(), update.B.numel()) <= LARGEST_FACTOR and left >= 0:
-            found[name] = update
-    return found
-
-
-def _alike(updates: Updates) -> Iterator[list[str]]:
-    """The names of updates that have one shape, as many at a time as may be in float32 at once."""
-    shapes: dict[tuple[int, ...], list[str]] = {}
-    for name, update in updates.items():
-        shapes.setdefault((*update.A.shape, *update.B.shape), []).append(name)
-    for (rank, n_in, n_out, _), names in shapes.items():
-        count = max(1, LARGEST_FACTOR // (rank * (n_in + n_out)))
-        yield from (names[i : i + count] for i in range(0, len(names), count))
-
-
-def _add_norms(rows: dict[str, dict[str, Any]], updates: Updates) -> None:
-    """Adds the norms of updates of one shape to their rows."""
-    from nanogpt_surgery.lora.stored_adapter import singular_values
-
-    values = singular_values([updates[name] for name in rows]).double()  # (N, R)
-    largest = values.amax(1)  # (N)
-    ranks = (values > largest[:, None] * 1e-6).sum(1)  # (N)
-    columns = [values.square().sum(1).sqrt().tolist(), largest.tolist(), ranks.tolist()]
-    for row, *norms in zip(rows.values(), *columns, strict=True):
-        if math.isfinite(norms[0]):
-            row.update(zip(NORMS, norms, strict=True))
-
-
-def _ranks_of_parts(mapped: LowRankUpdate) -> str:
-    from nanogpt_surgery.formats.peft.layout import split
-
-    update = replace(mapped, A=mapped.A.float(), B=mapped.B.float())
-    return ", ".join(f"{part} {share.rank}" for part, share in split(update, PARTS).items())
+    report = Report("surgery doctor", [], summary)
+    show(report, json)
+    say("surgery train --out FOLDER trains a model here; with --plan it says what that takes")

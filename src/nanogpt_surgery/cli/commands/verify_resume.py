@@ -7,13 +7,11 @@ import subprocess
 import sys
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from nanogpt_surgery.cli.framework.console import Json, say, show
+from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.options import Json
 from nanogpt_surgery.errors import SurgeryError
-
-if TYPE_CHECKING:
-    from nanogpt_surgery.report import Report
 
 LEAST = 4  # steps before the kill: one, a checkpoint, and some that the kill takes away
 NOT_REPEATED = ("--resume", "--no-resume", "--json", "--strict", "--allow-changes")
@@ -47,6 +45,7 @@ def verify_resume(
     from tempfile import TemporaryDirectory
 
     from nanogpt_surgery.files.disk_errors import writing
+    from nanogpt_surgery.runs.summary import compare_runs
 
     typed = _recorded(run, before, after)
     last = before + after - 1  # a run saves after the step that follows the signal
@@ -59,7 +58,8 @@ def verify_resume(
         train(cut, before, signal.SIGKILL, "--resume")
         say(f"killed after step {before}")
         train(cut, last, signal.SIGTERM, "--resume")
-        report = _compared(run, before, whole, cut)
+        report = compare_runs(whole, cut)
+    report.summary.update(run=str(run), killed_after_step=before)
     show(report, json)
     if not report.summary["same"]:
         sys.exit(1)
@@ -132,42 +132,6 @@ def _kept(words: list[str]) -> list[str]:
         elif word not in NOT_REPEATED and not word.startswith(("--out=", "--config=")):
             kept.append(word)
     return kept
-
-
-def _compared(run: Path, before: int, whole: Path, cut: Path) -> Report:
-    """Compares the metrics of every step, and the newest checkpoints' tensors by their hashes."""
-    from nanogpt_surgery.report import Report
-
-    (steps, files), (steps_cut, files_cut) = _results(whole), _results(cut)
-    losses = [name for name in steps | steps_cut if steps.get(name) != steps_cut.get(name)]
-    hashes = [name for name in files | files_cut if files.get(name) != files_cut.get(name)]
-    rows = [
-        {"file": name, "without a break": digest, "killed": files_cut.get(name, "-")}
-        for name, digest in files.items()
-    ]
-    summary = {
-        "run": str(run),
-        "steps": len(steps),
-        "killed_after_step": before,
-        "losses_differ": ", ".join(losses[:8]) or None,
-        "files_differ": ", ".join(hashes) or None,
-        "same": not losses and not hashes,
-    }
-    return Report("resumed after a kill (sha256)", rows, summary)
-
-
-def _results(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """The metrics of each step but for its time, and the sha256 of each file of tensors."""
-    from nanogpt_surgery.files.atomic import file_hash
-    from nanogpt_surgery.formats.folders.run_folder import METRICS, latest_checkpoint
-    from nanogpt_surgery.runs.checkpoints import read_metrics
-
-    checkpoint = latest_checkpoint(folder)
-    assert checkpoint is not None
-    rows = read_metrics(folder / METRICS)
-    files = sorted(checkpoint.glob("*.safetensors"))
-    steps = {f"step {row['step']}": row | {"seconds": 0} for row in rows}
-    return steps, {file.name: file_hash(file) for file in files}
 
 
 def main() -> None:

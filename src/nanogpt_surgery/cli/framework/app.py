@@ -1,40 +1,58 @@
-"""The commands, and what happens to an error."""
+"""The commands, their config file, and what happens to an error."""
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import sys
+import tomllib
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
+from contextvars import ContextVar
 from importlib import import_module
 from importlib.metadata import version
 from inspect import BoundArguments
+from pathlib import Path
 from typing import Any
 
 from cyclopts import App, CycloptsError, Parameter
 
-from nanogpt_surgery.cli.framework.config_file import FLAG, take_config, typing
 from nanogpt_surgery.cli.framework.console import complain, joined, quiet_libraries, spoken_warnings
-from nanogpt_surgery.cli.framework.suggestions import refusal
+from nanogpt_surgery.cli.framework.suggestions import refusal, with_flags
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.memory import is_out_of_memory
 
-COMMANDS = (
-    *("train", "plan", "finetune", "generate", "ask", "chat", "eval", "look", "inspect", "merge"),
-    *("undo", "redo", "log", "export", "verify-resume", "adapter", "tokenizer", "data", "doctor"),
-)
-PLACES = {  # of the functions that lie in a module of another name than the command's
+COMMANDS = {  # the module of `commands` that holds each, and its function
+    "train": "train:train",
+    "plan": "inspect:plan",
+    "finetune": "train:finetune",
+    "generate": "talk:generate",
+    "ask": "talk:ask",
+    "chat": "talk:chat",
     "eval": "evaluate:evaluate",
+    "look": "look:look",
+    "inspect": "inspect:inspect",
+    "merge": "folders:merge",
+    "undo": "folders:undo",
+    "redo": "folders:redo",
+    "log": "folders:log",
+    "export": "folders:export",
     "verify-resume": "verify_resume:verify_resume",
-    **{name: f"history:{name}" for name in ("undo", "redo", "log")},
+    "adapter": "",
+    "tokenizer": "",
+    "data": "",
+    "doctor": "inspect:doctor",
 }
 GROUPS = {
-    "adapter": ("Look at an adapter.", ("examine",)),
-    "tokenizer": ("Train a tokenizer.", ("train",)),
-    "data": ("Prepare data to train on, and preview it.", ("prepare", "preview")),
+    "adapter": ("Look at an adapter.", {"examine": "inspect:examine"}),
+    "tokenizer": ("Train a tokenizer.", {"train": "data:train_tokenizer"}),
+    "data": (
+        "Prepare data to train on, and preview it.",
+        {"prepare": "data:prepare", "preview": "data:preview"},
+    ),
 }
+CONFIG = "--config"
+_TYPED: ContextVar[tuple[str, ...]] = ContextVar("typed", default=())
 MEMORY_HINT = (
     "give it less at once: a smaller --batch-size, a shorter --block-size or --context, fewer "
     "--samples or --workers, or --dtype bfloat16"
@@ -44,22 +62,6 @@ EPILOGUE = (
     "Every command takes --config FILE, a TOML file with the command's flags as keys, and "
     "--debug, which shows the traceback of an error."
 )
-
-_SETTING = re.compile(r"\b([a-z_]+)=(True|False|[A-Z]+|'[^'\]]*'|-?[\d.]*\d)(?![\w'\]])")
-
-# The functions of the library that its hints call, as commands.
-_COMMAND_OF = {
-    "folder_log": "surgery log",
-    "merge_adapter": "surgery merge",
-    "prepare_tokens": "surgery data prepare",
-    "undo_folder": "surgery undo",
-}
-_CALL = re.compile(rf"\b({'|'.join(_COMMAND_OF)})\(([^()]*)\)")
-_OUT = re.compile(r"\bout=")
-
-_SIZE = re.compile(
-    r"\b(?:block_size|batch_size|grad_accum_steps)\b(?! ?[=?])"
-)  # in a hint, no key of a config file
 
 
 def make_app(lazily: bool = True) -> App:
@@ -73,22 +75,21 @@ def make_app(lazily: bool = True) -> App:
         default_parameter=Parameter(negative=""),
         result_action="return_value",
     )
-    for name in COMMANDS:
+    for name, place in COMMANDS.items():
         if name in GROUPS:
             text, commands = GROUPS[name]
             app.command(App(name=name, help=text))
-            for command in commands:
-                _add(app[name], command, f"{name}_{command}:{command}", lazily)
+            for command, inner in commands.items():
+                app[name].command(_command(inner, lazily), name=command)
         else:
-            _add(app, name, PLACES.get(name, f"{name}:{name}"), lazily)
+            app.command(_command(place, lazily), name=name)
     return app
 
 
-def _add(app: App, name: str, place: str, lazily: bool) -> None:
-    """Adds a command, a function in a module of commands."""
+def _command(place: str, lazily: bool) -> Any:
+    """A function of a module of commands, or the place where cyclopts finds it."""
     module, _, function = f"nanogpt_surgery.cli.commands.{place}".partition(":")
-    command = f"{module}:{function}" if lazily else getattr(import_module(module), function)
-    app.command(command, name=name)
+    return f"{module}:{function}" if lazily else getattr(import_module(module), function)
 
 
 def run(arguments: list[str] | None = None) -> None:
@@ -99,8 +100,9 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         named = any(word not in GROUPS and not word.startswith("-") for word in arguments)
         app = make_app(lazily=named)
-        with typing(arguments), nullcontext() if debug else quiet_libraries(), spoken_warnings():
-            if FLAG in arguments:
+        _TYPED.set(tuple(arguments))
+        with nullcontext() if debug else quiet_libraries(), spoken_warnings():
+            if CONFIG in arguments:
                 take_config(app, arguments)
             command, function, values = _parsed(app, arguments)
             with joined(" ".join(command)):
@@ -133,29 +135,6 @@ def _message(error: Exception) -> str | None:
     return None
 
 
-def with_flags(hint: str) -> str:
-    """A hint of the library as it is typed: `force=True` is --force, `undo_folder(a)` surgery undo.
-
-    The calls that no command stands for stay as they are.
-    """
-
-    def command(found: re.Match[str]) -> str:
-        arguments = found[2].replace(", ", " ")
-        return f"{_COMMAND_OF[found[1]]} {_OUT.sub('--out ', arguments)}"
-
-    def flag(found: re.Match[str]) -> str:
-        before = hint[: found.start()]
-        if before.count("(") > before.count(")"):  # an argument of a call
-            return found[0]
-        name, value = found[1].replace("_", "-"), found[2].strip("'")
-        if value in ("True", "False"):
-            return f"--{name}" if value == "True" else f"--no-{name}"
-        return f"--{name} {value}"
-
-    typed = _SETTING.sub(flag, _CALL.sub(command, hint))
-    return _SIZE.sub(lambda name: f"--{name[0].replace('_', '-')}", typed)
-
-
 def _forget_stdout() -> None:
     """Sends what is still to be written there to nowhere: it would fail once more at the end."""
     with suppress(OSError, ValueError):  # it may be no file at all
@@ -182,3 +161,40 @@ def _typed(value: Any) -> Any:
     if isinstance(value, tuple):  # several words
         return tuple(map(_typed, value))
     return "-" if value == STANDARD_INPUT else value
+
+
+def take_config(app: App, arguments: list[str]) -> None:
+    """Takes `--config FILE` out of the arguments, and its values into the app.
+
+    Raises:
+        SurgeryError: the file is missing, or is not TOML (with its line).
+    """
+    from cyclopts.config import Dict  # slow to load
+
+    place = arguments.index(CONFIG)
+    if place + 1 == len(arguments):
+        raise SurgeryError(f"{CONFIG} needs a file", f"surgery train {CONFIG} shakespeare.toml")
+    path = arguments[place + 1]
+    del arguments[place : place + 2]
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise SurgeryError(f"there is no file {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SurgeryError(f"{path} cannot be read as TOML: {error}") from None
+    # Cyclopts passes over keys of a flat file that are also commands, as data and tokenizer are.
+    for word in reversed(app.parse_commands(arguments)[0]):
+        values = {word: values}
+    app.config = (Dict(values, source=path),)
+
+
+def typed_command() -> dict[str, Any]:
+    """The words behind `surgery`, the folder they were typed in, and the text of --config."""
+    words = _TYPED.get()
+    place = words.index(CONFIG) + 1 if CONFIG in words else len(words)
+    config = Path(words[place]) if place < len(words) else None
+    return {
+        "arguments": list(words),
+        "folder": str(Path.cwd()),
+        "config": config.read_text(encoding="utf-8") if config and config.is_file() else None,
+    }

@@ -3,31 +3,51 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, TypeAlias, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeAlias,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from cyclopts import Parameter
 from docstring_parser import parse_from_object
 
+from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.generation.settings import Engine, SamplingSettings, check_seed, check_stop
+from nanogpt_surgery.lora.settings import Tied
 
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.conversations.chat import ChatTemplate
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+    from nanogpt_surgery.generation.conversation import Conversation
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+CHARACTERS = "characters"
+WITH_ADAPTER = "name its model, and the adapter with --adapter: {base} --adapter {path}"
+TOKENIZER = "a folder with a tokenizer.json, as surgery tokenizer train makes it; or characters"
 REPLACE = "replace, in one step, the folder of ours or the GGUF file that lies at --out"
+ALL = Parameter(name="--all", help="show each layer, not one line for all of a kind")
+AllLayers: TypeAlias = Annotated[bool, ALL]
+Json: TypeAlias = Annotated[bool, Parameter(help="print the report as JSON")]
 Overwrite: TypeAlias = Annotated[bool, Parameter(help=REPLACE)]
-
-
-@Parameter(name="*", group="LoRA")
-@dataclass(frozen=True)
-class TargetOptions:
-    """Options of `inject_lora`; None: its default."""
-
-    targets: Annotated[
-        list[str] | None,
-        Parameter(consume_multiple=True, show_default=lambda _: "q_proj v_proj"),
-    ] = None
-    """names of layers or their endings, regular expressions, or all-linear"""
+Model: TypeAlias = Annotated[
+    str, Parameter(help="a run, a model folder, a GGUF file or a hub name")
+]
+AdapterFolder: TypeAlias = Annotated[
+    Path | None, Parameter(help="an adapter folder, as finetune or peft writes it")
+]
 
 
 def options_of(
@@ -107,6 +127,198 @@ def _tokens(tokens: Any) -> Iterator[Any]:
         yield from _tokens(inner)
 
 
+@Parameter(name="*", group="LoRA")
+@dataclass(frozen=True)
+class TargetOptions:
+    """Options of `inject_lora`; None: its default."""
+
+    targets: Annotated[
+        list[str] | None,
+        Parameter(consume_multiple=True, show_default=lambda _: "q_proj v_proj"),
+    ] = None
+    """names of layers or their endings, regular expressions, or all-linear"""
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class OpeningOptions:
+    """How a model is opened to compute, and adapters on it."""
+
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """of the weights, and so of all that is computed; by default as they are stored, or float32
+    where the processor has no bfloat16 arithmetic"""
+    tied: Tied | None = None
+    """what to do where an adapter changes a weight that layers share: refuse it, let that layer
+    have one of its own, or adapt both; by default what the adapter was made with"""
+    force: bool = False
+    """take an adapter that was made for another base, with a warning"""
+
+    def open(self, path: str, adapters: Sequence[tuple[str, Path]]) -> tuple[SimpleGPT, Tokenizer]:
+        """Opens a model with its tokenizer and named adapters; the first of them takes part alone.
+
+        Raises:
+            SurgeryError: one of them does not open, or there is no tokenizer.
+        """
+        import torch
+
+        from nanogpt_surgery.formats.model_file import check_adapter
+        from nanogpt_surgery.formats.opening import open_with_adapters
+        from nanogpt_surgery.training.hardware import cpu_has_bfloat16
+
+        check_adapter(path, WITH_ADAPTER)
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return open_with_adapters(
+            path,
+            adapters,
+            dtype,
+            tied=self.tied,
+            force=self.force,
+            bfloat16=cpu_has_bfloat16(),
+        )
+
+
+def named_adapters(written: Sequence[str]) -> list[tuple[str, Path]]:
+    """Adapters written as NAME=FOLDER, or as a folder that gives its own name.
+
+    Raises:
+        SurgeryError: two have one name, or a folder's name cannot be an adapter's.
+    """
+    found: dict[str, str] = {}
+    for text in written:
+        name, folder = _split(text)
+        name = name or _own_name(folder)
+        if name in found:
+            raise SurgeryError(
+                f"two adapters have the name {name!r}: {found[name]} and {folder}",
+                "--adapter NAME=FOLDER names them",
+            )
+        found[name] = folder
+    return [(name, Path(folder)) for name, folder in found.items()]
+
+
+def one_adapter(written: Path | None) -> list[tuple[str, Path]]:
+    """The adapter of a command that takes one at most; NAME=FOLDER, as chat takes it, is FOLDER."""
+    return [] if written is None else [("default", Path(_split(str(written))[1]))]
+
+
+def _split(written: str) -> tuple[str, str]:
+    """A name, or "", and a folder; a text that names a folder is that folder, = in it or not."""
+    name, equals, folder = written.partition("=")
+    return (name, folder) if equals and not Path(written).is_dir() else ("", written)
+
+
+def _own_name(folder: str) -> str:
+    name = Path(folder).resolve().name
+    plain = re.sub(r"[^A-Za-z0-9_-]+", "-", name)
+    if plain != name:
+        raise SurgeryError(
+            f"{folder} cannot give its adapter the name {name!r}: a name has letters, digits, - "
+            "and _",
+            f"name it: --adapter {plain}={folder}",
+        )
+    return name
+
+
+@Parameter(name="*", group="Sampling")
+@dataclass(frozen=True)
+class SamplingOptions:
+    """Options of sampling, and of where a text ends."""
+
+    stop: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
+    """a text that ends an answer and is not shown; may be given several times"""
+    logit_bias: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
+    """ID=BIAS, added to the logit of an id; -inf bans it; may be given several times"""
+    seed: int | None = None
+    """of the first draw, one more for each next; without it each draws differently"""
+    plain: bool = False
+    """compute every token by the code as it is read (generation/generate.py), and not by the
+    compiled decoder, which is quicker"""
+    chosen: options_of(SamplingSettings, "Sampling", ("logit_bias",)) = None  # type: ignore[valid-type]
+
+    def arguments(self) -> dict[str, Any]:
+        """As `generate_text` and `Conversation.ask` take them.
+
+        Raises:
+            SurgeryError: one of them is out of its range.
+        """
+        check_seed(self.seed)
+        check_stop(self.stop)
+        biases = dict(map(_bias, self.logit_bias))
+        sampling = SamplingSettings(**given(self.chosen), logit_bias=biases)
+        engine = "plain" if self.plain else "auto"
+        return {"sampling": sampling, "stop": self.stop, "seed": self.seed, "engine": engine}
+
+
+def say_engine(model: SimpleGPT, engine: Engine) -> str:
+    """Returns what computes the tokens, in words; a note where the decoder cannot be used."""
+    from nanogpt_surgery.generation.engine import chosen_engine
+
+    choice = chosen_engine(model, engine)
+    if engine == "auto" and choice.name == "plain":
+        say(f"note: the compiled decoder is not used: {choice.reason}")
+    return str(choice)
+
+
+def _bias(written: str) -> tuple[int, float]:
+    index, _, bias = written.partition("=")
+    try:
+        return int(index), float(bias)
+    except ValueError:
+        raise SurgeryError(
+            f"--logit-bias {written} is not ID=BIAS", "--logit-bias 42=-inf bans the id 42"
+        ) from None
+
+
+NOTES = {
+    "plain": "this model has no chat template, so it was probably not taught to converse: messages "
+    'are written below "User:" and "Assistant:", and an answer ends where the next "User:" begins',
+    "none": "what you type is continued as it stands: there are no roles, and answers have no end",
+}
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class TalkOptions:
+    """How a conversation begins, and how long its answers may be."""
+
+    system: str = ""
+    """what the model is told before anything is said"""
+    template: Literal["auto", "model", "chatml", "plain", "none"] = "auto"
+    """how messages are written; auto: as the adapter was trained, else as with model: the model's
+    own template, else chatml or plain, as its tokens allow"""
+    max_new_tokens: int = 512
+    """how many tokens an answer has at most"""
+
+    def conversation(
+        self, model: SimpleGPT, tokenizer: Tokenizer, adapter: Path | None = None
+    ) -> Conversation:
+        """A conversation of which only the system prompt is there.
+
+        Says it where the model was probably not taught to converse.
+        """
+        from nanogpt_surgery.generation.conversation import Conversation
+
+        talk = Conversation(model, tokenizer, self.template_for(tokenizer, adapter))
+        talk.system = self.system
+        source = talk.template.source
+        taught = source == "plain" and getattr(tokenizer, "chat_template", None) is not None
+        if talk.template.owner == "model" and not taught and (note := NOTES.get(source)):
+            say(f"note: {note}")
+        return talk
+
+    def template_for(self, tokenizer: Tokenizer, adapter: Path | None) -> ChatTemplate:
+        """The template that the flag says; with auto, the one that an adapter was trained with."""
+        from nanogpt_surgery.formats.opening import chat_template
+
+        found = chat_template(tokenizer, self.template, adapter)
+        if self.template in ("auto", "model") and (found.source, found.owner) == ("plain", "model"):
+            try:
+                tokenizer.encode("System:\nUser:\nAssistant:\n")
+            except SurgeryError:  # a vocabulary of characters without these
+                return replace(found, source="none")
+        return found
+
+
 def check_out(out: Path, overwrite: bool, *, is_file: bool = False) -> None:
     """Raises, before any work, if `out` may not be written over; an empty folder may.
 
@@ -128,3 +340,15 @@ def check_out(out: Path, overwrite: bool, *, is_file: bool = False) -> None:
         raise SurgeryError(
             f"{out} is there already", "add --overwrite to replace it, or choose a new --out"
         )
+
+
+def next_command(
+    model: str | Path, adapter: str | Path | None = None, *, talks: bool = False
+) -> str:
+    """How to talk with a model that `talks`, or to continue a text with any other."""
+    words = shlex.quote(str(model))
+    if adapter is not None:
+        words += f" --adapter {shlex.quote(str(adapter))}"
+    if talks:
+        return f"surgery chat {words} talks with it"
+    return f"surgery generate {words} --prompt … continues a text with it"

@@ -20,6 +20,7 @@ from nanogpt_surgery.data.conversations.chat import (
     Message,
     Messages,
     Written,
+    check_messages,
     encode_conversation,
     named_template,
     shown,
@@ -71,6 +72,26 @@ def read_conversations(path: str | Path) -> list[Messages]:
     if unused:
         _warn(f"{path} has fields that are not used: {counted(unused)}")
     return conversations
+
+
+def read_conversation(path: str | Path) -> Messages:
+    """The one conversation of a file, in which the model spoke last, so that it can go on.
+
+    Raises:
+        SurgeryError: as `read_conversations`, or there are several, or nothing to go on with.
+    """
+    found = read_conversations(path)
+    check_messages(found[0])
+    roles = [message["role"] for message in found[0]]
+    if len(found) != 1:
+        what = f"{len(found)} conversations"
+    elif "user" not in roles:
+        what = "one in which no user says anything"
+    elif roles[-1] != "assistant":
+        what = "one that ends in a question"
+    else:
+        return found[0]
+    raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")
 
 
 def counted(fields: Counter[str]) -> str:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.data.text.corpus import files_of
+from nanogpt_surgery.data.text.corpus import files_of, read_texts
 from nanogpt_surgery.errors import (
     SurgeryError,
     SurgeryWarning,
@@ -232,6 +232,26 @@ class Question:
     prompt: str
     choices: tuple[str, ...]
     answer: int
+
+
+def read_prompts(path: str | Path) -> list[str]:
+    """The prompts of a file: a line each, or the `prompt` of each record, or records of text alone.
+
+    Raises:
+        SurgeryError: the file cannot be read, holds none, or a record has none.
+    """
+    if holds_records(path):
+        found = [r.get("prompt") if isinstance(r, dict) else r for r in read_records(path)]
+    else:
+        lines = read_texts([path]).replace("\r\n", "\n").split("\n")
+        found = list(filter(None, lines))
+    wrong = [number for number, text in enumerate(found, 1) if not isinstance(text, str)]
+    if wrong or not found:
+        what = f"record {wrong[0]} has no prompt" if wrong else "there are none"
+        raise SurgeryError(
+            f"{path} does not hold prompts: {what}", 'a line each, or {"prompt": "Once"} in JSONL'
+        )
+    return [str(text) for text in found]
 
 
 def has_choices(path: str | Path) -> bool:

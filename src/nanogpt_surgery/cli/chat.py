@@ -1,22 +1,87 @@
-"""Lines typed into `surgery chat`: each is said to the model, or is a command."""
+"""A conversation in the terminal: its settings, and its lines, each said or a command."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from nanogpt_surgery.cli.chat.settings import ChatSettings, parsed
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.signals import first_signal
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError, nearest, printable
 from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.generation.settings import (
+    MOST_SEED,
+    Engine,
+    SamplingSettings,
+    check_count,
+    check_seed,
+)
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.data.conversations.chat import ChatTemplate, Message
+    from nanogpt_surgery.data.conversations.chat import ChatTemplate
     from nanogpt_surgery.generation.conversation import Conversation
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """Settings of the answers to come: the arguments of `Conversation.ask`."""
+
+    max_new_tokens: int
+    sampling: SamplingSettings
+    stop: tuple[str, ...] = ()
+    seed: int | None = None
+    engine: Engine = "auto"
+
+    def __post_init__(self) -> None:
+        check_count(self.max_new_tokens, 1)
+        check_seed(self.seed)
+
+    def after_an_answer(self) -> ChatSettings:
+        """The settings of the next answer, whose seed is one more."""
+        return self if self.seed is None else replace(self, seed=(self.seed + 1) % (MOST_SEED + 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings that `changed` takes, by name."""
+        own = {"max_new_tokens": self.max_new_tokens, "seed": self.seed}
+        return {k: v for k, v in (vars(self.sampling) | own).items() if k != "logit_bias"}
+
+    def changed(self, name: str, text: str) -> ChatSettings:
+        """The same with one of them set to what a text says.
+
+        Raises:
+            SurgeryError: there is no such setting, or the value is out of its range.
+        """
+        if name not in self.to_dict():
+            close = nearest(name, self.to_dict(), 1)
+            raise SurgeryError(f"there is no setting {name!r}", f"{close}? /set lists them")
+        if not text:
+            raise SurgeryError(f"{name!r} needs a value", f"/set {name} VALUE")
+        change = {name: parsed(name, text)}
+        if name not in ("max_new_tokens", "seed"):
+            change = {"sampling": replace(self.sampling, **change)}
+        return replace(self, **change)
+
+
+def parsed(name: str, text: str) -> Any:
+    """Returns the number that a text says, or None for none and off.
+
+    Raises:
+        SurgeryError: it is no number.
+    """
+    if text in ("none", "off"):
+        return None
+    with suppress(ValueError):
+        return int(text)
+    try:
+        value = float(text)
+    except ValueError:
+        raise SurgeryError(f"{name} is {text!r}, which is not a number") from None
+    return int(value) if value.is_integer() else value
 
 
 class Session:
@@ -153,29 +218,13 @@ class Session:
 
     def do_adapters(self, _rest: str) -> None:
         """Which adapters there are, and which take part."""
-        weights = self._weights()
+        from nanogpt_surgery.lora.several import adapter_weights
+
+        weights = adapter_weights(self.model)
         if not weights:
             say("there are no adapters: surgery chat MODEL --adapter NAME=FOLDER loads one")
         for name, weight in weights.items():
             say(f"  {name}: " + ("waits" if weight is None else f"weight {weight:g}"))
-
-    def _weights(self) -> dict[str, float | None]:
-        """The weight of each adapter; None where it takes no part."""
-        from nanogpt_surgery.lora.active import WeightedAdapters
-        from nanogpt_surgery.lora.several import (
-            active_adapters,
-            adapter_names,
-            has_lora,
-            lora_layers,
-        )
-
-        if not has_lora(self.model):
-            return {}
-        active = active_adapters(self.model)
-        assert isinstance(active, WeightedAdapters), "a conversation has one row"
-        enabled = all(layer.enabled for layer in lora_layers(self.model).values())
-        taking = dict(active.weights) if enabled else {}
-        return {name: taking.get(name) for name in adapter_names(self.model)}
 
     def do_set(self, rest: str) -> None:
         """NAME VALUE: change a setting of the answers; alone, show them all."""
@@ -187,6 +236,8 @@ class Session:
 
     def do_save(self, rest: str) -> None:
         """FILE: write the conversation as JSON, a record of instruction data."""
+        from nanogpt_surgery.lora.several import adapter_weights
+
         path = _file_named(rest, "/save")
         if not self.conversation.messages:
             raise SurgeryError("nothing has been said that could be saved")
@@ -196,7 +247,7 @@ class Session:
         first = [{"role": "system", "content": system}] if system else []
         record = {
             "messages": [*first, *self.conversation.messages],
-            "adapters": {name: w for name, w in self._weights().items() if w is not None},
+            "adapters": {n: w for n, w in adapter_weights(self.model).items() if w is not None},
             "settings": self.settings.to_dict(),
         }
         write_json(path, [record])
@@ -204,7 +255,9 @@ class Session:
 
     def do_load(self, rest: str) -> None:
         """FILE: go on with a conversation that was saved."""
-        messages = _read_conversation(_file_named(rest, "/load"))
+        from nanogpt_surgery.data.conversations.instructions import read_conversation
+
+        messages = read_conversation(_file_named(rest, "/load"))
         begins = messages[0]["role"] == "system"
         self.conversation.reset()
         self.conversation.system = messages[0]["content"] if begins else ""
@@ -241,22 +294,3 @@ def _file_named(rest: str, command: str) -> Path:
     if not rest:
         raise SurgeryError(f"{command} needs a file", f"{command} talk.json")
     return Path(rest).expanduser()
-
-
-def _read_conversation(path: Path) -> list[Message]:
-    """Returns the messages of a file that holds one conversation, in which the model spoke last."""
-    from nanogpt_surgery.data.conversations.chat import check_messages
-    from nanogpt_surgery.data.conversations.instructions import read_conversations
-
-    found = read_conversations(path)
-    check_messages(found[0])
-    roles = [message["role"] for message in found[0]]
-    if len(found) != 1:
-        what = f"{len(found)} conversations"
-    elif "user" not in roles:
-        what = "one in which no user says anything"
-    elif roles[-1] != "assistant":
-        what = "one that ends in a question"
-    else:
-        return found[0]
-    raise SurgeryError(f"{path} holds {what}, not one that can be gone on with")

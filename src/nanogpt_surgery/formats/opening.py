@@ -1,0 +1,97 @@
+"""Opening a model to use it: with adapters on it, all in one dtype, and its chat template."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from nanogpt_surgery.data.conversations.chat import (
+    ChatTemplate,
+    named_template,
+    template_from_jinja,
+)
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
+from nanogpt_surgery.errors import SurgeryWarning
+from nanogpt_surgery.formats.huggingface.tokenizer_files import chat_template_in
+from nanogpt_surgery.formats.model_file import open_model
+from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
+from nanogpt_surgery.formats.placing import usual_dtype
+from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.operations import swap_lora
+from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+
+
+def open_with_adapters(
+    path: str | Path,
+    adapters: Sequence[tuple[str, Path]],
+    dtype: torch.dtype | None = None,
+    *,
+    tied: Tied | None = None,
+    force: bool = False,
+    bfloat16: bool = True,
+) -> tuple[SimpleGPT, Tokenizer]:
+    """Opens a model with its tokenizer and named adapters; the first of them takes part alone.
+
+    Args:
+        path: see `open_model`.
+        adapters: names and folders.
+        dtype: of the weights; None: as most of them are stored. Updates stay in float32.
+        tied: see `load_adapter`.
+        force: see `load_adapter`.
+        bfloat16: whether the processor has arithmetic for it; without, weights that are stored so
+            are float32 if no dtype is asked for, with a warning.
+
+    Raises:
+        SurgeryError: one of them does not open, or there is no tokenizer.
+    """
+    # An adapter knows its base by the weights as they are stored.
+    model, found = open_model(path, "each" if adapters else dtype)
+    tokenizer = required_tokenizer(found, str(path))
+    if dtype is None:
+        dtype = usual_dtype((weight.dtype, weight.numel()) for weight in model.parameters())
+        if dtype == torch.bfloat16 and not bfloat16:
+            dtype = torch.float32
+            warnings.warn(
+                "the weights are bfloat16, which this processor has no arithmetic for: computing "
+                f"in float32, with {4 * model.n_parameters / 2**20:,.0f} MiB of weights instead of "
+                "half of that; dtype='bfloat16' leaves them",
+                SurgeryWarning,
+                stacklevel=2,
+            )
+    if dtype == torch.float32:
+        model.float()
+    for name, folder in adapters:
+        load_adapter(model, folder, name=name, tied=tied, force=force)
+    _cast(model, dtype)
+    if adapters:
+        swap_lora(model, adapters[0][0])
+    return model, tokenizer
+
+
+def _cast(model: SimpleGPT, dtype: torch.dtype) -> None:
+    """Gives all weights a dtype but those of updates: A and B stay in float32."""
+    updates = [module for module in model.modules() if isinstance(module, LoRAUpdate)]
+    kept = {parameter for update in updates for parameter in update.parameters()}
+    for parameter in model.parameters():
+        if parameter not in kept:
+            parameter.data = parameter.data.to(dtype)
+
+
+def chat_template(
+    tokenizer: Tokenizer, name: str = "auto", adapter: Path | None = None
+) -> ChatTemplate:
+    """Returns the template of a name; "auto": as the adapter was trained, else the model's own.
+
+    Raises:
+        SurgeryError: the adapter's file is damaged, or beyond its limits.
+    """
+    if name != "auto":
+        return named_template(tokenizer, name)
+    text = None if adapter is None else chat_template_in(adapter_folder(adapter))
+    if text is None:
+        return named_template(tokenizer, "model")
+    return template_from_jinja(tokenizer, text)
