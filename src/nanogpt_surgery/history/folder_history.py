@@ -28,7 +28,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, first_problems, listed
 from nanogpt_surgery.files.atomic import MANIFEST, file_hash, seal
 from nanogpt_surgery.files.disk_errors import NotFlushedError, disk_refuses, tried_again
 from nanogpt_surgery.files.json_files import replace_text
@@ -386,7 +386,7 @@ def _check_links(folder: Path) -> None:
     links = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_symlink()]
     if links:
         raise SurgeryError(
-            f"{folder} holds links to files elsewhere ({', '.join(sorted(links)[:4])}), so it "
+            f"{folder} holds links to files elsewhere ({listed(sorted(links), 4)}), so it "
             "cannot be operated on in place",
             "out=FOLDER writes a new one",
         )
@@ -403,7 +403,7 @@ def _check_files(there: dict[str, str], folder: Path, wanted: dict[str, str], be
     ]
     if wrong:
         raise SurgeryError(
-            f"{folder} was changed by other hands: {'; '.join(wrong[:8])} ({because})",
+            f"{folder} was changed by other hands: {first_problems(wrong, 8)} ({because})",
             f"{_RESTORE}, or leave it alone and write elsewhere",
         )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, listed
 from nanogpt_surgery.history.journal import Journal, Operation, report_turn
 from nanogpt_surgery.report import Report
 
@@ -285,7 +285,7 @@ def _check_untouched(done: ModelOperation, back: bool) -> None:
     if wrong:
         raise SurgeryError(
             f"the model's modules were changed by other hands since '{done.operation}': "
-            + ", ".join(wrong[:8])
+            + listed(wrong)
         )
 
 
@@ -297,6 +297,6 @@ def _check_written(
     if written:
         raise SurgeryError(
             f"'{done.operation}' cannot be {'undone' if back else 'redone'} to the bit: "
-            f"{len(written)} frozen tensors were written to since ({', '.join(written[:8])})",
+            f"{len(written)} frozen tensors were written to since ({listed(written)})",
             "open the model again" if back else "call the operation itself again",
         )
