@@ -280,7 +280,11 @@ def extract_adapter(model: nn.Module, name: str | None = None) -> StoredAdapter:
 
 
 def attach_adapter(
-    model: nn.Module, adapter: StoredAdapter, name: str, tied: Tied | None = None
+    model: nn.Module,
+    adapter: StoredAdapter,
+    name: str,
+    tied: Tied | None = None,
+    title: str = "",
 ) -> Report:
     """Wraps the layers of a model and gives them the updates of an adapter, which then acts alone.
 
@@ -289,6 +293,7 @@ def attach_adapter(
         adapter: with the model's own names; `check_fit` has let it pass.
         name: for the adapter; `check_new_name` has let it pass.
         tied: as in `inject_lora`; what the adapter says by default, or else "refuse".
+        title: of the operation in the journal; by default that the adapter was loaded.
 
     Raises:
         SurgeryError: a layer is tied, or DoRA meets a row without a length. The model is untouched
@@ -309,7 +314,7 @@ def attach_adapter(
         if path not in others
     }
     factories |= {path: partial(WholeUpdate, tensors=tensors) for path, tensors in whole.items()}
-    with operation(model, f"load {name}"):
+    with operation(model, title or f"load {name}"):
         attach_updates(model, name, factories, tied_layers, unties=choice == "untie")
     return report_on(model, "LoRA loaded")
 

@@ -1,0 +1,173 @@
+"""Ablation: heads, neurons or a direction that a model can no longer use, as an adapter.
+
+What o_proj or down_proj gives is changed by a ΔW of low rank beside it, so an ablation is an
+adapter like any other: it is scaled, blended, saved, merged and undone.
+
+    heads, neurons   ΔW = −W P     P selects the columns of o_proj, or of down_proj, that are cut
+    a direction u    ΔW = −u uᵀ W  nothing that the layer writes points along u any more
+
+Legend: C width, D head width, R rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nanogpt_surgery.arguments import check_arguments
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
+from nanogpt_surgery.lora.several import check_new_name
+from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, attach_adapter
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.report import Report
+from nanogpt_surgery.surgery.low_rank import Factors
+
+LEFT = 1e-6  # of ‖W‖: as much as may be left of what was cut
+
+
+@check_arguments
+def ablate(
+    model: SimpleGPT,
+    name: str = "ablation",
+    *,
+    heads: Mapping[int, Sequence[int]] | None = None,
+    neurons: Mapping[int, Sequence[int]] | None = None,
+    direction: Tensor | None = None,
+    layers: Sequence[int] | None = None,
+    probe: Probe | None = None,
+) -> Report:
+    """Puts an adapter on a model that takes parts of the model's own weights away, and acts alone.
+
+    Biases stay: those of o_proj and down_proj are no head's and no neuron's, and what they, and the
+    embedding, write along the direction is in the report.
+
+    Args:
+        model: changed in place; adapters that it carries wait.
+        name: of the adapter.
+        heads: for each layer the heads that add nothing any more.
+        neurons: for each layer the inner activations of the feed-forward.
+        direction: (C,), of any length; no block writes along it any more.
+        layers: in which the direction is cut; all by default.
+        probe: ids (B, T), or a function that gives logits, by which the effect is measured.
+
+    Returns:
+        A row for each cut layer: its rank, ‖ΔW‖ / ‖W‖, what is left of what was cut beside ‖W‖, and
+        what its bias writes along the direction.
+
+    Raises:
+        SurgeryError: a head, neuron, layer or direction is not there, nothing is cut, or more than
+            rounding is left of what was. The model is untouched then.
+    """
+    check_new_name(model, name)
+    c = model.config
+    unit = None if direction is None else _unit(direction, c.n_embd)
+    cut_layers = range(c.n_layer) if layers is None else layers
+    _check_there("layer", c.n_layer, [*(heads or {}), *(neurons or {}), *cut_layers])
+    of_heads = {n: _of_heads(some, c.n_head, c.head_dim) for n, some in (heads or {}).items()}
+    of_neurons = {n: _sorted(some, c.n_inner, "neuron") for n, some in (neurons or {}).items()}
+    updates: dict[str, LowRankUpdate] = {}
+    rows: list[dict[str, Any]] = []
+    for index in range(c.n_layer):
+        along = unit if index in cut_layers else None
+        for path, columns in (("self_attn.o_proj", of_heads), ("mlp.down_proj", of_neurons)):
+            if columns.get(index) or along is not None:
+                where = f"layers.{index}.{path}"
+                updates[where], row = _cut(model, where, columns.get(index, []), along)
+                rows.append({"layer": where, **row})
+    if not updates:
+        raise SurgeryError("nothing is to be cut", "name heads, neurons or a direction")
+    before = None if probe is None else logits_of(model, probe)
+    title = f"ablate as {name}"
+    attach_adapter(model, StoredAdapter(updates), name, title=title)
+    summary: dict[str, Any] = {"layers": len(rows)}
+    if unit is not None:
+        written = _bare(model, "embed_tokens").weight.detach().float().cpu() @ unit  # (V,)
+        summary["embedding along it"] = float(written.square().mean().sqrt())
+    if before is not None and probe is not None:
+        summary |= compare_logits(before, logits_of(model, probe))
+    return Report(title, rows, summary)
+
+
+def _bare(model: SimpleGPT, path: str) -> Any:
+    """Returns a layer without its adapters."""
+    layer = model.get_submodule(path)
+    return layer.original_layer if isinstance(layer, LoRALayer) else layer
+
+
+def _cut(
+    model: SimpleGPT, path: str, columns: Sequence[int], along: Tensor | None
+) -> tuple[LowRankUpdate, dict[str, Any]]:
+    """Returns the update of a layer, and what it does there."""
+    layer = _bare(model, path)
+    weight = layer.weight.detach().float().cpu()
+    a, b = _without(weight, columns, along)
+    row = _checked(path, weight, (a, b), columns, along)
+    if along is not None:
+        bias = layer.bias
+        row["bias along it"] = 0.0 if bias is None else float(bias.detach().float().cpu() @ along)
+    return LowRankUpdate(a, b, alpha=float(len(a))), row
+
+
+def _unit(direction: Tensor, width: int) -> Tensor:
+    flat = direction.detach().float().cpu()
+    if flat.shape != (width,):
+        raise SurgeryError(f"the direction has the shape {tuple(flat.shape)}, not ({width},)")
+    length = float(flat.norm())
+    if not 0 < length < float("inf"):
+        raise SurgeryError(f"the direction has the length {length}; it points nowhere")
+    return flat / length
+
+
+def _check_there(what: str, count: int, numbers: Sequence[int]) -> None:
+    for number in numbers:
+        if not 0 <= number < count:
+            raise SurgeryError(f"there is no {what} {number}; they are 0 to {count - 1}")
+
+
+def _sorted(numbers: Sequence[int], count: int, what: str) -> list[int]:
+    _check_there(what, count, numbers)
+    return sorted(set(numbers))
+
+
+def _of_heads(heads: Sequence[int], count: int, width: int) -> list[int]:
+    """Returns the columns of o_proj that belong to heads."""
+    return [h * width + i for h in _sorted(heads, count, "head") for i in range(width)]
+
+
+def _without(weight: Tensor, cut: Sequence[int], along: Tensor | None) -> Factors:
+    """Returns A (R, in) and B (out, R) of the ΔW that takes columns, and then a direction, away."""
+    index = torch.tensor(cut, dtype=torch.long)
+    a = torch.zeros(len(index), weight.size(1))
+    a[torch.arange(len(index)), index] = 1
+    b = -weight[:, index]  # (out, R)
+    if along is None:
+        return a, b
+    kept = weight.clone()
+    kept[:, index] = 0
+    return torch.cat((a, (along @ kept)[None])), torch.cat((b, -along[:, None]), 1)
+
+
+def _checked(
+    path: str, weight: Tensor, factors: Factors, cut: Sequence[int], along: Tensor | None
+) -> dict[str, Any]:
+    """Returns the row of a layer.
+
+    Raises:
+        SurgeryError: more than rounding is left of what was cut.
+    """
+    a, b = factors
+    delta = b @ a
+    after, size = weight + delta, float(weight.norm().clamp_min(1e-30))
+    left = float(after[:, list(cut)].norm()) if cut else 0.0
+    if along is not None:
+        left = max(left, float((along @ after).norm()))
+    if not left <= LEFT * size:
+        raise SurgeryError(
+            f"{left:.3g} is left of what was cut from {path}, whose size is {size:.3g}"
+        )
+    return {"rank": len(a), "ΔW / W": float(delta.norm()) / size, "left": left / size}

@@ -1,0 +1,381 @@
+"""Operations that make one adapter of others, or of two models.
+
+All work on ΔW, never on A and B apart: the A and B of two adapters do not belong together, and
+their sums multiplied would have cross terms, B₁A₂, that neither adapter has.
+
+    linear   ΔW = Σ wᵢ ΔWᵢ, exact: A stacked, wᵢ Bᵢ side by side
+    slerp    two adapters, on the arc between their directions (Shoemake, 1985), layer by layer
+    ties     the largest entries of each, the majority's sign, their mean (arXiv:2306.01708)
+    dare     entries dropped at random, the rest made larger (arXiv:2311.03099), then summed
+
+Each is in the journal, and leaves the model as it was if it fails.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from nanogpt_surgery.arguments import check_arguments
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.lora.active import WeightedAdapters
+from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
+from nanogpt_surgery.lora.several import (
+    active_adapters,
+    check_name,
+    check_new_name,
+    set_active,
+)
+from nanogpt_surgery.lora.stored_adapter import (
+    LowRankUpdate,
+    StoredAdapter,
+    attach_adapter,
+    extract_adapter,
+)
+from nanogpt_surgery.lora.targets import adaptable_layers
+from nanogpt_surgery.report import Report
+from nanogpt_surgery.surgery.low_rank import (
+    Factors,
+    check_rank_or_energy,
+    factorised,
+    truncated,
+)
+from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
+
+Method: TypeAlias = Literal["linear", "slerp", "ties", "dare"]
+ROUNDING = 1e-4  # of ‖ΔW‖: more than this is no rounding of float32
+
+
+@check_arguments
+def combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    *,
+    method: Method = "linear",
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    probe: Probe | None = None,
+) -> Report:
+    """Makes one adapter of several that a model carries; it takes part alone, the others wait.
+
+    Args:
+        model: carries the adapters; changed in place.
+        weights: of each adapter by name; a negative one takes away what it learned.
+        name: of the new adapter.
+        method: see the module's docstring.
+        rank: of each layer's update, by the nearest product of that rank; None keeps linear and
+            slerp exact, and ties and dare at the sum of the ranks.
+        density: the share of entries that ties and dare keep.
+        seed: of dare's draws.
+        probe: ids (B, T), or a function that gives logits; by it the new adapter is compared with
+            the weighted sum.
+
+    Returns:
+        A row for each layer: rank, ‖ΔW‖, and the error of the truncation, ‖ΔW − ΔW'‖ / ‖ΔW‖.
+
+    Raises:
+        SurgeryError: an adapter is not there, is a DoRA or replaces modules whole, a value is
+            outside its range, or the exact form is not the sum. The model is untouched then.
+    """
+    named = {f"the weight of {one!r}": weight for one, weight in weights.items()}
+    raise_all(wrong_values(WEIGHT, named))
+    check_rank_or_energy(rank, None, needed=False)
+    if not 0 < density <= 1:
+        raise SurgeryError(f"density is {density}; it must be above 0 and at most 1")
+    if not weights or (method == "slerp" and len(weights) != 2):
+        wanted = "2" if method == "slerp" else "at least 1"
+        raise SurgeryError(f"{len(weights)} adapters are named; {method} takes {wanted}")
+    check_new_name(model, name)
+    if method == "slerp":
+        weights = _shares(weights)
+    stored = {one: _products(model, check_name(model, one)) for one in weights}
+    draw = torch.Generator().manual_seed(seed)
+    made: dict[str, LowRankUpdate] = {}
+    rows: list[dict[str, Any]] = []
+    for layer in dict.fromkeys(path for updates in stored.values() for path in updates):
+        parts = [(w, stored[n][layer]) for n, w in weights.items() if layer in stored[n]]
+        factors, row = _combined(parts, method, rank, density, draw)
+        made[layer] = _update(factors, parts[0][1].embedding)
+        rows.append({"layer": layer, **row})
+    title = f"combine {' + '.join(f'{w:g} {n}' for n, w in weights.items())} as {name}"
+    adapter = StoredAdapter(made, tied=_choice(model, weights))
+    before = None if probe is None else _blend_logits(model, weights, probe)
+    attach_adapter(model, adapter, name, title=title)
+    return _report(model, title, rows, before, probe)
+
+
+@check_arguments
+def compress(
+    model: nn.Module,
+    adapter: str,
+    name: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    probe: Probe | None = None,
+) -> Report:
+    """Makes an adapter of a smaller rank of one that a model carries; it takes part alone.
+
+    Args:
+        model: carries the adapter; changed in place.
+        adapter: to be compressed; it stays, unused.
+        name: of the new one.
+        rank: of each layer's update, or
+        energy: the least share of each ‖ΔW‖² that is kept, by as small a rank as that allows.
+        probe: ids (B, T), or a function that gives logits; by it both adapters are compared.
+
+    Returns:
+        A row for each layer: rank, ‖ΔW‖, and the error, ‖ΔW − ΔW'‖ / ‖ΔW‖.
+
+    Raises:
+        SurgeryError: as `combine`.
+    """
+    check_rank_or_energy(rank, energy, needed=True)
+    check_new_name(model, name)
+    updates, rows, made = _products(model, check_name(model, adapter)), [], {}
+    for layer, update in updates.items():
+        exact = _factors(update)
+        factors = truncated(exact, rank, energy)
+        made[layer] = _update(factors, update.embedding)
+        rows.append({"layer": layer, **_row(exact, factors)})
+    title, weights = f"compress {adapter} as {name}", {adapter: 1.0}
+    before = None if probe is None else _blend_logits(model, weights, probe)
+    stored = StoredAdapter(made, tied=_choice(model, weights))
+    attach_adapter(model, stored, name, title=title)
+    return _report(model, title, rows, before, probe)
+
+
+@check_arguments
+def extract(
+    model: nn.Module,
+    tuned: nn.Module,
+    name: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    probe: Probe | None = None,
+) -> Report:
+    """Makes an adapter of what sets a fine-tuned model apart from its base.
+
+    Args:
+        model: the base; the adapter is put on it.
+        tuned: of the same shapes, without adapters; left as it is.
+        name: of the adapter.
+        rank: of each layer's update, or
+        energy: the least share of each difference's ‖·‖² that is kept.
+        probe: ids (B, T): by it base and adapter are compared with `tuned`.
+
+    Returns:
+        A row for each layer that differs: rank, ‖ΔW‖, and the error; and the names of tensors that
+        differ and are no layer's weight (norms, biases), which no adapter can hold.
+
+    Raises:
+        SurgeryError: the models have other tensors or shapes, or do not differ in a layer.
+    """
+    check_rank_or_energy(rank, energy, needed=True)
+    check_new_name(model, name)
+    base, goal = model.state_dict(), tuned.state_dict()
+    _check_same_shapes(base, goal)
+    layers, rows, made = adaptable_layers(model), [], {}
+    differing = [key for key in base if not torch.equal(base[key], goal[key])]
+    inside = {key: key.removesuffix(".weight") for key in differing}
+    firsts: dict[int, LowRankUpdate] = {}  # by the memory of a weight that layers share
+    for key, layer in inside.items():
+        if layer not in layers or key == layer:
+            continue
+        delta, embedding = (
+            goal[key].float() - base[key].float(),
+            isinstance(layers[layer], nn.Embedding),
+        )
+        place = base[key].data_ptr()
+        if place in firsts:
+            first = firsts[place]
+            a, b = (first.B.T, first.A.T) if embedding != first.embedding else (first.A, first.B)
+            made[layer] = _update((a.contiguous(), b.contiguous()), embedding)
+            continue
+        matrix = delta.T if embedding else delta
+        factors = factorised(matrix, rank, energy)
+        firsts[place] = made[layer] = _update(factors, embedding)
+        error = float((factors[1] @ factors[0] - matrix).norm() / matrix.norm())
+        size = float(matrix.norm())
+        rows.append({"layer": layer, "rank": len(factors[0]), "‖ΔW‖": size, "error": error})
+    if not made:
+        raise SurgeryError("the models do not differ in the weight of any layer")
+    title = f"extract {name}"
+    before = None if probe is None else logits_of(tuned, probe)
+    tied = "both" if len(made) > len(firsts) else None
+    attach_adapter(model, StoredAdapter(made, tied=tied), name, title=title)
+    report = _report(model, title, rows, before, probe)
+    left = [key for key, layer in inside.items() if layer not in made]
+    return Report(report.title, report.rows, report.summary | {"left out": ", ".join(left)})
+
+
+def _products(model: nn.Module, name: str) -> dict[str, LowRankUpdate]:
+    """Returns the updates of an adapter, all of them products.
+
+    Raises:
+        SurgeryError: one is not.
+    """
+    adapter = extract_adapter(model, name)
+    dora = [layer for layer, update in adapter.updates.items() if update.magnitude is not None]
+    if dora or adapter.whole:
+        which = f"is a DoRA ({dora[0]}, …)" if dora else "replaces modules whole"
+        raise SurgeryError(f"{name!r} {which}: its change is no product B A", "merge_lora(model)")
+    return adapter.updates
+
+
+def _factors(update: LowRankUpdate, weight: float = 1.0) -> Factors:
+    return update.A, weight * update.scaling * update.B
+
+
+def _update(factors: Factors, embedding: bool) -> LowRankUpdate:
+    a, b = factors
+    return LowRankUpdate(a, b, alpha=float(len(a)), embedding=embedding)
+
+
+def _stacked(parts: list[tuple[float, LowRankUpdate]]) -> Factors:
+    """Returns the factors of Σ wᵢ ΔWᵢ, exactly."""
+    factors = [_factors(update, weight) for weight, update in parts]
+    return torch.cat([a for a, _ in factors]), torch.cat([b for _, b in factors], 1)
+
+
+def _combined(
+    parts: list[tuple[float, LowRankUpdate]],
+    method: Method,
+    rank: int | None,
+    density: float,
+    draw: torch.Generator,
+) -> tuple[Factors, dict[str, Any]]:
+    if method == "slerp" and len(parts) == 2:
+        parts = _on_the_arc(parts)
+    exact = _stacked(parts)
+    if method in ("linear", "slerp"):
+        _check_is_sum(exact, parts)
+        factors = exact if rank is None else truncated(exact, rank, None)
+        return factors, _row(exact, factors)
+    products = torch.stack([update.delta_weight for _, update in parts])  # (N, out, in)
+    weights = torch.tensor([weight for weight, _ in parts])
+    dense = _ties(products, weights, density) if method == "ties" else None
+    if dense is None:
+        dense = _dare(products, weights, density, draw)
+    factors = factorised(dense, rank or len(exact[0]), None)
+    error = float((factors[1] @ factors[0] - dense).norm() / dense.norm().clamp_min(1e-30))
+    return factors, {"rank": len(factors[0]), "‖ΔW‖": float(dense.norm()), "error": error}
+
+
+def _shares(weights: Mapping[str, float]) -> dict[str, float]:
+    """Returns 1 − t and t for SLERP."""
+    total = sum(weights.values())
+    if total == 0:
+        raise SurgeryError(f"the weights {', '.join(map(str, weights.values()))} add up to 0")
+    return {name: weight / total for name, weight in weights.items()}
+
+
+def _on_the_arc(parts: list[tuple[float, LowRankUpdate]]) -> list[tuple[float, LowRankUpdate]]:
+    """Returns the parts with SLERP's weights: sin((1 − t) Ω) / sin Ω and sin(t Ω) / sin Ω.
+
+    Where both point the same way, or oppositely, there is no arc, and the weights are 1 − t and t.
+    """
+    (_, one), (t, other) = parts
+    first, second = one.delta_weight.flatten().double(), other.delta_weight.flatten().double()
+    cosine = float(torch.cosine_similarity(first, second, dim=0))
+    angle = math.acos(max(-1.0, min(1.0, cosine)))
+    if math.sin(angle) < 1e-6:
+        return [(1 - t, one), (t, other)]
+    shares = math.sin((1 - t) * angle), math.sin(t * angle)
+    return [
+        (share / math.sin(angle), part) for share, part in zip(shares, (one, other), strict=True)
+    ]
+
+
+def _ties(products: Tensor, weights: Tensor, density: float) -> Tensor:
+    """Trim, elect a sign, and average those that have it: (N, out, in) → (out, in)."""
+    flat = products.flatten(1)
+    count = max(1, int(density * flat.size(1)))
+    kept = torch.zeros_like(flat).scatter(1, flat.abs().topk(count).indices, 1) * flat
+    weighted = weights[:, None] * kept
+    sign = weighted.sum(0).sign()
+    agreed = (weighted.sign() == sign) & (sign != 0)
+    mean = (weighted * agreed).sum(0) / agreed.sum(0).clamp_min(1)
+    return mean.view_as(products[0])
+
+
+def _dare(products: Tensor, weights: Tensor, density: float, draw: torch.Generator) -> Tensor:
+    """Drops entries at random, divides by the share that stays, and sums."""
+    stays = torch.rand(products.shape, generator=draw) < density
+    return (weights[:, None, None] * products * stays / density).sum(0)
+
+
+def _check_is_sum(factors: Factors, parts: list[tuple[float, LowRankUpdate]]) -> None:
+    a, b = factors
+    total = torch.zeros(b.size(0), a.size(1))
+    for weight, update in parts:
+        total += weight * update.delta_weight
+    error, size = (
+        float((b @ a - total).norm()),
+        sum(abs(weight) * float(update.delta_weight.norm()) for weight, update in parts),
+    )
+    if not error <= ROUNDING * size:
+        raise SurgeryError(f"the combination differs from the sum by {error:.3g}, of {size:.3g}")
+
+
+def _row(exact: Factors, factors: Factors) -> dict[str, Any]:
+    """Returns rank and size, and the error, all without a matrix (out, in)."""
+    gap = torch.cat((exact[0], factors[0])), torch.cat((exact[1], -factors[1]), 1)
+    size = _norm(exact)
+    return {
+        "rank": len(factors[0]),
+        "‖ΔW‖": size,
+        "error": 0.0 if exact is factors else _norm(gap) / max(size, 1e-30),
+    }
+
+
+def _norm(factors: Factors) -> float:
+    """Returns ‖B A‖ by the factors' Gram matrices: tr(BᵀB · AAᵀ)."""
+    a, b = (factor.double() for factor in factors)
+    return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())
+
+
+def _choice(model: nn.Module, names: Mapping[str, float]) -> Any:
+    return next((c for n in names if (c := extract_adapter(model, n).tied) is not None), None)
+
+
+def _blend_logits(model: nn.Module, weights: Mapping[str, float], probe: Probe) -> Tensor:
+    """Returns the logits while the weighted sum takes part."""
+    before = active_adapters(model)
+    set_active(model, WeightedAdapters(weights))
+    try:
+        return logits_of(model, probe)
+    finally:
+        set_active(model, before)
+
+
+def _report(
+    model: nn.Module,
+    title: str,
+    rows: list[dict[str, Any]],
+    before: Tensor | None,
+    probe: Probe | None,
+) -> Report:
+    summary: dict[str, Any] = {"layers": len(rows)}
+    if rows:
+        summary["largest_layer_error"] = max(row["error"] for row in rows)
+    if before is not None and probe is not None:
+        summary |= compare_logits(before, logits_of(model, probe))
+    return Report(title, rows, summary)
+
+
+def _check_same_shapes(base: Mapping[str, Tensor], goal: Mapping[str, Tensor]) -> None:
+    wrong = [key for key in {**base, **goal} if key not in base or key not in goal]
+    if wrong:
+        raise SurgeryError(f"one of the models has no {wrong[0]}", "adapters are merged first")
+    for key, tensor in base.items():
+        if tensor.shape != goal[key].shape:
+            shapes = f"{tuple(tensor.shape)} and {tuple(goal[key].shape)}"
+            raise SurgeryError(f"{key} is {shapes} in the two models")

@@ -1,0 +1,117 @@
+"""What was ablated is gone, and nothing else is touched."""
+
+import pytest
+import torch
+from helpers.adapters import assert_same_bits, bits
+from helpers.models import CONFIGS, random_ids, tiny_model
+
+from nanogpt_surgery import (
+    SurgeryError,
+    blend_lora,
+    disable_lora,
+    load_adapter,
+    merge_lora,
+    save_adapter,
+    undo_lora,
+)
+from nanogpt_surgery.interpret import patch, project_out, record, zero
+from nanogpt_surgery.surgery import ablate
+
+
+@pytest.fixture(params=CONFIGS)
+def model(request):
+    return tiny_model(CONFIGS[request.param])
+
+
+@torch.no_grad()
+def test_heads_and_neurons_add_nothing_any_more(model):
+    ids = random_ids(model.config, 2, 7)
+    neurons = {"layers.0.neurons": zero()}
+    with patch(model, {"layers.1.heads": zero(heads=[0, 2]), **neurons}):
+        expected = model(ids)
+    before, plain = bits(model), model(ids)
+    everything = range(model.config.n_inner)
+    report = ablate(model, heads={1: [2, 0]}, neurons={0: everything}, probe=ids)
+    torch.testing.assert_close(model(ids), expected, atol=1e-4, rtol=1e-4)
+    assert [row["layer"] for row in report.rows] == [
+        "layers.0.mlp.down_proj",
+        "layers.1.self_attn.o_proj",
+    ]
+    assert all(row["left"] <= 1e-6 for row in report.rows)
+    assert report.rows[1]["rank"] == 2 * model.config.head_dim
+    assert report.summary["kl"] > 0
+    with record(model, "layers.1.heads") as found:
+        model(ids)
+    shares = found["layers.1.heads"]
+    size = shares.norm()
+    assert shares[:, :, [0, 2]].norm() < 1e-5 * size
+    disable_lora(model)
+    assert torch.equal(model(ids), plain)
+    undo_lora(model)
+    undo_lora(model)
+    assert_same_bits(model, before)
+
+
+@torch.no_grad()
+def test_no_block_writes_along_the_direction_but_for_its_biases(model):
+    ids, direction = random_ids(model.config, 2, 7), torch.randn(model.config.n_embd)
+    report = ablate(model, direction=3 * direction)
+    unit = direction / direction.norm()
+    with record(model, ["layers.*.self_attn", "layers.*.mlp"]) as found:
+        model(ids)
+    for row in report.rows:
+        path = row["layer"].rpartition(".")[0]
+        along = found[path] @ unit
+        bias = torch.full_like(along, row["bias along it"])
+        torch.testing.assert_close(along, bias, atol=1e-5, rtol=1e-5)
+    expected = (model.embed_tokens.weight @ unit).square().mean().sqrt()
+    assert report.summary["embedding along it"] == pytest.approx(float(expected), rel=1e-4)
+
+
+@torch.no_grad()
+def test_a_direction_and_heads_are_cut_together():
+    model = tiny_model(CONFIGS["llama"])
+    ids, direction = random_ids(model.config, 2, 7), torch.randn(24)
+    cuts = {"layers.1.heads": zero(heads=[3])}
+    cuts |= {f"layers.1.{half}": project_out(direction) for half in ("self_attn", "mlp")}
+    with patch(model, cuts):
+        expected = model(ids)
+    ablate(model, heads={1: [3]}, direction=direction, layers=[1])
+    torch.testing.assert_close(model(ids), expected, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_an_ablation_is_an_adapter_like_any_other(tmp_path):
+    model = tiny_model(CONFIGS["llama"])
+    ids = random_ids(model.config, 2, 7)
+    plain = model(ids)
+    ablate(model, "cut", heads={0: [1]})
+    cut = model(ids)
+    save_adapter(model, tmp_path / "cut")
+    blend_lora(model, {"cut": 0.0})
+    torch.testing.assert_close(model(ids), plain)
+    blend_lora(model, {"cut": 1.0})
+    merge_lora(model)
+    torch.testing.assert_close(model(ids), cut, atol=1e-5, rtol=1e-5)
+    bare = tiny_model(CONFIGS["llama"])
+    load_adapter(bare, tmp_path / "cut")
+    torch.testing.assert_close(bare(ids), cut)
+
+
+def test_what_is_not_there_is_named():
+    model = tiny_model(CONFIGS["llama"])
+    before = bits(model)
+    wrong = [
+        ({"heads": {0: [6]}}, r"head 6.*0 to 5"),
+        ({"heads": {2: [0]}}, r"layer 2.*0 to 1"),
+        ({"neurons": {0: [-1]}}, r"neuron -1.*0 to 27"),
+        ({"direction": torch.ones(7)}, r"\(7,\).*\(24,\)"),
+        ({"direction": torch.zeros(24)}, r"0\.0"),
+        ({"direction": torch.ones(24), "layers": [5]}, r"layer 5"),
+        ({}, "nothing"),
+        ({"heads": {0: []}}, "nothing"),
+    ]
+    for options, said in wrong:
+        with pytest.raises(SurgeryError, match=said):
+            ablate(model, **options)
+    assert_same_bits(model, before)
