@@ -24,12 +24,7 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
-from nanogpt_surgery.lora.several import (
-    active_adapters,
-    check_name,
-    check_new_name,
-    set_active,
-)
+from nanogpt_surgery.lora.several import active_adapters, check_name, check_new_name, set_active
 from nanogpt_surgery.lora.stored_adapter import (
     LowRankUpdate,
     StoredAdapter,
