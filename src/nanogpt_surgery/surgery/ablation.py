@@ -64,12 +64,33 @@ def ablate(
             rounding is left of what was. The model is untouched then.
     """
     check_new_name(model, name)
+    unit = None if direction is None else _unit(direction, model.config.n_embd)
+    updates, rows = _cuts(model, heads or {}, neurons or {}, unit, layers)
+    before = None if probe is None else logits_of(model, probe)
+    title = f"ablate as {name}"
+    attach_adapter(model, StoredAdapter(updates), name, title=title)
+    summary: dict[str, Any] = {"layers": len(rows)}
+    if unit is not None:
+        written = _bare(model, "embed_tokens").weight.detach().float().cpu() @ unit  # (V,)
+        summary["embedding along it"] = float(written.square().mean().sqrt())
+    if before is not None and probe is not None:
+        summary |= compare_logits(before, logits_of(model, probe))
+    return Report(title, rows, summary)
+
+
+def _cuts(
+    model: SimpleGPT,
+    heads: Mapping[int, Sequence[int]],
+    neurons: Mapping[int, Sequence[int]],
+    unit: Tensor | None,
+    layers: Sequence[int] | None,
+) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
+    """Returns the update of each layer that is cut, and its row of the report."""
     c = model.config
-    unit = None if direction is None else _unit(direction, c.n_embd)
     cut_layers = range(c.n_layer) if layers is None else layers
-    _check_there("layer", c.n_layer, [*(heads or {}), *(neurons or {}), *cut_layers])
-    of_heads = {n: _of_heads(some, c.n_head, c.head_dim) for n, some in (heads or {}).items()}
-    of_neurons = {n: _sorted(some, c.n_inner, "neuron") for n, some in (neurons or {}).items()}
+    _check_there("layer", c.n_layer, [*heads, *neurons, *cut_layers])
+    of_heads = {n: _of_heads(some, c.n_head, c.head_dim) for n, some in heads.items()}
+    of_neurons = {n: _sorted(some, c.n_inner, "neuron") for n, some in neurons.items()}
     updates: dict[str, LowRankUpdate] = {}
     rows: list[dict[str, Any]] = []
     for index in range(c.n_layer):
@@ -81,16 +102,7 @@ def ablate(
                 rows.append({"layer": where, **row})
     if not updates:
         raise SurgeryError("nothing is to be cut", "name heads, neurons or a direction")
-    before = None if probe is None else logits_of(model, probe)
-    title = f"ablate as {name}"
-    attach_adapter(model, StoredAdapter(updates), name, title=title)
-    summary: dict[str, Any] = {"layers": len(rows)}
-    if unit is not None:
-        written = _bare(model, "embed_tokens").weight.detach().float().cpu() @ unit  # (V,)
-        summary["embedding along it"] = float(written.square().mean().sqrt())
-    if before is not None and probe is not None:
-        summary |= compare_logits(before, logits_of(model, probe))
-    return Report(title, rows, summary)
+    return updates, rows
 
 
 def _bare(model: SimpleGPT, path: str) -> Any:

@@ -78,17 +78,8 @@ def combine(
         SurgeryError: an adapter is not there, is a DoRA or replaces modules whole, a value is
             outside its range, or the exact form is not the sum. The model is untouched then.
     """
-    named = {f"the weight of {one!r}": weight for one, weight in weights.items()}
-    raise_all(wrong_values(WEIGHT, named))
-    check_rank_or_energy(rank, None, needed=False)
-    if not 0 < density <= 1:
-        raise SurgeryError(f"density is {density}; it must be above 0 and at most 1")
-    if not weights or (method == "slerp" and len(weights) != 2):
-        wanted = "2" if method == "slerp" else "at least 1"
-        raise SurgeryError(f"{len(weights)} adapters are named; {method} takes {wanted}")
     check_new_name(model, name)
-    if method == "slerp":
-        weights = _shares(weights)
+    weights = _checked_weights(weights, method, rank, density)
     stored = {one: _products(model, check_name(model, one)) for one in weights}
     draw = torch.Generator().manual_seed(seed)
     made: dict[str, LowRankUpdate] = {}
@@ -177,38 +168,57 @@ def extract(
     check_new_name(model, name)
     base, goal = model.state_dict(), tuned.state_dict()
     _check_same_shapes(base, goal)
-    layers, rows, made = adaptable_layers(model), [], {}
     differing = [key for key in base if not torch.equal(base[key], goal[key])]
-    inside = {key: key.removesuffix(".weight") for key in differing}
-    firsts: dict[int, LowRankUpdate] = {}  # by the memory of a weight that layers share
-    for key, layer in inside.items():
-        if layer not in layers or key == layer:
-            continue
-        delta, embedding = (
-            goal[key].float() - base[key].float(),
-            isinstance(layers[layer], nn.Embedding),
-        )
-        place = base[key].data_ptr()
-        if place in firsts:
-            first = firsts[place]
-            a, b = (first.B.T, first.A.T) if embedding != first.embedding else (first.A, first.B)
-            made[layer] = _update((a.contiguous(), b.contiguous()), embedding)
-            continue
-        matrix = delta.T if embedding else delta
-        factors = factorised(matrix, rank, energy)
-        firsts[place] = made[layer] = _update(factors, embedding)
-        error = float((factors[1] @ factors[0] - matrix).norm() / matrix.norm())
-        size = float(matrix.norm())
-        rows.append({"layer": layer, "rank": len(factors[0]), "‖ΔW‖": size, "error": error})
+    made, rows = _differences(model, tuned, rank, energy)
     if not made:
         raise SurgeryError("the models do not differ in the weight of any layer")
     title = f"extract {name}"
     before = None if probe is None else logits_of(tuned, probe)
-    tied = "both" if len(made) > len(firsts) else None
+    tied = "both" if len(made) > len(rows) else None
     attach_adapter(model, StoredAdapter(made, tied=tied), name, title=title)
     report = _report(model, title, rows, before, probe)
-    left = [key for key, layer in inside.items() if layer not in made]
+    left = [key for key in differing if key.removesuffix(".weight") not in made]
     return Report(report.title, report.rows, report.summary | {"left out": ", ".join(left)})
+
+
+def _differences(
+    model: nn.Module, tuned: nn.Module, rank: int | None, energy: float | None
+) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
+    """Returns the update of each layer whose weight differs, and a row for each that is its own."""
+    base, goal = model.state_dict(), tuned.state_dict()
+    firsts: dict[int, LowRankUpdate] = {}  # by the memory of a weight, which layers may share
+    made: dict[str, LowRankUpdate] = {}
+    rows: list[dict[str, Any]] = []
+    for layer, module in adaptable_layers(model).items():
+        weight, embedding = base[f"{layer}.weight"], isinstance(module, nn.Embedding)
+        if torch.equal(weight, goal[f"{layer}.weight"]):
+            continue
+        if (first := firsts.get(weight.data_ptr())) is not None:
+            made[layer] = _as_of(first, embedding)
+            continue
+        delta = goal[f"{layer}.weight"].float() - weight.float()
+        factors, row = _nearest(delta.T if embedding else delta, rank, energy)
+        firsts[weight.data_ptr()] = made[layer] = _update(factors, embedding)
+        rows.append({"layer": layer, **row})
+    return made, rows
+
+
+def _nearest(
+    matrix: Tensor, rank: int | None, energy: float | None
+) -> tuple[Factors, dict[str, Any]]:
+    """Returns the factors of the nearest matrix of a smaller rank, and their row of a report."""
+    factors = factorised(matrix, rank, energy)
+    error, size = (factors[1] @ factors[0] - matrix).norm(), matrix.norm()
+    relative = float(error / size.clamp_min(1e-30))
+    return factors, {"rank": len(factors[0]), "‖ΔW‖": float(size), "error": relative}
+
+
+def _as_of(first: LowRankUpdate, embedding: bool) -> LowRankUpdate:
+    """Returns the same change for another layer with the same weight: a head, or an embedding."""
+    a, b = first.A, first.B
+    if embedding != first.embedding:
+        a, b = b.T.contiguous(), a.T.contiguous()
+    return _update((a, b), embedding)
 
 
 def _products(model: nn.Module, name: str) -> dict[str, LowRankUpdate]:
@@ -259,14 +269,26 @@ def _combined(
     dense = _ties(products, weights, density) if method == "ties" else None
     if dense is None:
         dense = _dare(products, weights, density, draw)
-    factors = factorised(dense, rank or len(exact[0]), None)
-    error = float((factors[1] @ factors[0] - dense).norm() / dense.norm().clamp_min(1e-30))
-    return factors, {"rank": len(factors[0]), "‖ΔW‖": float(dense.norm()), "error": error}
+    return _nearest(dense, rank or len(exact[0]), None)
 
 
-def _shares(weights: Mapping[str, float]) -> dict[str, float]:
-    """Returns 1 − t and t for SLERP."""
-    total = sum(weights.values())
+def _checked_weights(
+    weights: Mapping[str, float], method: Method, rank: int | None, density: float
+) -> dict[str, float]:
+    """Returns the weights; those of slerp as 1 − t and t.
+
+    Raises:
+        SurgeryError: a value is outside its range.
+    """
+    named = {f"the weight of {one!r}": weight for one, weight in weights.items()}
+    raise_all(wrong_values(WEIGHT, named))
+    check_rank_or_energy(rank, None, needed=False)
+    if not 0 < density <= 1:
+        raise SurgeryError(f"density is {density}; it must be above 0 and at most 1")
+    if not weights or (method == "slerp" and len(weights) != 2):
+        wanted = "2" if method == "slerp" else "at least 1"
+        raise SurgeryError(f"{len(weights)} adapters are named; {method} takes {wanted}")
+    total = sum(weights.values()) if method == "slerp" else 1.0
     if total == 0:
         raise SurgeryError(f"the weights {', '.join(map(str, weights.values()))} add up to 0")
     return {name: weight / total for name, weight in weights.items()}
@@ -290,14 +312,16 @@ def _on_the_arc(parts: list[tuple[float, LowRankUpdate]]) -> list[tuple[float, L
 
 
 def _ties(products: Tensor, weights: Tensor, density: float) -> Tensor:
-    """Trim, elect a sign, and average those that have it: (N, out, in) → (out, in)."""
+    """Trims, elects a sign, and averages those that have it: (N, out, in) → (out, in).
+
+    The sign is that of the sum before the weights, as in PEFT.
+    """
     flat = products.flatten(1)
     count = max(1, int(density * flat.size(1)))
     kept = torch.zeros_like(flat).scatter(1, flat.abs().topk(count).indices, 1) * flat
-    weighted = weights[:, None] * kept
-    sign = weighted.sum(0).sign()
-    agreed = (weighted.sign() == sign) & (sign != 0)
-    mean = (weighted * agreed).sum(0) / agreed.sum(0).clamp_min(1)
+    sign = kept.sum(0).sign()
+    agreed = (kept.sign() == sign) & (sign != 0)
+    mean = (weights[:, None] * kept * agreed).sum(0) / agreed.sum(0).clamp_min(1)
     return mean.view_as(products[0])
 
 
