@@ -138,4 +138,5 @@ def look_at(model: SimpleGPT, tokenizer: Tokenizer, text: str) -> Look:
     row = torch.tensor([ids])
     top = min(TOP, model.config.vocab_size)
     compared = compare(model, row, top, left_out=False) if has_lora(model) else None
-    return Look(model, row, [shown(i) for i in ids], shown, logit_lens(model, row, top), compared)
+    lens = compared.lens_with if compared else logit_lens(model, row, top)
+    return Look(model, row, [shown(i) for i in ids], shown, lens, compared)
