@@ -1,5 +1,7 @@
 """What does not fit is refused, everything at once, and only by our own error."""
 
+import re
+
 import pytest
 import torch
 from helpers.folders import (
@@ -36,9 +38,10 @@ def test_missing_unknown_and_misshapen_tensors_are_named_at_once(name, tmp_path)
     if name == "gpt2":
         norm, embedding = "ln_f.weight", "transformer.wte.weight"
     for fragment in (
-        f"{norm} is missing",
-        f"{embedding} is (52, 24), the config says (53, 24)",
-        "stranger.weight is unknown",
+        norm,
+        f"{embedding} is (52, 24)",
+        "(53, 24)",
+        "stranger.weight",
     ):
         assert fragment in caught.value.what
 
@@ -46,21 +49,21 @@ def test_missing_unknown_and_misshapen_tensors_are_named_at_once(name, tmp_path)
 def test_a_long_list_of_problems_is_counted(tmp_path):
     saved(tmp_path / "model", "llama")
     rewrite(tmp_path / "model", lambda tensors: tensors.clear())
-    with pytest.raises(SurgeryError, match=r"is missing; \d+ more"):
+    with pytest.raises(SurgeryError, match=r"; \d+ more"):
         open_model(tmp_path / "model")
 
 
 def test_a_tied_model_without_its_embedding_is_refused(tmp_path):
     saved(tmp_path / "model", "gpt2")
     rewrite(tmp_path / "model", lambda tensors: tensors.pop("transformer.wte.weight"))
-    with pytest.raises(SurgeryError, match=r"transformer\.wte\.weight is missing"):
+    with pytest.raises(SurgeryError, match=r"transformer\.wte\.weight"):
         open_model(tmp_path / "model")
 
 
 def test_a_head_that_contradicts_its_tie_is_refused(tmp_path):
     saved(tmp_path / "model", "gpt2-gelu-untied")
     rewrite_config(tmp_path / "model", tie_word_embeddings=True)
-    with pytest.raises(SurgeryError, match=r"lm_head\.weight differs from the embedding"):
+    with pytest.raises(SurgeryError, match=r"lm_head\.weight"):
         open_model(tmp_path / "model")
 
 
@@ -71,7 +74,9 @@ def test_a_head_that_repeats_the_embedding_is_fine(tmp_path):
         tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
 
     rewrite(tmp_path / "model", repeat)
-    assert_same_bits(open_model(tmp_path / "model")[0], model)
+    opened = open_model(tmp_path / "model")[0]
+    assert_same_bits(opened, model)
+    assert opened.lm_head.weight is opened.embed_tokens.weight
 
 
 def test_whole_numbers_are_no_weights(tmp_path):
@@ -81,7 +86,7 @@ def test_whole_numbers_are_no_weights(tmp_path):
         tensors["model.norm.weight"] = tensors["model.norm.weight"].to(torch.int8)
 
     rewrite(tmp_path / "model", quantise)
-    with pytest.raises(SurgeryError, match=r"norm\.weight holds torch\.int8"):
+    with pytest.raises(SurgeryError, match=r"norm\.weight.*torch\.int8"):
         open_model(tmp_path / "model")
 
 
@@ -93,7 +98,7 @@ def test_a_flipped_bit_is_noticed(name, tmp_path):
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(SurgeryError, match=rf"{name} has changed .*sha256"):
+    with pytest.raises(SurgeryError, match=rf"{name}.*sha256"):
         open_model(tmp_path / "model")
 
 
@@ -105,9 +110,7 @@ def test_a_truncated_file_is_noticed(name, kept, tmp_path):
     data = path.read_bytes()
     length = {"nothing": 0, "header": 30, "all but one byte": len(data) - 1}[kept]
     path.write_bytes(data[:length])
-    with pytest.raises(
-        SurgeryError, match=rf"{name} has {length:,} bytes instead of {len(data):,}"
-    ):
+    with pytest.raises(SurgeryError, match=rf"{name}\D+{length:,}\D+{len(data):,}"):
         open_model(tmp_path / "model")
 
 
@@ -117,7 +120,7 @@ def test_a_truncated_file_without_a_manifest_is_noticed_too(length, tmp_path):
     (tmp_path / "model" / MANIFEST).unlink()
     path = tmp_path / "model" / TENSORS
     path.write_bytes(path.read_bytes()[:length])
-    with pytest.raises(SurgeryError, match="is not a safetensors file"):
+    with pytest.raises(SurgeryError, match=re.escape(TENSORS)):
         open_model(tmp_path / "model")
 
 
@@ -130,9 +133,9 @@ def test_a_missing_file_is_named(name, tmp_path):
 
 
 def test_a_path_that_holds_no_model_is_refused_with_a_hint(tmp_path):
-    with pytest.raises(SurgeryError, match=r"there is no such folder\n.*training"):
+    with pytest.raises(SurgeryError, match="nothing"):
         open_model(tmp_path / "nothing")
-    with pytest.raises(SurgeryError, match=r"it holds no config\.json"):
+    with pytest.raises(SurgeryError, match=r"config\.json"):
         open_model(tmp_path)
 
 

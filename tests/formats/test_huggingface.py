@@ -198,8 +198,9 @@ def test_what_has_no_default_is_never_guessed(contents, name):
 
 
 def test_an_unknown_architecture_is_refused_with_the_families():
-    with pytest.raises(SurgeryError, match=r"'bert'.*\n.*gpt2, llama, mistral, qwen2, qwen3"):
+    with pytest.raises(SurgeryError, match="bert") as caught:
         config_from_json({"model_type": "bert"})
+    assert all(name in caught.value.hint for name in ("gpt2", "llama", "mistral", "qwen2"))
 
 
 def test_an_unknown_key_in_our_own_kind_is_refused_by_name():

@@ -1,4 +1,6 @@
+import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -30,6 +32,9 @@ def test_a_model_comes_back_to_the_bit(name, tmp_path):
     assert not opened.training
     assert opened.config == model.config
     assert_same_bits(opened, model)
+    assert (opened.lm_head.weight is opened.embed_tokens.weight) == model.config.tie_head
+    rounded = open_model(tmp_path / "model", torch.bfloat16)[0]
+    assert_same_bits(rounded, copy.deepcopy(model).bfloat16())
     ids = random_ids(model.config, 2, 9)
     assert torch.equal(opened(ids), model(ids))
     assert all(parameter.requires_grad for parameter in opened.parameters())
@@ -41,6 +46,7 @@ def test_the_dtype_stays_and_is_written(dtype, tmp_path):
     save_model(model, tmp_path / "model")
     opened, _ = open_model(tmp_path / "model")
     assert_same_bits(opened, model)
+    assert {parameter.dtype for parameter in opened.parameters()} == {dtype}
     config = json.loads((tmp_path / "model" / CONFIG).read_text())
     assert config["dtype"] == str(dtype).removeprefix("torch.")
 
@@ -90,8 +96,9 @@ def test_a_tied_head_whose_lora_was_removed_is_saved_tied(tmp_path):
 def test_a_model_that_carries_a_lora_is_not_saved(tmp_path):
     model = tiny_model(CONFIGS["gpt2"])
     inject_lora(model, "q_proj")
-    with pytest.raises(SurgeryError, match=r"carries a LoRA.*\n.*save_adapter.*merge_lora"):
+    with pytest.raises(SurgeryError) as caught:
         save_model(model, tmp_path / "model")
+    assert all(way in caught.value.hint for way in ("save_adapter", "merge_lora", "remove_lora"))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -99,18 +106,6 @@ def test_our_own_kind_is_said_in_the_config(tmp_path):
     saved(tmp_path / "model", "rotary-layernorm-gelu")
     contents = json.loads((tmp_path / "model" / CONFIG).read_text())
     assert contents["model_type"] == "nanogpt_surgery"
-
-
-def test_a_model_is_saved_over_the_folder_it_was_opened_from(tmp_path):
-    saved(tmp_path / "model", "gpt2")
-    opened, _ = open_model(tmp_path / "model")
-    before = opened(random_ids(opened.config, 1, 7))
-    save_model(tiny_model(opened.config, seed=9), tmp_path / "model")
-    assert torch.equal(opened(random_ids(opened.config, 1, 7)), before)
-    save_model(opened, tmp_path / "model")
-    again, _ = open_model(tmp_path / "model")
-    assert_same_bits(again, opened)
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_file_that_is_replaced_does_not_reach_an_open_model(tmp_path):
@@ -125,7 +120,7 @@ def test_a_file_that_is_replaced_does_not_reach_an_open_model(tmp_path):
 def test_a_folder_that_is_not_ours_is_not_touched(tmp_path):
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "thesis.txt").write_text("years of work")
-    with pytest.raises(SurgeryError, match="was not written by this program"):
+    with pytest.raises(SurgeryError, match=re.escape(str(tmp_path / "model"))):
         saved(tmp_path / "model")
     assert (tmp_path / "model" / "thesis.txt").read_text() == "years of work"
 

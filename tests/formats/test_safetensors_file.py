@@ -133,22 +133,22 @@ def test_an_index_is_followed_and_its_false_promises_are_refused(tmp_path):
     write_index(tmp_path, {"one": "one.safetensors", "two": "two.safetensors"})
     assert set(stored_tensors(tmp_path)) == {"one", "two"}
     write_index(tmp_path, {"one": "two.safetensors"})
-    with pytest.raises(SurgeryError, match=r"promises 'one' in two.safetensors"):
+    with pytest.raises(SurgeryError, match=r"'one'.*two\.safetensors"):
         stored_tensors(tmp_path)
     write_index(tmp_path, {"one": "three.safetensors"})
-    with pytest.raises(SurgeryError, match=r"three.safetensors is missing"):
+    with pytest.raises(SurgeryError, match=r"three\.safetensors"):
         stored_tensors(tmp_path)
     write_index(tmp_path, {"one": "../one.safetensors"})
-    with pytest.raises(SurgeryError, match="outside its folder"):
+    with pytest.raises(SurgeryError, match=r"\.\./one\.safetensors"):
         stored_tensors(tmp_path)
     write_index(tmp_path, ["one"])
-    with pytest.raises(SurgeryError, match="no weight_map"):
+    with pytest.raises(SurgeryError, match="weight_map"):
         stored_tensors(tmp_path)
 
 
 def test_pickled_weights_are_refused_with_the_reason(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    with pytest.raises(SurgeryError, match=r"pytorch_model.bin: pickle"):
+    with pytest.raises(SurgeryError, match=r"pytorch_model\.bin"):
         stored_tensors(tmp_path)
 
 

@@ -1,6 +1,7 @@
 """A folder's tokenizer opens here as in transformers, and what is written here opens there."""
 
 import json
+import re
 from dataclasses import replace
 from shutil import copyfile
 
@@ -90,7 +91,7 @@ def test_a_foreign_tokenizer_cannot_be_saved(tmp_path):
 
     ranks = {bytes([i]): i for i in range(256)}
     foreign = tiktoken.Encoding("own", pat_str=".", mergeable_ranks=ranks, special_tokens={})
-    with pytest.raises(SurgeryError, match=r"a Encoding has no tokenizer.json"):
+    with pytest.raises(SurgeryError, match="Encoding"):
         save_model(tiny_model(FAMILY_CONFIGS["llama"]), tmp_path / "m", foreign)
     assert list(tmp_path.iterdir()) == []
 
@@ -111,5 +112,5 @@ def test_a_tokenizer_opens_without_the_weights_it_belongs_to(tmp_path):
         assert again.encode(TEXT) == tokenizer.encode(TEXT)
         assert found == context
     (tmp_path / "m" / "tokenizer.json").unlink()
-    with pytest.raises(SurgeryError, match="has no tokenizer"):
+    with pytest.raises(SurgeryError, match=re.escape(str(tmp_path / "m"))):
         open_tokenizer_of(tmp_path / "m")

@@ -89,15 +89,15 @@ def test_layers_between_get_updates_of_zero(tmp_path):
 
 
 def test_what_the_formats_have_no_place_for_is_refused(tmp_path):
-    with pytest.raises(SurgeryError, match="tied head"):
+    with pytest.raises(SurgeryError, match="tied"):
         save_lora_gguf(adapted("qwen2", ["lm_head"]), tmp_path / "a.gguf")
-    with pytest.raises(SurgeryError, match="no place for lm_head"):
+    with pytest.raises(SurgeryError, match="lm_head"):
         save_mlx_adapter(adapted("llama", ["lm_head", "q_proj"]), tmp_path / "a")
-    with pytest.raises(SurgeryError, match="no place for GPT-2"):
+    with pytest.raises(SurgeryError, match="GPT-2"):
         save_mlx_adapter(adapted("gpt2", ["q_proj"]), tmp_path / "a")
-    with pytest.raises(SurgeryError, match="carries no LoRA"):
+    with pytest.raises(SurgeryError, match="no LoRA"):
         save_lora_gguf(tiny_model(FAMILY_CONFIGS["llama"]), tmp_path / "a.gguf")
     own = tiny_model(OWN_CONFIGS["rotary-layernorm-gelu"])
-    with pytest.raises(SurgeryError, match="no family has"):
+    with pytest.raises(SurgeryError, match="family"):
         save_lora_gguf(own, tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []

@@ -119,14 +119,14 @@ def test_what_llama_cpp_has_not_is_refused_and_nothing_is_written(kind, tmp_path
 
 def test_a_lora_a_missing_tokenizer_and_another_file_in_the_way_are_said(tmp_path):
     model = tiny_model(FAMILY_CONFIGS["llama"])
-    with pytest.warns(SurgeryWarning, match="no tokenizer was written"):
+    with pytest.warns(SurgeryWarning, match="tokenizer"):
         save_gguf(model, tmp_path / "m.gguf")
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(SurgeryError, match="of another kind"):
+    with pytest.raises(SurgeryError, match="notes"):
         save_gguf(model, tmp_path / "notes")
     assert (tmp_path / "notes").read_text() == "mine"
     inject_lora(model)
-    with pytest.raises(SurgeryError, match="carries a LoRA"):
+    with pytest.raises(SurgeryError, match="LoRA"):
         save_gguf(model, tmp_path / "m.gguf")
 
 
@@ -134,6 +134,6 @@ def test_weights_beyond_the_range_of_f16_are_not_kept(tmp_path):
     model = tiny_model(FAMILY_CONFIGS["llama"])
     with torch.no_grad():
         model.layers[1].mlp.up_proj.weight[3, 4] = 1e6
-    with pytest.raises(SurgeryError, match=r"1\.mlp\.up_proj.* moved"):
+    with pytest.raises(SurgeryError, match=r"1\.mlp\.up_proj"):
         save_gguf(model, tmp_path / "m.gguf", LETTERS, "F16")
     assert list(tmp_path.iterdir()) == []

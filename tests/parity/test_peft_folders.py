@@ -86,18 +86,18 @@ def test_copies_of_the_base_that_were_asked_for_are_compared(name, tmp_path):
     model, ids = tiny_model(FAMILY_CONFIGS[name]), random_ids(FAMILY_CONFIGS[name], 2, 9)
     load_adapter(model, tmp_path / "adapter")
     assert_equal_logits(model(ids), adapted(ids).logits)
-    with pytest.raises(SurgeryError, match=r"brings its own .*embed_tokens, which differs"):
+    with pytest.raises(SurgeryError, match="embed_tokens"):
         load_adapter(tiny_model(FAMILY_CONFIGS[name], seed=1), tmp_path / "adapter")
 
 
 BOTH = ["lm_head", "embed_tokens"]
 REFUSED = {
-    "bias": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"]}, "sets bias"),
-    "tokens": ("llama", {"trainable_token_indices": [1, 2]}, "sets trainable_token_indices"),
-    "pissa": ("llama", {"init_lora_weights": "pissa"}, "sets init_lora_weights 'pissa'"),
-    "olora": ("llama", {"init_lora_weights": "olora"}, "sets init_lora_weights 'olora'"),
-    "resized": ("llama", {}, r"vocabulary was resized from 53 to 61 \(embed_tokens\)"),
-    "resized, trained": ("llama", {"modules_to_save": BOTH}, "has no lm_head.modules_to_save"),
+    "bias": ("gpt2", {"bias": "lora_only", "target_modules": ["c_attn"]}, "bias"),
+    "tokens": ("llama", {"trainable_token_indices": [1, 2]}, "trainable_token_indices"),
+    "pissa": ("llama", {"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
+    "olora": ("llama", {"init_lora_weights": "olora"}, "init_lora_weights 'olora'"),
+    "resized": ("llama", {}, r"53\D+61.*embed_tokens"),
+    "resized, trained": ("llama", {"modules_to_save": BOTH}, r"lm_head\.modules_to_save"),
 }
 
 
@@ -125,5 +125,5 @@ def test_refused_in_words_and_the_next_step_leads_on(case, tmp_path):
 def test_a_module_that_peft_wraps_within_another_is_not_read_as_if_it_were_whole(tmp_path):
     """PEFT takes `c_attn` for an `attn` too; it cannot read what it wrote either."""
     saved_by_peft("gpt2", tmp_path, target_modules=["c_fc"], modules_to_save=["attn"])
-    with pytest.raises(SurgeryError, match=r"c_attn\.\w+ by attn.* only one of the two"):
+    with pytest.raises(SurgeryError, match=r"c_attn\.\w+ by attn"):
         load_adapter(tiny_model(FAMILY_CONFIGS["gpt2"]), tmp_path / "adapter")

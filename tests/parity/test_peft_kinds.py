@@ -171,14 +171,14 @@ def test_another_base_is_refused_and_force_warns(name, tmp_path):
     save_adapter(operated(name), tmp_path / "adapter")
     other = tiny_model(FAMILY_CONFIGS[name], seed=5)
     hashes = tensor_hashes(other)
-    with pytest.raises(SurgeryError, match=r"made for another base: 8 of 8|another base: 6 of 6"):
+    with pytest.raises(SurgeryError, match=r"8 of 8|6 of 6"):
         load_adapter(other, tmp_path / "adapter")
     assert tensor_hashes(other) == hashes
-    with pytest.warns(SurgeryWarning, match="another base"):
+    with pytest.warns(SurgeryWarning, match=r"8 of 8|6 of 6"):
         load_adapter(other, tmp_path / "adapter", force=True)
     touched = tiny_model(FAMILY_CONFIGS[name])
     touched.layers[1].self_attn.v_proj.weight.data[0, 0] += 1e-3
-    with pytest.raises(SurgeryError, match="another base: 1 of"):
+    with pytest.raises(SurgeryError, match=r"1 of [68]\b.*v_proj|1 of [68]\b.*c_attn"):
         load_adapter(touched, tmp_path / "adapter")
     touched = tiny_model(FAMILY_CONFIGS[name])
     touched.norm.weight.data += 1  # no adapter sits on it

@@ -28,7 +28,7 @@ from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.old_keys import with_current_fields, with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import checkpoints, chosen_checkpoint, is_run
 from nanogpt_surgery.formats.gguf.file import is_gguf, read_gguf
-from nanogpt_surgery.formats.gguf.model import config_of, family_of_file, open_gguf
+from nanogpt_surgery.formats.gguf.model import config_of, open_gguf
 from nanogpt_surgery.formats.gguf.tokenizer import tokenizer_of
 from nanogpt_surgery.formats.huggingface.config import (
     CONFIG,
@@ -257,7 +257,7 @@ def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:
     if is_gguf(path):
         file = read_gguf(path)
         tokenizer = tokenizer_of(file.metadata)
-        config = config_of(file, family_of_file(file))
+        _, config = config_of(file)
     elif (alone / TOKENIZER).is_file() and not (alone / CONFIG).is_file():
         tokenizer = open_tokenizer(alone)
     else:

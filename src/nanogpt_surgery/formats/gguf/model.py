@@ -120,8 +120,7 @@ SCALING_FIELDS = (
 def open_gguf(path: str | Path, dtype: Dtype) -> tuple[SimpleGPT, Tokenizer | None]:
     """The model and the tokenizer of a GGUF file; see `open_model`."""
     file = read_gguf(path)
-    family = family_of_file(file)
-    config = config_of(file, family)
+    family, config = config_of(file)
     stored = {name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
     model = build_model(config, stored, table(family, config), dtype, str(path))
     try:
@@ -138,8 +137,7 @@ def open_gguf(path: str | Path, dtype: Dtype) -> tuple[SimpleGPT, Tokenizer | No
 def types_in(path: str | Path) -> dict[str, str]:
     """Returns the type that each tensor is stored in, such as "F16" or "Q4_1", by our names."""
     file = read_gguf(path)
-    family = family_of_file(file)
-    config = config_of(file, family)
+    family, config = config_of(file)
     placements = place(file.tensors, each_layer(table(family, config), config.n_layer))
     plain: dict[Any, GGMLQuantizationType] = {dtype: kind for kind, dtype in PLAIN.items()}
     return {
@@ -167,13 +165,15 @@ def family_of_file(file: GGUFFile) -> str:
     return family
 
 
-def config_of(file: GGUFFile, family: str) -> GPTConfig:
-    """The config that a file's metadata and its tensors' names describe.
+def config_of(file: GGUFFile) -> tuple[str, GPTConfig]:
+    """The family and the config that a file's metadata and its tensors' names describe.
 
     Raises:
-        SurgeryError: something is missing or of the wrong type, or an option would change the
-            result and is not one we have (all of them, by name).
+        SurgeryError: the file is no model or of no family that we have, something is missing or of
+            the wrong type, or an option would change the result and is not one we have (all of
+            them, by name).
     """
+    family = family_of_file(file)
     with foreign_file(file.path, "its metadata"):
         metadata, tensors = file.metadata, file.tensors
         _check_options(file, family)
@@ -197,7 +197,7 @@ def config_of(file: GGUFFile, family: str) -> GPTConfig:
             "tie_head": "output.weight" not in tensors,
             "bias": _bias(tensors, family),
         }
-        return _with_scaling(GPTConfig(**(usual | values | axes)), file, family)
+        return family, _with_scaling(GPTConfig(**(usual | values | axes)), file, family)
 
 
 def _scalar(value: Any) -> Any:

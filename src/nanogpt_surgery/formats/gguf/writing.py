@@ -36,7 +36,7 @@ from nanogpt_surgery.formats.gguf.model import (
     table,
 )
 from nanogpt_surgery.formats.gguf.tokenizer_writing import Lost, write_tokenizer
-from nanogpt_surgery.formats.huggingface.config import OWN, family_of
+from nanogpt_surgery.formats.huggingface.config import existing_family_of
 from nanogpt_surgery.formats.huggingface.name_map import each_layer
 from nanogpt_surgery.formats.placing import interleave
 from nanogpt_surgery.lora.merging import Rounding, in_turn
@@ -101,7 +101,14 @@ def write_gguf_file(
     """
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
-    kinds, lost = _write(model, _family(model), path, tokenizer, kind, make)
+    family, lost = _family(model), set[Lost]()
+    with closing(GGUFWriter(path, family)) as writer:
+        _write_metadata(writer, model.config, family)
+        writer.add_file_type(_FILE_TYPES[kind])
+        writer.add_quantization_version(2)
+        if tokenizer is not None:
+            lost = write_tokenizer(writer, tokenizer, model.config.vocab_size)
+        kinds = _write_tensors(writer, list(_named(model, family)), kind, make)
     again, tokenizer_again = open_gguf(path, "each")
     return again, compare(make, again, tokenizer, tokenizer_again, kinds, lost)
 
@@ -119,14 +126,8 @@ def _family(model: SimpleGPT) -> str:
             "the model carries a LoRA, which this file has no place for",
             "merge_lora(model) first, or save_lora_gguf(model, path) for the adapter alone",
         )
-    config = model.config
-    family = family_of(config)
-    if family == OWN:
-        raise SurgeryError(
-            "no family has this model's axes, so llama.cpp cannot run it",
-            "GPTConfig.for_family(…) makes models that it can",
-        )
-    unknown = []
+    config, unknown = model.config, []
+    family = existing_family_of(config)
     if family == "gpt2" and config.mlp != "gelu_tanh":
         unknown.append("gpt2 with the exact GELU, mlp gelu (train with mlp='gelu_tanh')")
     if family == "qwen3" and config.bias != "none":
@@ -136,25 +137,6 @@ def _family(model: SimpleGPT) -> str:
     if unknown:
         raise SurgeryError(f"llama.cpp has no {' and no '.join(unknown)}")
     return family
-
-
-def _write(
-    model: SimpleGPT,
-    family: str,
-    path: Path,
-    tokenizer: Tokenizer | None,
-    kind: GGUFType,
-    make: Callable[[str], Tensor],
-) -> tuple[dict[str, str], set[Lost]]:
-    """Writes the file; returns how each tensor of ours was stored, and what the tokenizer lost."""
-    with closing(GGUFWriter(path, family)) as writer:
-        _write_metadata(writer, model.config, family)
-        writer.add_file_type(_FILE_TYPES[kind])
-        writer.add_quantization_version(2)
-        lost: set[Lost] = set()
-        if tokenizer is not None:
-            lost = write_tokenizer(writer, tokenizer, model.config.vocab_size)
-        return _write_tensors(writer, list(_named(model, family)), kind, make), lost
 
 
 def _write_tensors(

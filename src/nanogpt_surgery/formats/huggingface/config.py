@@ -60,6 +60,21 @@ def family_of(config: GPTConfig) -> str:
     return OWN
 
 
+def existing_family_of(config: GPTConfig) -> str:
+    """The family that has these axes and sizes.
+
+    Raises:
+        SurgeryError: none has, and so no program but this one has such a model.
+    """
+    family = family_of(config)
+    if family == OWN:
+        raise SurgeryError(
+            "no family has this model's axes, so no other program can run it or its adapter",
+            "GPTConfig.for_family(…) makes models that llama.cpp and transformers can run",
+        )
+    return family
+
+
 def _has_sizes(family: str, config: GPTConfig) -> bool:
     """Whether transformers' model of the family can have these sizes."""
     if family == "gpt2":
@@ -148,7 +163,11 @@ def config_from_json(contents: Any) -> GPTConfig:
     if missing:
         raise SurgeryError(f"config.json lacks {', '.join(missing)}")
     _check_types(values, fields)
-    extras = _gpt2_axes(contents) if family == "gpt2" else _llama_axes(contents, family)
+    if family == "gpt2":
+        name = contents.get("activation_function", "gelu_new")
+        extras = {"mlp": {theirs: ours for ours, theirs in ACTIVATIONS.items()}[name]}
+    else:
+        extras = _llama_axes(contents, family)
     usual = {axis: choices[0] for axis, choices in FAMILIES[family].items()}
     return GPTConfig(**(usual | values | extras))
 
@@ -192,11 +211,6 @@ def _scaling(options: dict[str, Any]) -> RopeScaling:
     if missing:
         raise SurgeryError(f"the rotary scaling in config.json lacks {', '.join(missing)}")
     return RopeScaling(**{name: options[name] for name in names}, rope_type=kind)
-
-
-def _gpt2_axes(contents: dict[str, Any]) -> dict[str, Any]:
-    name = contents.get("activation_function", "gelu_new")
-    return {"mlp": {theirs: ours for ours, theirs in ACTIVATIONS.items()}[name]}
 
 
 def _llama_axes(contents: dict[str, Any], family: str) -> dict[str, Any]:
@@ -319,11 +333,10 @@ def _llama_options(contents: dict[str, Any], model_type: str) -> list[str]:
     rope = rope_options(contents)
     inert = _is_inert_rope(rope, contents.get("max_position_embeddings"))
     known = _ROPE_OPTIONS + (_INERT_OPTIONS if inert else [])
+    known += ["partial_rotary_factor"] if rope.get("partial_rotary_factor") == 1 else []
     found = [f"rope {name} {quoted(rope[name])}" for name in rope if name not in known]
     if not inert and rope["rope_type"] not in _ROPE_TYPES:
         found.insert(0, f"rope_type {quoted(rope['rope_type'])}")
-    if rope.get("partial_rotary_factor", 1) == 1:
-        found = [text for text in found if not text.startswith("rope partial_rotary_factor ")]
     found += [
         f"{key} {quoted(contents[key])}"
         for key in ("rope_scaling", "rope_parameters")

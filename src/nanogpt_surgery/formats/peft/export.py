@@ -22,7 +22,7 @@ from nanogpt_surgery.files.atomic import write_file, write_folder
 from nanogpt_surgery.files.json_files import write_json
 from nanogpt_surgery.formats.gguf.file import read_gguf
 from nanogpt_surgery.formats.gguf.model import table
-from nanogpt_surgery.formats.huggingface.config import OWN, family_of
+from nanogpt_surgery.formats.huggingface.config import existing_family_of
 from nanogpt_surgery.formats.huggingface.name_map import each_layer
 from nanogpt_surgery.formats.huggingface.safetensors_file import write_tensors
 from nanogpt_surgery.formats.peft.layout import Factors, block_diagonal
@@ -42,7 +42,7 @@ def save_lora_gguf(model: SimpleGPT, path: str | Path) -> None:
         SurgeryError: there is no LoRA, llama.cpp has no such model, or an update that it cannot
             take. There is no new file then.
     """
-    family = _family(model)
+    family = existing_family_of(model.config)
     factors = dict(_named(model, _folded(model), family))
     alpha = float(max(a.size(0) for a, _ in factors.values()))
 
@@ -87,7 +87,7 @@ def save_mlx_adapter(model: SimpleGPT, folder: str | Path) -> None:
     Raises:
         SurgeryError: there is no LoRA, or it adapts what MLX does not: embeddings, the head, GPT-2.
     """
-    family = _family(model)
+    family = existing_family_of(model.config)
     factors = _folded(model)
     others = [name for name in factors if not name.startswith("layers.")]
     if family == "gpt2" or others:
@@ -132,15 +132,6 @@ def _mlx_tensors(
                 a[:, : update[0].size(0)], b[: update[0].size(0)] = update[0].t(), update[1].t()
             yield f"model.layers.{layer}.{key}.lora_a", a
             yield f"model.layers.{layer}.{key}.lora_b", b
-
-
-def _family(model: SimpleGPT) -> str:
-    family = family_of(model.config)
-    if family == OWN:
-        raise SurgeryError(
-            "no family has this model's axes, so no other program can run it or its adapter"
-        )
-    return family
 
 
 def _folded(model: SimpleGPT) -> dict[str, Factors]:
