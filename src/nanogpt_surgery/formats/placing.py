@@ -13,6 +13,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
@@ -89,7 +90,7 @@ class StoredTensor:
         return self._numbers(self._bytes().clone().numpy()).view(self.shape)
 
     def _bytes(self) -> Tensor:
-        return self.file.map()[self.offset : self.offset + self.n_bytes()]
+        return self.file.data[self.offset : self.offset + self.n_bytes()]
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:
         """Parts of about `PIECE` numbers, each with the index of its first row; read in turn.
@@ -116,21 +117,17 @@ class StoredTensor:
             return torch.from_numpy(dequantize(data, self.quantised))
 
 
+@dataclass(frozen=True)
 class MappedFile:
     """A file that is mapped into memory once, when first asked."""
 
-    def __init__(self, path: Path, size: int):
-        self.path = path
-        self.size = size
-        self._map: Tensor | None = None
+    path: Path
+    size: int
 
-    def map(self) -> Tensor:
+    @cached_property
+    def data(self) -> Tensor:
         """Its bytes, (size,) uint8."""
-        if self._map is None:
-            self._map = torch.from_file(
-                str(self.path), shared=False, size=self.size, dtype=torch.uint8
-            )
-        return self._map
+        return torch.from_file(str(self.path), shared=False, size=self.size, dtype=torch.uint8)
 
 
 Dtype: TypeAlias = torch.dtype | Literal["each"] | None

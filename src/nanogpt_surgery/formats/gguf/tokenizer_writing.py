@@ -36,7 +36,6 @@ from nanogpt_surgery.formats.gguf.tokenizer import (
     UNKNOWN,
     UNUSED,
     USER_DEFINED,
-    Cutting,
 )
 
 Found: TypeAlias = tuple[int, str]  # where a token begins in a text, and the token
@@ -251,7 +250,7 @@ def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
 
 
 def _wrong_byte_level(contents: dict[str, Any]) -> Iterator[str]:
-    cutting = _cutting(contents)
+    cutting = CUTTINGS.get(_name_of_cutting(contents))
     if cutting is None:
         yield (
             f"pre_tokenizer: {_shown(_steps(contents.get('pre_tokenizer'), 'pretokenizers'))} cuts "
@@ -272,11 +271,6 @@ def _wrong_byte_level(contents: dict[str, Any]) -> Iterator[str]:
 
 def _shown(steps: list[dict[str, Any]]) -> str:
     return ", ".join(quoted(step.get("type")) for step in steps) or "nothing"
-
-
-def _cutting(contents: dict[str, Any]) -> Cutting | None:
-    """The way to cut words that llama.cpp has a name for, if it is one."""
-    return CUTTINGS.get(_name_of_cutting(contents))
 
 
 def _name_of_cutting(contents: dict[str, Any]) -> str:
