@@ -21,7 +21,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.cli.framework.app import run as surgery
 from nanogpt_surgery.files.atomic import MANIFEST
-from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.writing import write_json
 from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
 from nanogpt_surgery.history.folder_history import folder_log, undo_folder
 from nanogpt_surgery.lora.several import lora_layers

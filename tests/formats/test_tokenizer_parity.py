@@ -255,7 +255,10 @@ def test_roles_that_a_class_has_by_default_count_where_the_vocabulary_has_them(c
         (tmp_path / file).write_text(json.dumps(value))
     ours, theirs = open_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
     assert ours.special_tokens == theirs.special_tokens_map
-    assert (ours.eos_id, ours.unk_id) == (theirs.eos_token_id, theirs.unk_token_id)
+    assert (ours.eos_id, ours.id_of(ours.special_tokens["unk_token"])) == (
+        theirs.eos_token_id,
+        theirs.unk_token_id,
+    )
     assert ours.settings["padding_side"] == theirs.padding_side == "left"
     (tmp_path / TOKENIZER).write_text(json.dumps(byte_level()))
     assert open_tokenizer(tmp_path).special_tokens == {}

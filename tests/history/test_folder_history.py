@@ -23,7 +23,7 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.files.atomic import MANIFEST, damage
-from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.writing import write_json
 from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.history.folder_history import (

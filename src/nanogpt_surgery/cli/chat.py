@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.signals import first_signal
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError, nearest, printable
-from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.writing import write_json
 from nanogpt_surgery.generation.settings import (
     MOST_SEED,
     Engine,

@@ -24,8 +24,15 @@ from nanogpt_surgery.files.disk_errors import (
     tried_again,
     writing,
 )
-from nanogpt_surgery.files.json_files import read_json, write_json
-from nanogpt_surgery.files.writing import exchange, flush, flush_place, replacing, temporary_beside
+from nanogpt_surgery.files.writing import (
+    exchange,
+    flush,
+    flush_place,
+    read_json,
+    replacing,
+    temporary_beside,
+    write_json,
+)
 
 MANIFEST = "MANIFEST.json"
 T = TypeVar("T")

@@ -1,10 +1,11 @@
-"""The steps that a whole write is made of: temporary names, flushes, exchanges, tensors, links."""
+"""Single files: JSON and text in one rename, temporary names, flushes, exchanges, links."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
 import glob
+import json
 import os
 import shutil
 import sys
@@ -12,22 +13,23 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.disk_errors import (
     NotFlushedError,
     SetAsideError,
     tried_again,
 )
 
-if TYPE_CHECKING:
-    pass
-
 _TEMPORARY = ".tmp-"
 _ASIDE = ".old-"
 _HERE = -100  # AT_FDCWD: paths are as the process sees them
 _EXCHANGE = 2  # RENAME_EXCHANGE on Linux, RENAME_SWAP on macOS
 _UNKNOWN = (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP)
+LARGEST_JSON = 48 << 20  # bytes; the largest tokenizer.json in use, Gemma 2's, has 34,363,188
+LARGEST_WIDE = 36 << 20  # bytes, with a character beyond U+FFFF: four bytes each in memory
+MOST_VALUES = 2_500_000  # commas and brackets; Gemma 2's tokenizer.json has 2.0 million
 
 
 def temporary_beside(path: Path) -> Path:
@@ -179,3 +181,54 @@ def link_or_copy(source: Path, goal: Path) -> None:
                 flush(temporary)
 
     tried_again(put)
+
+
+def write_json(path: Path, contents: Any) -> None:
+    """Writes JSON in one rename, so that a reader sees the old file or the new one."""
+    replace_text(path, json.dumps(contents, indent=2) + "\n")
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a text file in one rename, flushed to the disk."""
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """Writes a file in one rename, flushed to the disk; what the disk refuses is an `OSError`."""
+
+    def replace() -> None:
+        with replacing(path) as temporary:
+            temporary.write_bytes(data)
+            flush(temporary)
+
+    tried_again(replace)
+
+
+def read_json(path: Path, most_bytes: int = LARGEST_JSON) -> Any:
+    """The contents of a JSON file.
+
+    Raises:
+        SurgeryError: it is missing, too large, of too many values, not UTF-8, or not JSON (with
+            line and column).
+    """
+    try:
+        _check_at_most(most_bytes, path.stat().st_size, path, "bytes")
+        data = tried_again(path.read_bytes)
+        count = sum(map(data.count, (b",", b"[", b"{")))
+        _check_at_most(MOST_VALUES, count, path, "commas and brackets")
+        if len(data) > LARGEST_WIDE and max(data) >= 0xF0:
+            _check_at_most(LARGEST_WIDE, len(data), path, "bytes, some beyond U+FFFF")
+        text = data.decode("utf-8")
+        del data
+        return json.loads(text)
+    except FileNotFoundError:
+        raise SurgeryError(f"{path} is missing") from None
+    except OSError as error:
+        raise SurgeryError(f"{path} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise SurgeryError(f"{path} is not JSON in UTF-8: {error}") from None
+
+
+def _check_at_most(limit: int, found: int, path: Path, of_what: str) -> None:
+    if found > limit:
+        raise SurgeryError(f"{path} has {found:,} {of_what}; the limit for JSON is {limit:,}")

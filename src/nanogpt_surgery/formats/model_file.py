@@ -23,7 +23,7 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, nearest
 from nanogpt_surgery.files.atomic import check_undamaged, write_folder
-from nanogpt_surgery.files.json_files import read_json, write_json
+from nanogpt_surgery.files.writing import read_json, write_json
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.old_keys import with_current_fields, with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import checkpoints, chosen_checkpoint, is_run

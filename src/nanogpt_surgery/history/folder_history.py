@@ -31,7 +31,6 @@ from typing import Any
 from nanogpt_surgery.errors import SurgeryError, first_problems, listed
 from nanogpt_surgery.files.atomic import MANIFEST, file_hash, seal
 from nanogpt_surgery.files.disk_errors import NotFlushedError, disk_refuses, tried_again
-from nanogpt_surgery.files.json_files import replace_text
 from nanogpt_surgery.files.lock import LOCK, file_lock
 from nanogpt_surgery.files.writing import (
     exchange,
@@ -39,6 +38,7 @@ from nanogpt_surgery.files.writing import (
     flush_place,
     link_or_copy,
     remove_temporaries,
+    replace_text,
     set_aside,
     temporary_beside,
 )

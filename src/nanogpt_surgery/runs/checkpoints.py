@@ -25,14 +25,16 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems
 from nanogpt_surgery.files.atomic import MANIFEST, damage, file_hash, write_folder
 from nanogpt_surgery.files.disk_errors import make_folder, tried_again, writing
-from nanogpt_surgery.files.json_files import read_json, replace_text, write_json
 from nanogpt_surgery.files.lock import LOCK, file_lock
 from nanogpt_surgery.files.writing import (
     flush,
     is_temporary,
     link_or_copy,
+    read_json,
     remove_temporaries,
+    replace_text,
     temporary_beside,
+    write_json,
 )
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import (

@@ -15,7 +15,7 @@ from nanogpt_surgery.data.text.mixture import passes
 from nanogpt_surgery.drawing import BLUE, GREY, ORANGE, drawable, paint
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import file_hash
-from nanogpt_surgery.files.json_files import replace_text
+from nanogpt_surgery.files.writing import replace_text
 from nanogpt_surgery.formats.folders.run_folder import METRICS, SAMPLES, latest_checkpoint
 from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.report import Report

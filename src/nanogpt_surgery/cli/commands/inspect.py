@@ -90,7 +90,7 @@ def _base_of(folder: Path) -> str:
     Raises:
         SurgeryError: it names none, or it is elsewhere.
     """
-    from nanogpt_surgery.files.json_files import read_json
+    from nanogpt_surgery.files.writing import read_json
 
     named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     if not isinstance(named, str) or not Path(named).exists():

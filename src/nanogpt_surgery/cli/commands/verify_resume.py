@@ -72,7 +72,7 @@ def _recorded(run: Path, before: int, after: int) -> dict[str, Any]:
         SurgeryError: it is no run, records none, its text came from standard input, the folder it
             was typed in is gone, or it has too few steps.
     """
-    from nanogpt_surgery.files.json_files import read_json
+    from nanogpt_surgery.files.writing import read_json
     from nanogpt_surgery.formats.folders.run_folder import is_run
     from nanogpt_surgery.history.folder_history import RUN
 

@@ -7,15 +7,16 @@ model without one gets ours: ChatML where its vocabulary has ChatML's tokens, pl
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any, TypeAlias
 
 from nanogpt_surgery.arguments import check_arguments
@@ -335,52 +336,40 @@ class TemplateProcess:
 
     def __init__(self, job: dict[str, Any], asked: Sequence[dict[str, Any]]):
         self.patience = job["seconds"] + _GRACE
+        command = [sys.executable, "-I", str(_WORKER)]
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
         self._process = subprocess.Popen(
-            [sys.executable, "-I", str(_WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            encoding="utf-8",
+            command, stdin=pipe, stdout=pipe, stderr=nowhere, text=True, encoding="utf-8"
         )
-        self._asked = [job, *asked]
-        self._waiting_since: float | None = None
-        self._ended = threading.Event()
-        for work in (self._feed, self._watch):
-            threading.Thread(target=work, daemon=True).start()
+        self._waiting_since = math.inf
+        threading.Thread(target=self._feed, args=([job, *asked],), daemon=True).start()
+        threading.Thread(target=self._watch, daemon=True).start()
 
     def reply(self) -> dict[str, Any] | None:
         """The next one; none if the process ended, or took longer than it may."""
         assert self._process.stdout is not None
         self._waiting_since = monotonic()
         line = self._process.stdout.readline()
-        self._waiting_since = None
-        if not line.endswith("\n"):
-            return None
-        return json.loads(line)
+        self._waiting_since = math.inf
+        return json.loads(line) if line.endswith("\n") else None
 
     def __enter__(self) -> TemplateProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._ended.set()
         self._process.kill()
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
 
-    def _feed(self) -> None:
+    def _feed(self, asked: Sequence[dict[str, Any]]) -> None:
         assert self._process.stdin is not None
-        try:
-            with self._process.stdin as pipe:
-                for one in self._asked:
-                    pipe.write(json.dumps(one) + "\n")
-        except (BrokenPipeError, ValueError, OSError):  # it was ended
-            return
+        with suppress(OSError, ValueError), self._process.stdin as pipe:  # it was ended
+            for one in asked:
+                pipe.write(json.dumps(one) + "\n")
 
     def _watch(self) -> None:
-        while not self._ended.wait(0.5):
-            since = self._waiting_since
-            if since is not None and monotonic() - since > self.patience:
+        while self._process.poll() is None:
+            if monotonic() - self._waiting_since > self.patience:
                 self._process.kill()
-                return
+            sleep(0.5)

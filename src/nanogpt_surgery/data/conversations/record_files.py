@@ -13,7 +13,7 @@ import csv
 import io
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,8 @@ def read_records(path: str | Path) -> Iterator[Any]:
         raise SurgeryError(f"there is no file {path}")
     with foreign_file(path):
         text = path.read_bytes().decode("utf-8-sig")  # line ends in cells are kept
-    if path.suffix.lower() in TABLES:
-        return _rows(text, path)
-    return _told_once(_values(text, path), path)
-
-
-def _told_once(records: Iterable[Any], path: Path) -> Iterator[Any]:
-    for number, record in enumerate(records, 1):
+    read = _rows if path.suffix.lower() in TABLES else _values
+    for number, record in enumerate(read(text, path), 1):
         if field := field_twice(record):
             raise SurgeryError(
                 f"{path}, record {number}, has {field} twice, and the two say different things"

@@ -20,7 +20,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
 )
 from nanogpt_surgery.errors import SurgeryError, first_problems
 from nanogpt_surgery.files.disk_errors import make_folder, tried_again, writing
-from nanogpt_surgery.files.json_files import read_json, replace_bytes, write_json
-from nanogpt_surgery.files.writing import remove_temporaries
+from nanogpt_surgery.files.writing import read_json, remove_temporaries, replace_bytes, write_json
 
 ASKED, PARTS = "asked.json", "parts"
 MOST_HELD_OUT = 16 << 20  # bytes of text
@@ -65,8 +64,9 @@ class Work:
     held_out: float
     dtype: str
 
+    @cached_property
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer, opened anew."""
+        """The tokenizer, opened once in each process."""
         tokenizer = self.tokenizer_of()
         assert tokenizer is not None, "the folder has lost its tokenizer"
         return tokenizer
@@ -130,7 +130,8 @@ def _prepared(
     remove_temporaries(folder / PARTS)
     waiting = [number for number in range(len(chunks)) if not is_done(work, number)]
     yield len(chunks) - len(waiting)
-    for done, _ in enumerate(_encoded(work, waiting, workers), 1):
+    begin = partial(_begin_with, work)
+    for done, _ in enumerate(in_processes(_encode, waiting, workers, begin), 1):
         yield len(chunks) - len(waiting) + done
     write_header(folder, header(**{split: join_parts(work, split) for split in SPLITS}))
     shutil.rmtree(folder / PARTS, ignore_errors=True)  # it is in nobody's way
@@ -167,13 +168,11 @@ def _asked(work: Work, tokenizer: str) -> dict[str, Any]:
         "held_out": work.held_out,
         "chunks": len(work.chunks),
         "cuts": hashlib.sha256(repr(spans).encode()).hexdigest(),
-        "sources": {file: _size_and_time(Path(file)) for file in files},
+        "sources": {
+            file: [found.st_size, found.st_mtime_ns]
+            for file, found in ((file, Path(file).stat()) for file in files)
+        },
     }
-
-
-def _size_and_time(file: Path) -> list[int]:
-    found = file.stat()
-    return [found.st_size, found.st_mtime_ns]
 
 
 def _check_asked(folder: Path, now: dict[str, Any]) -> None:
@@ -196,26 +195,15 @@ def _check_asked(folder: Path, now: dict[str, Any]) -> None:
         )
 
 
-def _encoded(work: Work, numbers: Sequence[int], workers: int) -> Iterator[int]:
-    """Makes the parts of chunks; yields a number for each, in any order."""
-    if min(workers, len(numbers)) > 1:
-        yield from in_processes(_encode, numbers, workers, partial(_begin_with, work))
-        return
-    tokenizer = work.tokenizer()
-    for number in numbers:
-        yield encode_chunk(work, tokenizer, number)
-
-
-_OF_THIS_PROCESS: dict[str, Any] = {}
+_OF_THIS_PROCESS: dict[str, Work] = {}
 
 
 def _begin_with(work: Work) -> None:
     _OF_THIS_PROCESS["work"] = work
-    _OF_THIS_PROCESS["tokenizer"] = work.tokenizer()
 
 
-def _encode(number: int) -> int:
-    return encode_chunk(_OF_THIS_PROCESS["work"], _OF_THIS_PROCESS["tokenizer"], number)
+def _encode(number: int) -> None:
+    encode_chunk(_OF_THIS_PROCESS["work"], number)
 
 
 def is_done(work: Work, number: int) -> bool:
@@ -234,24 +222,23 @@ def _shard(work: Work, number: int, split: str) -> Shard:
     return Shard(**read_json(work.part(number, "json"))[split])
 
 
-def encode_chunk(work: Work, tokenizer: Tokenizer, number: int) -> int:
+def encode_chunk(work: Work, number: int) -> None:
     """Writes the part of a chunk: ids first, then their sizes and hashes, each in one rename.
 
     Raises:
         SurgeryError: the disk refuses, or the text is not UTF-8 or not in the vocabulary.
     """
     sizes = {}
-    for split, ids in zip(SPLITS, _ids_of(work, tokenizer, number), strict=True):
+    for split, ids in zip(SPLITS, _ids_of(work, number), strict=True):
         data = ids.astype(np.dtype(work.dtype).newbyteorder("<")).tobytes()
         goal = work.part(number, f"{split}.bin")
         with writing(goal):
             replace_bytes(goal, data)
         sizes[split] = {"tokens": len(ids), "sha256": hashlib.sha256(data).hexdigest()}
     write_json(work.part(number, "json"), sizes)
-    return number
 
 
-def _ids_of(work: Work, tokenizer: Tokenizer, number: int) -> tuple[Ids, Ids]:
+def _ids_of(work: Work, number: int) -> tuple[Ids, Ids]:
     """The ids of a chunk: those to train on, and those held out."""
     documents = [(read_span(span), span.first) for span in work.chunks[number]]
     # Before the first document lies nothing; before another chunk, what was held out of the last.
@@ -270,7 +257,7 @@ def _ids_of(work: Work, tokenizer: Tokenizer, number: int) -> tuple[Ids, Ids]:
         documents[0] = (after, apart)
     elif documents:
         train, documents = train + documents, []
-    return _joined_ids(tokenizer, train), _joined_ids(tokenizer, documents)
+    return _joined_ids(work.tokenizer, train), _joined_ids(work.tokenizer, documents)
 
 
 def _joined_ids(tokenizer: Tokenizer, documents: list[tuple[str, bool]]) -> Ids:

@@ -32,7 +32,9 @@ def in_processes(
     Raises:
         SurgeryError: a process was ended from outside.
     """
-    if min(workers, len(tasks)) <= 1 and begin is None:
+    if min(workers, len(tasks)) <= 1:
+        if begin is not None:
+            begin()
         yield from map(function, tasks)
         return
     pool = ProcessPoolExecutor(

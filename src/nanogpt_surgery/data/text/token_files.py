@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from nanogpt_surgery.errors import SurgeryError, first_problems
-from nanogpt_surgery.files.json_files import read_json, write_json
-from nanogpt_surgery.files.writing import flush_place
+from nanogpt_surgery.files.writing import flush_place, read_json, write_json
 from nanogpt_surgery.values import SIZE_OR_0, TEXT, Kind, wrong_values
 
 if TYPE_CHECKING:

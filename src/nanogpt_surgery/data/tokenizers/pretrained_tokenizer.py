@@ -124,11 +124,6 @@ class PretrainedTokenizer:
         """The token that fills up rows of a batch, if it is named."""
         return self._id_of_role("pad_token")
 
-    @property
-    def unk_id(self) -> int | None:
-        """The token for what the vocabulary lacks, if it is named."""
-        return self._id_of_role("unk_token")
-
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id."""

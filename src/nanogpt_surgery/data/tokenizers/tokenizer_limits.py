@@ -13,7 +13,7 @@ The tokenizers in public use must open. The largest of October 2026 by each meas
 | nested tokens | llm-jp 2.1 (Unigram), runs of blanks             |         24 |         32 |
 | bytes of one  | llm-jp 2.1                                       |         72 |        128 |
 
-The limit on bytes stands in `files/json_files.py`, those on tokens and merges, for vocabularies of
+The limit on bytes stands in `files/writing.py`, those on tokens and merges, for vocabularies of
 GGUF files, in `formats/gguf/tokenizer.py`.
 """
 

@@ -24,7 +24,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokeni
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import file_hash, write_file, write_folder
 from nanogpt_surgery.files.disk_errors import free_bytes
-from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.formats.comparison import check_tokenizer, computing_in_float32
 from nanogpt_surgery.formats.folders.run_folder import is_run
 from nanogpt_surgery.formats.gguf.writing import GGUFType, rounding_of, write_gguf_file

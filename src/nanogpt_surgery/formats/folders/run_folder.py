@@ -21,7 +21,7 @@ from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.files.atomic import MANIFEST, damage
-from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.history.folder_history import RUN
 
 SAMPLES = "samples.jsonl"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.files.disk_errors import UnwrittenError
-from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.formats.placing import MappedFile, StoredTensor
 
 INDEX = "model.safetensors.index.json"

@@ -23,7 +23,7 @@ from typing import Any
 from tokenizers import AddedToken
 
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
-from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.formats.huggingface.config import CONFIG
 
 TOKENIZER_CONFIG = "tokenizer_config.json"

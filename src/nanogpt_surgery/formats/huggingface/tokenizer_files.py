@@ -24,7 +24,7 @@ from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedToken
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids, vocab_size_of
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
 from nanogpt_surgery.files.atomic import write_folder
-from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.writing import write_json
 from nanogpt_surgery.formats.huggingface.special_tokens import (
     TOKENIZER_CONFIG,
     SpecialTokens,

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, get_args
 
 from nanogpt_surgery.errors import SurgeryError, first_problems, foreign_file, quoted
-from nanogpt_surgery.files.json_files import read_json
+from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.lora.settings import LoRASettings, Tied
 from nanogpt_surgery.lora.stored_adapter import FusedParts, RankAndAlpha, StoredAdapter

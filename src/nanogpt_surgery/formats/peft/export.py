@@ -19,7 +19,7 @@ from torch import Tensor
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_file, write_folder
-from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.writing import write_json
 from nanogpt_surgery.formats.gguf.file import read_gguf
 from nanogpt_surgery.formats.gguf.model import table
 from nanogpt_surgery.formats.huggingface.config import existing_family_of

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_folder
-from nanogpt_surgery.files.json_files import write_json
+from nanogpt_surgery.files.writing import write_json
 from nanogpt_surgery.formats.huggingface.safetensors_file import write_tensors
 from nanogpt_surgery.formats.huggingface.tokenizer_files import CHAT_TEMPLATE
 from nanogpt_surgery.formats.peft.config import CONFIG, EXTRAS, config_for, extras_of
