@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.files.atomic import whole_file, whole_folder
+from nanogpt_surgery.files.atomic import write_file, write_folder
 from nanogpt_surgery.files.disk_errors import disk_refuses
 from nanogpt_surgery.files.writing import SetAsideError, exchange, remove_temporaries, set_aside
 from nanogpt_surgery.history.folder_history import FolderOperation, operate, undo_folder
@@ -108,14 +108,12 @@ def test_a_folder_that_cannot_be_put_back_is_named_with_where_it_lies(pair, fail
     assert told.hint.startswith("mv") != pair[1].exists()
 
 
-def write_folder(goal):
-    with whole_folder(goal) as folder:
-        (folder / "what").write_text("newer")
+def rewrite_folder(goal):
+    write_folder(goal, lambda folder: (folder / "what").write_text("newer"))
 
 
-def write_file(goal):
-    with whole_file(goal / "what", magic=b"old") as path:
-        path.write_text("newer")
+def rewrite_file(goal):
+    write_file(goal / "what", lambda path: path.write_text("newer"), magic=b"")
 
 
 def operate_on_folder(goal):
@@ -126,14 +124,13 @@ def operate_on_folder(goal):
     operate(goal, write)
 
 
-@pytest.mark.parametrize("write", [write_folder, write_file, operate_on_folder])
+@pytest.mark.parametrize("write", [rewrite_folder, rewrite_file, operate_on_folder])
 def test_a_new_state_whose_name_cannot_be_flushed_is_there_and_that_is_said(
     write, tmp_path, monkeypatch
 ):
     goal = tmp_path / "goal"
-    with whole_folder(goal) as folder:
-        (folder / "what").write_text("old")
-    parent, fsync = (goal if write is write_file else tmp_path).stat().st_ino, os.fsync
+    write_folder(goal, lambda folder: (folder / "what").write_text("old"))
+    parent, fsync = (goal if write is rewrite_file else tmp_path).stat().st_ino, os.fsync
 
     def refusing(descriptor):
         if os.fstat(descriptor).st_ino == parent:

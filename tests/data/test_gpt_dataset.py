@@ -69,14 +69,12 @@ def test_negative_indices_count_from_the_end():
 
 @pytest.mark.parametrize("index", [6, -7, 100])
 def test_an_index_beyond_the_end_is_an_index_error(index):
-    with pytest.raises(IndexError, match=f"window {index} of 6"):
+    with pytest.raises(IndexError, match=rf"{index}\b.*\b6\b"):
         dataset_of(20, 4, 3)[index]
 
 
 def test_a_text_shorter_than_a_window_is_refused_with_both_numbers():
-    with pytest.raises(
-        SurgeryError, match=r"5 tokens; a window of block_size 5 .* need 6"
-    ) as caught:
+    with pytest.raises(SurgeryError, match=r"\b5\b.*block_size 5\b.*\b6\b") as caught:
         GPTDataset("abcab", CharacterTokenizer("abc"), block_size=5)
     assert "smaller block_size" in caught.value.hint
     assert len(GPTDataset("abcabc", CharacterTokenizer("abc"), block_size=5)) == 1

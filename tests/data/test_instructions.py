@@ -1,6 +1,7 @@
 """Answers alone are trained on, every answer once, and packing loses nothing."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -59,12 +60,12 @@ def test_records_of_no_known_form_are_numbered(tmp_path):
     with pytest.raises(SurgeryError, match=r"record 2, .*text; record 3, .*\[1\]"):
         read_conversations(path)
     path.write_text('{"prompt": "a", "completion": "b"}\n{"prompt"')
-    with pytest.raises(SurgeryError, match="line 2, is not JSON"):
+    with pytest.raises(SurgeryError, match=r"a\.jsonl.*line 2\b"):
         read_conversations(path)
     path.write_text("")
-    with pytest.raises(SurgeryError, match="there are no records"):
+    with pytest.raises(SurgeryError, match=r"a\.jsonl"):
         read_conversations(path)
-    with pytest.raises(SurgeryError, match="there is no file"):
+    with pytest.raises(SurgeryError, match=re.escape(str(tmp_path / "none"))):
         read_conversations(tmp_path / "none")
 
 
@@ -92,7 +93,7 @@ def test_a_template_of_the_model_marks_the_same_answers():
 def test_a_template_that_rewrites_the_past_is_refused():
     with pytest.raises(SurgeryError, match="rewrites what came before"):
         encode_conversations([TALK], TOKENIZER, ChatTemplate("{{ messages | length }}"))
-    with pytest.raises(SurgeryError, match="conversation 1 has no answer"):
+    with pytest.raises(SurgeryError, match="conversation 1"):
         encode_conversations([TALK[:2]], TOKENIZER)
 
 
@@ -137,7 +138,7 @@ def test_instruction_data_is_told_from_text(tmp_path):
         with pytest.raises(SurgeryError, match=r"b\.jsonl") as refused:
             is_instruction_data([good, text])
         assert "--data text" not in str(refused.value)
-    with pytest.raises(SurgeryError, match="there is no file"):
+    with pytest.raises(SurgeryError, match=r"none\.json"):
         is_instruction_data([tmp_path / "none.json"])
 
 
@@ -156,7 +157,7 @@ def test_targets_are_shifted_and_the_rest_is_passed_over():
 def test_what_is_cut_off_or_dropped_is_counted():
     data = InstructionDataset([example(9, 2), example(9, 7), example(4, 1)], 5)
     assert (data.counts.examples, data.counts.truncated, data.counts.dropped) == (3, 2, 1)
-    with pytest.raises(SurgeryError, match="none of 1 examples has an answer within 5"):
+    with pytest.raises(SurgeryError, match=r"\b1 examples\b.*\b5\b"):
         InstructionDataset([example(9, 7)], 5)
 
 

@@ -181,14 +181,14 @@ def test_another_corpus_or_tokenizer_is_refused_with_the_difference(tmp_path):
         list(prepare_tokens(chunks, tmp_path / "out", lambda: tokenizer, workers=1, **options))
 
     again()
-    with pytest.raises(SurgeryError, match="tokenizer differs"):
+    with pytest.raises(SurgeryError, match=r"out.*tokenizer"):
         again(tokenizer=CharacterTokenizer(TEXT + "Ω"))
-    with pytest.raises(SurgeryError, match="held_out differs"):
+    with pytest.raises(SurgeryError, match=r"out.*held_out"):
         again(held_out=0.3)
-    with pytest.raises(SurgeryError, match=r"1\.txt is gone"):
+    with pytest.raises(SurgeryError, match=r"1\.txt"):
         again(chunks=chunks_of([paths[0]], 1500))
     (tmp_path / "long.txt").write_text(TEXT.upper(), "utf-8")
-    with pytest.raises(SurgeryError, match=r"long\.txt has changed"):
+    with pytest.raises(SurgeryError, match=r"long\.txt"):
         again(chunks=chunks_of(paths, 1500))
 
 
@@ -198,14 +198,14 @@ def test_bytes_that_are_not_utf8_are_refused_with_their_position(tmp_path):
     (tmp_path / "bad.txt").write_bytes(data)
     (tmp_path / "out").mkdir()
     chunks = chunks_of([tmp_path / "bad.txt"], 1000)
-    with pytest.raises(SurgeryError, match="byte 0xff at position 5000"):
+    with pytest.raises(SurgeryError, match=r"bad\.txt.*0xff.*\b5000\b"):
         list(prepare_tokens(chunks, tmp_path / "out", lambda: CharacterTokenizer(TEXT), workers=1))
     assert not (tmp_path / "out" / "tokens.json").exists()
 
 
 def test_a_share_beyond_all_is_refused(tmp_path):
     corpus(tmp_path)
-    with pytest.raises(SurgeryError, match="at least 0 and below 1"):
+    with pytest.raises(SurgeryError, match=r"held_out.*1\.0"):
         prepared(tmp_path / "out", chunks_of([tmp_path / "short"]), Path, held_out=1.0)
 
 
@@ -217,7 +217,7 @@ def test_a_disk_that_is_full_while_parts_are_joined_is_said_and_can_be_gone_on_f
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole["train.bin"]) // 2, before[1]))
     try:
-        with pytest.raises(SurgeryError, match=r"could not write .*train\.bin: File too large"):
+        with pytest.raises(SurgeryError, match=r"train\.bin.*File too large"):
             prepared(tmp_path / "full", chunks, lambda: letters)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -62,13 +62,13 @@ def test_a_saved_tokenizer_opens_alike(tmp_path):
 def test_ids_that_no_token_has_have_no_text_and_negative_ones_are_refused():
     tokenizer = PretrainedTokenizer(byte_level())
     assert tokenizer.decode([10**6]) == ""
-    with pytest.raises(SurgeryError, match="-1 is negative"):
+    with pytest.raises(SurgeryError, match="-1"):
         tokenizer.decode([3, -1])
 
 
 @pytest.mark.parametrize("contents", [{}, {"model": {"type": "Magic"}}, {"model": 3}])
 def test_what_is_no_tokenizer_is_refused(contents):
-    with pytest.raises(SurgeryError, match="cannot be read"):
+    with pytest.raises(SurgeryError, match=r"tokenizer\.json"):
         PretrainedTokenizer(contents)
 
 

@@ -104,7 +104,7 @@ def test_a_flipped_bit_is_found(folder):
     data = bytearray((folder / "train.bin").read_bytes())
     data[2500] ^= 16
     (folder / "train.bin").write_bytes(data)
-    with pytest.raises(SurgeryError, match=r"train\.bin has changed .* shard 1 of \d+"):
+    with pytest.raises(SurgeryError, match=r"train\.bin.* shard 1\b"):
         verify_tokens(folder)
 
 
@@ -131,16 +131,16 @@ def header_with(**changes: object):
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (cut_file, r"bytes; [\d,]+ ids of uint16 have"),
-        (remove_file, r"validation\.bin has 0 bytes"),
-        (remove_header, "not finished"),
+        (cut_file, r"train\.bin.*[\d,]+ bytes.*[\d,]+ ids of uint16"),
+        (remove_file, r"validation\.bin.*\b0 bytes"),
+        (remove_header, r"tokens\.json"),
         (header_with(version=2), "version 1"),
-        (header_with(dtype="float32"), "dtype is 'float32'"),
-        (header_with(vocab_size=-3), "vocab_size is -3"),
-        (header_with(vocab_size="many"), "vocab_size is 'many'"),
-        (header_with(train=[{"tokens": 3}]), "damaged"),
-        (header_with(train=[{"tokens": True, "sha256": ""}]), "tokens is True"),
-        (header_with(more=1), "damaged"),
+        (header_with(dtype="float32"), "dtype.*'float32'"),
+        (header_with(vocab_size=-3), "vocab_size.*-3"),
+        (header_with(vocab_size="many"), "vocab_size.*'many'"),
+        (header_with(train=[{"tokens": 3}]), r"tokens\.json"),
+        (header_with(train=[{"tokens": True, "sha256": ""}]), "tokens.*True"),
+        (header_with(more=1), r"tokens\.json"),
         (lambda folder: (folder / "tokens.json").write_text("[]"), "version 1"),
     ],
 )

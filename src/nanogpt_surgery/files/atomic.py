@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -41,70 +40,38 @@ T = TypeVar("T")
 def write_folder(goal: str | Path, fill: Callable[[Path], T]) -> T:
     """Writes a folder whole or not at all; again, at most twice, where the device fails.
 
+    A folder at `goal` is replaced if it carries our manifest and every file in it is written anew;
+    nothing is lost that way.
+
     Args:
-        goal: made, or replaced as `whole_folder` says.
+        goal: made, or replaced.
         fill: writes into an empty folder, which becomes `goal`; called anew in each attempt.
 
     Returns:
         What `fill` returns.
 
     Raises:
-        SurgeryError: as `whole_folder`, of the last attempt.
-    """
-
-    def write() -> T:
-        with whole_folder(goal) as temporary:
-            return fill(temporary)
-
-    return tried_again(write)
-
-
-def write_file(goal: str | Path, fill: Callable[[Path], T], magic: bytes = b"GGUF") -> T:
-    """Writes a file whole or not at all; again, at most twice, where the device fails.
-
-    Args:
-        goal: made, or replaced as `whole_file` says.
-        fill: writes the file that becomes `goal`; called anew in each attempt.
-        magic: what a file that may be replaced begins with.
-
-    Returns:
-        What `fill` returns.
-
-    Raises:
-        SurgeryError: as `whole_file`, of the last attempt.
-    """
-
-    def write() -> T:
-        with whole_file(goal, magic) as temporary:
-            return fill(temporary)
-
-    return tried_again(write)
-
-
-@contextmanager
-def whole_folder(goal: str | Path) -> Iterator[Path]:
-    """A temporary folder to write into, which becomes `goal` if the block ends without an error.
-
-    A folder at `goal` is replaced if it carries our manifest and every file in it is written anew;
-    nothing is lost that way.
-
-    Raises:
         SurgeryError: `goal` holds something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    check_own_folder(goal)
-    temporary = temporary_beside(goal)
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        seal(temporary)
-        _put_in_place(temporary, goal)
-    except OSError as error:
-        needed = _needed(temporary, error)
-        shutil.rmtree(temporary, ignore_errors=True)  # first: what it took is free again
-        raise disk_refuses(goal, error, needed) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+
+    def write() -> T:
+        check_own_folder(goal)
+        temporary = temporary_beside(goal)
+        try:
+            temporary.mkdir(parents=True)
+            filled = fill(temporary)
+            seal(temporary)
+            _put_in_place(temporary, goal)
+            return filled
+        except OSError as error:
+            needed = _needed(temporary, error)
+            shutil.rmtree(temporary, ignore_errors=True)  # first: what it took is free again
+            raise disk_refuses(goal, error, needed) from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+    return tried_again(write)
 
 
 def _needed(temporary: Path, error: OSError) -> int | None:
@@ -115,25 +82,33 @@ def _needed(temporary: Path, error: OSError) -> int | None:
     return error.needed + sum(path.stat().st_size for path in written)
 
 
-@contextmanager
-def whole_file(goal: str | Path, magic: bytes = b"GGUF") -> Iterator[Path]:
-    """A temporary file to write into, which becomes `goal` if the block ends without an error.
+def write_file(goal: str | Path, fill: Callable[[Path], T], magic: bytes = b"GGUF") -> T:
+    """Writes a file whole or not at all; again, at most twice, where the device fails.
 
-    A file at `goal` is replaced if it begins with `magic`; anything else is refused.
+    Args:
+        goal: made, or replaced if it begins with `magic`.
+        fill: writes the file that becomes `goal`; called anew in each attempt.
+        magic: the first bytes of a file that may be replaced.
+
+    Returns:
+        What `fill` returns.
 
     Raises:
         SurgeryError: `goal` is something else, or the disk refuses (its name and free space).
     """
     goal = Path(goal)
-    check_own_file(goal, magic)
-    make_folder(goal.parent)
-    try:
-        with replacing(goal) as temporary:
-            yield temporary
-            flush(temporary)
-        flush_place(goal)
-    except OSError as error:
-        raise disk_refuses(goal, error) from error
+
+    def write() -> T:
+        check_own_file(goal, magic)
+        make_folder(goal.parent)
+        with writing(goal):
+            with replacing(goal) as temporary:
+                filled = fill(temporary)
+                flush(temporary)
+            flush_place(goal)
+        return filled
+
+    return tried_again(write)
 
 
 def _put_in_place(temporary: Path, goal: Path) -> None:
@@ -158,15 +133,13 @@ def _contents(folder: Path) -> set[str]:
 def check_own_file(goal: Path, magic: bytes = b"GGUF") -> None:
     """Raises `SurgeryError` if anything but a file that begins with `magic` lies at `goal`."""
     with writing(goal):
-        if goal.exists() and not _begins_with(goal, magic):
-            raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
-
-
-def _begins_with(path: Path, magic: bytes) -> bool:
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(len(magic)) == magic
+        if not goal.exists():
+            return
+        if goal.is_file():
+            with goal.open("rb") as file:
+                if file.read(len(magic)) == magic:
+                    return
+        raise SurgeryError(f"{goal} exists and is of another kind", "choose a new name")
 
 
 def check_own_folder(goal: Path) -> None:
