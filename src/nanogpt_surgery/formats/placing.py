@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
@@ -157,11 +160,14 @@ class Placement:
         """In our orientation, all parts together."""
         return self.stored.shape[::-1] if self.transposed else self.stored.shape
 
-    def load(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Our tensors by name, mapped where the file holds them as they are."""
+    def load(self, dtype: torch.dtype, on_disk: bool) -> dict[str, Tensor]:
+        """Our tensors by name, mapped where the file holds them as they are; else read.
+
+        If `on_disk` what is read is held by a temporary file, not by the process.
+        """
         tensor = self.mapped(dtype)
         if tensor is None:
-            tensor = self._read(dtype)
+            tensor = self._read(_room(self.shape, dtype, on_disk))
         return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
 
     def mapped(self, dtype: torch.dtype) -> Tensor | None:
@@ -169,12 +175,24 @@ class Placement:
         as_it_is = self.stored.dtype == dtype and not (self.transposed or self.row.interleaved)
         return self.stored.mapped() if as_it_is else None
 
-    def _read(self, dtype: torch.dtype) -> Tensor:
-        tensor = torch.empty(self.shape, dtype=dtype)
-        goal = tensor.t() if self.transposed else tensor
+    def _read(self, room: Tensor) -> Tensor:
+        goal = room.t() if self.transposed else room
         for start, piece in self.stored.pieces():
             goal[start : start + len(piece)] = piece
-        return deinterleave(tensor, self.row.interleaved)
+        ordered = deinterleave(room, self.row.interleaved)
+        return room if ordered is room else room.copy_(ordered)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, on_disk: bool) -> Tensor:
+    """Memory for a tensor; on disk, where there is room, if that is asked for and it is large."""
+    numbers = math.prod(shape)
+    if on_disk and numbers * dtype.itemsize >= 1 << 20 and hasattr(os, "posix_fallocate"):
+        with suppress(OSError), NamedTemporaryFile() as file:
+            # Without it a full disk would kill the process.
+            os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)
+            mapped = torch.from_file(file.name, shared=True, size=numbers, dtype=dtype)
+            return mapped.view(shape)
+    return torch.empty(shape, dtype=dtype)
 
 
 def deinterleave(tensor: Tensor, heads: int) -> Tensor:
@@ -239,11 +257,12 @@ def build_model(
         del expected["lm_head.weight"]
     _check_fit(expected, placements, stored, rows, where)
     wanted = list(zip(placements, _dtypes(placements, dtype), strict=True))
+    on_disk = dtype == "each"
     read = sum(math.prod(p.shape) * d.itemsize for p, d in wanted if p.mapped(d) is None)
-    check_memory(where, {"weights": read}, "open a smaller model, or in bfloat16")
+    check_memory(where, {"weights": 0 if on_disk else read}, "open a smaller model, or in bfloat16")
     tensors: dict[str, Tensor] = {}
     for placement, chosen in wanted:
-        tensors |= placement.load(chosen)
+        tensors |= placement.load(chosen, on_disk)
     if config.tie_head:
         tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
         _check_tie(heads, tensors["embed_tokens.weight"], where)
