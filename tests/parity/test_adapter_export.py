@@ -89,7 +89,7 @@ def test_layers_between_get_updates_of_zero(tmp_path):
 
 
 def test_what_the_formats_have_no_place_for_is_refused(tmp_path):
-    with pytest.raises(SurgeryError, match="tied"):
+    with pytest.raises(SurgeryError, match=r"head.*tied.*embedding"):
         save_lora_gguf(adapted("qwen2", ["lm_head"]), tmp_path / "a.gguf")
     with pytest.raises(SurgeryError, match="lm_head"):
         save_mlx_adapter(adapted("llama", ["lm_head", "q_proj"]), tmp_path / "a")
@@ -98,6 +98,6 @@ def test_what_the_formats_have_no_place_for_is_refused(tmp_path):
     with pytest.raises(SurgeryError, match="no LoRA"):
         save_lora_gguf(tiny_model(FAMILY_CONFIGS["llama"]), tmp_path / "a.gguf")
     own = tiny_model(OWN_CONFIGS["rotary-layernorm-gelu"])
-    with pytest.raises(SurgeryError, match="family"):
+    with pytest.raises(SurgeryError, match=r"family.*axes"):
         save_lora_gguf(own, tmp_path / "a.gguf")
     assert list(tmp_path.iterdir()) == []
