@@ -51,6 +51,9 @@ if TYPE_CHECKING:
     from nanogpt_surgery.generation.evaluation import perplexity as perplexity
     from nanogpt_surgery.generation.generate import generate as generate
     from nanogpt_surgery.generation.settings import SamplingSettings as SamplingSettings
+    from nanogpt_surgery.generation.speculative import DraftModel as DraftModel
+    from nanogpt_surgery.generation.speculative import PromptLookup as PromptLookup
+    from nanogpt_surgery.generation.speculative import generate_speculative as generate_speculative
     from nanogpt_surgery.generation.text import generate_text as generate_text
     from nanogpt_surgery.history.model_history import lora_log as lora_log
     from nanogpt_surgery.history.model_history import redo_lora as redo_lora
@@ -106,6 +109,7 @@ _HOMES = {
     "generation.evaluation": "multiple_choice perplexity",
     "generation.generate": "generate",
     "generation.settings": "SamplingSettings",
+    "generation.speculative": "DraftModel PromptLookup generate_speculative",
     "generation.text": "generate_text",
     "history.model_history": "lora_log redo_lora tensor_hashes undo_lora",
     "lora.embedding": "LoRAEmbedding",

@@ -132,3 +132,15 @@ def test_side_by_side_where_there_is_room(
     assert len(headings) == (columns == 120)
     if headings:
         assert max(len(re.sub(r"\x1b\[\d*m", "", line)) for line in out.splitlines()) <= columns
+
+
+def test_a_draft_leaves_the_answer_and_says_how_often_it_was_right(folder: Path) -> None:
+    words = ["ask", folder / "m", "x?", *FEW, "--seed", 3]
+    wanted, _ = called(*words)
+    out, errors = called(*words, "--draft-model", folder / "m", "--draft-tokens", 2)
+    assert out == wanted and "100% of" in errors
+    found = json.loads(called(*words, "--speculate", "lookup", "--json")[0])
+    assert found["answer"] == wanted.removesuffix("\n")
+    assert 0 <= found["accepted"] <= found["drafted"]
+    both = ["--draft-model", folder / "m", "--speculate", "lookup"]
+    assert "--draft-model" in called(*words, *both, check=1)[1]

@@ -192,3 +192,10 @@ def test_a_model_that_answers_is_said_to_continue_raw_text(tmp_path: Path) -> No
     assert f"surgery ask {tmp_path / 'chat'}" in errors
     _, errors = called("generate", tmp_path / "plain", "--prompt", "a", *FEW)
     assert "surgery ask" not in errors
+
+
+def test_a_draft_is_for_one_text(folder: Path) -> None:
+    words = ["generate", folder / "m", "--prompt", "abcabcabc", *FEW]
+    out, errors = called(*words, "--speculate", "lookup")
+    assert out == called(*words)[0] and "drafted" in errors
+    assert "--logprobs" in called(*words, "--speculate", "lookup", "--samples", 2, check=1)[1]

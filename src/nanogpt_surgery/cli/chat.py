@@ -25,6 +25,7 @@ from nanogpt_surgery.generation.settings import (
 if TYPE_CHECKING:
     from nanogpt_surgery.data.conversations.chat import ChatTemplate
     from nanogpt_surgery.generation.conversation import Conversation
+    from nanogpt_surgery.generation.speculative import Draft
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ChatSettings:
     stop: tuple[str, ...] = ()
     seed: int | None = None
     engine: Engine = "auto"
+    draft: Draft | None = None
 
     def __post_init__(self) -> None:
         check_count(self.max_new_tokens, 1)

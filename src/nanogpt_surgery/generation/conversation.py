@@ -16,8 +16,9 @@ from nanogpt_surgery.data.conversations.chat import (
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.checks import check_rows_fit
-from nanogpt_surgery.generation.generate import generate, new_cache
+from nanogpt_surgery.generation.generate import new_cache
 from nanogpt_surgery.generation.settings import Engine, SamplingSettings
+from nanogpt_surgery.generation.speculative import Draft, generator_with
 from nanogpt_surgery.generation.text import TextUntil
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
@@ -59,6 +60,7 @@ class Conversation:
         stop: tuple[str, ...] = (),
         seed: int | None = None,
         engine: Engine = "auto",
+        draft: Draft | None = None,
     ) -> Iterator[str]:
         """Say something; the pieces of the answer, which is remembered as far as it was taken.
 
@@ -69,6 +71,7 @@ class Conversation:
             stop: strings that end the answer, beside the template's own.
             seed: of the draw.
             engine: who computes the answer; see `generate`.
+            draft: guesses tokens, so that one pass verifies several; see `generate_speculative`.
 
         Raises:
             SurgeryError: the text is too long for the context, or the template refuses it; or,
@@ -80,7 +83,7 @@ class Conversation:
         self.room, self.cut_off = min(max_new_tokens, block - len(self.ids)), False
         check_rows_fit(self.model, 1, len(self.ids) + self.room)  # before the cache is made
         until = TextUntil(self.tokenizer, (*self.template.stop, *stop), self.ids)
-        new_ids = generate(
+        new_ids = generator_with(draft)(
             self.model,
             self.ids,
             self.room,

@@ -92,7 +92,7 @@ def _generate(
     generator = torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(int(seed))
     # What the cache holds beyond the prompt's own beginning belongs to another text.
-    cache.truncate(_n_shared(cache, prompt))
+    cache.truncate(n_shared(cache, prompt))
     so_far, answer = list(prompt), list[int]()
     for _ in range(max_new_tokens):
         logits = next_logits(model, so_far, cache, native).cpu()  # (V,)
@@ -143,7 +143,7 @@ def new_cache(model: SimpleGPT, rows: int, length: int) -> KVCache:
     return KVCache(model.config, rows, length, weight.dtype, weight.device)
 
 
-def _n_shared(cache: KVCache, prompt: list[int]) -> int:
+def n_shared(cache: KVCache, prompt: list[int]) -> int:
     """Returns how many ids a cache and a prompt begin with alike.
 
     The prompt's last one is left out: it is computed in any case, since its logits are wanted.

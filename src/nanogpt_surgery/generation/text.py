@@ -13,7 +13,6 @@ from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids
 from nanogpt_surgery.generation.batch import Token, generate_batch
 from nanogpt_surgery.generation.checks import check_rows_fit
 from nanogpt_surgery.generation.engine import EngineChoice, chosen_engine
-from nanogpt_surgery.generation.generate import generate
 from nanogpt_surgery.generation.settings import (
     MOST_SEED,
     Engine,
@@ -21,6 +20,7 @@ from nanogpt_surgery.generation.settings import (
     check_seed,
     check_stop,
 )
+from nanogpt_surgery.generation.speculative import Draft, generator_with
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -91,14 +91,17 @@ def generate_text(
     stop: Sequence[str] = (),
     seed: int | None = None,
     engine: Engine = "auto",
+    draft: Draft | None = None,
 ) -> Iterator[str]:
     """Continues a prompt in pieces of text, up to a stop string or a token that ends a text.
+
+    With a `draft` one pass verifies several tokens (speculative.py); the text stays the same.
 
     Raises:
         SurgeryError: as `generate`, at the call; or a stop string is empty.
     """
     ends = stop_ids(tokenizer)
-    ids = generate(
+    ids = generator_with(draft)(
         model, prompt, max_new_tokens, sampling=sampling, stop_ids=ends, seed=seed, engine=engine
     )
     return TextUntil(tokenizer, stop, prompt).stream(ids)

@@ -21,9 +21,11 @@ from nanogpt_surgery.cli.framework.options import (
     Model,
     OpeningOptions,
     SamplingOptions,
+    SpeculationOptions,
     TalkOptions,
     named_adapters,
     one_adapter,
+    say_accepted,
     say_engine,
 )
 from nanogpt_surgery.errors import SurgeryError, printable
@@ -33,6 +35,7 @@ from nanogpt_surgery.values import SIZE, SIZE_OR_0, raise_all, wrong_values
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.generation.conversation import Conversation
+    from nanogpt_surgery.generation.speculative import Draft
     from nanogpt_surgery.generation.text import Continuation
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -70,6 +73,7 @@ def generate(
     max_new_tokens: int = 300,
     opening: OpeningOptions = OpeningOptions(),
     sampling: SamplingOptions = SamplingOptions(),
+    speculation: SpeculationOptions = SpeculationOptions(),
     many: ManyOptions = ManyOptions(),
 ) -> None:
     """Continue a prompt, on standard output as it is made; or many, several times each.
@@ -97,9 +101,16 @@ def generate(
         )
     say_engine(network, draw["engine"])
     one = len(texts) == many.samples == 1 and many.logprobs is None and not many.json
+    draft = speculation.draft(tokenizer, opening, draw["engine"])
+    if draft and not one:
+        raise SurgeryError(
+            "a draft speeds up one text at a time",
+            "leave it out with several texts, --logprobs and --json: those are computed together",
+        )
     with notes_afterwards():
         if one:
-            write(_as_it_is_made(network, tokenizer, texts[0], draw))
+            write(_as_it_is_made(network, tokenizer, texts[0], draw | {"draft": draft}))
+            say_accepted(draft)
         else:
             write(_one_by_one(network, tokenizer, texts, draw, many))
 
@@ -199,6 +210,7 @@ def ask(
     talk: TalkOptions = TalkOptions(),
     opening: OpeningOptions = OpeningOptions(),
     sampling: SamplingOptions = SamplingOptions(),
+    speculation: SpeculationOptions = SpeculationOptions(),
     json: bool = False,
 ) -> None:
     """Ask a model one question; the answer alone is written on standard output.
@@ -214,32 +226,39 @@ def ask(
         show the answer of the model without the adapter beside that with it
     json
         print a JSON object: question, answer, ended (stop or length), seed, engine (what computed
-        it, and why it was not the compiled decoder); with --compare also base_answer and base_ended
+        it, and why it was not the compiled decoder); with --compare also base_answer and
+        base_ended, with a draft also drafted and accepted, which are numbers of tokens
     """
     settings = ChatSettings(talk.max_new_tokens, **sampling.arguments())
-    if settings.seed is None:  # one that two answers can share
-        settings = replace(settings, seed=random.randrange(2**31))
     if compare and adapter is None:
         raise SurgeryError("there is nothing to compare the model with", "add --adapter FOLDER")
-    asked = _typed_or_read(question).removesuffix("\n" if question == "-" else "")
-    if not asked.strip():
-        raise SurgeryError("the question is empty", 'surgery ask MODEL "Who are you?"')
+    asked = _question(question)
     adapters = one_adapter(adapter)
     opened = opening.open(model, adapters)
+    draft = speculation.draft(opened[1], opening, settings.engine)
+    seed = random.randrange(2**31) if settings.seed is None else settings.seed  # of both answers
+    settings = replace(settings, draft=draft, seed=seed)
     fresh = talk.conversation(*opened, adapters[0][1] if adapters else None)
     sides = {"base_": copy(fresh), "": fresh} if compare else {"": fresh}
     answers = {side: _answered(sides[side], asked, settings, side == "base_") for side in sides}
     known = {"seed": settings.seed, "engine": say_engine(opened[0], settings.engine)}
     with notes_afterwards():
         if json:
-            _print_json(asked, sides, answers, known)
+            _print_json(asked, sides, answers, known, draft)
         elif compare:
             say(f"both answers are drawn by the seed {settings.seed}")
             _print_both({"without adapter": answers["base_"], f"with {adapter}": answers[""]})
         else:
             write(answers[""])
-    for side, ended in sides.items():
-        _say_ending(ended, "the base's answer" if side else "the answer", settings.max_new_tokens)
+    say_accepted(draft)
+    _say_endings(sides, settings.max_new_tokens)
+
+
+def _question(text: str) -> str:
+    asked = _typed_or_read(text).removesuffix("\n" if text == "-" else "")
+    if not asked.strip():
+        raise SurgeryError("the question is empty", 'surgery ask MODEL "Who are you?"')
+    return asked
 
 
 def _answered(
@@ -256,16 +275,18 @@ def _answered(
         enable_lora(talk.model)
 
 
-def _say_ending(talk: Conversation, name: str, most: int) -> None:
-    """A note about an answer that is empty or was cut off."""
-    if talk.cut_off:
-        why = "the model's context is full" if talk.room < most else "--max-new-tokens"
-        say(f"note: {name} was cut off after {talk.room:,} tokens ({why})")
-    elif not talk.messages[-1]["content"].strip():
-        say(
-            f"note: {name} is empty: the first thing the model said was the end of its turn; "
-            "another --seed or --temperature may give one"
-        )
+def _say_endings(sides: dict[str, Conversation], most: int) -> None:
+    """A note about each answer that is empty or was cut off."""
+    for side, talk in sides.items():
+        name = "the base's answer" if side else "the answer"
+        if talk.cut_off:
+            why = "the model's context is full" if talk.room < most else "--max-new-tokens"
+            say(f"note: {name} was cut off after {talk.room:,} tokens ({why})")
+        elif not talk.messages[-1]["content"].strip():
+            say(
+                f"note: {name} is empty: the first thing the model said was the end of its turn; "
+                "another --seed or --temperature may give one"
+            )
 
 
 def _print_json(
@@ -273,6 +294,7 @@ def _print_json(
     sides: dict[str, Conversation],
     answers: dict[str, Iterator[str]],
     known: dict[str, Any],
+    draft: Draft | None,
 ) -> None:
     found: dict[str, Any] = {"question": question}
     if system := sides[""].system:
@@ -280,6 +302,8 @@ def _print_json(
     for side, talk in sides.items():
         found[f"{side}answer"] = "".join(answers[side]).removesuffix("\n")
         found[f"{side}ended"] = "length" if talk.cut_off else "stop"
+    if draft:
+        known |= {"drafted": draft.drafted, "accepted": draft.accepted}
     print(json_module.dumps(found | known, ensure_ascii=False, indent=2))
 
 
@@ -310,6 +334,7 @@ def chat(
     talk: TalkOptions = TalkOptions(),
     opening: OpeningOptions = OpeningOptions(),
     sampling: SamplingOptions = SamplingOptions(),
+    speculation: SpeculationOptions = SpeculationOptions(),
 ) -> None:
     """Talk with a model; answers appear as they are made, and Ctrl-C stops one.
 
@@ -323,6 +348,8 @@ def chat(
     settings = ChatSettings(talk.max_new_tokens, **sampling.arguments())
     adapters = named_adapters(adapter or ())
     network, tokenizer = opening.open(model, adapters)
+    draft = speculation.draft(tokenizer, opening, settings.engine)
+    settings = replace(settings, draft=draft)
     folders: dict[str, Path | None] = {"": None, **dict(adapters)}
     templates = {name: talk.template_for(tokenizer, place) for name, place in folders.items()}
     first = adapters[0][1] if adapters else None
@@ -334,4 +361,5 @@ def chat(
     say("/help lists the commands, /exit leaves; Ctrl-C stops an answer")
     for line in lines_typed():
         if not session.hear(line):
-            return
+            break
+    say_accepted(draft)

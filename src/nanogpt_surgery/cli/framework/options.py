@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.data.conversations.chat import ChatTemplate
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.generation.conversation import Conversation
+    from nanogpt_surgery.generation.speculative import Draft
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 CHARACTERS = "characters"
@@ -267,6 +268,54 @@ def _bias(written: str) -> tuple[int, float]:
         raise SurgeryError(
             f"--logit-bias {written} is not ID=BIAS", "--logit-bias 42=-inf bans the id 42"
         ) from None
+
+
+@Parameter(name="*", group="Speculation")
+@dataclass(frozen=True)
+class SpeculationOptions:
+    """A draft of the next tokens, of which one pass verifies several."""
+
+    speculate: Literal["lookup"] | None = None
+    """lookup: guess what followed the last tokens where they stood before in the text; the answer
+    stays the same, and comes sooner where it repeats what was said"""
+    draft_model: Annotated[
+        str | None, Parameter(help="a smaller model with the same tokenizer that guesses them")
+    ] = None
+    draft_tokens: int | None = None
+    """how many are guessed at once; 10 by lookup, 5 by a model, unless said"""
+
+    def draft(
+        self, tokenizer: Tokenizer, opening: OpeningOptions, engine: Engine = "auto"
+    ) -> Draft | None:
+        """Returns what guesses, or None where nothing is to.
+
+        Raises:
+            SurgeryError: both ways are asked for, the model does not open, or it has another
+                tokenizer.
+        """
+        from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
+        from nanogpt_surgery.generation.speculative import DraftModel, PromptLookup
+
+        count = {} if self.draft_tokens is None else {"num_tokens": self.draft_tokens}
+        if self.speculate and self.draft_model:
+            raise SurgeryError("--speculate lookup and --draft-model both guess: name one of them")
+        if self.draft_model is None:
+            return PromptLookup(**count) if self.speculate else None
+        model, own = opening.open(self.draft_model, [])
+        if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+            raise SurgeryError(
+                f"{self.draft_model} has another tokenizer than the model whose tokens it is to "
+                "guess",
+                "a smaller model of the same family has the same",
+            )
+        return DraftModel(**count, model=model, engine=engine)
+
+
+def say_accepted(draft: Draft | None) -> None:
+    """A note that says which share of what was guessed was right."""
+    if draft is not None:
+        share, count = draft.accepted_share, draft.drafted
+        say(f"note: {share:.0%} of {count:,} drafted tokens were accepted")
 
 
 NOTES = {

@@ -430,8 +430,12 @@ class NativeSteps:
 
     def step(self, ids: Tensor) -> Tensor:
         """Returns the logits (B, V) after ids (B, 1)."""
+        return self.logits(ids, 1)[:, 0]
+
+    def logits(self, ids: Tensor, count: int) -> Tensor:
+        """Returns the logits (B, count, V) after each of the last ids of (B, T)."""
         assert self.decoder is not None, "can_step has seen to it"
-        return self.decoder.step(ids)
+        return self.decoder.logits(ids, count)
 
 
 def _facts(modules: list[nn.Module], cache: KVCache) -> list[Any]:
