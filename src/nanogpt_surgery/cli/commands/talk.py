@@ -240,18 +240,17 @@ def ask(
     settings = replace(settings, draft=draft, seed=seed)
     fresh = talk.conversation(*opened, adapters[0][1] if adapters else None)
     sides = {"base_": copy(fresh), "": fresh} if compare else {"": fresh}
-    answers = {side: _answered(sides[side], asked, settings, side == "base_") for side in sides}
-    known = {"seed": settings.seed, "engine": say_engine(opened[0], settings.engine)}
+    answers = {s: _answered(side, asked, settings, bool(s)) for s, side in sides.items()}
+    known = {"seed": seed, "engine": say_engine(opened[0], settings.engine)}
     with notes_afterwards():
         if json:
             _print_json(asked, sides, answers, known, draft)
         elif compare:
-            say(f"both answers are drawn by the seed {settings.seed}")
+            say(f"both answers are drawn by the seed {seed}")
             _print_both({"without adapter": answers["base_"], f"with {adapter}": answers[""]})
         else:
             write(answers[""])
-    say_accepted(draft)
-    _say_endings(sides, settings.max_new_tokens)
+    _say_endings(sides, settings)
 
 
 def _question(text: str) -> str:
@@ -275,8 +274,10 @@ def _answered(
         enable_lora(talk.model)
 
 
-def _say_endings(sides: dict[str, Conversation], most: int) -> None:
-    """A note about each answer that is empty or was cut off."""
+def _say_endings(sides: dict[str, Conversation], settings: ChatSettings) -> None:
+    """Notes about each answer that is empty or was cut off, and about the draft."""
+    say_accepted(settings.draft)
+    most = settings.max_new_tokens
     for side, talk in sides.items():
         name = "the base's answer" if side else "the answer"
         if talk.cut_off:
