@@ -46,6 +46,7 @@ class Messages(list[Message]):
     Attributes:
         variables: what a template is given beside the messages: tools, and what a record says.
         where: the file and the number of the record, for errors.
+        fields: for each message, the field of the record that it was made from.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Messages(list[Message]):
         messages: Sequence[Message],
         variables: Mapping[str, Any] | None = None,
         where: str = "",
+        fields: Sequence[str] = (),
     ):
         super().__init__(messages)
         self.variables, self.where = dict(variables or {}), where
+        self.fields = list(fields) or [f"message {i + 1}" for i in range(len(self))]
 
 
 @dataclass(frozen=True)

@@ -318,11 +318,11 @@ def check_conversations(conversations: Sequence[Messages], tokenizer: Tokenizer)
     """Looks for characters that a vocabulary lacks in what records say.
 
     Raises:
-        SurgeryError: there is one (the first, with its record, message and place there).
+        SurgeryError: there is one (the first, with its record, field and place there).
     """
     check: Callable[[str, str], None] | None = getattr(tokenizer, "check", None)
     if check is None:
         return
     for messages in conversations:
-        for i, message in enumerate(messages, 1):
-            check(message["content"] or "", f"{messages.where}, message {i}, {message['role']}")
+        for field, message in zip(messages.fields, messages, strict=True):
+            check(message["content"] or "", f"{messages.where}, {field}")

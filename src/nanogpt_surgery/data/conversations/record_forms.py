@@ -8,8 +8,8 @@ are two fields that say the same kind of thing differently.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, TypeAlias
 
 from nanogpt_surgery.data.conversations.chat import MASKED, ROLES, TRAINED, Message, Messages
 from nanogpt_surgery.data.conversations.record_files import field_twice, from_json, keys_of
@@ -21,8 +21,6 @@ ANSWERS = ("completion", "answer", "response", "output")
 SYSTEM = ("system", "system_prompt")
 NOT_TEXT = ("images", "image", "videos", "video", "audio", "audios")
 NO_EFFECT = ("adapters", "settings", "parallel_tool_calls")  # on the text
-# Fields that say whether an answer is trained on, and what they say where it is.
-MARKS = dict.fromkeys(TRAINED, True) | dict.fromkeys(MASKED, False)
 KNOWN = {
     *(*NO_EFFECT, *NOT_TEXT, *SYSTEM),
     *("label", "weight", "tools", "functions", "chat_template_kwargs"),
@@ -43,6 +41,8 @@ _CALLS = ("function_call", "tool_call")  # ShareGPT's roles of which the value i
 _ROLES = {"role": _OPENAI, "from": _SHAREGPT}
 _SHOWN = {"role": ROLES, "from": ("human", "gpt", "system", "tool", "function_call")}
 
+Said: TypeAlias = list[tuple[str, Message]]  # messages, each after the field that it was made from
+
 
 class RecordError(Exception):
     """A record cannot be read: which of its fields, and why."""
@@ -59,27 +59,30 @@ def conversation_of(record: Any) -> tuple[Messages, list[str]]:
     """
     if not isinstance(record, dict):
         raise RecordError("", keys_of(record))
-    if found := [field for field in NOT_TEXT if record.get(field)]:
-        raise RecordError(found[0], "is not text, and text alone is trained on")
+    for field in NOT_TEXT:
+        if record.get(field):
+            raise RecordError(field, "is not text, and text alone is trained on")
     wanted = _check_wanted(record)
-    messages, used = _conversation(record) or _pair(record)
-    messages = [*_system(record, messages[0]), *messages]
+    said, used = _conversation(record) or _pair(record)
+    said = [*_system(record, said[0][1]), *said]
+    fields, messages = zip(*said, strict=True)
     known = KNOWN | wanted | used
     unused = [name for name, value in record.items() if name not in known and not _empty(value)]
-    return Messages(messages, _variables(record)), unused
+    return Messages(messages, _variables(record), "", fields), unused
 
 
-def _conversation(record: dict[str, Any]) -> tuple[list[Message], set[str]] | None:
+def _conversation(record: dict[str, Any]) -> tuple[Said, set[str]] | None:
     """The messages of a list of them, and the fields used; None where there is no list."""
     lists = [key for key in CONVERSATIONS if isinstance(record.get(key), list)]
     if not lists:
         return None
-    filled = _filled(record, lists)
+    filled = [key for key in lists if record[key]]
     if not filled:
         raise RecordError(lists[0], "is an empty list")
     if record.get("history"):
         raise RecordError("history", f"stands beside {filled[0]}")
-    return _agreed({key: _messages(record[key], key) for key in filled}), set(filled)
+    said = _agreed({key: _messages(record[key], key) for key in filled})
+    return [(f"{filled[0]}[{i}]", message) for i, message in enumerate(said)], set(filled)
 
 
 def _agreed(values: Mapping[str, Any], place: str = "") -> Any:
@@ -103,69 +106,70 @@ def _check_wanted(record: dict[str, Any]) -> set[str]:
     """
     if not _empty(record.get("rejected")):
         raise RecordError("rejected", "this is preference data; one answer is trained on")
-    meanings = dict.fromkeys(("true", "1", "1.0"), True) | dict.fromkeys(
-        ("false", "0", "0.0"), False
-    )
-    wanted = set()
-    for key, trained in (MARKS | {"label": True}).items():
-        said = meanings.get(str(record.get(key)).lower())
-        if said is (not trained):
+    if str(record.get("label")).lower() in ("false", "0"):
+        raise RecordError("label", f"is {quoted(record['label'])}: the answer is one not to give")
+    weight = record.get("weight")
+    if not _empty(weight) and str(weight) not in ("1", "1.0"):
+        raise RecordError("weight", f"is {quoted(weight)}; messages have weights, records none")
+    yes, no = ("true", "1", "1.0"), ("false", "0", "0.0")
+    meanings = [*((key, yes, no) for key in TRAINED), *((key, no, yes) for key in MASKED)]
+    said = {key: str(record[key]).lower() for key, _, _ in meanings if key in record}
+    for key, _, unwanted in meanings:
+        if said.get(key) in unwanted:
             what = "the answer is not to be trained on; leave the record out"
             raise RecordError(key, f"is {quoted(record[key])}: {what}")
-        if said is not None:
-            wanted.add(key)
-    weight = record.get("weight")
-    if not _empty(weight) and "weight" not in wanted:
-        raise RecordError("weight", f"is {quoted(weight)}; messages have weights, records none")
-    return wanted
+    return {key for key, wanted, _ in meanings if said.get(key) in wanted}
 
 
 def _empty(value: Any) -> bool:
     return value is None or value == "" or value == [] or value == {}
 
 
-def _filled(record: dict[str, Any], names: Iterable[str]) -> list[str]:
-    """Those of the fields that say something."""
-    return [name for name in names if not _empty(record.get(name))]
-
-
-def _pair(record: dict[str, Any]) -> tuple[list[Message], set[str]]:
+def _pair(record: dict[str, Any]) -> tuple[Said, set[str]]:
     """The messages of a question with its answer, and the fields used."""
-    asked, beside = _filled(record, QUESTIONS), _filled(record, INPUTS)
+    asked = [key for key in QUESTIONS if not _empty(record.get(key))]
+    beside = [key for key in INPUTS if not _empty(record.get(key))]
     if "query" in asked and len(asked) > 1:  # another name for Alpaca's input
         asked.remove("query")
         beside.append("query")
     if not asked and beside[:1] == ["input"]:
         asked = [beside.pop(0)]
-    answers = [key for key in ANSWERS if key in record]
-    if not answers or not asked:
-        empty = [key for key in (*QUESTIONS, "input") if answers and key in record and not asked]
-        raise RecordError(
-            *((empty[0], "is empty; a question is needed") if empty else ("", keys_of(record)))
-        )
-    answered = [key for key in answers if record[key] is not None]
-    if not answered:
-        raise RecordError(answers[0], "is empty; an answer is needed")
-    for names in (asked, answered, beside):
-        _agreed({name: record[name] for name in names})
-    before = record[asked[0]]
+    answers = [key for key in ANSWERS if record.get(key) is not None]
+    answered = any(key in record for key in ANSWERS)
+    if answered and not asked and (empty := [k for k in (*QUESTIONS, "input") if k in record]):
+        raise RecordError(empty[0], "is empty; a question is needed")
+    if not asked or not answered:
+        raise RecordError("", keys_of(record))
+    if not answers:
+        field = next(key for key in ANSWERS if key in record)
+        raise RecordError(field, "is empty; an answer is needed")
+    question, answer = (_only_one(record, keys) for keys in (asked, answers))
     if beside:
-        before = f"{_text(before, asked[0])}\n\n{_text(record[beside[0]], beside[0])}"
-    prompt = _said(before, asked[0], "user")
+        _only_one(record, beside)
+    before, after = record[question], record[answer]
+    if beside:
+        before = f"{_text(before, question)}\n\n{_text(record[beside[0]], beside[0])}"
+    said = _said(before, question, "user")
     if isinstance(before, list):  # TRL trains on the completion alone
-        prompt = [m | {"weight": 0} if m["role"] == "assistant" else m for m in prompt]
-    begins = 1 if prompt[0]["role"] == "system" else 0
-    history = _history(record.get("history"))
-    reply = _said(record[answered[0]], answered[0], "assistant")
-    used = {*asked, *answered, *beside, "history"}  # several names of one thing say the same
-    return [*prompt[:begins], *history, *prompt[begins:], *reply], used
+        said = [m | {"weight": 0} if m["role"] == "assistant" else m for m in said]
+    prompt = [(" and ".join([question, *beside]), message) for message in said]
+    turns = [("history", message) for message in _history(record.get("history"))]
+    begins = 1 if said[0]["role"] == "system" else 0
+    replies = [(answer, message) for message in _said(after, answer, "assistant")]
+    used = {*asked, *answers, *beside, "history"}  # several names of one thing say the same
+    return [*prompt[:begins], *turns, *prompt[begins:], *replies], used
+
+
+def _only_one(record: dict[str, Any], keys: list[str]) -> str:
+    _agreed({key: record[key] for key in keys})
+    return keys[0]
 
 
 def _said(value: Any, field: str, role: str) -> list[Message]:
     """Returns the messages in a field: a text of a role, or a list of messages."""
-    if value == []:
-        raise RecordError(field, "is an empty list")
     if isinstance(value, list):
+        if not value:
+            raise RecordError(field, "is an empty list")
         return _messages(value, field)
     return [{"role": role, "content": _text(value, field)}]
 
@@ -191,23 +195,23 @@ def _history(turns: Any) -> list[Message]:
         if isinstance(turn, dict):
             said.append(_message(turn, field))
         elif isinstance(turn, list) and len(turn) == 2:
-            said += _said(_text(turn[0], f"{field}[0]"), field, "user")
-            said += _said(_text(turn[1], f"{field}[1]"), field, "assistant")
+            said.append({"role": "user", "content": _text(turn[0], f"{field}[0]")})
+            said.append({"role": "assistant", "content": _text(turn[1], f"{field}[1]")})
         else:
             raise RecordError(field, f"is {quoted(turn)}, not a question with its answer")
     return said
 
 
-def _system(record: dict[str, Any], first: Message) -> list[Message]:
+def _system(record: dict[str, Any], first: Message) -> Said:
     """The system message that a field of the record says, unless the messages begin with it."""
-    said = {key: _text(record[key], key) for key in _filled(record, SYSTEM)}
-    text = _agreed(said)
-    if text is None:
+    found = [key for key in SYSTEM if not _empty(record.get(key))]
+    if not found:
         return []
+    text = _text(record[_only_one(record, found)], found[0])
     if first["role"] != "system":
-        return [{"role": "system", "content": text}]
+        return [("system", {"role": "system", "content": text})]
     if first["content"] != text:
-        raise RecordError(next(iter(said)), "is another system prompt than the first message's")
+        raise RecordError(found[0], "is another system prompt than the first message's")
     return []
 
 
@@ -219,18 +223,22 @@ def _variables(record: dict[str, Any]) -> dict[str, Any]:
     variables = dict(values or {})
     if taken := {"messages", "tools", "add_generation_prompt"} & variables.keys():
         raise RecordError(f"chat_template_kwargs.{min(taken)}", "is given otherwise")
-    given = {key: _tools(record[key], key) for key in _filled(record, ("tools", "functions"))}
-    tools = _agreed({field: tools for field, tools in given.items() if tools})
-    return variables | ({"tools": tools} if tools else {})
+    given = {field: _tools(record.get(field), field) for field in ("tools", "functions")}
+    given = {field: tools for field, tools in given.items() if tools}
+    return variables | ({"tools": _agreed(given)} if given else {})
 
 
 def _tools(value: Any, field: str) -> list[dict[str, Any]]:
+    if _empty(value):
+        return []
     tools = _from_json(value, field)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError(field, f"is {quoted(tools)}, not a list of tools")
-    return [
-        tool if "function" in tool else {"type": "function", "function": tool} for tool in tools
-    ]
+    return [_tool(tool) for tool in tools]
+
+
+def _tool(tool: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": tool} if "function" not in tool else tool
 
 
 def _from_json(value: Any, field: str) -> Any:
@@ -246,62 +254,71 @@ def _from_json(value: Any, field: str) -> Any:
     return found
 
 
-_REFUSED = ("refusal", "audio", "train_detail", "training_detail")
-_READ = {
-    *("role", "from", "content", "value", "tool_calls", "function_call", *MARKS, *_REFUSED),
-}
-
-
 def _message(raw: Any, field: str) -> Message:
     """A message in OpenAI's form, from that or from ShareGPT's."""
     if not isinstance(raw, dict):
         raise RecordError(field, f"is {quoted(raw)}, not a message")
-    if refused := _filled(raw, _REFUSED):
-        raise RecordError(f"{field}.{refused[0]}", "cannot be honoured")
     raw = {key: value for key, value in raw.items() if value is not None or key == "content"}
-    role = _role(raw, field)
-    called = str(raw.get("from")).replace("-", "_") in _CALLS
-    name = "value" if raw.get("content") is None and "value" in raw else "content"
-    if name == "content" and raw.get("value", raw.get("content")) != raw.get("content"):
-        texts = {key: _content(raw, key, field) for key in ("content", "value")}
-        _agreed(texts, f"{field}.")
+    role, called = _role(raw, field)
+    rest = {key: value for key, value in raw.items() if key not in _READ}
+    for key in ("refusal", "audio", "train_detail", "training_detail"):
+        if not _empty(raw.get(key)):
+            raise RecordError(f"{field}.{key}", "cannot be honoured")
+    name = _content_field(raw, field)
+    content = raw.get(name)
     calls = _calls(raw, field, name if called else "")
-    wordless = calls and (called or raw.get(name) is None)
-    return (
-        {"role": role, "content": None if wordless else _content(raw, name, field)}
-        | {key: value for key, value in raw.items() if key not in _READ}
-        | ({"tool_calls": calls} if calls else {})
-        | _weight(raw, field, role)
-    )
+    if calls:
+        rest["tool_calls"] = calls
+        content = None if called else content
+    if not (calls and content is None):
+        content = _content(content, f"{field}.{name}", name in raw)
+    weight = _weight(raw, field, role)
+    return {"role": role, "content": content} | rest | weight
 
 
-def _role(raw: dict[str, Any], field: str) -> str:
-    said = {}
-    for key in (key for key in _ROLES if key in raw):
-        name = raw[key].replace("-", "_") if isinstance(raw[key], str) else ""
-        if name not in _ROLES[key]:
-            known = ", ".join(_SHOWN[key])
-            raise RecordError(f"{field}.{key}", f"is {quoted(raw[key])}; known are {known}")
-        said[key] = _ROLES[key][name]
-    if not said:
+_READ = {
+    *("role", "from", "content", "value", "tool_calls", "function_call", *TRAINED, *MASKED),
+    *("refusal", "audio", "train_detail", "training_detail"),
+}
+
+
+def _role(raw: dict[str, Any], field: str) -> tuple[str, bool]:
+    """The role of a message, and whether ShareGPT's role says that it is a call of a tool."""
+    given = {key: raw[key] for key in _ROLES if key in raw}
+    if not given:
         raise RecordError(field, f"{keys_of(raw)}; role and content are needed")
-    return _agreed(said, f"{field}.")
+    said = {}
+    for key, name in given.items():
+        given[key] = name.replace("-", "_") if isinstance(name, str) else ""
+        if given[key] not in _ROLES[key]:
+            known = ", ".join(_SHOWN[key])
+            raise RecordError(f"{field}.{key}", f"is {quoted(name)}; known are {known}")
+        said[key] = _ROLES[key][given[key]]
+    return _agreed(said, f"{field}."), given.get("from") in _CALLS
 
 
-def _content(raw: dict[str, Any], key: str, field: str) -> str:
-    content = raw.get(key)
+def _content_field(raw: dict[str, Any], field: str) -> str:
+    """The field that holds what a message says."""
+    if raw.get("content") is None:
+        return "value" if "value" in raw else "content"
+    if "value" in raw and raw["value"] != raw["content"]:
+        texts = {key: _content(raw[key], f"{field}.{key}", True) for key in ("content", "value")}
+        _agreed(texts, f"{field}.")
+    return "content"
+
+
+def _content(content: Any, field: str, there: bool) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        missing = "is missing" if key not in raw else "is null"
-        what = missing if content is None else f"is {quoted(content)}, not a text"
-        raise RecordError(f"{field}.{key}", what)
+        what = "is missing" if not there else "is null" if content is None else ""
+        raise RecordError(field, what or f"is {quoted(content)}, not a text")
     texts = []
     for i, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
         text = part.get("text") if isinstance(part, dict) else part
         if kind not in (None, "text") or not isinstance(text, str):
-            raise RecordError(f"{field}.{key}[{i}]", f"is {quoted(kind or part)}, not a text")
+            raise RecordError(f"{field}[{i}]", f"is {quoted(kind or part)}, not a text")
         texts.append(text)
     return "".join(texts)
 
@@ -311,40 +328,52 @@ def _calls(raw: dict[str, Any], field: str, spoken: str) -> list[dict[str, Any]]
 
     `spoken`: the field whose content is a call, as ShareGPT's role says; "" for none.
     """
-    given = {key: raw[key] for key in _filled(raw, ("tool_calls", "function_call"))}
+    given = {key: raw[key] for key in ("tool_calls", "function_call") if not _empty(raw.get(key))}
     if "function_call" in given:
         given["function_call"] = [given["function_call"]]
-    if not isinstance(given.get("tool_calls", []), list):
-        what = f"is {quoted(given['tool_calls'])}, not a list of calls"
-        raise RecordError(f"{field}.tool_calls", what)
     if spoken and raw.get(spoken) is not None:
         found = _from_json(raw[spoken], f"{field}.{spoken}")
         given[spoken] = found if isinstance(found, list) else [found]
-    calls = {key: [_call(c, f"{field}.{key}") for c in value] for key, value in given.items()}
+    calls = {key: _call_list(value, f"{field}.{key}") for key, value in given.items()}
     _agreed({k: [call["function"] for call in v] for k, v in calls.items()}, f"{field}.")
     return next(iter(calls.values()), [])
+
+
+def _call_list(calls: Any, field: str) -> list[dict[str, Any]]:
+    if not isinstance(calls, list):
+        raise RecordError(field, f"is {quoted(calls)}, not a list of calls")
+    return [_call(call, field) for call in calls]
 
 
 def _call(call: Any, field: str) -> dict[str, Any]:
     function = call.get("function", call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise RecordError(field, f"{quoted(call)} is no call: it has no function with a name")
-    arguments = _from_json(function.get("arguments"), f"{field}.arguments")
-    function = function | ({"arguments": arguments} if isinstance(arguments, dict) else {})
+    arguments = function.get("arguments")
+    parsed = _from_json(arguments, f"{field}.arguments")
+    function = function | ({"arguments": parsed} if isinstance(parsed, dict) else {})
     beside = call if "function" in call else {"type": "function"}
     return beside | {"function": function}
 
 
 def _weight(raw: dict[str, Any], field: str, role: str) -> dict[str, int]:
     """Whether an answer is trained on: OpenAI's weight, axolotl's train, and other names for it."""
-    found = {}
-    for key in (key for key in MARKS if key in raw):
-        value, place = raw[key], f"{field}.{key}"
-        if not isinstance(value, int | float) or value not in (0, 1):
-            raise RecordError(place, f"is {quoted(value)}; a weight is 0 (not trained on) or 1")
-        if key == "mask" and not isinstance(value, bool):  # 1: either masked, or a loss mask's 1
-            raise RecordError(place, f"is {value}, which has two meanings; write weight, 0 or 1")
-        found[key] = bool(value) == MARKS[key]
-        if found[key] and role != "assistant":
-            raise RecordError(place, f"is {value} on {role}; answers alone are trained on")
+    found = {
+        key: _is_trained(raw[key], key, f"{field}.{key}")
+        for key in TRAINED + MASKED
+        if raw.get(key) is not None
+    }
+    for key, trained in found.items():
+        if trained and role != "assistant":
+            what = f"is {raw[key]} on {role}; answers alone are trained on"
+            raise RecordError(f"{field}.{key}", what)
     return {"weight": int(_agreed(found, f"{field}."))} if found else {}
+
+
+def _is_trained(value: Any, key: str, field: str) -> bool:
+    if not isinstance(value, int | float) or value not in (0, 1):
+        what = "a weight is 0 (not trained on) or 1"
+        raise RecordError(field, f"is {quoted(value)}; {what}")
+    if key == "mask" and not isinstance(value, bool):  # 1 is either masked, or a loss mask's 1
+        raise RecordError(field, f"is {value}, which has two meanings; write weight, 0 or 1")
+    return bool(value) != (key in MASKED)
