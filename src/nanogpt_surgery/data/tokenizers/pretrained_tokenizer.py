@@ -20,7 +20,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer_limits import (
     check_speed,
     expressions,
 )
-from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted
+from nanogpt_surgery.errors import SurgeryError, foreign_file
 
 _LARGEST_ID = 2**31 - 1
 _WHERE = "tokenizer.json"
