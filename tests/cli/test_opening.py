@@ -20,7 +20,9 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.cli.framework.options import OpeningOptions
+from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.linear import LoRAUpdate
+from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
 
 SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 60}
@@ -119,3 +121,25 @@ def test_the_commands_say_so(stored, monkeypatch, tmp_path, command) -> None:
         assert "float32, with 0 MiB" in said and "--dtype bfloat16" in said
         more = ["--dtype", "bfloat16"]
         assert "float32" not in called(command, stored, *arguments[command], *more)[1]
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_an_adapter_on_quantized_weights(tmp_path: Path, bits: str) -> None:
+    """It is held against the weights as they are stored, which are then let go."""
+    config = replace(CONFIG, n_embd=96, n_inner=64, head_dim=16, tie_head=False)
+    save_model(tiny_model(config), tmp_path / "m", CharacterTokenizer(LETTERS))
+    adapter = adapted(config, ["q_proj", "down_proj"])
+    save_adapter(adapter, tmp_path / "a", base=str(tmp_path / "m"))
+    found, _ = OpeningOptions(quantize=bits).open(str(tmp_path / "m"), [("x", tmp_path / "a")])
+    ids = random_ids(config, 2, 20)
+    with torch.no_grad():
+        error = (found(ids) - adapter(ids)).norm() / adapter(ids).norm()
+        bare, _ = OpeningOptions(quantize=bits).open(str(tmp_path / "m"), [])
+        assert (bare(ids) - found(ids)).norm() > 0.02 * bare(ids).norm()
+    assert error < {"int8": 0.1, "int4": 0.7}[bits]
+    kinds = {type(m.original_layer).__name__ for m in lora_layers(found).values()}
+    assert kinds == {"QuantizedLinear"}
+    floats = sum(p.numel() for n, p in found.named_parameters() if "updates" not in n)
+    assert floats < 20 * config.n_embd  # norms
+    # Nothing keeps the weights as they were.
+    assert [done.operation for done in history_of(found).done] == ["swap to x"]

@@ -25,10 +25,27 @@ static Numbers filled(int kind, size_t count) {
     return (Numbers){at, kind};
 }
 
+/* Blocks of any bits, with scales of about 1 / 100. */
+static Numbers blocks(int kind, size_t count) {
+    size_t size = block_bytes(kind), bytes = count / BLOCK * size;
+    uint8_t *at = malloc(bytes);
+    for (size_t i = 0; i < bytes; i++) at[i] = (uint8_t)between(0, 255);
+    for (size_t i = 0; i < bytes; i += size) {
+        at[i + 1] = 0x20 + between(0, 1) * 0x80;
+        if (kind == Q4_1) at[i + 3] = 0x20;
+    }
+    return (Numbers){at, kind};
+}
+
 static Numbers any(size_t count) { return filled(between(0, 1), count); }
 
+static Numbers table(size_t rows, size_t columns) {
+    int kind = columns % BLOCK ? between(0, 1) : between(0, 4);
+    return kind < Q8_0 ? filled(kind, rows * columns) : blocks(kind, rows * columns);
+}
+
 static Matrix matrix(int rows, int columns, int max_rank) {
-    Matrix m = {rows, columns, between(0, 2), any((size_t)rows * columns), {0}, NULL};
+    Matrix m = {rows, columns, between(0, 2), table(rows, columns), {0}, NULL};
     if (between(0, 1)) m.bias = any(rows);
     Update *updates = malloc(m.n_updates * sizeof *updates);
     for (int i = 0; i < m.n_updates; i++) {
@@ -98,10 +115,12 @@ static int steps(const Model *m, int rows, int threads) {
     return pool && finite;
 }
 
+static int any_width(void) { return between(0, 1) ? between(1, 60) : BLOCK * between(1, 3); }
+
 static int any_shape(void) {
     int rows = between(1, 4), groups = between(1, 3), rank = between(1, 7);
     Model m = {
-        .n_layer = between(1, 3), .width = between(1, 50), .inner = between(1, 60),
+        .n_layer = between(1, 3), .width = any_width(), .inner = any_width(),
         .heads = groups * between(1, 3), .kv_heads = groups, .vocab = between(1, 50),
         .positions = between(LEARNED, ROTARY), .norm = between(LAYERNORM, RMSNORM),
         .mlp = between(GELU, SWIGLU), .n_prev = between(0, 3),
@@ -110,9 +129,9 @@ static int any_shape(void) {
     };
     m.head_dim = m.positions == ROTARY ? 2 * between(1, 9) : between(1, 19);
     m.final_norm = norm(m.width, 1), m.head = matrix(m.vocab, m.width, rank);
-    m.embedding = (Matrix){m.vocab, m.width, 0, any((size_t)m.vocab * m.width), {0}, NULL};
+    m.embedding = (Matrix){m.vocab, m.width, 0, table(m.vocab, m.width), {0}, NULL};
     Matrix previous[3] = {0}, learned = {.weight = any((size_t)m.max_length * m.width)};
-    for (int d = 0; d < m.n_prev; d++) previous[d].weight = any((size_t)m.vocab * m.width);
+    for (int d = 0; d < m.n_prev; d++) previous[d].weight = table(m.vocab, m.width);
     Numbers frequencies = filled(FLOAT32, m.head_dim / 2);
     m.prev_embeddings = previous, m.learned = &learned, m.frequencies = frequencies.at;
     m.layers = malloc(m.n_layer * sizeof *m.layers);

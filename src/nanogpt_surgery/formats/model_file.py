@@ -61,6 +61,7 @@ from nanogpt_surgery.history.folder_history import operations_on
 from nanogpt_surgery.lora.merging import in_turn
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.quantized import Quantization, check_computes_in, check_not_quantized
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 TENSORS = "model.safetensors"
@@ -121,6 +122,7 @@ def write_model_files(
         dtypes: of the tensors, where `make` gives them.
         make: gives a tensor by its name in the model; by default the model's.
     """
+    check_not_quantized(model, "a model folder")
     if has_lora(model):
         raise SurgeryError(
             "the model carries a LoRA, which a model folder has no place for",
@@ -198,7 +200,9 @@ def _carried_config(
 
 
 @check_arguments
-def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokenizer | None]:
+def open_model(
+    path: str | Path, dtype: Dtype = None, *, quantize: Quantization | None = None
+) -> tuple[SimpleGPT, Tokenizer | None]:
     """Opens whatever a path holds, in eval mode on the CPU.
 
     Weights are mapped where the file holds them as the model needs them, and otherwise read piece
@@ -210,15 +214,21 @@ def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokeni
         dtype: of the weights; None: as most of them are stored, float32 if they are quantised;
             "each": every tensor in its own, to be written again: a model of several dtypes does
             not compute.
+        quantize: keep the matrices in 8 or 4 bits (`QuantizedLinear`), and compute in float32;
+            the numbers that they were rounded from are not kept. Blocks of a GGUF file that are no
+            wider stay as they lie there.
 
     Returns:
         The model, and its tokenizer if there is one.
 
     Raises:
-        SurgeryError: nothing is there, it is damaged, or it is a model that we do not have.
+        SurgeryError: nothing is there, it is damaged, it is a model that we do not have, or another
+            dtype than float32 is asked for beside `quantize`.
     """
+    if quantize is not None:
+        dtype = check_computes_in(dtype)
     if is_gguf(Path(path)):
-        return open_gguf(path, dtype)
+        return open_gguf(path, dtype, quantize)
     folder = model_folder(path)
     if folder == Path(path) or not is_run(path):  # a checkpoint was read when it was chosen
         check_undamaged(folder)
@@ -239,7 +249,7 @@ def open_model(path: str | Path, dtype: Dtype = None) -> tuple[SimpleGPT, Tokeni
     names = normal_names(stored, family)
     tokenizer = open_tokenizer(folder)  # first: what it needs in passing is free again for weights
     check_ids(tokenizer, config.vocab_size, folder)
-    return build_model(config, names, table, dtype, str(folder)), tokenizer
+    return build_model(config, names, table, dtype, str(folder), quantize), tokenizer
 
 
 def open_tokenizer_of(path: str | Path) -> tuple[Tokenizer, int | None]:

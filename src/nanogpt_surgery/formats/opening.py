@@ -15,13 +15,16 @@ from nanogpt_surgery.data.conversations.chat import (
 )
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryWarning
+from nanogpt_surgery.formats.gguf.file import is_gguf
 from nanogpt_surgery.formats.huggingface.tokenizer_files import chat_template_in
 from nanogpt_surgery.formats.model_file import open_model
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
 from nanogpt_surgery.formats.placing import usual_dtype
+from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.operations import swap_lora
 from nanogpt_surgery.lora.settings import Tied
+from nanogpt_surgery.model.quantized import Quantization, check_computes_in, quantize_layers
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -33,6 +36,7 @@ def open_with_adapters(
     tied: Tied | None = None,
     force: bool = False,
     bfloat16: bool = True,
+    quantize: Quantization | None = None,
 ) -> tuple[SimpleGPT, Tokenizer]:
     """Opens a model with its tokenizer and named adapters; the first of them takes part alone.
 
@@ -44,32 +48,48 @@ def open_with_adapters(
         force: see `load_adapter`.
         bfloat16: whether the processor has arithmetic for it; without, weights that are stored so
             are float32 if no dtype is asked for, with a warning.
+        quantize: see `open_model`; under adapters the weights of a folder are rounded when it has
+            been seen that they are those of the adapters.
 
     Raises:
         SurgeryError: one of them does not open, or there is no tokenizer.
     """
-    # An adapter knows its base by the weights as they are stored.
-    model, found = open_model(path, "each" if adapters else dtype)
+    if quantize is not None:
+        dtype = check_computes_in(dtype)
+    # An adapter knows its base by the weights as they are stored, in a GGUF file as its blocks.
+    if adapters and not (quantize is not None and is_gguf(Path(path))):
+        model, found = open_model(path, "each")
+    else:
+        model, found = open_model(path, dtype, quantize=quantize)
     tokenizer = required_tokenizer(found, str(path))
-    if dtype is None:
-        dtype = usual_dtype((weight.dtype, weight.numel()) for weight in model.parameters())
-        if dtype == torch.bfloat16 and not bfloat16:
-            dtype = torch.float32
-            warnings.warn(
-                "the weights are bfloat16, which this processor has no arithmetic for: computing "
-                f"in float32, with {4 * model.n_parameters / 2**20:,.0f} MiB of weights instead of "
-                "half of that; dtype='bfloat16' leaves them",
-                SurgeryWarning,
-                stacklevel=2,
-            )
+    dtype = dtype or _usual_dtype(model, bfloat16)
     if dtype == torch.float32:
         model.float()
     for name, folder in adapters:
         load_adapter(model, folder, name=name, tied=tied, force=force)
     _cast(model, dtype)
+    if quantize is not None and adapters:
+        quantize_layers(model, quantize)  # those that are not yet
+        history_of(model).settle()  # lets go of the weights as they were
+        history_of(model).trainable_before = ()
     if adapters:
         swap_lora(model, adapters[0][0])
     return model, tokenizer
+
+
+def _usual_dtype(model: SimpleGPT, bfloat16: bool) -> torch.dtype:
+    """Returns the dtype of most weights; float32 for bfloat16 without arithmetic for it."""
+    dtype = usual_dtype((weight.dtype, weight.numel()) for weight in model.parameters())
+    if dtype != torch.bfloat16 or bfloat16:
+        return dtype
+    warnings.warn(
+        "the weights are bfloat16, which this processor has no arithmetic for: computing "
+        f"in float32, with {4 * model.n_parameters / 2**20:,.0f} MiB of weights instead of "
+        "half of that; dtype='bfloat16' leaves them",
+        SurgeryWarning,
+        stacklevel=3,
+    )
+    return torch.float32
 
 
 def _cast(model: SimpleGPT, dtype: torch.dtype) -> None:

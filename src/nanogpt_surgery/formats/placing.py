@@ -8,6 +8,7 @@ of them goes where in a model is checked whole before the first is read.
 from __future__ import annotations
 
 import difflib
+import itertools
 import math
 import os
 import re
@@ -30,6 +31,15 @@ from nanogpt_surgery.errors import SurgeryError, first_problems, quoted
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.quantized import (
+    BLOCK,
+    BLOCK_BYTES,
+    BlockKind,
+    Quantization,
+    block_kind,
+    quantize_blocks,
+    quantized_layer,
+)
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 if TYPE_CHECKING:
@@ -78,6 +88,16 @@ class StoredTensor:
         assert self.quantised is not None
         block, size = GGML_QUANT_SIZES[self.quantised]
         return numbers // block * size
+
+    @property
+    def block_kind(self) -> BlockKind | None:
+        """The blocks that its numbers lie in, if they are such as a layer can keep."""
+        name: Any = None if self.quantised is None else self.quantised.name
+        return name if name in BLOCK_BYTES else None
+
+    def blocks(self) -> Tensor:
+        """Its blocks, (N, bytes) uint8, as a part of the mapped file."""
+        return self._bytes().view(self.shape[0], -1)
 
     def mapped(self) -> Tensor | None:
         """The tensor as a part of the mapped file, where it can be used as it lies there."""
@@ -170,10 +190,41 @@ class Placement:
             tensor = self._read(_room(self.shape, dtype, on_disk))
         return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
 
+    def load_blocks(self, kind: BlockKind) -> dict[str, Tensor]:
+        """Our weights as blocks, by name: as they lie, where the file has such."""
+        if self.stored.block_kind == kind:
+            blocks = self.stored.blocks()
+        elif self.transposed:
+            blocks = quantize_blocks(self._read(torch.empty(self.shape)), kind, self.stored.name)
+        else:
+            parts = (
+                quantize_blocks(piece, kind, self.stored.name) for _, piece in self.stored.pieces()
+            )
+            blocks = torch.cat(list(parts))
+        blocks = deinterleave(blocks, self.row.interleaved)  # (N, bytes), rows moved as they are
+        names = [f"{name}.blocks" for name in self.row.ours]
+        return dict(zip(names, blocks.chunk(len(names)), strict=True))
+
+    def blocks_kind(self, bits: Quantization, model: nn.Module) -> BlockKind | None:
+        """The blocks that a weight is to have: those it is stored in, unless they are wider."""
+        if self.kind != "weight" or self.shape[-1] % BLOCK:
+            return None
+        if type(model.get_submodule(self.row.ours[0])) not in (nn.Linear, nn.Embedding):
+            return None
+        wanted, stored = block_kind(bits, self.row.ours[0]), self.stored.block_kind
+        return wanted if stored in (None, "Q8_0") else stored
+
     def mapped(self, dtype: torch.dtype) -> Tensor | None:
         """The tensor as a part of the mapped file, if the file holds it as it is needed."""
         as_it_is = self.stored.dtype == dtype and not (self.transposed or self.row.interleaved)
         return self.stored.mapped() if as_it_is else None
+
+    def n_bytes_read(self, dtype: torch.dtype, kind: BlockKind | None) -> int:
+        """The bytes that a dtype, or blocks of a kind, take in memory beside the mapped file."""
+        if kind is not None:
+            as_it_lies = self.stored.block_kind == kind and not self.row.interleaved
+            return 0 if as_it_lies else math.prod(self.shape) // BLOCK * BLOCK_BYTES[kind]
+        return math.prod(self.shape) * dtype.itemsize if self.mapped(dtype) is None else 0
 
     def _read(self, room: Tensor) -> Tensor:
         goal = room.t() if self.transposed else room
@@ -230,6 +281,7 @@ def build_model(
     table: Iterable[Row],
     dtype: Dtype,
     where: str,
+    quantize: Quantization | None = None,
 ) -> SimpleGPT:
     """A model of stored weights, in eval mode on the CPU.
 
@@ -240,6 +292,8 @@ def build_model(
         dtype: of the weights; None: the one that most numbers are stored in, float32 if any are
             quantised; "each": every tensor's own, or float32 for all if any are quantised.
         where: names the file in an error.
+        quantize: keep matrices as blocks of 8 or 4 bits, as they lie where the file has such; the
+            other weights are float32.
 
     Raises:
         SurgeryError: the tensors do not fit the config (all of them, before anything is allocated).
@@ -256,33 +310,62 @@ def build_model(
     if config.tie_head:
         del expected["lm_head.weight"]
     _check_fit(expected, placements, stored, rows, where)
-    wanted = list(zip(placements, _dtypes(placements, dtype), strict=True))
+    dtypes = _dtypes(placements, torch.float32 if quantize else dtype)
+    kinds = [p.blocks_kind(quantize, model) if quantize else None for p in placements]
+    wanted = list(zip(placements, dtypes, kinds, strict=True))
+    read = sum(p.n_bytes_read(d, kind) for p, d, kind in wanted)
     on_disk = dtype == "each"
-    read = sum(math.prod(p.shape) * d.itemsize for p, d in wanted if p.mapped(d) is None)
     check_memory(where, {"weights": 0 if on_disk else read}, "open a smaller model, or in bfloat16")
+    embeddings = [(p.stored, d) for p, d, _ in wanted if p.row.ours == ("embed_tokens",)]
+    for head, (embedding, chosen) in itertools.product(heads, embeddings):
+        _check_tie(head, embedding, chosen, where)
+    _load(model, wanted, on_disk)
+    return model.requires_grad_(quantize is None).eval()
+
+
+def _load(
+    model: SimpleGPT,
+    wanted: Iterable[tuple[Placement, torch.dtype, BlockKind | None]],
+    on_disk: bool,
+) -> None:
+    """Gives a model without numbers those of a file, in the dtypes or the blocks wanted."""
     tensors: dict[str, Tensor] = {}
-    for placement, chosen in wanted:
-        tensors |= placement.load(chosen, on_disk)
-    if config.tie_head:
-        tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-        _check_tie(heads, tensors["embed_tokens.weight"], where)
+    for placement, dtype, kind in wanted:
+        if kind is None:
+            tensors |= placement.load(dtype, on_disk)
+        else:
+            tensors |= placement.load_blocks(kind)
+            _expect_blocks(model, placement.row.ours, kind)
+    end = "weight" if "embed_tokens.weight" in tensors else "blocks"
+    if model.config.tie_head:
+        tensors[f"lm_head.{end}"] = tensors[f"embed_tokens.{end}"]
     model.load_state_dict(tensors, assign=True)
-    if config.tie_head:
-        model.lm_head.weight = model.embed_tokens.weight
-    return model.eval()
+    if model.config.tie_head:
+        setattr(model.lm_head, end, getattr(model.embed_tokens, end))
 
 
-def _check_tie(heads: list[StoredTensor], embedding: Tensor, where: str) -> None:
-    """A head that is stored although it is tied must be the embedding."""
-    for head in heads:
-        same = head.shape == tuple(embedding.shape) and all(
-            torch.equal(piece.to(embedding.dtype), embedding[start : start + len(piece)])
-            for start, piece in head.pieces()
+def _expect_blocks(model: SimpleGPT, names: Iterable[str], kind: BlockKind) -> None:
+    """Puts layers whose blocks have no numbers yet in the place of others without numbers."""
+    for name in names:
+        tied = ["lm_head"] if name == "embed_tokens" and model.config.tie_head else []
+        for each in (name, *tied):
+            owner, _, child = each.rpartition(".")
+            old: Any = model.get_submodule(each)
+            size = old.weight.size(1) // BLOCK * BLOCK_BYTES[kind]
+            blocks = torch.empty(len(old.weight), size, dtype=torch.uint8, device="meta")
+            setattr(model.get_submodule(owner), child, quantized_layer(old, blocks, kind))
+
+
+def _check_tie(head: StoredTensor, embedding: StoredTensor, dtype: torch.dtype, where: str) -> None:
+    """A head that is stored although it is tied must be the embedding, as both are loaded."""
+    same = head.shape == embedding.shape and all(
+        torch.equal(piece.to(dtype), other.to(dtype))
+        for (_, piece), (_, other) in zip(head.pieces(), embedding.pieces(), strict=True)
+    )
+    if not same:
+        raise SurgeryError(
+            f"{where}: {head.name} differs from the embedding to which the config ties it"
         )
-        if not same:
-            raise SurgeryError(
-                f"{where}: {head.name} differs from the embedding to which the config ties it"
-            )
 
 
 class _NoDraws(TorchFunctionMode):

@@ -93,6 +93,7 @@ def merge_lora(
 
 
 def _check_takes_part(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None:
+    _check_held(layers)
     if not all(layer.enabled for layer in layers.values()):
         raise SurgeryError(
             "the LoRA is disabled, so a merge would change what the model computes",
@@ -103,6 +104,17 @@ def _check_takes_part(model: nn.Module, layers: Mapping[str, LoRALayer]) -> None
         raise SurgeryError(
             f"no adapter takes part, so a merge would only take {', '.join(names)} off",
             f"swap_lora(model, {names[0]!r}) first, or remove_lora(model)",
+        )
+
+
+def _check_held(layers: Mapping[str, LoRALayer]) -> None:
+    """Raises `SurgeryError` for weights in a form that holds no sum, such as quantised ones."""
+    others = [name for name, layer in layers.items() if "blocks" in layer.original_layer._buffers]
+    if others:
+        raise SurgeryError(
+            f"{len(others)} weights are quantised ({', '.join(others[:4])}), and W + ΔW would not "
+            "be: rounded to the same few bits most of ΔW is lost",
+            "merge into the model as it was before, and quantise the result",
         )
 
 

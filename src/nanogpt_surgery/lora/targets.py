@@ -82,14 +82,16 @@ def unsupported_reason(model: nn.Module, name: str) -> str | None:
     """Why a module cannot be wrapped, or None if it can.
 
     A subclass with a forward of its own cannot, since the wrapper would not be called as its owner
-    calls it; nor can what PyTorch's own layers read past the forward (pytorch#128413).
+    calls it, unless it says that it is called as its base is (`called_as_its_base`); nor can what
+    PyTorch's own layers read past the forward (pytorch#128413).
     """
     module, owner = model.get_submodule(name), model.get_submodule(name.rpartition(".")[0])
     kind = type(module).__name__
     base = next((base for base in (nn.Linear, nn.Embedding) if isinstance(module, base)), None)
     if base is None:
         return f"a {kind}, neither an nn.Linear nor an nn.Embedding"
-    if type(module).forward is not base.forward:
+    alike = getattr(module, "called_as_its_base", False)
+    if type(module).forward is not base.forward and not alike:
         return f"a {kind}, an nn.{base.__name__} with a forward of its own"
     if isinstance(owner, nn.MultiheadAttention | nn.TransformerEncoderLayer):
         return f"read by {type(owner).__name__} past its forward, so that a LoRA would do nothing"
@@ -343,13 +345,18 @@ def tied_to(model: nn.Module, name: str) -> list[str]:
     """
     layer = model.get_submodule(name)
     bare = layer.original_layer if isinstance(layer, LoRALayer) else layer
-    weight = bare._parameters.get("weight")
+    weight = _held(bare)
     found = [
         other.removesuffix(".original_layer")
         for other, module in model.named_modules(remove_duplicate=False)
-        if weight is not None and module._parameters.get("weight") is weight
+        if weight is not None and _held(module) is weight
     ]
     return [o for o in dict.fromkeys(found) if model.get_submodule(o) is not layer]
+
+
+def _held(layer: nn.Module) -> Any:
+    """Returns the tensor that holds a layer's weight: itself, or its blocks if it is quantised."""
+    return layer._parameters.get("weight", layer._buffers.get("blocks"))
 
 
 def find_tied(model: nn.Module, names: Iterable[str], tied: Tied) -> dict[str, list[str]]:

@@ -148,6 +148,9 @@ class OpeningOptions:
     dtype: Literal["float32", "bfloat16"] | None = None
     """of the weights, and so of all that is computed; by default as they are stored, or float32
     where the processor has no bfloat16 arithmetic"""
+    quantize: Literal["int8", "int4"] | None = None
+    """keep the weights in 8 or 4 bits and compute in float32: in a quarter or a sixth of the
+    memory, and sooner; blocks of a GGUF file that are no wider are taken as they lie"""
     tied: Tied | None = None
     """what to do where an adapter changes a weight that layers share: refuse it, let that layer
     have one of its own, or adapt both; by default what the adapter was made with"""
@@ -175,6 +178,7 @@ class OpeningOptions:
             tied=self.tied,
             force=self.force,
             bfloat16=cpu_has_bfloat16(),
+            quantize=self.quantize,
         )
 
 

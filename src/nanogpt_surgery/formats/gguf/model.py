@@ -22,6 +22,7 @@ from nanogpt_surgery.formats.huggingface.tokenizer_files import check_ids
 from nanogpt_surgery.formats.placing import Dtype, StoredTensor, build_model, place
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
 from nanogpt_surgery.model.embeddings import rotary_frequencies, scale_rope_frequencies
+from nanogpt_surgery.model.quantized import Quantization
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -117,12 +118,14 @@ SCALING_FIELDS = (
 )  # fmt: skip
 
 
-def open_gguf(path: str | Path, dtype: Dtype) -> tuple[SimpleGPT, Tokenizer | None]:
+def open_gguf(
+    path: str | Path, dtype: Dtype, quantize: Quantization | None = None
+) -> tuple[SimpleGPT, Tokenizer | None]:
     """The model and the tokenizer of a GGUF file; see `open_model`."""
     file = read_gguf(path)
     family, config = config_of(file)
     stored = {name: tensor for name, tensor in file.tensors.items() if name != ROPE_FACTORS}
-    model = build_model(config, stored, table(family, config), dtype, str(path))
+    model = build_model(config, stored, table(family, config), dtype, str(path), quantize)
     try:
         tokenizer = tokenizer_of(file.metadata)
     except SurgeryError as error:

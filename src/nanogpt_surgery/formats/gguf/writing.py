@@ -43,6 +43,7 @@ from nanogpt_surgery.lora.merging import Rounding, in_turn
 from nanogpt_surgery.lora.several import has_lora
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.finite import check_finite_weights
+from nanogpt_surgery.model.quantized import check_not_quantized
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 
@@ -121,6 +122,7 @@ def rounding_of(layer: str, weight: Tensor, kind: GGUFType) -> tuple[str, Roundi
 
 
 def _family(model: SimpleGPT) -> str:
+    check_not_quantized(model, "this way of writing a GGUF file")
     if has_lora(model):
         raise SurgeryError(
             "the model carries a LoRA, which this file has no place for",

@@ -17,16 +17,11 @@
 #include <string.h>
 #include <unistd.h>
 
-enum { FLOAT32, BFLOAT16 };             /* of a matrix, and of a cache */
+#include "kernels.h"
+
 enum { LAYERNORM, RMSNORM };
 enum { GELU, GELU_TANH, RELU2, SWIGLU };
 enum { LEARNED, ROTARY };
-
-/* Numbers as they lie in PyTorch's memory: nothing is copied, so nothing can be stale. */
-typedef struct {
-    const void *at;                     /* or NULL where there are none */
-    int32_t kind;
-} Numbers;
 
 /* s · B A x beside a product: A (rank, columns), B (rows, rank); for the tokens of one adapter, or
    for all where `adapter` is ALL. */
@@ -71,123 +66,6 @@ typedef struct {
     int32_t row, position, adapter;
 } Token;
 
-/* ---- numbers and products: vectors of the compiler's, as wide as the machine's ---- */
-
-#if defined(__AVX512F__)
-#define LANES 16
-#else
-#define LANES 8
-#endif
-typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
-typedef uint16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
-
-static inline float as_float(uint16_t bfloat16) {
-    uint32_t word = (uint32_t)bfloat16 << 16;
-    float number;
-    memcpy(&number, &word, 4);
-    return number;
-}
-
-/* To the nearest bfloat16, ties to even, as PyTorch rounds. */
-static inline uint16_t as_bfloat16(float number) {
-    uint32_t word;
-    memcpy(&word, &number, 4);
-    if (number != number) return 0x7fc0;
-    return (uint16_t)((word + 0x7fff + ((word >> 16) & 1)) >> 16);
-}
-
-/* Not by memcpy: gcc would copy halves of a vector to the stack and wait to read them as one. */
-static inline Floats load(int kind, const void *from, size_t at) {
-    if (kind == FLOAT32) return *(const Floats *)((const float *)from + at);
-    Shorts shorts = *(const Shorts *)((const uint16_t *)from + at);
-    Words words = __builtin_convertvector(shorts, Words) << 16;
-    return (Floats)words;
-}
-
-static inline float number_at(Numbers from, size_t at) {
-    return from.kind == FLOAT32 ? ((const float *)from.at)[at]
-                                : as_float(((const uint16_t *)from.at)[at]);
-}
-
-/* The numbers at even and at odd places of two vectors that follow each other. */
-#if LANES == 16
-#define PLACES(first) first, first + 2, first + 4, first + 6, first + 8, first + 10, first + 12, \
-    first + 14, first + 16, first + 18, first + 20, first + 22, first + 24, first + 26, \
-    first + 28, first + 30
-#else
-#define PLACES(first) first, first + 2, first + 4, first + 6, first + 8, first + 10, first + 12, \
-    first + 14
-#endif
-#ifdef __clang__
-#define EVEN(a, b) __builtin_shufflevector(a, b, PLACES(0))
-#define ODD(a, b) __builtin_shufflevector(a, b, PLACES(1))
-#else
-#define EVEN(a, b) __builtin_shuffle(a, b, (Words){PLACES(0)})
-#define ODD(a, b) __builtin_shuffle(a, b, (Words){PLACES(1)})
-#endif
-
-static inline float sum(Floats numbers) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += numbers[i];
-    return total;
-}
-
-/* Four rows' products with one vector: the vector is read once, and four sums hide the latency. */
-static void dot4_of_float32(const float *w, size_t n, const float *x, float *out) {
-    Floats sums[4] = {{0}};
-    size_t k = 0;
-    for (; k + LANES <= n; k += LANES) {
-        Floats v = load(FLOAT32, x, k);
-        for (int r = 0; r < 4; r++) sums[r] += load(FLOAT32, w, r * n + k) * v;
-    }
-    for (int r = 0; r < 4; r++) {
-        out[r] = sum(sums[r]);
-        for (size_t i = k; i < n; i++) out[r] += w[r * n + i] * x[i];
-    }
-}
-
-/* The same of bfloat16, two at a time: they lie in one word, the earlier in its lower half, so
-   the numbers of even places are a shift away and those of odd ones a mask. */
-static void dot4_of_bfloat16(const uint16_t *w, size_t n, const float *x, float *out) {
-    Floats sums[4] = {{0}};
-    size_t k = 0;
-    for (; k + 2 * LANES <= n; k += 2 * LANES) {
-        Floats low = load(FLOAT32, x, k), high = load(FLOAT32, x, k + LANES);
-        Floats even = EVEN(low, high), odd = ODD(low, high);
-        for (int r = 0; r < 4; r++) {
-            Words two = *(const Words *)(w + r * n + k);
-            sums[r] += (Floats)(two << 16) * even;
-            sums[r] += (Floats)(two & 0xffff0000u) * odd;
-        }
-    }
-    for (int r = 0; r < 4; r++) {
-        out[r] = sum(sums[r]);
-        for (size_t i = k; i < n; i++) out[r] += as_float(w[r * n + i]) * x[i];
-    }
-}
-
-/* One row's product; `kind` is a constant where this is inlined. */
-static inline __attribute__((always_inline)) float dot_of(
-    int kind, const void *weight, size_t row, size_t n, const float *x) {
-    Floats s = {0};
-    size_t at = row * n, k = 0;
-    for (; k + LANES <= n; k += LANES) s += load(kind, weight, at + k) * load(FLOAT32, x, k);
-    float total = sum(s);
-    for (; k < n; k++) total += number_at((Numbers){weight, kind}, at + k) * x[k];
-    return total;
-}
-
-static void dot4(Numbers w, size_t row, size_t n, const float *x, float *out) {
-    if (w.kind == FLOAT32) dot4_of_float32((const float *)w.at + row * n, n, x, out);
-    else dot4_of_bfloat16((const uint16_t *)w.at + row * n, n, x, out);
-}
-
-static float dot(Numbers w, size_t row, size_t n, const float *x) {
-    return w.kind == FLOAT32 ? dot_of(FLOAT32, w.at, row, n, x)
-                             : dot_of(BFLOAT16, w.at, row, n, x);
-}
-
 /* ---- threads: awake within a step, asleep between steps ---- */
 
 typedef struct Pool Pool;
@@ -196,6 +74,7 @@ typedef struct {
     Pool *pool;
     int number;
     float *h, *scores, *low;            /* its own: (N, C), (max_length), (largest rank) */
+    char *input;                        /* N vectors as a matrix takes them */
 } Worker;
 
 struct Pool {
@@ -273,13 +152,15 @@ static void product(
     size_t y_stride, int add) {
     int first, last, count = w->pool->count;
     size_t n = m->columns;
+    size_t room = room_for(m->weight.kind, n);
     share(w, m->rows, &first, &last);
+    for (int b = begin; b < count && room; b++)
+        prepare(m->weight.kind, x + b * x_stride, n, w->input + b * room);
     for (int r = first; r < last; r += 4)
         for (int b = begin; b < count; b++) {
-            const float *in = x + b * x_stride;
+            const void *in = room ? (void *)(w->input + b * room) : (void *)(x + b * x_stride);
             float out[4], *to = y + b * y_stride + r;
-            if (last - r >= 4) dot4(m->weight, r, n, in, out);
-            else for (int i = 0; i < last - r; i++) out[i] = dot(m->weight, r + i, n, in);
+            dots(m->weight, r, last - r < 4 ? last - r : 4, n, in, out);
             for (int i = 0; i < 4 && r + i < last; i++) {
                 float value = out[i] + (m->bias.at ? number_at(m->bias, r + i) : 0);
                 to[i] = add ? to[i] + value : value;
@@ -320,14 +201,11 @@ static void embed(const Worker *w) {
         float *x = p->x + b * n, *turns = p->turns + (size_t)b * m->head_dim;
         const int64_t *ids = p->ids + (size_t)b * (1 + m->n_prev);
         int position = p->tokens[b].position;
-        for (size_t i = 0; i < n; i++)
-            x[i] = number_at(m->embedding.weight, ids[0] * n + i);
+        memset(x, 0, n * sizeof *x);
+        add_row(m->embedding.weight, ids[0], n, x);
         for (int d = 0; d < m->n_prev && d < position; d++)
-            for (size_t i = 0; i < n; i++)
-                x[i] += number_at(m->prev_embeddings[d].weight, ids[1 + d] * n + i);
-        if (m->positions == LEARNED)
-            for (size_t i = 0; i < n; i++)
-                x[i] += number_at(m->learned->weight, (size_t)position * n + i);
+            add_row(m->prev_embeddings[d].weight, ids[1 + d], n, x);
+        if (m->positions == LEARNED) add_row(m->learned->weight, position, n, x);
         else for (int i = 0; i < half; i++) {
             float angle = (float)position * m->frequencies[i];
             turns[i] = cosf(angle), turns[half + i] = sinf(angle);
@@ -501,7 +379,7 @@ static void after_a_fork(Pool *p) {
     pthread_cond_init(&p->wake, NULL);
 }
 
-static void free_worker(Worker *w) { free(w->h), free(w->scores), free(w->low); }
+static void free_worker(Worker *w) { free(w->h), free(w->scores), free(w->low), free(w->input); }
 
 void pool_free(Pool *p) {
     after_a_fork(p);
@@ -523,8 +401,9 @@ static int add_worker(Pool *p) {
     int i = p->threads;
     Worker *w = &p->workers[i];
     *w = (Worker){
-        p, i, numbers((size_t)p->most * m->width), numbers(m->max_length), numbers(m->max_rank)};
-    int there = w->h && w->scores && w->low;
+        p, i, numbers((size_t)p->most * m->width), numbers(m->max_length), numbers(m->max_rank),
+        (char *)numbers(p->most * widest(m))};
+    int there = w->h && w->scores && w->low && w->input;
     if (there && i) there = !pthread_create(&p->handles[i], NULL, work, w);
     if (there) p->threads++;
     else free_worker(w);

@@ -33,6 +33,13 @@ from nanogpt_surgery.model.embeddings import (
     identity,
     rotate,
 )
+from nanogpt_surgery.model.quantized import (
+    BLOCK,
+    BLOCK_BYTES,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    shape_of,
+)
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import (
     ACTIVATIONS,
@@ -47,6 +54,7 @@ from nanogpt_surgery.model.transformer_encoder_layer import (
 )
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1}
+BLOCK_KINDS = {"Q8_0": 2, "Q4_0": 3, "Q4_1": 4}
 NORMS = {"layernorm": 0, "rmsnorm": 1}
 MLPS = {"gelu": 0, "gelu_tanh": 1, "relu2": 2, "swiglu": 3}
 POSITIONS = {"learned": 0, "rotary": 1}
@@ -57,7 +65,7 @@ KNOWN = (
     *(SimpleGPT, TransformerEncoderLayer, CausalSelfAttention, PlainFeedForward),
     *(SwiGLUFeedForward, RMSNorm, RotaryPositions, LearnedPositions, PrevTokenEmbeddings),
     *(nn.LayerNorm, nn.Linear, nn.Embedding, nn.Identity, nn.Dropout, nn.ModuleList),
-    *(nn.ModuleDict, LoRALinear, LoRAUpdate),
+    *(nn.ModuleDict, LoRALinear, LoRAUpdate, QuantizedLinear, QuantizedEmbedding),
 )
 
 
@@ -110,7 +118,8 @@ def unsupported_reason(model: SimpleGPT, cache: KVCache) -> str:
         if type(part) not in types:
             return f"{name} is a {type(part).__name__}, not a {types[0].__name__}"
         for what, tensor, wanted in _tensors(part, shape):
-            if reason := _unreadable(tensor, wanted):
+            dtypes = (torch.uint8,) if what == "blocks" else tuple(KINDS)
+            if reason := _unreadable(tensor, wanted, dtypes):
                 return f"{what} of {name} {reason}"
     return _unfit(model, cache) or decoder_library()[1]
 
@@ -161,7 +170,8 @@ def _parts(config: GPTConfig) -> Iterator[Part]:
     q, kv, inner = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_inner
     norm = (RMSNorm if c.norm == "rmsnorm" else nn.LayerNorm,)
     head_norm = ((RMSNorm if c.qk_norm else nn.Identity),)
-    linear, embedding = (nn.Linear, LoRALinear), (nn.Embedding,)
+    linear = (nn.Linear, QuantizedLinear, LoRALinear)
+    embedding = (nn.Embedding, QuantizedEmbedding)
     yield "embed_tokens", embedding, table
     yield from ((f"embed_prev_tokens.{i}", embedding, table) for i in range(c.n_prev_tokens))
     rotary = c.positions == "rotary"
@@ -190,7 +200,12 @@ def _tensors(part: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Any, tupl
             yield "lora_A", a, (update.rank, shape[1])  # type: ignore[misc]
             yield "lora_B", b, (shape[0], update.rank)  # type: ignore[misc]
         part = part.original_layer
-    if isinstance(part, RotaryPositions):
+    if isinstance(part, (QuantizedLinear, QuantizedEmbedding)):
+        n_bytes = shape[1] // BLOCK * BLOCK_BYTES.get(part.kind, 0)
+        yield "blocks", part.blocks, (shape[0], n_bytes if shape[1] % BLOCK == 0 else 0)
+        if getattr(part, "bias", None) is not None:
+            yield "bias", part.bias, shape[:1]
+    elif isinstance(part, RotaryPositions):
         yield "frequencies", part.frequencies, shape
     elif not isinstance(part, nn.Identity):
         yield "weight", part.weight, shape
@@ -198,11 +213,13 @@ def _tensors(part: Any, shape: tuple[int, ...]) -> Iterator[tuple[str, Any, tupl
             yield "bias", part.bias, shape[:1]
 
 
-def _unreadable(tensor: Any, shape: tuple[int, ...]) -> str:
+def _unreadable(
+    tensor: Any, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...] = tuple(KINDS)
+) -> str:
     """Returns why C cannot read a tensor as numbers of this shape in one piece, or ""."""
     if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout is not torch.strided:
         return f"is a {type(tensor).__name__}, not a plain tensor"
-    if tensor.device.type != "cpu" or tensor.dtype not in KINDS:
+    if tensor.device.type != "cpu" or tensor.dtype not in dtypes:
         return f"is {tensor.dtype} on {tensor.device}"
     if tuple(tensor.shape) != shape:
         return f"has the shape {tuple(tensor.shape)}, not {shape}"
@@ -362,8 +379,12 @@ class NativeDecoder:
                 updates.append(Update(update.rank, adapter, weight * update.scaling, a, b))
             layer = layer.original_layer
         bias = self._numbers(getattr(layer, "bias", None))
-        weight = self._numbers(layer.weight)
-        return Matrix(*layer.weight.shape, len(updates), weight, bias, self._array(Update, updates))
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+            weight = self._numbers(layer.blocks, BLOCK_KINDS[layer.kind])
+            shape = shape_of(layer.blocks, layer.kind)
+        else:
+            weight, shape = self._numbers(layer.weight), layer.weight.shape
+        return Matrix(*shape, len(updates), weight, bias, self._array(Update, updates))
 
     def _taking_part(self, layer: LoRALinear) -> list[tuple[str, float, int]]:
         """Returns the updates that take part in a layer: name, weight, and for which tokens."""
@@ -380,11 +401,11 @@ class NativeDecoder:
         weight, bias = (getattr(norm, name, None) for name in ("weight", "bias"))
         return Norm(self._numbers(weight), self._numbers(bias))
 
-    def _numbers(self, tensor: Tensor | None) -> Any:
+    def _numbers(self, tensor: Tensor | None, kind: int | None = None) -> Any:
         if tensor is None:
             return Numbers()
         self._kept.append(tensor.detach())  # its memory, even if `tensor.data` becomes another
-        return Numbers(tensor.data_ptr(), KINDS[tensor.dtype])
+        return Numbers(tensor.data_ptr(), KINDS[tensor.dtype] if kind is None else kind)
 
     def _array(self, kind: Any, values: list[Any]) -> Any:
         array = (kind * len(values))(*values)
@@ -472,6 +493,8 @@ ATTRIBUTES: dict[type, Callable[[Any], Any]] = {
     RMSNorm: attrgetter("eps"),
     nn.LayerNorm: attrgetter("eps"),
     nn.Embedding: attrgetter("max_norm"),
+    QuantizedLinear: lambda layer: (layer.kind, _memory(layer.blocks)),
+    QuantizedEmbedding: lambda layer: (layer.kind, _memory(layer.blocks)),
     CausalSelfAttention: attrgetter("attend", "rotate"),
     PlainFeedForward: attrgetter("activation"),
     RotaryPositions: lambda positions: _memory(positions.frequencies),

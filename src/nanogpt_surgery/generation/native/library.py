@@ -25,6 +25,7 @@ from typing import Any
 from nanogpt_surgery.errors import SurgeryWarning, quoted
 
 SOURCE = Path(__file__).with_name("decoder.c")
+KERNELS = SOURCE.with_name("kernels.h")
 # Not -ffast-math: with gcc, a library linked by it changes how the whole process rounds.
 # -ffp-contract: without it, -std=c11 keeps gcc from multiplying and adding in one instruction.
 FLAGS = (
@@ -98,7 +99,8 @@ def _compile(command: list[str], path: Path) -> None:
 
 
 def _key(command: list[str]) -> str:
-    parts = [SOURCE.read_bytes(), repr((FLAGS, LINKED, command)).encode(), _processor()]
+    sources = SOURCE.read_bytes(), KERNELS.read_bytes()
+    parts = [*sources, repr((FLAGS, LINKED, command)).encode(), _processor()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
