@@ -22,7 +22,7 @@ from nanogpt_surgery import (
 from nanogpt_surgery.cli.framework.app import run as surgery
 from nanogpt_surgery.files.atomic import MANIFEST
 from nanogpt_surgery.files.writing import write_json
-from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
+from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf, plan_merge
 from nanogpt_surgery.history.folder_history import folder_log, undo_folder
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
@@ -185,3 +185,16 @@ def test_a_merge_that_makes_infinite_weights_is_refused_before_anything_is_writt
     assert "float32" in caught.value.hint
     assert bytes_of(place) == first
     merge_adapter(place / "model", place / "large", place / "out", dtype="bfloat16", force=True)
+
+
+def test_a_gguf_whose_type_ends_below_the_weights_is_refused_with_their_layer(place):
+    model, _ = open_model(place / "model")
+    inject_lora(model, "q_proj")
+    train_a_little(model)
+    layer = lora_layers(model)["layers.0.self_attn.q_proj"]
+    layer.lora_A.data[:, 0], layer.lora_B.data[0] = 3e3, 3e3
+    save_adapter(model, place / "large")
+    first = bytes_of(place)
+    with pytest.raises(SurgeryError, match=r"in 1 layers \(layers\.0\.self_attn\.q_proj\)"):
+        merge_into_gguf(place / "model", place / "large", place / "out.gguf", "F16", tolerance=9)
+    assert bytes_of(place) == first

@@ -27,7 +27,7 @@ from nanogpt_surgery.files.disk_errors import free_bytes
 from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.formats.comparison import check_tokenizer, computing_in_float32
 from nanogpt_surgery.formats.folders.run_folder import is_run
-from nanogpt_surgery.formats.gguf.writing import GGUFType, rounding_of, write_gguf_file
+from nanogpt_surgery.formats.gguf.writing import GGUFType, read_again, rounding_of, write_gguf_file
 from nanogpt_surgery.formats.huggingface.config import CONFIG
 from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
 from nanogpt_surgery.formats.huggingface.tokenizer_files import (
@@ -281,13 +281,14 @@ def merge_into_gguf(
     merge.add_in(tolerance, force)
 
     def write(new: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        again, written = write_gguf_file(merge.model, new, merge.tokenizer, kind, merge.tensor)
+        written = write_gguf_file(merge.model, new, merge.tokenizer, kind, merge.tensor)
         merge.check_rows()
-        return written, merge.measure(again)
+        again, kinds = read_again(new, merge.tokenizer, written, merge.tensor)
+        return kinds, merge.measure(again)
 
-    written, effect = write_file(path, write)
+    kinds, effect = write_file(path, write)
     summary = {"file": str(path), "layers": len(merge.rows), "base": merge.base, **effect}
-    stored = {f"stored_as_{row['stored as']}": row["tensors"] for row in written}
+    stored = {f"stored_as_{row['stored as']}": row["tensors"] for row in kinds}
     return Report(f"merged: {merge.title} into {model}", merge.rows, summary | stored)
 
 

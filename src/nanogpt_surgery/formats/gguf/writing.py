@@ -83,7 +83,8 @@ def save_gguf(
     def write(new: Path) -> Report:
         check_finite_weights(model, "the model")
         make = model.state_dict().__getitem__
-        again, rows = write_gguf_file(model, new, tokenizer, kind, make)
+        written = write_gguf_file(model, new, tokenizer, kind, make)
+        again, rows = read_again(new, tokenizer, written, make)
         return Report(f"GGUF written: {path}", rows, effect_on_logits(model, again))
 
     return write_file(path, write)
@@ -95,10 +96,18 @@ def write_gguf_file(
     tokenizer: Tokenizer | None,
     kind: GGUFType,
     make: Callable[[str], Tensor],
-) -> tuple[SimpleGPT, list[dict[str, Any]]]:
-    """Writes a file that is being made; returns its model, and how far its tensors are off.
+) -> tuple[dict[str, str], set[Lost]]:
+    """Writes a file that is being made.
 
-    `make` gives a tensor by its name in the model; of the model's own only the shapes count.
+    Args:
+        model: of its tensors only the shapes count.
+        path: of the file.
+        tokenizer: written beside the weights.
+        kind: of the matrices.
+        make: gives a tensor by its name in the model.
+
+    Returns:
+        How each tensor of the model was stored, and what of the tokenizer is not carried over.
     """
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")
@@ -109,9 +118,18 @@ def write_gguf_file(
         writer.add_quantization_version(2)
         if tokenizer is not None:
             lost = write_tokenizer(writer, tokenizer, model.config.vocab_size)
-        kinds = _write_tensors(writer, list(_named(model, family)), kind, make)
+        return _write_tensors(writer, list(_named(model, family)), kind, make), lost
+
+
+def read_again(
+    path: Path,
+    tokenizer: Tokenizer | None,
+    written: tuple[dict[str, str], set[Lost]],
+    make: Callable[[str], Tensor],
+) -> tuple[SimpleGPT, list[dict[str, Any]]]:
+    """The model that `write_gguf_file` wrote, and how far its tensors are off; see `compare`."""
     again, tokenizer_again = open_gguf(path, "each")
-    return again, compare(make, again, tokenizer, tokenizer_again, kinds, lost)
+    return again, compare(make, again, tokenizer, tokenizer_again, *written)
 
 
 def rounding_of(layer: str, weight: Tensor, kind: GGUFType) -> tuple[str, Rounding]:
