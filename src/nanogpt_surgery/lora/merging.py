@@ -8,7 +8,7 @@ ids that the model is called on, or a function of no arguments that gives logits
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial, reduce
@@ -23,7 +23,6 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import get_tie_word_embeddings, history_of, operation
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.embedding import TiedEmbeddingUpdate
-from nanogpt_surgery.lora.inject import replace_module
 from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
 from nanogpt_surgery.lora.several import active_adapters, adapter_names, lora_layers
 from nanogpt_surgery.lora.targets import tied_to
@@ -121,8 +120,10 @@ def _check_held(layers: Mapping[str, LoRALayer]) -> None:
 def check_undecided(model: nn.Module, layers: dict[str, LoRALayer]) -> None:
     """Raises `SurgeryError` if merging would break a tie that nobody decided to break."""
     undecided = {}
+    holders = Counter(id(module._parameters.get("weight")) for module in model.modules())
     for name, layer in layers.items():
-        others = [] if layer.unties else tied_to(model, name)
+        shared = not layer.unties and holders[id(getattr(layer.original_layer, "weight", None))] > 1
+        others = tied_to(model, name) if shared else []
         alone = [other for other in others if not _is_decided(model.get_submodule(other), layer)]
         if alone:
             undecided[name] = alone
@@ -156,13 +157,17 @@ def replace_layers(model: nn.Module, merged: Mapping[str, Tensor]) -> None:
     before = history_of(model).trainable_before
     trainable = None if before is None else {id(parameter) for parameter in before}
     parameters: dict[int, nn.Parameter] = {}
+    plain_layers: dict[int, nn.Module] = {}
     for name, layer in lora_layers(model).items():
-        plain: Any = layer.shown
+        plain: nn.Module = layer.shown
         if not layer.replaces_whole:
             weight = parameters.setdefault(id(merged[name]), nn.Parameter(merged[name]))
             weight.requires_grad_(trainable is None or id(layer.original_layer.weight) in trainable)
             plain = plain_layer(layer.original_layer, weight)
-        replace_module(model, name, plain)
+        plain_layers[id(layer)] = plain
+    for parent in list(model.modules()):
+        for child, module in parent._modules.items():
+            parent._modules[child] = plain_layers.get(id(module), module)
     restore_requires_grad(model)
     if get_tie_word_embeddings(model) and _is_untied(model):
         config: Any = model.config
@@ -260,19 +265,21 @@ def add_update(
     dtype = dtype or weight.dtype
     kind, rounded = stored or (str(dtype).removeprefix("torch."), partial(round_to, dtype=dtype))
     merged = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    as_it_is = stored is None and dtype == weight.dtype
     errors, sums = [], []
     for rows, base, delta in _chunks(layer):
         exact = base + delta
         merged[rows] = exact
-        before, after = rounded(base), rounded(exact)
-        errors.append((after - exact).abs().max())
-        changed, lost = (after != before).sum(), _squares(after - before - delta)
+        after = rounded(exact) if stored else merged[rows].to(exact.dtype)
+        before = base if as_it_is else rounded(base)
+        errors.append(torch.stack(torch.aminmax(after - exact)))
+        changed, lost = torch.count_nonzero(after != before), _squares(after - before - delta)
         sums.append(torch.stack((_squares(base), _squares(delta), lost, changed)))
     size, energy, lost, changed = torch.stack(sums).sum(0)
     return merged, {
         "dtype": kind,
         "ΔW / W": _ratio(energy, size),
-        "largest error": float(torch.stack(errors).max()),
+        "largest error": float(torch.stack(errors).abs().max()),
         "change kept": _kept(lost, energy),
         "weights changed": float(changed) / weight.numel(),
     }
@@ -300,7 +307,8 @@ def _delta_chunks(layer: LoRALayer, n_rows: int) -> Iterator[Tensor]:
     for start in range(0, len(layer.original_layer.weight), n_rows):
         rows = slice(start, start + n_rows)
         products = ((u.lora_B[rows].float() @ u.lora_A.float(), u, w) for u, w in updates)
-        yield reduce(torch.add, (p.mul_(u.scaling).mul_(w) for p, u, w in products))
+        scaled = ((p.mul_(u.scaling), w) for p, u, w in products)
+        yield reduce(torch.add, (p if w == 1 else p.mul_(w) for p, w in scaled))
 
 
 def _squares(numbers: Tensor) -> Tensor:
