@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery import GPTConfig, GPTDataset, SimpleGPT, fit
 from nanogpt_surgery.model.initialisation import start_from_zero
+from nanogpt_surgery.training.hardware import cpu_has_bfloat16
 from nanogpt_surgery.training.recipes import RECIPES
 
 
@@ -41,6 +42,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Shape(4, 4, 128, 64, 12)
 MIDDLE = Shape(6, 6, 384, 256, 64)
 GPT2 = Shape(12, 12, 768, 1024, 8, vocab_size=50304, tie_head=True)  # padded, as nanoGPT's is
+
+
+def instruction_set() -> str:
+    """What the processor computes with: a figure in bfloat16 says little without it."""
+    bfloat16 = "with" if cpu_has_bfloat16() else "no"
+    return f"{torch.backends.cpu.get_cpu_capability()}, {bfloat16} bfloat16 arithmetic"
 
 
 def ours(

@@ -181,10 +181,12 @@ def main() -> None:
     options = parser.parse_args()
 
     import torch
+    from contenders import instruction_set
 
     rate = matmul_rate()
     print(
-        f"{options.shape}: {torch.get_num_threads()} threads, float32 products {rate:.0f} GFLOP/s"
+        f"{options.shape}: {torch.get_num_threads()} threads, {instruction_set()}, "
+        f"float32 products {rate:.0f} GFLOP/s"
     )
     print("| targets | weights | ours | peft | × tokens/s | ours | peft | × memory | ours | peft |")
     print("|---|---|---|---|---|---|---|---|---|---|", flush=True)

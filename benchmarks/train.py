@@ -186,7 +186,8 @@ def main() -> None:
     parser.add_argument("--dropout", type=float, default=0.0, help="at 6 layers × 384")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads")
+    threads = torch.get_num_threads()
+    print(f"torch {torch.__version__}, {threads} threads, {contenders.instruction_set()}")
     if options.only != "rate":
         if not options.nanogpt:
             raise SystemExit("the time to loss is measured beside nanoGPT: --nanogpt PATH")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -70,8 +70,18 @@ class Accelerated:
         """Sets fused products, compiled blocks and the CPU's kernels, and takes them back."""
         fused = fused_products(self.model, self.hardware.precision)
         compiled = attributes_set("_compiled_call_impl", self.compiled)
-        with fused, compiled, cpu_kernels(self.model):
+        with fused, compiled, cpu_kernels(self.model), self._cast_once():
             yield
+
+    def _cast_once(self) -> AbstractContextManager[object]:
+        """Keeps the weights that autocast casts until all parts of a step have used them.
+
+        They are forgotten when the outermost autocast ends: this one, which itself casts nothing.
+        """
+        kind, precision = self.hardware.device.type, self.hardware.precision
+        if precision == torch.float32:
+            return nullcontext()
+        return torch.autocast(kind, precision, enabled=False)
 
     def batches(self, first_step: int) -> Iterator[Batch]:
         """Yields the batch of each step, in the host's memory.

@@ -1,4 +1,4 @@
-"""The dropout and the attention of a `SimpleGPT`, exchanged for what a CPU does fast."""
+"""The dropout, the norms and the attention of a `SimpleGPT`, exchanged for what a CPU does fast."""
 
 from __future__ import annotations
 
@@ -13,21 +13,22 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import CausalSelfAttention, causal_attention
 from nanogpt_surgery.training.fast.block_attention import KEPT_KEYS, block_attention
 from nanogpt_surgery.training.fast.cpu_dropout import Dropout
+from nanogpt_surgery.training.fast.norms import quick_norms
 from nanogpt_surgery.training.forward import attributes_set
 from nanogpt_surgery.training.hardware import cpu_has_bfloat16
 
 
 @contextmanager
 def cpu_kernels(model: nn.Module) -> Iterator[None]:
-    """Replaces the dropout and the attention of a `SimpleGPT` on a CPU within the block."""
+    """Replaces dropout, norms and attention of a `SimpleGPT` on a CPU within the block."""
     if not isinstance(model, SimpleGPT) or model.embed_tokens.weight.device.type != "cpu":
         yield
         return
     owners: list[Any] = [model, *model.layers]
-    dropouts = {o.dropout: Dropout for o in owners if type(o.dropout) is nn.Dropout}
+    classes = {o.dropout: Dropout for o in owners if type(o.dropout) is nn.Dropout}
     attentions = [m for m in model.layers.modules() if isinstance(m, CausalSelfAttention)]
     attend = attributes_set("attend", dict.fromkeys(attentions, cpu_attention))
-    with attributes_set("__class__", dropouts), attend:
+    with attributes_set("__class__", classes | quick_norms(model)), attend:
         yield
 
 
