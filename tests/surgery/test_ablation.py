@@ -2,20 +2,23 @@
 
 import pytest
 import torch
-from helpers.adapters import assert_same_bits, bits
+from helpers.adapters import adapted, assert_same_bits, bits
 from helpers.models import CONFIGS, random_ids, tiny_model
 
 from nanogpt_surgery import (
+    GPTConfig,
     SurgeryError,
     blend_lora,
     disable_lora,
     load_adapter,
     merge_lora,
+    open_model,
     save_adapter,
+    save_model,
     undo_lora,
 )
 from nanogpt_surgery.interpret import patch, project_out, record, zero
-from nanogpt_surgery.surgery import ablate
+from nanogpt_surgery.surgery import ablate, extract
 
 
 @pytest.fixture(params=CONFIGS)
@@ -110,8 +113,48 @@ def test_what_is_not_there_is_named():
         ({"direction": torch.ones(24), "layers": [5]}, r"layer 5"),
         ({}, "nothing"),
         ({"heads": {0: []}}, "nothing"),
+        ({"heads": {0: 1}}, r"1.*heads"),
+        ({"heads": {0: [1.5]}}, r"1\.5.*heads"),
+        ({"neurons": {0: [1.5]}}, r"1\.5.*neurons"),
+        ({"heads": {"0": [1]}}, r"'0'.*layers"),
+        ({"heads": {0: [1]}, "layers": [1]}, "without a direction"),
+        ({"direction": torch.full((24,), torch.nan)}, "nan"),
+        ({"direction": torch.full((24,), torch.inf)}, "inf"),
     ]
     for options, said in wrong:
         with pytest.raises(SurgeryError, match=said):
             ablate(model, **options)
     assert_same_bits(model, before)
+
+
+@torch.no_grad()
+def test_numbers_may_be_an_array_and_named_twice():
+    model, other = tiny_model(CONFIGS["llama"]), tiny_model(CONFIGS["llama"])
+    ids = random_ids(model.config, 1, 5)
+    ablate(model, neurons={0: torch.tensor([3, 1, 3])}, heads={1: torch.tensor([2])})
+    ablate(other, neurons={0: [1, 3]}, heads={1: [2]})
+    assert torch.equal(model(ids), other(ids))
+
+
+@torch.no_grad()
+def test_the_effect_is_that_of_the_ablation_alone():
+    """An adapter that waits from then on is no part of it."""
+    model, bare = adapted(CONFIGS["llama"]), tiny_model(CONFIGS["llama"])
+    ids = random_ids(model.config, 1, 5)
+    reports = [ablate(m, "cut", heads={0: [1]}, probe=ids) for m in (model, bare)]
+    assert reports[0].summary == reports[1].summary
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@torch.no_grad()
+def test_a_quantised_model_is_ablated_and_not_extracted(tied, tmp_path):
+    config = GPTConfig(53, n_embd=32, n_head=2, n_layer=2, block_size=19, tie_head=tied)
+    save_model(tiny_model(config), tmp_path / "m")
+    model, _ = open_model(tmp_path / "m", quantize="int8")
+    ids = random_ids(config, 2, 7)
+    with patch(model, {"layers.1.heads": zero(heads=[0])}):
+        expected = model(ids)
+    with pytest.raises(SurgeryError, match=r"quantised.*extract"):
+        extract(model, tiny_model(config), "x", rank=1)
+    ablate(model, heads={1: [0]}, probe=ids)
+    torch.testing.assert_close(model(ids), expected, atol=1e-4, rtol=1e-4)

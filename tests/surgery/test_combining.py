@@ -269,3 +269,77 @@ def test_truncation_is_the_best_of_its_rank(rank):
     assert_close(small_b @ small_a, dense_b @ dense_a)
     best = torch.linalg.svdvals(b @ a)[rank:].norm()
     torch.testing.assert_close((b @ a - small_b @ small_a).norm(), best, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("targets", ["lm_head", ["embed_tokens", "q_proj"]])
+@torch.no_grad()
+def test_adapters_that_keep_a_tie_are_combined_and_compressed_to_one_that_does(targets):
+    model = tiny_model(CONFIGS["llama-scaled-tied"])
+    ids = random_ids(model.config, 2, 7)
+    for seed, name in enumerate(("one", "two")):
+        inject_lora(model, targets, rank=2 + seed, alpha=5, name=name, tied="both")
+        train_a_little(model, seed=seed, size=0.3)
+    weights = {"one": 0.7, "two": -1.5}
+    blend_lora(model, weights)
+    expected = model(ids)
+    combine(model, weights, "sum")
+    assert_close(model(ids), expected)
+    for method in ("linear", "ties", "dare"):
+        combine(model, weights, method, method=method, rank=2)
+    compress(model, "sum", "small", rank=1)
+    for name in ("sum", "linear", "ties", "dare", "small"):
+        changes = deltas(model, name)
+        assert torch.equal(changes["embed_tokens"].T, changes["lm_head"])
+
+
+@torch.no_grad()
+def test_one_adapter_that_unties_unties_the_combination():
+    model = tiny_model(CONFIGS["llama-scaled-tied"])
+    ids = random_ids(model.config, 2, 7)
+    for seed, (name, tied) in enumerate((("one", "both"), ("two", "untie"))):
+        inject_lora(model, "lm_head", rank=2, name=name, tied=tied)
+        train_a_little(model, seed=seed, size=0.3)
+    blend_lora(model, {"one": 1, "two": 2})
+    expected = model(ids)
+    combine(model, {"one": 1, "two": 2}, "sum")
+    assert_close(model(ids), expected)
+
+
+@pytest.mark.parametrize("moved", [("lm_head",), ("embed_tokens", "lm_head"), ("embed_tokens",)])
+@torch.no_grad()
+def test_a_model_that_was_untied_is_extracted_from_its_tied_base(moved):
+    model, tuned = (tiny_model(CONFIGS["llama-scaled-tied"]) for _ in range(2))
+    ids = random_ids(model.config, 2, 7)
+    tuned.lm_head.weight = nn.Parameter(tuned.lm_head.weight.clone())
+    for row, name in enumerate(moved):
+        tuned.get_submodule(name).weight[row] += 1
+    report = extract(model, tuned, "own", rank=2)
+    assert [row["layer"] for row in report.rows] == sorted(moved)
+    assert_close(model(ids), tuned(ids))
+    merge_lora(model)
+    assert_close(model(ids), tuned(ids))
+
+
+@torch.no_grad()
+def test_what_is_not_finite_is_named():
+    model, tuned = two_adapters(), tiny_model(CONFIGS["llama"])
+    layer = "layers.1.self_attn.q_proj"
+    tuned.get_submodule(layer).weight[0, 0] = math.nan
+    with pytest.raises(SurgeryError, match=layer):
+        extract(tiny_model(CONFIGS["llama"]), tuned, "c", rank=1)
+    model.get_submodule(layer).updates["two"].lora_B[0, 0] = math.inf
+    before = bits(model)
+    for method in ("linear", "slerp", "ties", "dare"):
+        with pytest.raises(SurgeryError, match=rf"{layer} by 'two'"):
+            combine(model, {"one": 1, "two": 1}, "c", method=method)
+    with pytest.raises(SurgeryError, match=rf"{layer} by 'two'"):
+        compress(model, "two", "c", rank=1)
+    assert_same_bits(model, before)
+
+
+def test_an_adapter_minus_itself_has_no_error():
+    model = two_adapters()
+    combine(model, {"one": 1}, "copy")
+    report = combine(model, {"one": 1, "copy": -1}, "nothing", rank=2)
+    assert report.summary["largest_layer_error"] == 0
+    assert max(delta.abs().max() for delta in deltas(model, "nothing").values()) < 1e-5

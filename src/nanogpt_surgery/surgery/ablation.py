@@ -12,13 +12,15 @@ Legend: C width, D head width, R rank.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from operator import index
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.errors import SurgeryError, quoted
+from nanogpt_surgery.interpret.comparison import without
 from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
 from nanogpt_surgery.lora.several import check_new_name
@@ -53,20 +55,24 @@ def ablate(
         neurons: for each layer the inner activations of the feed-forward.
         direction: (C,), of any length; no block writes along it any more.
         layers: in which the direction is cut; all by default.
-        probe: ids (B, T), or a function that gives logits, by which the effect is measured.
+        probe: ids (B, T), or a function that gives logits: by it the ablation is compared with the
+            model without any adapter.
 
     Returns:
         A row for each cut layer: its rank, ‖ΔW‖ / ‖W‖, what is left of what was cut beside ‖W‖, and
         what its bias writes along the direction.
 
     Raises:
-        SurgeryError: a head, neuron, layer or direction is not there, nothing is cut, or more than
-            rounding is left of what was. The model is untouched then.
+        SurgeryError: a head, neuron, layer or direction is not there, nothing is cut, layers are
+            named without a direction, or more than rounding is left of what was cut. The model is
+            untouched then.
     """
     check_new_name(model, name)
+    if direction is None and layers is not None:
+        raise SurgeryError("layers are named without a direction", "heads={layer: [head, …]}")
     unit = None if direction is None else _unit(direction, model.config.n_embd)
     updates, rows = _cuts(model, heads or {}, neurons or {}, unit, layers)
-    before = None if probe is None else logits_of(model, probe)
+    before = None if probe is None else _logits_without_adapters(model, probe)
     title = f"ablate as {name}"
     attach_adapter(model, StoredAdapter(updates), name, title=title)
     summary: dict[str, Any] = {"layers": len(rows)}
@@ -76,6 +82,11 @@ def ablate(
     if before is not None and probe is not None:
         summary |= compare_logits(before, logits_of(model, probe))
     return Report(title, rows, summary)
+
+
+def _logits_without_adapters(model: SimpleGPT, probe: Probe) -> Tensor:
+    with without(layer for layer in model.modules() if isinstance(layer, LoRALayer)):
+        return logits_of(model, probe)
 
 
 def _cuts(
@@ -88,17 +99,17 @@ def _cuts(
     """Returns the update of each layer that is cut, and its row of the report."""
     c = model.config
     cut_layers = range(c.n_layer) if layers is None else layers
-    _check_there("layer", c.n_layer, [*heads, *neurons, *cut_layers])
+    _sorted([*heads, *neurons, *cut_layers], c.n_layer, "layer")
     of_heads = {n: _of_heads(some, c.n_head, c.head_dim) for n, some in heads.items()}
     of_neurons = {n: _sorted(some, c.n_inner, "neuron") for n, some in neurons.items()}
     updates: dict[str, LowRankUpdate] = {}
     rows: list[dict[str, Any]] = []
-    for index in range(c.n_layer):
-        along = unit if index in cut_layers else None
+    for number in range(c.n_layer):
+        along = unit if number in cut_layers else None
         for path, columns in (("self_attn.o_proj", of_heads), ("mlp.down_proj", of_neurons)):
-            if columns.get(index) or along is not None:
-                where = f"layers.{index}.{path}"
-                updates[where], row = _cut(model, where, columns.get(index, []), along)
+            if columns.get(number) or along is not None:
+                where = f"layers.{number}.{path}"
+                updates[where], row = _cut(model, where, columns.get(number, []), along)
                 rows.append({"layer": where, **row})
     if not updates:
         raise SurgeryError("nothing is to be cut", "name heads, neurons or a direction")
@@ -135,15 +146,23 @@ def _unit(direction: Tensor, width: int) -> Tensor:
     return flat / length
 
 
-def _check_there(what: str, count: int, numbers: Sequence[int]) -> None:
-    for number in numbers:
+def _sorted(numbers: Sequence[int], count: int, what: str) -> list[int]:
+    """Returns the numbers of parts, each once.
+
+    Raises:
+        SurgeryError: one is no whole number, or is not from 0 to `count` − 1.
+    """
+    try:
+        there = sorted({index(number) for number in numbers})
+    except TypeError:
+        raise SurgeryError(
+            f"{quoted(numbers)} are no numbers of {what}s",
+            f"a list of numbers from 0 to {count - 1}",
+        ) from None
+    for number in there:
         if not 0 <= number < count:
             raise SurgeryError(f"there is no {what} {number}; they are 0 to {count - 1}")
-
-
-def _sorted(numbers: Sequence[int], count: int, what: str) -> list[int]:
-    _check_there(what, count, numbers)
-    return sorted(set(numbers))
+    return there
 
 
 def _of_heads(heads: Sequence[int], count: int, width: int) -> list[int]:
@@ -153,14 +172,14 @@ def _of_heads(heads: Sequence[int], count: int, width: int) -> list[int]:
 
 def _without(weight: Tensor, cut: Sequence[int], along: Tensor | None) -> Factors:
     """Returns A (R, in) and B (out, R) of the ΔW that takes columns, and then a direction, away."""
-    index = torch.tensor(cut, dtype=torch.long)
-    a = torch.zeros(len(index), weight.size(1))
-    a[torch.arange(len(index)), index] = 1
-    b = -weight[:, index]  # (out, R)
+    columns = torch.tensor(cut, dtype=torch.long)
+    a = torch.zeros(len(columns), weight.size(1))
+    a[torch.arange(len(columns)), columns] = 1
+    b = -weight[:, columns]  # (out, R)
     if along is None:
         return a, b
     kept = weight.clone()
-    kept[:, index] = 0
+    kept[:, columns] = 0
     return torch.cat((a, (along @ kept)[None])), torch.cat((b, -along[:, None]), 1)
 
 

@@ -14,7 +14,7 @@ Each is in the journal, and leaves the model as it was if it fails.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -31,7 +31,8 @@ from nanogpt_surgery.lora.stored_adapter import (
     attach_adapter,
     extract_adapter,
 )
-from nanogpt_surgery.lora.targets import adaptable_layers
+from nanogpt_surgery.lora.targets import adaptable_layers, tied_to
+from nanogpt_surgery.model.quantized import check_not_quantized
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.surgery.low_rank import (
     Factors,
@@ -90,7 +91,7 @@ def combine(
         made[layer] = _update(factors, parts[0][1].embedding)
         rows.append({"layer": layer, **row})
     title = f"combine {' + '.join(f'{w:g} {n}' for n, w in weights.items())} as {name}"
-    adapter = StoredAdapter(made, tied=_choice(model, weights))
+    adapter = _stored(model, made, weights)
     before = None if probe is None else _blend_logits(model, weights, probe)
     attach_adapter(model, adapter, name, title=title)
     return _report(model, title, rows, before, probe)
@@ -132,8 +133,7 @@ def compress(
         rows.append({"layer": layer, **_row(exact, factors)})
     title, weights = f"compress {adapter} as {name}", {adapter: 1.0}
     before = None if probe is None else _blend_logits(model, weights, probe)
-    stored = StoredAdapter(made, tied=_choice(model, weights))
-    attach_adapter(model, stored, name, title=title)
+    attach_adapter(model, _stored(model, made, weights), name, title=title)
     return _report(model, title, rows, before, probe)
 
 
@@ -162,20 +162,23 @@ def extract(
         differ and are no layer's weight (norms, biases), which no adapter can hold.
 
     Raises:
-        SurgeryError: the models have other tensors or shapes, or do not differ in a layer.
+        SurgeryError: the models have other tensors or shapes, a difference is not finite, or they
+            do not differ in a layer.
     """
     check_rank_or_energy(rank, energy, needed=True)
     check_new_name(model, name)
+    for one in (model, tuned):
+        check_not_quantized(one, "extract")
     base, goal = model.state_dict(), tuned.state_dict()
     _check_same_shapes(base, goal)
     differing = [key for key in base if not torch.equal(base[key], goal[key])]
-    made, rows = _differences(model, tuned, rank, energy)
+    adapter, rows = _differences(model, tuned, rank, energy)
+    made = adapter.updates
     if not made:
         raise SurgeryError("the models do not differ in the weight of any layer")
     title = f"extract {name}"
     before = None if probe is None else logits_of(tuned, probe)
-    tied = "both" if len(made) > len(rows) else None
-    attach_adapter(model, StoredAdapter(made, tied=tied), name, title=title)
+    attach_adapter(model, adapter, name, title=title)
     report = _report(model, title, rows, before, probe)
     left = [key for key in differing if key.removesuffix(".weight") not in made]
     return Report(report.title, report.rows, report.summary | {"left out": ", ".join(left)})
@@ -183,24 +186,41 @@ def extract(
 
 def _differences(
     model: nn.Module, tuned: nn.Module, rank: int | None, energy: float | None
-) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
-    """Returns the update of each layer whose weight differs, and a row for each that is its own."""
-    base, goal = model.state_dict(), tuned.state_dict()
-    firsts: dict[int, LowRankUpdate] = {}  # by the memory of a weight, which layers may share
+) -> tuple[StoredAdapter, list[dict[str, Any]]]:
+    """Returns the update of each layer whose weight differs, and a row for each that is its own.
+
+    Layers that share a weight in both models share their update; where only the base ties them,
+    each has its own, and a merge unties them.
+    """
+    goal = {layer: _weight(tuned, layer) for layer in adaptable_layers(model)}
     made: dict[str, LowRankUpdate] = {}
     rows: list[dict[str, Any]] = []
+    tied: str | None = None
     for layer, module in adaptable_layers(model).items():
-        weight, embedding = base[f"{layer}.weight"], isinstance(module, nn.Embedding)
-        if torch.equal(weight, goal[f"{layer}.weight"]):
-            continue
-        if (first := firsts.get(weight.data_ptr())) is not None:
-            made[layer] = _as_of(first, embedding)
-            continue
-        delta = goal[f"{layer}.weight"].float() - weight.float()
-        factors, row = _nearest(delta.T if embedding else delta, rank, energy)
-        firsts[weight.data_ptr()] = made[layer] = _update(factors, embedding)
-        rows.append({"layer": layer, **row})
-    return made, rows
+        delta = goal[layer].float() - _weight(model, layer).float()
+        embedding, others = isinstance(module, nn.Embedding), tied_to(model, layer)
+        alike = all(other in goal and torch.equal(goal[other], goal[layer]) for other in others)
+        if others and delta.any():
+            tied = "both" if alike and tied != "untie" else "untie"
+        if alike and (first := next((other for other in others if other in made), None)):
+            made[layer] = _as_of(made[first], embedding)
+        elif delta.any():
+            _check_finite(layer, delta)
+            factors, row = _nearest(delta.T if embedding else delta, rank, energy)
+            made[layer] = _update(factors, embedding)
+            rows.append({"layer": layer, **row})
+    return StoredAdapter(made, tied=tied), rows
+
+
+def _weight(model: nn.Module, layer: str) -> Tensor:
+    weight: Tensor = model.get_submodule(layer).get_parameter("weight").detach()
+    return weight
+
+
+def _check_finite(layer: str, *tensors: Tensor) -> None:
+    for tensor in tensors:
+        if not bool(tensor.isfinite().all()):
+            raise SurgeryError(f"the change of {layer} is not finite, so it has no directions")
 
 
 def _nearest(
@@ -225,13 +245,15 @@ def _products(model: nn.Module, name: str) -> dict[str, LowRankUpdate]:
     """Returns the updates of an adapter, all of them products.
 
     Raises:
-        SurgeryError: one is not.
+        SurgeryError: one is not, or is not finite.
     """
     adapter = extract_adapter(model, name)
     dora = [layer for layer, update in adapter.updates.items() if update.magnitude is not None]
     if dora or adapter.whole:
         which = f"is a DoRA ({dora[0]}, …)" if dora else "replaces modules whole"
         raise SurgeryError(f"{name!r} {which}: its change is no product B A", "merge_lora(model)")
+    for layer, update in adapter.updates.items():
+        _check_finite(f"{layer} by {name!r}", update.A, update.B)
     return adapter.updates
 
 
@@ -347,11 +369,12 @@ def _check_is_sum(factors: Factors, parts: list[tuple[float, LowRankUpdate]]) ->
 def _row(exact: Factors, factors: Factors) -> dict[str, Any]:
     """Returns rank and size, and the error, all without a matrix (out, in)."""
     gap = torch.cat((exact[0], factors[0])), torch.cat((exact[1], -factors[1]), 1)
-    size = _norm(exact)
+    size, parts = _norm(exact), float(exact[0].norm() * exact[1].norm())
+    is_zero = size <= 1e-6 * parts  # parts that cancel: what is left of them is rounding
     return {
         "rank": len(factors[0]),
         "‖ΔW‖": size,
-        "error": 0.0 if exact is factors else _norm(gap) / max(size, 1e-30),
+        "error": 0.0 if exact is factors or is_zero else _norm(gap) / size,
     }
 
 
@@ -361,8 +384,18 @@ def _norm(factors: Factors) -> float:
     return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())
 
 
-def _choice(model: nn.Module, names: Mapping[str, float]) -> Any:
-    return next((c for n in names if (c := extract_adapter(model, n).tied) is not None), None)
+def _stored(
+    model: nn.Module, made: dict[str, LowRankUpdate], names: Iterable[str]
+) -> StoredAdapter:
+    """Returns the adapter of some updates; where all that it is made of keep a tie, it does."""
+    choices = {extract_adapter(model, name).tied for name in names} - {None}
+    if choices != {"both"}:
+        return StoredAdapter(made, tied="untie" if choices else None)
+    shared: dict[str, LowRankUpdate] = {}
+    for layer, update in made.items():
+        first = next((other for other in tied_to(model, layer) if other in shared), None)
+        shared[layer] = update if first is None else _as_of(shared[first], update.embedding)
+    return StoredAdapter(shared, tied="both")
 
 
 def _blend_logits(model: nn.Module, weights: Mapping[str, float], probe: Probe) -> Tensor:
