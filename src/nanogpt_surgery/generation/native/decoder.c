@@ -156,15 +156,13 @@ static void product(
     share(w, m->rows, &first, &last);
     for (int b = begin; b < count && room; b++)
         prepare(m->weight.kind, x + b * x_stride, n, w->input + b * room);
-    for (int r = first; r < last; r += 4)
+    for (int r = first; r < last; r++)
         for (int b = begin; b < count; b++) {
             const void *in = room ? (void *)(w->input + b * room) : (void *)(x + b * x_stride);
-            float out[4], *to = y + b * y_stride + r;
-            dots(m->weight, r, last - r < 4 ? last - r : 4, n, in, out);
-            for (int i = 0; i < 4 && r + i < last; i++) {
-                float value = out[i] + (m->bias.at ? number_at(m->bias, r + i) : 0);
-                to[i] = add ? to[i] + value : value;
-            }
+            float *to = y + b * y_stride + r;
+            float value = product_of_row(m->weight, r, n, in);
+            if (m->bias.at) value += number_at(m->bias, r);
+            *to = add ? *to + value : value;
         }
     for (int u = 0; u < m->n_updates; u++)
         add_update(w, &m->updates[u], n, first, last, begin, x, x_stride, y, y_stride);

@@ -64,90 +64,25 @@ static inline float number_at(Numbers from, size_t at) {
                                 : as_float(((const uint16_t *)from.at)[at]);
 }
 
-/* The numbers at even and at odd places of two vectors that follow each other. */
-#if LANES == 16
-#define PLACES(first) first, first + 2, first + 4, first + 6, first + 8, first + 10, first + 12, \
-    first + 14, first + 16, first + 18, first + 20, first + 22, first + 24, first + 26, \
-    first + 28, first + 30
-#else
-#define PLACES(first) first, first + 2, first + 4, first + 6, first + 8, first + 10, first + 12, \
-    first + 14
-#endif
-#ifdef __clang__
-#define EVEN(a, b) __builtin_shufflevector(a, b, PLACES(0))
-#define ODD(a, b) __builtin_shufflevector(a, b, PLACES(1))
-#else
-#define EVEN(a, b) __builtin_shuffle(a, b, (Words){PLACES(0)})
-#define ODD(a, b) __builtin_shuffle(a, b, (Words){PLACES(1)})
-#endif
-
 static inline float sum(Floats numbers) {
     float total = 0;
     for (int i = 0; i < LANES; i++) total += numbers[i];
     return total;
 }
 
-/* Four rows' products with one vector: the vector is read once, and four sums hide the latency. */
-static void dot4_of_float32(const float *w, size_t n, const float *x, float *out) {
-    Floats sums[4] = {{0}};
-    size_t k = 0;
-    for (; k + LANES <= n; k += LANES) {
-        Floats v = load(FLOAT32, x, k);
-        for (int r = 0; r < 4; r++) sums[r] += load(FLOAT32, w, r * n + k) * v;
-    }
-    for (int r = 0; r < 4; r++) {
-        out[r] = sum(sums[r]);
-        for (size_t i = k; i < n; i++) out[r] += w[r * n + i] * x[i];
-    }
-}
-
-#if defined(__AVX512BF16__)
-/* The same of bfloat16, 32 at a time, the vector rounded to bfloat16 too. */
-static inline __attribute__((always_inline)) void dots_of_bfloat16(
-    int count, const uint16_t *w, size_t n, const uint16_t *x, float *out) {
-    __m512 sums[4] = {{0}};
-    size_t k = 0;
-    for (; k + 32 <= n; k += 32) {
-        __m512bh v = (__m512bh)_mm512_loadu_si512(x + k);
-        for (int r = 0; r < count; r++) {
-            __m512bh numbers = (__m512bh)_mm512_loadu_si512(w + r * n + k);
-            sums[r] = _mm512_dpbf16_ps(sums[r], numbers, v);
-        }
-    }
-    for (int r = 0; r < count; r++) {
-        out[r] = _mm512_reduce_add_ps(sums[r]);
-        for (size_t i = k; i < n; i++) out[r] += as_float(w[r * n + i]) * as_float(x[i]);
-    }
-}
-#else
-/* The same of bfloat16, two at a time: they lie in one word, the earlier in its lower half, so
-   the numbers of even places are a shift away and those of odd ones a mask. */
-static void dot4_of_bfloat16(const uint16_t *w, size_t n, const float *x, float *out) {
-    Floats sums[4] = {{0}};
-    size_t k = 0;
-    for (; k + 2 * LANES <= n; k += 2 * LANES) {
-        Floats low = load(FLOAT32, x, k), high = load(FLOAT32, x, k + LANES);
-        Floats even = EVEN(low, high), odd = ODD(low, high);
-        for (int r = 0; r < 4; r++) {
-            Words two = *(const Words *)(w + r * n + k);
-            sums[r] += (Floats)(two << 16) * even;
-            sums[r] += (Floats)(two & 0xffff0000u) * odd;
-        }
-    }
-    for (int r = 0; r < 4; r++) {
-        out[r] = sum(sums[r]);
-        for (size_t i = k; i < n; i++) out[r] += as_float(w[r * n + i]) * x[i];
-    }
-}
-#endif
-
-/* One row's product; `kind` is a constant where this is inlined. */
+/* A row's product with a vector, in four sums that hide the latency; `kind` is a constant where this
+   is inlined. Rows are read one after the other: from four streams side by side, as there were once
+   for the vector to be read but once, memory gave a third to a half of it. */
 static inline __attribute__((always_inline)) float dot_of(
     int kind, const void *weight, size_t row, size_t n, const float *x) {
-    Floats s = {0};
+    Floats sums[4] = {{0}};
     size_t at = row * n, k = 0;
-    for (; k + LANES <= n; k += LANES) s += load(kind, weight, at + k) * load(FLOAT32, x, k);
-    float total = sum(s);
+    for (; k + 4 * LANES <= n; k += 4 * LANES)
+        for (int i = 0; i < 4; i++)
+            sums[i] += load(kind, weight, at + k + i * LANES) * load(FLOAT32, x, k + i * LANES);
+    for (; k + LANES <= n; k += LANES)
+        sums[0] += load(kind, weight, at + k) * load(FLOAT32, x, k);
+    float total = sum(sums[0] + sums[1] + (sums[2] + sums[3]));
     for (; k < n; k++) total += number_at((Numbers){weight, kind}, at + k) * x[k];
     return total;
 }
@@ -156,6 +91,21 @@ static float dot(Numbers w, size_t row, size_t n, const float *x) {
     return w.kind == FLOAT32 ? dot_of(FLOAT32, w.at, row, n, x)
                              : dot_of(BFLOAT16, w.at, row, n, x);
 }
+
+#if defined(__AVX512BF16__)
+/* A row of bfloat16 and a vector rounded to bfloat16 too, 32 numbers at a time. */
+static inline float dot_of_bfloat16(const uint16_t *w, size_t n, const uint16_t *x) {
+    __m512 sums[4] = {{0}};
+    size_t k = 0;
+    for (int i = 0; k + 32 <= n; k += 32, i = (i + 1) % 4) {
+        __m512bh numbers = (__m512bh)_mm512_loadu_si512(w + k);
+        sums[i] = _mm512_dpbf16_ps(sums[i], numbers, (__m512bh)_mm512_loadu_si512(x + k));
+    }
+    float total = _mm512_reduce_add_ps(sums[0] + sums[1] + (sums[2] + sums[3]));
+    for (; k < n; k++) total += as_float(w[k]) * as_float(x[k]);
+    return total;
+}
+#endif
 
 /* ---- products of blocks ---- */
 
@@ -258,26 +208,22 @@ static inline Ints products_of_4_bits(const uint8_t *from, const int8_t *with) {
 #endif
 typedef float Parts __attribute__((vector_size(4 * PARTS)));
 
-/* `count` rows' products with one vector; `kind` and `count` are constants where it is inlined. */
-static inline __attribute__((always_inline)) void dots_of_blocks(
-    int kind, int count, const uint8_t *w, size_t n_blocks, const Block *x, float *out) {
-    size_t size = block_bytes(kind), row = n_blocks * size;
-    Parts sums[4] = {{0}};
-    float rest[4] = {0};
-    for (size_t b = 0; b < n_blocks; b++, w += size, x++)
-        for (int r = 0; r < count; r++) {
-            const uint8_t *at = w + r * row, *numbers = at + (kind == Q4_1 ? 4 : 2);
-            float scale = half_at(at) * x->scale;
-            Ints ints = kind == Q8_0 ? products_of_8_bits(numbers, x->at)
-                                     : products_of_4_bits(numbers, x->at);
-            sums[r] += __builtin_convertvector(ints, Parts) * scale;
-            if (kind == Q4_0) rest[r] -= 8 * scale * x->total;
-            if (kind == Q4_1) rest[r] += half_at(at + 2) * x->scale * x->total;
-        }
-    for (int r = 0; r < count; r++) {
-        out[r] = rest[r];
-        for (int i = 0; i < PARTS; i++) out[r] += sums[r][i];
+/* A row's product with a vector; `kind` is a constant where this is inlined. */
+static inline __attribute__((always_inline)) float dot_of_blocks(
+    int kind, const uint8_t *at, size_t n_blocks, const Block *x) {
+    Parts sums = {0};
+    float rest = 0;
+    for (const Block *end = x + n_blocks; x < end; x++, at += block_bytes(kind)) {
+        const uint8_t *numbers = at + (kind == Q4_1 ? 4 : 2);
+        float scale = half_at(at) * x->scale;
+        Ints ints = kind == Q8_0 ? products_of_8_bits(numbers, x->at)
+                                 : products_of_4_bits(numbers, x->at);
+        sums += __builtin_convertvector(ints, Parts) * scale;
+        if (kind == Q4_0) rest -= 8 * scale * x->total;
+        if (kind == Q4_1) rest += half_at(at + 2) * x->scale * x->total;
     }
+    for (int i = 0; i < PARTS; i++) rest += sums[i];
+    return rest;
 }
 
 /* Rounds 32 numbers: the largest becomes 127. Of one that is not finite the products are NaN. */
@@ -320,36 +266,19 @@ static void prepare(int kind, const float *x, size_t n, void *room) {
         for (size_t i = 0; i < n; i++) ((uint16_t *)room)[i] = as_bfloat16(x[i]);
 }
 
-static inline __attribute__((always_inline)) void dots_of_kind(
-    int kind, Numbers w, size_t row, int count, size_t n, const void *x, float *out) {
-    size_t n_blocks = n / BLOCK, bytes = n_blocks * block_bytes(kind);
-    const uint8_t *at = (const uint8_t *)w.at + row * bytes;
-    if (count == 4) dots_of_blocks(kind, 4, at, n_blocks, x, out);
-    else for (int r = 0; r < count; r++) dots_of_blocks(kind, 1, at + r * bytes, n_blocks, x, out + r);
-}
-
-/* The products of rows, at most 4, with a vector as `prepare` has made it. */
-static void dots(Numbers w, size_t row, int count, size_t n, const void *x, float *out) {
+/* A row's product with a vector as `prepare` has made it. */
+static float product_of_row(Numbers w, size_t row, size_t n, const void *x) {
+    size_t n_blocks = n / BLOCK;
+    const uint8_t *at = (const uint8_t *)w.at + row * n_blocks * block_bytes(w.kind);
     switch (w.kind) {
-    case Q8_0: dots_of_kind(Q8_0, w, row, count, n, x, out); return;
-    case Q4_0: dots_of_kind(Q4_0, w, row, count, n, x, out); return;
-    case Q4_1: dots_of_kind(Q4_1, w, row, count, n, x, out); return;
-    }
+    case Q8_0: return dot_of_blocks(Q8_0, at, n_blocks, x);
+    case Q4_0: return dot_of_blocks(Q4_0, at, n_blocks, x);
+    case Q4_1: return dot_of_blocks(Q4_1, at, n_blocks, x);
 #if defined(__AVX512BF16__)
-    if (w.kind == BFLOAT16) {
-        const uint16_t *at = (const uint16_t *)w.at + row * n;
-        if (count == 4) dots_of_bfloat16(4, at, n, x, out);
-        else for (int r = 0; r < count; r++) dots_of_bfloat16(1, at + r * n, n, x, out + r);
-        return;
-    }
-#else
-    if (w.kind == BFLOAT16 && count == 4) {
-        dot4_of_bfloat16((const uint16_t *)w.at + row * n, n, x, out);
-        return;
-    }
+    case BFLOAT16: return dot_of_bfloat16((const uint16_t *)w.at + row * n, n, x);
 #endif
-    if (count == 4) dot4_of_float32((const float *)w.at + row * n, n, x, out);
-    else for (int r = 0; r < count; r++) out[r] = dot(w, row + r, n, x);
+    default: return dot(w, row, n, x);
+    }
 }
 
 /* Adds one row to a vector. */
