@@ -7,9 +7,10 @@ Both sides open the same two folders. Of peft these are `PeftModel.from_pretrain
 `merge_and_unload` and `save_pretrained`; ours also hashes, measures what survives the rounding, can
 undo, and reads again what it writes. `folder` is all of it, from two folders to the merged one.
 
-Prints seconds (medians over the turns), and for each operation the peak of the memory that belongs
-to the process alone, in MiB beyond what it held before: files that are mapped can be dropped at any
-time and do not count. Where the system does not say, the memory is 0.
+Prints seconds on the clock and of the processor (medians over the turns), the ratio of the latter,
+and for each operation the peak of the memory that belongs to the process alone, in MiB beyond what
+it held before: files that are mapped can be dropped at any time and do not count. Where the system
+does not say, the memory is 0. On a busy machine set OMP_NUM_THREADS=1 and compare the latter.
 """
 
 import argparse
@@ -58,10 +59,10 @@ def make(size: str, place: Path) -> None:
 
 
 class Clock:
-    """Seconds and peak memory of each operation, by name."""
+    """Of each operation, by name: seconds on the clock, seconds of the processor, peak memory."""
 
     def __init__(self) -> None:
-        self.measured: dict[str, tuple[float, float]] = {}
+        self.measured: dict[str, tuple[float, float, float]] = {}
 
     @contextmanager
     def time(self, name: str) -> Iterator[None]:
@@ -76,14 +77,14 @@ class Clock:
 
         watcher = threading.Thread(target=watch)
         watcher.start()
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.process_time()
         try:
             yield
         finally:
-            seconds = time.perf_counter() - start
+            seconds, used = time.perf_counter() - start, time.process_time() - used
             done.set()
             watcher.join()
-        self.measured[name] = seconds, (max(peak, own_memory()) - before) / 1024
+        self.measured[name] = seconds, used, (max(peak, own_memory()) - before) / 1024
 
 
 def own_memory() -> int:
@@ -156,13 +157,13 @@ def peft(place: Path, clock: Clock) -> None:
 SIDES: dict[str, Callable[[Path, Clock], None]] = {"ours": ours, "peft": peft}
 
 
-def measure(who: str, place: Path) -> dict[str, tuple[float, float]]:
-    """Seconds and MiB of each operation, in a new process."""
+def measure(who: str, place: Path) -> dict[str, tuple[float, float, float]]:
+    """What `Clock` measures of each operation, in a new process."""
     command = [sys.executable, __file__, "--child", who, str(place)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
-    found: dict[str, tuple[float, float]] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, tuple[float, float, float]] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
@@ -171,7 +172,7 @@ def rows(size: str, turns: int) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         subprocess.run([sys.executable, __file__, "--make", size, folder], check=True)
-        found: dict[str, list[dict[str, tuple[float, float]]]] = {who: [] for who in SIDES}
+        found: dict[str, list[dict[str, tuple[float, float, float]]]] = {who: [] for who in SIDES}
         for _ in range(turns):
             for who, results in found.items():
                 results.append(measure(who, place))
@@ -180,11 +181,13 @@ def rows(size: str, turns: int) -> Iterator[str]:
         for results in found.values():
             pairs = [result[name] for result in results if name in result]
             values.append([statistics.median(v) for v in zip(*pairs, strict=True)] if pairs else [])
-        (seconds, mib), theirs = values
-        other = f"{theirs[0]:.2f} s | {theirs[0] / seconds:.2f} | " if theirs else "| | "
-        yield f"| {size} | {name} | {seconds:.2f} s | {other}{mib:,.0f} | " + (
-            f"{theirs[1]:,.0f} |" if theirs else "|"
+        (seconds, used, mib), theirs = values
+        ratio = f"{theirs[1] / used:.2f}" if theirs else ""
+        others = (
+            [f"{theirs[0]:.2f}", f"{theirs[1]:.2f}", f"{theirs[2]:,.0f}"] if theirs else [""] * 3
         )
+        cells = [size, name, f"{seconds:.2f}", others[0], f"{used:.2f}", others[1], ratio]
+        yield f"| {' | '.join([*cells, f'{mib:,.0f}', others[2]])} |"
 
 
 def main() -> None:
@@ -201,8 +204,11 @@ def main() -> None:
     parser.add_argument("--sizes", choices=SIZES, nargs="+", default=list(SIZES))
     parser.add_argument("--turns", type=int, default=1)
     options = parser.parse_args()
-    print("| size | operation | ours | peft | × speed | ours, MiB | peft, MiB |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| size | operation | ours, s | peft, s | ours, s of the processor | peft | × | ours, MiB "
+        "| peft, MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
     for size in options.sizes:
         for row in rows(size, options.turns):
             print(row, flush=True)
