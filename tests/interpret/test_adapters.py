@@ -88,8 +88,13 @@ def test_forgetting_is_loss_and_divergence_on_both_domains():
     assert report.rows[1]["loss without"] == pytest.approx(
         float(next_loss(model, new[0])), abs=1e-5
     )
+    with pytest.raises(SurgeryError, match="disabled"):
+        forgetting(model, old, new)
+    enable_lora(model)
     with pytest.raises(SurgeryError, match="old"):
         forgetting(model, [], new)
+    single = [old[0][:, :1], *old]  # of one token nothing is told
+    assert forgetting(model, single, new).rows == report.rows
 
 
 def test_an_examination_counts_directions():
@@ -110,6 +115,8 @@ def test_an_examination_counts_directions():
     assert rows["layers.0.self_attn.k_proj"]["rank"] is None
     assert rows["layers.1.mlp.down_proj"]["rank"] == 0
     assert examine(model).summary == {"layers": 6, "dead": 4, "not finite": 1}
+    inject_lora(model, "v_proj", name="other")  # the first one waits, and is no dead part of it
+    assert examine(model).summary == {"layers": 2, "dead": 2, "not finite": 0}
 
 
 def test_effective_rank_is_between_one_and_the_rank():

@@ -4,10 +4,25 @@ import pytest
 import torch
 import transformers
 from helpers.adapters import adapted
-from helpers.models import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model
+from helpers.models import CONFIGS, FAMILY_CONFIGS, random_ids, tiny_model, train_a_little
 
-from nanogpt_surgery import SurgeryError, inject_lora, save_model
-from nanogpt_surgery.interpret import attention, attribution, logit_lens, patch, put, record, zero
+from nanogpt_surgery import SurgeryError, inject_lora, lora_rows, save_model, swap_lora
+from nanogpt_surgery.interpret import (
+    attention,
+    attribution,
+    compare,
+    forgetting,
+    logit_lens,
+    patch,
+    put,
+    record,
+    zero,
+)
+
+
+def forget(model, ids):
+    return forgetting(model, [ids], [ids])
+
 
 FAMILIES = ["gpt2", "gpt2-gelu-untied", "llama", "llama-scaled-tied", "qwen2", "qwen3"]
 
@@ -95,7 +110,37 @@ def test_the_shares_add_up_to_the_logit(name, with_adapter):
         chosen = logits.argmax(-1) if token is None else torch.tensor([token, token])
         assert torch.equal(found.token, chosen)
         torch.testing.assert_close(found.logit, logits.gather(1, chosen[:, None])[:, 0])
-        torch.testing.assert_close(found.total(), found.logit, atol=1e-4, rtol=1e-4)
+        assert torch.equal(found.total(), found.logit)
+        assert found.rounding.abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_in_bfloat16_what_is_rounded_is_named(name):
+    """It is the logit's that the model computes, and as small as the rounding of its sums."""
+    model = adapted(CONFIGS[name]).bfloat16()
+    ids = random_ids(model.config, 2, 7)
+    found, logits = attribution(model, ids), model(ids)[:, -1].float()
+    torch.testing.assert_close(found.logit, logits.amax(-1))
+    torch.testing.assert_close(found.total(), found.logit, atol=1e-4, rtol=0)
+    assert found.rounding.abs().max() < 2**-6 * logits.abs().max()
+    assert dict(found.largest(1000))["rounding"] == float(found.rounding[0])
+
+
+@torch.no_grad()
+def test_rows_with_adapters_of_their_own_are_attributed():
+    model = adapted(CONFIGS["llama-all-bias"])
+    inject_lora(model, ["o_proj", "lm_head"], rank=2, name="other")
+    train_a_little(model, seed=7, size=0.3)
+    ids = random_ids(model.config, 2, 7)
+    with lora_rows(model, ["default", "other"]):
+        logits, found = model(ids)[:, -1], attribution(model, ids)
+    torch.testing.assert_close(found.logit, logits.amax(-1))
+    assert found.rounding.abs().max() < 1e-4
+    swap_lora(model, "default")
+    alone = attribution(model, ids[:1])
+    torch.testing.assert_close(found.heads[:1], alone.heads, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(found.attention_bias[:1], alone.attention_bias, atol=1e-5, rtol=1e-4)
 
 
 @torch.no_grad()
@@ -122,7 +167,7 @@ def test_a_head_that_adds_nothing_has_no_share():
     with patch(model, {"layers.0.heads": zero(heads=[2])}):
         found = attribution(model, ids)
         assert found.heads[:, 0, 2].abs().max() == 0
-        torch.testing.assert_close(found.total(), found.logit, atol=1e-4, rtol=1e-4)
+        assert found.rounding.abs().max() < 1e-4
 
 
 @torch.no_grad()
@@ -146,3 +191,22 @@ def test_what_is_not_there_is_named():
         attribution(model, ids, position=5)
     with pytest.raises(SurgeryError, match=r"53.*52"):
         attribution(model, ids, token=53)
+
+
+@pytest.mark.parametrize("look", [logit_lens, attention, attribution, compare, forget])
+def test_ids_that_are_none_of_the_models_are_named(look):
+    model = adapted(CONFIGS["llama"])
+    ids = random_ids(model.config, 2, 7)
+    wrong = [
+        (ids[0], r"\(7,\)"),
+        (torch.tensor(3), r"\(\)"),
+        (ids[:, :0], r"\(2, 0\)"),
+        (ids[:0], r"\(0, 7\)"),
+        (torch.tensor([[0, 53]]), r"0 to 53.*0 to 52"),
+        (torch.tensor([[-1, 5]]), r"-1 to 5.*0 to 52"),
+        (ids.float(), "float32"),
+    ]
+    for few, said in wrong:
+        with pytest.raises(SurgeryError, match=said):
+            look(model, few)
+    look(model, ids.int())

@@ -1,5 +1,6 @@
 """Recording and patching: the values are right, and nothing stays on the model."""
 
+import math
 from contextlib import nullcontext
 
 import pytest
@@ -8,7 +9,7 @@ from helpers.adapters import adapted, assert_same_bits, bits
 from helpers.models import CONFIGS, random_ids, tiny_model
 from torch import nn
 
-from nanogpt_surgery import SurgeryError, SurgeryWarning
+from nanogpt_surgery import SurgeryError, SurgeryWarning, generate
 from nanogpt_surgery.interpret import (
     add,
     mean,
@@ -221,8 +222,61 @@ def test_a_point_that_is_not_there_is_named():
         named = pytest.raises(SurgeryError, match=r"layers\.0\.residual")
         with named, patch(model, {"layers.0.residual": cut}):
             model(ids)
-    with pytest.raises(SurgeryError, match="0"):
+    short = {"vector": add(torch.ones(7)), "direction": project_out(torch.ones(7))}
+    for what, cut in short.items():
+        named = pytest.raises(SurgeryError, match=rf"{what} has 7.*\(1, 5, 24\)")
+        with named, patch(model, {"layers.0.residual": cut}):
+            model(ids)
+    named = pytest.raises(SurgeryError, match=r"layers\.0\.mlp.*int")
+    with named, patch(model, {"layers.0.mlp": 3}):
+        pass
+
+
+@pytest.mark.parametrize("make", [add, project_out])
+def test_a_vector_without_numbers_is_refused(make):
+    nan, inf = torch.ones(24), torch.ones(24)
+    nan[3:5], inf[0] = math.nan, math.inf
+    wrong = [
+        (nan, "2 of 24"),
+        (inf, "1 of 24"),
+        (torch.ones(24, 24), r"\(24, 24\)"),
+        ([1.0], "list"),
+    ]
+    for vector, said in wrong:
+        with pytest.raises(SurgeryError, match=said):
+            make(vector)
+    make(torch.arange(1, 25))
+
+
+def test_a_direction_and_a_place_must_be():
+    with pytest.raises(SurgeryError, match=r"length 0\.0"):
         project_out(torch.zeros(24))
+    with pytest.raises(SurgeryError, match=r"positions.*1\.5"):
+        zero(positions=[1.5])
+    with pytest.raises(SurgeryError, match=r"heads.*3"):
+        zero(heads=3)
+
+
+@torch.no_grad()
+def test_positions_and_heads_of_what_is_split_by_heads_are_not_confused():
+    model = tiny_model(CONFIGS["qwen3"])
+    ids, point = random_ids(model.config, 2, 7), "layers.0.self_attn.k_norm"
+    with patch(model, {point: zero(positions=[6], heads=[1])}), record(model, point) as found:
+        model(ids)
+    gone = (found[point] == 0).all(-1).nonzero().tolist()  # of (B, G, T, D)
+    assert gone == [[0, 1, 6], [1, 1, 6]]
+
+
+@pytest.mark.parametrize("name", ["attention", "heads", "neurons", "residual_between", "mlp"])
+def test_a_text_within_a_patch_is_made_by_the_patched_model(name):
+    model, prompt = tiny_model(CONFIGS["llama"]), [1, 2, 3]
+    options = {"max_new_tokens": 8, "temperature": 0}
+    before = list(generate(model, prompt, **options))
+    with patch(model, {f"layers.0.{name}": zero()}):
+        patched = list(generate(model, prompt, **options))
+        assert patched == list(generate(model, prompt, engine="plain", **options))
+    assert patched != before
+    assert list(generate(model, prompt, **options)) == before
 
 
 @torch.no_grad()

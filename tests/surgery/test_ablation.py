@@ -119,6 +119,7 @@ def test_what_is_not_there_is_named():
         ({"heads": {"0": [1]}}, r"'0'.*layers"),
         ({"heads": {0: [1]}, "layers": [1]}, "without a direction"),
         ({"direction": torch.full((24,), torch.nan)}, "nan"),
+        ({"heads": {0: [1]}, "probe": torch.tensor([[53]])}, r"53.*0 to 52"),
         ({"direction": torch.full((24,), torch.inf)}, "inf"),
     ]
     for options, said in wrong:

@@ -11,7 +11,7 @@ Legend: B batch, T tokens, C width, H heads, L layers, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.interpret.recording import record
+from nanogpt_surgery.interpret.recording import checked_ids, record
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -42,11 +42,13 @@ class Attribution:
     """of the token, of previous ones and of its learned position: (B,)"""
     final_bias: Tensor
     """of the biases of the final norm and of the head: (B,)"""
+    rounding: Tensor
+    """what is nobody's: in float32 next to nothing, in bfloat16 what its sums round, (B,)"""
 
     def total(self) -> Tensor:
-        """Returns the sum of all shares, (B,): the logit, to rounding."""
+        """Returns the sum of all shares, what was rounded included, (B,): the logit."""
         inside = self.heads.sum((1, 2)) + self.attention_bias.sum(1) + self.feed_forward.sum(1)
-        return inside + self.embedding + self.final_bias
+        return inside + self.embedding + self.final_bias + self.rounding
 
     def largest(self, count: int = 10, row: int = 0) -> list[tuple[str, float]]:
         """Returns the shares largest in size, with their names, the largest first."""
@@ -56,6 +58,7 @@ class Attribution:
     def _named(self, row: int) -> Iterator[tuple[str, float]]:
         yield "embedding", float(self.embedding[row])
         yield "final bias", float(self.final_bias[row])
+        yield "rounding", float(self.rounding[row])
         for layer, heads in enumerate(self.heads[row].tolist()):
             yield from ((f"layer {layer}, head {h}", share) for h, share in enumerate(heads))
             yield f"layer {layer}, attention bias", float(self.attention_bias[row, layer])
@@ -75,9 +78,10 @@ def attribution(
         position: the token after this one; −1 is the last.
 
     Raises:
-        SurgeryError: the position or the token is not there.
+        SurgeryError: the position, the token or an id is not there.
     """
-    tokens, vocab_size = ids.size(-1), model.config.vocab_size
+    ids = checked_ids(model, ids)
+    tokens, vocab_size = ids.size(1), model.config.vocab_size
     if not -tokens <= position < tokens:
         raise SurgeryError(f"position is {position}; there are {tokens} tokens")
     if token is not None and not 0 <= token < vocab_size:
@@ -89,15 +93,15 @@ def attribution(
         logits = model.lm_head(hidden).float()  # (B, V)
         chosen = logits.argmax(-1) if token is None else torch.full_like(logits[:, 0].long(), token)
         attentions: list[Any] = [layer.self_attn for layer in model.layers]
-        at = {name: value[:, position] for name, value in found.items()}
+        at = {name: value[:, position].float() for name, value in found.items()}
         numbers = range(len(attentions))
         heads = torch.stack([at[f"layers.{i}.heads"] for i in numbers], 1)  # (B, L, H, C)
         mlp = torch.stack([at[f"layers.{i}.mlp"] for i in numbers], 1)  # (B, L, C)
-        biases = torch.stack([_bias_of(a.o_proj) for a in attentions]).expand_as(mlp)
+        biases = torch.stack([_bias_of(a.o_proj, hidden) for a in attentions], 1)  # (B, L, C)
         embedding = at["layers.0.residual_before"]  # (B, C)
         residual = embedding + heads.sum((1, 2)) + biases.sum(1) + mlp.sum(1)
-        shares = _Shares(model, residual, chosen)
-        return Attribution(
+        shares = _Shares(model, hidden, residual, chosen)
+        found_shares = Attribution(
             token=chosen,
             logit=logits.gather(1, chosen[:, None])[:, 0],
             heads=shares.of(heads),
@@ -105,24 +109,28 @@ def attribution(
             feed_forward=shares.of(mlp),
             embedding=shares.of(embedding),
             final_bias=shares.of_biases(),
+            rounding=torch.zeros_like(logits[:, 0]),
         )
+    return replace(found_shares, rounding=found_shares.logit - found_shares.total())
 
 
-def _bias_of(layer: Any) -> Tensor:
-    """Returns what a layer gives for zeros, (out,): its bias, adapters included."""
-    return layer.forward(torch.zeros_like(layer.weight[:1]))[0]
+def _bias_of(layer: Any, like: Tensor) -> Tensor:
+    """Returns what a layer gives for zeros, (B, out): its bias, each row's adapters included."""
+    zeros = like.new_zeros(len(like), 1, layer.in_features)
+    bias: Tensor = layer.forward(zeros)[:, 0].float()
+    return bias
 
 
 class _Shares:
     """The final norm, its scale held, and the head's row of one token a row: both linear."""
 
-    def __init__(self, model: SimpleGPT, residual: Tensor, chosen: Tensor):
+    def __init__(self, model: SimpleGPT, hidden: Tensor, residual: Tensor, chosen: Tensor):
         self.norm: Any = model.norm
         self.centres = model.config.norm == "layernorm"
-        square = self._centred(residual.float()).square().mean(-1, keepdim=True)
+        square = self._centred(residual).square().mean(-1, keepdim=True)
         self.scale = torch.rsqrt(square + model.config.norm_eps)  # (B, 1)
         with torch.enable_grad():  # the row is a gradient, so that adapters of the head take part
-            x = torch.zeros_like(residual, requires_grad=True)
+            x = torch.zeros_like(hidden, requires_grad=True)
             bias = model.lm_head(x).gather(1, chosen[:, None])  # (B, 1): the head's, if it has one
             (row,) = torch.autograd.grad(bias.sum(), x)
         self.row, self.head_bias = row.float(), bias.detach()[:, 0].float()  # (B, C), (B,)

@@ -17,6 +17,7 @@ from torch import Tensor
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.interpret.lens import Lens, logit_lens
+from nanogpt_surgery.interpret.recording import checked_ids
 from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.model.loss import cross_entropy, eval_mode, kl_divergence
@@ -65,9 +66,7 @@ def compare(model: SimpleGPT, ids: Tensor, top: int = 10, left_out: bool = True)
     Raises:
         SurgeryError: the model carries no LoRA, or it is disabled.
     """
-    layers = lora_layers(model)
-    if not any(layer.enabled for layer in layers.values()):
-        raise SurgeryError("the LoRA is disabled", "enable_lora(model)")
+    layers, ids = _active_layers(model), checked_ids(model, ids)
     top = min(top, model.config.vocab_size)
     with eval_mode(model), torch.inference_mode():
         with _sizes(layers) as sizes:
@@ -84,6 +83,13 @@ def compare(model: SimpleGPT, ids: Tensor, top: int = 10, left_out: bool = True)
     summary = {"layers": len(rows), "loss": loss, "loss of the base": base_loss}
     report = Report("what the adapter adds in each layer", rows, summary)
     return Comparison(_moved(before, after, top), kl, plain, adapted, report)
+
+
+def _active_layers(model: SimpleGPT) -> dict[str, LoRALayer]:
+    layers = lora_layers(model)
+    if not any(layer.enabled for layer in layers.values()):
+        raise SurgeryError("the LoRA is disabled", "enable_lora(model)")
+    return layers
 
 
 @contextmanager
@@ -145,7 +151,8 @@ def forgetting(model: SimpleGPT, old: Iterable[Tensor], new: Iterable[Tensor]) -
         token, and the mean KL divergence of the base from the adapted model.
 
     Raises:
-        SurgeryError: the model carries no LoRA, or a domain has no batch of two tokens or more.
+        SurgeryError: the model carries no LoRA, or it is disabled; or a domain has no batch of two
+            tokens or more.
     """
     domains = (("old", old), ("new", new))
     rows = [_domain(model, name, batches) for name, batches in domains]
@@ -155,11 +162,14 @@ def forgetting(model: SimpleGPT, old: Iterable[Tensor], new: Iterable[Tensor]) -
 
 
 def _domain(model: SimpleGPT, name: str, batches: Iterable[Tensor]) -> dict[str, Any]:
-    layers, tokens = lora_layers(model).values(), 0
+    layers, tokens = _active_layers(model).values(), 0
     sums = torch.zeros(3, dtype=torch.float64)  # loss without, loss with, KL
     with eval_mode(model), torch.inference_mode():
-        for ids in batches:
+        for batch in batches:
+            ids = checked_ids(model, batch)
             targets = ids[:, 1:].contiguous()
+            if not targets.numel():
+                continue
             adapted = model(ids)[:, :-1]
             with without(layers):
                 plain = model(ids)[:, :-1]

@@ -29,13 +29,13 @@ SIGNIFICANT = 1e-6  # of the largest singular value; smaller ones are rounding
 
 @check_arguments
 def examine(model: nn.Module) -> Report:
-    """Measures the ΔW of what takes part in each wrapped layer against the layer's own weight.
+    """Measures ΔW against the layer's own weight, in each layer in which an adapter takes part.
 
     Args:
         model: the base with an adapter on it, by `load_adapter` or `inject_lora`.
 
     Returns:
-        A report with a row for each layer: ‖ΔW‖ / ‖W‖ and the largest singular value's share of
+        A report with a row for each of these: ‖ΔW‖ / ‖W‖ and the largest singular value's share of
         W's; rank, effective rank, overlap and intruders, as the module's docstring says; whether
         ΔW is finite; and the part of it that survives a merge in bfloat16, float16, int8, int4. A
         layer whose ΔW is zero is dead: it has learned nothing.
@@ -43,7 +43,11 @@ def examine(model: nn.Module) -> Report:
     Raises:
         SurgeryError: the model carries no LoRA.
     """
-    layers = {name: layer for name, layer in lora_layers(model).items() if not layer.replaces_whole}
+    layers = {
+        name: layer
+        for name, layer in lora_layers(model).items()
+        if not layer.replaces_whole and any(n in layer.updates for n in layer.active.names())
+    }
     with torch.no_grad():
         rows = [{"layer": name, **_measured(layer)} for name, layer in layers.items()]
     summary = {

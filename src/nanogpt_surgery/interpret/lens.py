@@ -15,7 +15,7 @@ from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.interpret.recording import record
+from nanogpt_surgery.interpret.recording import checked_ids, record
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -51,11 +51,11 @@ def logit_lens(model: SimpleGPT, ids: Tensor, top: int = 5) -> Lens:
         top: K, how many of the likeliest ids are kept.
 
     Raises:
-        SurgeryError: `top` is not from 1 to the size of the vocabulary.
+        SurgeryError: `top` is not from 1 to the size of the vocabulary, or an id is not in it.
     """
     if not 1 <= top <= model.config.vocab_size:
         raise SurgeryError(f"top is {top}; it must be from 1 to {model.config.vocab_size}")
-    points = ["layers.0.residual_before", "layers.*.residual"]
+    ids, points = checked_ids(model, ids), ["layers.0.residual_before", "layers.*.residual"]
     with eval_mode(model), torch.inference_mode():
         with record(model, points) as activations:
             final = model(ids).argmax(-1)  # (B, T)
@@ -80,6 +80,7 @@ def _answers(
 @check_arguments
 def attention(model: SimpleGPT, ids: Tensor) -> Tensor:
     """Returns how much each token looks at each key: (L, B, H, T, S) for ids (B, T), S = T."""
+    ids = checked_ids(model, ids)
     with eval_mode(model), torch.inference_mode(), record(model, "layers.*.attention") as found:
         model.hidden(ids)
     return torch.stack([found[f"layers.{i}.attention"] for i in range(len(model.layers))])

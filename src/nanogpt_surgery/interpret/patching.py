@@ -9,20 +9,24 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import index
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
 from nanogpt_surgery.interpret.points import find_points, tap
 
 Places: TypeAlias = Sequence[int] | None
 Change: TypeAlias = Callable[[Tensor], Tensor]
 # The axis of each kind of place, by the last part of a point's name; of any other: rows, positions.
+_BY_HEAD = {"rows": 0, "heads": 1, "positions": 2}
 _AXES = {
-    "attention": {"rows": 0, "heads": 1, "positions": 2},
+    "attention": _BY_HEAD,
+    "q_norm": _BY_HEAD,  # (B, H, T, D), and k_norm (B, G, T, D)
+    "k_norm": _BY_HEAD,
     "heads": {"rows": 0, "positions": 1, "heads": 2},
 }
 
@@ -40,14 +44,23 @@ class Intervention:
     heads: Places = None
     """where the point has heads"""
 
+    def __post_init__(self) -> None:
+        for name in ("rows", "positions", "heads"):
+            chosen: Any = getattr(self, name)
+            try:
+                numbers = None if chosen is None else [index(number) for number in chosen]
+            except TypeError:
+                raise SurgeryError(f"{name} are {quoted(chosen)}; they must be numbers") from None
+            object.__setattr__(self, name, numbers)
+
     def __call__(self, point: str, value: Tensor) -> Tensor:
         """Returns the value after the change; the argument is left as it is.
 
         Raises:
             SurgeryError: the value has no such places, or the change has another shape.
         """
-        index = self._index(point, value)
-        part = value[index]
+        places = self._places(point, value)
+        part = value[places]
         new = self.change(part)
         try:
             new = new.to(value).expand_as(part)
@@ -55,10 +68,10 @@ class Intervention:
             shapes = f"{tuple(new.shape)}, not {tuple(part.shape)}"
             raise SurgeryError(f"what is put at {point} has the shape {shapes}") from None
         changed = value.clone()
-        changed[index] = new
+        changed[places] = new
         return changed
 
-    def _index(self, point: str, value: Tensor) -> tuple[Tensor, ...]:
+    def _places(self, point: str, value: Tensor) -> tuple[Tensor, ...]:
         """Returns the chosen places as an index of the value, one tensor an axis."""
         axes = _AXES.get(point.rpartition(".")[2], {"rows": 0, "positions": 1})
         places = [torch.arange(size, device=value.device) for size in value.shape]
@@ -97,26 +110,49 @@ def put(value: Tensor, **places: Places) -> Intervention:
 
 
 def add(vector: Tensor, scale: float = 1.0, **places: Places) -> Intervention:
-    """Returns the intervention that adds a vector (C,), times a scale."""
-    return Intervention(lambda part: part + scale * vector.to(part), **places)
+    """Returns the intervention that adds a vector (C,), times a scale.
+
+    Raises:
+        SurgeryError: it is no vector, or a number in it, or the scale, is not finite.
+    """
+    scaled = scale * _checked_vector("the vector", vector)
+    return Intervention(lambda part: part + _fitted("the vector", scaled, part), **places)
 
 
 def project_out(direction: Tensor, **places: Places) -> Intervention:
     """Returns the intervention that takes out what points along a direction (C,).
 
     Raises:
-        SurgeryError: the direction has no length.
+        SurgeryError: it is no vector, a number in it is not finite, or it has no length.
     """
-    length = direction.norm()
+    vector = _checked_vector("the direction", direction)
+    length = vector.norm()
     if not bool(length > 0):
         raise SurgeryError(f"the direction has the length {float(length)}; it points nowhere")
-    unit = direction / length
 
     def change(part: Tensor) -> Tensor:
-        along = part @ unit.to(part)
-        return part - along[..., None] * unit.to(part)
+        unit = _fitted("the direction", vector / length, part)
+        return part - (part @ unit)[..., None] * unit
 
     return Intervention(change, **places)
+
+
+def _checked_vector(what: str, vector: Tensor) -> Tensor:
+    if not isinstance(vector, Tensor) or vector.dim() != 1 or vector.is_complex():
+        kind = type(vector).__name__
+        found = f"{vector.dtype} {tuple(vector.shape)}" if isinstance(vector, Tensor) else kind
+        raise SurgeryError(f"{what} is {found}; it must be a tensor of real numbers, (C,)")
+    if wrong := int((~vector.isfinite()).sum()):
+        raise SurgeryError(f"{what} has {wrong} of {len(vector)} numbers that are not finite")
+    return vector if vector.is_floating_point() else vector.float()
+
+
+def _fitted(what: str, vector: Tensor, part: Tensor) -> Tensor:
+    if part.shape[-1:] != vector.shape:
+        raise SurgeryError(
+            f"{what} has {len(vector)} numbers; the point is {tuple(part.shape)} there"
+        )
+    return vector.to(part)
 
 
 @check_arguments
@@ -140,6 +176,10 @@ def patch(model: nn.Module, interventions: Mapping[str, Intervention]) -> Iterat
             that were chosen, or not the shape of what is put there.
     """
     changed: dict[str, bool | None] = {}
+    for pattern, intervention in interventions.items():
+        if not isinstance(intervention, Intervention):
+            kind = type(intervention).__name__
+            raise SurgeryError(f"{quoted(pattern)} gets a {kind}, no Intervention", "put(value)")
     with ExitStack() as stack:
         for pattern, intervention in interventions.items():
             for point in find_points(model, pattern):

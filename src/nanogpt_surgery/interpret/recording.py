@@ -7,9 +7,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
+from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.interpret.points import find_points, tap
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -45,9 +47,9 @@ def record(model: nn.Module, points: str | Iterable[str]) -> Iterator[Activation
             model(ids)
         activations["layers.3.residual"]  # (B, T, C)
 
-    A pass takes the place of the one before it. Nothing in the model is changed, and nothing stays
-    on it after the block. For a `SimpleGPT` the memory is compared with what there is before
-    anything is computed; see `plan_recording`.
+    A pass takes the place of the one before it, whichever thread it is made in. Nothing in the
+    model is changed, and nothing stays on it after the block. For a `SimpleGPT` the memory is
+    compared with what there is before anything is computed; see `plan_recording`.
 
     Args:
         model: any module; the points of the anatomy (interpret/points.py) are a `SimpleGPT`'s.
@@ -71,6 +73,25 @@ def _check_memory(
 ) -> None:
     sizes = {name: _bytes(model, name, *inputs[0].shape) or 0 for name in names}
     check_memory("the recording", sizes, "record fewer points, or give the model fewer ids at once")
+
+
+def checked_ids(model: SimpleGPT, ids: Tensor) -> Tensor:
+    """Returns ids (B, T) as int64.
+
+    Raises:
+        SurgeryError: they are of another shape, there are none, or one is not in the vocabulary.
+    """
+    if ids.dim() != 2 or not ids.numel():
+        raise SurgeryError(
+            f"ids have the shape {tuple(ids.shape)}; at least one token is needed, (batch, tokens)",
+            "a single row becomes a batch of one with ids[None]",
+        )
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise SurgeryError(f"ids are {ids.dtype}; they must be whole numbers", "ids.long()")
+    least, most, last = int(ids.min()), int(ids.max()), model.config.vocab_size - 1
+    if not 0 <= least <= most <= last:
+        raise SurgeryError(f"ids are from {least} to {most}; the vocabulary is 0 to {last}")
+    return ids.long()
 
 
 @check_arguments

@@ -21,6 +21,7 @@ from torch import Tensor
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.interpret.comparison import without
+from nanogpt_surgery.interpret.recording import checked_ids
 from nanogpt_surgery.lora.linear import LoRALayer
 from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
 from nanogpt_surgery.lora.several import check_new_name
@@ -68,6 +69,7 @@ def ablate(
             untouched then.
     """
     check_new_name(model, name)
+    probe = checked_ids(model, probe) if isinstance(probe, Tensor) else probe
     if direction is None and layers is not None:
         raise SurgeryError("layers are named without a direction", "heads={layer: [head, …]}")
     unit = None if direction is None else _unit(direction, model.config.n_embd)
