@@ -180,7 +180,8 @@ class _Padded:
         longer = [row for row, prompt in enumerate(prompts) if len(prompt) > room]
         self.model, self.alone = model, _OneByOne(model, longer, model.config.block_size)
         self.longest = max((len(prompts[row]) for row in self.together), default=0)
-        self.cache = new_cache(model, len(self.together), self.longest + max_new_tokens)
+        length = self.longest + max_new_tokens if self.together else 0
+        self.cache = new_cache(model, len(self.together), length)
         self.padding = torch.tensor(
             [self.longest - len(prompts[row]) for row in self.together],
             device=self.cache.ids.device,

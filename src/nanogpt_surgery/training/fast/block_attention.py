@@ -42,8 +42,7 @@ def block_attention(
     """Computes `causal_attention`: (B, H, T, D), (B, G, S, D), (B, G, S, D) → (B, H, T, D)."""
     bias = None if mask is None else mask[:, 0].to(v.dtype).log()  # (B, T, S): 0 or −∞
     seed = torch.randint(2**62, ()) if dropout else None
-    y: Tensor = BlockAttention.apply(q, k, v, bias, seed, dropout)
-    return y
+    return BlockAttention.apply(q, k, v, bias, seed, dropout)
 
 
 class BlockAttention(torch.autograd.Function):
