@@ -81,12 +81,12 @@ def test_two_merges_are_undone_in_order(place):
     assert bytes_of(model) == states[1]
     undo_folder(model)
     assert bytes_of(model) == states[0]
-    with pytest.raises(SurgeryError, match=" undo"):
+    with pytest.raises(SurgeryError, match="model has no operation to undo"):
         undo_folder(model)
     redo_folder(model)
     redo_folder(model)
     assert bytes_of(model) == states[2]
-    with pytest.raises(SurgeryError, match=" redo"):
+    with pytest.raises(SurgeryError, match="model has no operation to redo"):
         redo_folder(model)
     log = folder_log(model)
     assert [row["state"] for row in log.rows] == ["done", "done"]
@@ -99,7 +99,7 @@ def test_a_new_operation_ends_what_could_be_redone(place):
     merge_adapter(model, place / "adapter")
     undo_folder(model)
     merge_adapter(model, place / "adapter", dtype="float16", tolerance=1)
-    with pytest.raises(SurgeryError, match=" redo"):
+    with pytest.raises(SurgeryError, match="model has no operation to redo"):
         redo_folder(model)
     states = [row["state"] for row in folder_log(model).rows]
     assert states == ["undone, cannot be redone", "done"]
