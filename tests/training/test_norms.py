@@ -70,3 +70,11 @@ def test_what_a_norm_yields_is_cast_once_for_all_its_projections():
     with cpu_kernels(model), torch.autocast("cpu", torch.bfloat16), Casts() as counted:
         model(random_ids(config, 2, 9))
     assert counted.counts[2, 9, config.n_embd] == 2 * config.n_layer + 1
+
+
+def test_where_a_square_overflows_there_is_no_gradient():
+    """As autograd finds none, so that the step is skipped."""
+    norm = QuickRMSNorm(16, 1e-5)
+    x = torch.full((2, 16), 3e38).index_fill_(0, torch.tensor([1]), 1.0).requires_grad_()
+    (gradient,) = torch.autograd.grad(norm(x).sum(), x)
+    assert gradient[0].isnan().all() and gradient[1].isfinite().all()

@@ -44,7 +44,9 @@ class RootMeanSquare(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             g, wide = (dy * weight).float(), normed.float()
             mean = torch.linalg.vecdot(g, wide).unsqueeze(-1) / wide.size(-1)  # (…, 1)
-            dx = torch.addcmul(g, wide, mean, value=-1).mul_(inverse).to(normed.dtype)
+            # Where x² has overflowed there is no gradient, and the step is to be skipped.
+            scale = inverse.masked_fill(inverse == 0, torch.nan)
+            dx = torch.addcmul(g, wide, mean, value=-1).mul_(scale).to(normed.dtype)
         return dx, dw, None
 
 
@@ -53,8 +55,7 @@ class QuickRMSNorm(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(…, C) → (…, C)."""
-        y: Tensor = RootMeanSquare.apply(x, self.weight, self.eps)
-        return y
+        return RootMeanSquare.apply(x, self.weight, self.eps)
 
 
 class RoundedRMSNorm(QuickRMSNorm):
