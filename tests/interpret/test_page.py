@@ -69,3 +69,16 @@ def test_a_text_too_long_for_a_page_is_refused_with_both_numbers():
     weights = torch.zeros(2, 6, 1, 1).expand(2, 6, 2000, 2000)
     with pytest.raises(SurgeryError, match=r"2,000.*48,000,000.*16,777,216"):
         page("m", ["t"] * 2000, str, {"model": Side(lens, weights)})
+
+
+@torch.no_grad()
+def test_what_is_no_number_is_null_as_json_has_no_nan():
+    model = adapted(CONFIGS["llama"])
+    ids = random_ids(model.config, 1, 6)
+    model.layers[1].mlp.down_proj.original_layer.weight[0, 0] = torch.nan
+    sides, moved = sides_of(model, ids)
+    html = page("m", ["t"] * 6, str, sides, moved)
+    assert "NaN" not in re.search(r'id="data">(.*?)</script>', html, re.DOTALL)[1]
+    lens = data_of(html)["sides"][0]["lens"]
+    assert lens[2][0][0][1] is None
+    assert lens[1][0][0][1] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,11 +63,19 @@ def page(
         "layers": layers,
         "heads": heads,
         "sides": [_side(name, side, answers) for name, side in sides.items()],
-        "moved": [[tokens[m.position], answers(m.id), m.without, m.with_it] for m in moved],
+        "moved": [
+            [tokens[m.position], answers(m.id), _finite(m.without), _finite(m.with_it)]
+            for m in moved
+        ],
     }
     # In a script element only "<" could end it or begin a comment.
-    written = json.dumps(data).replace("<", "\\u003c")
+    written = json.dumps(data, allow_nan=False).replace("<", "\\u003c")
     return TEMPLATE.read_text(encoding="utf-8").replace("DATA", written, 1)
+
+
+def _finite(share: float) -> float | None:
+    """Returns a probability to four digits; None of NaN, which JSON has not."""
+    return round(share, 4) if math.isfinite(share) else None
 
 
 def _side(name: str, side: Side, answers: Callable[[int], str]) -> dict[str, Any]:
@@ -79,7 +88,7 @@ def _side(name: str, side: Side, answers: Callable[[int], str]) -> dict[str, Any
         "name": name,
         "lens": [
             [
-                [[texts[i], round(p, 4)] for i, p in zip(*position, strict=True)]
+                [[texts[i], _finite(p)] for i, p in zip(*position, strict=True)]
                 for position in zip(*layer, strict=True)
             ]
             for layer in pairs
