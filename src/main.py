@@ -49,7 +49,7 @@ def main() -> None:
     print(inject_lora(model, targets="lm_head", rank=8, alpha=16))
     frozen = fingerprint(model)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]  # A, B
-    adamw = torch.optim.AdamW(trainable, weight_decay=0.0)
+    adamw = torch.optim.AdamW(trainable, weight_decay=0.0)  # without one, fit makes its own
     steps = fit(model, python_train, optimizer=adamw, max_steps=250, learning_rate=1e-2)
     watch("LoRA on the head, on Python", steps, 250)
     after = evaluate(model, english_held), evaluate(model, python_held)

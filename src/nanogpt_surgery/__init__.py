@@ -60,13 +60,13 @@ if TYPE_CHECKING:
     from nanogpt_surgery.history.model_history import tensor_hashes as tensor_hashes
     from nanogpt_surgery.history.model_history import undo_lora as undo_lora
     from nanogpt_surgery.lora.embedding import LoRAEmbedding as LoRAEmbedding
-    from nanogpt_surgery.lora.inject import disable_lora as disable_lora
-    from nanogpt_surgery.lora.inject import enable_lora as enable_lora
     from nanogpt_surgery.lora.inject import inject_lora as inject_lora
     from nanogpt_surgery.lora.linear import LoRALinear as LoRALinear
     from nanogpt_surgery.lora.merging import merge_lora as merge_lora
     from nanogpt_surgery.lora.merging import merge_survival as merge_survival
     from nanogpt_surgery.lora.operations import blend_lora as blend_lora
+    from nanogpt_surgery.lora.operations import disable_lora as disable_lora
+    from nanogpt_surgery.lora.operations import enable_lora as enable_lora
     from nanogpt_surgery.lora.operations import remove_lora as remove_lora
     from nanogpt_surgery.lora.operations import swap_lora as swap_lora
     from nanogpt_surgery.lora.per_row import lora_rows as lora_rows
@@ -74,7 +74,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.several import learned as learned
     from nanogpt_surgery.model.config import FAMILIES as FAMILIES
     from nanogpt_surgery.model.config import GPTConfig as GPTConfig
-    from nanogpt_surgery.model.config import RopeScaling as RopeScaling
+    from nanogpt_surgery.model.rope_scaling import RopeScaling as RopeScaling
     from nanogpt_surgery.model.simple_gpt import SimpleGPT as SimpleGPT
     from nanogpt_surgery.model.transformer_encoder_layer import KVCache as KVCache
     from nanogpt_surgery.model.transformer_encoder_layer import (
@@ -113,14 +113,15 @@ _HOMES = {
     "generation.text": "generate_text",
     "history.model_history": "lora_log redo_lora tensor_hashes undo_lora",
     "lora.embedding": "LoRAEmbedding",
-    "lora.inject": "disable_lora enable_lora inject_lora",
+    "lora.inject": "inject_lora",
     "lora.linear": "LoRALinear",
     "lora.merging": "merge_lora merge_survival",
-    "lora.operations": "blend_lora remove_lora swap_lora",
+    "lora.operations": "blend_lora disable_lora enable_lora remove_lora swap_lora",
     "lora.per_row": "lora_rows",
     "lora.settings": "LoRASettings",
     "lora.several": "learned",
-    "model.config": "FAMILIES GPTConfig RopeScaling",
+    "model.config": "FAMILIES GPTConfig",
+    "model.rope_scaling": "RopeScaling",
     "model.simple_gpt": "SimpleGPT",
     "model.transformer_encoder_layer": "KVCache TransformerEncoderLayer",
     "runs.run": "Run",

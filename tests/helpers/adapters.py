@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from helpers.models import tiny_model, train_a_little
 from nanogpt_surgery import GPTConfig, SimpleGPT, inject_lora
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import add_update, plain_layer
 from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import StoredAdapter, check_fit

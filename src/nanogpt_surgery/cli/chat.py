@@ -196,8 +196,7 @@ class Session:
         self._take_part({name: parsed(name, weight) for name, _, weight in pairs})
 
     def _take_part(self, weights: dict[str, float]) -> None:
-        from nanogpt_surgery.lora.inject import enable_lora
-        from nanogpt_surgery.lora.operations import blend_lora
+        from nanogpt_surgery.lora.operations import blend_lora, enable_lora
 
         blend_lora(self.model, weights)
         enable_lora(self.model)
@@ -211,7 +210,7 @@ class Session:
 
     def do_base(self, _rest: str) -> None:
         """The model without any adapter."""
-        from nanogpt_surgery.lora.inject import disable_lora
+        from nanogpt_surgery.lora.operations import disable_lora
 
         disable_lora(self.model)
         self.conversation.weights_changed()

@@ -6,6 +6,9 @@ A window begins at each id of a text but the last T; its input and target overla
     input    7  3  9  4            window 0, T = 4
     target      3  9  4  1         the next id of each
 
+Training reads one window for each row of a batch, in a random order. `iter_all` reads the windows
+0, T, 2T, …, which do not overlap, to measure a loss.
+
 Legend: N ids in the text, B rows in a batch, T tokens in a row.
 """
 
@@ -32,6 +35,35 @@ one, or −100 where nothing is trained on. Where rows hold several documents th
 (B, T): numbers, the same for the tokens of one document."""
 
 
+def documents_of(batch: Sequence[Tensor]) -> Tensor | None:
+    """Returns which tokens of a batch belong together, (B, T); None if each row is one document."""
+    return batch[2] if len(batch) > 2 else None
+
+
+class Batches(Protocol):
+    """Data to train on: `GPTDataset`, `InstructionDataset`, or your own with these methods."""
+
+    block_size: int
+
+    def __len__(self) -> int:
+        """Returns how many windows, or rows, there are."""
+        ...
+
+    def batch(
+        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
+    ) -> Batch:
+        """Returns the batch of a step: a pure function of (seed, step, rank).
+
+        Several processes share a batch: process `rank` of `world_size` gets its part, and the parts
+        in the order of the ranks are the batch that a single process gets.
+        """
+        ...
+
+    def iter_all(self, batch_size: int) -> Iterator[Batch]:
+        """Yields batches in which every target comes once, to measure a loss on."""
+        ...
+
+
 class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
     """Overlapping windows of (input, target) ids, the target shifted by one.
 
@@ -46,7 +78,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
         SurgeryError: the text is shorter than one window and its last target.
     """
 
-    fingerprint: str | None = None  # of ids that lie in a file, by which a run knows them again
+    fingerprint: str | None = None  # a hash of ids that lie in a file, if it is known already
 
     @check_arguments
     def __init__(self, text: str, tokenizer: Tokenizer, block_size: int, stride: int = 1):
@@ -60,7 +92,8 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
     ) -> GPTDataset:
         """Returns the windows of ids (N,), of any integer dtype, that a tokenizer has made already.
 
-        Where the ids' `fingerprint` is given, they need not all be read to compute it.
+        A run stores a hash of its data. Where the `fingerprint` of ids in a file is given, they
+        need not all be read to compute it.
         """
         dataset = cls.__new__(cls)
         dataset._set_ids(ids, block_size, stride)
@@ -81,7 +114,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
                 "give a longer text or a smaller block_size",
             )
         self.ids, self.block_size = ids.contiguous(), block_size
-        self.stride = min(stride, len(ids))  # any stride as long as the text gives one window
+        self.stride = min(stride, len(ids))  # a longer one means the same: one window
 
     def __len__(self) -> int:
         return (len(self.ids) - self.block_size - 1) // self.stride + 1
@@ -97,7 +130,7 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
     def batch(
         self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
     ) -> tuple[Tensor, Tensor]:
-        """Returns the batch of a step, (B, T) inputs and targets, as `Batches.batch` says.
+        """Returns the batch of a step, (B, T) inputs and targets; for the arguments see `Batches`.
 
         Each epoch has its own random order of all windows, so every window is seen once before any
         is seen again. The order is computed from (seed, step): a resumed run needs no other state.
@@ -140,32 +173,3 @@ class GPTDataset(Dataset[tuple[Tensor, Tensor]]):
             yield x.long(), y.long()
         if full < len(self.ids) - 1 and rows % every == 0:
             yield self.ids[None, full:-1].long(), self.ids[None, full + 1 :].long()
-
-
-class Batches(Protocol):
-    """Data to train on: `GPTDataset`, `InstructionDataset`, or your own with these methods."""
-
-    block_size: int
-
-    def __len__(self) -> int:
-        """Returns how many windows, or rows, there are."""
-        ...
-
-    def batch(
-        self, step: int, batch_size: int, seed: int = 0, *, rank: int = 0, world_size: int = 1
-    ) -> Batch:
-        """Returns the batch of a step: a pure function of (seed, step, rank).
-
-        Several processes share a batch: process `rank` of `world_size` gets its part, and the parts
-        in the order of the ranks are the batch that a single process gets.
-        """
-        ...
-
-    def iter_all(self, batch_size: int) -> Iterator[Batch]:
-        """Yields batches in which every target comes once, to measure a loss on."""
-        ...
-
-
-def documents_of(batch: Sequence[Tensor]) -> Tensor | None:
-    """Returns which tokens of a batch belong together, (B, T); None if each row is one document."""
-    return batch[2] if len(batch) > 2 else None

@@ -1,6 +1,6 @@
 """Generation: a generator of ids, one forward pass of one token each.
 
-Legend: T tokens, S tokens so far, C width, V vocabulary.
+Legend: T new tokens, C width, V vocabulary, K ids to draw from.
 """
 
 from __future__ import annotations
@@ -114,7 +114,8 @@ def next_logits(
     """
     block_size = model.config.block_size
     if len(so_far) > block_size:
-        if cache.length < block_size or len(so_far) == block_size + 1:  # the first time
+        # The first time: the prompt alone is longer, or the text has just become so.
+        if cache.length < block_size or len(so_far) == block_size + 1:
             _warn_of_sliding(block_size)
         # Each id is at another position than before, so all keys and values are computed anew.
         cache.truncate(0)

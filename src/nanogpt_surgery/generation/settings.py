@@ -13,6 +13,7 @@ Engine = Literal["auto", "native", "plain"]
 
 
 def _is_whole(value: Any) -> bool:
+    """Returns whether it is an integer, NumPy's too, but not True or False."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 

@@ -18,7 +18,7 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.interpret.lens import Lens, logit_lens
 from nanogpt_surgery.interpret.recording import checked_ids
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.model.loss import cross_entropy, eval_mode, kl_divergence
 from nanogpt_surgery.model.simple_gpt import SimpleGPT

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import survival
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.report import Report

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from nanogpt_surgery.lora.linear import LoRALayer
+    from nanogpt_surgery.lora.layer import LoRALayer
 
 
 class ActiveAdapters(Protocol):

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.layer import LoRALayer
+from nanogpt_surgery.lora.linear import LoRAUpdate
 
 
 class LoRAEmbeddingUpdate(LoRAUpdate):

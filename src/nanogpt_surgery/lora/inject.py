@@ -15,15 +15,15 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of, operation
 from nanogpt_surgery.lora.active import WeightedAdapters
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.lora.several import (
-    active_adapters,
     check_new_name,
     has_lora,
     lora_layers,
     report_on,
     set_active,
+    train_active,
 )
 from nanogpt_surgery.lora.targets import plan_updates, tied_view
 from nanogpt_surgery.report import Report
@@ -88,6 +88,7 @@ def attach_updates(
         history_of(model).trainable_before = trainable
     for first, make_update in factories.items():
         made = make_update(bare_layer(model, first))
+        # Layers that share a weight, such as a head tied to the embedding, share its update too.
         for name in (first, *tied_layers.get(first, ())):
             update = made if name == first else tied_view(made, bare_layer(model, name))
             layer = wrap_layer(model, name, update.wrapper())
@@ -96,7 +97,7 @@ def attach_updates(
     # The whole model is frozen, not the wrapped layers alone; then the updates may train.
     model.requires_grad_(False)
     for layer in lora_layers(model).values():
-        layer.enabled = True
+        layer.enabled = True  # those of another adapter may be disabled
     set_active(model, WeightedAdapters({adapter: 1.0}))
     train_active(model)
 
@@ -132,35 +133,3 @@ def replace_module(model: nn.Module, name: str, layer: nn.Module) -> None:
         for child, module in parent._modules.items():
             if module is old and parent is not layer:  # a wrapper keeps the old one inside
                 parent._modules[child] = layer
-
-
-def train_active(model: nn.Module) -> None:
-    """Makes the parameters of the adapters that take part trainable, and those of no other."""
-    layers, active = lora_layers(model).values(), active_adapters(model).names()
-    updates: list[tuple[str, Any]] = [pair for layer in layers for pair in layer.updates.items()]
-    for trains in (False, True):  # an update that several layers share trains if any of them does
-        for name, update in updates:
-            if trains is (name in active):
-                for parameter in update.trainable():
-                    parameter.requires_grad_(trains)
-
-
-@check_arguments
-def enable_lora(model: nn.Module) -> Report:
-    """Lets the updates take part again."""
-    return _switch(model, True)
-
-
-@check_arguments
-def disable_lora(model: nn.Module) -> Report:
-    """Computes as if no update were there; the updates stay."""
-    return _switch(model, False)
-
-
-def _switch(model: nn.Module, enabled: bool) -> Report:
-    layers = lora_layers(model)
-    # Not hashed: no tensor is replaced.
-    with operation(model, "enable" if enabled else "disable", hashed=False):
-        for layer in layers.values():
-            layer.enabled = enabled
-    return report_on(model, "LoRA enabled" if enabled else "LoRA disabled")

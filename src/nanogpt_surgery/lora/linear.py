@@ -3,10 +3,9 @@
     y = W x + b  +  s · B A x        A (R, in), B (out, R), s = α / R; W (out, in) and b frozen
 
 A is drawn at random and B is zero, so at first nothing changes; training moves A and B alone.
-`LoRAUpdate` is the last term, `LoRALinear` the whole line. In files of their own are several
-adapters on one layer (active.py), embeddings (embedding.py), and other kinds of update, such as
-DoRA, PiSSA and modules trained whole (variants.py). For these other kinds some methods below are
-given more than a plain update needs.
+`LoRAUpdate` is the last term, `LoRALinear` the whole line. In files of their own are the layer that
+can carry several updates (layer.py, active.py), embeddings (embedding.py), and other kinds of
+update, such as DoRA, PiSSA and modules trained whole (variants.py).
 
 Legend: R rank.
 """
@@ -14,16 +13,15 @@ Legend: R rank.
 from __future__ import annotations
 
 import math
-from operator import attrgetter
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.lora.active import ActiveAdapters, WeightedAdapters
+from nanogpt_surgery.lora.active import WeightedAdapters
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.settings import LoRASettings
 
 
@@ -58,8 +56,13 @@ class LoRAUpdate(nn.Module):
         return F.linear(down, self.lora_B.to(x.dtype))  # (…, out)
 
     def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
-        """Returns what is added to the layer's output y (…, out) for its input x: (…, out)."""
+        """Returns what is added to the layer's output y (…, out) for its input x: (…, out).
+
+        A plain update needs x alone; DoRA's depends on y and on the layer's weight too.
+        """
         return self.scaling * self.low_rank(x)
+
+    # The rest is asked by merging, saving and the checks; other kinds of update answer otherwise.
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Returns A (R, in) and B (out, R), such that ΔW = s · B A."""
@@ -83,7 +86,7 @@ class LoRAUpdate(nn.Module):
         return bool(self.lora_A.detach().any() and self.lora_B.detach().any())
 
     def wrapper(self) -> type[LoRALayer]:
-        """Returns the class of layer that holds it."""
+        """Returns the class that wraps a layer to hold such an update."""
         return LoRALinear
 
     def extra_repr(self) -> str:
@@ -91,94 +94,11 @@ class LoRAUpdate(nn.Module):
         return f"rank={self.rank}, alpha={self.alpha}, scaling={self.scaling:.4g}"
 
 
-class LoRALayer(nn.Module):
-    """A frozen layer, and beside it an update for each adapter that changes it.
-
-    A model that reads the layer's weight, bias or sizes finds the original's. One that multiplies
-    by that weight itself, instead of calling the layer, passes the updates by; no gradient reaches
-    them then, and `fit` says so after the first step.
-
-    Attributes:
-        original_layer: frozen, and never written to.
-        updates: by the name of the adapter that each belongs to.
-        active: which adapters take part, and how.
-        enabled: if false, the layer computes as if it had no update.
-        unties: a merge may give this layer a weight of its own, if it shares one.
-    """
-
-    journaled = ("active", "enabled", "unties")  # attributes that `undo_lora` takes back
-    replaces_whole = False  # true where adapters replace the module instead of adding to its weight
-
-    @check_arguments
-    def __init__(self, original_layer: nn.Module):
-        super().__init__()
-        self.original_layer: Any = original_layer.requires_grad_(False)
-        self.updates = nn.ModuleDict()
-        self.active: ActiveAdapters = WeightedAdapters({LoRASettings.name: 1.0})
-        self.enabled = True
-        self.unties = False
-
-    @classmethod
-    def around(cls, original_layer: nn.Module) -> Self:
-        """Returns the layer wrapped, without an update yet."""
-        layer = cls.__new__(cls)
-        LoRALayer.__init__(layer, original_layer)  # that of `LoRALinear` would make an update
-        return layer.train(original_layer.training)
-
-    @property
-    def shown(self) -> nn.Module:
-        """The layer whose attributes are shown as this one's own."""
-        return self.original_layer
-
-    weight = property(attrgetter("shown.weight"))
-    bias = property(attrgetter("shown.bias"))
-    in_features = property(attrgetter("shown.in_features"))
-    out_features = property(attrgetter("shown.out_features"))
-    num_embeddings = property(attrgetter("shown.num_embeddings"))
-    embedding_dim = property(attrgetter("shown.embedding_dim"))
-    padding_idx = property(attrgetter("shown.padding_idx"))
-
-    @property
-    def update(self) -> Any:
-        """The one update that takes part; its attributes, too, are shown as the layer's own.
-
-        Raises:
-            SurgeryError: none does, or several do.
-        """
-        names = [name for name in self.active.names() if name in self.updates]
-        if len(names) != 1:
-            raise SurgeryError(
-                f"{len(names)} updates take part in this layer ({', '.join(names) or 'none'})",
-                "layer.updates[NAME] is one of them",
-            )
-        return self.updates[names[0]]
-
-    lora_A = property(attrgetter("update.lora_A"))  # noqa: N815
-    lora_B = property(attrgetter("update.lora_B"))  # noqa: N815
-    scaling = property(attrgetter("update.scaling"))
-    rank = property(attrgetter("update.rank"))
-    alpha = property(attrgetter("update.alpha"))
-    dropout = property(attrgetter("update.dropout"))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(getattr(type(self), name, None), property):  # all those above
-            raise SurgeryError(
-                f"{name} of a {type(self).__name__} is only shown there: what is inside has it",
-                "set it before inject_lora, or after remove_lora(model) or merge_lora(model)",
-            )
-        super().__setattr__(name, value)
-
-    def delta_weight(self) -> Tensor:
-        """Returns ΔW of the updates that take part, in the weight's layout, float32."""
-        return self.active.delta_weight(self)
-
-    def extra_repr(self) -> str:
-        """Returns the text that `print(model)` shows."""
-        return f"{self.active}" + ("" if self.enabled else ", disabled")
-
-
 class LoRALinear(LoRALayer):
     """Wraps an `nn.Linear`, which it freezes and leaves as it is.
+
+    From `LoRALayer` it has `original_layer`; `updates`, one for each adapter by its name; `active`,
+    which says which of them take part; and `enabled`. A new one has one update, named "default".
 
     Args:
         original_layer: the layer to adapt; it keeps its own tensors.

@@ -23,7 +23,8 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import get_tie_word_embeddings, history_of, operation
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.embedding import TiedEmbeddingUpdate
-from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.layer import LoRALayer
+from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.several import active_adapters, adapter_names, lora_layers
 from nanogpt_surgery.lora.targets import tied_to
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence

@@ -1,4 +1,6 @@
-"""The verbs for adapters on a model: swap, blend, merge, remove; the others are in inject.py.
+"""The verbs for adapters on a model: enable, disable, swap, blend, remove.
+
+Injection is in inject.py, merging in merging.py.
 
 Nothing here happens because of `.train()` or `.eval()`. Each verb changes the model in place,
 returns a report, is written into the model's journal (`undo_lora` takes it back), and leaves the
@@ -14,7 +16,7 @@ from torch import nn
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.history.model_history import operation
 from nanogpt_surgery.lora.active import WeightedAdapters
-from nanogpt_surgery.lora.inject import replace_module, train_active
+from nanogpt_surgery.lora.inject import replace_module
 from nanogpt_surgery.lora.merging import restore_requires_grad
 from nanogpt_surgery.lora.several import (
     active_adapters,
@@ -25,10 +27,32 @@ from nanogpt_surgery.lora.several import (
     report_on,
     set_active,
     state_of,
+    train_active,
     update_rows,
 )
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
+
+
+@check_arguments
+def enable_lora(model: nn.Module) -> Report:
+    """Lets the updates take part again."""
+    return _switch(model, True)
+
+
+@check_arguments
+def disable_lora(model: nn.Module) -> Report:
+    """Computes as if no update were there; the updates stay."""
+    return _switch(model, False)
+
+
+def _switch(model: nn.Module, enabled: bool) -> Report:
+    layers = lora_layers(model)
+    # Not hashed: no tensor is replaced.
+    with operation(model, "enable" if enabled else "disable", hashed=False):
+        for layer in layers.values():
+            layer.enabled = enabled
+    return report_on(model, "LoRA enabled" if enabled else "LoRA disabled")
 
 
 @check_arguments

@@ -24,7 +24,7 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.active import WeightedAdapters
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
 from nanogpt_surgery.lora.variants import DoRAUpdate, dora_change
 

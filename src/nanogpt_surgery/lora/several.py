@@ -12,7 +12,8 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.history.model_history import plain_name, tensor_hashes
 from nanogpt_surgery.lora.active import ActiveAdapters, WeightedAdapters
 from nanogpt_surgery.lora.embedding import LoRAEmbedding
-from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.layer import LoRALayer
+from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.report import Report
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]{0,63}")
@@ -59,6 +60,17 @@ def set_active(model: nn.Module, active: ActiveAdapters) -> None:
     """Chooses which adapters take part, on every layer."""
     for layer in lora_layers(model).values():
         layer.active = active
+
+
+def train_active(model: nn.Module) -> None:
+    """Makes the parameters of the adapters that take part trainable, and those of no other."""
+    layers, active = lora_layers(model).values(), active_adapters(model).names()
+    updates: list[tuple[str, Any]] = [pair for layer in layers for pair in layer.updates.items()]
+    for trains in (False, True):  # an update that several layers share trains if any of them does
+        for name, update in updates:
+            if trains is (name in active):
+                for parameter in update.trainable():
+                    parameter.requires_grad_(trains)
 
 
 def check_name(model: nn.Module, name: str) -> str:

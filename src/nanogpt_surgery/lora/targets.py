@@ -20,7 +20,8 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError, listed, nearest
 from nanogpt_surgery.lora.embedding import TiedEmbeddingUpdate
-from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.layer import LoRALayer
+from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.settings import LoRASettings, Tied
 from nanogpt_surgery.lora.variants import check_row_norms, new_update
 

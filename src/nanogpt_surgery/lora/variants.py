@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.embedding import LoRAEmbeddingUpdate
-from nanogpt_surgery.lora.linear import LoRALayer, LoRAUpdate
+from nanogpt_surgery.lora.layer import LoRALayer
+from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.settings import LoRASettings
 
 

@@ -8,41 +8,13 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, Self
 
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.model.rope_scaling import RopeScaling
 from nanogpt_surgery.values import POSITIVE, SHARE, SIZE, SIZE_OR_0, Settings
 
 Positions = Literal["learned", "rotary"]
 Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "gelu_tanh", "relu2", "swiglu"]
 Bias = Literal["all", "qkv", "attention", "none"]
-
-
-@dataclass(frozen=True)
-class RopeScaling(Settings):
-    """A scaling of the rotary wavelengths: Llama 3's, or the same for all ("linear").
-
-    `linear` makes every wavelength `factor` times longer and reads nothing else. `llama3`:
-    wavelengths under `original_max_position_embeddings / high_freq_factor` tokens stay, those over
-    `original_max_position_embeddings / low_freq_factor` become `factor` times longer, and those
-    between are interpolated.
-    """
-
-    factor: Annotated[float, POSITIVE]
-    low_freq_factor: Annotated[float, POSITIVE] = 1.0
-    high_freq_factor: Annotated[float, POSITIVE] = 4.0
-    original_max_position_embeddings: Annotated[int, SIZE] = 8192
-    rope_type: Literal["llama3", "linear"] = "llama3"
-
-    def contradictions(self) -> list[str]:
-        """Returns a sentence for each contradiction."""
-        found = []
-        if self.rope_type == "llama3" and self.factor < 1:
-            found.append(f"factor is {self.factor}; it must be at least 1 in llama3")
-        if self.low_freq_factor >= self.high_freq_factor:
-            found.append(
-                f"low_freq_factor {self.low_freq_factor} must be below high_freq_factor "
-                f"{self.high_freq_factor}"
-            )
-        return found
 
 
 @dataclass(frozen=True)
@@ -93,7 +65,7 @@ class GPTConfig(Settings):
     """probability of zeroing an activation in training"""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # checks the ranges, and raises the contradictions
         gated = -(-8 * self.n_embd // (3 * 32)) * 32  # 8/3 C, rounded up to a multiple of 32
         sizes = {
             "n_kv_head": self.n_kv_head or self.n_head,
@@ -150,7 +122,7 @@ class GPTConfig(Settings):
         ]
 
     def flops_per_token(self, context: int | None = None) -> int:
-        """Floating-point operations of a forward pass, per token, in matrix products alone.
+        """Counts the floating-point operations of a forward pass, per token, in matrix products.
 
         Two for each weight of a matrix that multiplies, and 4 · layers · H · D · `context` for
         attention, whose square is counted whole although half is masked (PaLM, arXiv:2204.02311,

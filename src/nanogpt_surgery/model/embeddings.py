@@ -17,14 +17,14 @@ Legend: B batch, T tokens, S tokens so far (past and new), C width, H heads, D h
 
 from __future__ import annotations
 
-import math
 from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogpt_surgery.model.config import GPTConfig, RopeScaling
+from nanogpt_surgery.model.config import GPTConfig
+from nanogpt_surgery.model.rope_scaling import scale_rope_frequencies
 
 Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, (T, D) or (B, 1, T, D) each
 
@@ -32,8 +32,8 @@ Rotation: TypeAlias = tuple[Tensor, Tensor]  # cosines and sines, (T, D) or (B, 
 def make_positions(config: GPTConfig) -> nn.Module:
     """Returns the kind of positions that a config chooses.
 
-    It is called on embeddings (B, T, C) and positions, (T,) for all rows or (B, T). It returns the
-    embeddings, and the rotation of queries and keys, or None.
+    The module is called on embeddings (B, T, C) and positions, (T,) for all rows or (B, T). It
+    returns the embeddings, and the rotation of queries and keys, or None.
     """
     return RotaryPositions(config) if config.positions == "rotary" else LearnedPositions(config)
 
@@ -84,20 +84,6 @@ def rotary_frequencies(config: GPTConfig) -> Tensor:
     if config.rope_scaling:
         return scale_rope_frequencies(frequencies, config.rope_scaling)
     return frequencies
-
-
-def scale_rope_frequencies(frequencies: Tensor, scaling: RopeScaling) -> Tensor:
-    """Divides frequencies (D/2,) by `factor`, so that a model trained on short texts reads long.
-
-    "linear" divides all of them alike. "llama3" keeps the waves that turn often within the original
-    context, divides those that hardly turn, and goes from one to the other by a ramp.
-    """
-    if scaling.rope_type == "linear":
-        return frequencies / scaling.factor
-    turns = scaling.original_max_position_embeddings * frequencies / (2 * math.pi)
-    kept = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    kept = kept.clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 class PrevTokenEmbeddings(nn.ModuleList):

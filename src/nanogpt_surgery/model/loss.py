@@ -17,7 +17,10 @@ IGNORED = -100  # a target that does not count in the loss; the default of `F.cr
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Returns −ln p(target), in float32, over all positions: (B, T, V), (B, T) → a scalar."""
+    """Returns the mean or the "sum" of −ln p(target), float32: (B, T, V), (B, T) → a scalar.
+
+    Over all targets that are not `IGNORED`.
+    """
     return F.cross_entropy(
         logits.flatten(0, -2).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction
     )

@@ -103,7 +103,10 @@ class SimpleGPT(nn.Module):
     def hidden(
         self, ids: Tensor, cache: KVCache | None = None, layout: Layout | None = None
     ) -> Tensor:
-        """Returns the head's input, (B, T, C), after the final norm; see `forward`."""
+        """Returns the head's input, (B, T, C), after the final norm; see `forward`.
+
+        Generation takes this and puts the last token alone through the head.
+        """
         self._check_ids(ids, cache)
         start = 0 if cache is None else cache.length
         if layout is None:
@@ -153,6 +156,7 @@ def initialise(model: nn.Module, config: GPTConfig) -> None:
     | biases                                    | 0                                               |
     | weights of norms                          | 1                                               |
     """
+    # A tied head is named once, as `embed_tokens.weight`.
     matrix_std = 0.5 / math.sqrt(config.n_embd)
     for name, parameter in model.named_parameters():
         if name.endswith("bias"):

@@ -3,10 +3,10 @@
     x ──┬── norm ── attention ──┬── norm ── feed-forward ──┬── x
         └────────── + ──────────┴─────────── + ────────────┘
 
-It is written by hand: PyTorch's own, `torch.nn.TransformerEncoderLayer`, cannot be operated on. It
-has a fused path that skips its submodules, so a LoRA inside does nothing, and no KV cache. With
-equal weights this one computes what PyTorch's computes with `norm_first=True, activation="gelu"`
-and a causal mask.
+It has the name of PyTorch's block without cross-attention, `torch.nn.TransformerEncoderLayer`, and
+with equal weights it computes what that computes with `norm_first=True, activation="gelu"` and a
+causal mask, which makes it a decoder's. It is written by hand because PyTorch's has no KV cache,
+and a fused path that skips its submodules, so that a LoRA inside does nothing.
 
 In attention each token looks at itself and at those before it. Grouped queries (arXiv:2305.13245)
 let several query heads share one key-value head:
@@ -15,7 +15,7 @@ let several query heads share one key-value head:
                              ╲ │ ╱      ╲ │ ╱
     key-value    G = 2        kv0        kv1
 
-The feed-forward takes each token on its own, widens it, bends it, and narrows it:
+The feed-forward takes each token alone: widens it to I numbers, bends each, and narrows it again:
 
     GELU      down(gelu(up(x)))                     GPT-2; arXiv:1606.08415
     ReLU²     down(max(0, up(x))²)                  Primer; arXiv:2109.08668
@@ -51,6 +51,7 @@ class TransformerEncoderLayer(nn.Module):
     @check_arguments
     def __init__(self, config: GPTConfig):
         super().__init__()
+        # The norms have Hugging Face's names; the second is the one before the feed-forward.
         self.input_layernorm = make_norm(config)
         self.self_attn = CausalSelfAttention(config)
         self.post_attention_layernorm = make_norm(config)
@@ -64,7 +65,7 @@ class TransformerEncoderLayer(nn.Module):
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
     ) -> Tensor:
-        """(B, T, C) → (B, T, C); for the other arguments see `CausalSelfAttention`."""
+        """Returns the stream after both sums, (B, T, C); arguments as in `CausalSelfAttention`."""
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, cache, mask))
         x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return x
@@ -93,7 +94,7 @@ class PlainFeedForward(nn.Module):
         self.activation = ACTIVATIONS[config.mlp]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
+        """Takes each token on its own, (B, T, C) → (B, T, C)."""
         inner = self.activation(self.up_proj(x))  # (B, T, I)
         return self.down_proj(inner)  # (B, T, C)
 
@@ -109,7 +110,7 @@ class SwiGLUFeedForward(nn.Module):
         self.down_proj = nn.Linear(config.n_inner, config.n_embd, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) → (B, T, C)."""
+        """Takes each token on its own, (B, T, C) → (B, T, C)."""
         inner = F.silu(self.gate_proj(x)) * self.up_proj(x)  # (B, T, I)
         return self.down_proj(inner)  # (B, T, C)
 
@@ -180,7 +181,7 @@ class CausalSelfAttention(nn.Module):
         """Lets each token of (B, T, C) gather from those it may see: (B, T, C).
 
         With a cache, the T tokens follow the S − T it holds. A mask (B, 1, T, S), true where a
-        token may look, stands for the causal one.
+        token may look, takes the place of the causal one.
         """
         q = self.q_norm(self._split_heads(self.q_proj(x)))  # (B, H, T, D)
         k = self.k_norm(self._split_heads(self.k_proj(x)))  # (B, G, T, D)
@@ -273,7 +274,10 @@ class KVCache:
         return self.layers[-1].length
 
     def append_ids(self, new: Tensor) -> Tensor:
-        """Adds ids (B, T) whose keys and values come next, and returns all so far, (B, S)."""
+        """Adds ids (B, T) whose keys and values come next, and returns all so far, (B, S).
+
+        They count in `length` once the layers have appended those keys and values.
+        """
         end = self.length + new.size(1)
         self.ids[:, self.length : end] = new
         return self.ids[:, :end]

@@ -22,7 +22,7 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.interpret.comparison import without
 from nanogpt_surgery.interpret.recording import checked_ids
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
 from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, attach_adapter

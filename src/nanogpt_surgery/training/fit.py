@@ -99,10 +99,11 @@ class TrainingLoop:
         cache_dir: Path | None,
     ):
         self.model, self.dataset, self.settings = model, dataset, settings
+        # The FLOPs of the training, by which is judged whether compiling pays.
         operations = operations_of(model, settings, dataset.block_size)
         self.hardware = choose_hardware(settings, operations)
         model.to(self.hardware.device)
-        self.world = world()
+        self.world = world()  # the processes that share each batch, or this one alone
         self.world.broadcast_parameters(model)  # all processes begin with the first one's weights
         self.optimizer = optimizer or make_optimizer(model, settings)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -181,7 +182,8 @@ class TrainingLoop:
         """Yields the batch of each step: a pure function of (seed, step, rank)."""
         rows = self.settings.batch_size * self.settings.grad_accum_steps
         for step in range(first_step, self.settings.max_steps):
-            yield self.dataset.batch(step, rows, self.settings.seed, **self.world.share)
+            share = self.world.share  # rank and world_size
+            yield self.dataset.batch(step, rows, self.settings.seed, **share)
 
     def _accumulate_gradients(self, batch: Batch, step: int, trained: int) -> list[Tensor]:
         """Adds up the gradients, some rows at a time; returns the parts of the mean loss."""

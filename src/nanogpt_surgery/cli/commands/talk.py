@@ -264,7 +264,7 @@ def _answered(
     talk: Conversation, question: str, settings: ChatSettings, of_base: bool
 ) -> Iterator[str]:
     """The pieces of an answer, with a line's end; `of_base`: by the model without its adapter."""
-    from nanogpt_surgery.lora.inject import disable_lora, enable_lora
+    from nanogpt_surgery.lora.operations import disable_lora, enable_lora
 
     if of_base:
         disable_lora(talk.model)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nanogpt_surgery.arguments import check_arguments
+from nanogpt_surgery.data.tokenizers.character_file import characters_of, tokenizer_json
 from nanogpt_surgery.errors import SurgeryError
 
 
@@ -22,6 +23,8 @@ class CharacterTokenizer:
         text: its characters are the vocabulary; how often each comes does not matter.
 
     Attributes:
+        character_to_id: the table by which `encode` looks up.
+        id_to_character: the table by which `decode` looks up.
         chat_template: in Jinja, where the model was trained on conversations.
 
     Raises:
@@ -81,7 +84,10 @@ class CharacterTokenizer:
 
     @cached_property
     def _id_of_code_point(self) -> NDArray[np.int32]:
-        """A table of ids by code point, −1 where there is none, as in its last entry."""
+        """The same table as an array by code point: −1 where there is no id.
+
+        Its last entry, one beyond the largest code point, stands for all that are larger.
+        """
         code_points = [ord(character) for character in self.character_to_id]
         table = np.full(max(code_points) + 2, -1, dtype=np.int32)
         table[code_points] = np.arange(len(code_points))
@@ -89,9 +95,10 @@ class CharacterTokenizer:
 
     def encode_to_numpy(self, text: str) -> NDArray[np.int32]:
         """Returns the ids of `encode` as an array (N,); much faster for a large text."""
+        # A Python string may hold half of a surrogate pair, which has a code point too.
         code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
         table = self._id_of_code_point
-        ids = table[np.minimum(code_points, len(table) - 1)]  # beyond the table: its last entry
+        ids = table[np.minimum(code_points, len(table) - 1)]
         unknown = np.flatnonzero(ids < 0)
         if unknown.size:
             raise self._unknown(text, int(unknown[0]))
@@ -117,23 +124,7 @@ class CharacterTokenizer:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the contents of a `tokenizer.json` that the `tokenizers` package reads."""
-        return {
-            "version": "1.0",
-            "truncation": None,
-            "padding": None,
-            "added_tokens": [],
-            "normalizer": None,
-            # One token for each character, whatever it is; joined again without spaces.
-            "pre_tokenizer": {
-                "type": "Split",
-                "pattern": {"Regex": r"[\s\S]"},
-                "behavior": "Isolated",
-                "invert": False,
-            },
-            "post_processor": None,
-            "decoder": {"type": "Fuse"},
-            "model": {"type": "WordLevel", "vocab": self.character_to_id, "unk_token": ""},
-        }
+        return tokenizer_json(self.character_to_id)
 
     def save(self, path: str | Path) -> None:
         """Writes a `tokenizer.json`."""
@@ -146,12 +137,4 @@ class CharacterTokenizer:
         Raises:
             SurgeryError: it is another kind of tokenizer, or damaged.
         """
-        model = contents.get("model") if isinstance(contents, dict) else None
-        found = model if isinstance(model, dict) and model.get("type") == "WordLevel" else {}
-        vocab = found.get("vocab")
-        if not vocab or not isinstance(vocab, dict) or any(len(token) != 1 for token in vocab):
-            raise SurgeryError("this tokenizer.json is not a character tokenizer's")
-        numbered = all(isinstance(i, int) for i in vocab.values())
-        if not numbered or sorted(vocab.values()) != list(range(len(vocab))):
-            raise SurgeryError("the ids in this tokenizer.json are not 0, 1, 2, …")
-        return cls.from_characters(sorted(vocab, key=vocab.__getitem__))
+        return cls.from_characters(characters_of(contents))

@@ -54,7 +54,7 @@ from nanogpt_surgery.history.model_history import (
     tensor_hash,
     tensor_hashes,
 )
-from nanogpt_surgery.lora.linear import LoRALayer
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import (
     Rounding,
     add_update,

@@ -20,9 +20,10 @@ from nanogpt_surgery.formats.gguf.tokenizer import tokenizer_of
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
 from nanogpt_surgery.formats.huggingface.tokenizer_files import check_ids
 from nanogpt_surgery.formats.placing import Dtype, StoredTensor, build_model, place
-from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
-from nanogpt_surgery.model.embeddings import rotary_frequencies, scale_rope_frequencies
+from nanogpt_surgery.model.config import FAMILIES, GPTConfig
+from nanogpt_surgery.model.embeddings import rotary_frequencies
 from nanogpt_surgery.model.quantized import Quantization
+from nanogpt_surgery.model.rope_scaling import RopeScaling, scale_rope_frequencies
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 ROPE_FACTORS = "rope_freqs.weight"

@@ -12,7 +12,8 @@ from typing import Any
 
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.formats.folders.old_keys import with_current_fields
-from nanogpt_surgery.model.config import FAMILIES, GPTConfig, RopeScaling
+from nanogpt_surgery.model.config import FAMILIES, GPTConfig
+from nanogpt_surgery.model.rope_scaling import RopeScaling
 from nanogpt_surgery.values import field_types, wrong_value
 
 CONFIG = "config.json"
