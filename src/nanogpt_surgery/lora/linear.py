@@ -125,7 +125,7 @@ class LoRALinear(LoRALayer):
         LoRASettings(rank, alpha, dropout)  # which checks them
         update = LoRAUpdate(original_layer, rank, alpha, dropout)
         super().__init__(original_layer)  # freezes it, so nothing may fail after this
-        self.updates[LoRASettings.name] = update
+        self.updates[LoRASettings.name] = update  # "default", and `active` is that one alone
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns y = W x + b + s · B A x, (…, in) → (…, out)."""

@@ -182,7 +182,7 @@ class TrainingLoop:
         """Yields the batch of each step: a pure function of (seed, step, rank)."""
         rows = self.settings.batch_size * self.settings.grad_accum_steps
         for step in range(first_step, self.settings.max_steps):
-            share = self.world.share  # rank and world_size
+            share = self.world.share  # rank and world_size, where several processes share a batch
             yield self.dataset.batch(step, rows, self.settings.seed, **share)
 
     def _accumulate_gradients(self, batch: Batch, step: int, trained: int) -> list[Tensor]:

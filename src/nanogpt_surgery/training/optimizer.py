@@ -44,6 +44,7 @@ def make_optimizer(model: nn.Module, settings: FitSettings) -> torch.optim.Optim
         groups = muon_groups(model, trainable, settings.weight_decay)
         return muon(groups, settings.learning_rate, settings.momentum, betas)
     groups = [group for group in _adamw_groups(model, trainable, settings) if group["params"]]
+    # Fused: all weights in one pass, on a CPU too.
     return adamw(groups, lr=settings.learning_rate, betas=betas, fused=True)
 
 

@@ -12,8 +12,8 @@ from nanogpt_surgery.values import SHARE, Settings, integer, number
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Compile = Literal["auto", "on", "off"]
-Shape = Literal["cosine", "stable"]
-# Small enough that the rows of all steps can be numbered in 64 bits.
+Schedule = Literal["cosine", "stable"]
+# Counts are small enough that the rows of all steps can be numbered in 64 bits.
 Count: TypeAlias = Annotated[int, integer(1, 10**15)]
 CountOr0: TypeAlias = Annotated[int, integer(0, 10**15)]
 Amount: TypeAlias = Annotated[float, number("from 0 to 1e15", lambda x: 0 <= x <= 1e15)]
@@ -35,10 +35,10 @@ class FitSettings(Settings):
     """Muon's memory of the gradient"""
     learning_rate: Amount = 2e-3
     """the peak of the schedule"""
-    schedule: Shape = "cosine"
+    schedule: Schedule = "cosine"
     """after the rise: a cosine; or the peak held, then a straight line down"""
     cooldown: Annotated[float, number("from 0 to 1", lambda x: 0 <= x <= 1)] = 1.0
-    """the share of the steps over which a stable schedule falls (1: from the start)"""
+    """stable schedule alone: the share of the steps over which it falls (1: from the start)"""
     final_learning_rate: Amount = 0.1
     """where the schedule ends, as a share of the peak"""
     warmup_steps: CountOr0 = 100
