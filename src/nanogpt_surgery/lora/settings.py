@@ -35,4 +35,4 @@ class LoRASettings(Settings):
     alpha_pattern: dict[str, Annotated[float, POSITIVE]] | None = None
     """other alphas, by layer name or its ending"""
     tied: Tied = "refuse"
-    """a target that shares its weight (a tied head): refuse it, let a merge untie it, or adapt both"""
+    """a target that shares its weight, as a tied head: refuse, let a merge untie, or adapt both"""
