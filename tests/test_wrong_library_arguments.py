@@ -185,6 +185,14 @@ CALLS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
          "stop_ids": STOP_IDS | {"None": None},
          "seed": A_NUMBER, "cache": OPTION},
     ),
+    "generate_speculative": (
+        lambda t: {"model": t.bare, "ids": [1, 2], "max_new_tokens": 1, "draft": ns.PromptLookup()},
+        {"model": SIMPLE_GPT, "ids": IDS | {"number": 3}, "max_new_tokens": AT_LEAST_0,
+         "draft": A_THING, "sampling": OPTION, "stop_ids": STOP_IDS | {"None": None},
+         "seed": A_NUMBER, "cache": OPTION},
+    ),
+    "PromptLookup": (lambda t: {}, {"num_tokens": COUNT, "max_ngram": COUNT}),
+    "DraftModel": (lambda t: {"model": t.bare}, {"model": SIMPLE_GPT, "num_tokens": COUNT}),
     "generate_batch": (
         lambda t: {"model": t.bare, "prompts": [[1, 2]], "max_new_tokens": 1},
         {"model": SIMPLE_GPT, "prompts": IDS | {"number": 3, "[[]]": [[]]},

@@ -222,9 +222,11 @@ def check_alike(ours, theirs):
     roles = {role: text for role, text in theirs.special_tokens_map.items() if text}
     assert ours.special_tokens == roles
     assert ours.extra_special_tokens == theirs.extra_special_tokens
-    for role in ("eos", "pad", "unk"):
+    for role in ("eos", "pad"):
         expected = getattr(theirs, f"{role}_token_id") if getattr(theirs, f"{role}_token") else None
         assert getattr(ours, f"{role}_id") == expected, role
+    if theirs.unk_token:
+        assert ours.id_of(ours.special_tokens["unk_token"]) == theirs.unk_token_id
     if theirs.bos_token:
         assert ours.bos_id == theirs.bos_token_id
 

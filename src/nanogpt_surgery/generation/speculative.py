@@ -84,6 +84,7 @@ class Draft:
         raise NotImplementedError
 
 
+@check_arguments
 @dataclass
 class PromptLookup(Draft):
     """Guesses what followed the last ids where they stood before in the text.
@@ -93,6 +94,10 @@ class PromptLookup(Draft):
 
     max_ngram: int = 3
     """how many of the last ids are looked for; where they are not found, fewer"""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        raise_all(wrong_values(SIZE, {"max_ngram": self.max_ngram}))
 
     def propose(
         self,
@@ -111,6 +116,7 @@ class PromptLookup(Draft):
         return []
 
 
+@check_arguments
 @dataclass
 class DraftModel(Draft):
     """Guesses what a smaller model with the same tokenizer draws."""
