@@ -17,6 +17,7 @@ Legend: T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Draft:
+class Draft(ABC):
     """A way to guess the next ids of a text; it counts how often it was right."""
 
     num_tokens: int = 10
@@ -66,6 +67,7 @@ class Draft:
         """The share of drafted ids that were accepted; 0 where none was drafted."""
         return self.accepted / max(1, self.drafted)
 
+    @abstractmethod
     def propose(
         self,
         prompt: Sequence[int],
@@ -81,7 +83,6 @@ class Draft:
             settings: by which ids will be drawn.
             generator: a copy of the one by which they will be drawn.
         """
-        raise NotImplementedError
 
 
 @check_arguments
