@@ -170,14 +170,19 @@ def test_from_the_command_line(place, capsys):
     assert "cannot be undone" in capsys.readouterr().err
 
 
-def test_a_merge_that_makes_infinite_weights_is_refused_before_anything_is_written(place):
-    """Whatever tolerance is given for the probe."""
+def save_large_adapter(place):
+    """An adapter that makes weights beyond float16 in one layer."""
     model, _ = open_model(place / "model")
     inject_lora(model, "q_proj")
     train_a_little(model)
     layer = lora_layers(model)["layers.0.self_attn.q_proj"]
     layer.lora_A.data[:, 0], layer.lora_B.data[0] = 3e3, 3e3
     save_adapter(model, place / "large")
+
+
+def test_a_merge_that_makes_infinite_weights_is_refused_before_anything_is_written(place):
+    """Whatever tolerance is given for the probe."""
+    save_large_adapter(place)
     first = bytes_of(place)
     wrong = r"NaN or infinite in 1 layers \(layers\.0\.self_attn\.q_proj\); float16 ends"
     with pytest.raises(SurgeryError, match=wrong) as caught:
@@ -188,12 +193,7 @@ def test_a_merge_that_makes_infinite_weights_is_refused_before_anything_is_writt
 
 
 def test_a_gguf_whose_type_ends_below_the_weights_is_refused_with_their_layer(place):
-    model, _ = open_model(place / "model")
-    inject_lora(model, "q_proj")
-    train_a_little(model)
-    layer = lora_layers(model)["layers.0.self_attn.q_proj"]
-    layer.lora_A.data[:, 0], layer.lora_B.data[0] = 3e3, 3e3
-    save_adapter(model, place / "large")
+    save_large_adapter(place)
     first = bytes_of(place)
     with pytest.raises(SurgeryError, match=r"in 1 layers \(layers\.0\.self_attn\.q_proj\)"):
         merge_into_gguf(place / "model", place / "large", place / "out.gguf", "F16", tolerance=9)

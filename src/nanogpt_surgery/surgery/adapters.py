@@ -91,10 +91,7 @@ def combine(
         made[layer] = _update(factors, parts[0][1].embedding)
         rows.append({"layer": layer, **row})
     title = f"combine {' + '.join(f'{w:g} {n}' for n, w in weights.items())} as {name}"
-    adapter = _stored(model, made, weights)
-    before = None if probe is None else _blend_logits(model, weights, probe)
-    attach_adapter(model, adapter, name, title=title)
-    return _report(model, title, rows, before, probe)
+    return _in_place_of(model, weights, name, made, title, rows, probe)
 
 
 @check_arguments
@@ -131,10 +128,8 @@ def compress(
         factors = truncated(exact, rank, energy)
         made[layer] = _update(factors, update.embedding)
         rows.append({"layer": layer, **_row(exact, factors)})
-    title, weights = f"compress {adapter} as {name}", {adapter: 1.0}
-    before = None if probe is None else _blend_logits(model, weights, probe)
-    attach_adapter(model, _stored(model, made, weights), name, title=title)
-    return _report(model, title, rows, before, probe)
+    title = f"compress {adapter} as {name}"
+    return _in_place_of(model, {adapter: 1.0}, name, made, title, rows, probe)
 
 
 @check_arguments
@@ -382,6 +377,21 @@ def _norm(factors: Factors) -> float:
     """Returns ‖B A‖ by the factors' Gram matrices: tr(BᵀB · AAᵀ)."""
     a, b = (factor.double() for factor in factors)
     return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())
+
+
+def _in_place_of(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    made: dict[str, LowRankUpdate],
+    title: str,
+    rows: list[dict[str, Any]],
+    probe: Probe | None,
+) -> Report:
+    """Puts updates on a model as an adapter, and compares it with the sum that it is made of."""
+    before = None if probe is None else _blend_logits(model, weights, probe)
+    attach_adapter(model, _stored(model, made, weights), name, title=title)
+    return _report(model, title, rows, before, probe)
 
 
 def _stored(
