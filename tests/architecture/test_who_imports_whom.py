@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "training": GROUND | {"model", "data", "lora"},
     "runs": GROUND | {"training", "generation", "formats", "model", "data", "lora", "history"},
 }
+MAY_IMPORT["serving"] = {*MAY_IMPORT}
 LOSSES = "nanogpt_surgery.model.loss"  # cross-entropy and KL, for every room with logits
 EVERYTHING = MAY_IMPORT.keys()
 MAY_IMPORT |= {"cli": EVERYTHING, "__init__": EVERYTHING, "__main__": {"cli"}}
