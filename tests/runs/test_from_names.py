@@ -9,7 +9,7 @@ from nanogpt_surgery import FitSettings, SurgeryError
 from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.runs.from_names import lora_training, new_model_training
-from nanogpt_surgery.runs.progress import watched
+from nanogpt_surgery.runs.progress import progress
 from nanogpt_surgery.runs.run import Run
 from nanogpt_surgery.runs.settings import DataSettings
 from nanogpt_surgery.runs.training import open_base
@@ -33,8 +33,9 @@ def test_a_notebook_trains_as_the_commands_do(
     said: list[str] = []
     settings = FitSettings(**training_values(None, STEPS))
     made = new_model_training(["text.txt"], settings, shape=SHAPE, say=said.append)
-    with Run.begin("m2", made) as run:
-        assert [step.step for step in watched(run, said.append, on_terminal=False)] == [1, 2]
+    with Run.begin("m2", made) as run, progress(run, said.append, on_terminal=False) as show:
+        for step in run.train():
+            show(step)
     assert file_hash(Path("m2/model.safetensors")) == file_hash(Path("m/model.safetensors"))
     assert f"{made.model.n_parameters:,}" in " ".join(said)
     network, tokenizer = open_base("m")

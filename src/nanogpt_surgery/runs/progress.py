@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from time import monotonic
 
 from rich.console import Console
@@ -20,19 +21,25 @@ LEAST_BAR = 10  # columns
 LINE_EVERY = 10.0  # seconds
 
 
-def watched(run: Run, say: Say, on_terminal: bool) -> Iterator[Step]:
-    """Yields the steps of a run that are left, with their progress.
+Show = Callable[[Step], None]
+
+
+@contextmanager
+def progress(run: Run, say: Say, on_terminal: bool) -> Iterator[Show]:
+    """Gives a function to call with each step of a run, which shows how far it is.
 
     Args:
         run: begun or resumed.
         say: called with a line at each evaluation, and every 10 s.
         on_terminal: draw a bar on stderr instead, which also says when held-out data is read.
     """
-    progress = Progress(run.folder.first_step, run.training.settings.max_steps, run.full_rate)
+    shown = Progress(run.folder.first_step, run.training.settings.max_steps, run.full_rate)
     if not on_terminal:
-        return progress.lines(run.train(), say)
+        yield shown.lines(say)
+        return
     data = run.loop.eval_data = Announced(run.loop.eval_data or run.training.validation)
-    return progress.bar(run.train(), data)
+    with shown.bar(data) as show:
+        yield show
 
 
 class Announced:
@@ -61,18 +68,22 @@ class Progress:
         self.first_step, self.max_steps, self.full_rate = first_step, max_steps, full_rate
         self.start, self.tokens, self.seconds = monotonic(), 0, 0.0
 
-    def lines(self, steps: Iterable[Step], say: Say) -> Iterator[Step]:
-        """Yields the same steps; says a line at each evaluation, and every 10 s."""
+    def lines(self, say: Say) -> Show:
+        """Returns what says a line at each evaluation, and every 10 s."""
         last = monotonic()
-        for step in steps:
+
+        def show(step: Step) -> None:
+            nonlocal last
             self._add(step)
             if step.validation_loss is not None or monotonic() - last >= LINE_EVERY:
                 say(self._line(step))
                 last = monotonic()
-            yield step
 
-    def bar(self, steps: Iterable[Step], validation: Announced) -> Iterator[Step]:
-        """Yields the same steps, under a bar."""
+        return show
+
+    @contextmanager
+    def bar(self, validation: Announced) -> Iterator[Show]:
+        """Draws a bar, and gives what moves it."""
         text = TextColumn("{task.fields[text]}", markup=False, table_column=Column(no_wrap=True))
         column = Column(min_width=LEAST_BAR, max_width=40, ratio=1)
         columns = BarColumn(bar_width=None, table_column=column), MofNCompleteColumn(), text
@@ -81,7 +92,9 @@ class Progress:
             task = bar.add_task("", total=self.max_steps, completed=self.first_step, text=shown)
             validation.begin = lambda: bar.update(task, text="evaluating", refresh=True)
             validation.end = lambda: bar.update(task, text=shown, refresh=True)
-            for step in steps:
+
+            def show(step: Step) -> None:
+                nonlocal shown
                 self._add(step)
                 width = bar.console.width
                 counted = 2 * len(str(self.max_steps)) + 1
@@ -89,7 +102,8 @@ class Progress:
                 bar.update(task, completed=step.step, text=shown)
                 if step.validation_loss is not None:
                     bar.console.print(self._line(step, width), highlight=False, markup=False)
-                yield step
+
+            yield show
 
     def _add(self, step: Step) -> None:
         self.tokens += step.tokens

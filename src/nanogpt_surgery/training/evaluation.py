@@ -26,27 +26,41 @@ LITTLE = 2**20  # numbers in hidden states that are no burden
 
 @check_arguments
 def evaluate(
-    model: nn.Module,
-    dataset: EvalData,
-    batch_size: int = EVALUATED_AT_ONCE,
-    processes: World = ALONE,
-    fast: bool = True,
+    model: nn.Module, dataset: EvalData, batch_size: int = EVALUATED_AT_ONCE, fast: bool = True
 ) -> float:
     """The mean loss over every target of a dataset that counts, in nats a token.
 
     A text is cut into windows that do not overlap, the last one shorter, so each token but the
     first is predicted once; of conversations only what is trained on counts. Computed in the
     model's own precision, in eval mode, on its device; weights in bfloat16 are cast for their
-    products on a processor that has no bfloat16 arithmetic. Of several processes each
-    reads its share of the batches, and all return the same. `fast` makes the logits of some
+    products on a processor that has no bfloat16 arithmetic. `fast` makes the logits of some
     positions at a time.
 
     Raises:
-        SurgeryError: rows hold several documents, and the model is no `SimpleGPT`; or the
-            batch_size is below 1.
+        SurgeryError: rows hold several documents, and the model is no `SimpleGPT`; nothing counts;
+            or the batch_size is below 1.
     """
     if batch_size < 1:
         raise SurgeryError(f"batch_size is {batch_size}; it must be at least 1")
+    return mean_loss(model, dataset, batch_size, ALONE, fast)
+
+
+def validation_loss(
+    model: nn.Module,
+    eval_data: EvalData,
+    settings: FitSettings,
+    hardware: Hardware,
+) -> float:
+    """The loss on held-out data as a training measures it: in its precision, by all processes."""
+    windows = windows_at_once(model, settings)
+    with hardware.evaluating():
+        return mean_loss(model, eval_data, windows, world(), settings.fast)
+
+
+def mean_loss(
+    model: nn.Module, dataset: EvalData, batch_size: int, processes: World, fast: bool
+) -> float:
+    """The loss of `evaluate`; of several processes each reads a share, and all return the same."""
     losses: list[Tensor] = []
     count: float = 0
     with eval_mode(model), torch.inference_mode(), _way(model, fast) as summed:
@@ -62,18 +76,6 @@ def evaluate(
             "nothing of what an evaluation reads is trained on", "evaluate_tokens=0 reads all"
         )
     return total / count
-
-
-def validation_loss(
-    model: nn.Module,
-    eval_data: EvalData,
-    settings: FitSettings,
-    hardware: Hardware,
-) -> float:
-    """The loss on held-out data as a training measures it: in its precision, by all processes."""
-    windows = windows_at_once(model, settings)
-    with hardware.evaluating():
-        return evaluate(model, eval_data, windows, world(), settings.fast)
 
 
 def windows_at_once(model: nn.Module, settings: FitSettings) -> int:

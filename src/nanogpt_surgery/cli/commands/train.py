@@ -256,7 +256,7 @@ def carry_out(
     """
     from nanogpt_surgery.report import Report
     from nanogpt_surgery.runs.from_names import plan_run, with_epochs
-    from nanogpt_surgery.runs.progress import watched
+    from nanogpt_surgery.runs.progress import progress
     from nanogpt_surgery.runs.run import Run
 
     training = with_epochs(
@@ -278,8 +278,10 @@ def carry_out(
             typed=typed_command(),
             say=say,
         )
-        with begun as run, signals(run.stop):
-            for step in watched(run, say, sys.stderr.isatty() and is_main_process()):
+        on_terminal = sys.stderr.isatty() and is_main_process()
+        with begun as run, signals(run.stop), progress(run, say, on_terminal) as show_step:
+            for step in run.train():
+                show_step(step)
                 last = step.step
             if run.stopped:
                 place = options.out
