@@ -87,13 +87,11 @@ def generate_batch(
         raise SurgeryError(f"likeliest is {likeliest}; it must be at least 0")
     settings = sampling or SamplingSettings()
     rows = check_request(model, prompts, max_new_tokens, settings, seed)
-    lines = [
-        _Line(i, row, settings, stop_ids, seed, likeliest, until) for i, row in enumerate(rows)
-    ]
+    lines = [Line(i, row, settings, stop_ids, seed, likeliest, until) for i, row in enumerate(rows)]
     return _tokens(lines, max_new_tokens, _rows(model, rows, max_new_tokens, engine))
 
 
-def _tokens(lines: list[_Line], max_new_tokens: int, rows: _Rows) -> Iterator[Token]:
+def _tokens(lines: list[Line], max_new_tokens: int, rows: _Rows) -> Iterator[Token]:
     for _ in range(max_new_tokens):
         running = {line.row: line for line in lines if line.running}
         if not running:
@@ -125,7 +123,7 @@ def _rows(model: SimpleGPT, prompts: list[list[int]], max_new_tokens: int, engin
 
 
 @dataclass
-class _Line:
+class Line:
     """One row: its prompt, its answer so far, and its own draws."""
 
     row: int

@@ -1,0 +1,1 @@
+"""A model served to many at once, over HTTP and in a browser."""
