@@ -151,6 +151,7 @@ class HarnessModel(LM):  # type: ignore[misc]
         stop, length = asked.pop("until") or [], int(asked.pop("max_gen_toks"))
         if not asked.pop("do_sample"):
             asked["temperature"] = 0.0
+        settings = chosen(SamplingSettings, None, asked)
         room = self.model.config.block_size - length
         if room < 1:
             raise SurgeryError(
@@ -162,7 +163,7 @@ class HarnessModel(LM):  # type: ignore[misc]
             self.tokenizer,
             [_last(self._encoder(context)(context) or self.prefix, room)],
             length,
-            chosen(SamplingSettings, None, asked),
+            settings,
             stop=self._stop(context, stop),
             seed=self.seed,
             engine=self.engine,
