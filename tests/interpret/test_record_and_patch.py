@@ -1,7 +1,7 @@
 """Recording and patching: the values are right, and nothing stays on the model."""
 
 import math
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 
 import pytest
 import torch
@@ -22,6 +22,7 @@ from nanogpt_surgery.interpret import (
     zero,
 )
 from nanogpt_surgery.model.transformer_encoder_layer import KVCache
+from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 
 ANATOMY = ["residual_before", "residual_between", "residual", "attention", "heads", "neurons"]
 
@@ -309,3 +310,32 @@ def test_points_are_listed():
     points = points_of(tiny_model(CONFIGS["gpt2"]))
     assert points[:6] == [f"layers.0.{name}" for name in ANATOMY]
     assert "layers.1.mlp.up_proj" in points
+
+
+@pytest.mark.parametrize("first", ["recording", "kernels"])
+@torch.no_grad()
+def test_a_recording_and_trainings_kernels_may_begin_and_end_in_any_order(first):
+    model = tiny_model(CONFIGS["llama"])
+    ids, clean = random_ids(model.config, 2, 7), hooks(model)
+    before, point = model(ids), "layers.1.attention"
+    recording, kernels = ExitStack(), ExitStack()
+    order = (recording, kernels) if first == "recording" else (kernels, recording)
+    entered = {one: record(model, point) if one is recording else cpu_kernels(model) for one in order}
+    found = {one: one.enter_context(context) for one, context in entered.items()}[recording]
+    torch.testing.assert_close(model(ids), before)
+    assert found[point].shape == (2, 6, 7, 7)
+    order[0].close()
+    torch.testing.assert_close(model(ids), before)
+    order[1].close()
+    assert hooks(model) == clean
+
+
+@torch.no_grad()
+def test_attention_is_given_back_by_a_pass_that_fails():
+    model = tiny_model(CONFIGS["llama"])
+    ids, clean = random_ids(model.config, 2, 7), hooks(model)
+    with record(model, "layers.1.attention"):
+        with pytest.raises(SurgeryError), patch(model, {"layers.1.attention": put(torch.ones(3))}):
+            model(ids)
+        assert [h[2] for h in hooks(model)] == [h[2] for h in clean]
+    assert hooks(model) == clean

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
+from threading import Lock
 from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
@@ -143,17 +144,35 @@ def _neurons(block: TransformerEncoderLayer, see: See) -> Undo:
 
 
 def _attention(block: TransformerEncoderLayer, see: See) -> Undo:
-    attention = block.self_attn
-    before = attention.attend
+    """The way to attend, exchanged within each forward pass and not longer.
+
+    So it does not matter what a training puts in that place, and when it takes it back.
+    """
+    attention, lock = block.self_attn, Lock()
+    replaced: list[Callable[..., Tensor]] = []  # one for each pass that is under way
 
     def attend(q: Tensor, k: Tensor, v: Tensor, dropout: float, mask: Tensor | None) -> Tensor:
         new = see(attention_probabilities(q, k, mask))
         if new is None:
-            return before(q, k, v, dropout, mask)
+            return replaced[0](q, k, v, dropout, mask)
         return new @ repeat_heads(v, q.size(1))  # (B, H, T, D)
 
-    attention.attend = attend
-    return partial(setattr, attention, "attend", before)
+    def begin(*_: Any) -> None:
+        with lock:
+            replaced.append(replaced[0] if replaced else attention.attend)
+            attention.attend = attend
+
+    def end(*_: Any) -> None:
+        with lock:
+            if len(replaced) == 1:
+                attention.attend = replaced[0]
+            del replaced[-1:]  # of nothing, where an earlier hook ended the pass before it began
+
+    hooks = (
+        attention.register_forward_pre_hook(begin),
+        attention.register_forward_hook(end, always_call=True),
+    )
+    return lambda: [hook.remove() for hook in hooks]
 
 
 def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
