@@ -320,7 +320,9 @@ def test_a_recording_and_trainings_kernels_may_begin_and_end_in_any_order(first)
     before, point = model(ids), "layers.1.attention"
     recording, kernels = ExitStack(), ExitStack()
     order = (recording, kernels) if first == "recording" else (kernels, recording)
-    entered = {one: record(model, point) if one is recording else cpu_kernels(model) for one in order}
+    entered = {
+        one: record(model, point) if one is recording else cpu_kernels(model) for one in order
+    }
     found = {one: one.enter_context(context) for one, context in entered.items()}[recording]
     torch.testing.assert_close(model(ids), before)
     assert found[point].shape == (2, 6, 7, 7)

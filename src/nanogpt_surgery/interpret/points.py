@@ -19,7 +19,7 @@ Legend: B batch, T tokens, S keys, C width, H heads, D head width, I width in th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from functools import partial
 from threading import Lock
@@ -168,11 +168,10 @@ def _attention(block: TransformerEncoderLayer, see: See) -> Undo:
                 attention.attend = replaced[0]
             del replaced[-1:]  # of nothing, where an earlier hook ended the pass before it began
 
-    hooks = (
-        attention.register_forward_pre_hook(begin),
-        attention.register_forward_hook(end, always_call=True),
-    )
-    return lambda: [hook.remove() for hook in hooks]
+    hooks = ExitStack()
+    hooks.callback(attention.register_forward_pre_hook(begin).remove)
+    hooks.callback(attention.register_forward_hook(end, always_call=True).remove)
+    return hooks.close
 
 
 def attention_probabilities(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
