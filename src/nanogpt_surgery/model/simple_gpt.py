@@ -50,6 +50,8 @@ class SimpleGPT(nn.Module):
         SurgeryError: the values contradict each other (all contradictions at once).
     """
 
+    journaled = ("config",)  # operations on the structure replace it, and undo brings it back
+
     def __init__(
         self,
         vocab_size: int,
@@ -96,7 +98,8 @@ class SimpleGPT(nn.Module):
                 from the first column on: several texts in a row, or padding before one.
 
         Raises:
-            SurgeryError: the context is longer than `block_size`, or than the cache has room for.
+            SurgeryError: the context is longer than `block_size`, or than the cache has room for,
+                or the cache has another number of layers.
         """
         return self.lm_head(self.hidden(ids, cache, layout))  # (B, T, V)
 
@@ -134,7 +137,7 @@ class SimpleGPT(nn.Module):
                 "a single row becomes a batch of one with ids[None]",
             )
         if cache is not None:
-            cache.check_room(*ids.shape)
+            cache.check_room(ids.size(0), ids.size(1), len(self.layers))
         elif ids.size(1) > self.config.block_size:
             raise SurgeryError(
                 f"{ids.size(1)} tokens exceed the model's block_size of {self.config.block_size}"

@@ -288,8 +288,13 @@ class KVCache:
         for layer in self.layers:
             layer.length = length
 
-    def check_room(self, batch_size: int, n_tokens: int) -> None:
-        """Raises `SurgeryError` unless (batch_size, n_tokens) more ids fit."""
+    def check_room(self, batch_size: int, n_tokens: int, n_layer: int | None = None) -> None:
+        """Raises `SurgeryError` unless (batch_size, n_tokens) more ids fit, of so many layers."""
+        if n_layer not in (None, len(self.layers)):
+            raise SurgeryError(
+                f"the cache was made for {len(self.layers)} layers, and the model has {n_layer}",
+                "an operation on the structure needs a new KVCache(model.config)",
+            )
         if batch_size != self.batch_size:
             raise SurgeryError(
                 f"{batch_size} rows of ids, but the cache was made for {self.batch_size}"
