@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers.commands import called
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,18 +36,17 @@ def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_shell_blocks(page: Path, tmp_path: Path) -> None:
+def test_shell_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tenth of the steps of a long training: CI has main.py for a whole one."""
     found = blocks(page, "sh")
     lines = [line for block in found for line in block.splitlines() if "surgery " in line]
     if not lines:
         pytest.skip(f"{page.name} has no command of ours")
+    monkeypatch.chdir(tmp_path)
     for line in lines:
-        words = shlex.split(line)
+        words = shlex.split(re.sub(r"(--max-steps \d+)0\b", r"\1", line))
         assert words[:3] == ["uv", "run", "surgery"]
-        command = [sys.executable, "-m", "nanogpt_surgery", *words[3:]]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        assert done.stdout
+        assert any(called(*words[3:])), line
 
 
 def heading_anchors(page: Path) -> set[str]:
