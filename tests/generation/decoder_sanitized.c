@@ -68,16 +68,14 @@ static void free_matrix(Matrix m) {
 
 static void free_norm(Norm n) { free((void *)n.weight.at), free((void *)n.bias.at); }
 
-static Layer layer(const Model *m, int rows, int qk_norm) {
+static Layer layer(const Model *m, int qk_norm) {
     int rank = m->max_rank, q = m->heads * m->head_dim, kv = m->kv_heads * m->head_dim;
-    size_t cache = (size_t)rows * m->max_length * kv;
     return (Layer){
         norm(m->width, 1), norm(m->width, 1), norm(m->head_dim, qk_norm),
         norm(m->head_dim, qk_norm), matrix(q, m->width, rank), matrix(kv, m->width, rank),
         matrix(kv, m->width, rank), matrix(m->width, q, rank),
         m->mlp == SWIGLU ? matrix(m->inner, m->width, rank) : (Matrix){0},
         matrix(m->inner, m->width, rank), matrix(m->width, m->inner, rank),
-        (void *)filled(m->cache_kind, cache).at, (void *)filled(m->cache_kind, cache).at,
     };
 }
 
@@ -85,19 +83,34 @@ static void free_layer(Layer l) {
     free_norm(l.input_norm), free_norm(l.mlp_norm), free_norm(l.q_norm), free_norm(l.k_norm);
     free_matrix(l.q), free_matrix(l.k), free_matrix(l.v), free_matrix(l.o);
     free_matrix(l.gate), free_matrix(l.up), free_matrix(l.down);
-    free(l.keys), free(l.values);
 }
 
-/* Fills a cache, each row at its own pace: a step has up to three new tokens of a row, or none.
-   Returns whether every logit is a finite number. */
+/* A cache of any length, for one text. */
+static Cache cache(const Model *m) {
+    int length = between(1, m->max_length);
+    char **layers = malloc(2 * m->n_layer * sizeof *layers);
+    for (int i = 0; i < 2 * m->n_layer; i++)
+        layers[i] = (char *)filled(m->cache_kind, (size_t)m->kv_heads * length * m->head_dim).at;
+    return (Cache){layers, length};
+}
+
+static void free_cache(const Model *m, Cache cache) {
+    for (int i = 0; i < 2 * m->n_layer; i++) free(cache.layers[i]);
+    free((void *)cache.layers);
+}
+
+/* Fills the caches of some texts, each at its own pace: a step has up to three new tokens of a text,
+   or none. Returns whether every logit is a finite number. */
 static int steps(const Model *m, int rows, int threads) {
-    int finite = 1, most = 3 * rows, *lengths = calloc(rows, sizeof *lengths);
+    int finite = 1, most = 3 * rows, left = 0, *lengths = calloc(rows, sizeof *lengths);
     Pool *pool = pool_make(m, most, threads);
-    for (int left = rows * m->max_length; left && pool;) {
+    Cache *caches = malloc(rows * sizeof *caches);
+    for (int row = 0; row < rows; row++) caches[row] = cache(m), left += caches[row].length;
+    while (left && pool) {
         int count = 0, numbers = 1 + m->n_prev;
         Token *all = malloc(most * sizeof *all);
         for (int row = 0; row < rows; row++)
-            for (int i = between(0, 3); i && lengths[row] < m->max_length; i--)
+            for (int i = between(0, 3); i && lengths[row] < caches[row].length; i--)
                 all[count++] = (Token){row, lengths[row]++, between(0, 2)};
         int wanted = count ? between(0, count) : 0;
         Token *tokens = malloc(count * sizeof *tokens);
@@ -105,12 +118,13 @@ static int steps(const Model *m, int rows, int threads) {
         int64_t *ids = malloc(count * numbers * sizeof *ids);
         float *logits = malloc((size_t)wanted * m->vocab * sizeof *logits);
         for (int i = 0; i < count * numbers; i++) ids[i] = between(0, m->vocab - 1);
-        pool_step(pool, tokens, ids, count, wanted, logits);
+        pool_step(pool, caches, tokens, ids, count, wanted, logits);
         for (int i = 0; i < wanted * m->vocab; i++) finite = finite && isfinite(logits[i]);
         free(all), free(tokens), free(ids), free(logits);
         left -= count;
     }
-    free(lengths);
+    for (int row = 0; row < rows; row++) free_cache(m, caches[row]);
+    free(caches), free(lengths);
     if (pool) pool_free(pool);
     return pool && finite;
 }
@@ -136,7 +150,7 @@ static int any_shape(void) {
     m.prev_embeddings = previous, m.learned = &learned, m.frequencies = frequencies.at;
     m.layers = malloc(m.n_layer * sizeof *m.layers);
     int qk_norm = between(0, 1);
-    for (int i = 0; i < m.n_layer; i++) m.layers[i] = layer(&m, rows, qk_norm);
+    for (int i = 0; i < m.n_layer; i++) m.layers[i] = layer(&m, qk_norm);
     int finite = steps(&m, rows, between(1, 5));
     for (int i = 0; i < m.n_layer; i++) free_layer(m.layers[i]);
     for (int d = 0; d < m.n_prev; d++) free_matrix(previous[d]);

@@ -12,9 +12,15 @@ from nanogpt_surgery import KVCache, SurgeryError, generate, inject_lora, lora_r
 from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.generation.batch import generate_batch
 from nanogpt_surgery.generation.engine import chosen_engine
-from nanogpt_surgery.generation.native.decoder import MOST, NativeDecoder, unsupported_reason
+from nanogpt_surgery.generation.native.decoder import (
+    MOST,
+    NativeDecoder,
+    NewTokens,
+    TextCache,
+    row_caches,
+    unsupported_reason,
+)
 from nanogpt_surgery.generation.native.library import decoder_library
-from nanogpt_surgery.generation.native.rows import row_caches
 from nanogpt_surgery.generation.settings import SamplingSettings
 
 LIBRARY, WHY_NOT = decoder_library()
@@ -68,6 +74,11 @@ def test_more_tokens_than_a_step_takes_are_several_steps():
         torch.testing.assert_close(found, wanted[:, -count:], rtol=1e-4, atol=3e-5)
 
 
+def next_of(decoder, caches):
+    """The logits (N, V) after the newest id of each text."""
+    return torch.cat(decoder.step_texts([NewTokens(TextCache(cache)) for cache in caches]))
+
+
 def ragged(model, ids, lengths, steps, threads=2):
     """Logits (N, V) of some rows after each of so many steps, their texts begun by a model."""
     cache = KVCache(model.config, len(ids), dtype=model.norm.weight.dtype)
@@ -79,7 +90,7 @@ def ragged(model, ids, lengths, steps, threads=2):
     for _ in range(steps):
         for row, own in enumerate(caches):
             own.append_ids(ids[row : row + 1, own.length : own.length + 1])
-        found.append(decoder.step_rows(range(len(ids)), caches))
+        found.append(next_of(decoder, caches))
     return torch.stack(found, 1)
 
 
@@ -125,7 +136,7 @@ def test_nothing_past_a_rows_own_tokens_is_read():
         for row, n in enumerate(lengths):
             model(ids[row : row + 1, :n], caches[row])
             caches[row].append_ids(ids[row : row + 1, n : n + 1])
-    found = NativeDecoder(model, cache, 2).step_rows(range(3), caches)
+    found = next_of(NativeDecoder(model, cache, 2), caches)
     wanted = torch.stack([wanted[row, n] for row, n in enumerate(lengths)])
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=3e-5)
 

@@ -6,7 +6,7 @@
    of one do not depend on which others there are. Called through ctypes; decoder.py fills in the
    structures and has checked every size: nothing is checked here but the ids.
 
-   Legend: N new tokens, B rows of the cache, C width, I width inside the feed-forward, H heads,
+   Legend: N new tokens, C width, I width inside the feed-forward, H heads,
    G key-value heads, D head width, V vocabulary, S tokens so far. */
 
 #include <math.h>
@@ -46,7 +46,6 @@ typedef struct {
 typedef struct {
     Norm input_norm, mlp_norm, q_norm, k_norm;  /* of q and k: none without QK norm */
     Matrix q, k, v, o, gate, up, down;          /* gate: rows 0 where there is none */
-    void *keys, *values;                        /* the cache, (B, G, max_length, D) */
 } Layer;
 
 typedef struct {
@@ -61,9 +60,15 @@ typedef struct {
     Layer *layers;
 } Model;
 
-/* A new token: its text's row of the cache, its position there, and the adapter of its text. */
+/* The cache of a text: of each layer the keys, then the values, each (G, length, D). */
 typedef struct {
-    int32_t row, position, adapter;
+    char *const *layers;
+    int32_t length;
+} Cache;
+
+/* A new token: the number of its text's cache, its position there, the adapter of its text. */
+typedef struct {
+    int32_t cache, position, adapter;
 } Token;
 
 /* ---- threads: awake within a step, asleep between steps ---- */
@@ -89,6 +94,7 @@ struct Pool {
     /* The step at hand. */
     const Model *model;
     int count;                          /* N */
+    const Cache *caches;
     const Token *tokens;
     const int64_t *ids;                 /* (N, 1 + n_prev): the new id, the one before it, … */
     float *x, *q, *k, *v, *y, *inner;   /* (N, …) */
@@ -227,19 +233,26 @@ static void prepare_head(const Pool *p, const Norm *norm, float *head, int token
     if (m->positions == ROTARY) rotate(m, head, p->turns + (size_t)token * m->head_dim);
 }
 
-static void store(int kind, void *cache, size_t at, const float *from, int n) {
-    if (kind == FLOAT32) memcpy((float *)cache + at, from, n * sizeof *from);
-    else for (int i = 0; i < n; i++) ((uint16_t *)cache + at)[i] = as_bfloat16(from[i]);
+static void store(Numbers cache, size_t at, const float *from, int n) {
+    if (cache.kind == FLOAT32) memcpy((float *)cache.at + at, from, n * sizeof *from);
+    else for (int i = 0; i < n; i++) ((uint16_t *)cache.at + at)[i] = as_bfloat16(from[i]);
+}
+
+enum { KEYS, VALUES };
+
+/* The keys or the values of a group in a token's text, (length, D). */
+static Numbers cache_of(const Pool *p, const Token *token, int layer, int which, int group) {
+    const Model *m = p->model;
+    const Cache *cache = &p->caches[token->cache];
+    size_t numbers = (size_t)group * cache->length * m->head_dim;
+    size_t bytes = numbers * (m->cache_kind == FLOAT32 ? 4 : 2);
+    return (Numbers){cache->layers[2 * layer + which] + bytes, m->cache_kind};
 }
 
 /* softmax(q kᵀ / √D) v of one query head over the S keys of its group. */
 static void attend(
-    const Worker *w, const Layer *layer, const float *q, size_t cache, int n_keys, float *y) {
-    const Model *m = w->pool->model;
-    int d = m->head_dim;
-    size_t bytes = cache * (m->cache_kind == FLOAT32 ? 4 : 2);
-    Numbers keys = {(const char *)layer->keys + bytes, m->cache_kind};
-    Numbers values = {(const char *)layer->values + bytes, m->cache_kind};
+    const Worker *w, const float *q, Numbers keys, Numbers values, int n_keys, float *y) {
+    int d = w->pool->model->head_dim;
     float *scores = w->scores, largest = -INFINITY, total = 0, scale = 1 / sqrtf((float)d);
     for (int s = 0; s < n_keys; s++) {
         scores[s] = dot(keys, s, d, q) * scale;
@@ -254,37 +267,34 @@ static void attend(
     for (int i = 0; i < d; i++) y[i] /= total;
 }
 
-/* Where the keys of a group begin for a token's text. */
-static size_t cache_of(const Model *m, const Token *token, int group) {
-    return ((size_t)token->row * m->kv_heads + group) * m->max_length * m->head_dim;
-}
-
 /* Puts the keys and values of all new tokens into the cache, before any of them looks there. */
-static void store_keys(const Worker *w, const Layer *layer) {
+static void store_keys(const Worker *w, int layer) {
     const Pool *p = w->pool;
     const Model *m = p->model;
     int d = m->head_dim, groups = m->kv_heads;
     for (int task = w->number; task < p->count * groups; task += p->threads) {
         const Token *token = &p->tokens[task / groups];
-        size_t at = cache_of(m, token, task % groups) + (size_t)token->position * d;
+        size_t at = (size_t)token->position * d;
         float *k = p->k + (size_t)task * d;
-        prepare_head(p, &layer->k_norm, k, task / groups);
-        store(m->cache_kind, layer->keys, at, k, d);
-        store(m->cache_kind, layer->values, at, p->v + (size_t)task * d, d);
+        prepare_head(p, &m->layers[layer].k_norm, k, task / groups);
+        store(cache_of(p, token, layer, KEYS, task % groups), at, k, d);
+        store(cache_of(p, token, layer, VALUES, task % groups), at, p->v + (size_t)task * d, d);
     }
 }
 
 /* Each head of each new token looks at its own text, up to its own position. */
-static void attention(const Worker *w, const Layer *layer) {
+static void attention(const Worker *w, int layer) {
     const Pool *p = w->pool;
     const Model *m = p->model;
     int per_group = m->heads / m->kv_heads;
     for (int task = w->number; task < p->count * m->heads; task += p->threads) {
         const Token *token = &p->tokens[task / m->heads];
-        size_t cache = cache_of(m, token, task % m->heads / per_group);
+        int group = task % m->heads / per_group;
+        Numbers keys = cache_of(p, token, layer, KEYS, group);
+        Numbers values = cache_of(p, token, layer, VALUES, group);
         float *q = p->q + (size_t)task * m->head_dim;
-        prepare_head(p, &layer->q_norm, q, task / m->heads);
-        attend(w, layer, q, cache, token->position + 1, p->y + (size_t)task * m->head_dim);
+        prepare_head(p, &m->layers[layer].q_norm, q, task / m->heads);
+        attend(w, q, keys, values, token->position + 1, p->y + (size_t)task * m->head_dim);
     }
 }
 
@@ -327,9 +337,9 @@ static void step(const Worker *w) {
         product(w, &layer->k, 0, h, m->width, p->k, kv_width, 0);
         product(w, &layer->v, 0, h, m->width, p->v, kv_width, 0);
         barrier(p);
-        store_keys(w, layer);
+        store_keys(w, i);
         barrier(p);
-        attention(w, layer);
+        attention(w, i);
         barrier(p);
         product(w, &layer->o, 0, p->y, q_width, p->x, m->width, 1);
         barrier(p);
@@ -429,15 +439,17 @@ Pool *pool_make(const Model *m, int most, int threads) {
     return NULL;
 }
 
-/* Takes `count` new tokens, those of one text in the order of their positions, and their ids; writes
-   the logits (wanted, V) after the last of them. Returns whether every id is one of the vocabulary;
+/* Takes the caches of some texts, `count` new tokens of theirs, and the ids of those; writes the
+   logits (wanted, V) after the last of them. Returns whether every id is one of the vocabulary;
    nothing is done where one is not. */
 int pool_step(
-    Pool *p, const Token *tokens, const int64_t *ids, int count, int wanted, float *logits) {
+    Pool *p, const Cache *caches, const Token *tokens, const int64_t *ids, int count, int wanted,
+    float *logits) {
     for (int i = 0; i < count * (1 + p->model->n_prev); i++)
         if (ids[i] < 0 || ids[i] >= p->model->vocab) return 0;
     after_a_fork(p);
-    p->tokens = tokens, p->ids = ids, p->count = count, p->wanted = wanted, p->logits = logits;
+    p->caches = caches, p->tokens = tokens, p->ids = ids;
+    p->count = count, p->wanted = wanted, p->logits = logits;
     pthread_mutex_lock(&p->lock);
     p->round++;
     pthread_cond_broadcast(&p->wake);

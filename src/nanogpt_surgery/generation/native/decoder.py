@@ -1,8 +1,8 @@
 """The compiled decoder of a model: what decoder.c reads, filled from a `SimpleGPT` as it stands.
 
 Nothing is copied: the structures point at the model's own tensors, wherever they lie, at its
-adapters' factors and at the cache. What they were taken from is compared before every step, so
-that after any operation, or with another adapter, the decoder is built anew.
+adapters' factors and at the caches. What they were taken from is compared before every step of
+`NativeSteps`, so that after any operation, or with another adapter, the decoder is built anew.
 
 Legend: B rows, T new tokens a row, N new tokens of a step, V vocabulary.
 """
@@ -12,7 +12,9 @@ from __future__ import annotations
 import ctypes
 import os
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
@@ -45,7 +47,6 @@ from nanogpt_surgery.model.transformer_encoder_layer import (
     ACTIVATIONS,
     CausalSelfAttention,
     KVCache,
-    LayerCache,
     PlainFeedForward,
     RMSNorm,
     SwiGLUFeedForward,
@@ -85,8 +86,8 @@ Matrix = struct("Matrix", **_ints("rows columns n_updates"), weight=Numbers, bia
                 updates=ctypes.POINTER(Update))  # fmt: skip
 Norm = struct("Norm", weight=Numbers, bias=Numbers)
 Layer = struct("Layer", **dict.fromkeys(("input_norm", "mlp_norm", "q_norm", "k_norm"), Norm),
-               **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), Matrix),
-               keys=POINTER, values=POINTER)  # fmt: skip
+               **dict.fromkeys(("q", "k", "v", "o", "gate", "up", "down"), Matrix))  # fmt: skip
+Cache = struct("Cache", layers=POINTER, length=ctypes.c_int32)
 Model = struct(
     "Model",
     **_ints("n_layer width inner heads kv_heads head_dim vocab positions norm mlp n_prev"),
@@ -253,16 +254,63 @@ def _unfit(model: SimpleGPT, cache: KVCache) -> str:
     return ""
 
 
-class NativeDecoder:
-    """Steps of new tokens, for a model and a cache that `unsupported_reason` lets pass."""
+class TextCache:
+    """The cache of one text, and where C finds it.
 
-    def __init__(self, model: SimpleGPT, cache: KVCache, threads: int = 0):
+    Args:
+        cache: of one row.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.cache, self.ids = cache, cache.ids[0].numpy()
+        tensors = [t for layer in cache.layers for t in (layer.keys, layer.values)]
+        self._layers = (POINTER * len(tensors))(*(t.data_ptr() for t in tensors))
+        self.structure = Cache(ctypes.addressof(self._layers), cache.max_length)
+
+
+@dataclass(frozen=True)
+class NewTokens:
+    """The next tokens of one text; their ids are in its cache, and their keys and values not yet.
+
+    Of the last `wanted` of `count` the logits are wanted; `adapter` is the number of the text's
+    adapters among those of the decoder.
+    """
+
+    text: TextCache
+    count: int = 1
+    wanted: int = 1
+    adapter: int = 0
+
+
+Weights = Mapping[str, float]
+
+
+class NativeDecoder:
+    """Steps of new tokens, for a model and a cache that `unsupported_reason` lets pass.
+
+    Args:
+        model: decoded as it stands; it is made anew after any change but of numbers in place.
+        cache: of all rows, for `step` and `logits`, or of the kind that those of all texts are.
+        threads: PyTorch's number by default.
+        adapters: the weights by name that the adapters' numbers stand for; by default those that
+            `lora_rows` gives the rows, or that take part in the model.
+    """
+
+    def __init__(
+        self,
+        model: SimpleGPT,
+        cache: KVCache,
+        threads: int = 0,
+        adapters: Sequence[Weights] | None = None,
+    ):
         self.library, _ = decoder_library()
-        self.cache = cache
+        self.cache, self.texts = cache, [TextCache(row) for row in row_caches(cache)]
         self._kept: list[Any] = []  # what C points at lives as long as this
         names = _names_by_row(model)
-        self._numbers_of_names = {name: i for i, name in enumerate(dict.fromkeys(names))}
-        self.adapters = [self._numbers_of_names[name] for name in names] or [0] * cache.batch_size
+        if adapters is None and names:
+            adapters = [{} if n is None else {n: 1.0} for n in dict.fromkeys(names)]
+        self.adapters = adapters
+        self.adapters_of_rows = [[*dict.fromkeys(names)].index(n) for n in names]
         self.model = self._model(model)
         self.threads = threads or torch.get_num_threads()
         self.most = max(MOST, cache.batch_size)
@@ -288,54 +336,63 @@ class NativeDecoder:
         start = cache.length
         cache.append_ids(ids)
         # In the order of time, so that those whose logits are wanted come last.
-        places = [(row, start + t) for t in range(tokens) for row in range(rows)]
-        logits = self._run(places, rows * count).view(count, rows, -1).transpose(0, 1)
+        adapters = self.adapters_of_rows or [0] * rows
+        places = [(row, start + t, adapters[row]) for t in range(tokens) for row in range(rows)]
+        logits = self._run(self.texts, places, rows * count).view(count, rows, -1).transpose(0, 1)
         for layer in cache.layers:
             layer.length = start + tokens
         return logits
 
-    def step_rows(self, rows: Sequence[int], caches: Sequence[KVCache]) -> Tensor:
-        """Returns the logits (N, V) after the newest id in some rows of the cache, one for each.
+    def step_texts(self, new: Sequence[NewTokens]) -> list[Tensor]:
+        """Returns the logits (wanted, V) after the last of each text's new tokens.
 
-        Args:
-            rows: which, N of them.
-            caches: of each alone, in the same memory and of any length; the newest id is in it,
-                and its keys and values are not.
+        The texts' caches hold them afterwards.
         """
-        logits = self._run([(r, c.length) for r, c in zip(rows, caches, strict=True)], len(rows))
-        for layer in (layer for cache in caches for layer in cache.layers):
-            layer.length += 1
-        return logits
+        unwanted, wanted = list[tuple[int, int, int]](), list[tuple[int, int, int]]()
+        for number, part in enumerate(new):
+            start = part.text.cache.length
+            places = [(number, start + i, part.adapter) for i in range(part.count)]
+            unwanted += places[: part.count - part.wanted]
+            wanted += places[part.count - part.wanted :]
+        # A token looks at those before it: its step may come after theirs, or be the same.
+        logits = self._run([part.text for part in new], unwanted + wanted, len(wanted))
+        for part in new:
+            for layer in part.text.cache.layers:
+                layer.length += part.count
+        return list(logits.split([part.wanted for part in new]))
 
-    def _run(self, places: list[tuple[int, int]], wanted: int) -> Tensor:
-        """Returns the logits (wanted, V) after the last of new tokens, each (row, position)."""
+    def _run(
+        self, texts: Sequence[TextCache], places: list[tuple[int, int, int]], wanted: int
+    ) -> Tensor:
+        """Returns the logits (wanted, V) after the last of new tokens.
+
+        Each is a text's number among these, a position, the number of its adapters.
+        """
         # Whatever the default dtype and device are, C reads and writes these.
         logits = torch.empty(wanted, self.model.vocab, dtype=torch.float32, device="cpu")
+        caches = (Cache * len(texts))(*(text.structure for text in texts))
         for first in range(0, len(places), self.most):
             part = places[first : first + self.most]
             later = len(places) - first - len(part)
             found = max(0, min(len(part), wanted - later))  # of this part's last are wanted
             at = logits[wanted - later - found :] if found else logits
-            ids = self._recent(part)
-            tokens = [(row, position, self.adapters[row]) for row, position in part]
-            table = torch.tensor(tokens, dtype=torch.int32, device="cpu")  # (N, 3)
-            if not self.library.pool_step(
-                *(self.pool, table.data_ptr(), ids.data_ptr(), len(part), found, at.data_ptr())
-            ):
+            ids = self._recent(texts, part)
+            table = torch.tensor(part, dtype=torch.int32, device="cpu")  # (N, 3)
+            pointers = caches, table.data_ptr(), ids.data_ptr()
+            if not self.library.pool_step(self.pool, *pointers, len(part), found, at.data_ptr()):
                 raise SurgeryError(
                     f"an id of {ids[:, 0].tolist()} is outside the vocabulary of {logits.size(1)}"
                 )
         return logits
 
-    def _recent(self, places: list[tuple[int, int]]) -> Tensor:
+    def _recent(self, texts: Sequence[TextCache], places: list[tuple[int, int, int]]) -> Tensor:
         """Returns each new token's id, and those before it, the newest first: (N, 1 + n_prev)."""
-        rows, positions = torch.tensor(places, device="cpu").unbind(1)
-        before = positions[:, None] - torch.arange(1 + self.model.n_prev, device="cpu")
-        return self.cache.ids[rows[:, None], before.clamp_min(0)].contiguous()
+        back = range(1 + self.model.n_prev)
+        found = [[int(texts[n].ids[max(0, at - i)]) for i in back] for n, at, _ in places]
+        return torch.tensor(found, dtype=torch.long, device="cpu")
 
     def _model(self, model: SimpleGPT) -> Any:
-        config, blocks = model.config, zip(model.layers, self.cache.layers, strict=True)
-        layers = [self._layer(block, cache) for block, cache in blocks]
+        config, layers = model.config, [self._layer(block) for block in model.layers]
         previous: Any = model.embed_prev_tokens
         tables = [self._matrix(t) for t in previous] if config.n_prev_tokens else []
         positions: Any = model.embed_positions
@@ -346,7 +403,7 @@ class NativeDecoder:
             heads=config.n_head, kv_heads=config.n_kv_head, head_dim=config.head_dim,
             vocab=config.vocab_size, positions=POSITIONS[config.positions],
             norm=NORMS[config.norm], mlp=MLPS[config.mlp], n_prev=len(tables),
-            cache_kind=KINDS[self.cache.layers[0].keys.dtype], max_length=self.cache.max_length,
+            cache_kind=KINDS[self.cache.layers[0].keys.dtype], max_length=config.block_size,
             max_rank=max(ranks, default=1), eps=config.norm_eps,
             final_norm=self._norm(model.norm), embedding=self._matrix(model.embed_tokens),
             head=self._matrix(model.lm_head), prev_embeddings=self._array(Matrix, tables),
@@ -355,7 +412,7 @@ class NativeDecoder:
             layers=self._array(Layer, layers),
         )  # fmt: skip
 
-    def _layer(self, block: Any, cache: LayerCache) -> Any:
+    def _layer(self, block: Any) -> Any:
         attention, mlp = block.self_attn, block.mlp
         return Layer(
             self._norm(block.input_layernorm),
@@ -366,8 +423,6 @@ class NativeDecoder:
             self._matrix(mlp.gate_proj) if isinstance(mlp, SwiGLUFeedForward) else Matrix(),
             self._matrix(mlp.up_proj),
             self._matrix(mlp.down_proj),
-            self._numbers(cache.keys).at,
-            self._numbers(cache.values).at,
         )
 
     def _matrix(self, layer: Any) -> Any:
@@ -391,10 +446,8 @@ class NativeDecoder:
         active: Any = layer.active
         if not layer.enabled:
             return []
-        if isinstance(active, PerRowAdapters):
-            found = [(name, 1.0, self._numbers_of_names[name]) for name in active.names()]
-        else:
-            found = [(name, weight, ALL) for name, weight in active.weights.items()]
+        numbered = [(ALL, active.weights)] if self.adapters is None else enumerate(self.adapters)
+        found = [(name, w, number) for number, weights in numbered for name, w in weights.items()]
         return [part for part in found if part[0] in layer.updates]
 
     def _norm(self, norm: nn.Module) -> Any:
@@ -411,6 +464,19 @@ class NativeDecoder:
         array = (kind * len(values))(*values)
         self._kept.append(array)
         return array if values else None
+
+
+def row_caches(cache: KVCache) -> list[KVCache]:
+    """Returns a cache for each row of another, in its memory, each with its own length."""
+    caches = []
+    for row in range(cache.batch_size):
+        one = copy(cache)
+        one.batch_size, one.ids = 1, cache.ids[row : row + 1]
+        one.layers = [copy(layer) for layer in cache.layers]
+        for layer in one.layers:
+            layer.keys, layer.values = (t[row : row + 1] for t in (layer.keys, layer.values))
+        caches.append(one)
+    return caches
 
 
 def _names_by_row(model: SimpleGPT) -> tuple[str | None, ...]:

@@ -117,7 +117,7 @@ def _with_signatures(library: Any) -> Any:
     library.pool_make.restype = ctypes.c_void_p
     library.pool_make.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_int]
     library.pool_step.restype, library.pool_free.restype = ctypes.c_int, None
-    pointers, numbers = [ctypes.c_void_p] * 3, [ctypes.c_int] * 2
+    pointers, numbers = [ctypes.c_void_p] * 4, [ctypes.c_int] * 2
     library.pool_step.argtypes = [*pointers, *numbers, ctypes.c_void_p]
     library.pool_free.argtypes = [ctypes.c_void_p]
     return library

@@ -10,14 +10,18 @@ Legend: V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from nanogpt_surgery.generation.generate import last_logits, new_cache, next_logits
-from nanogpt_surgery.generation.native.decoder import NativeSteps
+from nanogpt_surgery.generation.native.decoder import (
+    NativeSteps,
+    NewTokens,
+    TextCache,
+    row_caches,
+)
 from nanogpt_surgery.lora.per_row import one_of_rows
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -38,7 +42,7 @@ class NativeRows:
 
     def __init__(self, model: SimpleGPT, rows: int, length: int):
         cache = new_cache(model, rows, min(model.config.block_size, length))
-        self.model, self.caches = model, row_caches(cache)
+        self.model, self.texts = model, [TextCache(row) for row in row_caches(cache)]
         self.native = NativeSteps(model, cache, required=True)
         self.native.required = False  # what happens to the model later is computed plainly
 
@@ -49,12 +53,12 @@ class NativeRows:
             NotFiniteError: one of them is no finite number.
         """
         found = {}
-        grown = [r for r, ids in texts.items() if self._has_one_more(self.caches[r], ids)]
+        grown = [r for r, ids in texts.items() if self._has_one_more(self.texts[r].cache, ids)]
         if grown and self.native.can_step():
             found = dict(zip(grown, self._step(grown, texts), strict=True))
         for row in texts.keys() - found:
             with one_of_rows(self.model, row):
-                found[row] = next_logits(self.model, texts[row], self.caches[row])
+                found[row] = next_logits(self.model, texts[row], self.texts[row].cache)
         return [found[row] for row in texts]
 
     def _has_one_more(self, cache: KVCache, ids: list[int]) -> bool:
@@ -62,26 +66,14 @@ class NativeRows:
         return len(ids) == cache.length + 1 <= cache.max_length
 
     def _step(self, rows: Sequence[int], texts: Mapping[int, list[int]]) -> Tensor:
-        caches = [self.caches[row] for row in rows]
-        for row, cache in zip(rows, caches, strict=True):
-            cache.append_ids(torch.tensor([texts[row][-1:]]))
         assert self.native.decoder is not None, "can_step has seen to it"
-        logits = self.native.decoder.step_rows(rows, caches)  # (N, V)
+        adapters = self.native.decoder.adapters_of_rows or [0] * len(self.texts)
+        for row in rows:
+            self.texts[row].cache.append_ids(torch.tensor([texts[row][-1:]]))
+        new = [NewTokens(self.texts[row], adapter=adapters[row]) for row in rows]
+        logits = torch.cat(self.native.decoder.step_texts(new))  # (N, V)
         for row, of_row in zip(rows, logits, strict=True):
             with one_of_rows(self.model, row):
                 run = partial(last_logits, self.model, torch.tensor(texts[row]))
                 check_finite(of_row, self.model, run)
         return logits
-
-
-def row_caches(cache: KVCache) -> list[KVCache]:
-    """Returns a cache for each row of an empty one, in its memory, each with its own length."""
-    caches = []
-    for row in range(cache.batch_size):
-        one = copy(cache)
-        one.batch_size, one.ids = 1, cache.ids[row : row + 1]
-        one.layers = [copy(layer) for layer in cache.layers]
-        for layer in one.layers:
-            layer.keys, layer.values = (t[row : row + 1] for t in (layer.keys, layer.values))
-        caches.append(one)
-    return caches
