@@ -1,0 +1,160 @@
+"""JSON in and out: bodies within limits, and errors in the form that OpenAI's clients read."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from nanogpt_surgery.errors import SurgeryError, printable, quoted
+
+LARGEST_BODY = 4 << 20  # bytes
+DEEPEST = 32  # objects and lists within each other
+MOST_VALUES = 400_000  # commas and brackets of a body
+_LONGEST_PART = 100  # characters of one folder's or file's name
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
+_TYPES |= {429: "rate_limit_error", 500: "server_error", 503: "server_error"}
+
+
+class ApiError(Exception):
+    """A request that is refused, as the client is told."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, printable(message), param, code
+        self.headers = dict(headers or {})
+
+    def body(self) -> dict[str, Any]:
+        """Returns the error as JSON."""
+        kind = _TYPES.get(self.status, "invalid_request_error")
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def response(self) -> Response:
+        """Returns the answer to the request."""
+        return JSONResponse(self.body(), self.status, self.headers)
+
+
+def api_error(error: BaseException) -> ApiError:
+    """Returns an error as a client is told it; of one that is a bug nothing but that it is."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        message = f"{error.detail or HTTPStatus(error.status_code).phrase}"
+        return ApiError(error.status_code, message, headers=error.headers)
+    if isinstance(error, SurgeryError):
+        retry_after = getattr(error, "retry_after", None)  # of a full queue
+        if retry_after is not None:
+            headers = {"retry-after": str(max(1, math.ceil(retry_after)))}
+            return ApiError(429, error.what, code="queue_full", headers=headers)
+        return ApiError(400, str(error))
+    return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
+
+
+async def answer_error(_: Request, error: Exception) -> Response:
+    """Returns the answer to a request whose handler has raised."""
+    return api_error(error).response()
+
+
+async def read_json(request: Request, most_bytes: int = LARGEST_BODY) -> dict[str, Any]:
+    """Returns the JSON object in a request's body.
+
+    Raises:
+        ApiError: it is too large, or is no JSON object within the limits.
+    """
+    declared = request.headers.get("content-length", "0")
+    size, parts = int(declared) if declared.isdecimal() else 0, list[bytes]()
+    _check_size(size, most_bytes)
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        _check_size(size, most_bytes)
+        parts.append(part)
+    return parse_json(b"".join(parts))
+
+
+def _check_size(size: int, most: int) -> None:
+    if size > most:
+        message = f"the body has at least {size:,} bytes; the limit is {most:,}"
+        raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """Returns the JSON object that bytes hold.
+
+    Raises:
+        ApiError: they are no JSON object, or one that is nested too deeply or has too many values.
+    """
+    count = sum(map(data.count, (b",", b"[", b"{")))
+    if count > MOST_VALUES:
+        raise ApiError(413, f"the body has {count:,} values; the limit is {MOST_VALUES:,}")
+    try:
+        body = json.loads(data.decode("utf-8"), parse_constant=_no_number)
+    except RecursionError:
+        raise ApiError(400, f"the body is nested deeper than {DEEPEST} levels") from None
+    except ValueError as error:
+        raise ApiError(400, f"the body is not JSON in UTF-8: {error}") from None
+    if not isinstance(body, dict):
+        raise ApiError(400, f"the body is {quoted(body)}; it must be a JSON object")
+    if depth_of(body) > DEEPEST:
+        raise ApiError(400, f"the body is nested {depth_of(body)} levels deep; limit {DEEPEST}")
+    return body
+
+
+def _no_number(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def depth_of(value: Any) -> int:
+    """Returns how many objects and lists lie within each other."""
+    level, depth = [value], 0
+    while level := [inner for outer in level for inner in _inside(outer)]:
+        depth += 1
+    return depth
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from value.values()
+    elif isinstance(value, list):
+        yield from value
+
+
+def contained(root: Path, name: str) -> Path:
+    """Returns the path of a name below a folder, with links followed.
+
+    Names are words of letters, digits, `.`, `-` and `_` with `/` between them; none begins with a
+    dot.
+
+    Raises:
+        ApiError: the name is not of that form, or leads out of the folder.
+    """
+    parts = name.split("/") if isinstance(name, str) else []
+    if not (0 < len(parts) <= 8 and all(map(_is_plain, parts))):
+        what = f"{quoted(name)} is not a path below the folder: words of letters, digits, ., - and "
+        raise ApiError(400, what + "_ with / between them, none beginning with a dot")
+    home, path = root.resolve(), root.joinpath(*parts).resolve()
+    if not path.is_relative_to(home) or path == home:
+        raise ApiError(400, f"{quoted(name)} leads out of the folder")
+    return path
+
+
+def _is_plain(part: str) -> bool:
+    plain = part.replace("-", "").replace("_", "").replace(".", "")
+    return 0 < len(part) <= _LONGEST_PART and plain.isascii() and plain.isalnum() and part[0] != "."

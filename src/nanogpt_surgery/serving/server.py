@@ -1,0 +1,206 @@
+"""A model, its adapters, and the application that serves them."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.routing import BaseRoute
+
+from nanogpt_surgery.data.conversations.chat import ChatTemplate
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.opening import chat_template
+from nanogpt_surgery.lora.several import adapter_names
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.serving import adapters_api, completions_api, models_api, tokenizer_api
+from nanogpt_surgery.serving.http import ApiError, answer_error
+from nanogpt_surgery.serving.security import Guard, check_exposure
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.serving.engine import Engine
+
+T = TypeVar("T")
+GRACE = 10.0  # seconds that running answers have when the server stops
+
+
+@dataclass
+class Server:
+    """What is served, shared by all routes.
+
+    Attributes:
+        engine: computes, in a thread of its own; it alone touches the model.
+        model: for what never changes: its config.
+        tokenizer: the model's.
+        name: the model's, as clients write it.
+        folders: where the adapters were loaded from, by their names.
+        adapters_folder: below which adapters may be loaded and saved; None: neither.
+        runs_folder: below which trainings are; None: none may be begun or saved.
+        key: that clients must show.
+        log: called with a line about each request.
+    """
+
+    engine: Engine
+    model: SimpleGPT
+    tokenizer: Tokenizer
+    name: str
+    folders: dict[str, Path] = field(default_factory=dict)
+    adapters_folder: Path | None = None
+    runs_folder: Path | None = None
+    key: str | None = None
+    log: Callable[[str], None] | None = None
+
+    def __post_init__(self) -> None:
+        self.stopping = threading.Event()
+        self.listeners: list[Callable[[], None]] = []  # called after each change of the model
+        self.adapters = tuple(adapter_names(self.model))
+        self._check_names()
+
+    def _check_names(self) -> None:
+        if self.name in self.adapters:
+            raise SurgeryError(f"the model and an adapter are both named {self.name!r}")
+
+    async def operate(self, change: Callable[[SimpleGPT], T]) -> T:
+        """Changes the model, alone, when running answers have ended."""
+
+        def changed(model: SimpleGPT) -> T:
+            try:
+                return change(model)
+            finally:
+                self.adapters = tuple(adapter_names(model))
+                for listener in self.listeners:
+                    listener()
+
+        return await asyncio.wrap_future(self.engine.operate(changed))
+
+    def weights_of(self, model: str | None) -> Mapping[str, float]:
+        """Returns the adapters that take part where a client asks for a model by name.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if model is None or model == self.name:
+            return {}
+        if model in self.adapters:
+            return {model: 1.0}
+        known = ", ".join((self.name, *self.adapters))
+        raise ApiError(
+            404,
+            f"there is no model {model[:200]!r}; there are {known}",
+            param="model",
+            code="model_not_found",
+        )
+
+    def template_of(self, model: str | None) -> ChatTemplate:
+        """Returns the chat template of a model: as the adapter was trained, or the model's own."""
+        return chat_template(self.tokenizer, "auto", self.folders.get(model or ""))
+
+    def check_running(self) -> None:
+        """Raises `ApiError` if the server takes no more requests."""
+        if self.stopping.is_set():
+            raise ApiError(503, "the server is stopping", headers={"retry-after": "10"})
+
+
+def routes(server: Server) -> list[BaseRoute]:
+    """Returns every route, of the API and of the page."""
+    rooms = (models_api, completions_api, tokenizer_api, adapters_api)
+    return [route for room in rooms for route in room.routes(server)]
+
+
+def is_open(path: str) -> bool:
+    """Whether a path's answer tells nothing of the model: it needs no key."""
+    return path in ("/", "/health") or path.startswith("/static/")
+
+
+def make_app(server: Server, host: str = "127.0.0.1") -> Guard:
+    """Returns the application, behind the checks of security.py.
+
+    Raises:
+        SurgeryError: other machines reach `host`, and the server has no key.
+    """
+    app = Starlette(routes=routes(server), exception_handlers=dict.fromkeys(_ANSWERED, answer_error))
+    app.router.redirect_slashes = False
+    return Guard(app, host, server.key, is_open, server.log)
+
+
+_ANSWERED = (ApiError, SurgeryError, 404, 405, Exception)
+
+
+class HttpServer(uvicorn.Server):
+    """Serves an application on an address until it is stopped.
+
+    Args:
+        server: is closed at the end.
+        host: an address of this machine.
+        port: 0 takes a free one.
+        grace: seconds that running answers have when it is stopped.
+
+    Raises:
+        SurgeryError: the address cannot be listened on, or others reach it and there is no key.
+    """
+
+    def __init__(
+        self, server: Server, host: str = "127.0.0.1", port: int = 0, grace: float = GRACE
+    ) -> None:
+        check_exposure(host, server.key)
+        self.server, self.grace = server, grace
+        self.socket = _bound(host, port)
+        self.port: int = self.socket.getsockname()[1]
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"http://{shown}:{self.port}"
+        super().__init__(
+            uvicorn.Config(
+                make_app(server, host),
+                http="h11",
+                ws="none",
+                lifespan="off",
+                access_log=False,
+                log_config=None,
+                server_header=False,
+                proxy_headers=False,
+                h11_max_incomplete_event_size=64 << 10,
+                timeout_graceful_shutdown=int(grace) + 5,
+            )
+        )
+
+    def serve_until_stopped(self) -> None:
+        """Answers requests; running answers have ended when it returns."""
+        self.run(sockets=[self.socket])
+        self.stop()
+        self._closing.join()
+
+    def stop(self) -> None:
+        """Lets no more requests begin, and ends running ones within the grace; returns at once."""
+        if not self.server.stopping.is_set():
+            self.server.stopping.set()
+            self._closing = threading.Thread(target=self.server.engine.close, args=(self.grace,))
+            self._closing.start()
+        self.should_exit = True
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leaves signals to the program that serves."""
+        yield
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    found = socket.socket(family)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((host, port))
+    except (OSError, OverflowError) as error:
+        found.close()
+        reason = getattr(error, "strerror", None) or str(error)
+        raise SurgeryError(
+            f"{host}, port {port}, cannot be listened on: {reason}", "choose another port"
+        ) from None
+    return found
