@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from nanogpt_surgery.data.conversations.chat import (
     template_from_jinja,
 )
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
-from nanogpt_surgery.errors import SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.formats.gguf.file import is_gguf
 from nanogpt_surgery.formats.huggingface.tokenizer_files import chat_template_in
 from nanogpt_surgery.formats.model_file import open_model
@@ -115,3 +116,16 @@ def chat_template(
     if text is None:
         return named_template(tokenizer, "model")
     return template_from_jinja(tokenizer, text)
+
+
+def template_to_talk(
+    tokenizer: Tokenizer, name: str = "auto", adapter: Path | None = None
+) -> ChatTemplate:
+    """Returns `chat_template`, but "none" where our plain one is not in the vocabulary."""
+    found = chat_template(tokenizer, name, adapter)
+    if name in ("auto", "model") and (found.source, found.owner) == ("plain", "model"):
+        try:
+            tokenizer.encode("System:\nUser:\nAssistant:\n")
+        except SurgeryError:  # a vocabulary of characters without these
+            return replace(found, source="none")
+    return found

@@ -16,13 +16,16 @@ from nanogpt_surgery.serving.http import ApiError, contained, read_json
 if TYPE_CHECKING:
     from nanogpt_surgery.serving.server import Server
 
+LOAD = {"lora_name": Field(NAME), "lora_path": Field(TEXT)}
+UNLOAD = {"lora_name": Field(NAME)}
+
 
 def routes(server: Server) -> list[BaseRoute]:
     """Returns the routes."""
 
     async def load(request: Request) -> Response:
         server.check_running()
-        values = read_fields(await read_json(request), {"lora_name": Field(NAME), "lora_path": _PATH})
+        values = read_fields(await read_json(request), LOAD)
         name, path = (required(values, key) for key in ("lora_name", "lora_path"))
         if server.adapters_folder is None:
             raise ApiError(403, "no folder of adapters was named when the server began")
@@ -37,7 +40,7 @@ def routes(server: Server) -> list[BaseRoute]:
 
     async def unload(request: Request) -> Response:
         server.check_running()
-        values = read_fields(await read_json(request), {"lora_name": Field(NAME)})
+        values = read_fields(await read_json(request), UNLOAD)
         name = required(values, "lora_name")
         if name not in server.adapters:
             raise ApiError(404, f"there is no adapter {name!r}", param="lora_name")
@@ -49,6 +52,3 @@ def routes(server: Server) -> list[BaseRoute]:
         Route("/v1/load_lora_adapter", load, methods=["POST"]),
         Route("/v1/unload_lora_adapter", unload, methods=["POST"]),
     ]
-
-
-_PATH = Field(TEXT)

@@ -1,4 +1,4 @@
-"""Answers of the engine as text: gathered, or streamed as they grow; a client that leaves ends them.
+"""Answers of the engine as text, gathered or streamed; they end when the client leaves.
 
 A character whose bytes are spread over several tokens, and what may be the beginning of a stop
 string, are held back until they are whole or clear; so are the tokens that make them. The stop
@@ -171,7 +171,7 @@ async def merged(rows: Sequence[Row]) -> AsyncIterator[tuple[Row, Part | None]]:
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events, each a JSON object; one that fails ends with an error, and without [DONE].
+    """Server-sent events, each a JSON object; a stream that fails ends with an error.
 
     Args:
         events: the objects.
@@ -197,4 +197,3 @@ async def _lines(events: Callable[[], AsyncIterator[dict[str, Any]]]) -> AsyncIt
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield f"data: {json.dumps(api_error(error).body())}\n\n"
-

@@ -368,6 +368,6 @@ class Chat(Completion):
         return found | {"delta": {} if part is None else {"content": text}}
 
     def _logprobs(self, tokens: Sequence[Any], offset: int) -> dict[str, Any] | None:
-        return None if self.asked.likeliest is None else chat_logprobs(self.server.tokenizer, tokens)
-
-
+        return (
+            None if self.asked.likeliest is None else chat_logprobs(self.server.tokenizer, tokens)
+        )

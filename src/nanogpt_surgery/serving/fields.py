@@ -233,7 +233,7 @@ def _content(where: str, content: Any) -> str:
     """Returns a message's text; of several parts each must be a text."""
     if isinstance(content, str):
         return content
-    parts = content if isinstance(content, list) and content else [None]
+    parts: list[Any] = content if isinstance(content, list) and content else [None]
     for i, part in enumerate(parts):
         kind = part.get("type") if isinstance(part, dict) else None
         if kind != "text" or not isinstance(part.get("text"), str):

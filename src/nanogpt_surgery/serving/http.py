@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from nanogpt_surgery.errors import SurgeryError, printable, quoted
+from nanogpt_surgery.serving.request import EngineClosed, QueueFull
 
 LARGEST_BODY = 4 << 20  # bytes
 DEEPEST = 32  # objects and lists within each other
@@ -59,10 +60,11 @@ def api_error(error: BaseException) -> ApiError:
         message = f"{error.detail or HTTPStatus(error.status_code).phrase}"
         return ApiError(error.status_code, message, headers=error.headers)
     if isinstance(error, SurgeryError):
-        retry_after = getattr(error, "retry_after", None)  # of a full queue
-        if retry_after is not None:
-            headers = {"retry-after": str(max(1, math.ceil(retry_after)))}
+        if isinstance(error, QueueFull):
+            headers = {"retry-after": str(max(1, math.ceil(error.retry_after)))}
             return ApiError(429, error.what, code="queue_full", headers=headers)
+        if isinstance(error, EngineClosed):
+            return ApiError(503, error.what, headers={"retry-after": "10"})
         return ApiError(400, str(error))
     return ApiError(500, f"the server failed: {type(error).__name__}", code="internal_error")
 

@@ -63,8 +63,12 @@ PROMETHEUS = "text/plain; version=0.0.4"
 
 def prometheus(figures: dict[str, float]) -> str:
     """Returns figures in the text form that Prometheus reads; totals are counters."""
+    kinds: dict[str, str] = {}
     lines = []
     for name, value in figures.items():
-        kind = "counter" if name.endswith("_total") else "gauge"
-        lines += [f"# TYPE surgery_{name} {kind}", f"surgery_{name} {value:g}"]
+        family = f"surgery_{name.partition('{')[0]}"
+        if family not in kinds:
+            kinds[family] = "counter" if family.endswith("_total") else "gauge"
+            lines.append(f"# TYPE {family} {kinds[family]}")
+        lines.append(f"surgery_{name} {value!r}")
     return "\n".join([*lines, ""])

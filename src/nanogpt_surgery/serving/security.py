@@ -208,6 +208,8 @@ def _without_port(name: str) -> str:
 def _check_is_json(headers: Headers) -> None:
     kind = headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
-        raise ApiError(415, f"the body is {kind[:100] or 'of no type'}; it must be application/json")
+        raise ApiError(
+            415, f"the body is {kind[:100] or 'of no type'}; it must be application/json"
+        )
     if headers.get("content-encoding", "identity").lower() != "identity":
         raise ApiError(415, "a compressed body is not read")

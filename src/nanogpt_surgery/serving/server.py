@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.routing import BaseRoute
+from starlette.responses import FileResponse
+from starlette.routing import BaseRoute, Mount, Route
+from starlette.staticfiles import StaticFiles
 
 from nanogpt_surgery.data.conversations.chat import ChatTemplate
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.formats.opening import chat_template
+from nanogpt_surgery.formats.opening import template_to_talk
 from nanogpt_surgery.lora.several import adapter_names
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.serving import adapters_api, completions_api, models_api, tokenizer_api
@@ -41,6 +43,7 @@ class Server:
         model: for what never changes: its config.
         tokenizer: the model's.
         name: the model's, as clients write it.
+        source: what the model was opened from.
         folders: where the adapters were loaded from, by their names.
         adapters_folder: below which adapters may be loaded and saved; None: neither.
         runs_folder: below which trainings are; None: none may be begun or saved.
@@ -52,6 +55,7 @@ class Server:
     model: SimpleGPT
     tokenizer: Tokenizer
     name: str
+    source: str = ""
     folders: dict[str, Path] = field(default_factory=dict)
     adapters_folder: Path | None = None
     runs_folder: Path | None = None
@@ -70,6 +74,14 @@ class Server:
 
     async def operate(self, change: Callable[[SimpleGPT], T]) -> T:
         """Changes the model, alone, when running answers have ended."""
+        return await asyncio.wrap_future(self.engine.operate(self.noting(change)))
+
+    async def look(self, read: Callable[[SimpleGPT], T]) -> T:
+        """Returns what a function reads of the model, alone, when running answers have ended."""
+        return await asyncio.wrap_future(self.engine.operate(read))
+
+    def noting(self, change: Callable[[SimpleGPT], T]) -> Callable[[SimpleGPT], T]:
+        """Returns a change after which the names of the adapters are new and listeners told."""
 
         def changed(model: SimpleGPT) -> T:
             try:
@@ -79,7 +91,7 @@ class Server:
                 for listener in self.listeners:
                     listener()
 
-        return await asyncio.wrap_future(self.engine.operate(changed))
+        return changed
 
     def weights_of(self, model: str | None) -> Mapping[str, float]:
         """Returns the adapters that take part where a client asks for a model by name.
@@ -101,7 +113,7 @@ class Server:
 
     def template_of(self, model: str | None) -> ChatTemplate:
         """Returns the chat template of a model: as the adapter was trained, or the model's own."""
-        return chat_template(self.tokenizer, "auto", self.folders.get(model or ""))
+        return template_to_talk(self.tokenizer, "auto", self.folders.get(model or ""))
 
     def check_running(self) -> None:
         """Raises `ApiError` if the server takes no more requests."""
@@ -111,8 +123,13 @@ class Server:
 
 def routes(server: Server) -> list[BaseRoute]:
     """Returns every route, of the API and of the page."""
+    page = Path(__file__).with_name("page")
     rooms = (models_api, completions_api, tokenizer_api, adapters_api)
-    return [route for room in rooms for route in room.routes(server)]
+    return [
+        *(route for room in rooms for route in room.routes(server)),
+        Route("/", lambda _: FileResponse(page / "index.html")),
+        Mount("/static", StaticFiles(directory=page)),
+    ]
 
 
 def is_open(path: str) -> bool:
@@ -126,7 +143,9 @@ def make_app(server: Server, host: str = "127.0.0.1") -> Guard:
     Raises:
         SurgeryError: other machines reach `host`, and the server has no key.
     """
-    app = Starlette(routes=routes(server), exception_handlers=dict.fromkeys(_ANSWERED, answer_error))
+    app = Starlette(
+        routes=routes(server), exception_handlers=dict.fromkeys(_ANSWERED, answer_error)
+    )
     app.router.redirect_slashes = False
     return Guard(app, host, server.key, is_open, server.log)
 

@@ -31,6 +31,7 @@ COMMANDS = {  # the module of `commands` that holds each, and its function
     "chat": "talk:chat",
     "eval": "evaluate:evaluate",
     "look": "look:look",
+    "serve": "serve:serve",
     "inspect": "inspect:inspect",
     "merge": "folders:merge",
     "undo": "folders:undo",

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -361,15 +361,9 @@ class TalkOptions:
 
     def template_for(self, tokenizer: Tokenizer, adapter: Path | None) -> ChatTemplate:
         """The template that the flag says; with auto, the one that an adapter was trained with."""
-        from nanogpt_surgery.formats.opening import chat_template
+        from nanogpt_surgery.formats.opening import template_to_talk
 
-        found = chat_template(tokenizer, self.template, adapter)
-        if self.template in ("auto", "model") and (found.source, found.owner) == ("plain", "model"):
-            try:
-                tokenizer.encode("System:\nUser:\nAssistant:\n")
-            except SurgeryError:  # a vocabulary of characters without these
-                return replace(found, source="none")
-        return found
+        return template_to_talk(tokenizer, self.template, adapter)
 
 
 def check_out(out: Path, overwrite: bool, *, is_file: bool = False) -> None:
