@@ -40,7 +40,7 @@ FEW_TOKENS = 16  # of a completion whose client does not say
 
 @dataclass
 class Asked:
-    """What a request asks for.
+    """The texts that a request asks for.
 
     Attributes:
         values: its fields.
