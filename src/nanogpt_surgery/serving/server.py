@@ -36,7 +36,7 @@ GRACE = 10.0  # seconds that running answers have when the server stops
 
 @dataclass
 class Server:
-    """What is served, shared by all routes.
+    """A model and its adapters as they are served, shared by all routes.
 
     Attributes:
         engine: computes, in a thread of its own; it alone touches the model.

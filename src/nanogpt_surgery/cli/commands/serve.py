@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 from cyclopts import Parameter
 
@@ -14,16 +14,36 @@ from nanogpt_surgery.cli.framework.signals import first_signal
 from nanogpt_surgery.errors import SurgeryError
 
 
+@Parameter(name="*")
+@dataclass(frozen=True)
+class ServingOptions:
+    """Where a server listens, and what clients may reach."""
+
+    host: str = "127.0.0.1"
+    """the address to listen on; other machines reach any but 127.0.0.1, and then a key is needed"""
+    port: int = 8000
+    """0 takes a free one"""
+    adapters: Path | None = None
+    """a folder: adapters below it can be loaded while it runs, and are saved there"""
+    runs: Path | None = None
+    """a folder of runs to watch, and to train in; without it nothing is trained or saved"""
+    api_key_file: Path | None = None
+    """a file with the key that clients must show; or the environment has it in SURGERY_API_KEY"""
+    name: str | None = None
+    """the model's, for clients; by default its folder's or file's"""
+
+    def check(self) -> None:
+        """Raises `SurgeryError` if a folder is not there."""
+        for folder in (self.adapters, self.runs):
+            if folder is not None and not folder.is_dir():
+                raise SurgeryError(f"there is no folder {folder}", f"mkdir -p {folder}")
+
+
 def serve(
     model: Model,
     *,
     adapter: list[str] | None = None,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    adapters: Annotated[Path | None, Parameter(name="--adapters")] = None,
-    runs: Annotated[Path | None, Parameter(name="--runs")] = None,
-    api_key_file: Path | None = None,
-    name: str | None = None,
+    serving: ServingOptions = ServingOptions(),
     opening: OpeningOptions = OpeningOptions(),
 ) -> None:
     """Serve a model and adapters: an OpenAI-shaped API, and a page in the browser.
@@ -35,43 +55,29 @@ def serve(
     ----------
     adapter
         NAME=FOLDER, or a folder that gives its name; may be given several times
-    host
-        the address to listen on; other machines reach any but 127.0.0.1, and then a key is needed
-    port
-        0 takes a free one
-    adapters
-        a folder: adapters below it can be loaded while it runs, and are saved there
-    runs
-        a folder of runs to watch, and to train in; without it nothing is trained and saved
-    api_key_file
-        a file with the key that clients must show; or the environment has it in SURGERY_API_KEY
-    name
-        the model's, for clients; by default its folder's or file's
     """
     from nanogpt_surgery.serving.engine import Engine
     from nanogpt_surgery.serving.security import check_exposure, read_key
     from nanogpt_surgery.serving.server import HttpServer, Server
 
-    key, given = read_key(api_key_file), named_adapters(adapter or ())
-    check_exposure(host, key)
-    for folder in (adapters, runs):
-        if folder is not None and not folder.is_dir():
-            raise SurgeryError(f"there is no folder {folder}", f"mkdir -p {folder}")
+    key, given = read_key(serving.api_key_file), named_adapters(adapter or ())
+    check_exposure(serving.host, key)
+    serving.check()
     network, tokenizer = opening.open(model, given)
     say_engine(network, "auto")
     served = Server(
         Engine(network),
         network,
         tokenizer,
-        name or Path(model).resolve().name,
+        serving.name or Path(model).resolve().name,
         source=model,
         folders=dict(given),
-        adapters_folder=adapters,
-        runs_folder=runs,
+        adapters_folder=serving.adapters,
+        runs_folder=serving.runs,
         key=key,
         log=say,
     )
-    http = HttpServer(served, host, port)
+    http = HttpServer(served, serving.host, serving.port)
     with first_signal(lambda _: http.stop(), signal.SIGINT, signal.SIGTERM):
         say(f"serving {', '.join((served.name, *served.adapters))}")
         print(f"{http.address}: the page; {http.address}/v1: the API", flush=True)
