@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, vocab_size_of
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
 from nanogpt_surgery.lora.merging import in_turn
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
+from nanogpt_surgery.model.precision import computing_in_float32
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 # How far a number may move, as a share of the largest in its row.
@@ -140,31 +140,6 @@ def effect_on_logits(model: SimpleGPT, again: SimpleGPT) -> dict[str, float]:
         "kl_divergence": float(kl_divergence(ours, theirs)),
         "top_token_unchanged": float((ours.argmax(-1) == theirs.argmax(-1)).float().mean()),
     }
-
-
-@contextmanager
-def computing_in_float32(model: nn.Module) -> Iterator[None]:
-    """Lets a model of any dtypes compute in float32, each part widened only while it runs."""
-    narrow: dict[nn.Parameter, Tensor] = {}
-
-    def widen(part: nn.Module, _: object) -> None:
-        for parameter in part.parameters(recurse=False):
-            narrow[parameter] = parameter.data
-            parameter.data = parameter.data.float()
-
-    def give_back(part: nn.Module, _: object, __: object) -> None:
-        for parameter in part.parameters(recurse=False):
-            parameter.data = narrow.pop(parameter)
-
-    handles = []
-    for part in model.modules():
-        handles.append(part.register_forward_pre_hook(widen))
-        handles.append(part.register_forward_hook(give_back, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 Anything = TypeVar("Anything")

@@ -36,6 +36,7 @@ from nanogpt_surgery.formats.huggingface.config import (
     OWN,
     config_from_json,
     config_to_json,
+    in_step,
 )
 from nanogpt_surgery.formats.huggingface.name_map import (
     NAME_MAPS,
@@ -46,13 +47,17 @@ from nanogpt_surgery.formats.huggingface.name_map import (
     to_theirs,
 )
 from nanogpt_surgery.formats.huggingface.safetensors_file import stored_tensors, write_tensors
+from nanogpt_surgery.formats.huggingface.special_tokens import GENERATION_CONFIG, read_object
 from nanogpt_surgery.formats.huggingface.tokenizer_files import (
     CHAT_TEMPLATE,
     CHAT_TEMPLATES,
     TOKENIZER,
+    VOCABULARY_FILES,
     check_ids,
+    moved_ids,
     open_tokenizer,
     special_ids,
+    with_moved_ids,
     write_tokenizer_files,
 )
 from nanogpt_surgery.formats.peft.config import CONFIG as ADAPTER_CONFIG
@@ -142,7 +147,9 @@ def write_model_files(
     if source is not None and not is_gguf(Path(source)):
         carried = model_folder(source)
         contents = _carried_config(carried, contents, model.config, tied)
-        _carry_files(carried, folder)
+        moved = moved_ids(carried, tokenizer)
+        contents = contents if moved is None else with_moved_ids(contents, moved)
+        _carry_files(carried, folder, moved)
     write_json(folder / CONFIG, contents)
     made = partial(_theirs, make=make or model.state_dict().__getitem__, rows=rows)
     in_order = partial(in_turn, made) if make else partial(map, made)
@@ -161,7 +168,7 @@ def _theirs(name: str, make: Callable[[str], Tensor], rows: list[Row]) -> Tensor
 _VOCABULARIES = (TOKENIZER, "vocab.json", "tokenizer.model")
 _CARRIED = (
     *_VOCABULARIES,
-    "generation_config.json",
+    GENERATION_CONFIG,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -170,13 +177,22 @@ _CARRIED = (
 )
 
 
-def _carry_files(source: Path, new: Path) -> None:
-    """Copies the files of a model folder beside its weights and config: none is ours to drop."""
+def _carry_files(source: Path, new: Path, moved: dict[int, int] | None = None) -> None:
+    """Copies the files of a model folder beside its weights and config: none is ours to drop.
+
+    With another vocabulary, whose ids are `moved`, those of the tokenizer are written anew.
+    """
     for name in _CARRIED:
-        if (source / name).is_file():
+        if (source / name).is_file() and (moved is None or name not in VOCABULARY_FILES):
             shutil.copyfile(source / name, new / name)
+    if moved is not None and (new / GENERATION_CONFIG).is_file():
+        contents = with_moved_ids(read_object(new / GENERATION_CONFIG), moved)
+        write_json(new / GENERATION_CONFIG, contents)
     if (source / CHAT_TEMPLATES).is_dir():
         shutil.copytree(source / CHAT_TEMPLATES, new / CHAT_TEMPLATES)
+
+
+_RESIZED = ("n_layer", "vocab_size")  # what operations on the structure change
 
 
 def _carried_config(
@@ -184,19 +200,24 @@ def _carried_config(
 ) -> dict[str, Any]:
     """Returns the `config.json` of `source`, with the dtype and the tied head as written.
 
-    Of another model (other sizes than `config`) nothing is taken over.
+    The number of layers and of tokens may be others than there. Of another model (other sizes
+    than `config`) nothing is taken over.
     """
     old = read_json(source / CONFIG)
     try:
         theirs = config_from_json(old)
     except SurgeryError:
         return written
-    if replace(theirs, tie_head=config.tie_head, dropout=config.dropout) != config:
+    alike = {name: getattr(config, name) for name in ("tie_head", "dropout", *_RESIZED)}
+    if replace(theirs, **alike) != config:
         return written
-    changed = {key: written["dtype"] for key in ("dtype", "torch_dtype") if key in old}
+    old = in_step(with_current_fields(old) if old["model_type"] == OWN else old, theirs, config)
+    changed: dict[str, Any] = {
+        key: written["dtype"] for key in ("dtype", "torch_dtype") if key in old
+    }
     if theirs.tie_head != tied:
         changed |= {key: tied for key in ("tie_word_embeddings", "tie_head") if key in written}
-    return (with_current_fields(old) if old["model_type"] == OWN else old) | changed
+    return old | changed
 
 
 @check_arguments

@@ -8,13 +8,23 @@ from nanogpt_surgery.surgery.structure import (
     plan_prune,
     prune_layers,
 )
+from nanogpt_surgery.surgery.vocabulary import (
+    add_tokens,
+    drop_unused_tokens,
+    plan_add_tokens,
+    plan_drop_unused_tokens,
+)
 
 __all__ = [
     "ablate",
+    "add_tokens",
     "combine",
     "compress",
+    "drop_unused_tokens",
     "duplicate_layers",
     "extract",
+    "plan_add_tokens",
+    "plan_drop_unused_tokens",
     "plan_duplicate",
     "plan_prune",
     "prune_layers",

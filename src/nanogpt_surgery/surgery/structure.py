@@ -29,6 +29,7 @@ from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
 from nanogpt_surgery.lora.several import adapter_names
 from nanogpt_surgery.model.config import GPTConfig
 from nanogpt_surgery.model.loss import cross_entropy
+from nanogpt_surgery.model.precision import computing_in_float32
 from nanogpt_surgery.model.quantized import check_not_quantized, is_quantized
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import causal_attention
@@ -300,10 +301,11 @@ def random_ids(model: SimpleGPT) -> Tensor:
 
 
 def measured(model: SimpleGPT, probe: Probe | None) -> Tensor | None:
-    """Returns the probe's logits, if there is a probe."""
-    if isinstance(probe, Tensor):
-        probe = checked_ids(model, probe)
-    return None if probe is None else logits_of(model, probe)
+    """Returns the probe's logits, if there is a probe; those of ids are computed in float32."""
+    if not isinstance(probe, Tensor):
+        return None if probe is None else logits_of(model, probe)
+    with computing_in_float32(model):
+        return logits_of(model, checked_ids(model, probe))
 
 
 def check_same_bits(before: Tensor | None, after: Tensor | None) -> None:

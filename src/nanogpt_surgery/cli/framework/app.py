@@ -39,12 +39,21 @@ COMMANDS = {  # the module of `commands` that holds each, and its function
     "log": "folders:log",
     "export": "folders:export",
     "verify-resume": "verify_resume:verify_resume",
+    "model": "",
     "adapter": "",
     "tokenizer": "",
     "data": "",
     "doctor": "inspect:doctor",
 }
 GROUPS = {
+    "model": (
+        "Change a model's structure or weights, in place or elsewhere.",
+        {
+            "prune": "model:prune",
+            "duplicate": "model:duplicate",
+            "vocabulary": "model:vocabulary",
+        },
+    ),
     "adapter": ("Look at an adapter.", {"examine": "inspect:examine"}),
     "tokenizer": ("Train a tokenizer.", {"train": "data:train_tokenizer"}),
     "data": (

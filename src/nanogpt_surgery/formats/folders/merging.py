@@ -25,7 +25,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import file_hash, write_file, write_folder
 from nanogpt_surgery.files.disk_errors import free_bytes
 from nanogpt_surgery.files.writing import read_json
-from nanogpt_surgery.formats.comparison import check_tokenizer, computing_in_float32
+from nanogpt_surgery.formats.comparison import check_tokenizer
 from nanogpt_surgery.formats.folders.run_folder import is_run
 from nanogpt_surgery.formats.gguf.writing import GGUFType, read_again, rounding_of, write_gguf_file
 from nanogpt_surgery.formats.huggingface.config import CONFIG
@@ -72,6 +72,7 @@ from nanogpt_surgery.lora.merging import (
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.model.finite import check_finite, check_finite_weights
+from nanogpt_surgery.model.precision import computing_in_float32
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 
@@ -89,7 +90,7 @@ def plan_merge(
     options.pop("tolerance", None)
     merge = _prepare(model, adapter, **options)
     survival = merge_survival(merge.model)
-    goal = _in_place(model) if out is None else Path(out)
+    goal = folder_in_place(model) if out is None else Path(out)
     old = sum((goal / name).stat().st_size for name in weight_files(goal)) if out is None else 0
     sizes = {
         "written_to": f"{goal}{', in place' if out is None else ''}",
@@ -138,7 +139,7 @@ def merge_adapter(
     """
     _check_tolerance(tolerance)
     check_not_itself(model, out)
-    goal = _in_place(model) if out is None else Path(out)
+    goal = folder_in_place(model) if out is None else Path(out)
     merge = _prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
     planned = merge.planned() | {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER)}
     merge.add_in(tolerance, force)
@@ -226,7 +227,7 @@ def check_not_itself(model: str | Path, out: str | Path | None) -> None:
         )
 
 
-def _in_place(model: str | Path) -> Path:
+def folder_in_place(model: str | Path) -> Path:
     """The folder that an operation without `out` changes.
 
     Raises:
@@ -238,7 +239,7 @@ def _in_place(model: str | Path) -> Path:
     if not folder.exists() and not is_hub_name(str(model)):
         raise SurgeryError(f"there is no folder {model}", "name a run or a model folder")
     kind = "no folder" if folder.exists() else "a model on the hub"
-    raise SurgeryError(f"{model} is {kind}, so it cannot be merged into in place",
+    raise SurgeryError(f"{model} is {kind}, so it cannot be changed in place",
                        "out=FOLDER writes a new one")  # fmt: skip
 
 
@@ -454,11 +455,11 @@ def _prepare(
     if dtype is None:
         _check_wider(stored, str(model))
     dtypes = stored if dtype is None else dict.fromkeys(stored, getattr(torch, dtype))
-    base = _base(network, str(model))
+    base = fingerprint(network, str(model))
     for name in adapter_to_ours(read_adapter(adapter_folder(adapter)), network).whole:
         network.get_submodule(name.rpartition(".")[0]).float()  # its copy will be float32
     load_adapter(network, adapter, tied=tied, force=force)
-    ids, probed_on = _probe(network, tokenizer, probe)
+    ids, probed_on = probe_ids(network, tokenizer, probe)
     template = chat_template_in(adapter_folder(adapter))
     if tokenizer is not None and template is not None:
         tokenizer = with_chat_template(tokenizer, template)
@@ -467,7 +468,7 @@ def _prepare(
     )
 
 
-def _base(model: SimpleGPT, where: str) -> str:
+def fingerprint(model: SimpleGPT, where: str) -> str:
     """The hash of all weights in float32, the same for a model in any dtype.
 
     Raises:
@@ -495,7 +496,9 @@ def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:
         )
 
 
-def _probe(model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None) -> tuple[Tensor, str]:
+def probe_ids(
+    model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None
+) -> tuple[Tensor, str]:
     """Ids (B, T) to measure on, and what they are in words."""
     length = min(PROBE_TOKENS, model.config.block_size)
     if text is None:

@@ -112,6 +112,36 @@ def config_to_json(config: GPTConfig, tied: bool, dtype: str) -> dict[str, Any]:
     }
 
 
+def in_step(old: dict[str, Any], before: GPTConfig, config: GPTConfig) -> dict[str, Any]:
+    """A `config.json` for a model that has another number of layers, or another vocabulary.
+
+    A list with an entry for each layer, such as `layer_types`, gets as many as there are now: in
+    the models that open here, all its entries are the same. One whose entries differ is left out,
+    with what it stands for: it says nothing that the model here depends on.
+
+    Args:
+        old: the contents before.
+        before: the config that they describe.
+        config: what the model is now.
+    """
+    names = _FIELDS.get(MODEL_TYPES.get(old["model_type"], OWN), {})
+    new = dict(old)
+    for field in ("n_layer", "vocab_size"):
+        if getattr(before, field) != getattr(config, field):
+            new[names.get(field, field)] = getattr(config, field)
+    if before.n_layer == config.n_layer:
+        return new
+    for key, value in old.items():
+        if "layer" in key and isinstance(value, list) and len(value) == before.n_layer:
+            new[key] = value[:1] * config.n_layer
+            if value != value[:1] * len(value):
+                del new[key]
+    window = old.get("max_window_layers")  # those before it have none
+    if type(window) is int and window >= before.n_layer:
+        new["max_window_layers"] = max(window, config.n_layer)
+    return new
+
+
 def _gpt2_extras(config: GPTConfig) -> dict[str, Any]:
     return {
         "n_ctx": config.block_size,

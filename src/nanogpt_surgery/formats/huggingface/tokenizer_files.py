@@ -21,11 +21,14 @@ from nanogpt_surgery.data.tokenizers.bpe_tokenizer import END_OF_TEXT, BPETokeni
 from nanogpt_surgery.data.tokenizers.bpe_tokenizer import is_ours as is_bpe
 from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.data.tokenizers.resizing import ids_of_tokens
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids, vocab_size_of
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
 from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.writing import write_json
 from nanogpt_surgery.formats.huggingface.special_tokens import (
+    ADDED_TOKENS,
+    SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
     SpecialTokens,
     read_object,
@@ -34,6 +37,10 @@ from nanogpt_surgery.formats.huggingface.special_tokens import (
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE, CHAT_TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+VOCABULARY_FILES = (
+    *(TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS_MAP, ADDED_TOKENS),
+    *("vocab.json", "merges.txt", "tokenizer.model"),
+)
 _LARGEST_TEMPLATE = 1 << 20  # bytes
 
 
@@ -67,7 +74,8 @@ def _opened(contents: dict[str, Any], folder: Path) -> Tokenizer:
     if _is_character(contents):
         return with_chat_template(CharacterTokenizer.from_json(contents), template)
     found = special_tokens_of(folder, _tokens_in(contents))
-    if is_bpe(contents) and not templates and _says_nothing_new(found):
+    plain = all(token.get("special") for token in contents.get("added_tokens") or [])
+    if is_bpe(contents) and plain and not templates and _says_nothing_new(found):
         return BPETokenizer.from_json(contents)
     return PretrainedTokenizer(
         contents,
@@ -236,6 +244,52 @@ def _pretrained_config(tokenizer: PretrainedTokenizer) -> dict[str, Any]:
             {"name": name, "template": text} for name, text in tokenizer.chat_templates.items()
         ]
     return config
+
+
+def moved_ids(folder: Path, tokenizer: Tokenizer | None) -> dict[int, int] | None:
+    """Returns for each id in a folder's files the one that its token has in another tokenizer.
+
+    None where the tokenizer has the folder's own tokens, under their ids.
+    """
+    to_json = getattr(tokenizer, "to_json", None)
+    if to_json is None:
+        return None
+    now = ids_of_tokens(to_json())
+    with foreign_file(folder / TOKENIZER):
+        if ids_of_tokens(read_object(folder / TOKENIZER)) == now:
+            return None
+    there = open_tokenizer(folder)
+    before = {} if there is None else ids_of_tokens(there.to_json())  # type: ignore[attr-defined]
+    if before == now or not before:
+        return None
+    return {i: now[token] for token, i in before.items() if token in now}
+
+
+_LISTS_OF_IDS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids",
+                 "forced_decoder_ids", "sequence_bias", "stop_token_ids")  # fmt: skip
+
+
+def with_moved_ids(contents: dict[str, Any], moved: dict[int, int]) -> dict[str, Any]:
+    """Returns a config of a model, or of its generation, with the ids that its tokens have now.
+
+    An id whose token has gone is null, or left out of a list. Lists that other programs read for
+    their generation alone are left out where a token of theirs has another id.
+    """
+    new = dict(contents)
+    for key, value in contents.items():
+        if key.endswith("_token_id") and isinstance(value, list):
+            new[key] = [moved[i] for i in value if i in moved] or None
+        elif key.endswith("_token_id"):
+            new[key] = moved.get(value) if type(value) is int else value
+        elif key in _LISTS_OF_IDS and any(moved.get(i) != i for i in _numbers_in(value)):
+            del new[key]
+    return new
+
+
+def _numbers_in(value: Any) -> list[int]:
+    if isinstance(value, list):
+        return [i for one in value for i in _numbers_in(one)]
+    return [value] if type(value) is int else []
 
 
 def check_ids(tokenizer: Tokenizer | None, rows: int, path: str | Path) -> None:
