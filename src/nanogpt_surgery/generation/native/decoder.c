@@ -78,8 +78,9 @@ typedef struct Pool Pool;
 typedef struct {
     Pool *pool;
     int number;
-    float *h, *scores, *low;            /* its own: (N, C), (max_length), (largest rank) */
+    float *h, *scores, *low;            /* its own: (N, C), (H / G, max_length), (largest rank) */
     char *input;                        /* N vectors as a matrix takes them */
+    int of_h;                           /* the kind of matrix for which `input` holds h, or -1 */
 } Worker;
 
 struct Pool {
@@ -128,11 +129,11 @@ static void barrier(Pool *p) {
     pthread_mutex_unlock(&p->lock);
 }
 
-/* A worker's share of `count` things, in fours. */
+/* A worker's share of `count` things, in dozens: whole tiles. */
 static void share(const Worker *w, int count, int *first, int *last) {
-    int fours = (count + 3) / 4, threads = w->pool->threads;
-    *first = (int)((int64_t)fours * w->number / threads) * 4;
-    *last = (int)((int64_t)fours * (w->number + 1) / threads) * 4;
+    int dozens = (count + 11) / 12, threads = w->pool->threads;
+    *first = (int)((int64_t)dozens * w->number / threads) * 12;
+    *last = (int)((int64_t)dozens * (w->number + 1) / threads) * 12;
     if (*last > count) *last = count;
 }
 
@@ -152,47 +153,69 @@ static void add_update(
     }
 }
 
-/* Rows first … last of y = W x + b + Σ s · B A x, for each input from `begin` on; `add` adds to y. */
-static void product(
-    const Worker *w, const Matrix *m, int begin, const float *x, size_t x_stride, float *y,
-    size_t y_stride, int add) {
-    int first, last, count = w->pool->count;
-    size_t n = m->columns;
-    size_t room = room_for(m->weight.kind, n);
-    share(w, m->rows, &first, &last);
-    for (int b = begin; b < count && room; b++)
-        prepare(m->weight.kind, x + b * x_stride, n, w->input + b * room);
-    for (int r = first; r < last; r++)
-        for (int b = begin; b < count; b++) {
-            const void *in = room ? (void *)(w->input + b * room) : (void *)(x + b * x_stride);
-            float *to = y + b * y_stride + r;
-            float value = product_of_row(m->weight, r, n, in);
-            if (m->bias.at) value += number_at(m->bias, r);
+/* Writes a tile, `rows` from r on and `inputs` from b on, to y, or adds it. */
+static void put(
+    const Matrix *m, int r, int rows, int inputs, Tile tile, float *y, size_t stride, int add) {
+    for (int j = 0; j < rows; j++) {
+        float bias = m->bias.at ? number_at(m->bias, r + j) : 0;
+        for (int i = 0; i < inputs; i++) {
+            float *to = y + i * stride + r + j, value = tile[j][i];
+            if (m->bias.at) value += bias;
             *to = add ? *to + value : value;
         }
+    }
+}
+
+/* Rows first … last of y = W x + b + Σ s · B A x, for each input from `begin` on; `add` adds to y. */
+static void product(
+    Worker *w, const Matrix *m, int begin, const float *x, size_t x_stride, float *y,
+    size_t y_stride, int add) {
+    int first, last, count = w->pool->count, kind = m->weight.kind;
+    size_t n = m->columns, room = room_for(kind, n), row = row_bytes(kind, n);
+    const char *in = room ? w->input : (const char *)x;
+    size_t stride = room ? room : x_stride * sizeof *x;
+    Tile out;
+    share(w, m->rows, &first, &last);
+    if (room && !(x == w->h && w->of_h == kind)) {
+        for (int b = begin; b < count; b++) prepare(kind, x + b * x_stride, n, w->input + b * room);
+        w->of_h = x == w->h ? kind : -1;
+    }
+    for (int r = first, rows; r < last; r += rows) {
+        /* A single product with floats takes no time beside that of reading them in order. */
+        int alone = kind == FLOAT32 && count - begin == 1;
+        rows = last - r < ROWS || alone ? 1 : ROWS;
+        for (int b = begin, inputs; b < count; b += inputs) {
+            inputs = count - b < INPUTS ? count - b : INPUTS;
+            const char *at = (const char *)m->weight.at + r * row;
+            tile(kind, rows, inputs, b == begin, at, n, in + b * stride, stride, out);
+            put(m, r, rows, inputs, out, y + b * y_stride, y_stride, add);
+        }
+    }
     for (int u = 0; u < m->n_updates; u++)
         add_update(w, &m->updates[u], n, first, last, begin, x, x_stride, y, y_stride);
 }
 
 static void normalise(const Norm *norm, int kind, float eps, const float *x, int n, float *out) {
-    float mean = 0, square = 0;
-    if (kind == LAYERNORM) {
-        for (int i = 0; i < n; i++) mean += x[i];
-        mean /= n;
+    Floats total = {0}, squares = {0};
+    for (int i = 0; i < n && kind == LAYERNORM; i += LANES) total += load_some(FLOAT32, x, i, n - i, 0);
+    float mean = sum(total) / n;
+    for (int i = 0; i < n; i += LANES) {
+        Floats rest = load_some(FLOAT32, x, i, n - i, mean) - mean;
+        squares += rest * rest;
     }
-    for (int i = 0; i < n; i++) square += (x[i] - mean) * (x[i] - mean);
-    float scale = 1 / sqrtf(square / n + eps);
+    float scale = 1 / sqrtf(sum(squares) / n + eps);
     for (int i = 0; i < n; i++)
         out[i] = (x[i] - mean) * scale * number_at(norm->weight, i)
             + (norm->bias.at ? number_at(norm->bias, i) : 0);
 }
 
-/* Each worker normalises all tokens for itself: that is less work than to wait for another. */
-static const float *normalised(const Worker *w, const Norm *norm) {
+/* Each worker normalises all tokens from `begin` on for itself: that is less work than to wait for
+   another. */
+static const float *normalised(Worker *w, const Norm *norm, int begin) {
     const Model *m = w->pool->model;
-    for (int b = 0; b < w->pool->count; b++)
-        normalise(norm, m->norm, m->eps, w->pool->x + (size_t)b * m->width, m->width,
-                  w->h + (size_t)b * m->width);
+    for (size_t b = begin; b < (size_t)w->pool->count; b++)
+        normalise(norm, m->norm, m->eps, w->pool->x + b * m->width, m->width, w->h + b * m->width);
+    w->of_h = -1;
     return w->h;
 }
 
@@ -249,22 +272,34 @@ static Numbers cache_of(const Pool *p, const Token *token, int layer, int which,
     return (Numbers){cache->layers[2 * layer + which] + bytes, m->cache_kind};
 }
 
-/* softmax(q kᵀ / √D) v of one query head over the S keys of its group. */
+/* softmax(q kᵀ / √D) v of some query heads of one group, over its S keys. */
 static void attend(
-    const Worker *w, const float *q, Numbers keys, Numbers values, int n_keys, float *y) {
-    int d = w->pool->model->head_dim;
-    float *scores = w->scores, largest = -INFINITY, total = 0, scale = 1 / sqrtf((float)d);
-    for (int s = 0; s < n_keys; s++) {
-        scores[s] = dot(keys, s, d, q) * scale;
-        if (!(scores[s] <= largest)) largest = scores[s];
+    const Worker *w, const float *q, int heads, Numbers keys, Numbers values, int n_keys, float *y) {
+    const Model *m = w->pool->model;
+    int d = m->head_dim, kind = keys.kind;
+    size_t room = room_for(kind, d), stride = room ? room : d * sizeof *q;
+    const char *in = room ? w->input : (const char *)q;
+    float scale = 1 / sqrtf((float)d);
+    for (int h = 0; h < heads && room; h++) prepare(kind, q + h * d, d, w->input + h * room);
+    for (int s = 0, rows; s < n_keys; s += rows) {
+        const char *at = (const char *)keys.at + s * row_bytes(kind, d);
+        rows = n_keys - s < ROWS ? 1 : ROWS;
+        for (int h = 0, inputs; h < heads; h += inputs) {
+            Tile out;
+            inputs = heads - h < INPUTS ? heads - h : INPUTS;
+            tile(kind, rows, inputs, 0, at, d, in + h * stride, stride, out);
+            for (int i = 0; i < inputs; i++)
+                for (int r = 0; r < rows; r++)
+                    w->scores[(size_t)(h + i) * m->max_length + s + r] = out[r][i] * scale;
+        }
     }
-    memset(y, 0, d * sizeof *y);
-    for (int s = 0; s < n_keys; s++) {
-        float weight = expf(scores[s] - largest);
-        total += weight;
-        for (int i = 0; i < d; i++) y[i] += weight * number_at(values, (size_t)s * d + i);
+    for (int h = 0; h < heads; h++, y += d) {
+        float *scores = w->scores + (size_t)h * m->max_length, largest = -INFINITY;
+        for (int s = 0; s < n_keys; s++) if (!(scores[s] <= largest)) largest = scores[s];
+        float total = exponentials(scores, n_keys, largest);
+        weighted_sum(values, n_keys, d, scores, y);
+        for (int i = 0; i < d; i++) y[i] /= total;
     }
-    for (int i = 0; i < d; i++) y[i] /= total;
 }
 
 /* Puts the keys and values of all new tokens into the cache, before any of them looks there. */
@@ -282,75 +317,90 @@ static void store_keys(const Worker *w, int layer) {
     }
 }
 
-/* Each head of each new token looks at its own text, up to its own position. */
-static void attention(const Worker *w, int layer) {
+/* Each head of each new token from `begin` on looks at its own text, up to its own position; heads
+   that share their keys at once, unless that would leave a worker without any. */
+static void attention(const Worker *w, int layer, int begin) {
     const Pool *p = w->pool;
     const Model *m = p->model;
-    int per_group = m->heads / m->kv_heads;
-    for (int task = w->number; task < p->count * m->heads; task += p->threads) {
-        const Token *token = &p->tokens[task / m->heads];
-        int group = task % m->heads / per_group;
+    int per_group = m->heads / m->kv_heads, d = m->head_dim;
+    int heads = (p->count - begin) * m->kv_heads < 4 * p->threads ? 1 : per_group;
+    int tasks = m->heads / heads;       /* of a token */
+    for (int task = begin * tasks + w->number; task < p->count * tasks; task += p->threads) {
+        const Token *token = &p->tokens[task / tasks];
+        int group = task % tasks * heads / per_group;
         Numbers keys = cache_of(p, token, layer, KEYS, group);
         Numbers values = cache_of(p, token, layer, VALUES, group);
-        float *q = p->q + (size_t)task * m->head_dim;
-        prepare_head(p, &m->layers[layer].q_norm, q, task / m->heads);
-        attend(w, q, keys, values, token->position + 1, p->y + (size_t)task * m->head_dim);
+        size_t at = (size_t)task * heads * d;
+        for (int h = 0; h < heads; h++)
+            prepare_head(p, &m->layers[layer].q_norm, p->q + at + h * d, task / tasks);
+        attend(w, p->q + at, heads, keys, values, token->position + 1, p->y + at);
     }
 }
 
 static float activation(int kind, float x) {
-    switch (kind) {
-    case GELU: return 0.5f * x * (1 + erff(x * 0.70710678f));
-    case GELU_TANH: return 0.5f * x * (1 + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
-    case RELU2: return x < 0 ? 0 : x * x;  /* of NaN: NaN */
-    default: return x / (1 + expf(-x));  /* SiLU, of the gate */
+    if (kind == GELU) return 0.5f * x * (1 + erff(x * 0.70710678f));
+    return x < 0 ? 0 : x * x;  /* RELU2; of NaN: NaN */
+}
+
+/* x becomes act(x), or silu(gate) · x. */
+static void activate(int kind, float *x, const float *gate, int n) {
+    if (kind != SWIGLU && kind != GELU_TANH) {
+        for (int i = 0; i < n; i++) x[i] = activation(kind, x[i]);
+        return;
+    }
+    for (int i = 0; i < n; i += LANES) {
+        Floats numbers = load_some(FLOAT32, x, i, n - i, 0), a = numbers, b;
+        if (kind == SWIGLU) a = load_some(FLOAT32, gate, i, n - i, 0), b = a, a *= numbers;
+        else b = 1.59576912f * (a + 0.044715f * a * a * a);  /* tanh by e to the power of -2 · */
+        store_some(x + i, n - i, a / (1 + exponential(-b)));
     }
 }
 
 /* Rows first … last of the feed-forward's inner numbers: act(up x), or silu(gate x) · up x. */
-static void inner(const Worker *w, const Layer *layer, const float *h, float *gate) {
+static void inner(Worker *w, const Layer *layer, int begin, const float *h, float *gate) {
     const Pool *p = w->pool;
     const Model *m = p->model;
     int first, last;
-    product(w, &layer->up, 0, h, m->width, p->inner, m->inner, 0);
-    if (m->mlp == SWIGLU) product(w, &layer->gate, 0, h, m->width, gate, m->inner, 0);
+    product(w, &layer->up, begin, h, m->width, p->inner, m->inner, 0);
+    if (m->mlp == SWIGLU) product(w, &layer->gate, begin, h, m->width, gate, m->inner, 0);
     share(w, m->inner, &first, &last);
-    for (int b = 0; b < p->count; b++)
-        for (int i = first; i < last; i++) {
-            float *x = p->inner + (size_t)b * m->inner + i;
-            *x = m->mlp == SWIGLU ? activation(SWIGLU, gate[(size_t)b * m->inner + i]) * *x
-                                  : activation(m->mlp, *x);
-        }
+    for (int b = begin; b < p->count; b++) {
+        size_t at = (size_t)b * m->inner + first;
+        activate(m->mlp, p->inner + at, gate + at, last - first);
+    }
 }
 
-static void step(const Worker *w) {
+static void step(Worker *w) {
     Pool *p = w->pool;
     const Model *m = p->model;
     int q_width = m->heads * m->head_dim, kv_width = m->kv_heads * m->head_dim;
+    int wanted = p->count - p->wanted;  /* the first token whose logits are wanted */
     float *gate = p->y;                 /* free when the feed-forward needs it */
     embed(w);
     barrier(p);
     for (int i = 0; i < m->n_layer; i++) {
         const Layer *layer = &m->layers[i];
-        const float *h = normalised(w, &layer->input_norm);
-        product(w, &layer->q, 0, h, m->width, p->q, q_width, 0);
+        /* Of the other tokens the last layer needs the keys and values, and no more. */
+        int begin = i == m->n_layer - 1 ? wanted : 0;
+        const float *h = normalised(w, &layer->input_norm, 0);
         product(w, &layer->k, 0, h, m->width, p->k, kv_width, 0);
         product(w, &layer->v, 0, h, m->width, p->v, kv_width, 0);
+        product(w, &layer->q, begin, h, m->width, p->q, q_width, 0);
         barrier(p);
         store_keys(w, i);
         barrier(p);
-        attention(w, i);
+        attention(w, i, begin);
         barrier(p);
-        product(w, &layer->o, 0, p->y, q_width, p->x, m->width, 1);
+        product(w, &layer->o, begin, p->y, q_width, p->x, m->width, 1);
         barrier(p);
-        inner(w, layer, normalised(w, &layer->mlp_norm), gate);
+        inner(w, layer, begin, normalised(w, &layer->mlp_norm, begin), gate);
         barrier(p);
-        product(w, &layer->down, 0, p->inner, m->inner, p->x, m->width, 1);
+        product(w, &layer->down, begin, p->inner, m->inner, p->x, m->width, 1);
         barrier(p);
     }
-    int begin = p->count - p->wanted;
-    float *logits = p->logits - (size_t)begin * m->vocab;
-    product(w, &m->head, begin, normalised(w, &m->final_norm), m->width, logits, m->vocab, 0);
+    float *logits = p->logits - (size_t)wanted * m->vocab;
+    const float *h = normalised(w, &m->final_norm, wanted);
+    product(w, &m->head, wanted, h, m->width, logits, m->vocab, 0);
     barrier(p);                         /* the last: past it a worker touches nothing of the step */
 }
 
@@ -409,8 +459,9 @@ static int add_worker(Pool *p) {
     int i = p->threads;
     Worker *w = &p->workers[i];
     *w = (Worker){
-        p, i, numbers((size_t)p->most * m->width), numbers(m->max_length), numbers(m->max_rank),
-        (char *)numbers(p->most * widest(m))};
+        p, i, numbers((size_t)p->most * m->width),
+        numbers((size_t)m->heads / m->kv_heads * m->max_length), numbers(m->max_rank),
+        (char *)numbers(p->most * widest(m)), -1};
     int there = w->h && w->scores && w->low && w->input;
     if (there && i) there = !pthread_create(&p->handles[i], NULL, work, w);
     if (there) p->threads++;

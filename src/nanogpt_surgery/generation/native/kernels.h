@@ -64,54 +64,209 @@ static inline float number_at(Numbers from, size_t at) {
                                 : as_float(((const uint16_t *)from.at)[at]);
 }
 
+/* a · b + c, rounded once where the machine can. The compiler would choose anew at each place, and a
+   sum would depend on the tile it is computed in. */
+static inline float multiply_add(float a, float b, float c) {
+#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline Floats multiply_add_all(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+    return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* Up to LANES numbers, `other` in the place of those that are not there. */
+static inline Floats load_some(int kind, const void *from, size_t at, int count, float other) {
+    if (count >= LANES) return load(kind, from, at);
+    float numbers[LANES];
+    for (int i = 0; i < LANES; i++)
+        numbers[i] = i < count ? number_at((Numbers){from, kind}, at + i) : other;
+    return load(FLOAT32, numbers, 0);
+}
+
+static inline void store_some(float *to, int count, Floats numbers) {
+    if (count >= LANES) *(Floats *)to = numbers;
+    else memcpy(to, &numbers, count * sizeof *to);
+}
+
+/* The sum of 8 numbers, in the same order on every machine. */
+static inline float sum_of_8(const float *n) {
+    return ((n[0] + n[4]) + (n[2] + n[6])) + ((n[1] + n[5]) + (n[3] + n[7]));
+}
+
+#if defined(__AVX2__)
+static inline float sum_of_lanes(__m256 n) {
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(n), _mm256_extractf128_ps(n, 1));
+    __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+#endif
+
 static inline float sum(Floats numbers) {
-    float total = 0;
-    for (int i = 0; i < LANES; i++) total += numbers[i];
-    return total;
+#if defined(__AVX512F__)
+    __m512 all = (__m512)numbers;
+    __m256d upper = _mm512_extractf64x4_pd(_mm512_castps_pd(all), 1);
+    return sum_of_lanes(_mm256_add_ps(_mm512_castps512_ps256(all), _mm256_castpd_ps(upper)));
+#elif defined(__AVX2__)
+    return sum_of_lanes((__m256)numbers);
+#else
+    float all[LANES];
+    memcpy(all, &numbers, sizeof all);
+    return sum_of_8(all);
+#endif
 }
 
-/* A row's product with a vector, in four sums that hide the latency; `kind` is a constant where this
-   is inlined. Rows are read one after the other: from four streams side by side, as there were once
-   for the vector to be read but once, memory gave a third to a half of it. */
-static inline __attribute__((always_inline)) float dot_of(
-    int kind, const void *weight, size_t row, size_t n, const float *x) {
-    Floats sums[4] = {{0}};
-    size_t at = row * n, k = 0;
-    for (; k + 4 * LANES <= n; k += 4 * LANES)
-        for (int i = 0; i < 4; i++)
-            sums[i] += load(kind, weight, at + k + i * LANES) * load(FLOAT32, x, k + i * LANES);
-    for (; k + LANES <= n; k += LANES)
-        sums[0] += load(kind, weight, at + k) * load(FLOAT32, x, k);
-    float total = sum(sums[0] + sums[1] + (sums[2] + sums[3]));
-    for (; k < n; k++) total += number_at((Numbers){weight, kind}, at + k) * x[k];
-    return total;
-}
+/* A product is computed in tiles: some rows of a matrix times some vectors, so that what is loaded
+   is used several times and the sums stay in registers. The order of each sum is that of one row
+   and one vector alone. `rows`, `inputs` and `kind` are constants where a tile is inlined. While a
+   tile is computed, what lies AHEAD of it is fetched, as many bytes as it reads: several rows read
+   side by side are otherwise more streams than the processor foresees. */
+enum { ROWS = 3, INPUTS = 4, AHEAD = 16384 };
+typedef float Tile[ROWS][INPUTS];
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
-static float dot(Numbers w, size_t row, size_t n, const float *x) {
-    return w.kind == FLOAT32 ? dot_of(FLOAT32, w.at, row, n, x)
-                             : dot_of(BFLOAT16, w.at, row, n, x);
+/* Vectors lie `stride` bytes apart. */
+INLINE void tile_of_numbers(
+    int kind, int rows, int inputs, int ahead, const char *w, size_t n, const char *x,
+    size_t stride, Tile out) {
+    Floats sums[ROWS][INPUTS];
+    size_t row = n * (kind == FLOAT32 ? 4 : 2), k = 0, line = kind == FLOAT32 ? 16 : 32;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < inputs; i++) sums[r][i] = (Floats){0};
+    for (; k + line <= n; k += line) {
+        if (ahead) UNROLL for (int r = 0; r < rows; r++)
+            __builtin_prefetch(w + AHEAD + (k / line * rows + r) * 64, 0, 2);
+        UNROLL for (size_t at = 0; at < line; at += LANES) {
+            Floats numbers[ROWS];
+            UNROLL for (int r = 0; r < rows; r++) numbers[r] = load(kind, w + r * row, k + at);
+            UNROLL for (int i = 0; i < inputs; i++) {
+                Floats with = load(FLOAT32, x + i * stride, k + at);
+                UNROLL for (int r = 0; r < rows; r++)
+                    sums[r][i] = multiply_add_all(numbers[r], with, sums[r][i]);
+            }
+        }
+    }
+    for (; k < n; k += LANES)
+        UNROLL for (int r = 0; r < rows; r++)
+            UNROLL for (int i = 0; i < inputs; i++)
+                sums[r][i] = multiply_add_all(
+                    load_some(kind, w + r * row, k, n - k, 0),
+                    load_some(FLOAT32, x + i * stride, k, n - k, 0), sums[r][i]);
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < inputs; i++) out[r][i] = sum(sums[r][i]);
 }
 
 #if defined(__AVX512BF16__)
-/* A row of bfloat16 and a vector rounded to bfloat16 too, 32 numbers at a time. */
-static inline float dot_of_bfloat16(const uint16_t *w, size_t n, const uint16_t *x) {
-    __m512 sums[4] = {{0}};
-    size_t k = 0;
-    for (int i = 0; k + 32 <= n; k += 32, i = (i + 1) % 4) {
-        __m512bh numbers = (__m512bh)_mm512_loadu_si512(w + k);
-        sums[i] = _mm512_dpbf16_ps(sums[i], numbers, (__m512bh)_mm512_loadu_si512(x + k));
+/* Rows of bfloat16 and vectors rounded to bfloat16 too. */
+INLINE void tile_of_bfloat16(
+    int rows, int inputs, int ahead, const char *w, size_t n, const char *x, size_t stride,
+    Tile out) {
+    __m512 sums[ROWS][INPUTS];
+    size_t row = n * 2, k = 0;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < inputs; i++) sums[r][i] = _mm512_setzero_ps();
+    for (; k + 32 <= n; k += 32) {
+        if (ahead) UNROLL for (int r = 0; r < rows; r++)
+            __builtin_prefetch(w + AHEAD + (k / 32 * rows + r) * 64, 0, 2);
+        UNROLL for (int r = 0; r < rows; r++) {
+            __m512bh numbers = (__m512bh)_mm512_loadu_si512(w + r * row + k * 2);
+            UNROLL for (int i = 0; i < inputs; i++)
+                sums[r][i] = _mm512_dpbf16_ps(
+                    sums[r][i], numbers, (__m512bh)_mm512_loadu_si512(x + i * stride + k * 2));
+        }
     }
-    float total = _mm512_reduce_add_ps(sums[0] + sums[1] + (sums[2] + sums[3]));
-    for (; k < n; k++) total += as_float(w[k]) * as_float(x[k]);
-    return total;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < inputs; i++) {
+            float total = sum((Floats)sums[r][i]);
+            for (size_t j = k; j < n; j++)
+                total = multiply_add(
+                    as_float(((const uint16_t *)(w + r * row))[j]),
+                    as_float(((const uint16_t *)(x + i * stride))[j]), total);
+            out[r][i] = total;
+        }
 }
 #endif
+
+/* One row's product with one vector of floats. */
+static float dot(Numbers w, size_t row, size_t n, const float *x) {
+    Tile out;
+    const char *at = (const char *)w.at + row * n * (w.kind == FLOAT32 ? 4 : 2);
+    if (w.kind == FLOAT32) tile_of_numbers(FLOAT32, 1, 1, 0, at, n, (const char *)x, 0, out);
+    else tile_of_numbers(BFLOAT16, 1, 1, 0, at, n, (const char *)x, 0, out);
+    return out[0][0];
+}
+
+/* e to the power of each; 0 below where float32 is normal, and infinity above its range. */
+static inline Floats exponential(Floats x) {
+    typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+    Floats rounder = (Floats){0} + 12582912.0f, y = x * 1.44269504f + rounder;
+    Whole power = (Whole)y - (Whole)rounder;
+    Floats whole = y - rounder;
+    Floats rest = (x - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    Floats p = ((((rest * 1.9875691e-4f + 1.3981999e-3f) * rest + 8.3334519e-3f) * rest
+        + 4.1665796e-2f) * rest + 1.6666665e-1f) * rest + 5.0000001e-1f;
+    p = p * rest * rest + rest + 1;
+    Whole number = (Whole)p + (power << 23);
+    Whole low = x < -87.3f, high = x > 88.7f, nan = x != x;
+    number = (number & ~low & ~high) | (high & 0x7f800000);
+    return (Floats)((number & ~nan) | (nan & (Whole)x));
+}
+
+/* x becomes e to the power of (x - largest); returns the sum. */
+static float exponentials(float *x, int n, float largest) {
+    Floats total = {0};
+    for (int i = 0; i < n; i += LANES) {
+        Floats numbers = exponential(load_some(FLOAT32, x, i, n - i, -INFINITY) - largest);
+        store_some(x + i, n - i, numbers);
+        total += numbers;
+    }
+    return sum(total);
+}
+
+/* y (columns) = Σ weight · row, over the rows of a matrix of floats or bfloat16. */
+INLINE void weighted_sum_of(
+    int kind, const void *matrix, int rows, int columns, const float *weights, float *y) {
+    enum { WIDE = 8 };
+    int i = 0;
+    for (; i + WIDE * LANES <= columns; i += WIDE * LANES) {
+        Floats sums[WIDE];
+        UNROLL for (int j = 0; j < WIDE; j++) sums[j] = (Floats){0};
+        for (int r = 0; r < rows; r++)
+            UNROLL for (int j = 0; j < WIDE; j++)
+                sums[j] = multiply_add_all(
+                    load(kind, matrix, (size_t)r * columns + i + j * LANES),
+                    (Floats){0} + weights[r], sums[j]);
+        UNROLL for (int j = 0; j < WIDE; j++) *(Floats *)(y + i + j * LANES) = sums[j];
+    }
+    for (; i < columns; i += LANES) {
+        Floats sums = {0};
+        for (int r = 0; r < rows; r++)
+            sums += weights[r] * load_some(kind, matrix, (size_t)r * columns + i, columns - i, 0);
+        store_some(y + i, columns - i, sums);
+    }
+}
+
+static void weighted_sum(Numbers matrix, int rows, int columns, const float *weights, float *y) {
+    if (matrix.kind == FLOAT32)
+        weighted_sum_of(FLOAT32, matrix.at, rows, columns, weights, y);
+    else weighted_sum_of(BFLOAT16, matrix.at, rows, columns, weights, y);
+}
 
 /* ---- products of blocks ---- */
 
 enum { BLOCK = 32 };
 
-/* 32 numbers of a vector: `scale` times an int8 each, of which `total` is the sum. */
+/* 32 numbers of a vector: `scale` times an int8 each; `total` is the sum of these products. */
 typedef struct {
     float scale, total;
     int8_t at[BLOCK];
@@ -136,7 +291,8 @@ static inline float half_at(const uint8_t *from) {
 #endif
 }
 
-/* A block's integers times a vector's, in PARTS sums of int32; those of 4 bits count from 0. */
+/* A block's integers, 32 bytes: those of 4 bits count from 0, their lower halves come first. Their
+   products with a vector's are PARTS sums of int32. */
 #if defined(__AVX2__)
 #define PARTS 8
 typedef int32_t Ints __attribute__((vector_size(32)));
@@ -152,16 +308,21 @@ static inline Ints products(__m256i w, __m256i x) {
 #endif
 }
 
-static inline Ints products_of_8_bits(const uint8_t *from, const int8_t *with) {
-    __m256i w = _mm256_loadu_si256((const void *)from), x = _mm256_loadu_si256((const void *)with);
-    return products(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+typedef __m256i Bytes;
+
+static inline Bytes bytes_of_8_bits(const uint8_t *from) {
+    return _mm256_loadu_si256((const void *)from);
 }
 
-static inline Ints products_of_4_bits(const uint8_t *from, const int8_t *with) {
+static inline Bytes bytes_of_4_bits(const uint8_t *from) {
     __m128i w = _mm_loadu_si128((const void *)from);
-    __m256i both = _mm256_set_m128i(_mm_srli_epi16(w, 4), w);
+    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(w, 4), w), _mm256_set1_epi8(15));
+}
+
+static inline Ints products_of_bytes(int is_signed, Bytes w, const int8_t *with) {
     __m256i x = _mm256_loadu_si256((const void *)with);
-    return products(_mm256_and_si256(both, _mm256_set1_epi8(15)), x);
+    if (!is_signed) return products(w, x);
+    return products(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
 }
 #elif defined(__ARM_NEON)
 #define PARTS 4
@@ -180,50 +341,97 @@ static inline Ints products(int8x16_t w, int8x16_t v, const int8_t *with) {
 #endif
 }
 
-static inline Ints products_of_8_bits(const uint8_t *from, const int8_t *with) {
-    return products(vld1q_s8((const int8_t *)from), vld1q_s8((const int8_t *)from + 16), with);
+typedef int8x16x2_t Bytes;
+
+static inline Bytes bytes_of_8_bits(const uint8_t *from) {
+    return (Bytes){{vld1q_s8((const int8_t *)from), vld1q_s8((const int8_t *)from + 16)}};
 }
 
-static inline Ints products_of_4_bits(const uint8_t *from, const int8_t *with) {
+static inline Bytes bytes_of_4_bits(const uint8_t *from) {
     uint8x16_t w = vld1q_u8(from);
     int8x16_t low = vreinterpretq_s8_u8(vandq_u8(w, vdupq_n_u8(15)));
-    return products(low, vreinterpretq_s8_u8(vshrq_n_u8(w, 4)), with);
+    return (Bytes){{low, vreinterpretq_s8_u8(vshrq_n_u8(w, 4))}};
+}
+
+static inline Ints products_of_bytes(int is_signed, Bytes w, const int8_t *with) {
+    (void)is_signed;
+    return products(w.val[0], w.val[1], with);
 }
 #else
 #define PARTS 4
 typedef int32_t Ints __attribute__((vector_size(16)));
 
-static inline Ints products_of_8_bits(const uint8_t *from, const int8_t *with) {
-    Ints sums = {0};
-    for (int i = 0; i < BLOCK; i++) sums[i % PARTS] += (int8_t)from[i] * with[i];
-    return sums;
+typedef struct {
+    int8_t at[BLOCK];
+} Bytes;
+
+static inline Bytes bytes_of_8_bits(const uint8_t *from) {
+    Bytes bytes;
+    memcpy(bytes.at, from, BLOCK);
+    return bytes;
 }
 
-static inline Ints products_of_4_bits(const uint8_t *from, const int8_t *with) {
-    Ints sums = {0};
+static inline Bytes bytes_of_4_bits(const uint8_t *from) {
+    Bytes bytes;
     for (int i = 0; i < BLOCK / 2; i++)
-        sums[i % PARTS] += (from[i] & 15) * with[i] + (from[i] >> 4) * with[i + BLOCK / 2];
+        bytes.at[i] = from[i] & 15, bytes.at[i + BLOCK / 2] = from[i] >> 4;
+    return bytes;
+}
+
+static inline Ints products_of_bytes(int is_signed, Bytes w, const int8_t *with) {
+    Ints sums = {0};
+    (void)is_signed;
+    for (int i = 0; i < BLOCK; i++) sums[i % PARTS] += w.at[i] * with[i];
     return sums;
 }
 #endif
 typedef float Parts __attribute__((vector_size(4 * PARTS)));
 
-/* A row's product with a vector; `kind` is a constant where this is inlined. */
-static inline __attribute__((always_inline)) float dot_of_blocks(
-    int kind, const uint8_t *at, size_t n_blocks, const Block *x) {
-    Parts sums = {0};
-    float rest = 0;
-    for (const Block *end = x + n_blocks; x < end; x++, at += block_bytes(kind)) {
-        const uint8_t *numbers = at + (kind == Q4_1 ? 4 : 2);
-        float scale = half_at(at) * x->scale;
-        Ints ints = kind == Q8_0 ? products_of_8_bits(numbers, x->at)
-                                 : products_of_4_bits(numbers, x->at);
-        sums += __builtin_convertvector(ints, Parts) * scale;
-        if (kind == Q4_0) rest -= 8 * scale * x->total;
-        if (kind == Q4_1) rest += half_at(at + 2) * x->scale * x->total;
+static inline Parts multiply_add_parts(Parts a, float b, Parts c) {
+#if defined(__FMA__)
+    return (Parts)_mm256_fmadd_ps((__m256)a, _mm256_set1_ps(b), (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+static inline float sum_of_parts(Parts parts) {
+#if defined(__AVX2__)
+    return sum_of_lanes((__m256)parts);
+#else
+    return (parts[0] + parts[2]) + (parts[1] + parts[3]);
+#endif
+}
+
+INLINE void tile_of_blocks(
+    int kind, int rows, int inputs, int ahead, const char *w, size_t n, const char *x,
+    size_t stride, Tile out) {
+    Parts sums[ROWS][INPUTS];
+    float rest[ROWS][INPUTS];
+    size_t size = block_bytes(kind), row = n / BLOCK * size;
+    const char *next = w + AHEAD;
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < inputs; i++) sums[r][i] = (Parts){0}, rest[r][i] = 0;
+    for (size_t b = 0; b < n / BLOCK; b++, w += size) {
+        if (ahead) for (size_t byte = 0; byte < rows * size; byte += 64)
+            __builtin_prefetch(next + b * rows * size + byte, 0, 2);
+        UNROLL for (int r = 0; r < rows; r++) {
+            const uint8_t *at = (const uint8_t *)w + r * row;
+            float scale = half_at(at), least = kind == Q4_1 ? half_at(at + 2) : scale;
+            Bytes bytes = kind == Q8_0 ? bytes_of_8_bits(at + 2)
+                                       : bytes_of_4_bits(at + (kind == Q4_1 ? 4 : 2));
+            UNROLL for (int i = 0; i < inputs; i++) {
+                const Block *with = (const Block *)(x + i * stride) + b;
+                Ints ints = products_of_bytes(kind == Q8_0, bytes, with->at);
+                Parts numbers = __builtin_convertvector(ints, Parts);
+                sums[r][i] = multiply_add_parts(numbers, scale * with->scale, sums[r][i]);
+                if (kind != Q8_0) rest[r][i] = multiply_add(least, with->total, rest[r][i]);
+            }
+        }
     }
-    for (int i = 0; i < PARTS; i++) rest += sums[i];
-    return rest;
+    for (int r = 0; r < rows; r++)
+        for (int i = 0; i < inputs; i++)
+            out[r][i] = sum_of_parts(sums[r][i]) + (kind == Q4_0 ? -8 : 1) * rest[r][i];
 }
 
 /* Rounds 32 numbers: the largest becomes 127. Of one that is not finite the products are NaN. */
@@ -243,7 +451,7 @@ static Block rounded(const float *x) {
         block.at[i] = (int8_t)number;
         total += number;
     }
-    block.scale = largest / 127, block.total = (float)total;
+    block.scale = largest / 127, block.total = block.scale * (float)total;
     return block;
 }
 
@@ -266,18 +474,33 @@ static void prepare(int kind, const float *x, size_t n, void *room) {
         for (size_t i = 0; i < n; i++) ((uint16_t *)room)[i] = as_bfloat16(x[i]);
 }
 
-/* A row's product with a vector as `prepare` has made it. */
-static float product_of_row(Numbers w, size_t row, size_t n, const void *x) {
-    size_t n_blocks = n / BLOCK;
-    const uint8_t *at = (const uint8_t *)w.at + row * n_blocks * block_bytes(w.kind);
-    switch (w.kind) {
-    case Q8_0: return dot_of_blocks(Q8_0, at, n_blocks, x);
-    case Q4_0: return dot_of_blocks(Q4_0, at, n_blocks, x);
-    case Q4_1: return dot_of_blocks(Q4_1, at, n_blocks, x);
+/* How many bytes a row of a matrix takes. */
+static inline size_t row_bytes(int kind, size_t n) {
+    return kind >= Q8_0 ? n / BLOCK * block_bytes(kind) : n * (kind == FLOAT32 ? 4 : 2);
+}
+
+INLINE void tile_of(
+    int kind, int rows, int inputs, int ahead, const char *w, size_t n, const char *x,
+    size_t stride, Tile out) {
+    if (kind >= Q8_0) tile_of_blocks(kind, rows, inputs, ahead, w, n, x, stride, out);
 #if defined(__AVX512BF16__)
-    case BFLOAT16: return dot_of_bfloat16((const uint16_t *)w.at + row * n, n, x);
+    else if (kind == BFLOAT16) tile_of_bfloat16(rows, inputs, ahead, w, n, x, stride, out);
 #endif
-    default: return dot(w, row, n, x);
+    else tile_of_numbers(kind, rows, inputs, ahead, w, n, x, stride, out);
+}
+
+/* One row or ROWS rows of a matrix, from `w` on, times one to INPUTS vectors as `prepare` has made
+   them; `ahead`: to fetch the rows that follow. */
+static void tile(
+    int kind, int rows, int inputs, int ahead, const char *w, size_t n, const char *x,
+    size_t stride, Tile out) {
+#define CASE(K, R, I) \
+    case (K * 2 + (R > 1)) * INPUTS + I - 1: tile_of(K, R, I, ahead, w, n, x, stride, out); break;
+#define CASES(K, R) CASE(K, R, 1) CASE(K, R, 2) CASE(K, R, 3) CASE(K, R, 4)
+    switch ((kind * 2 + (rows > 1)) * INPUTS + inputs - 1) {
+        CASES(FLOAT32, 1) CASES(BFLOAT16, 1) CASES(Q8_0, 1) CASES(Q4_0, 1) CASES(Q4_1, 1)
+        CASES(FLOAT32, ROWS) CASES(BFLOAT16, ROWS) CASES(Q8_0, ROWS) CASES(Q4_0, ROWS)
+        CASES(Q4_1, ROWS)
     }
 }
 
