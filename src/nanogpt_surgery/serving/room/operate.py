@@ -1,0 +1,320 @@
+"""Operations on the model that is served, each alone in the engine's thread, journaled and undone.
+
+Nothing is written to a disk but by `/api/save`, into the folders that the server was given.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+from torch import nn
+
+from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.formats.model_file import save_model
+from nanogpt_surgery.formats.peft.writing import plan_lora, save_adapter
+from nanogpt_surgery.history.model_history import redo_lora, undo_lora
+from nanogpt_surgery.lora.active import WeightedAdapters
+from nanogpt_surgery.lora.inject import inject_lora
+from nanogpt_surgery.lora.layer import LoRALayer
+from nanogpt_surgery.lora.merging import merge_lora
+from nanogpt_surgery.lora.operations import blend_lora, remove_lora, swap_lora
+from nanogpt_surgery.lora.several import (
+    active_adapters,
+    adapter_names,
+    adapter_weights,
+    check_name,
+    has_lora,
+)
+from nanogpt_surgery.lora.targets import adaptable_layers, unsupported_reason
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.transformer_encoder_layer import CausalSelfAttention
+from nanogpt_surgery.report import Report
+from nanogpt_surgery.serving.fields import NAME, Field, read_fields, required
+from nanogpt_surgery.serving.http import ApiError, contained, read_json
+from nanogpt_surgery.surgery.ablation import ablate
+from nanogpt_surgery.values import WEIGHT, Kind, integer, number
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.serving.server import Server
+
+_ABLATION = re.compile(r"ablate-(\d+)-(\d+)")
+_MOST_TARGETS, _LONGEST_TARGET = 4_096, 256
+
+
+def _are_targets(value: Any) -> bool:
+    texts = [value] if isinstance(value, str) else value
+    return (
+        isinstance(texts, list)
+        and 0 < len(texts) <= _MOST_TARGETS
+        and all(isinstance(text, str) and 0 < len(text) <= _LONGEST_TARGET for text in texts)
+    )
+
+
+TARGETS = Kind(f"a list of 1 to {_MOST_TARGETS:,} names of layers", _are_targets)
+WEIGHTS = Kind(
+    "an object of at most 64 numbers, by names of adapters",
+    lambda x: isinstance(x, dict) and 0 < len(x) <= 64 and all(map(WEIGHT.holds, x.values())),
+)
+VARIANTS: dict[str, dict[str, bool]] = {"lora": {}, "dora": {"dora": True}}
+VARIANTS["rslora"] = {"rslora": True}
+RANK = integer(1, 4_096)
+ALPHA = number("above 0 and at most 1e6", lambda x: 0 < x <= 1e6)
+_INJECTION = {
+    "name": Field(NAME, "default"),
+    "targets": Field(TARGETS, ["q_proj", "v_proj"]),
+    "rank": Field(RANK, 8),
+    "alpha": Field(ALPHA, 16.0),
+    "variant": Field(Kind(f"one of {', '.join(VARIANTS)}", lambda x: x in [*VARIANTS]), "lora"),
+}
+_NAMED = {"name": Field(NAME)}
+FIELDS: dict[str, dict[str, Field]] = {
+    "inject": _INJECTION,
+    "enable": _NAMED,
+    "disable": _NAMED,
+    "merge": _NAMED,
+    "remove": _NAMED,
+    "blend": {"weights": Field(WEIGHTS)},
+    "ablate": {"layer": Field(integer(0, 10_000)), "head": Field(integer(0, 10_000))},
+}
+OPERATION = {"operation": Field(Kind(f"one of {', '.join(FIELDS)}", lambda x: x in [*FIELDS]))}
+
+
+def layer_rows(model: SimpleGPT) -> list[dict[str, Any]]:
+    """Returns a row for each module that has weights or heads: its shape, and what changes it."""
+    rows = []
+    wrapped = {path for path, module in model.named_modules() if isinstance(module, LoRALayer)}
+    adaptable = adaptable_layers(model)
+    for path, module in model.named_modules():
+        if path.rpartition(".original_layer")[0] in wrapped or ".updates" in path:
+            continue
+        weight = getattr(module, "weight", None)
+        row = {"path": path, "kind": _kind(module)}
+        if isinstance(module, CausalSelfAttention):
+            gone = _ablated(model, path)
+            rows.append(row | {"heads": model.config.n_head, "ablated": gone})
+        elif isinstance(module, LoRALayer) or weight is not None:
+            targetable = path in adaptable and unsupported_reason(model, path) is None
+            targetable |= isinstance(module, LoRALayer) and not module.replaces_whole
+            own = module.original_layer if isinstance(module, LoRALayer) else module
+            row |= {
+                "shape": list(weight.shape) if weight is not None else [],
+                "parameters": sum(p.numel() for p in own.parameters(recurse=False)),
+                "targetable": targetable,
+                "adapter": _adapter(module) if isinstance(module, LoRALayer) else None,
+            }
+            rows.append(row)
+    return rows
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module.original_layer if isinstance(module, LoRALayer) else module).__name__
+
+
+def _adapter(layer: LoRALayer) -> dict[str, Any]:
+    """Returns the adapters of a layer, and the size of what takes part beside the weight's."""
+    names = list(layer.updates)
+    ranks = [getattr(update, "rank", 0) for update in layer.updates.values()]
+    relative = None
+    takes_part = layer.enabled and any(name in layer.updates for name in layer.active.names())
+    if takes_part and not layer.replaces_whole:
+        delta, weight = layer.delta_weight().norm(), layer.weight.detach().float().norm()
+        found = float(delta) / max(float(weight), 1e-30)
+        relative = round(found, 8) if found < float("inf") else None  # NaN is no JSON either
+    return {"names": names, "rank": max(ranks, default=0), "relative": relative}
+
+
+def _ablated(model: SimpleGPT, attention: str) -> list[int]:
+    """Returns the heads of an attention that an adapter of this page takes away now."""
+    layer = int(attention.split(".")[1])
+    found = [_ABLATION.fullmatch(n) for n, w in adapter_weights(model).items() if w]
+    return sorted(int(one[2]) for one in found if one and int(one[1]) == layer)
+
+
+def plan(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    """Returns what an operation would do; nothing is touched.
+
+    Raises:
+        SurgeryError: as the operation.
+    """
+    if values["operation"] == "inject":
+        return plan_lora(model, values["targets"], **_settings(values))
+    names = [values["name"]] if "name" in values else []
+    rows = [{"adapter": check_name(model, name)} for name in names]
+    return Report(f"{values['operation']} planned", rows, {"layers": len(layer_rows(model))})
+
+
+def operate(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    """Carries an operation out.
+
+    Raises:
+        SurgeryError: what the operation refuses. The model is as it was then.
+    """
+    return _OPERATIONS[values["operation"]](model, values)
+
+
+def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    chosen = {name: values[name] for name in ("name", "rank", "alpha")}
+    return chosen | VARIANTS[values["variant"]]
+
+
+def _inject(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    return inject_lora(model, values["targets"], **_settings(values))
+
+
+def _enable(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    return blend_lora(model, _weights(model) | {check_name(model, values["name"]): 1.0})
+
+
+def _disable(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    name = check_name(model, values["name"])
+    return blend_lora(model, {n: w for n, w in _weights(model).items() if n != name})
+
+
+def _weights(model: SimpleGPT) -> dict[str, float]:
+    return {name: w for name, w in adapter_weights(model).items() if w is not None}
+
+
+def _merge(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    """Merges one adapter; the others leave with the wrappers, and an undo brings all back."""
+    name = check_name(model, values["name"])
+    alone = active_adapters(model) == WeightedAdapters({name: 1.0})
+    if not alone:
+        swap_lora(model, name)
+    try:
+        return merge_lora(model)
+    except BaseException:
+        if not alone:
+            undo_lora(model)
+        raise
+
+
+def _remove(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    return remove_lora(model, values["name"])
+
+
+def _blend(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    return blend_lora(model, values["weights"])
+
+
+def _ablate(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    """Takes a head away, by an adapter beside those that take part."""
+    layer, head = values["layer"], values["head"]
+    before, name = _weights(model), f"ablate-{layer}-{head}"
+    report = ablate(model, name, heads={layer: [head]})
+    if before:
+        blend_lora(model, before | {name: 1.0})
+    return report
+
+
+_OPERATIONS: dict[str, Callable[[SimpleGPT, Mapping[str, Any]], Report]] = {
+    "inject": _inject,
+    "enable": _enable,
+    "disable": _disable,
+    "merge": _merge,
+    "remove": _remove,
+    "blend": _blend,
+    "ablate": _ablate,
+}
+
+
+def values_of(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the operation that a body asks for, with its arguments.
+
+    Raises:
+        ApiError: there is none, or a value is missing or outside its range.
+    """
+    operation = required(read_fields(body, OPERATION), "operation")
+    values = read_fields(body, FIELDS[operation])
+    for name in values:
+        required(values, name)
+    return {"operation": operation, **values}
+
+
+def save(server: Server, model: SimpleGPT, values: Mapping[str, Any]) -> Path:
+    """Writes an adapter, or the model, into a new folder, and returns where.
+
+    Raises:
+        ApiError: the server writes nothing, or there is something of that name.
+        SurgeryError: as `save_adapter` and `save_model`.
+    """
+    home = server.runs_folder
+    if home is None:
+        raise ApiError(403, "saving is off: the server was started without a folder of runs")
+    if values["what"] == "adapter" and server.adapters_folder is not None:
+        home = server.adapters_folder
+    goal = contained(home, required(values, "name"))
+    if goal.exists():
+        raise ApiError(409, f"there is a {goal.name} in that folder already", param="name")
+    if values["what"] == "model":
+        if has_lora(model):
+            carried = ", ".join(adapter_names(model))
+            raise SurgeryError(f"the model carries {carried}", "merge or remove them first")
+        save_model(model, goal, server.tokenizer)
+    else:
+        save_adapter(model, goal, values["adapter"])
+        server.folders.setdefault(values["adapter"] or values["name"], goal)
+    return goal
+
+
+_SAVED = {
+    "what": Field(Kind("adapter or model", lambda x: x in ["adapter", "model"])),
+    "name": Field(NAME),
+    "adapter": Field(NAME),
+}
+
+
+def routes(server: Server) -> list[BaseRoute]:
+    """Returns the routes."""
+
+    async def layers(_: Request) -> Response:
+        return JSONResponse({"layers": await server.look(layer_rows)})
+
+    async def planned(request: Request) -> Response:
+        values = values_of(await read_json(request))
+        return _answer(await server.look(lambda model: plan(model, values)))
+
+    async def operated(request: Request) -> Response:
+        server.check_running()
+        values = values_of(await read_json(request))
+        return _answer(await server.operate(lambda model: operate(model, values)))
+
+    async def undone(_: Request) -> Response:
+        server.check_running()
+        return _answer(await server.operate(undo_lora))
+
+    async def redone(_: Request) -> Response:
+        server.check_running()
+        return _answer(await server.operate(redo_lora))
+
+    async def saved(request: Request) -> Response:
+        server.check_running()
+        values = read_fields(await read_json(request), _SAVED)
+        required(values, "what")
+        goal = await server.operate(lambda model: save(server, model, values))
+        return JSONResponse({"path": str(goal)})
+
+    return [
+        Route("/api/layers", layers),
+        Route("/api/operate/plan", planned, methods=["POST"]),
+        Route("/api/operate", operated, methods=["POST"]),
+        Route("/api/undo", undone, methods=["POST"]),
+        Route("/api/redo", redone, methods=["POST"]),
+        Route("/api/save", saved, methods=["POST"]),
+    ]
+
+
+def _answer(report: Report) -> Response:
+    """Returns a report as the page shows it; numbers that JSON has not are left out."""
+    rows = [{key: _plain(value) for key, value in row.items()} for row in report.rows]
+    summary = {key: _plain(value) for key, value in report.summary.items()}
+    return JSONResponse({"title": report.title, "rows": rows, "summary": summary})
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and value - value != 0 else value
