@@ -23,7 +23,13 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.opening import template_to_talk
 from nanogpt_surgery.lora.several import adapter_names
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.serving import adapters_api, completions_api, models_api, tokenizer_api
+from nanogpt_surgery.serving import (
+    adapters_api,
+    completions_api,
+    models_api,
+    room,
+    tokenizer_api,
+)
 from nanogpt_surgery.serving.http import ApiError, answer_error
 from nanogpt_surgery.serving.security import Guard, check_exposure
 
@@ -124,9 +130,9 @@ class Server:
 def routes(server: Server) -> list[BaseRoute]:
     """Returns every route, of the API and of the page."""
     page = Path(__file__).with_name("page")
-    rooms = (models_api, completions_api, tokenizer_api, adapters_api)
+    rooms = (models_api, completions_api, tokenizer_api, adapters_api, room)
     return [
-        *(route for room in rooms for route in room.routes(server)),
+        *(route for part in rooms for route in part.routes(server)),
         Route("/", lambda _: FileResponse(page / "index.html")),
         Mount("/static", StaticFiles(directory=page)),
     ]

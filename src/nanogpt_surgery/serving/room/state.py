@@ -36,7 +36,7 @@ SIGN_OF_LIFE = 10.0  # seconds after which a stream that has nothing to say says
 
 
 class Room:
-    """What the routes of the page share.
+    """The state that the routes of the page share.
 
     Args:
         server: whose model it shows.

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -414,7 +414,7 @@ async def plan_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]
     return {"title": title, "rows": rows, "summary": found}
 
 
-def routes(trainer: Trainer, after_operations: Any) -> list[BaseRoute]:
+def routes(trainer: Trainer, after_operations: Callable[[], bool]) -> list[BaseRoute]:
     """Returns the routes.
 
     Args:
@@ -422,18 +422,14 @@ def routes(trainer: Trainer, after_operations: Any) -> list[BaseRoute]:
         after_operations: called to learn whether the base is no longer what was opened.
     """
 
-    async def read(request: Request) -> dict[str, Any]:
-        return read_fields(await read_json(request, LARGEST_DATA), _TRAINING)
-
     async def previewed(request: Request) -> Response:
-        values = await read(request)
-        return JSONResponse(await asyncio.to_thread(preview_of, trainer, values))
+        return JSONResponse(await asyncio.to_thread(preview_of, trainer, await _asked(request)))
 
     async def planned(request: Request) -> Response:
-        return JSONResponse(await plan_of(trainer, await read(request)))
+        return JSONResponse(await plan_of(trainer, await _asked(request)))
 
     async def started(request: Request) -> Response:
-        values = await read(request)
+        values = await _asked(request)
         if after_operations():
             raise ApiError(
                 409,
@@ -442,25 +438,45 @@ def routes(trainer: Trainer, after_operations: Any) -> list[BaseRoute]:
             )
         return JSONResponse({"run": await asyncio.to_thread(trainer.start, values)})
 
-    async def named(request: Request) -> str | None:
-        name: str | None = read_fields(await read_json(request), {"name": Field(NAME)})["name"]
-        return name
-
     async def paused(request: Request) -> Response:
-        trainer.end("paused", await named(request))
+        trainer.end("paused", await _named(request))
         return JSONResponse({})
 
     async def stopped(request: Request) -> Response:
-        trainer.end("stopped", await named(request))
+        trainer.end("stopped", await _named(request))
         return JSONResponse({})
 
     async def resumed(request: Request) -> Response:
-        name = await named(request)
+        name = await _named(request)
         if name is None and trainer.current is not None:
             name = trainer.current.run.name
         await asyncio.to_thread(trainer.resume, name or "")
         return JSONResponse({"run": name})
 
+    asked = {
+        "preview": previewed,
+        "plan": planned,
+        "start": started,
+        "pause": paused,
+        "resume": resumed,
+        "stop": stopped,
+    }
+    return [
+        *(Route(f"/api/train/{name}", answer, methods=["POST"]) for name, answer in asked.items()),
+        *_routes_of_runs(trainer),
+    ]
+
+
+async def _asked(request: Request) -> dict[str, Any]:
+    return read_fields(await read_json(request, LARGEST_DATA), _TRAINING)
+
+
+async def _named(request: Request) -> str | None:
+    name: str | None = read_fields(await read_json(request), {"name": Field(NAME)})["name"]
+    return name
+
+
+def _routes_of_runs(trainer: Trainer) -> list[BaseRoute]:
     async def listed(_: Request) -> Response:
         found = await asyncio.to_thread(rows_of_runs, trainer)
         return JSONResponse({"runs": found})
@@ -471,16 +487,7 @@ def routes(trainer: Trainer, after_operations: Any) -> list[BaseRoute]:
             raise ApiError(404, f"there is no run {run.name!r}")
         return JSONResponse(await asyncio.to_thread(contents, trainer, run))
 
-    return [
-        Route("/api/train/preview", previewed, methods=["POST"]),
-        Route("/api/train/plan", planned, methods=["POST"]),
-        Route("/api/train/start", started, methods=["POST"]),
-        Route("/api/train/pause", paused, methods=["POST"]),
-        Route("/api/train/resume", resumed, methods=["POST"]),
-        Route("/api/train/stop", stopped, methods=["POST"]),
-        Route("/api/runs", listed),
-        Route("/api/runs/{name}", one),
-    ]
+    return [Route("/api/runs", listed), Route("/api/runs/{name}", one)]
 
 
 def rows_of_runs(trainer: Trainer) -> list[dict[str, Any]]:
