@@ -453,14 +453,8 @@ def routes(trainer: Trainer, after_operations: Callable[[], bool]) -> list[BaseR
         await asyncio.to_thread(trainer.resume, name or "")
         return JSONResponse({"run": name})
 
-    asked = {
-        "preview": previewed,
-        "plan": planned,
-        "start": started,
-        "pause": paused,
-        "resume": resumed,
-        "stop": stopped,
-    }
+    asked = {"preview": previewed, "plan": planned, "start": started}
+    asked |= {"pause": paused, "resume": resumed, "stop": stopped}
     return [
         *(Route(f"/api/train/{name}", answer, methods=["POST"]) for name, answer in asked.items()),
         *_routes_of_runs(trainer),
