@@ -2,12 +2,6 @@
 
 from nanogpt_surgery.surgery.ablation import ablate
 from nanogpt_surgery.surgery.adapters import combine, compress, extract
-from nanogpt_surgery.surgery.direction import (
-    Direction,
-    mean_difference,
-    plan_direction,
-    steer,
-)
 from nanogpt_surgery.surgery.structure import (
     duplicate_layers,
     plan_duplicate,
@@ -22,7 +16,6 @@ from nanogpt_surgery.surgery.vocabulary import (
 )
 
 __all__ = [
-    "Direction",
     "ablate",
     "add_tokens",
     "combine",
@@ -30,12 +23,9 @@ __all__ = [
     "drop_unused_tokens",
     "duplicate_layers",
     "extract",
-    "mean_difference",
     "plan_add_tokens",
-    "plan_direction",
     "plan_drop_unused_tokens",
     "plan_duplicate",
     "plan_prune",
     "prune_layers",
-    "steer",
 ]

@@ -52,7 +52,6 @@ GROUPS = {
             "prune": "model:prune",
             "duplicate": "model:duplicate",
             "vocabulary": "model:vocabulary",
-            "direction": "directions:direction",
         },
     ),
     "adapter": ("Look at an adapter.", {"examine": "inspect:examine"}),
