@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers.llama_cpp import assert_goes_on_alike, greedy_text
+from helpers.llama_cpp import assert_goes_on_alike, greedy_text, server
 from helpers.models import FAMILY_CONFIGS, OWN_CONFIGS, assert_equal_logits, random_ids, tiny_model
 from helpers.tokenizers import TEXT, byte_level, sentencepiece_like
 from transformers import AutoModelForCausalLM
@@ -21,6 +21,7 @@ from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
 from nanogpt_surgery.formats.gguf.writing import save_gguf
+from nanogpt_surgery.surgery import add_tokens, drop_unused_tokens, duplicate_layers, prune_layers
 
 LETTERS = CharacterTokenizer("the quick brown fox jumps over the lazy dog\n 0123456789\\é日😀")
 KNOWN = [k for k in FAMILY_CONFIGS if k not in ("gpt2-gelu-untied", "qwen3-bias-untied")]
@@ -63,8 +64,6 @@ TOKENIZERS = {
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_every_tokenizer_encodes_and_decodes_alike_in_llama_cpp(kind, tmp_path):
-    from helpers.llama_cpp import server
-
     tokenizer = TOKENIZERS[kind]()
     model = model_for("llama", tokenizer)
     save_gguf(model, tmp_path / "m.gguf", tokenizer, "F32")
@@ -137,3 +136,20 @@ def test_weights_beyond_the_range_of_f16_are_not_kept(tmp_path):
     with pytest.raises(SurgeryError, match=r"1\.mlp\.up_proj"):
         save_gguf(model, tmp_path / "m.gguf", LETTERS, "F16")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_a_model_of_another_structure_and_vocabulary_runs_in_llama_cpp(kind, tmp_path):
+    tokenizer = TOKENIZERS["byte-level"]()
+    model = model_for(kind, tokenizer)
+    duplicate_layers(model, [0])
+    prune_layers(model, [2])
+    tokenizer, _ = drop_unused_tokens(model, tokenizer, "The quick brown fox and naïve café")
+    tokenizer, _ = add_tokens(model, tokenizer, ["brown fox", "<tool>"])
+    save_gguf(model, tmp_path / "m.gguf", tokenizer, "F32")
+    prompt = "The quick brown fox <tool> naïve"
+    running = server(tmp_path / "m.gguf")
+    answer = running.handle_completions({"prompt": prompt, "max_tokens": 8, "temperature": 0})
+    assert answer["usage"]["prompt_tokens"] == len(prompt_ids(tokenizer, prompt))
+    ids = list(generate(model, prompt_ids(tokenizer, prompt), 8, 0))
+    assert answer["choices"][0]["text"] == tokenizer.decode(ids)
