@@ -96,6 +96,16 @@ def test_an_added_token_that_a_template_writes_stays():
     assert made.id_of("<other>") is None
 
 
+def test_a_vocabulary_without_some_bytes_keeps_those_that_it_has():
+    """As SmolLM2's: bytes that its training text did not have are unknown to it."""
+    contents = byte_level(330)
+    del contents["model"]["vocab"]["Ā"]  # byte 0
+    tokenizer = PretrainedTokenizer(contents)
+    made, _ = without_unused_tokens(tokenizer, "quick")
+    for text in (TEXT, "nul\x00 bell"):
+        assert made.decode(made.encode(text)) == tokenizer.decode(tokenizer.encode(text))
+
+
 def test_characters_are_dropped():
     made, kept = without_unused_tokens(CHARACTERS, "lazy fox")
     assert [kept[i] for i in made.encode("lazy fox")] == CHARACTERS.encode("lazy fox")

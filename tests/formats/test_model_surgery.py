@@ -204,8 +204,8 @@ def test_a_plan_writes_nothing(originals, tmp_path):
     before = hashes_of(folder)
     planned = plan_on_model(folder, lambda model, _: plan_prune(model, [1]))
     done = operate_on_model(folder, pruning(1))
-    assert done.summary["model_bytes_after"] == planned.summary["model_bytes_after"]
-    assert planned.summary["kept_originals_bytes"] > planned.summary["model_bytes_before"]
+    assert done.summary["model_after_bytes"] == planned.summary["model_after_bytes"]
+    assert planned.summary["kept_originals_bytes"] > planned.summary["model_before_bytes"]
     undo_folder(folder)
     assert hashes_of(folder) == before
     with pytest.raises(SurgeryError, match="itself"):

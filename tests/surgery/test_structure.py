@@ -46,7 +46,7 @@ def test_a_pruned_model_computes_what_the_other_layers_compute(model):
     assert model.layers[0] is kept
     assert_is_config(model)
     torch.testing.assert_close(model(ids), expected)
-    assert [row["becomes"] for row in report.rows] == ["", "layers.0"]
+    assert [(row["layer"], row["becomes"]) for row in report.rows] == [("layers.0", None)]
     assert report.summary["kl"] > 0
     assert report.summary["parameters_after"] == model.config.n_parameters
     assert report.summary["loss_before"] != report.summary["loss_after"]
@@ -173,7 +173,7 @@ def test_a_plan_says_what_comes_and_changes_nothing():
         done = operate(model, [1])
         assert planned.rows == done.rows
         assert planned.summary.items() <= done.summary.items()
-        assert done.summary["model_bytes_after"] == 4 * model.config.n_parameters
+        assert done.summary["model_after_bytes"] == 4 * model.config.n_parameters
         undo_lora(model)
 
 

@@ -55,8 +55,8 @@ def prune_layers(model: SimpleGPT, layers: Sequence[int], *, probe: Probe | None
             it was.
 
     Returns:
-        A row for each layer: its new name, or none, and its parameters; the sizes before and
-        after; the effect.
+        A row for each layer that goes, with its parameters and an adapter's updates on it; the
+        sizes before and after; the effect.
 
     Raises:
         SurgeryError: a layer is not there, all of them or all of an adapter would go, the model
@@ -90,8 +90,8 @@ def duplicate_layers(
             bit; random ids by default.
 
     Returns:
-        A row for each layer: its new names, and the parameters that its copies add; the sizes
-        before and after; the effect, which is none.
+        A row for each layer that is doubled: its new names, and the parameters that its copies
+        add; the sizes before and after; the effect, which is none.
 
     Raises:
         SurgeryError: a layer is not there, the model has hooks or is quantised, or a logit is not
@@ -176,14 +176,14 @@ def _plan(model: SimpleGPT, order: list[int], title: str) -> Report:
     rows = [
         {
             "layer": f"layers.{old}",
-            "becomes": ", ".join(f"layers.{new}" for new, of in enumerate(order) if of == old),
+            "becomes": ", ".join(f"layers.{new}" for new, of in enumerate(order) if of == old)
+            or None,
             "parameters": _count_own(layer) * (order.count(old) - 1),
             "updates": sum(1 for _ in _adapters(layer)),
         }
         for old, layer in enumerate(model.layers)
+        if order.count(old) != 1
     ]
-    adapters = {} if any(row["updates"] for row in rows) else {"updates"}
-    rows = [{key: value for key, value in row.items() if key not in adapters} for row in rows]
     config = replace(model.config, n_layer=len(order))
     return Report(title, rows, {"layers": len(order)} | sizes(model, config))
 
@@ -204,12 +204,12 @@ def sizes(model: SimpleGPT, config: GPTConfig) -> dict[str, Any]:
     return {
         "parameters_before": now.n_parameters,
         "parameters_after": config.n_parameters,
-        "model_bytes_before": now.n_parameters * width,
-        "model_bytes_after": config.n_parameters * width,
+        "model_before_bytes": now.n_parameters * width,
+        "model_after_bytes": config.n_parameters * width,
         "flops_per_token_before": now.flops_per_token(),
         "flops_per_token_after": config.flops_per_token(),
-        "cache_bytes_per_token_before": cache(now),
-        "cache_bytes_per_token_after": cache(config),
+        "cache_per_token_before_bytes": cache(now),
+        "cache_per_token_after_bytes": cache(config),
     }
 
 

@@ -46,6 +46,7 @@ from nanogpt_surgery.surgery.structure import (
     trains_like,
 )
 
+PROBE_TOKENS = 256  # of the texts, where no probe is given
 Init: TypeAlias = Literal["pieces", "mean"]
 Resized: TypeAlias = tuple[Tokenizer, Report]
 
@@ -143,7 +144,7 @@ def drop_unused_tokens(
     change = _dropping(model, tokenizer, texts)
     if probe is not None:
         return _resize(model, change, probe)
-    length = model.config.block_size
+    length = min(PROBE_TOKENS, model.config.block_size)
     probe = torch.tensor([next(ids for t in texts if (ids := tokenizer.encode(t)))[:length]])
     made, report = _resize(model, change, probe)
     measured_on = {"measured_on": f"the first {probe.numel():,} tokens of the texts"}

@@ -203,7 +203,7 @@ def _templates(tokenizer: Tokenizer) -> list[str]:
 
 
 def _alphabet(contents: dict[str, Any]) -> list[str]:
-    """Returns the tokens with which any text can be written, byte by byte.
+    """Returns the tokens with which any text can be written byte by byte that could be before.
 
     Raises:
         SurgeryError: the tokenizer has none, or merges in a way that is not followed here.
@@ -215,8 +215,8 @@ def _alphabet(contents: dict[str, Any]) -> list[str]:
         why = f"it is a {quoted(kind)}, not a BPE"
     elif model.get("continuing_subword_prefix") or model.get("end_of_word_suffix"):
         why = "its merges mark the beginnings or ends of words"
-    elif _is_byte_level(contents) and vocab.keys() >= set(CHARACTER_OF_BYTE.values()):
-        return list(CHARACTER_OF_BYTE.values())
+    elif _is_byte_level(contents):  # a byte that it has not was unknown before
+        return [token for token in CHARACTER_OF_BYTE.values() if token in vocab]
     elif model.get("byte_fallback") and vocab.keys() >= set(_FALLBACK):
         return _FALLBACK
     why = why or "its vocabulary has no token for each byte"
