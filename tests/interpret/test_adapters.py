@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from nanogpt_surgery import SurgeryError, disable_lora, enable_lora, inject_lora
 from nanogpt_surgery.interpret import compare, examine, forgetting
 from nanogpt_surgery.interpret.examination import effective_rank, intruders, overlap
+from nanogpt_surgery.lora.several import adapter_weights
 
 
 def next_loss(model, ids):
@@ -106,7 +107,7 @@ def test_an_examination_counts_directions():
         q.lora_A.copy_(right.T)
         q.lora_B.copy_(left * 0.5)  # three directions of one size
         k.lora_B.fill_(torch.nan)
-    rows = {row["layer"]: row for row in examine(model).rows}
+    rows = {row["layer"]: row for row in examine("default", model).rows}
     row = rows["layers.0.self_attn.q_proj"]
     assert row["rank"] == 3
     assert row["effective rank"] == pytest.approx(3, abs=1e-3)
@@ -114,9 +115,11 @@ def test_an_examination_counts_directions():
     assert row["ΔW / W"] == pytest.approx(0.5 * math.sqrt(3) / float(weight.norm()), rel=1e-4)
     assert rows["layers.0.self_attn.k_proj"]["rank"] is None
     assert rows["layers.1.mlp.down_proj"]["rank"] == 0
-    assert examine(model).summary == {"layers": 6, "dead": 4, "not finite": 1}
-    inject_lora(model, "v_proj", name="other")  # the first one waits, and is no dead part of it
-    assert examine(model).summary == {"layers": 2, "dead": 2, "not finite": 0}
+    assert examine("default", model).summary == {"layers": 6, "dead": 4, "not finite": 1}
+    inject_lora(model, "v_proj", name="other")  # the first one waits
+    assert examine("default", model).summary == {"layers": 6, "dead": 4, "not finite": 1}
+    assert adapter_weights(model) == {"default": None, "other": 1.0}
+    assert examine("other", model).summary == {"layers": 2, "dead": 2, "not finite": 0}
 
 
 def test_effective_rank_is_between_one_and_the_rank():

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
+from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import survival
-from nanogpt_surgery.lora.several import lora_layers
+from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
 from nanogpt_surgery.report import Report
 
 LEADING = 10
@@ -28,11 +29,12 @@ SIGNIFICANT = 1e-6  # of the largest singular value; smaller ones are rounding
 
 
 @check_arguments
-def examine(model: nn.Module) -> Report:
-    """Measures ΔW against the layer's own weight, in each layer in which an adapter takes part.
+def examine(adapter: str, base: nn.Module) -> Report:
+    """Measures an adapter's ΔW against the weight of each layer that it changes.
 
     Args:
-        model: the base with an adapter on it, by `load_adapter` or `inject_lora`.
+        adapter: its name on the base, by `load_adapter` or `inject_lora`.
+        base: carries it, and perhaps others, which wait meanwhile.
 
     Returns:
         A report with a row for each of these: ‖ΔW‖ / ‖W‖ and the largest singular value's share of
@@ -41,15 +43,21 @@ def examine(model: nn.Module) -> Report:
         layer whose ΔW is zero is dead: it has learned nothing.
 
     Raises:
-        SurgeryError: the model carries no LoRA.
+        SurgeryError: the base carries no adapter of this name.
     """
-    layers = {
-        name: layer
-        for name, layer in lora_layers(model).items()
-        if not layer.replaces_whole and any(n in layer.updates for n in layer.active.names())
-    }
-    with torch.no_grad():
-        rows = [{"layer": name, **_measured(layer)} for name, layer in layers.items()]
+    check_name(base, adapter)
+    active = active_adapters(base)
+    set_active(base, WeightedAdapters({adapter: 1.0}))
+    try:
+        layers = {
+            name: layer
+            for name, layer in lora_layers(base).items()
+            if not layer.replaces_whole and adapter in layer.updates
+        }
+        with torch.no_grad():
+            rows = [{"layer": name, **_measured(layer)} for name, layer in layers.items()]
+    finally:
+        set_active(base, active)
     summary = {
         "layers": len(rows),
         "dead": sum(row["rank"] == 0 for row in rows),
@@ -94,7 +102,25 @@ def overlap(delta: Tensor, u: Tensor, vh: Tensor, rank: int) -> float:
     return float(between.square().sum() / delta.square().sum() / chance)
 
 
+def intruders_of(weight: Tensor, delta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns u (out, n), σ (n,) and vᵀ (n, in) of the intruder dimensions of W + ΔW.
+
+    Args:
+        weight: W (out, in), float32.
+        delta: ΔW (out, in).
+    """
+    u = torch.linalg.svd(weight, full_matrices=False).U
+    found = torch.linalg.svd(weight + delta, full_matrices=False)
+    new = _resembles_none(u, found.U[:, :LEADING]).nonzero().flatten()
+    return found.U[:, new], found.S[new], found.Vh[new]
+
+
+def _resembles_none(u: Tensor, leading: Tensor) -> Tensor:
+    """Returns which of some singular vectors, as columns, resemble none of the u."""
+    return (u.T @ leading).abs().amax(0) < ALIKE
+
+
 def intruders(u: Tensor, tuned: Tensor) -> int:
     """Returns how many leading left singular vectors of W + ΔW resemble none of W's, the u."""
     leading = torch.linalg.svd(tuned, full_matrices=False).U[:, :LEADING]
-    return int(((u.T @ leading).abs().amax(0) < ALIKE).sum())
+    return int(_resembles_none(u, leading).sum())

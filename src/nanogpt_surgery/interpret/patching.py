@@ -119,8 +119,8 @@ def add(vector: Tensor, scale: float = 1.0, **places: Places) -> Intervention:
     return Intervention(lambda part: part + _fitted("the vector", scaled, part), **places)
 
 
-def project_out(direction: Tensor, **places: Places) -> Intervention:
-    """Returns the intervention that takes out what points along a direction (C,).
+def project_out(direction: Tensor, share: float = 1.0, **places: Places) -> Intervention:
+    """Returns the intervention that takes out what points along a direction (C,), or a share of it.
 
     Raises:
         SurgeryError: it is no vector, a number in it is not finite, or it has no length.
@@ -132,7 +132,7 @@ def project_out(direction: Tensor, **places: Places) -> Intervention:
 
     def change(part: Tensor) -> Tensor:
         unit = _fitted("the direction", vector / length, part)
-        return part - (part @ unit)[..., None] * unit
+        return part - share * (part @ unit)[..., None] * unit
 
     return Intervention(change, **places)
 

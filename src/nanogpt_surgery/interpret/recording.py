@@ -105,7 +105,7 @@ def plan_recording(
     rows = [
         {
             "point": name,
-            "shape": str(_shape(model, name, batch, tokens) or "not foreseen"),
+            "shape": str(point_shape(model, name, batch, tokens) or "not foreseen"),
             "bytes": _bytes(model, name, batch, tokens),
         }
         for name in find_points(model, points)
@@ -113,7 +113,8 @@ def plan_recording(
     return Report("recording", rows, {"bytes": sum(row["bytes"] or 0 for row in rows)})
 
 
-def _shape(model: SimpleGPT, point: str, batch: int, tokens: int) -> tuple[int, ...] | None:
+def point_shape(model: SimpleGPT, point: str, batch: int, tokens: int) -> tuple[int, ...] | None:
+    """Returns the shape of a point's value for ids (batch, tokens); None if it is not foreseen."""
     c, name = model.config, point.rpartition(".")[2]
     if name.startswith("residual") or name == "norm":
         return batch, tokens, c.n_embd
@@ -126,7 +127,7 @@ def _shape(model: SimpleGPT, point: str, batch: int, tokens: int) -> tuple[int, 
 
 
 def _bytes(model: SimpleGPT, point: str, batch: int, tokens: int) -> int | None:
-    shape = _shape(model, point, batch, tokens)
+    shape = point_shape(model, point, batch, tokens)
     if shape is None:
         return None
     size = next(model.parameters()).dtype.itemsize

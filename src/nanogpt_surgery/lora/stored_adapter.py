@@ -285,6 +285,7 @@ def attach_adapter(
     name: str,
     tied: Tied | None = None,
     title: str = "",
+    then: Callable[[], None] | None = None,
 ) -> Report:
     """Wraps the layers of a model and gives them the updates of an adapter, which then acts alone.
 
@@ -294,6 +295,7 @@ def attach_adapter(
         name: for the adapter; `check_new_name` has let it pass.
         tied: as in `inject_lora`; what the adapter says by default, or else "refuse".
         title: of the operation in the journal; by default that the adapter was loaded.
+        then: called before the operation counts, to check or measure; what it raises undoes it.
 
     Raises:
         SurgeryError: a layer is tied, or DoRA meets a row without a length. The model is untouched
@@ -316,6 +318,8 @@ def attach_adapter(
     factories |= {path: partial(WholeUpdate, tensors=tensors) for path, tensors in whole.items()}
     with operation(model, title or f"load {name}"):
         attach_updates(model, name, factories, tied_layers, unties=choice == "untie")
+        if then is not None:
+            then()
     return report_on(model, "LoRA loaded")
 
 

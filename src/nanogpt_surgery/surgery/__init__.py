@@ -1,7 +1,22 @@
 """Operations beside LoRA's own, each in the journal, measured and undone."""
 
-from nanogpt_surgery.surgery.ablation import ablate
-from nanogpt_surgery.surgery.adapters import combine, compress, extract
+from nanogpt_surgery.surgery.ablation import ablate, plan_ablate
+from nanogpt_surgery.surgery.adapters import (
+    combine,
+    compress,
+    extract,
+    plan_combine,
+    plan_compress,
+    plan_extract,
+    plan_remove_intruders,
+    remove_intruders,
+)
+from nanogpt_surgery.surgery.direction import (
+    Direction,
+    mean_difference,
+    plan_direction,
+    steer,
+)
 from nanogpt_surgery.surgery.structure import (
     duplicate_layers,
     plan_duplicate,
@@ -16,6 +31,7 @@ from nanogpt_surgery.surgery.vocabulary import (
 )
 
 __all__ = [
+    "Direction",
     "ablate",
     "add_tokens",
     "combine",
@@ -23,9 +39,18 @@ __all__ = [
     "drop_unused_tokens",
     "duplicate_layers",
     "extract",
+    "mean_difference",
+    "plan_ablate",
     "plan_add_tokens",
+    "plan_combine",
+    "plan_compress",
+    "plan_direction",
     "plan_drop_unused_tokens",
     "plan_duplicate",
+    "plan_extract",
     "plan_prune",
+    "plan_remove_intruders",
     "prune_layers",
+    "remove_intruders",
+    "steer",
 ]

@@ -21,14 +21,15 @@ from torch import Tensor
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.interpret.comparison import without
-from nanogpt_surgery.interpret.recording import checked_ids
 from nanogpt_surgery.lora.layer import LoRALayer
-from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
+from nanogpt_surgery.lora.merging import Probe
 from nanogpt_surgery.lora.several import check_new_name
-from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, attach_adapter
+from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.surgery.low_rank import Factors
+from nanogpt_surgery.surgery.made_adapter import MadeAdapter
+from nanogpt_surgery.surgery.structure import measured
 
 LEFT = 1e-6  # of ‖W‖: as much as may be left of what was cut
 
@@ -68,27 +69,51 @@ def ablate(
             named without a direction, or more than rounding is left of what was cut. The model is
             untouched then.
     """
+    made = _ablation(model, name, heads, neurons, direction, layers)
+    return made.put_on(model, name, lambda: _logits_without_adapters(model, probe), probe)
+
+
+@check_arguments
+def plan_ablate(
+    model: SimpleGPT,
+    name: str = "ablation",
+    *,
+    heads: Mapping[int, Sequence[int]] | None = None,
+    neurons: Mapping[int, Sequence[int]] | None = None,
+    direction: Tensor | None = None,
+    layers: Sequence[int] | None = None,
+) -> Report:
+    """Returns what `ablate` with the same arguments would put on the model; it is not touched.
+
+    Raises:
+        SurgeryError: as `ablate`.
+    """
+    return _ablation(model, name, heads, neurons, direction, layers).plan()
+
+
+def _ablation(
+    model: SimpleGPT,
+    name: str,
+    heads: Mapping[int, Sequence[int]] | None,
+    neurons: Mapping[int, Sequence[int]] | None,
+    direction: Tensor | None,
+    layers: Sequence[int] | None,
+) -> MadeAdapter:
     check_new_name(model, name)
-    probe = checked_ids(model, probe) if isinstance(probe, Tensor) else probe
     if direction is None and layers is not None:
         raise SurgeryError("layers are named without a direction", "heads={layer: [head, …]}")
     unit = None if direction is None else _unit(direction, model.config.n_embd)
     updates, rows = _cuts(model, heads or {}, neurons or {}, unit, layers)
-    before = None if probe is None else _logits_without_adapters(model, probe)
-    title = f"ablate as {name}"
-    attach_adapter(model, StoredAdapter(updates), name, title=title)
-    summary: dict[str, Any] = {"layers": len(rows)}
+    more: dict[str, Any] = {}
     if unit is not None:
         written = _bare(model, "embed_tokens").weight.detach().float().cpu() @ unit  # (V,)
-        summary["embedding along it"] = float(written.square().mean().sqrt())
-    if before is not None and probe is not None:
-        summary |= compare_logits(before, logits_of(model, probe))
-    return Report(title, rows, summary)
+        more["embedding along it"] = float(written.square().mean().sqrt())
+    return MadeAdapter(f"ablate as {name}", StoredAdapter(updates), rows, more)
 
 
-def _logits_without_adapters(model: SimpleGPT, probe: Probe) -> Tensor:
+def _logits_without_adapters(model: SimpleGPT, probe: Probe | None) -> Tensor | None:
     with without(layer for layer in model.modules() if isinstance(layer, LoRALayer)):
-        return logits_of(model, probe)
+        return measured(model, probe)
 
 
 def _cuts(

@@ -22,13 +22,19 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.interpret.examination import intruders_of
 from nanogpt_surgery.lora.active import WeightedAdapters
-from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
-from nanogpt_surgery.lora.several import active_adapters, check_name, check_new_name, set_active
+from nanogpt_surgery.lora.merging import Probe
+from nanogpt_surgery.lora.several import (
+    active_adapters,
+    check_name,
+    check_new_name,
+    lora_layers,
+    set_active,
+)
 from nanogpt_surgery.lora.stored_adapter import (
     LowRankUpdate,
     StoredAdapter,
-    attach_adapter,
     extract_adapter,
 )
 from nanogpt_surgery.lora.targets import adaptable_layers, tied_to
@@ -40,6 +46,8 @@ from nanogpt_surgery.surgery.low_rank import (
     factorised,
     truncated,
 )
+from nanogpt_surgery.surgery.made_adapter import MadeAdapter
+from nanogpt_surgery.surgery.structure import measured
 from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
 
 Method: TypeAlias = Literal["linear", "slerp", "ties", "dare"]
@@ -79,6 +87,38 @@ def combine(
         SurgeryError: an adapter is not there, is a DoRA or replaces modules whole, a value is
             outside its range, or the exact form is not the sum. The model is untouched then.
     """
+    made = _combination(model, weights, name, method, rank, density, seed)
+    return made.put_on(model, name, lambda: _blend_logits(model, weights, probe), probe)
+
+
+@check_arguments
+def plan_combine(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    *,
+    method: Method = "linear",
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+) -> Report:
+    """Returns what `combine` with the same arguments would make; the model is not touched.
+
+    Raises:
+        SurgeryError: as `combine`.
+    """
+    return _combination(model, weights, name, method, rank, density, seed).plan()
+
+
+def _combination(
+    model: nn.Module,
+    weights: Mapping[str, float],
+    name: str,
+    method: Method,
+    rank: int | None,
+    density: float,
+    seed: int,
+) -> MadeAdapter:
     check_new_name(model, name)
     weights = _checked_weights(weights, method, rank, density)
     stored = {one: _products(model, check_name(model, one)) for one in weights}
@@ -91,7 +131,7 @@ def combine(
         made[layer] = _update(factors, parts[0][1].embedding)
         rows.append({"layer": layer, **row})
     title = f"combine {' + '.join(f'{w:g} {n}' for n, w in weights.items())} as {name}"
-    return _in_place_of(model, weights, name, made, title, rows, probe)
+    return MadeAdapter(title, _stored(model, made, weights), rows)
 
 
 @check_arguments
@@ -120,6 +160,30 @@ def compress(
     Raises:
         SurgeryError: as `combine`.
     """
+    made = _compressed(model, adapter, name, rank, energy)
+    return made.put_on(model, name, lambda: _blend_logits(model, {adapter: 1.0}, probe), probe)
+
+
+@check_arguments
+def plan_compress(
+    model: nn.Module,
+    adapter: str,
+    name: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Report:
+    """Returns what `compress` with the same arguments would make; the model is not touched.
+
+    Raises:
+        SurgeryError: as `compress`.
+    """
+    return _compressed(model, adapter, name, rank, energy).plan()
+
+
+def _compressed(
+    model: nn.Module, adapter: str, name: str, rank: int | None, energy: float | None
+) -> MadeAdapter:
     check_rank_or_energy(rank, energy, needed=True)
     check_new_name(model, name)
     updates, rows, made = _products(model, check_name(model, adapter)), [], {}
@@ -129,7 +193,83 @@ def compress(
         made[layer] = _update(factors, update.embedding)
         rows.append({"layer": layer, **_row(exact, factors)})
     title = f"compress {adapter} as {name}"
-    return _in_place_of(model, {adapter: 1.0}, name, made, title, rows, probe)
+    return MadeAdapter(title, _stored(model, made, [adapter]), rows)
+
+
+@check_arguments
+def remove_intruders(
+    model: nn.Module,
+    adapter: str,
+    name: str,
+    *,
+    keep: float = 0.0,
+    probe: Probe | None = None,
+) -> Report:
+    """Makes an adapter without the intruder dimensions of one that a model carries.
+
+    Of the leading singular triples of W + ΔW those whose left vector resembles none of W's are
+    scaled: ΔW' = ΔW − (1 − keep) Σ σᵢ uᵢ vᵢᵀ (arXiv:2410.21228, where less of them forgot less).
+    The new adapter takes part alone.
+
+    Args:
+        model: carries the adapter; changed in place.
+        adapter: it stays, unused.
+        name: of the new one.
+        keep: the share of each intruder that stays.
+        probe: ids (B, T), or a function that gives logits; by it both adapters are compared.
+
+    Returns:
+        A row for each layer: its intruders before and after, rank, ‖ΔW‖, and how much was taken
+        out, ‖ΔW − ΔW'‖ / ‖ΔW‖.
+
+    Raises:
+        SurgeryError: as `combine`, or there are no intruders.
+    """
+    made = _without_intruders(model, adapter, name, keep)
+    return made.put_on(model, name, lambda: _blend_logits(model, {adapter: 1.0}, probe), probe)
+
+
+@check_arguments
+def plan_remove_intruders(
+    model: nn.Module, adapter: str, name: str, *, keep: float = 0.0
+) -> Report:
+    """Returns what `remove_intruders` with the same arguments would make.
+
+    Raises:
+        SurgeryError: as `remove_intruders`.
+    """
+    return _without_intruders(model, adapter, name, keep).plan()
+
+
+def _without_intruders(model: nn.Module, adapter: str, name: str, keep: float) -> MadeAdapter:
+    if not 0 <= keep < 1:
+        raise SurgeryError(f"keep is {keep}; it must be at least 0 and below 1")
+    check_new_name(model, name)
+    updates, rows, made = _products(model, check_name(model, adapter)), [], {}
+    layers = lora_layers(model)
+    for layer, update in updates.items():
+        weight = layers[layer].original_layer.weight.detach().float().cpu()
+        exact = _factors(update)
+        found = intruders_of(weight.T if update.embedding else weight, exact[1] @ exact[0])
+        cut = tuple(torch.cat(pair, dim) for pair, dim in _pairs(exact, found, 1 - keep))
+        factors = exact if not len(found[1]) else truncated((cut[0], cut[1]), None, None)
+        made[layer] = _update(factors, update.embedding)
+        left = intruders_of(weight.T if update.embedding else weight, factors[1] @ factors[0])
+        row = _row(exact, factors)
+        counts = {"intruders": len(found[1]), "left": len(left[1])}
+        rows.append({"layer": layer, **counts, "taken out": row.pop("error"), **row})
+    if not any(row["intruders"] for row in rows):
+        raise SurgeryError(f"{adapter!r} has no intruder dimensions", "examine counts them")
+    title = f"take intruders out of {adapter} as {name}"
+    return MadeAdapter(title, _stored(model, made, [adapter]), rows)
+
+
+def _pairs(
+    exact: Factors, found: tuple[Tensor, Tensor, Tensor], share: float
+) -> list[tuple[tuple[Tensor, Tensor], int]]:
+    """Returns A with A, and B with B, of an update and of what is taken out of it."""
+    u, s, vh = found
+    return [((exact[0], vh), 0), ((exact[1], -share * (u * s)), 1)]
 
 
 @check_arguments
@@ -160,23 +300,50 @@ def extract(
         SurgeryError: the models have other tensors or shapes, a difference is not finite, or they
             do not differ in a layer.
     """
+    made = _extracted(model, tuned, name, rank, energy)
+    return made.put_on(model, name, lambda: measured(tuned, probe), probe)
+
+
+@check_arguments
+def plan_extract(
+    model: nn.Module,
+    tuned: nn.Module,
+    name: str,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+) -> Report:
+    """Returns what `extract` with the same arguments would make; the models are not touched.
+
+    Raises:
+        SurgeryError: as `extract`.
+    """
+    return _extracted(model, tuned, name, rank, energy).plan()
+
+
+def _extracted(
+    model: nn.Module, tuned: nn.Module, name: str, rank: int | None, energy: float | None
+) -> MadeAdapter:
     check_rank_or_energy(rank, energy, needed=True)
     check_new_name(model, name)
     for one in (model, tuned):
         check_not_quantized(one, "extract")
     base, goal = model.state_dict(), tuned.state_dict()
     _check_same_shapes(base, goal)
-    differing = [key for key in base if not torch.equal(base[key], goal[key])]
+    differing = [key for key in base if not _is_same(base[key], goal[key])]
     adapter, rows = _differences(model, tuned, rank, energy)
-    made = adapter.updates
-    if not made:
+    if not adapter.updates:
         raise SurgeryError("the models do not differ in the weight of any layer")
-    title = f"extract {name}"
-    before = None if probe is None else logits_of(tuned, probe)
-    attach_adapter(model, adapter, name, title=title)
-    report = _report(model, title, rows, before, probe)
-    left = [key for key in differing if key.removesuffix(".weight") not in made]
-    return Report(report.title, report.rows, report.summary | {"left out": ", ".join(left)})
+    left = [key for key in differing if key.removesuffix(".weight") not in adapter.updates]
+    return MadeAdapter(f"extract {name}", adapter, rows, {"left out": ", ".join(left)})
+
+
+def _is_same(one: Tensor, other: Tensor) -> bool:
+    """Returns whether two tensors are the same to the bit, the wider rounded as the narrower is."""
+    if one.dtype == other.dtype:
+        return torch.equal(one, other)
+    narrower = min(one.dtype, other.dtype, key=lambda dtype: torch.finfo(dtype).bits)
+    return torch.equal(one.to(narrower), other.to(narrower))
 
 
 def _differences(
@@ -192,7 +359,10 @@ def _differences(
     rows: list[dict[str, Any]] = []
     tied: str | None = None
     for layer, module in adaptable_layers(model).items():
-        delta = goal[layer].float() - _weight(model, layer).float()
+        base = _weight(model, layer)
+        delta = goal[layer].float() - base.float()
+        if _is_same(goal[layer], base):  # where their dtypes differ, rounding is no difference
+            delta.zero_()
         embedding, others = isinstance(module, nn.Embedding), tied_to(model, layer)
         alike = all(other in goal and torch.equal(goal[other], goal[layer]) for other in others)
         if others and delta.any():
@@ -379,21 +549,6 @@ def _norm(factors: Factors) -> float:
     return float(((b.T @ b) * (a @ a.T)).sum().clamp_min(0).sqrt())
 
 
-def _in_place_of(
-    model: nn.Module,
-    weights: Mapping[str, float],
-    name: str,
-    made: dict[str, LowRankUpdate],
-    title: str,
-    rows: list[dict[str, Any]],
-    probe: Probe | None,
-) -> Report:
-    """Puts updates on a model as an adapter, and compares it with the sum that it is made of."""
-    before = None if probe is None else _blend_logits(model, weights, probe)
-    attach_adapter(model, _stored(model, made, weights), name, title=title)
-    return _report(model, title, rows, before, probe)
-
-
 def _stored(
     model: nn.Module, made: dict[str, LowRankUpdate], names: Iterable[str]
 ) -> StoredAdapter:
@@ -408,29 +563,16 @@ def _stored(
     return StoredAdapter(shared, tied="both")
 
 
-def _blend_logits(model: nn.Module, weights: Mapping[str, float], probe: Probe) -> Tensor:
+def _blend_logits(
+    model: nn.Module, weights: Mapping[str, float], probe: Probe | None
+) -> Tensor | None:
     """Returns the logits while the weighted sum takes part."""
     before = active_adapters(model)
     set_active(model, WeightedAdapters(weights))
     try:
-        return logits_of(model, probe)
+        return measured(model, probe)
     finally:
         set_active(model, before)
-
-
-def _report(
-    model: nn.Module,
-    title: str,
-    rows: list[dict[str, Any]],
-    before: Tensor | None,
-    probe: Probe | None,
-) -> Report:
-    summary: dict[str, Any] = {"layers": len(rows)}
-    if rows:
-        summary["largest_layer_error"] = max(row["error"] for row in rows)
-    if before is not None and probe is not None:
-        summary |= compare_logits(before, logits_of(model, probe))
-    return Report(title, rows, summary)
 
 
 def _check_same_shapes(base: Mapping[str, Tensor], goal: Mapping[str, Tensor]) -> None:

@@ -300,12 +300,13 @@ def random_ids(model: SimpleGPT) -> Tensor:
     return ids.to(next(model.parameters()).device)
 
 
-def measured(model: SimpleGPT, probe: Probe | None) -> Tensor | None:
+def measured(model: nn.Module, probe: Probe | None) -> Tensor | None:
     """Returns the probe's logits, if there is a probe; those of ids are computed in float32."""
     if not isinstance(probe, Tensor):
         return None if probe is None else logits_of(model, probe)
+    ids = checked_ids(model, probe) if isinstance(model, SimpleGPT) else probe
     with computing_in_float32(model):
-        return logits_of(model, checked_ids(model, probe))
+        return logits_of(model, ids)
 
 
 def check_same_bits(before: Tensor | None, after: Tensor | None) -> None:

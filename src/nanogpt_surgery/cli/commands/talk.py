@@ -7,6 +7,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from nanogpt_surgery.cli.framework.options import (
     OpeningOptions,
     SamplingOptions,
     SpeculationOptions,
+    SteeringOptions,
     TalkOptions,
     named_adapters,
     one_adapter,
@@ -74,6 +76,7 @@ def generate(
     opening: OpeningOptions = OpeningOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     speculation: SpeculationOptions = SpeculationOptions(),
+    steering: SteeringOptions = SteeringOptions(),
     many: ManyOptions = ManyOptions(),
 ) -> None:
     """Continue a prompt, on standard output as it is made; or many, several times each.
@@ -99,7 +102,6 @@ def generate(
             "note: this model has a chat template, and generate continues raw text; to put a "
             f'question: surgery ask {model}{with_it} "…", or surgery chat'
         )
-    say_engine(network, draw["engine"])
     one = len(texts) == many.samples == 1 and many.logprobs is None and not many.json
     draft = speculation.draft(tokenizer, opening, draw["engine"])
     if draft and not one:
@@ -107,7 +109,8 @@ def generate(
             "a draft speeds up one text at a time",
             "leave it out with several texts, --logprobs and --json: those are computed together",
         )
-    with notes_afterwards():
+    with steering.steering(network), notes_afterwards():
+        say_engine(network, draw["engine"])
         if one:
             write(_as_it_is_made(network, tokenizer, texts[0], draw | {"draft": draft}))
             say_accepted(draft)
@@ -211,27 +214,27 @@ def ask(
     opening: OpeningOptions = OpeningOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     speculation: SpeculationOptions = SpeculationOptions(),
+    steering: SteeringOptions = SteeringOptions(),
     json: bool = False,
 ) -> None:
     """Ask a model one question; the answer alone is written on standard output.
 
-    With --compare the model answers twice, without its adapter and with it, by the same seed:
-    side by side on a wide terminal, one under the other elsewhere.
+    With --compare the model answers twice, by the same seed: as it is, and with its adapter and the
+    directions of --steer; side by side on a wide terminal, one under the other elsewhere.
 
     Parameters
     ----------
     question
         what is asked; - reads it from standard input
     compare
-        show the answer of the model without the adapter beside that with it
+        show the answer of the model as it is beside that with the adapter and --steer
     json
         print a JSON object: question, answer, ended (stop or length), seed, engine (what computed
-        it, and why it was not the compiled decoder); with --compare also base_answer and
-        base_ended, with a draft also drafted and accepted, which are numbers of tokens
+        it, and why); with --compare also base_answer and base_ended, with a draft also the numbers
+        of tokens drafted and accepted
     """
     settings = ChatSettings(talk.max_new_tokens, **sampling.arguments())
-    if compare and adapter is None:
-        raise SurgeryError("there is nothing to compare the model with", "add --adapter FOLDER")
+    added = _added(adapter, steering, compare)
     asked = _question(question)
     adapters = one_adapter(adapter)
     opened = opening.open(model, adapters)
@@ -240,17 +243,25 @@ def ask(
     settings = replace(settings, draft=draft, seed=seed)
     fresh = talk.conversation(*opened, adapters[0][1] if adapters else None)
     sides = {"base_": copy(fresh), "": fresh} if compare else {"": fresh}
-    answers = {s: _answered(side, asked, settings, bool(s)) for s, side in sides.items()}
-    known = {"seed": seed, "engine": say_engine(opened[0], settings.engine)}
+    answers = _answers(sides, asked, settings, steering)
+    known = {"seed": seed, "engine": steering.say_engine(opened[0], settings.engine)}
     with notes_afterwards():
         if json:
             _print_json(asked, sides, answers, known, draft)
         elif compare:
             say(f"both answers are drawn by the seed {seed}")
-            _print_both({"without adapter": answers["base_"], f"with {adapter}": answers[""]})
+            _print_both(answers, added)
         else:
             write(answers[""])
     _say_endings(sides, settings)
+
+
+def _added(adapter: Path | None, steering: SteeringOptions, compare: bool) -> list[str]:
+    """The names of what the model answers with."""
+    added = [*([str(adapter)] if adapter else []), *steering.steer]
+    if compare and not added:
+        raise SurgeryError("there is nothing to compare the model with", "add --adapter FOLDER")
+    return added
 
 
 def _question(text: str) -> str:
@@ -260,18 +271,38 @@ def _question(text: str) -> str:
     return asked
 
 
-def _answered(
-    talk: Conversation, question: str, settings: ChatSettings, of_base: bool
-) -> Iterator[str]:
-    """The pieces of an answer, with a line's end; `of_base`: by the model without its adapter."""
-    from nanogpt_surgery.lora.operations import disable_lora, enable_lora
+def _answers(
+    sides: dict[str, Conversation], question: str, settings: ChatSettings, steering: SteeringOptions
+) -> dict[str, Iterator[str]]:
+    """The answer of each side: of the model as it is, and with its adapters and directions."""
+    ways = {"base_": _of_base, "": steering.steering}
+    return {
+        name: _answered(talk, question, settings, ways[name](talk.model))
+        for name, talk in sides.items()
+    }
 
-    if of_base:
-        disable_lora(talk.model)
-    yield from talk.ask(question, **vars(settings))
+
+def _answered(
+    talk: Conversation, question: str, settings: ChatSettings, so: AbstractContextManager[None]
+) -> Iterator[str]:
+    """The pieces of an answer, with a line's end, by the model as it is within a context."""
+    with so:
+        yield from talk.ask(question, **vars(settings))
     yield "\n"
-    if of_base:
-        enable_lora(talk.model)
+
+
+@contextmanager
+def _of_base(model: SimpleGPT) -> Iterator[None]:
+    """Within the block, the model computes without its adapters."""
+    from nanogpt_surgery.lora.operations import disable_lora, enable_lora
+    from nanogpt_surgery.lora.several import has_lora
+
+    adapted = has_lora(model)
+    if adapted:
+        disable_lora(model)
+    yield
+    if adapted:
+        enable_lora(model)
 
 
 def _say_endings(sides: dict[str, Conversation], settings: ChatSettings) -> None:
@@ -308,8 +339,10 @@ def _print_json(
     print(json_module.dumps(found | known, ensure_ascii=False, indent=2))
 
 
-def _print_both(answers: dict[str, Iterator[str]]) -> None:
+def _print_both(answers: dict[str, Iterator[str]], added: list[str]) -> None:
     """Answers under their headings: side by side where there is room."""
+    base = "without adapter" if Path(added[0]).is_dir() else "without --steer"
+    answers = {base: answers["base_"], f"with {', '.join(added)}": answers[""]}
     width = shutil.get_terminal_size().columns
     if not sys.stdout.isatty() or width < TWO_COLUMNS:
         for heading, pieces in answers.items():
@@ -336,6 +369,7 @@ def chat(
     opening: OpeningOptions = OpeningOptions(),
     sampling: SamplingOptions = SamplingOptions(),
     speculation: SpeculationOptions = SpeculationOptions(),
+    steering: SteeringOptions = SteeringOptions(),
 ) -> None:
     """Talk with a model; answers appear as they are made, and Ctrl-C stops one.
 
@@ -358,9 +392,10 @@ def chat(
     if adapters:
         names = [name for name, _ in adapters]
         say(f"adapters: {', '.join(names)}; {names[0]} takes part")
-    say_engine(network, settings.engine)
-    say("/help lists the commands, /exit leaves; Ctrl-C stops an answer")
-    for line in lines_typed():
-        if not session.hear(line):
-            break
+    with steering.steering(network):
+        say_engine(network, settings.engine)
+        say("/help lists the commands, /exit leaves; Ctrl-C stops an answer")
+        for line in lines_typed():
+            if not session.hear(line):
+                break
     say_accepted(draft)

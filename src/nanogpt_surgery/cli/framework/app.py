@@ -45,6 +45,7 @@ COMMANDS = {  # the module of `commands` that holds each, and its function
     "data": "",
     "doctor": "inspect:doctor",
 }
+_ADAPTER = ("examine", "combine", "compress", "extract", "ablate")
 GROUPS = {
     "model": (
         "Change a model's structure or weights, in place or elsewhere.",
@@ -52,9 +53,13 @@ GROUPS = {
             "prune": "model:prune",
             "duplicate": "model:duplicate",
             "vocabulary": "model:vocabulary",
+            "direction": "directions:direction",
         },
     ),
-    "adapter": ("Look at an adapter.", {"examine": "inspect:examine"}),
+    "adapter": (
+        "Look at an adapter, or make one of others, of two models, or by cutting.",
+        {name: f"adapter:{name}" for name in _ADAPTER},
+    ),
     "tokenizer": ("Train a tokenizer.", {"train": "data:train_tokenizer"}),
     "data": (
         "Prepare data to train on, and preview it.",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -313,6 +315,48 @@ class SpeculationOptions:
                 "a smaller model of the same family has the same",
             )
         return DraftModel(**count, model=model, engine=engine)
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class SteeringOptions:
+    """Directions that a model follows while it computes."""
+
+    steer: Annotated[tuple[str, ...], Parameter(show_default=False)] = ()
+    """FILE or FILE=SCALE: a direction to follow at every token, as surgery model direction makes
+    it, or a control vector of llama.cpp; may be given several times"""
+
+    @contextmanager
+    def steering(self, model: SimpleGPT) -> Iterator[None]:
+        """Within the block, the model follows them.
+
+        Raises:
+            SurgeryError: a file cannot be read, or belongs to a model of another width.
+        """
+        with ExitStack() as stack:
+            for written in self.steer:
+                from nanogpt_surgery.formats.direction_file import load_direction
+                from nanogpt_surgery.surgery import steer
+
+                path, scale = _file_and_scale(written)
+                stack.enter_context(steer(model, load_direction(path), scale))
+            yield
+
+    def say_engine(self, model: SimpleGPT, engine: Engine) -> str:
+        """The same as `say_engine` for the model that follows them."""
+        with warnings.catch_warnings(action="ignore"), self.steering(model):  # no pass is made
+            return say_engine(model, engine)
+
+
+def _file_and_scale(written: str) -> tuple[str, float | None]:
+    """FILE or FILE=SCALE; a text that names a file is that file, = in it or not."""
+    path, equals, scale = written.rpartition("=")
+    if not equals or Path(written).is_file():
+        return written, None
+    try:
+        return path, float(scale)
+    except ValueError:
+        raise SurgeryError(f"--steer {written} is not FILE=SCALE: {scale} is no number") from None
 
 
 def say_accepted(draft: Draft | None) -> None:

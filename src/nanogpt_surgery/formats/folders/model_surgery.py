@@ -98,7 +98,7 @@ def operate_on_model(
     if probe is not None:
         ids, measured_on = probe_ids(network, tokenizer, probe)
     after, report = act(network, tokenizer, ids)
-    done = FolderOperation(report.title, base, measured=_plain(report.summary))
+    done = FolderOperation(report.title, base, measured=plain_values(report.summary))
 
     def write(new: Path) -> None:
         write_model_files(network, new, after, model)
@@ -143,7 +143,7 @@ def _elsewhere(
     return made
 
 
-def _plain(summary: dict[str, Any]) -> dict[str, Any]:
+def plain_values(summary: dict[str, Any]) -> dict[str, Any]:
     """Returns what of a summary stands in a journal."""
     return {key: value for key, value in summary.items() if isinstance(value, int | float | str)}
 

@@ -125,6 +125,12 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     return {name: _tensor(name, entry, start, file) for name, entry in header.items()}
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """The texts in the header of a file that `read_header` has read."""
+    with safe_open(path, "np") as file:
+        return dict(file.metadata() or {})
+
+
 def _header(path: Path, size: int) -> bytes:
     """The header, of a length and a number of lists and tables that any parser can take."""
     with path.open("rb") as file:
@@ -166,6 +172,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     path: Path,
     make: Callable[[Iterable[str]], Iterable[Tensor]] | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> None:
     """Writes a file, to the byte as the library does; what the disk refuses is an `OSError`.
 
@@ -174,9 +181,10 @@ def write_tensors(
         path: made, or replaced.
         make: gives the tensors of some names, one after the other, so that not all need be in
             memory.
+        metadata: texts that stand in the header.
     """
     names = sorted(tensors, key=lambda name: (_RANKS[tensors[name].dtype], name))
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
     for name in names:
         start, end = end, end + tensors[name].nbytes

@@ -1,0 +1,375 @@
+"""`surgery adapter`: look at adapters, and make them of others, of models, or by cutting."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.options import AllLayers, Json, Model, Overwrite, check_out
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from nanogpt_surgery.formats.folders.adapter_surgery import ActOnAdapters
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.report import Report
+
+MADE = "made"  # the name, on the model, of the adapter that an operation makes
+Base: TypeAlias = Annotated[
+    str | None, Parameter(help="its model; by default the one that the adapter names")
+]
+Adapter: TypeAlias = Annotated[
+    Path, Parameter(help="an adapter folder, as finetune or peft writes it, or a run of finetune")
+]
+Several = Parameter(consume_multiple=True)
+
+
+@Parameter(name="*", group="Operation")
+@dataclass(frozen=True)
+class AdapterOptions:
+    """How an operation that makes an adapter is done."""
+
+    out: Path | None = None
+    """the adapter folder to make"""
+    overwrite: Overwrite = False
+    probe: Path | None = None
+    """a text to measure the effect on, in the model's tokens; without it, random tokens"""
+    force: bool = False
+    """take an adapter that was made for another base, with a warning"""
+    plan: bool = False
+    """say what would be made, and write nothing"""
+
+    def carry_out(
+        self,
+        base: str,
+        adapters: Mapping[str, Path],
+        plan: Callable[[SimpleGPT], Report],
+        act: ActOnAdapters,
+        in_place: Path | None = None,
+    ) -> Report:
+        """Plans the operation, or does it, and says what can be typed next."""
+        from nanogpt_surgery.data.text.corpus import read_texts
+        from nanogpt_surgery.formats.folders.adapter_surgery import (
+            operate_on_adapters,
+            plan_on_adapters,
+        )
+
+        out = self.out or in_place
+        if out is None:
+            raise SurgeryError("--out is missing", "--out FOLDER names the adapter to make")
+        if self.plan:
+            planned = plan_on_adapters(base, adapters, plan, out, force=self.force)
+            say("the same command without --plan does it")
+            return planned
+        if out != in_place:
+            check_out(out, self.overwrite)
+        text = read_texts([self.probe]) if self.probe else None
+        done = operate_on_adapters(base, adapters, act, MADE, out, force=self.force, probe=text)
+        folder = shlex.quote(str(out))
+        if out == in_place:
+            say(f"changed {folder}, and read it again; surgery undo {folder} takes it back")
+        else:
+            say(f"wrote {folder}, and read it again; surgery merge {shlex.quote(base)} {folder}")
+        return done
+
+
+def examine(
+    adapter: Adapter,
+    *,
+    base: Base = None,
+    picture: Path | None = None,
+    force: bool = False,
+    all_layers: AllLayers = False,
+    json: Json = False,
+) -> None:
+    """Measure each update of an adapter against the weight that it changes.
+
+    Its size beside W's, of how many directions it is (effective rank; far below the rank, a smaller
+    rank would do), how much it turns what W does most (overlap, over chance), new directions among
+    W's leading ones (intruders, arXiv:2410.21228), and what of it survives a merge in fewer bits.
+
+    Parameters
+    ----------
+    picture
+        a PNG to draw sizes and ranks into
+    force
+        take an adapter that was made for another base, with a warning
+    """
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
+    from nanogpt_surgery.interpret import examine as examined
+
+    folder = adapter_folder(adapter)
+    model, _ = open_model(_base_of(folder, base), "each")
+    load_adapter(model, folder, name="examined", force=force)
+    report = examined("examined", model)
+    if picture is not None:
+        from nanogpt_surgery.files.atomic import write_file
+        from nanogpt_surgery.interpret.pictures import draw_examination
+
+        write_file(picture, lambda goal: draw_examination(report, goal), magic=b"\x89PNG")
+        say(f"wrote {picture}")
+    show(report, json, all_layers)
+
+
+def combine(
+    adapters: Annotated[list[str], Parameter(help="FOLDER or FOLDER=WEIGHT, two or more")],
+    *,
+    base: Base = None,
+    method: Literal["linear", "slerp", "ties", "dare"] = "linear",
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    operation: AdapterOptions = AdapterOptions(),
+    all_layers: AllLayers = False,
+    json: Json = False,
+) -> None:
+    """Make one adapter of several, each with its weight; a negative one takes away what it learned.
+
+    They are combined in ΔW, never in A and B apart. linear and slerp are exact without --rank; ties
+    (arXiv:2306.01708) and dare (arXiv:2311.03099) change single entries of ΔW.
+
+    Parameters
+    ----------
+    rank
+        of the new adapter, by the nearest product of that rank; the report has each layer's error
+    density
+        the share of entries that ties and dare keep
+    seed
+        of dare's draws
+    """
+    from nanogpt_surgery.surgery import combine as combined
+    from nanogpt_surgery.surgery import plan_combine
+
+    weights, folders = _weighted(adapters)
+    how: dict[str, Any] = {"method": method, "rank": rank, "density": density, "seed": seed}
+    report = operation.carry_out(
+        _base_of(next(iter(folders.values())), base),
+        folders,
+        lambda model: plan_combine(model, weights, MADE, **how),
+        lambda model, ids: combined(model, weights, MADE, **how, probe=ids),
+    )
+    show(report, json, all_layers)
+
+
+def compress(
+    adapter: Adapter,
+    *,
+    base: Base = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    intruders: float | None = None,
+    operation: AdapterOptions = AdapterOptions(),
+    all_layers: AllLayers = False,
+    json: Json = False,
+) -> None:
+    """Make an adapter smaller, or take its intruder dimensions out; in place without --out.
+
+    In place the folder changes in one step, and surgery undo brings every byte back.
+
+    Parameters
+    ----------
+    rank
+        of each layer's update
+    energy
+        the least share of each ‖ΔW‖² that is kept, by as small a rank as that allows
+    intruders
+        the share that stays of each intruder dimension (arXiv:2410.21228); 0 takes them out
+    """
+    from nanogpt_surgery import surgery
+
+    if intruders is not None and (rank is not None or energy is not None):
+        raise SurgeryError("--intruders stands alone", "compress the result once more")
+    folder = {"adapter": adapter}
+    if intruders is None:
+        size: dict[str, Any] = {"rank": rank, "energy": energy}
+        plan = _planned(surgery.plan_compress, "adapter", MADE, **size)
+        act = _measured(surgery.compress, "adapter", MADE, **size)
+    else:
+        plan = _planned(surgery.plan_remove_intruders, "adapter", MADE, keep=intruders)
+        act = _measured(surgery.remove_intruders, "adapter", MADE, keep=intruders)
+    report = operation.carry_out(_base_of(adapter, base), folder, plan, act, in_place=adapter)
+    show(report, json, all_layers)
+
+
+def extract(
+    base: Model,
+    tuned: Model,
+    *,
+    rank: int | None = None,
+    energy: float | None = None,
+    operation: AdapterOptions = AdapterOptions(),
+    all_layers: AllLayers = False,
+    json: Json = False,
+) -> None:
+    """Make an adapter of what sets a fine-tuned model apart from its base, by SVD.
+
+    What no adapter can hold, as norms that differ, is named. The logits of base and adapter are
+    compared with the fine-tuned model's.
+
+    Parameters
+    ----------
+    rank
+        of each layer's update
+    energy
+        the least share of each difference's ‖·‖² that is kept
+    """
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.surgery import extract as extracted
+    from nanogpt_surgery.surgery import plan_extract
+
+    other, _ = open_model(tuned, "each")
+    size: dict[str, Any] = {"rank": rank, "energy": energy}
+    report = operation.carry_out(
+        base,
+        {},
+        _planned(plan_extract, other, MADE, **size),
+        _measured(extracted, other, MADE, **size),
+    )
+    show(report, json, all_layers)
+
+
+def ablate(
+    model: Model,
+    *,
+    heads: Annotated[list[str] | None, Several] = None,
+    neurons: Annotated[list[str] | None, Several] = None,
+    direction: Path | None = None,
+    layers: Annotated[list[int] | None, Several] = None,
+    operation: AdapterOptions = AdapterOptions(),
+    all_layers: AllLayers = False,
+    json: Json = False,
+) -> None:
+    """Make an adapter that takes heads, neurons or a direction out of a model.
+
+    It is an adapter like any other: it is scaled, blended, merged, and other programs open it.
+
+    Parameters
+    ----------
+    heads
+        LAYER:HEADS, as 3:0,2,5-7
+    neurons
+        LAYER:NEURONS of the feed-forward's inner activations, in the same form
+    direction
+        a file of surgery model direction; no block writes along it any more
+    layers
+        in which the direction is cut; all by default
+    """
+    from nanogpt_surgery.surgery import ablate as ablated
+    from nanogpt_surgery.surgery import plan_ablate
+
+    what: dict[str, Any] = {
+        "heads": _numbers_by_layer(heads, "heads"),
+        "neurons": _numbers_by_layer(neurons, "neurons"),
+        "direction": None if direction is None else _one_vector(direction),
+        "layers": layers,
+    }
+    report = operation.carry_out(
+        model, {}, _planned(plan_ablate, MADE, **what), _measured(ablated, MADE, **what)
+    )
+    show(report, json, all_layers)
+
+
+def _one_vector(path: Path) -> Any:
+    """Returns the vector of a file of a direction.
+
+    Raises:
+        SurgeryError: it is no such file, or has one for each of several points.
+    """
+    from nanogpt_surgery.formats.direction_file import load_direction
+
+    vectors = load_direction(path).vectors
+    if len(vectors) != 1:
+        raise SurgeryError(f"{path} has directions at {len(vectors)} points; one can be cut out")
+    return next(iter(vectors.values()))
+
+
+def _planned(plan: Any, *arguments: Any, **named: Any) -> Callable[[SimpleGPT], Report]:
+    """Returns an operation's plan as a function of the model alone."""
+
+    def planned(model: SimpleGPT) -> Report:
+        report: Report = plan(model, *arguments, **named)
+        return report
+
+    return planned
+
+
+def _measured(operate: Any, *arguments: Any, **named: Any) -> ActOnAdapters:
+    """Returns an operation as a function of the model and of the ids that it is measured on."""
+
+    def act(model: SimpleGPT, ids: Any) -> Report:
+        report: Report = operate(model, *arguments, **named, probe=ids)
+        return report
+
+    return act
+
+
+def _base_of(adapter: Path, base: str | None) -> str:
+    """The base that is named, or the one that an adapter names, where it is there.
+
+    Raises:
+        SurgeryError: it names none, or it is elsewhere.
+    """
+    from nanogpt_surgery.files.writing import read_json
+    from nanogpt_surgery.formats.peft.reading import adapter_folder
+
+    if base is not None:
+        return base
+    folder = adapter_folder(adapter)
+    named = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
+    if not isinstance(named, str) or not Path(named).exists():
+        raise SurgeryError(f"{folder} does not say where its base is here", "name it with --base")
+    return named
+
+
+def _weighted(written: list[str]) -> tuple[dict[str, float], dict[str, Path]]:
+    """Returns the weight and the folder of each adapter, by names made of the folders'.
+
+    Raises:
+        SurgeryError: a weight is no number.
+    """
+    weights, folders = dict[str, float](), dict[str, Path]()
+    for text in written:
+        folder, separator, weight = text.rpartition("=")
+        if not separator or Path(text).is_dir():
+            folder, weight = text, "1"
+        name = plain = re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name)[:60] or "adapter"
+        while name in weights or name == MADE:
+            name = f"{plain}-{len(weights) + 1}"
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise SurgeryError(
+                f"the weight of {folder} is {weight!r}, which is no number", f"{folder}=0.5"
+            ) from None
+        folders[name] = Path(folder)
+    return weights, folders
+
+
+def _numbers_by_layer(written: list[str] | None, what: str) -> dict[int, list[int]] | None:
+    """Returns the numbers that texts as 3:0,2,5-7 mean, by layer.
+
+    Raises:
+        SurgeryError: a text is of another form.
+    """
+    if written is None:
+        return None
+    found: dict[int, list[int]] = {}
+    for text in written:
+        if not re.fullmatch(r"\d{1,6}:\d{1,9}(-\d{1,9})?(,\d{1,9}(-\d{1,9})?)*", text):
+            raise SurgeryError(f"{text!r} does not say which {what}", f"--{what} 3:0,2,5-7")
+        layer, _, numbers = text.partition(":")
+        for part in numbers.split(","):
+            first, _, last = part.partition("-")
+            span = range(int(first), int(last or first) + 1)
+            if len(span) > 1_000_000:
+                raise SurgeryError(f"{part} means {len(span):,} {what}", "at most a million")
+            found.setdefault(int(layer), []).extend(span)
+    return found

@@ -1,0 +1,132 @@
+"""`surgery model direction`: a direction between two kinds of prompts, to steer by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from cyclopts import Parameter
+
+from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.options import (
+    AdapterFolder,
+    Json,
+    Model,
+    OpeningOptions,
+    Overwrite,
+    one_adapter,
+)
+from nanogpt_surgery.errors import SurgeryError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+
+PROBE_TOKENS = 256
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class DirectionOptions:
+    """Where a direction is looked for, and what is done with it."""
+
+    point: Literal["residual", "residual_before", "residual_between"] = "residual"
+    """where in the block: behind it (which a control vector needs), before it, or between its
+    halves"""
+    position: int | Literal["mean"] = -1
+    """of the token in each prompt, -1 the last; or mean, of all of them"""
+    operation: Literal["add", "project_out"] = "add"
+    """what --steer will do with it: add it, or take out what points along it"""
+    scale: float = 1.0
+    """of what is added, a negative one leads the other way; of what is taken out, the share"""
+
+    def arguments(self) -> dict[str, Any]:
+        """As `mean_difference` takes them."""
+        position = None if self.position == "mean" else self.position
+        return {"position": position, "operation": self.operation, "scale": self.scale}
+
+
+def direction(
+    model: Model,
+    *,
+    positive: Path,
+    negative: Path,
+    layer: tuple[int, ...],
+    out: Path | None = None,
+    overwrite: Overwrite = False,
+    chosen: DirectionOptions = DirectionOptions(),
+    adapter: AdapterFolder = None,
+    probe: Path | None = None,
+    plan: bool = False,
+    opening: OpeningOptions = OpeningOptions(),
+    json: Json = False,
+) -> None:
+    """Find the direction from prompts of one kind to prompts of another, to follow with --steer.
+
+    Parameters
+    ----------
+    positive
+        a file of prompts that it leads to: a line each, or JSON, JSONL, CSV or TSV with prompt
+    negative
+        a file of prompts that it leads away from
+    layer
+        the block, from 0; may be given several times
+    out
+        the file to make: safetensors; a name that ends in .gguf is a control vector of llama.cpp
+    probe
+        a text to compare the steered model on; the negative prompts by default
+    plan
+        say what it will take, and write nothing
+    """
+    from nanogpt_surgery.formats.direction_file import save_direction
+    from nanogpt_surgery.formats.huggingface.config import family_of
+    from nanogpt_surgery.surgery import mean_difference, plan_direction
+
+    goal = _goal(out, overwrite, plan)
+    network, tokenizer = opening.open(model, one_adapter(adapter))
+    prompts = _prompts(tokenizer, positive), _prompts(tokenizer, negative)
+    points = [f"layers.{number}.{chosen.point}" for number in layer]
+    if goal is None:
+        show(plan_direction(network, *prompts, points), json, True)
+        say("the same command without --plan finds it")
+        return
+    text = probe or negative
+    ids = _probe(tokenizer, text, network.config.block_size)
+    found, report = mean_difference(network, *prompts, points, probe=ids, **chosen.arguments())
+    save_direction(found, goal, family=family_of(network.config))
+    show(report, json, True)
+    say(f'wrote {goal}, read it again; surgery generate {model} --prompt "…" --steer {goal}=1')
+
+
+def _goal(out: Path | None, overwrite: bool, plan: bool) -> Path | None:
+    """The file to make; None for a plan."""
+    if plan:
+        return None
+    if out is None:
+        raise SurgeryError("no file to write is named", "add --out FILE, or --plan")
+    if out.exists() and not overwrite:
+        raise SurgeryError(
+            f"{out} is there already", "add --overwrite to replace it, or choose a new --out"
+        )
+    return out
+
+
+def _prompts(tokenizer: Tokenizer, path: Path) -> list[list[int]]:
+    """The ids of the prompts in a file."""
+    from nanogpt_surgery.data.conversations.record_files import read_prompts
+    from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
+
+    return [prompt_ids(tokenizer, text) for text in read_prompts(path)]
+
+
+def _probe(tokenizer: Tokenizer, path: Path, block_size: int) -> Tensor:
+    """The ids of the first tokens of a file, (1, T)."""
+    import torch
+
+    from nanogpt_surgery.data.text.corpus import read_texts
+    from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
+
+    ids = prompt_ids(tokenizer, read_texts([path]))
+    return torch.tensor([ids[: min(PROBE_TOKENS, block_size)]])
