@@ -14,7 +14,6 @@ from nanogpt_surgery import inject_lora, load_adapter, open_model, save_adapter,
 from nanogpt_surgery.history.folder_history import hashes_of
 from nanogpt_surgery.interpret import patch, zero
 
-
 pytestmark = pytest.mark.filterwarnings(
     "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
 )  # peft
