@@ -3,6 +3,7 @@
 import asyncio
 
 import pytest
+import torch
 from helpers.models import CONFIGS, tiny_model
 
 from nanogpt_surgery import SamplingSettings, SurgeryError, generate
@@ -47,6 +48,25 @@ def test_tokens_reach_an_event_loop(engine):
         return [token.id async for token in answer]
 
     assert asyncio.run(taken()) == list(generate(model, PROMPTS[1], 9, 0))
+
+
+@pytest.mark.parametrize("max_new_tokens", [0, 1, 5])
+@pytest.mark.parametrize("computed_by", ["auto", "plain"])
+def test_log_probabilities_of_a_prompt_are_those_of_a_pass(engine, computed_by, max_new_tokens):
+    model = tiny_model(LLAMA)
+    asked = Request(
+        *(PROMPTS[1], max_new_tokens, SamplingSettings(0)),
+        likeliest=2,
+        prompt_log_probabilities=True,
+    )
+    answer = engine(model, engine=computed_by).submit(asked)
+    assert len(ids(answer)) == max_new_tokens
+    with torch.no_grad():
+        wanted = model(torch.tensor([PROMPTS[1]]))[0].log_softmax(-1)
+    assert [token.id for token in answer.prompt_tokens] == list(PROMPTS[1][1:])
+    for token, row in zip(answer.prompt_tokens, wanted, strict=False):
+        assert token.log_probability == pytest.approx(float(row[token.id]), abs=1e-4)
+        assert list(token.likeliest) == row.topk(2).indices.tolist()
 
 
 def test_what_outgrows_the_model_is_refused_with_both_numbers(engine):

@@ -48,6 +48,14 @@ class Token:
     """the log-probabilities of the likeliest ids, the first the highest"""
 
 
+def token_of(logits: Tensor, chosen: int, likeliest: int, row: int = 0) -> Token:
+    """Returns an id with its log-probability by logits (V,), and with so many of the likeliest."""
+    log_probabilities = logits.float().log_softmax(-1)
+    values, ids = log_probabilities.topk(min(likeliest, logits.numel()))
+    others = dict(zip(ids.tolist(), values.tolist(), strict=True))
+    return Token(row, chosen, float(log_probabilities[chosen]), others)
+
+
 @check_arguments
 def generate_batch(
     model: SimpleGPT,
@@ -149,10 +157,7 @@ class Line:
             self.running = False
             return []
         self.answer.append(chosen)
-        log_probabilities = logits.float().log_softmax(-1)
-        values, ids = log_probabilities.topk(min(self.likeliest, logits.numel()))
-        others = dict(zip(ids.tolist(), values.tolist(), strict=True))
-        token = Token(self.row, chosen, float(log_probabilities[chosen]), others)
+        token = token_of(logits, chosen, self.likeliest, self.row)
         self.running = self.until is None or not self.until(token)
         return [token]
 

@@ -1,6 +1,7 @@
 """One model in one thread, many texts at once: they join and leave between two tokens.
 
-A text is what it would be alone, greedy or with a seed, whatever runs beside it.
+A text is what it would be alone, greedy or with a seed, whatever runs beside it (rows.py says how).
+Texts that begin alike, by the same weights, share what is computed of their beginning.
 """
 
 from __future__ import annotations
@@ -8,26 +9,35 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.generation.checks import check_request
+from nanogpt_surgery.errors import SurgeryError, nearest, quoted
+from nanogpt_surgery.generation.batch import Line
+from nanogpt_surgery.generation.checks import check_bias, check_prompt
+from nanogpt_surgery.generation.generate import new_cache
 from nanogpt_surgery.generation.settings import Engine as EngineName
-from nanogpt_surgery.lora.several import adapter_names, check_name
+from nanogpt_surgery.generation.settings import check_count, check_seed
+from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.memory import available_memory, in_gib
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.serving.figures import Figures
+from nanogpt_surgery.serving.prefix_cache import PrefixCache, copied, n_alike
 from nanogpt_surgery.serving.request import Answer, EngineClosed, QueueFull, Reason, Request
-from nanogpt_surgery.serving.rows import Row, Rows, bytes_per_token, places_of
+from nanogpt_surgery.serving.rows import Row, Rows, Weights, make_rows
+from nanogpt_surgery.serving.weights import WeightHashes
+from nanogpt_surgery.values import POSITIVE, WEIGHT, raise_all, wrong_values
 
 __all__ = ["Answer", "Engine", "EngineClosed", "QueueFull", "Request"]
 T = TypeVar("T")
 LOG = logging.getLogger(__name__)
+WORTH_WAITING = 16  # tokens that another text is about to compute
 
 
 class Engine:
@@ -37,8 +47,12 @@ class Engine:
         model: in any mode; computed in eval mode.
         rows: texts that run at once, at most.
         waiting: requests that wait, at most.
-        cache_bytes: of the keys and values of all texts; by default a quarter of the free memory.
-        engine: what computes, as in `generate`.
+        cache_bytes: of the keys and values of all texts, those that have ended included; by
+            default a quarter of the free memory.
+        engine: computes the tokens, as in `generate`.
+
+    Raises:
+        SurgeryError: a number is below 1, or the native engine does not compute the model.
     """
 
     @check_arguments
@@ -51,21 +65,21 @@ class Engine:
         cache_bytes: int | None = None,
         engine: EngineName = "auto",
     ):
-        for name, value in {"rows": rows, "waiting": waiting}.items():
-            if value < 1:
-                raise SurgeryError(f"{name} is {value}; it must be at least 1")
         if cache_bytes is None:
             cache_bytes = (available_memory() or 1 << 32) // 4
+        for name, value in (("rows", rows), ("waiting", waiting), ("cache_bytes", cache_bytes)):
+            if value < 1:
+                raise SurgeryError(f"{name} is {value}; it must be at least 1")
         self.model, self.most_rows, self.most_waiting = model, rows, waiting
-        self.cache_bytes, self.bytes_per_token = cache_bytes, bytes_per_token(model)
-        self.names = adapter_names(model)
-        self.rows = Rows(model)
+        self.cache_bytes, self._asked = cache_bytes, engine
+        self._ended_texts = PrefixCache(lambda length: new_cache(model, 1, length))
+        self._figures = Figures()
+        self._take_model(engine)
         self._lock = threading.Condition()
         self._waiting = deque[Answer]()
         self._running: list[Row] = []
         self._operations = deque[tuple[Future[Any], Callable[[SimpleGPT], Any]]]()
-        self._counts = Counter[str]()
-        self._closed, self._ended = False, False
+        self._closed, self._at_once = False, False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -77,15 +91,20 @@ class Engine:
             QueueFull: too many requests wait.
             EngineClosed: the engine has been closed.
         """
-        self._check(request)
+        try:
+            self._check(request)
+        except SurgeryError:
+            with self._lock:
+                self._figures.ended("refused")
+            raise
         answer = Answer(request)
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine is closed")
             waiting = sum(not other.cancelled for other in self._waiting)
             if waiting >= self.most_waiting:
-                self._counts["full"] += 1
-                raise QueueFull(waiting, 1.0)
+                self._figures.ended("full")
+                raise QueueFull(waiting, self._figures.retry_after(self.most_rows))
             self._waiting.append(answer)
             self._lock.notify_all()
         return answer
@@ -107,14 +126,14 @@ class Engine:
         return done
 
     def figures(self) -> dict[str, float]:
-        """Returns what there is to count, under the names that Prometheus gives such things."""
+        """Returns all that is counted, under names as Prometheus has them."""
         with self._lock:
-            held = sum(places_of(row.answer.request) for row in self._running)
-            return {
-                **{f'requests_total{{outcome="{k}"}}': float(n) for k, n in self._counts.items()},
+            return self._figures.lines() | {
                 "requests_waiting": len(self._waiting),
                 "requests_running": len(self._running),
-                "cache_bytes": held * self.bytes_per_token,
+                "cache_bytes": self._bytes_of_rows() + self._ended_texts.n_bytes,
+                "cache_bytes_limit": self.cache_bytes,
+                "native_engine": float(self._rows.name == "native"),
             }
 
     def close(self, grace: float = 10.0) -> None:
@@ -124,48 +143,75 @@ class Engine:
             self._lock.notify_all()
         self._thread.join(grace)
         with self._lock:
-            self._ended = True
+            self._at_once = True
             self._lock.notify_all()
         self._thread.join()
 
+    # Requests are checked in the threads of their clients, by what is known of the model: it may
+    # be under the knife just then.
+
     def _check(self, request: Request) -> None:
-        model, tokens = self.model, request.max_new_tokens
-        check_request(model, [request.prompt], tokens, request.sampling, request.seed)
-        places, block_size = places_of(request), model.config.block_size
-        if places > block_size:
+        prompt, tokens = request.prompt, request.max_new_tokens
+        check_count(tokens)
+        check_seed(request.seed)
+        check_bias(self.model, request.sampling)
+        check_prompt(self.model, prompt)
+        if request.likeliest < 0:
+            raise SurgeryError(f"likeliest is {request.likeliest}; it must be at least 0")
+        raise_all(wrong_values(POSITIVE, {"seconds": request.seconds}))
+        self._check_adapters(request.adapters)
+        places = places_of(request)
+        if places > self._block_size:
             raise SurgeryError(
-                f"the prompt has {len(request.prompt)} tokens and max_new_tokens is {tokens}; the "
-                f"model's block_size is {block_size}",
+                f"the prompt has {len(prompt)} tokens and max_new_tokens is {tokens}; the model's "
+                f"block_size is {self._block_size}",
                 "shorten the prompt, or ask for fewer tokens",
             )
-        needed = places * self.bytes_per_token
-        if needed > self.cache_bytes:
+        if places * self._bytes_per_token > self.cache_bytes:
             raise SurgeryError(
-                f"a cache of {places} tokens needs {in_gib(needed)}, and the engine has "
-                f"{in_gib(self.cache_bytes)} for all",
+                f"a cache of {places} tokens needs {in_gib(places * self._bytes_per_token)}, and "
+                f"there are {in_gib(self.cache_bytes)} for all texts",
                 "shorten the prompt, or ask for fewer tokens",
             )
+
+    def _check_adapters(self, adapters: Mapping[str, float]) -> None:
+        raise_all(wrong_values(WEIGHT, {f"the weight of {n!r}": w for n, w in adapters.items()}))
+        names = self._hashes.adapters.keys()
+        for name in adapters.keys() - names:
+            hint = f"it carries {nearest(name, names)}" if names else "inject_lora(model) first"
+            raise SurgeryError(f"the model carries no adapter {quoted(name)}", hint)
+        if adapters and self._disabled:
+            raise SurgeryError("the LoRA is disabled, so no text would be adapted", "enable it")
+
+    # All below runs in the engine's own thread, but for the first time of `_take_model`.
+
+    def _take_model(self, engine: EngineName) -> None:
+        """Makes all that depends on the model as it stands."""
+        model, config = self.model, self.model.config
+        self._hashes = WeightHashes(model)
+        self._disabled = not all(m.enabled for m in model.modules() if isinstance(m, LoRALayer))
+        self._block_size = config.block_size
+        numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim
+        self._bytes_per_token = numbers * next(model.parameters()).dtype.itemsize
+        self._rows: Rows = make_rows(model, engine)
 
     def _work(self) -> None:
         while True:
             with self._lock:
-                self._lock.wait_for(self._something_to_do)
-                if self._ended or (self._closed and not self._in_hand()):
+                self._lock.wait_for(lambda: self._in_hand() or self._closed)
+                if self._at_once or not self._in_hand():
                     break
-            self._sweep()
+            self._end_those_over()
             if self._operations and not self._running:
                 self._operate()
             self._admit()
             self._step()
         self._end_all()
 
-    def _something_to_do(self) -> bool:
-        return self._in_hand() or self._closed
-
     def _in_hand(self) -> bool:
         return bool(self._running or self._waiting or self._operations)
 
-    def _sweep(self) -> None:
+    def _end_those_over(self) -> None:
         """Ends rows, and requests that wait, whose client has left or whose time is over."""
         now = time.monotonic()
         with self._lock:
@@ -174,19 +220,9 @@ class Engine:
                 self._waiting.remove(answer)
         for answer, reason in gone:
             self._end(answer, reason)
-        for row in self._running:
+        for row in list(self._running):
             if reason := _over(row.answer, now):
-                self._end(row.answer, reason)
-        self._leave()
-
-    def _leave(self) -> None:
-        with self._lock:
-            self._running = [row for row in self._running if row.answer.reason is None]
-
-    def _end(self, answer: Answer, reason: Reason, error: SurgeryError | None = None) -> None:
-        with self._lock:
-            self._counts[reason] += 1
-        answer.end(reason, error)
+                self._end(row, reason)
 
     def _operate(self) -> None:
         with self._lock:
@@ -194,7 +230,11 @@ class Engine:
         if not done.set_running_or_notify_cancel():
             return
         try:
-            result = change(self.model)
+            try:
+                result = change(self.model)
+            finally:
+                asked = self._asked if self._asked == "plain" else "auto"
+                self._take_model(asked)  # what the decoder no longer computes, the model does
         except BaseException as error:
             done.set_exception(error)
         else:
@@ -206,66 +246,129 @@ class Engine:
             with self._lock:
                 if self._operations or not self._waiting or len(self._running) >= self.most_rows:
                     return
-                held = sum(places_of(row.answer.request) for row in self._running)
-                places = held + places_of(self._waiting[0].request)
-                if places * self.bytes_per_token > self.cache_bytes:
+                needed = places_of(self._waiting[0].request) * self._bytes_per_token
+                left = self.cache_bytes - self._bytes_of_rows() - needed
+                if left < 0 and self._running:
                     return
                 answer = self._waiting.popleft()
             try:
-                for name in answer.request.adapters:
-                    check_name(self.model, name)
-                row = self.rows.begin(answer)
+                row = self._begun(answer)
             except Exception as error:
                 self._fail(answer, error)
                 continue
             with self._lock:
+                self._ended_texts.make_room(left)
                 self._running.append(row)
+                self._figures.prompt_tokens += len(row.line.prompt)
+
+    def _begun(self, answer: Answer) -> Row:
+        of = answer.request
+        self._check(of)  # once more: the model may have changed
+        weights: Weights = tuple(sorted((n, float(w)) for n, w in of.adapters.items() if w))
+        key = f"{self._rows.name} {self._hashes.of(dict(weights))}"
+        prompt = check_prompt(self.model, of.prompt)
+        line = Line(0, prompt, of.sampling, of.stop_ids, of.seed, of.likeliest, of.until)
+        return Row(answer, weights, key, line, new_cache(self.model, 1, places_of(of)))
+
+    def _bytes_of_rows(self) -> int:
+        places = sum(row.cache.max_length for row in self._running)
+        return places * self._bytes_per_token
 
     def _step(self) -> None:
-        """Gives each row its next token."""
+        """Gives each row that is ready its next token."""
         try:
-            for row, logits in self.rows.logits(self._running):
+            ready = [row for row in self._running if row.looked_up or self._look_up(row)]
+            for row, logits in self._rows.compute(ready):
                 try:
                     self._take(row, logits)
                 except Exception as error:
-                    self._fail(row.answer, error)
+                    self._fail(row, error)
         except Exception as error:
-            for row in self._running:
-                self._fail(row.answer, error)
-        self._leave()
+            for row in list(self._running):
+                self._fail(row, error)
 
-    def _take(self, row: Row, logits: Tensor | SurgeryError) -> None:
-        if isinstance(logits, SurgeryError):
+    def _look_up(self, row: Row) -> bool:
+        """Begins a row with the longest beginning of another; False where that comes soon."""
+        wanted = torch.tensor(row.line.prompt[:-1])  # the last is computed for its logits
+        if row.answer.request.prompt_log_probabilities or not len(wanted):
+            row.looked_up = True
+            return True
+        best, most = self._ended_texts.longest(row.key, wanted)
+        cache = None if best is None else best.cache
+        most, soon = self._rows.shareable(row, most), 0
+        for other in self._running:
+            if other.looked_up and other.key == row.key:
+                n = n_alike(torch.tensor(other.line.prompt + other.line.answer), wanted)
+                there = self._rows.shareable(row, min(n, self._there(other)))
+                soon = max(soon, self._rows.shareable(row, n) if other.left > 1 else 0)
+                if there > most:
+                    cache, most = other.cache, there
+        if soon - most >= WORTH_WAITING:
+            return False
+        if cache is not None:
+            copied(cache, most, row.cache)
+            self._figures.reused_tokens += most
+        row.looked_up = True
+        return True
+
+    def _there(self, row: Row) -> int:
+        """Returns how many tokens another text may take of a row, as far as it is computed."""
+        return self._rows.shareable(row, row.cache.length)
+
+    def _take(self, row: Row, logits: Tensor | Exception) -> None:
+        if isinstance(logits, Exception):
             raise logits
         answer = row.answer
-        if len(answer.tokens) < answer.request.max_new_tokens:
-            answer.add(row.line.take(logits))
+        if row.prompt_tokens and not answer.prompt_tokens:
+            answer.prompt_tokens = tuple(row.prompt_tokens)
+        if len(row.line.answer) < answer.request.max_new_tokens:
+            new = row.line.take(logits)
+            with self._lock:
+                self._figures.tokens += len(new)
+                if not answer.tokens:
+                    self._figures.first_token(time.monotonic() - answer.submitted)
+            answer.add(new)
         if not row.line.running:
-            self._end(answer, "stop")
-        elif len(answer.tokens) >= answer.request.max_new_tokens:
-            self._end(answer, "length")
+            self._end(row, "stop")
+        elif len(row.line.answer) >= answer.request.max_new_tokens:
+            self._end(row, "length")
 
-    def _fail(self, answer: Answer, error: Exception) -> None:
-        if answer.reason is not None:
-            return
+    def _fail(self, what: Row | Answer, error: Exception) -> None:
         if not isinstance(error, SurgeryError):
             LOG.error("a text failed", exc_info=error)
             error = SurgeryError(f"the text failed: {type(error).__name__}: {error}")
-        self._end(answer, "failed", error)
+        self._end(what, "failed", error)
+
+    def _end(self, what: Row | Answer, reason: Reason, error: SurgeryError | None = None) -> None:
+        """Ends a row, or a request that has not begun."""
+        row = what if isinstance(what, Row) else None
+        answer = what.answer if isinstance(what, Row) else what
+        with self._lock:
+            if row is not None:
+                self._running.remove(row)
+            self._figures.ended(reason, None if row is None else time.monotonic() - row.begun)
+        if row is not None and error is None:
+            room = self.cache_bytes - self._bytes_of_rows()
+            self._ended_texts.add(row.key, row.cache, self._there(row), room)
+        answer.end(reason, error)
 
     def _end_all(self) -> None:
         """Ends what is left, so that nobody waits for ever."""
         with self._lock:
-            self._closed = True
-            left = [*(row.answer for row in self._running), *self._waiting]
-            operations = [done for done, _ in self._operations]
-            self._running, self._waiting = [], deque()
+            waiting, operations = [*self._waiting], [done for done, _ in self._operations]
+            self._waiting.clear()
             self._operations.clear()
-        for answer in left:
-            self._end(answer, "cancelled")
+        left: list[Row | Answer] = [*self._running, *waiting]
+        for one in left:
+            self._end(one, "cancelled")
         for done in operations:
             if done.set_running_or_notify_cancel():
                 done.set_exception(EngineClosed("the engine is closed"))
+
+
+def places_of(request: Request) -> int:
+    """Returns how many tokens a request's cache has room for: the last new one needs none."""
+    return len(request.prompt) + max(0, request.max_new_tokens - 1)
 
 
 def _over(answer: Answer, now: float) -> Reason | None:

@@ -294,6 +294,7 @@ class NativeDecoder:
         threads: PyTorch's number by default.
         adapters: the weights by name that the adapters' numbers stand for; by default those that
             `lora_rows` gives the rows, or that take part in the model.
+        most: tokens that are computed at once; by default 32, or as many as there are rows.
     """
 
     def __init__(
@@ -302,6 +303,7 @@ class NativeDecoder:
         cache: KVCache,
         threads: int = 0,
         adapters: Sequence[Weights] | None = None,
+        most: int = 0,
     ):
         self.library, _ = decoder_library()
         self.cache, self.texts = cache, [TextCache(row) for row in row_caches(cache)]
@@ -313,7 +315,7 @@ class NativeDecoder:
         self.adapters_of_rows = [[*dict.fromkeys(names)].index(n) for n in names]
         self.model = self._model(model)
         self.threads = threads or torch.get_num_threads()
-        self.most = max(MOST, cache.batch_size)
+        self.most = most or max(MOST, cache.batch_size)
         pool = self.library.pool_make(ctypes.byref(self.model), self.most, self.threads)
         if not pool:
             raise MemoryError("no memory for the buffers of the decoder")
