@@ -128,6 +128,10 @@ CALLS: dict[str, tuple[Any, dict[str, dict[str, Any]]]] = {
         lambda t: {"model": t.model, "folder": "new"},
         {"model": SIMPLE_GPT, "folder": A_NEW_FOLDER},
     ),
+    "save_vllm_adapter": (
+        lambda t: {"model": t.model, "folder": "new"},
+        {"model": SIMPLE_GPT, "folder": A_NEW_FOLDER},
+    ),
     "inject_lora": (
         lambda t: {"model": t.bare, "targets": ["q_proj"]},
         {"model": ANY_MODULE, "targets": LIST_OF_TEXT, "settings": OPTION, "rank": COUNT,

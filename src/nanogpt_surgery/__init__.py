@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.formats.peft.export import save_lora_gguf as save_lora_gguf
     from nanogpt_surgery.formats.peft.export import save_mlx_adapter as save_mlx_adapter
     from nanogpt_surgery.formats.peft.reading import load_adapter as load_adapter
+    from nanogpt_surgery.formats.peft.vllm import save_vllm_adapter as save_vllm_adapter
     from nanogpt_surgery.formats.peft.writing import plan_lora as plan_lora
     from nanogpt_surgery.formats.peft.writing import save_adapter as save_adapter
     from nanogpt_surgery.generation.batch import generate_batch as generate_batch
@@ -103,6 +104,7 @@ _HOMES = {
     "formats.model_file": "open_model save_model",
     "formats.peft.export": "save_lora_gguf save_mlx_adapter",
     "formats.peft.reading": "load_adapter",
+    "formats.peft.vllm": "save_vllm_adapter",
     "formats.peft.writing": "plan_lora save_adapter",
     "generation.batch": "generate_batch",
     "generation.conversation": "Conversation",

@@ -29,7 +29,7 @@ from nanogpt_surgery.lora.settings import Tied
 if TYPE_CHECKING:
     from nanogpt_surgery.report import Report
 
-Form = Literal["F32", "F16", "BF16", "Q8_0", "huggingface", "lora-gguf", "mlx"]
+Form = Literal["F32", "F16", "BF16", "Q8_0", "huggingface", "lora-gguf", "mlx", "vllm"]
 Folder: TypeAlias = Annotated[Path, Parameter(help="a run or a model folder")]
 HEADING = ("", "when", "operation", "state", "files")
 
@@ -108,6 +108,7 @@ def export(
     overwrite: Overwrite = False,
     form: Annotated[Form, Parameter(name="--format")] = "F16",
     adapter: AdapterFolder = None,
+    rank: int | None = None,
     probe: Path | None = None,
     options: MergeOptions = MergeOptions(),
     all_layers: AllLayers = False,
@@ -116,32 +117,45 @@ def export(
     """Write a model or an adapter for other programs; it is read again and compared.
 
     A model becomes a GGUF file for llama.cpp, or a Hugging Face folder; an adapter a file for
-    llama.cpp, or a folder for MLX. With an adapter, a model's file or folder holds the merged one,
-    measured as surgery merge does; a folder's weights keep the precision they are stored in.
+    llama.cpp, or a folder for MLX, or for vLLM and SGLang. With an adapter, a model's file or
+    folder holds the merged one, measured as surgery merge does; a folder's weights keep the
+    precision they are stored in.
 
     Parameters
     ----------
     out
-        the file to make; for huggingface and mlx the folder
+        the file to make; for huggingface, mlx and vllm the folder
     form
-        the type of a GGUF's matrices, or huggingface; or the adapter alone, as lora-gguf or mlx
+        of a GGUF's matrices, or huggingface; or the adapter alone, as lora-gguf, mlx or vllm
+    rank
+        with vllm: bring each layer's change to its nearest product of this rank, and show the error
     probe
         a text to measure a merge on, in the model's tokens; without it, random tokens
     """
     from nanogpt_surgery.formats.model_file import check_adapter
 
     check_adapter(model, WITH_ADAPTER)
-    check_out(out, overwrite, is_file=form not in ("huggingface", "mlx"))
-    if report := _write(model, out, form, adapter, probe, options):
+    check_out(out, overwrite, is_file=form not in ("huggingface", "mlx", "vllm"))
+    if rank is not None and form != "vllm":
+        raise SurgeryError(f"--rank {rank} is of --format vllm alone")
+    report = _write(model, out, form, adapter, probe, options, rank)
+    if report:
         show(report, json, all_layers)
     say(f"wrote {out}, and read it again")
-    place = shlex.quote(str(out))
+    say(_next_step(model, out, form, report))
+
+
+def _next_step(model: str, out: Path, form: Form, report: Report | None) -> str:
+    """Returns the command that uses what was written."""
+    place, base = shlex.quote(str(out)), shlex.quote(model)
     if form == "lora-gguf":
-        say(f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF")
-    elif form == "mlx":
-        say(f"mlx_lm.generate --model {shlex.quote(model)} --adapter-path {place} --prompt …")
-    else:
-        say(next_command(out))
+        return f"llama-cli -m MODEL.gguf --lora {place}, with {model} as a GGUF"
+    if form == "mlx":
+        return f"mlx_lm.generate --model {base} --adapter-path {place} --prompt …"
+    if form == "vllm" and report is not None:
+        lora = f"--enable-lora --lora-modules NAME={place}"
+        return f"vllm serve {base} {lora} --max-lora-rank {report.summary['rank']}"
+    return next_command(out)
 
 
 def _write(
@@ -151,6 +165,7 @@ def _write(
     adapter: Path | None,
     probe: Path | None,
     options: MergeOptions,
+    rank: int | None,
 ) -> Report | None:
     """Writes the model, the adapter or both as one; what is measured is reported."""
     from nanogpt_surgery.data.text.corpus import read_texts
@@ -159,15 +174,18 @@ def _write(
     from nanogpt_surgery.formats.model_file import open_model, save_model
     from nanogpt_surgery.formats.peft.export import save_lora_gguf, save_mlx_adapter
     from nanogpt_surgery.formats.peft.reading import load_adapter
+    from nanogpt_surgery.formats.peft.vllm import save_vllm_adapter
     from nanogpt_surgery.model.finite import check_finite_weights
 
-    if form == "lora-gguf" or form == "mlx":
+    if form == "lora-gguf" or form == "mlx" or form == "vllm":
         if adapter is None:
             raise SurgeryError(
                 "this form is an adapter's, and none is named", "add --adapter FOLDER"
             )
         network, _ = open_model(model, "each")
         load_adapter(network, adapter, force=options.force, tied=options.tied)
+        if form == "vllm":
+            return save_vllm_adapter(network, out, model, rank=rank)
         (save_lora_gguf if form == "lora-gguf" else save_mlx_adapter)(network, out)
         return None
     if adapter is not None:
