@@ -56,7 +56,8 @@ MEANT = {
 }
 COMING = ("--epochs", "--patience", "--sample-every", "--save-every")  # with the work on `train`
 COMMANDS_MEANT = {
-    "serve": "chat",
+    "server": "serve",
+    "talk": "chat",
     "run": "generate",
     "ft": "finetune",
     "lora": "finetune",
@@ -116,7 +117,7 @@ def test_every_command_that_is_suggested_is_there():
         (["train", "--lr", "3", "--out", "x"], "--learning-rate"),
         (["train", "--lr=3", "--out", "x"], "--learning-rate"),
         (["finetune", "m", "-o", "x"], "--out"),
-        (["serve", "m"], "chat"),
+        (["talk", "m"], "chat"),
         (["tokenizer", "trian"], "train"),
     ],
 )
