@@ -7,13 +7,15 @@ of them goes where in a model is checked whole before the first is read.
 
 from __future__ import annotations
 
+import ctypes
 import difflib
 import itertools
 import math
+import mmap
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -180,27 +182,25 @@ class Placement:
         """In our orientation, all parts together."""
         return self.stored.shape[::-1] if self.transposed else self.stored.shape
 
-    def load(self, dtype: torch.dtype, on_disk: bool) -> dict[str, Tensor]:
-        """Our tensors by name, mapped where the file holds them as they are; else read.
-
-        If `on_disk` what is read is held by a temporary file, not by the process.
-        """
+    def load(self, dtype: torch.dtype, room: Room) -> dict[str, Tensor]:
+        """Our tensors by name, mapped where the file holds them as they are; else read."""
         tensor = self.mapped(dtype)
         if tensor is None:
-            tensor = self._read(_room(self.shape, dtype, on_disk))
+            tensor = self._read(room(self.shape, dtype))
         return dict(zip(self.names, tensor.chunk(len(self.names)), strict=True))
 
-    def load_blocks(self, kind: BlockKind) -> dict[str, Tensor]:
+    def load_blocks(self, kind: BlockKind, room: Room) -> dict[str, Tensor]:
         """Our weights as blocks, by name: as they lie, where the file has such."""
         if self.stored.block_kind == kind:
             blocks = self.stored.blocks()
         elif self.transposed:
             blocks = quantize_blocks(self._read(torch.empty(self.shape)), kind, self.stored.name)
         else:
-            parts = (
-                quantize_blocks(piece, kind, self.stored.name) for _, piece in self.stored.pieces()
-            )
-            blocks = torch.cat(list(parts))
+            columns = self.shape[-1] // BLOCK * BLOCK_BYTES[kind]
+            blocks = room((self.shape[0], columns), torch.uint8)
+            for start, piece in self.stored.pieces():
+                part = quantize_blocks(piece, kind, self.stored.name)
+                blocks[start : start + len(part)] = part
         blocks = deinterleave(blocks, self.row.interleaved)  # (N, bytes), rows moved as they are
         names = [f"{name}.blocks" for name in self.row.ours]
         return dict(zip(names, blocks.chunk(len(names)), strict=True))
@@ -234,10 +234,49 @@ class Placement:
         return room if ordered is room else room.copy_(ordered)
 
 
-def _room(shape: tuple[int, ...], dtype: torch.dtype, on_disk: bool) -> Tensor:
-    """Memory for a tensor; on disk, where there is room, if that is asked for and it is large."""
+Room: TypeAlias = Callable[[tuple[int, ...], torch.dtype], Tensor]
+"""Returns memory for a tensor of a shape and a dtype."""
+LARGE = 1 << 20  # bytes of a tensor that is worth the trouble
+LARGE_PAGE = 1 << 21  # bytes of the large pages of x86 and Arm
+
+
+class LargePages:
+    """Memory for tensors, many in a piece, that lies on large pages where the system has them.
+
+    Where each page has 4 KiB, a pass over all weights spends a third of its time and more on
+    finding out where they lie.
+    """
+
+    def __init__(self) -> None:
+        self.left = torch.empty(0, dtype=torch.uint8)
+
+    def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Returns memory for a tensor."""
+        size = math.prod(shape) * dtype.itemsize
+        if size < LARGE:
+            return torch.empty(shape, dtype=dtype)
+        if size > len(self.left):
+            self.left = _on_large_pages(max(size, 16 * LARGE_PAGE))
+        taken, self.left = self.left[:size], self.left[-(-size // 64) * 64 :]
+        return taken.view(dtype).view(shape)
+
+
+def _on_large_pages(size: int) -> Tensor:
+    """Returns so many bytes, which the system was asked to put on large pages."""
+    room = torch.empty(size + LARGE_PAGE, dtype=torch.uint8)
+    room = room[-room.data_ptr() % LARGE_PAGE :][:size]
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError, AttributeError):
+            advise = ctypes.CDLL(None).madvise
+            advise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+            advise(room.data_ptr(), size, mmap.MADV_HUGEPAGE)
+    return room
+
+
+def _on_disk(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Returns memory that is a temporary file's, if it is large and there is room on the disk."""
     numbers = math.prod(shape)
-    if on_disk and numbers * dtype.itemsize >= 1 << 20 and hasattr(os, "posix_fallocate"):
+    if numbers * dtype.itemsize >= LARGE and hasattr(os, "posix_fallocate"):
         with suppress(OSError), NamedTemporaryFile() as file:
             # Without it a full disk would kill the process.
             os.posix_fallocate(file.fileno(), 0, numbers * dtype.itemsize)
@@ -330,11 +369,12 @@ def _load(
 ) -> None:
     """Gives a model without numbers those of a file, in the dtypes or the blocks wanted."""
     tensors: dict[str, Tensor] = {}
+    room: Room = _on_disk if on_disk else LargePages()
     for placement, dtype, kind in wanted:
         if kind is None:
-            tensors |= placement.load(dtype, on_disk)
+            tensors |= placement.load(dtype, room)
         else:
-            tensors |= placement.load_blocks(kind)
+            tensors |= placement.load_blocks(kind, room)
             _expect_blocks(model, placement.row.ours, kind)
     end = "weight" if "embed_tokens.weight" in tensors else "blocks"
     if model.config.tie_head:
