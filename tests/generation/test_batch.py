@@ -5,7 +5,8 @@ import torch
 from helpers.models import CONFIGS, FAMILY_CONFIGS, tiny_model
 
 from nanogpt_surgery import SurgeryError, SurgeryWarning, generate
-from nanogpt_surgery.generation.batch import generate_batch
+from nanogpt_surgery.generation.batch import _Padded, generate_batch
+from nanogpt_surgery.generation.generate import last_logits
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.model.layout import Layout
 
@@ -44,6 +45,36 @@ def test_log_probabilities_are_those_of_a_plain_pass(kind):
             plain.topk(3).values.tolist(), abs=1e-4
         )
         texts[token.row].append(token.id)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama-scaled-tied"])
+def test_without_the_decoder_a_row_is_to_the_bit_what_it_is_alone(kind):
+    """PyTorch's products would round otherwise in a batch."""
+    model = tiny_model(CONFIGS[kind])
+    model.layers[0].register_forward_hook(lambda *_: None)  # which the decoder does not compute
+
+    def told(prompts, seed):
+        tokens = generate_batch(model, prompts, 9, SETTINGS, seed=seed)
+        return [(t.row, t.id, t.log_probability) for t in tokens]
+
+    together = told(PROMPTS, 5)
+    for row, prompt in enumerate(PROMPTS):
+        alone = [(row, *token[1:]) for token in told([prompt], 5 + row)]
+        assert [token for token in together if token[0] == row] == alone
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_padded_rows_are_as_alone_up_to_rounding(kind):
+    """As on other devices than the CPU."""
+    model = tiny_model(CONFIGS[kind])
+    texts = {row: list(prompt) for row, prompt in enumerate(PROMPTS)}
+    rows = _Padded(model, PROMPTS, 9)
+    for new in (7, 1, 2):
+        for text, logits in zip(texts.values(), rows.logits(texts), strict=True):
+            with torch.inference_mode():
+                wanted = last_logits(model, torch.tensor(text))
+            torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=3e-5)
+            text.append(new)
 
 
 def test_a_row_that_ends_does_not_change_the_others():

@@ -68,9 +68,9 @@ def test_what_both_texts_begin_with_is_not_computed_again(monkeypatch):
     )
     cache = KVCache(model.config)
     first = list(generate(model, [1, 2, 3, 4], 2, 0, cache=cache, engine="plain"))
-    list(generate(model, [1, 2, 3, 4, *first, 8, 9], 1, 0, cache=cache))
+    list(generate(model, [1, 2, 3, 4, *first, 8, 9], 1, 0, cache=cache, engine="plain"))
     assert widths == [4, 1, 3], "of the second prompt only what the first pass had not computed"
-    list(generate(model, [1, 2, 7, 7], 1, 0, cache=cache))
+    list(generate(model, [1, 2, 7, 7], 1, 0, cache=cache, engine="plain"))
     assert widths[3:] == [2]
 
 

@@ -13,8 +13,10 @@ from nanogpt_surgery.errors import NotFiniteError
 from nanogpt_surgery.generation.batch import generate_batch
 from nanogpt_surgery.generation.engine import chosen_engine
 from nanogpt_surgery.generation.native.decoder import (
+    LONGEST,
     MOST,
     NativeDecoder,
+    NativeSteps,
     NewTokens,
     TextCache,
     row_caches,
@@ -287,3 +289,20 @@ def test_a_rows_logit_that_is_no_number_is_traced_to_its_module():
         list(generate_batch(model, PROMPTS, 3, SamplingSettings(0)))
     with lora_rows(model, ["one", None, "one"]):
         assert len(list(generate_batch(model, PROMPTS, 3, SamplingSettings(0)))) == 9
+
+
+@needs_decoder
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prompt_is_given_to_the_decoder_up_to_the_length_at_which_it_is_faster(
+    dtype, monkeypatch
+):
+    monkeypatch.setitem(LONGEST, "float32", 3)
+    monkeypatch.setitem(LONGEST, "bfloat16", 3)
+    monkeypatch.setattr("nanogpt_surgery.generation.native.decoder._has_bfloat16", lambda: True)
+    model = tiny_model(LLAMA).to(dtype)
+    steps = NativeSteps(model, KVCache(LLAMA, dtype=dtype))
+    assert [n for n in range(1, 9) if steps.can_take(n)] == [1, 2, 3]
+    wanted = [list(generate(model, prompt, 6, 0, engine="native")) for prompt in PROMPTS]
+    tokens = list(generate_batch(model, PROMPTS, 6, SamplingSettings(0), engine="native"))
+    found = [[token.id for token in tokens if token.row == row] for row in range(len(PROMPTS))]
+    assert found == wanted

@@ -1,11 +1,12 @@
 """Several prompts at once, of any lengths, each continued as it would be alone.
 
-The compiled decoder computes the next tokens of all rows in one step, each to the bit as alone;
-`engine="plain"` computes row after row by the code of `generate`, to the bit as well. Where the
-decoder cannot be used, all rows share each pass of PyTorch's, which is right up to rounding: the
-sums of its products depend on how many rows there are. They are padded on the left then, so that
-they end together; a layout keeps the padding unseen and gives every token its position in its own
-text, and a row that would outgrow the model's block_size is continued by itself.
+On the CPU a row is to the bit what it is alone: the compiled decoder computes the new tokens of all
+rows in one step, and where it cannot be used, PyTorch computes row after row, since the sums of its
+products depend on how many rows there are.
+
+On other devices all rows share each pass, which is right up to rounding. They are padded on the
+left then, so that they end together; a layout keeps the padding unseen and gives every token its
+position in its own text, and a row that would outgrow the model's block_size is continued alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from torch import Tensor
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.checks import check_request
-from nanogpt_surgery.generation.engine import chosen_engine
 from nanogpt_surgery.generation.generate import (
     choose,
     last_logits,
@@ -119,14 +119,10 @@ class _Rows(Protocol):
 def _rows(model: SimpleGPT, prompts: list[list[int]], max_new_tokens: int, engine: Engine) -> _Rows:
     """Returns what computes the rows of a batch."""
     length = max(map(len, prompts)) + max_new_tokens
-    if chosen_engine(model, engine, len(prompts)).name == "native":
-        from nanogpt_surgery.generation.native.rows import NativeRows
+    if engine == "native" or next(model.parameters()).device.type == "cpu":
+        from nanogpt_surgery.generation.native.rows import SeparateRows
 
-        return NativeRows(model, len(prompts), length)
-    # Rows with adapters of their own (`lora_rows`) cannot be taken apart.
-    bound = any(hasattr(getattr(m, "active", None), "by_row") for m in model.modules())
-    if engine == "plain" and not bound:
-        return _OneByOne(model, range(len(prompts)), length)
+        return SeparateRows(model, len(prompts), length, engine)
     return _Padded(model, prompts, max_new_tokens)
 
 

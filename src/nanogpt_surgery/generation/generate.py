@@ -57,8 +57,9 @@ def generate(
         seed: of the draw; None draws differently each time.
         cache: keys and values of an earlier text, from the same weights; where the prompt begins as
             that text does, they are not computed again. Those of this text lie in it afterwards.
-        engine: what computes the tokens after the prompt: the model in Python (plain), a compiled
-            decoder that gives the same to rounding (native), or the decoder where it can (auto).
+        engine: what computes the tokens: the model in Python (plain), a compiled decoder that gives
+            the same to rounding (native; of a long prompt only the tokens after it), or the decoder
+            where it can (auto).
 
     Raises:
         SurgeryError: an empty prompt, an id outside the vocabulary, a setting outside its range, a
@@ -122,7 +123,7 @@ def next_logits(
         so_far = so_far[-block_size:]
     device = cache.ids.device
     new = torch.tensor([so_far[cache.length :]], device=device)  # (1, T)
-    if native is not None and new.size(1) == 1 and native.can_step():
+    if native is not None and native.can_take(new.size(1)):
         logits = native.step(new)[0]  # (V,): the same, faster
     else:
         with eval_mode(model), torch.inference_mode():

@@ -60,7 +60,11 @@ NORMS = {"layernorm": 0, "rmsnorm": 1}
 MLPS = {"gelu": 0, "gelu_tanh": 1, "relu2": 2, "swiglu": 3}
 POSITIONS = {"learned": 0, "rotary": 1}
 ALL = -1  # an update for the tokens of every adapter
-MOST = 32  # tokens of a step, where the cache has no more rows
+MOST = 64  # tokens of a step, where the cache has no more rows
+# Up to so many new tokens of a text the decoder is faster than PyTorch, as measured (docs/log.md):
+# PyTorch makes numbers of all blocks in each pass, and imitates bfloat16 where the processor has no
+# such products; then the decoder takes any number.
+LONGEST = {"float32": 64, "bfloat16": 16, "blocks": 320}
 # The modules whose arithmetic decoder.c has.
 KNOWN = (
     *(SimpleGPT, TransformerEncoderLayer, CausalSelfAttention, PlainFeedForward),
@@ -502,6 +506,7 @@ class NativeSteps:
     def __init__(self, model: SimpleGPT, cache: KVCache, required: bool = False):
         self.model, self.cache, self.required = model, cache, required
         self.decoder: NativeDecoder | None = None
+        self.longest = 0  # new tokens of a text that it is given
         self.modules, self.facts = list(model.modules()), list[Any]()
         if required:
             self.can_step()
@@ -513,18 +518,40 @@ class NativeSteps:
             if reason and self.required:
                 raise SurgeryError(f"the compiled decoder is not used: {reason}", "engine='plain'")
             self.decoder = None if reason else NativeDecoder(self.model, self.cache)
+            self.longest = 0 if reason else _longest(self.model)
             self.modules = list(self.model.modules())
             self.facts = _facts(self.modules, self.cache)
         return self.decoder is not None
 
+    def can_take(self, tokens: int) -> bool:
+        """Returns whether the decoder computes so many new tokens of a text, and is the faster."""
+        return self.can_step() and tokens <= self.longest
+
     def step(self, ids: Tensor) -> Tensor:
-        """Returns the logits (B, V) after ids (B, 1)."""
+        """Returns the logits (B, V) after ids (B, T)."""
         return self.logits(ids, 1)[:, 0]
 
     def logits(self, ids: Tensor, count: int) -> Tensor:
         """Returns the logits (B, count, V) after each of the last ids of (B, T)."""
         assert self.decoder is not None, "can_step has seen to it"
         return self.decoder.logits(ids, count)
+
+
+def _longest(model: SimpleGPT) -> int:
+    """Returns how many new tokens of a text the decoder is given at most."""
+    layer: Any = model.get_submodule("layers.0.mlp.down_proj")
+    layer = layer.original_layer if isinstance(layer, LoRALinear) else layer
+    if isinstance(layer, QuantizedLinear):
+        return LONGEST["blocks"]
+    if layer.weight.dtype == torch.float32:
+        return LONGEST["float32"]
+    return LONGEST["bfloat16"] if _has_bfloat16() else model.config.block_size
+
+
+def _has_bfloat16() -> bool:
+    """Returns whether the processor multiplies bfloat16."""
+    flags = torch.cpu.get_capabilities()
+    return any(flags.get(flag) for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _facts(modules: list[nn.Module], cache: KVCache) -> list[Any]:

@@ -1,8 +1,9 @@
-"""Several texts at once, of any lengths: those with one new id share a step of the decoder.
+"""Several texts at once, of any lengths: their new ids share a step of the decoder.
 
-Each row has a cache of its own, so none is padded, and nothing of a row depends on the others: its
-prompt is computed by itself, as `generate` computes it, and so is each token that the decoder
-cannot compute. Where `lora_rows` gives each row its own adapter, that is computed with it.
+Each row has a cache of its own, so none is padded, and nothing of a row depends on the others. Long
+prompts, for which PyTorch is faster, are computed each by itself, as `generate` computes them, and
+so is each token that the decoder cannot compute. Where `lora_rows` gives each row its own adapter,
+that is computed with it.
 
 Legend: V vocabulary.
 """
@@ -22,29 +23,32 @@ from nanogpt_surgery.generation.native.decoder import (
     TextCache,
     row_caches,
 )
+from nanogpt_surgery.generation.settings import Engine
 from nanogpt_surgery.lora.per_row import one_of_rows
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 
-class NativeRows:
-    """The logits of several texts as they grow.
+class SeparateRows:
+    """The logits of several texts as they grow, each with a cache of its own on the CPU.
 
     Args:
         model: to be decoded.
         rows: how many texts.
         length: tokens of the longest, at most; those past block_size slide.
+        engine: as for `generate`.
 
     Raises:
-        SurgeryError: the decoder does not compute this model.
+        SurgeryError: the decoder is asked for, and does not compute this model.
     """
 
-    def __init__(self, model: SimpleGPT, rows: int, length: int):
+    def __init__(self, model: SimpleGPT, rows: int, length: int, engine: Engine = "auto"):
         cache = new_cache(model, rows, min(model.config.block_size, length))
         self.model, self.texts = model, [TextCache(row) for row in row_caches(cache)]
-        self.native = NativeSteps(model, cache, required=True)
-        self.native.required = False  # what happens to the model later is computed plainly
+        self.native = None
+        if engine != "plain":
+            self.native = NativeSteps(model, cache, required=engine == "native")
+            self.native.required = False  # what happens to the model later is computed plainly
 
     def logits(self, texts: Mapping[int, list[int]]) -> list[Tensor]:
         """Returns the logits (V,) after each of some rows' ids, by row; their caches hold them.
@@ -53,24 +57,29 @@ class NativeRows:
             NotFiniteError: one of them is no finite number.
         """
         found = {}
-        grown = [r for r, ids in texts.items() if self._has_one_more(self.texts[r].cache, ids)]
-        if grown and self.native.can_step():
-            found = dict(zip(grown, self._step(grown, texts), strict=True))
+        taken = [row for row, ids in texts.items() if self._can_take(row, ids)]
+        if taken:
+            found = dict(zip(taken, self._step(taken, texts), strict=True))
         for row in texts.keys() - found:
             with one_of_rows(self.model, row):
                 found[row] = next_logits(self.model, texts[row], self.texts[row].cache)
         return [found[row] for row in texts]
 
-    def _has_one_more(self, cache: KVCache, ids: list[int]) -> bool:
-        """Returns whether a text has one id more than its cache, which has room for it."""
-        return len(ids) == cache.length + 1 <= cache.max_length
+    def _can_take(self, row: int, ids: list[int]) -> bool:
+        """Returns whether the decoder is given a text's new ids, for which its cache has room."""
+        cache = self.texts[row].cache
+        if self.native is None or len(ids) > cache.max_length:
+            return False
+        return self.native.can_take(len(ids) - cache.length)
 
     def _step(self, rows: Sequence[int], texts: Mapping[int, list[int]]) -> Tensor:
-        assert self.native.decoder is not None, "can_step has seen to it"
-        adapters = self.native.decoder.adapters_of_rows or [0] * len(self.texts)
+        assert self.native is not None and self.native.decoder is not None, "see _can_take"
+        adapters, new = self.native.decoder.adapters_of_rows or [0] * len(self.texts), []
         for row in rows:
-            self.texts[row].cache.append_ids(torch.tensor([texts[row][-1:]]))
-        new = [NewTokens(self.texts[row], adapter=adapters[row]) for row in rows]
+            cache = self.texts[row].cache
+            ids = torch.tensor([texts[row][cache.length :]])
+            cache.append_ids(ids)
+            new.append(NewTokens(self.texts[row], ids.size(1), adapter=adapters[row]))
         logits = torch.cat(self.native.decoder.step_texts(new))  # (N, V)
         for row, of_row in zip(rows, logits, strict=True):
             with one_of_rows(self.model, row):
