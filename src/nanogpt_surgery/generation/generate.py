@@ -58,8 +58,7 @@ def generate(
         cache: keys and values of an earlier text, from the same weights; where the prompt begins as
             that text does, they are not computed again. Those of this text lie in it afterwards.
         engine: what computes the tokens: the model in Python (plain), a compiled decoder that gives
-            the same to rounding (native; of a long prompt only the tokens after it), or the decoder
-            where it can (auto).
+            the same to rounding (native, but for long prompts), or the decoder where it can (auto).
 
     Raises:
         SurgeryError: an empty prompt, an id outside the vocabulary, a setting outside its range, a
