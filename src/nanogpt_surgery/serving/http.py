@@ -19,6 +19,7 @@ from nanogpt_surgery.serving.request import EngineClosed, QueueFull
 LARGEST_BODY = 4 << 20  # bytes
 DEEPEST = 32  # objects and lists within each other
 MOST_VALUES = 400_000  # commas and brackets of a body
+_DISCARDED = 64 << 20  # bytes of a body that is too large, until the connection is closed
 _LONGEST_PART = 100  # characters of one folder's or file's name
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error"}
@@ -80,21 +81,19 @@ async def read_json(request: Request, most_bytes: int = LARGEST_BODY) -> dict[st
     Raises:
         ApiError: it is too large, or is no JSON object within the limits.
     """
-    declared = request.headers.get("content-length", "0")
-    size, parts = int(declared) if declared.isdecimal() else 0, list[bytes]()
-    _check_size(size, most_bytes)
-    size = 0
+    size, parts = 0, list[bytes]()
     async for part in request.stream():
         size += len(part)
-        _check_size(size, most_bytes)
-        parts.append(part)
+        if size <= most_bytes:
+            parts.append(part)
+        else:  # clients read an answer when they have sent all; what is too large is forgotten
+            parts.clear()
+        if size > most_bytes + _DISCARDED:
+            break
+    if size > most_bytes:
+        message = f"the body has {size:,} bytes or more; the limit is {most_bytes:,}"
+        raise ApiError(413, message, code="body_too_large")
     return parse_json(b"".join(parts))
-
-
-def _check_size(size: int, most: int) -> None:
-    if size > most:
-        message = f"the body has at least {size:,} bytes; the limit is {most:,}"
-        raise ApiError(413, message, code="body_too_large", headers={"connection": "close"})
 
 
 def parse_json(data: bytes) -> dict[str, Any]:
@@ -112,11 +111,21 @@ def parse_json(data: bytes) -> dict[str, Any]:
         raise ApiError(400, f"the body is nested deeper than {DEEPEST} levels") from None
     except ValueError as error:
         raise ApiError(400, f"the body is not JSON in UTF-8: {error}") from None
+    if b"\\ud" in data.lower() and not _is_encodable(body):
+        raise ApiError(400, "the body has half a surrogate pair, which is no character")
     if not isinstance(body, dict):
         raise ApiError(400, f"the body is {quoted(body)}; it must be a JSON object")
     if depth_of(body) > DEEPEST:
         raise ApiError(400, f"the body is nested {depth_of(body)} levels deep; limit {DEEPEST}")
     return body
+
+
+def _is_encodable(body: Any) -> bool:
+    try:
+        json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _no_number(name: str) -> Any:

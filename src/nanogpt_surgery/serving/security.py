@@ -89,7 +89,7 @@ def check_exposure(host: str, key: str | None) -> None:
     if key is None and not is_loopback(host):
         raise SurgeryError(
             f"{host} can be reached from other machines, and no key is set",
-            f"name a file that holds one (api_key_file=…), or set {KEY_VARIABLE}",
+            f"api_key_file=FILE names a file that holds one; or set {KEY_VARIABLE}",
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -65,7 +66,7 @@ class Server:
     folders: dict[str, Path] = field(default_factory=dict)
     adapters_folder: Path | None = None
     runs_folder: Path | None = None
-    key: str | None = None
+    key: str | None = field(default=None, repr=False)
     log: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
@@ -181,6 +182,7 @@ class HttpServer(uvicorn.Server):
         self.port: int = self.socket.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         self.address = f"http://{shown}:{self.port}"
+        logging.getLogger("uvicorn.access").propagate = False  # it writes queries, too
         super().__init__(
             uvicorn.Config(
                 make_app(server, host),
@@ -222,6 +224,7 @@ def _bound(host: str, port: int) -> socket.socket:
     try:
         found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         found.bind((host, port))
+        found.listen(512)
     except (OSError, OverflowError) as error:
         found.close()
         reason = getattr(error, "strerror", None) or str(error)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from starlette.routing import BaseRoute
 
-from nanogpt_surgery.serving.room import operate, state, train
+from nanogpt_surgery.serving.room import look, operate, state, talk, train
 
 if TYPE_CHECKING:
     from nanogpt_surgery.serving.server import Server
@@ -17,6 +17,8 @@ def routes(server: Server) -> list[BaseRoute]:
     room = state.Room(server)
     return [
         *state.routes(room),
+        *talk.routes(server, room.hash_of),
+        *look.routes(server),
         *operate.routes(server),
         *train.routes(room.trainer, lambda: room.after_operations),
     ]

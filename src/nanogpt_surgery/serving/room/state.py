@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
@@ -111,11 +111,14 @@ class Room:
         """Whether the base's weights are others than those that were opened."""
         return bool(self._of_model["after_operations"])
 
-    def hash_of(self, weights: dict[str, float]) -> str:
+    def hash_of(self, weights: Mapping[str, float]) -> str:
         """Returns one hash for the base with some adapters, each with its weight."""
-        adapters = {row["name"]: row["hash"] for row in self._of_model["adapters"]}
-        parts = [f"{name} {weight:g} {adapters.get(name)}" for name, weight in weights.items()]
-        return combined([self._of_model["model"]["hash"], *parts])
+        base: str = self._of_model["model"]["hash"]
+        if not weights:
+            return base
+        known = {row["name"]: row["hash"] for row in self._of_model["adapters"]}
+        parts = [f"{name} {weight!r} {known.get(name)}" for name, weight in weights.items()]
+        return combined([base, *parts])
 
     def state(self) -> dict[str, Any]:
         """Returns all of it as plain values."""
