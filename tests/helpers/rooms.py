@@ -3,13 +3,14 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from starlette.testclient import TestClient
 
-from helpers.commands import LETTERS
+from helpers.commands import LETTERS, write_model
 from helpers.models import tiny_model, train_a_little
-from nanogpt_surgery import CharacterTokenizer, GPTConfig, SimpleGPT, inject_lora
+from nanogpt_surgery import CharacterTokenizer, GPTConfig, SimpleGPT, inject_lora, open_model
 from nanogpt_surgery.serving.engine import Engine
 from nanogpt_surgery.serving.server import Server, make_app
 
@@ -41,11 +42,28 @@ def page_of(model: SimpleGPT, **options: Any) -> Iterator[tuple[TestClient, Serv
         server.engine.close()
 
 
+@contextmanager
+def folders_page(folder: Path, **options: Any) -> Iterator[tuple[TestClient, Server]]:
+    """The same for a model that lies in `folder`, with folders for adapters and runs beside it."""
+    write_model(folder / "tiny", block_size=64)
+    model, _ = open_model(folder / "tiny")
+    for name in ("adapters", "runs"):
+        (folder / name).mkdir()
+    usual = {"adapters_folder": folder / "adapters", "runs_folder": folder / "runs"}
+    with page_of(model, **usual | {"source": str(folder / "tiny")} | options) as found:
+        yield found
+
+
 def posted(client: TestClient, path: str, status: int = 200, /, **body: Any) -> Any:
     """The JSON that a route answers with."""
     answer = client.post(path, json=body)
     assert answer.status_code == status, answer.text
     return answer.json()
+
+
+def operated(client: TestClient, operation: str, status: int = 200, **values: Any) -> Any:
+    """The report of an operation, or its refusal."""
+    return posted(client, "/api/operate", status, operation=operation, **values)
 
 
 def streamed(client: TestClient, path: str, **body: Any) -> list[dict[str, Any]]:

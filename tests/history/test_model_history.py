@@ -20,6 +20,7 @@ from nanogpt_surgery import (
     tensor_hashes,
     undo_lora,
 )
+from nanogpt_surgery.history.model_history import operation
 from nanogpt_surgery.lora.several import has_lora, lora_layers
 
 
@@ -231,3 +232,35 @@ def test_a_failed_operation_leaves_no_trace():
     assert {id(p) for p in model.parameters() if p.requires_grad} == {
         id(p) for layer in lora_layers(model).values() for p in layer.updates["default"].trainable()
     }
+
+
+def test_operations_within_an_operation_are_one():
+    model = model_with_a_trained_adapter()
+    plain, count = tensor_hashes(model), len(lora_log(model).rows)
+    with operation(model, "both"):
+        merge_lora(model)
+        inject_lora(model, ["q_proj"], name="again")
+    assert [row["operation"] for row in lora_log(model).rows][count:] == ["both"]
+    both = tensor_hashes(model)
+    undo_lora(model)
+    assert tensor_hashes(model) == plain
+    redo_lora(model)
+    assert tensor_hashes(model) == both
+
+
+def test_an_operation_that_fails_within_another_is_taken_back_alone():
+    model = model_with_a_trained_adapter()
+    plain, count = tensor_hashes(model), len(lora_log(model).rows)
+    with operation(model, "both"):
+        merge_lora(model)
+        merged = tensor_hashes(model)
+        with pytest.raises(SurgeryError):
+            inject_lora(model, ["down_proj", "embed_tokens"], rank=30, pissa=True, name="b")
+        assert tensor_hashes(model) == merged
+    undo_lora(model)
+    assert tensor_hashes(model) == plain
+    with pytest.raises(SurgeryError), operation(model, "both"):
+        merge_lora(model)
+        merge_lora(model)
+    assert tensor_hashes(model) == plain
+    assert len(lora_log(model).rows) == count + 1

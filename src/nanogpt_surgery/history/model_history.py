@@ -98,10 +98,12 @@ class History(Journal[ModelOperation]):
     Attributes:
         trainable_before: parameters that could be trained before the first adapter came.
         closed: why no operation may be done just now.
+        begun: whether one is being done: what is done within it is a part of it.
     """
 
     trainable_before: tuple[nn.Parameter, ...] | None = None
     closed: SurgeryError | None = None
+    begun: bool = False
 
     def check_open(self) -> None:
         """Raises `SurgeryError` where no operation may be done just now."""
@@ -152,6 +154,8 @@ def _there(owner: Any, name: str, child: bool) -> Any:
 def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[None]:
     """Journals what the block does to a model; if it raises, the model is as it was.
 
+    Operations within the block are parts of this one: the journal has one line for all.
+
     Args:
         model: what is operated on.
         title: for the log.
@@ -162,16 +166,21 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
     """
     history = history_of(model)
     history.check_open()
-    before = _places(model)
+    before, is_part = _places(model), history.begun
+    hashed = hashed and not is_part
     done = ModelOperation(title, [], tensor_hashes(model) if hashed else None)
+    history.begun = True
     try:
         yield
     except BaseException:
         done.changes = _differences(model, before)
         done.put(back=True)
         raise
-    done.changes = _differences(model, before)
-    history.add(done)
+    finally:
+        history.begun = is_part
+    if not is_part:
+        done.changes = _differences(model, before)
+        history.add(done)
 
 
 def _places(model: nn.Module) -> dict[tuple[int, str], Change]:

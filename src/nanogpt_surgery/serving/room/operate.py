@@ -6,6 +6,7 @@ Nothing is written to a disk but by `/api/save`, into the folders that the serve
 from __future__ import annotations
 
 import re
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,19 +18,18 @@ from torch import nn
 
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.model_file import save_model
-from nanogpt_surgery.formats.peft.writing import plan_lora, save_adapter
-from nanogpt_surgery.history.model_history import redo_lora, undo_lora
-from nanogpt_surgery.lora.active import WeightedAdapters
+from nanogpt_surgery.formats.peft.writing import FLOAT32, plan_lora, save_adapter
+from nanogpt_surgery.history.model_history import operation, redo_lora, tensor_hash, undo_lora
 from nanogpt_surgery.lora.inject import inject_lora
 from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import merge_lora
 from nanogpt_surgery.lora.operations import blend_lora, remove_lora, swap_lora
 from nanogpt_surgery.lora.several import (
-    active_adapters,
     adapter_names,
     adapter_weights,
     check_name,
     has_lora,
+    update_rows,
 )
 from nanogpt_surgery.lora.targets import adaptable_layers, unsupported_reason
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
@@ -43,20 +43,23 @@ from nanogpt_surgery.values import WEIGHT, Kind, integer, number
 if TYPE_CHECKING:
     from nanogpt_surgery.serving.server import Server
 
+TRAINED_BYTES = 4 * FLOAT32  # of a parameter: itself, its gradient, AdamW's two means
+HASHED_TO_SEE = 1 << 20  # numbers
 _ABLATION = re.compile(r"ablate-(\d+)-(\d+)")
-_MOST_TARGETS, _LONGEST_TARGET = 4_096, 256
+_MOST_TARGETS = 4_096
+# No regular expressions: one can be made to take for ever. And none begins as a flag does.
+_TARGET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,255}")
 
 
 def _are_targets(value: Any) -> bool:
-    texts = [value] if isinstance(value, str) else value
     return (
-        isinstance(texts, list)
-        and 0 < len(texts) <= _MOST_TARGETS
-        and all(isinstance(text, str) and 0 < len(text) <= _LONGEST_TARGET for text in texts)
+        isinstance(value, list)
+        and 0 < len(value) <= _MOST_TARGETS
+        and all(isinstance(text, str) and _TARGET.fullmatch(text) for text in value)
     )
 
 
-TARGETS = Kind(f"a list of 1 to {_MOST_TARGETS:,} names of layers", _are_targets)
+TARGETS = Kind(f"a list of 1 to {_MOST_TARGETS:,} names of layers, or of their ends", _are_targets)
 WEIGHTS = Kind(
     "an object of at most 64 numbers, by names of adapters",
     lambda x: isinstance(x, dict) and 0 < len(x) <= 64 and all(map(WEIGHT.holds, x.values())),
@@ -137,16 +140,56 @@ def _ablated(model: SimpleGPT, attention: str) -> list[int]:
 
 
 def plan(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
-    """Returns what an operation would do; nothing is touched.
+    """Returns what an operation would do: layers, parameters, memory and time; nothing is touched.
 
     Raises:
-        SurgeryError: as the operation.
+        SurgeryError: as the operation, in what can be seen beforehand.
     """
-    if values["operation"] == "inject":
-        return plan_lora(model, values["targets"], **_settings(values))
-    names = [values["name"]] if "name" in values else []
-    rows = [{"adapter": check_name(model, name)} for name in names]
-    return Report(f"{values['operation']} planned", rows, {"layers": len(layer_rows(model))})
+    operation = values["operation"]
+    if operation == "inject":
+        report = plan_lora(model, values["targets"], **_settings(values))
+        added = report.summary["trainable_parameters"]
+        more = {"memory_bytes": FLOAT32 * added, "training_bytes": TRAINED_BYTES * added}
+        return _timed(model, Report(report.title, report.rows, report.summary | more))
+    if operation == "ablate":
+        report = plan_ablation(model, values["layer"], values["head"])
+        return _timed(model, report)
+    weights = values.get("weights", {values.get("name"): 1.0})
+    rows = update_rows(model, [check_name(model, name) for name in weights])
+    summary: dict[str, Any] = {"layers": len({row["layer"] for row in rows}), "memory_bytes": 0}
+    if operation == "merge":  # the originals are kept for an undo
+        own: list[Any] = [model.get_submodule(row["layer"]).weight for row in rows]
+        summary["memory_bytes"] = sum(weight.nbytes for weight in {id(w): w for w in own}.values())
+    report = Report(f"{operation} planned", rows, summary)
+    return _timed(model, report) if operation in ("merge", "remove") else report
+
+
+def plan_ablation(model: SimpleGPT, layer: int, head: int) -> Report:
+    """Returns what taking a head away would add.
+
+    Raises:
+        SurgeryError: there is no such head.
+    """
+    config = model.config
+    for part, place, count in (("layer", layer, config.n_layer), ("head", head, config.n_head)):
+        if place >= count:
+            raise SurgeryError(f"there is no {part} {place}; they are 0 to {count - 1}")
+    path = f"layers.{layer}.self_attn.o_proj"
+    shape = list(model.get_submodule(path).weight.shape)  # type: ignore[arg-type]
+    added = config.head_dim * sum(shape)
+    row = {"layer": path, "shape": f"{shape[0]}×{shape[1]}", "rank": config.head_dim}
+    summary = {"layers": 1, "parameters": added, "memory_bytes": FLOAT32 * added}
+    return Report("ablate planned", [row | {"parameters": added}], summary)
+
+
+def _timed(model: SimpleGPT, report: Report) -> Report:
+    """Adds about how many seconds it takes: nearly all of it hashes the tensors for an undo."""
+    some = max(model.parameters(), key=lambda p: p.numel()).detach().flatten()[:HASHED_TO_SEE]
+    before = time.perf_counter()
+    tensor_hash(some)
+    rate = some.nbytes / max(time.perf_counter() - before, 1e-9)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    return Report(report.title, report.rows, report.summary | {"seconds": round(size / rate, 3)})
 
 
 def operate(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
@@ -183,15 +226,9 @@ def _weights(model: SimpleGPT) -> dict[str, float]:
 def _merge(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
     """Merges one adapter; the others leave with the wrappers, and an undo brings all back."""
     name = check_name(model, values["name"])
-    alone = active_adapters(model) == WeightedAdapters({name: 1.0})
-    if not alone:
+    with operation(model, f"merge {name}"):
         swap_lora(model, name)
-    try:
         return merge_lora(model)
-    except BaseException:
-        if not alone:
-            undo_lora(model)
-        raise
 
 
 def _remove(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
@@ -206,8 +243,8 @@ def _ablate(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
     """Takes a head away, by an adapter beside those that take part."""
     layer, head = values["layer"], values["head"]
     before, name = _weights(model), f"ablate-{layer}-{head}"
-    report = ablate(model, name, heads={layer: [head]})
-    if before:
+    with operation(model, f"ablate head {head} of layer {layer}"):
+        report = ablate(model, name, heads={layer: [head]})
         blend_lora(model, before | {name: 1.0})
     return report
 
@@ -255,9 +292,9 @@ def save(server: Server, model: SimpleGPT, values: Mapping[str, Any]) -> Path:
         if has_lora(model):
             carried = ", ".join(adapter_names(model))
             raise SurgeryError(f"the model carries {carried}", "merge or remove them first")
-        save_model(model, goal, server.tokenizer)
+        save_model(model, goal, server.tokenizer, server.source or None)
     else:
-        save_adapter(model, goal, values["adapter"])
+        save_adapter(model, goal, server.source, name=values["adapter"])
         server.folders.setdefault(values["adapter"] or values["name"], goal)
     return goal
 
@@ -282,6 +319,8 @@ def routes(server: Server) -> list[BaseRoute]:
     async def operated(request: Request) -> Response:
         server.check_running()
         values = values_of(await read_json(request))
+        if values["operation"] == "inject" and values["name"] == server.name:
+            raise ApiError(400, f"the model itself is named {server.name!r}", param="name")
         return _answer(await server.operate(lambda model: operate(model, values)))
 
     async def undone(_: Request) -> Response:

@@ -18,6 +18,7 @@ from nanogpt_surgery.history.folder_history import RUN, operations_on
 from nanogpt_surgery.runs.summary import read_samples
 
 MOST_SHOWN = 2_000  # steps of a run; of more, some are left out
+MOST_READ = 256 << 10  # bytes of the end of a run's metrics, for its line in a list
 RATE_OF = 20  # steps, the newest, whose rate is shown
 
 
@@ -28,8 +29,8 @@ def runs_below(folder: Path) -> list[Path]:
 
 def row_of(run: Path) -> dict[str, Any]:
     """Returns a run in a line: how far it is, and what it has come to."""
-    described, rows = _described(run), metrics_of(run)
-    evaluated = [row["validation_loss"] for row in rows if row.get("validation_loss") is not None]
+    described, rows = _described(run), metrics_of(run, MOST_READ)
+    evaluated = [row["validation_loss"] for row in rows if _number(row.get("validation_loss"))]
     return {
         "name": run.name,
         "kind": described.get("kind"),
@@ -43,12 +44,15 @@ def row_of(run: Path) -> dict[str, Any]:
 def contents_of(run: Path) -> dict[str, Any]:
     """Returns what there is to show of a run: settings, figures of its steps, samples."""
     rows, most = metrics_of(run), most_steps(run)
-    every = -(-len(rows) // MOST_SHOWN)
-    kept = [r for i, r in enumerate(rows) if i % max(1, every) == 0 or r is rows[-1]]
-    shown = [figures_of([row], most) for row in kept]
+    every = max(1, -(-len(rows) // MOST_SHOWN))
+    kept = [
+        row
+        for i, row in enumerate(rows)
+        if i % every == 0 or row is rows[-1] or _number(row.get("validation_loss")) is not None
+    ]
     return row_of(run) | {
         "config": _described(run).get("settings", {}),
-        "metrics": shown,
+        "metrics": [figures_of([row], most) for row in kept],
         "samples": samples_of(run),
     }
 
@@ -86,21 +90,62 @@ def _is_written(lock: Path) -> bool:
 
     Taking the lock to see would refuse a run that begins in that moment.
     """
-    with suppress(OSError, ValueError):
+    try:
         process = int(lock.read_text("utf-8"))
-        if os.name == "posix":  # elsewhere this call would end the process
+        if os.name == "posix" and process > 0:  # elsewhere this call would end the process
             os.kill(process, 0)
             return True
+    except PermissionError:  # somebody else's, so it is there
+        return True
+    except (OSError, ValueError, OverflowError):
+        pass
     return False
 
 
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """Returns the lines of a run's metrics, up to one that is still being written."""
+def metrics_of(run: Path, most_bytes: int | None = None) -> list[dict[str, Any]]:
+    """Returns the lines of a run's metrics, or the last of them, but one that is being written."""
+    with suppress(OSError), (run / METRICS).open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0 if most_bytes is None else max(0, size - most_bytes))
+        return _rows(file.read())
+    return []
+
+
+def _rows(lines: bytes) -> list[dict[str, Any]]:
+    """Returns the whole lines that hold the values of a step."""
     found = []
-    with suppress(OSError, ValueError), (run / METRICS).open(encoding="utf-8") as file:
-        for line in file:
-            found.append(json.loads(line))
-    return [row for row in found if isinstance(row, dict) and type(row.get("step")) is int]
+    for line in lines[: lines.rfind(b"\n") + 1].splitlines():
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and type(row.get("step")) is int:
+                found.append(row)
+    return found
+
+
+class NewSteps:
+    """The lines that a run's metrics gain, each read once.
+
+    Args:
+        run: the run folder; steps that are there already are not new.
+    """
+
+    def __init__(self, run: Path):
+        self._path, self._place, self._file, self._last = run / METRICS, 0, -1, -1
+        self.read()
+
+    def read(self) -> list[dict[str, Any]]:
+        """Returns the lines since the last call; a run that goes on writes its file anew."""
+        with suppress(OSError), self._path.open("rb") as file:
+            about = os.fstat(file.fileno())
+            if about.st_ino != self._file or about.st_size < self._place:
+                self._file, self._place = about.st_ino, 0
+            file.seek(self._place)
+            lines = file.read()
+            self._place += lines.rfind(b"\n") + 1
+            rows = [row for row in _rows(lines) if row["step"] > self._last]
+            self._last = rows[-1]["step"] if rows else self._last
+            return rows
+        return []
 
 
 def figures_of(rows: list[dict[str, Any]], most: int | None) -> dict[str, Any]:

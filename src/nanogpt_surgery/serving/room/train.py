@@ -8,12 +8,17 @@ training, with a checkpoint.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
-from collections.abc import Callable, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +27,26 @@ import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
+from torch import nn
 
 from nanogpt_surgery.data.conversations.instruction_dataset import preview
 from nanogpt_surgery.data.conversations.instructions import read_examples
+from nanogpt_surgery.data.text.corpus import read_texts
+from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.writing import replace_text
-from nanogpt_surgery.formats.folders.run_folder import checkpoints
+from nanogpt_surgery.formats.folders.run_folder import checkpoints, step_of
 from nanogpt_surgery.formats.peft.layout import adapter_to_ours
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter, read_adapter
 from nanogpt_surgery.generation.settings import SamplingSettings
-from nanogpt_surgery.lora.several import adapter_names, lora_layers
+from nanogpt_surgery.history.model_history import operation
+from nanogpt_surgery.lora.operations import blend_lora
+from nanogpt_surgery.lora.several import (
+    adapter_names,
+    adapter_weights,
+    check_new_name,
+    lora_layers,
+)
 from nanogpt_surgery.lora.stored_adapter import restore
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.runs.data import window_length
@@ -40,6 +55,7 @@ from nanogpt_surgery.serving.http import ApiError, contained, read_json
 from nanogpt_surgery.serving.request import Request as TextRequest
 from nanogpt_surgery.serving.room import runs
 from nanogpt_surgery.serving.room.operate import ALPHA, RANK, TARGETS
+from nanogpt_surgery.serving.security import KEY_VARIABLE
 from nanogpt_surgery.values import Kind, integer, number
 
 if TYPE_CHECKING:
@@ -51,9 +67,11 @@ GRACE = 120.0  # seconds that a training has to save its checkpoint
 PLANNED_WITHIN = 300.0  # seconds
 _SHOWN_EXAMPLES, _SHOWN_TEXT, _SAMPLED = 3, 2_000, 48
 _LINES_OF_ERROR = 6
-ENDED = ("ended", "failed", "stopped")
+MOST_TOLD = 4_096  # events that a page which has lost its connection may have missed
+_NOT_RESUMED = ("--config", "--out=", "--cache-dir")  # what a run's own file may not ask for
 
 _SUFFIXES = {"text": ".txt", "jsonl": ".jsonl"}
+_READ_AS = {"text": "text", "jsonl": "instructions"}
 _DATA = {
     "kind": Field(Kind("text or jsonl", lambda x: x in [*_SUFFIXES])),
     "content": Field(TEXT),
@@ -69,11 +87,12 @@ _TRAINING = _DATA | {
     "batch_size": Field(integer(1, 4_096)),
     "block_size": Field(integer(1, 1 << 20)),
     "evaluate_every": Field(integer(1, 10_000_000)),
+    "sample_every": Field(integer(0, 10_000_000)),
     "sample_prompt": Field(TEXT),
 }
 _FLAGS = (
     *("rank", "alpha", "max_steps", "learning_rate"),
-    *("batch_size", "block_size", "evaluate_every"),
+    *("batch_size", "block_size", "evaluate_every", "sample_every"),
 )
 
 
@@ -83,14 +102,20 @@ class Process:
 
     run: Path
     process: subprocess.Popen[str]
+    steps: runs.NewSteps
     prompt: str | None = None
     """to be continued at each checkpoint, in the place of the run's own sample"""
+    written: Path | None = None
+    """the data that was dropped; it goes where no run has come of it"""
     asked: str | None = None
     """what its end means: "paused" or "stopped"; None: that it is done"""
     state: str = "running"
     error: str | None = None
+    most: int | None = None
+    """steps in all, when the run says it"""
     newest: dict[str, Any] = field(default_factory=dict)
     checkpoint: str = ""
+    """the newest that answers"""
     sampled: set[int] = field(default_factory=set)
 
 
@@ -104,8 +129,10 @@ class Trainer:
     def __init__(self, server: Server):
         self.server, self.revision = server, 0
         self.current: Process | None = None
-        self._rows: list[dict[str, Any]] = []  # for all pages, in order
-        self._lock = threading.Lock()
+        self.plans = threading.Lock()  # one at a time
+        self._rows: list[dict[str, Any]] = []  # for all pages, in order: the newest
+        self._told = 0
+        self._lock, self._telling = threading.Lock(), threading.Lock()
 
     @property
     def folder(self) -> Path:
@@ -120,80 +147,96 @@ class Trainer:
 
     def now(self) -> dict[str, Any] | None:
         """Returns how the training is, None where there was none."""
-        if (current := self.current) is None:
-            return None
-        how = {"run": current.run.name, "state": current.state, "error": current.error}
-        most = runs.most_steps(current.run)
-        return {"step": 0, "max_steps": most, **current.newest, **how}
+        return None if (current := self.current) is None else self._row(current)
 
     def cursor(self) -> int:
         """Returns from where a page that comes now is told: from the newest on."""
-        return max(0, len(self._rows) - 1)
+        return max(0, self._told - 1)
 
     def since(self, cursor: int) -> tuple[list[dict[str, Any]], int]:
         """Returns what there is to tell from a cursor on, and the next cursor."""
-        rows = self._rows[cursor:]
-        return rows, cursor + len(rows)
+        with self._telling:
+            count = min(self._told - cursor, len(self._rows))
+            return self._rows[len(self._rows) - count :], self._told
 
     def command(self, values: Mapping[str, Any], data: Path, out: Path) -> list[str]:
         """Returns the arguments of `surgery` for a training."""
         words = ["finetune", self.server.source, str(data), "--out", str(out)]
+        words += ["--data", _READ_AS[values["kind"]]]
         for name in _FLAGS:
             if values[name] is not None:
                 words += [f"--{name.replace('_', '-')}", str(values[name])]
         return [*words, "--targets", *values["targets"]]
 
-    def data(self, values: Mapping[str, Any], goal: Path) -> Path:
-        """Returns the file to train on: what was dropped, written to `goal`, or one named.
+    def named(self, path: str) -> Path:
+        """Returns a file below the folders of runs and of adapters.
 
         Raises:
-            ApiError: there is neither, or the file is not below the folder of runs.
+            ApiError: there is none, or it is too large.
         """
-        kind = required(values, "kind")
-        if values["path"] is not None:
-            path = contained(self.folder, values["path"])
-            if not path.is_file():
-                raise ApiError(404, f"there is no file {values['path']!r} there", param="path")
-            return path
-        content = required(values, "content")
-        place = goal.with_name(goal.name + _SUFFIXES[kind])
-        replace_text(place, content)
-        return place
+        homes = [self.folder, self.server.adapters_folder]
+        places = [contained(home, path) for home in homes if home is not None]
+        found = next((place for place in places if place.is_file()), None)
+        if found is None:
+            raise ApiError(404, f"there is no file {path!r} there", param="path")
+        return found
 
     def start(self, values: Mapping[str, Any]) -> str:
         """Begins a training, and returns the name of its run.
 
         Raises:
-            ApiError: one runs, or there is a run of that name.
+            ApiError: one runs, or there is a run, an adapter or a model of that name.
+            SurgeryError: an adapter cannot have the name.
         """
         name = required(values, "name")
-        goal = contained(self.folder, name)
+        check_new_name(nn.Module(), name)
+        goal, kind = contained(self.folder, name), required(values, "kind")
+        if values["sample_prompt"]:
+            prompt_ids(self.server.tokenizer, values["sample_prompt"])
         with self._lock:
             self._check_free()
-            if goal.exists():
-                raise ApiError(409, f"there is a run {name!r} already", param="name")
-            data = self.data(values, goal)
-            self._begin(self.command(values, data, goal), goal, values["sample_prompt"])
+            if goal.exists() or name in (self.server.name, *self.server.adapters):
+                what = f"there is a run, an adapter or a model {name!r} already"
+                raise ApiError(409, what, param="name")
+            written = None
+            if values["path"] is None:
+                written = _free(goal, _SUFFIXES[kind])
+                replace_text(written, required(values, "content"))
+            data = written or self.named(values["path"])
+            words = self.command(values, data, goal)
+            self._begin(words, goal, prompt=values["sample_prompt"], written=written)
         return name
 
     def resume(self, name: str) -> None:
         """Goes on with a run from its newest checkpoint.
 
         Raises:
-            ApiError: a training runs, or how the run was begun is not known.
+            ApiError: a training runs, or the run is not one of a LoRA on the model that is served.
         """
         goal = contained(self.folder, name)
         with self._lock:
             self._check_free()
-            typed = runs.typed_for(goal) or {}
-            words, folder = typed.get("arguments"), typed.get("folder")
-            if not (isinstance(words, list) and words[:1] == ["finetune"] and "--out" in words):
-                raise ApiError(400, f"how {name!r} was begun is not known", param="name")
-            out = Path(str(folder), str(words[words.index("--out") + 1])).resolve()
-            if out != goal:
-                raise ApiError(400, f"{name!r} was begun in another folder", param="name")
-            words = [str(word) for word in words if word != "--resume"]
-            self._begin(["finetune", "--resume", *words[1:]], goal, None, str(folder))
+            if name in self.server.adapters and self.server.folders.get(name) != goal:
+                raise ApiError(409, f"there is another adapter {name!r}", param="name")
+            words, folder = self._typed(goal)
+            self._begin(["finetune", "--resume", *words[1:]], goal, folder)
+
+    def _typed(self, run: Path) -> tuple[list[str], str]:
+        """Returns the command that began a run, and where it was typed.
+
+        It was read from a file: what it names has to be what the server would name itself.
+        """
+        typed = runs.typed_for(run) or {}
+        words, folder = typed.get("arguments"), typed.get("folder")
+        if not (isinstance(words, list) and isinstance(folder, str) and _can_go_on(words)):
+            what = f"how {run.name!r} was begun is not known, or cannot be gone on with here"
+            raise ApiError(400, what, param="name")
+        out, base, source = words[words.index("--out") + 1], words[1], self.server.source
+        same = base == source or Path(folder, base).resolve() == Path(source).resolve()
+        if Path(folder, out).resolve() != run or not same:
+            what = f"{run.name!r} was begun in another folder, or on another model"
+            raise ApiError(400, what, param="name")
+        return [word for word in words if word != "--resume"], folder
 
     def end(self, how: str, name: str | None) -> None:
         """Asks the training for a checkpoint and its end, to be "paused" or "stopped" then.
@@ -206,10 +249,10 @@ class Trainer:
             raise ApiError(404, "no such training runs", param="name")
         if current.state == "paused" and how == "stopped":
             current.state = how
-            self._tell(current)
         elif current.process.poll() is None:
-            current.asked = how
+            current.asked, current.state = how, "stopping"
             current.process.send_signal(signal.SIGTERM)
+        self._tell(current)
 
     def _check_free(self) -> None:
         self.server.check_running()
@@ -217,7 +260,12 @@ class Trainer:
             raise ApiError(409, f"the training {self.current.run.name!r} runs", code="busy")
 
     def _begin(
-        self, words: list[str], goal: Path, prompt: str | None, folder: str | None = None
+        self,
+        words: list[str],
+        goal: Path,
+        folder: str | None = None,
+        prompt: str | None = None,
+        written: Path | None = None,
     ) -> None:
         process = subprocess.Popen(
             [sys.executable, "-m", "nanogpt_surgery", *words],
@@ -228,34 +276,38 @@ class Trainer:
             encoding="utf-8",
             errors="replace",
             cwd=folder,
+            env=_environment(),
             start_new_session=True,  # a Ctrl-C in the server's terminal reaches it once, by us
         )
-        self.current = Process(goal, process, prompt)
-        said: list[str] = []
-        reader = threading.Thread(target=_read_lines, args=(process, said), daemon=True)
-        reader.start()
+        current = Process(goal, process, runs.NewSteps(goal), prompt, written)
+        self.current = current
         # No daemon: a server that stops waits until the training has its checkpoint.
-        threading.Thread(target=self._watch, args=(self.current, reader, said)).start()
-        self.revision += 1
+        threading.Thread(target=self._watch, args=(current,)).start()
+        threading.Thread(target=self._take_checkpoints, args=(current,), daemon=True).start()
+        self._tell(current)
 
-    def _watch(self, current: Process, reader: threading.Thread, said: list[str]) -> None:
+    def _watch(self, current: Process) -> None:
         """Reads what a run writes until its process has ended."""
-        seen = len(runs.metrics_of(current.run))
+        said: list[str] = []
+        reader = threading.Thread(target=_read_lines, args=(current.process, said), daemon=True)
+        reader.start()
+        newest = deque[dict[str, Any]](maxlen=runs.RATE_OF)
         while current.process.poll() is None:
-            seen = self._look(current, seen)
+            self._tell_steps(current, newest)
             if self.server.stopping.wait(LOOK_EVERY):
                 self._end_with_server(current)
         reader.join()
-        self._look(current, seen)
+        self._tell_steps(current, newest)
         status = current.process.returncode
         if current.asked is not None:
-            current.state = current.asked
+            current.state = current.asked if checkpoints(current.run) else "stopped"
         elif status == 0:
             current.state = "ended"
         else:
             current.state = "failed"
             current.error = "\n".join(said[-_LINES_OF_ERROR:]) or f"it ended with status {status}"
-        self.revision += 1
+        if current.written is not None and not current.run.exists():
+            current.written.unlink(missing_ok=True)
         self._tell(current)
 
     def _end_with_server(self, current: Process) -> None:
@@ -265,56 +317,92 @@ class Trainer:
             current.process.wait(GRACE)
         except subprocess.TimeoutExpired:
             current.process.kill()
+            current.process.wait()
 
-    def _look(self, current: Process, seen: int) -> int:
-        """Tells of the steps after the first `seen`; returns how many there are."""
-        rows = runs.metrics_of(current.run)
-        most = runs.most_steps(current.run)
-        for count in range(seen + 1, len(rows) + 1):
-            current.newest = runs.figures_of(rows[max(0, count - runs.RATE_OF) : count], most)
-            self._tell(current)
-        self._take_checkpoint(current)
-        return len(rows)
+    def _tell_steps(self, current: Process, newest: deque[dict[str, Any]]) -> None:
+        current.most = current.most or runs.most_steps(current.run)
+        for row in current.steps.read():
+            newest.append(row)
+            current.newest = runs.figures_of(list(newest), current.most)
+            self._tell(current, anew=False)
 
-    def _take_checkpoint(self, current: Process) -> None:
-        """Lets the newest checkpoint answer, where there is one that was not taken yet."""
-        found = checkpoints(current.run)
-        if not found or found[-1].name == current.checkpoint or self.server.stopping.is_set():
-            return
-        newest, name = found[-1], current.run.name
+    def _take_checkpoints(self, current: Process) -> None:
+        """Lets each checkpoint answer as it comes, the last one after the end too."""
+        while not self.server.stopping.wait(LOOK_EVERY):
+            is_last = current.process.poll() is not None
+            newest = checkpoints(current.run)[-1:]
+            if newest and newest[0].name != current.checkpoint:
+                self._take_checkpoint(current, newest[0])
+            if is_last:
+                break
+
+    def _take_checkpoint(self, current: Process, newest: Path) -> None:
+        server, name = self.server, current.run.name
         try:
-            take = self.server.noting(lambda model: take_adapter(model, newest, name))
-            self.server.engine.operate(take).result()
-            self.server.folders[name] = current.run
-        except SurgeryError as error:
-            current.error = f"{newest.name} does not answer here: {error.what}"
+            take = server.noting(lambda model: take_adapter(model, newest, name))
+            server.engine.operate(take).result()
+            server.folders[name] = current.run
+            current.error = None
+        except Exception as error:  # whatever it is: the training goes on without answering
+            current.error = f"{newest.name} does not answer here: {error}"
         current.checkpoint = newest.name
-        samples = self._sampled(current) if current.prompt else None
+        samples = self._sampled(current, newest) if current.prompt else None
         if samples is None:
             samples = runs.samples_of(current.run, current.sampled)
         current.sampled.update(sample["step"] for sample in samples)
         self._tell(current, samples=samples)
 
-    def _sampled(self, current: Process) -> list[dict[str, Any]]:
+    def _sampled(self, current: Process, newest: Path) -> list[dict[str, Any]]:
         """Returns what the newest checkpoint and the base make of the prompt of the page."""
         server, prompt = self.server, current.prompt or ""
         texts = []
         for adapters in ({current.run.name: 1.0}, {}):
             try:
-                ids = tuple(server.tokenizer.encode(prompt))
+                ids = tuple(prompt_ids(server.tokenizer, prompt))
                 count = min(_SAMPLED, server.model.config.block_size - len(ids) + 1)
                 greedy = SamplingSettings(temperature=0)
                 answer = server.engine.submit(TextRequest(ids, count, greedy, adapters=adapters))
                 texts.append(server.tokenizer.decode([token.id for token in answer.result()]))
             except SurgeryError as error:
                 texts.append(f"[{error.what}]")
-        step = current.newest.get("step", 0)
+        step = step_of(newest)
         return [{"step": step, "prompt": prompt, "text": texts[0], "base_text": texts[1]}]
 
-    def _tell(self, current: Process, **more: Any) -> None:
+    def _row(self, current: Process) -> dict[str, Any]:
         how = {"run": current.run.name, "state": current.state, "error": current.error}
-        most = runs.most_steps(current.run)
-        self._rows.append({"step": 0, "max_steps": most, **current.newest, **how, **more})
+        how |= {"checkpoint": current.checkpoint or None}
+        return {"step": 0, "max_steps": current.most, **current.newest, **how}
+
+    def _tell(self, current: Process, anew: bool = True, **more: Any) -> None:
+        """Tells all pages of the training; `anew`: the state that they show is another one."""
+        with self._telling:
+            self._rows.append(self._row(current) | more)
+            del self._rows[:-MOST_TOLD]
+            self._told += 1
+            self.revision += anew
+
+
+def _can_go_on(words: list[Any]) -> bool:
+    """Whether arguments are those of a fine-tuning that says where its run is, and no more."""
+    return (
+        all(isinstance(word, str) for word in words)
+        and len(words) > 3
+        and words[0] == "finetune"
+        and words.count("--out") == 1
+        and words[-1] != "--out"
+        and not any(word.startswith(_NOT_RESUMED) for word in words)
+    )
+
+
+def _environment() -> dict[str, str]:
+    """Returns the environment of a training, which needs no key."""
+    return {name: value for name, value in os.environ.items() if name != KEY_VARIABLE}
+
+
+def _free(goal: Path, suffix: str) -> Path:
+    """Returns the first name beside a run at which nothing is."""
+    names = (f"{goal.name}{'' if n == 1 else f'-{n}'}{suffix}" for n in itertools.count(1))
+    return next(place for name in names if not (place := goal.with_name(name)).exists())
 
 
 def _read_lines(process: subprocess.Popen[str], said: list[str]) -> None:
@@ -329,48 +417,70 @@ def _read_lines(process: subprocess.Popen[str], said: list[str]) -> None:
 def take_adapter(model: SimpleGPT, folder: Path, name: str) -> None:
     """Puts an adapter on a model, or, where it is there, what it has learned since.
 
-    The second is no operation: as in any training, what an adapter has learned is not undone.
+    Those that take part stay. The second is no operation: as in any training, what an adapter has
+    learned is not undone.
 
     Raises:
-        SurgeryError: as `load_adapter`.
+        SurgeryError: as `load_adapter`, or the one that is there is of another form.
     """
+    weights = {n: w for n, w in adapter_weights(model).items() if w is not None}
     if name not in adapter_names(model):
-        load_adapter(model, folder, name=name)
+        with operation(model, f"load {name}"):
+            load_adapter(model, folder, name=name)
+            if weights:
+                blend_lora(model, weights)
         return
     stored = adapter_to_ours(read_adapter(adapter_folder(folder)), model).in_float32()
-    layers = lora_layers(model)
+    layers = {path: layer for path, layer in lora_layers(model).items() if name in layer.updates}
+    pairs: list[tuple[nn.Parameter, nn.Parameter]] = []
+    for path in layers.keys() | stored.updates.keys():
+        if path not in layers or path not in stored.updates:
+            raise SurgeryError(f"the adapter {name} on the model has other layers: {path}")
+        made = restore(stored.updates[path], layers[path].original_layer)
+        olds = [*layers[path].updates[name].parameters()]
+        news = [*made.parameters()]
+        if [old.shape for old in olds] != [new.shape for new in news]:
+            raise SurgeryError(f"the adapter {name} on the model has another rank in {path}")
+        pairs += zip(olds, news, strict=True)
     with torch.no_grad():
-        for path, update in stored.updates.items():
-            made = restore(update, layers[path].original_layer)
-            for old, new in zip(
-                layers[path].updates[name].parameters(), made.parameters(), strict=True
-            ):
-                old.copy_(new)
+        for old, new in pairs:
+            old.copy_(new)
+
+
+@contextmanager
+def _data_of(trainer: Trainer, values: Mapping[str, Any]) -> Iterator[Path]:
+    """Within the block, the data of a training that is not begun: a file that goes with it."""
+    kind = required(values, "kind")
+    if values["path"] is not None:
+        yield trainer.named(values["path"])
+        return
+    content = required(values, "content")
+    with tempfile.TemporaryDirectory() as place:
+        path = Path(place, f"dropped{_SUFFIXES[kind]}")
+        path.write_text(content, encoding="utf-8")
+        yield path
 
 
 def preview_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what of some data is trained on, the first examples in pieces.
 
     Raises:
-        ApiError, SurgeryError: there is no data, or it cannot be read.
+        ApiError: there is no data, or it is too much to read it here.
+        SurgeryError: it cannot be read.
     """
     tokenizer = trainer.server.tokenizer
-    goal = trainer.folder / ".preview"
-    path = trainer.data(values, goal)
-    try:
+    length = window_length(values["block_size"], trainer.server.model.config.block_size)
+    with _data_of(trainer, values) as path:
+        if (size := path.stat().st_size) > LARGEST_DATA:
+            what = f"the file has {size:,} bytes; {LARGEST_DATA:,} can be previewed"
+            raise ApiError(413, what, param="path")
         if values["kind"] == "text":
-            text = path.read_text(encoding="utf-8")
+            text = read_texts([str(path)])
             pieces = [{"text": text[:_SHOWN_TEXT], "answer": True}]
             note = "the beginning is shown" if len(text) > _SHOWN_TEXT else ""
             tokens = len(tokenizer.encode(text))
             return {"examples": [{"pieces": pieces}], "count": 1, "tokens": tokens, "note": note}
         found = read_examples([path], tokenizer)
-    except UnicodeDecodeError as error:
-        raise SurgeryError(f"the file is not text in UTF-8: byte {error.start:,}") from None
-    finally:
-        if path.parent == goal.parent and path.name.startswith(goal.name):
-            path.unlink()
-    length = window_length(None, trainer.server.model.config.block_size)
     shown = [preview(one.cut(length + 1), tokenizer) for one in found[:_SHOWN_EXAMPLES]]
     return {
         "examples": [
@@ -387,31 +497,40 @@ async def plan_of(trainer: Trainer, values: Mapping[str, Any]) -> dict[str, Any]
     """Returns what the command itself says that a training will take, by its `--plan`.
 
     Raises:
-        ApiError, SurgeryError: as the training, or it took too long.
+        ApiError: another plan is being made, it took too long, or the command refuses.
     """
-    goal = trainer.folder / ".plan"
-    data = await asyncio.to_thread(trainer.data, values, goal)
-    words = [*trainer.command(values, data, goal), "--plan", "--json"]
+    if not trainer.plans.acquire(blocking=False):
+        raise ApiError(409, "another plan is being made", code="busy")
+    try:
+        with _data_of(trainer, values) as data:
+            words = trainer.command(values, data, trainer.folder / ".plan")
+            found: dict[str, Any] = json.loads(await _planned([*words, "--plan", "--json"]))
+    finally:
+        trainer.plans.release()
+    title, rows = found.pop("title"), found.pop("rows")
+    return {"title": title, "rows": rows, "summary": found}
+
+
+async def _planned(words: list[str]) -> bytes:
+    """Returns what the command writes."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "nanogpt_surgery", *words),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
+        env=_environment(),
     )
     try:
         out, said = await asyncio.wait_for(process.communicate(), PLANNED_WITHIN)
     except TimeoutError:
-        process.kill()
         raise ApiError(504, f"the plan took more than {PLANNED_WITHIN:.0f} s") from None
     finally:
-        if values["path"] is None:
-            data.unlink(missing_ok=True)
+        if process.returncode is None:
+            process.kill()
     if process.returncode:
         lines = said.decode("utf-8", "replace").splitlines()
         raise ApiError(400, "\n".join(lines[-_LINES_OF_ERROR:]))
-    found = json.loads(out)
-    title, rows = found.pop("title"), found.pop("rows")
-    return {"title": title, "rows": rows, "summary": found}
+    return out
 
 
 def routes(trainer: Trainer, after_operations: Callable[[], bool]) -> list[BaseRoute]:
