@@ -90,15 +90,12 @@ def _is_written(lock: Path) -> bool:
 
     Taking the lock to see would refuse a run that begins in that moment.
     """
-    try:
+    with suppress(OSError, ValueError, OverflowError):
         process = int(lock.read_text("utf-8"))
         if os.name == "posix" and process > 0:  # elsewhere this call would end the process
-            os.kill(process, 0)
+            with suppress(PermissionError):  # it is somebody else's, so it is there
+                os.kill(process, 0)
             return True
-    except PermissionError:  # somebody else's, so it is there
-        return True
-    except (OSError, ValueError, OverflowError):
-        pass
     return False
 
 

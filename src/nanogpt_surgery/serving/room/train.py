@@ -41,12 +41,7 @@ from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter, r
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.history.model_history import operation
 from nanogpt_surgery.lora.operations import blend_lora
-from nanogpt_surgery.lora.several import (
-    adapter_names,
-    adapter_weights,
-    check_new_name,
-    lora_layers,
-)
+from nanogpt_surgery.lora.several import adapter_names, adapter_weights, check_new_name, lora_layers
 from nanogpt_surgery.lora.stored_adapter import restore
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.runs.data import window_length
