@@ -18,7 +18,15 @@ FOLDED_FROM = 17  # rows; fewer are shown one by one
 NAMES = ("layer", "module")  # columns that name a part of a model
 SUMMED = ("parameters", "bytes", "tensors")  # of rows that are folded into one
 SHARES = (
-    *("top token unchanged", "change kept", "weights changed", "trained share", "utilisation"),
+    *(
+        "top token unchanged",
+        "probability of the others",
+        "energy followed",
+        "change kept",
+        "weights changed",
+        "trained share",
+        "utilisation",
+    ),
     *("bfloat16", "float16", "int8", "int4"),
     *("lowest bfloat16", "lowest float16", "lowest int8", "lowest int4"),
     *("accuracy", "length normalised accuracy", "accuracy by chance"),

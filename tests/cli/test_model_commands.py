@@ -69,3 +69,20 @@ def test_what_does_not_go_together_is_refused(folder):
         _, said = called("model", "vocabulary", folder, *words, check=1)
         assert named in said
     assert hashes_of(folder) == before
+
+
+def test_ranks_are_planned_under_a_budget_and_taken_by_other_commands(folder):
+    text, ranks = folder.parent / "text", folder.parent / "ranks.toml"
+    words = ["plan", folder, "--rank-budget", 400, "--text", text]
+    report = json.loads(called(*words, "--json", "--out", ranks)[0])
+    assert 0 < report["trainable_parameters"] <= 400
+    assert sum(report["rank_pattern"].values()) == sum(row["rank"] for row in report["rows"])
+    planned = json.loads(called("plan", folder, "--config", ranks, "--json")[0])
+    assert planned["trainable_parameters"] == report["trainable_parameters"]
+    assert {row["layer"]: row["rank"] for row in planned["rows"]} == report["rank_pattern"]
+    one = called("plan", folder, "--targets", "q_proj", "--rank-budget", 64, "--text", text)[0]
+    assert "q_proj" in one
+    assert "up_proj" not in one
+    called("plan", folder, "--rank-budget", 400, check=1)
+    called("plan", folder, "--out", ranks, check=1)
+    assert "already" in called(*words, "--out", ranks, check=1)[1]

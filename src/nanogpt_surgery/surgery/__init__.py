@@ -17,6 +17,7 @@ from nanogpt_surgery.surgery.direction import (
     plan_direction,
     steer,
 )
+from nanogpt_surgery.surgery.rank_planning import RankPlan, plan_ranks
 from nanogpt_surgery.surgery.structure import (
     duplicate_layers,
     plan_duplicate,
@@ -32,6 +33,7 @@ from nanogpt_surgery.surgery.vocabulary import (
 
 __all__ = [
     "Direction",
+    "RankPlan",
     "ablate",
     "add_tokens",
     "combine",
@@ -49,6 +51,7 @@ __all__ = [
     "plan_duplicate",
     "plan_extract",
     "plan_prune",
+    "plan_ranks",
     "plan_remove_intruders",
     "prune_layers",
     "remove_intruders",
