@@ -108,7 +108,6 @@ def test_all_layers_that_do_not_fit_are_told_at_once(tmp_path):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("lora_bias", True),
         ("bias", "all"),
         ("bias", "lora_only"),
         ("layer_replication", [[0, 2]]),
@@ -130,9 +129,11 @@ def test_an_option_that_changes_the_result_is_refused_by_name(option, value, tmp
 
 def test_all_such_options_are_told_at_once(tmp_path):
     save_adapter(adapted(LLAMA), tmp_path / "adapter")
-    change_config(unsealed(tmp_path / "adapter"), lora_bias=True, bias="all", use_qalora=True)
+    change_config(
+        unsealed(tmp_path / "adapter"), layer_replication=[[0, 2]], bias="all", use_qalora=True
+    )
     message = assert_refused(tmp_path / "adapter", "use_qalora")
-    assert all(option in message for option in ("lora_bias", "bias", "use_qalora"))
+    assert all(option in message for option in ("layer_replication", "bias", "use_qalora"))
 
 
 @pytest.mark.parametrize("kind", ["IA3", "PREFIX_TUNING", None])

@@ -27,6 +27,7 @@ from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.linear import LoRAUpdate
 from nanogpt_surgery.lora.several import active_adapters, adapter_names, lora_layers
 from nanogpt_surgery.lora.targets import tied_to
+from nanogpt_surgery.lora.variants import BiasUpdate
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
 from nanogpt_surgery.report import Report
 
@@ -164,7 +165,10 @@ def replace_layers(model: nn.Module, merged: Mapping[str, Tensor]) -> None:
         if not layer.replaces_whole:
             weight = parameters.setdefault(id(merged[name]), nn.Parameter(merged[name]))
             weight.requires_grad_(trainable is None or id(layer.original_layer.weight) in trainable)
-            plain = plain_layer(layer.original_layer, weight)
+            bias = merged_bias(layer)
+            if bias is not None:
+                bias.requires_grad_(trainable is None or id(layer.original_layer.bias) in trainable)
+            plain = plain_layer(layer.original_layer, weight, bias)
         plain_layers[id(layer)] = plain
     for parent in list(model.modules()):
         for child, module in parent._modules.items():
@@ -189,8 +193,28 @@ def restore_requires_grad(model: nn.Module) -> None:
     history_of(model).trainable_before = None
 
 
-def plain_layer(original: Any, weight: nn.Parameter) -> nn.Module:
-    """A new layer of the original's kind, with its bias and another weight."""
+def merged_bias(layer: LoRALayer, dtype: torch.dtype | None = None) -> nn.Parameter | None:
+    """The bias with what the updates that take part add to it, added in float32 and rounded once.
+
+    None where they add nothing.
+
+    Args:
+        layer: with a ΔW.
+        dtype: of the sum; by default the bias's own.
+    """
+    weights = layer.active.weights if isinstance(layer.active, WeightedAdapters) else {}
+    parts = [(w, layer.updates[name]) for name, w in weights.items() if name in layer.updates]
+    added = [w * update.delta_bias() for w, update in parts if isinstance(update, BiasUpdate)]
+    if not added:
+        return None
+    bias = layer.original_layer.bias
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    total = reduce(torch.add, added, bias.detach().to(wide)).detach()
+    return nn.Parameter(total.to(dtype or bias.dtype), requires_grad=False)
+
+
+def plain_layer(original: Any, weight: nn.Parameter, bias: nn.Parameter | None = None) -> nn.Module:
+    """A new layer of the original's kind with another weight, and its bias or another one."""
     plain: nn.Linear | nn.Embedding
     if isinstance(original, nn.Embedding):
         plain = nn.Embedding.from_pretrained(
@@ -201,7 +225,7 @@ def plain_layer(original: Any, weight: nn.Parameter) -> nn.Module:
         )
     else:
         plain = nn.Linear(original.in_features, original.out_features, bias=False, device="meta")
-        plain.bias = original.bias
+        plain.bias = original.bias if bias is None else bias
     plain.weight = weight
     return plain.train(original.training)
 
@@ -394,6 +418,8 @@ def check_weights(
             wider if narrow else trained,
         )
     if whole or any(row["weights changed"] for row in rows):  # a copy is a change, without a ΔW
+        return
+    if any(merged_bias(layer) is not None for layer in with_delta(layers).values()):
         return
     lost = any(row["ΔW / W"] for row in rows)
     dtypes = " and ".join(sorted({str(row["dtype"]) for row in rows}))

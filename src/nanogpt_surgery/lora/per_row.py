@@ -26,7 +26,7 @@ from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
-from nanogpt_surgery.lora.variants import DoRAUpdate, dora_change
+from nanogpt_surgery.lora.variants import BiasUpdate, DoRAUpdate, dora_change
 
 
 @check_arguments
@@ -91,13 +91,12 @@ class PerRowAdapters:
         down = _down_by_row(layer.original_layer, x, a, index)  # (B, …, R)
         up = b.to(y.dtype)[index].transpose(1, 2)  # (B, R, out)
         change = torch.bmm(down.to(y.dtype).reshape(len(index), -1, up.size(1)), up).view_as(y)
+        if (bias := _stacked_biases(updates)) is not None:
+            change = change + _by_row(bias, y, index)
         scale = _stacked_dora_scales(layer, updates)
         if scale is None:
             return y + change
-        scale = scale.to(y.dtype)[index].view(
-            len(index), *[1] * (y.dim() - 2), -1
-        )  # (B, 1, …, out)
-        return y + dora_change(layer.original_layer, y, change, scale)
+        return y + dora_change(layer.original_layer, y, change, _by_row(scale, y, index))
 
     def names(self) -> list[str]:
         """The names in use, each once."""
@@ -149,6 +148,20 @@ def _stacked_dora_scales(layer: LoRALayer, updates: list[Any]) -> Tensor | None:
         return None
     ones = torch.ones_like(updates[0].factors()[1][:, 0])
     return torch.stack([*(ones if scale is None else scale for scale in scales), ones])
+
+
+def _stacked_biases(updates: list[Any]) -> Tensor | None:
+    """What each update adds whatever its input, (N + 1, out), or None if none adds anything."""
+    added = [update.delta_bias() if isinstance(update, BiasUpdate) else None for update in updates]
+    if all(bias is None for bias in added):
+        return None
+    zeros = torch.zeros_like(updates[0].factors()[1][:, 0])
+    return torch.stack([*(zeros if bias is None else bias for bias in added), zeros])
+
+
+def _by_row(vectors: Tensor, y: Tensor, index: Tensor) -> Tensor:
+    """The vector of each row's adapter, `index[b]` of (N, out), (B, 1, …, out) as y has it."""
+    return vectors.to(y.dtype)[index].view(len(index), *[1] * (y.dim() - 2), -1)
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from nanogpt_surgery.lora.targets import (
     unsupported_reason,
 )
 from nanogpt_surgery.lora.variants import (
+    BiasUpdate,
     DoRAUpdate,
     PiSSAUpdate,
     WholeUpdate,
@@ -57,6 +58,7 @@ class LowRankUpdate:
         alpha: the numerator of the scale.
         rslora: the scale's denominator is √R.
         magnitude: DoRA's length for each output, (out), or None.
+        bias: added to B A x, and scaled as it is, (out), or None.
         embedding: the layer is an Embedding; its in are ids.
         dropout: on the input, in training.
         initial: PiSSA: how many of the last rows of A and columns of B are the initial update,
@@ -75,6 +77,7 @@ class LowRankUpdate:
     dropout: float = 0.0
     initial: RankAndAlpha | None = None
     fused_parts: FusedParts | None = None
+    bias: Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -88,7 +91,7 @@ class LowRankUpdate:
 
     def finite(self) -> bool:
         """Whether each of its tensors is, in every number."""
-        tensors = (self.A, self.B, self.magnitude)
+        tensors = (self.A, self.B, self.magnitude, self.bias)
         return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
     @property
@@ -144,7 +147,9 @@ class StoredAdapter:
             return None if tensor is None else tensor.to(torch.float32, copy=True)
 
         updates = {
-            name: replace(u, A=copied(u.A), B=copied(u.B), magnitude=copied(u.magnitude))
+            name: replace(
+                u, A=copied(u.A), B=copied(u.B), magnitude=copied(u.magnitude), bias=copied(u.bias)
+            )
             for name, u in self.updates.items()
         }
         whole = {name: copied(tensor) for name, tensor in self.whole.items()}
@@ -168,7 +173,7 @@ def alpha_for(scaling: float, rank: int, rslora: bool) -> float:
 
 def store(update: LoRAUpdate, layer: nn.Module, rslora: bool) -> LowRankUpdate:
     """A copy of an update as plain tensors; `rslora` says how its adapter writes scales."""
-    plain: Any = update.inner if isinstance(update, DoRAUpdate) else update
+    plain: Any = update.inner if isinstance(update, DoRAUpdate | BiasUpdate) else update
     a, b = (_copy(factor) for factor in plain.factors())
     initial, alpha = None, update.alpha
     if not math.isclose(alpha_for(update.scaling, update.rank, rslora), alpha, rel_tol=1e-12):
@@ -184,6 +189,7 @@ def store(update: LoRAUpdate, layer: nn.Module, rslora: bool) -> LowRankUpdate:
         embedding=isinstance(layer, nn.Embedding),
         dropout=update.dropout.p,
         initial=initial,
+        bias=_copy(update.lora_bias) if isinstance(update, BiasUpdate) else None,
     )
 
 
@@ -214,12 +220,15 @@ def restore(stored: LowRankUpdate, layer: nn.Module) -> LoRAUpdate:
     if stored.magnitude is not None:
         update = DoRAUpdate(update, layer)
         update.lora_magnitude.data = stored.magnitude.to(weight.device).clone()
+    if stored.bias is not None:
+        update = BiasUpdate(update, stored.bias.to(weight.device).clone())
     return update
 
 
 def same(one: LowRankUpdate, other: LowRankUpdate) -> bool:
     """Whether two stored updates are the same to the bit, dropout aside."""
-    pairs = [(one.A, other.A), (one.B, other.B), (one.magnitude, other.magnitude)]
+    factors, vectors = ((one.A, other.A), (one.B, other.B)), (one.magnitude, other.magnitude)
+    pairs = [*factors, vectors, (one.bias, other.bias)]
     alike = [a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs]
     facts = [(u.scaling, u.embedding, u.initial, u.fused_parts) for u in (one, other)]
     return all(alike) and facts[0] == facts[1]
@@ -364,6 +373,8 @@ def _misfits(model: nn.Module, adapter: StoredAdapter) -> Iterator[tuple[str, bo
         if tuple(layer.weight.shape) != wanted:
             actual = tuple(layer.weight.shape)
             yield f"{name} is {actual} in the model and {wanted} in the adapter", False
+        elif update.bias is not None and layer.bias is None:
+            yield f"{name} has no bias, and the adapter changes it (lora_bias)", False
     state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in adapter.whole.items():
         if name not in state or state[name].shape != tensor.shape:

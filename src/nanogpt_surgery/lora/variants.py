@@ -3,6 +3,7 @@
 rsLoRA   s = α / √R                                arXiv:2312.03732
 PiSSA    ΔW = s · (B A − B₀ A₀), from W's principal directions B₀ A₀          arXiv:2404.02948
 DoRA     W' = m · (W + ΔW) / ‖W + ΔW‖, a length m for each output             arXiv:2402.09353
+bias     y = W x + b + s · (B A x + b'), PEFT's `lora_bias`
 whole    a trained copy in the place of a module, PEFT's `modules_to_save`
 
 A length is that of a row of the matrix (out, in). Legend: R rank.
@@ -98,6 +99,31 @@ class PiSSAUpdate(PartUpdate):
         """Whether A or B is elsewhere than at the start."""
         pairs = zip(self.inner.trainable(), self.initial.trainable(), strict=True)
         return any(not torch.equal(now, then) for now, then in pairs)
+
+
+class BiasUpdate(PartUpdate):
+    """An update that also adds a vector to the layer's output: s · (B A x + b')."""
+
+    def __init__(self, inner: LoRAUpdate, bias: Tensor):
+        super().__init__(inner)
+        self.lora_bias = nn.Parameter(bias)  # (out)
+
+    def forward(self, x: Tensor, y: Tensor, layer: nn.Module) -> Tensor:
+        """Returns what is added to the layer's output."""
+        added: Tensor = self.inner(x, y, layer)
+        return added + self.delta_bias().to(y.dtype)
+
+    def delta_bias(self) -> Tensor:
+        """Returns s · b', (out), float32: what a merge adds to the layer's bias."""
+        return self.scaling * self.lora_bias.float()
+
+    def trainable(self) -> list[nn.Parameter]:
+        """A, B and the bias."""
+        return [*self.inner.trainable(), self.lora_bias]
+
+    def moved(self) -> bool:
+        """Whether the part inside has, or there is a bias."""
+        return self.inner.moved() or bool(self.lora_bias.detach().any())
 
 
 class DoRAUpdate(PartUpdate):

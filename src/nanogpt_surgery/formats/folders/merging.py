@@ -65,6 +65,7 @@ from nanogpt_surgery.lora.merging import (
     in_turn,
     logits_of,
     merge_survival,
+    merged_bias,
     replace_layers,
     share_equal,
     with_delta,
@@ -400,9 +401,15 @@ class Merge:
         if layer in with_delta(self.layers) and layer != name:
             tensor = self._add_update(layer)
         else:
-            tensor = self.model.get_parameter(name).detach().to(self.dtypes[name])
+            tensor = self._unchanged(name).detach().to(self.dtypes[name])
         self.hashes[name] = tensor_hash(tensor)
         return tensor
+
+    def _unchanged(self, name: str) -> Tensor:
+        """A tensor without a ΔW; a bias, with what the adapter adds to it."""
+        layer = with_delta(self.layers).get(name.removesuffix(".bias"))
+        bias = layer and name.endswith(".bias") and merged_bias(layer, self.dtypes[name])
+        return bias if isinstance(bias, Tensor) else self.model.get_parameter(name)
 
     def check_rows(self) -> None:
         """Checks what became of the weights, unless forced; see `check_weights`."""

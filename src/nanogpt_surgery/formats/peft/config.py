@@ -43,7 +43,7 @@ _SAVE_AGAIN = "restore it from a copy, or save the adapter again where it was ma
 # Options that change the result and that we do not have; unset, they say nothing. Which layers were
 # chosen (layers_to_transform, exclude_modules, …) shows in the tensors.
 _CHANGE_THE_RESULT = """
-    lora_bias layer_replication target_parameters trainable_token_indices alora_invocation_tokens
+    layer_replication target_parameters trainable_token_indices alora_invocation_tokens
     arrow_config use_qalora velora_config use_bdlora kasa_config monteclora_config
 """.split()
 _NO_TARGETS = "dummy-target-modules"  # PEFT's word for an adapter without any update
@@ -88,6 +88,7 @@ def config_for(
         "modules_to_save": sorted({name.rpartition(".")[0] for name in adapter.whole}) or None,
         "init_lora_weights": True,
         "inference_mode": True,
+        **({"lora_bias": True} if any(u.bias is not None for u in updates.values()) else {}),
     }
 
 
@@ -149,7 +150,7 @@ def _wrong(config: dict[str, Any]) -> list[str]:
     alphas = {f"alpha_pattern of {quoted(key)}": value for key, value in patterns.items()}
     problems += wrong_values(NOT_0, {"lora_alpha": config.get("lora_alpha", 8), **alphas})
     problems += wrong_values(SHARE, {"lora_dropout": config.get("lora_dropout") or 0})
-    switches = ("use_rslora", "use_dora", "ensure_weight_tying")
+    switches = ("use_rslora", "use_dora", "lora_bias", "ensure_weight_tying")
     problems += wrong_values(SWITCH, {key: config.get(key) or False for key in switches})
     return problems + wrong_values(_NAMES, {"modules_to_save": config.get("modules_to_save")})
 
@@ -175,6 +176,8 @@ def _check_unknown(config: dict[str, Any], folder: Path) -> None:
     found = [key for key in _CHANGE_THE_RESULT if config.get(key)]
     if config.get("bias", "none") != "none":
         found.append("bias")
+    if config.get("lora_bias") and config.get("use_dora"):
+        found.append("lora_bias beside use_dora")
     if config.get("init_lora_weights", True) not in _HARMLESS_INITS:
         found.append(f"init_lora_weights {quoted(config['init_lora_weights'])}")
     if found:

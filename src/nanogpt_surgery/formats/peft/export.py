@@ -138,11 +138,13 @@ def _folded(model: SimpleGPT) -> dict[str, Factors]:
     """A (R, in) and s · B (out, R), for each layer.
 
     Raises:
-        SurgeryError: DoRA, an embedding or a module replaced whole: these formats have A and B.
+        SurgeryError: DoRA, a bias, an embedding or a module replaced whole: these formats have A
+            and B alone.
     """
     adapter = extract_adapter(model)
     others = {
         "DoRA": [name for name, u in adapter.updates.items() if u.magnitude is not None],
+        "what is added to a bias": [n for n, u in adapter.updates.items() if u.bias is not None],
         "an embedding's LoRA": [name for name, u in adapter.updates.items() if u.embedding],
         "a module replaced whole": list(adapter.whole),
     }

@@ -141,6 +141,10 @@ def _fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankU
     norms = None
     if any(part.magnitude is not None for part in present):
         norms = torch.cat([_row_norms(m, p) for m, p in zip(matrices, parts, strict=True)])
+    bias = None
+    if any(part.bias is not None for part in present):
+        pairs = zip(matrices, parts, strict=True)
+        bias = torch.cat([_bias(part, matrix.size(0), scale) for matrix, part in pairs])
     return LowRankUpdate(
         a,
         b,
@@ -149,6 +153,7 @@ def _fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankU
         magnitude=norms,
         dropout=max(part.dropout for part in present),
         fused_parts=tuple((p.rank, p.alpha, p.initial) if p else None for p in parts),
+        bias=bias,
     )
 
 
@@ -171,6 +176,13 @@ def _factors(part: LowRankUpdate, scale: float) -> Factors:
     return part.A, part.B if ratio == 1 else part.B * ratio
 
 
+def _bias(part: LowRankUpdate | None, rows: int, scale: float) -> Tensor:
+    """What a part adds to the bias, as it is with another scale; zeros where it adds nothing."""
+    if part is None or part.bias is None:
+        return torch.zeros(rows)
+    return part.bias if part.scaling == scale else part.bias * (part.scaling / scale)
+
+
 def _row_norms(matrix: Tensor, part: LowRankUpdate | None) -> Tensor:
     """The lengths of the rows of W + ΔW: those that were learned, or else those they have."""
     if part is not None and part.magnitude is not None:
@@ -184,9 +196,11 @@ def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
     count = len(names)
     rows_of_b = update.B.chunk(count)
     norms = [None] * count if update.magnitude is None else update.magnitude.chunk(count)
+    biases = _bias_parts(update, count)
     if update.fused_parts is None:
         shares = {
-            name: _share(update, b, m) for name, b, m in zip(names, rows_of_b, norms, strict=True)
+            name: _share(replace(update, bias=bias), b, m)
+            for name, b, m, bias in zip(names, rows_of_b, norms, biases, strict=True)
         }
         return {name: share for name, share in shares.items() if share is not None}
     if len(update.fused_parts) != count:
@@ -197,17 +211,28 @@ def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
         )
     parts: Updates = {}
     start = 0
-    for name, b, m, piece in zip(names, rows_of_b, norms, update.fused_parts, strict=True):
+    rows = zip(names, rows_of_b, norms, biases, update.fused_parts, strict=True)
+    for name, b, m, bias, piece in rows:
         if piece is not None:
             rank, alpha, initial = piece
             taken = slice(start, start := start + rank)
             part = replace(
                 update, A=update.A[taken].clone(), B=b[:, taken].clone(), alpha=alpha,
-                magnitude=m, initial=initial, fused_parts=None,
+                magnitude=m, initial=initial, fused_parts=None, bias=bias,
             )  # fmt: skip
             ratio = part.scaling / update.scaling
-            parts[name] = part if abs(ratio - 1) < 1e-9 else replace(part, B=part.B / ratio)
+            if abs(ratio - 1) >= 1e-9:
+                bias = None if bias is None else bias / ratio
+                part = replace(part, B=part.B / ratio, bias=bias)
+            parts[name] = part
     return parts
+
+
+def _bias_parts(update: LowRankUpdate, count: int) -> list[Tensor | None]:
+    """The shares of what is added to a fused bias; None where one is zero."""
+    if update.bias is None:
+        return [None] * count
+    return [part.clone() if bool(part.any()) else None for part in update.bias.chunk(count)]
 
 
 def _share(update: LowRankUpdate, b: Tensor, magnitude: Tensor | None) -> LowRankUpdate | None:
@@ -217,7 +242,7 @@ def _share(update: LowRankUpdate, b: Tensor, magnitude: Tensor | None) -> LowRan
     that none belongs to has no update.
     """
     own = (b != 0).any(0) | ~(update.B != 0).any(0)  # (R)
-    if magnitude is not None:
+    if magnitude is not None or update.bias is not None:
         own = torch.ones_like(own)
     if not own.any():
         return None

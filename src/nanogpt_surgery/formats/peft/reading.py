@@ -48,6 +48,7 @@ PREFIX = "base_model.model."
 FACTOR_A, FACTOR_B = ".lora_A.weight", ".lora_B.weight"
 EMBEDDING_A, EMBEDDING_B = ".lora_embedding_A", ".lora_embedding_B"
 MAGNITUDE = ".lora_magnitude_vector"
+BIAS = ".lora_B.bias"
 _BASE = ".base_layer.weight"
 _LONGEST_NAME = 1_000  # characters
 _MOST_COPIED = 64 << 20  # bytes that lie across their numbers' bounds, so that they are copied
@@ -211,8 +212,17 @@ def _take_updates(
                 dropout=float(config.get("lora_dropout") or 0.0),
                 initial=initial,
                 fused_parts=fused_parts,
+                bias=_take_bias(tensors, name, b) if config.get("lora_bias") else None,
             )
     return found
+
+
+def _take_bias(tensors: dict[str, Tensor], name: str, b: Tensor) -> Tensor | None:
+    """Takes what is added to B A x; None for zeros, which PEFT writes for each layer."""
+    bias = tensors.pop(name + BIAS, None)
+    if bias is None or bias.shape != b.shape[:1]:
+        raise SurgeryError(f"{name} has no lora_B.bias of length {b.size(0)}", _FROM_A_COPY)
+    return bias if bool(bias.any()) else None
 
 
 def _take_factors(

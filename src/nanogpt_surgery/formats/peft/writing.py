@@ -21,6 +21,7 @@ from nanogpt_surgery.formats.huggingface.tokenizer_files import CHAT_TEMPLATE
 from nanogpt_surgery.formats.peft.config import CONFIG, EXTRAS, config_for, extras_of
 from nanogpt_surgery.formats.peft.layout import adapter_to_theirs, base_fingerprint, rows_of
 from nanogpt_surgery.formats.peft.reading import (
+    BIAS,
     EMBEDDING_A,
     EMBEDDING_B,
     FACTOR_A,
@@ -90,6 +91,7 @@ def write_adapter_files(
     adapter = adapter_to_theirs(extract_adapter(model, name), model)
     adapter = replace(adapter, fingerprint=base_fingerprint(model, adapter.updates))
     _check_finite(adapter)
+    _check_biases(adapter)
     # PEFT's class for language models asks this of what it wraps.
     generates = isinstance(model, SimpleGPT) or hasattr(model, "prepare_inputs_for_generation")
     task = "CAUSAL_LM" if generates else None
@@ -120,6 +122,19 @@ def _check_finite(adapter: StoredAdapter) -> None:
             f"{', …' if names[8:] else ''}",
             "go back to a checkpoint before it broke, and train on with a lower learning rate",
         )
+
+
+def _check_biases(adapter: StoredAdapter) -> None:
+    """Raises `SurgeryError` for biases that PEFT has no place for."""
+    updates = adapter.updates.items()
+    if any(update.bias is not None for _, update in updates):
+        others = [name for name, u in updates if u.embedding or u.magnitude is not None]
+        if others:
+            raise SurgeryError(
+                f"an adapter that changes biases (lora_bias) has no place for {others[0]}, an "
+                "embedding's or a DoRA's update",
+                "merge_lora(model), or make them two adapters",
+            )
 
 
 def _differences(one: StoredAdapter, other: StoredAdapter) -> list[str]:
@@ -231,11 +246,15 @@ def check_unsavable(model: nn.Module) -> None:
 def tensors_of(adapter: StoredAdapter) -> dict[str, Tensor]:
     """The tensors of an adapter under the names that they have in PEFT's file."""
     tensors = {}
+    biased = any(update.bias is not None for update in adapter.updates.values())
     for name, update in adapter.updates.items():
         keys = (EMBEDDING_A, EMBEDDING_B) if update.embedding else (FACTOR_A, FACTOR_B)
         tensors[f"{PREFIX}{name}{keys[0]}"] = update.A.contiguous()
         tensors[f"{PREFIX}{name}{keys[1]}"] = update.B.contiguous()
         if update.magnitude is not None:
             tensors[f"{PREFIX}{name}{MAGNITUDE}"] = update.magnitude.contiguous()
+        if biased:  # PEFT has one for each layer
+            zeros = torch.zeros(update.B.size(0))
+            tensors[f"{PREFIX}{name}{BIAS}"] = zeros if update.bias is None else update.bias
     whole = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.whole.items()}
     return tensors | whole
