@@ -29,6 +29,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
+from nanogpt_surgery.surgery import ablate, combine, compress
 
 pytestmark = [  # PEFT's own, none of which ours can help
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -131,3 +132,27 @@ def test_a_layer_without_one_is_an_untouched_one(tmp_path):
     save_file(tensors | {f"{name}.bias": torch.ones(60) for name in names}, file)
     with pytest.raises(SurgeryError, match=r"q_proj has no bias"):
         load_adapter(tiny_model(CONFIGS["llama"]), tmp_path / "adapter")
+
+
+def test_a_direction_is_cut_from_the_biases_in_peft_too(place, tmp_path):
+    model, direction = open_model(place / "base")[0], torch.randn(24)
+    ablate(model, "cut", direction=direction)
+    save_adapter(model, tmp_path / "cut")
+    base = AutoModelForCausalLM.from_pretrained(place / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "cut").eval()
+    assert_equal_logits(logits(theirs), logits(model))
+    for block in theirs.base_model.model.transformer.h:
+        for layer in (block.attn.c_proj, block.mlp.c_proj):
+            out = layer(torch.randn(5, layer.in_features))
+            assert (out @ direction).abs().max() <= 1e-6 * out.norm() * direction.norm()
+
+
+@pytest.mark.parametrize("kind", ["combine", "compress"])
+def test_adapters_made_of_it_keep_the_bias(kind, place):
+    model, expected = adapted(place)
+    if kind == "combine":
+        combine(model, {"default": 2.0}, "made")
+        blend_lora(model, {"made": 0.5})
+    else:
+        compress(model, "default", "made", energy=1.0)
+    torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)

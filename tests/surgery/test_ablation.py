@@ -56,19 +56,27 @@ def test_heads_and_neurons_add_nothing_any_more(model):
 
 
 @torch.no_grad()
-def test_no_block_writes_along_the_direction_but_for_its_biases(model):
+def test_no_block_writes_along_the_direction_any_more(model, tmp_path):
     ids, direction = random_ids(model.config, 2, 7), torch.randn(model.config.n_embd)
     report = ablate(model, direction=3 * direction)
     unit = direction / direction.norm()
+    cut = model(ids)
     with record(model, ["layers.*.self_attn", "layers.*.mlp"]) as found:
         model(ids)
     for row in report.rows:
         path = row["layer"].rpartition(".")[0]
-        along = found[path] @ unit
-        bias = torch.full_like(along, row["bias along it"])
-        torch.testing.assert_close(along, bias, atol=1e-5, rtol=1e-5)
+        assert (found[path] @ unit).abs().max() <= 1e-6 * found[path].norm()
+        layer = model.get_submodule(row["layer"]).original_layer
+        bias = 0.0 if layer.bias is None else float(layer.bias @ unit)
+        assert row["bias along it"] == pytest.approx(bias, abs=1e-6)
     expected = (model.embed_tokens.weight @ unit).square().mean().sqrt()
     assert report.summary["embedding along it"] == pytest.approx(float(expected), rel=1e-4)
+    save_adapter(model, tmp_path / "cut")
+    again = tiny_model(model.config)
+    load_adapter(again, tmp_path / "cut")
+    assert torch.equal(again(ids), cut)
+    merge_lora(model)
+    torch.testing.assert_close(model(ids), cut, atol=1e-4, rtol=1e-4)
 
 
 @torch.no_grad()

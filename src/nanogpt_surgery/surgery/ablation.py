@@ -4,7 +4,8 @@ What o_proj or down_proj gives is changed by a ΔW of low rank beside it, so an 
 adapter like any other: it is scaled, blended, saved, merged and undone.
 
     heads, neurons   ΔW = −W P     P selects the columns of o_proj, or of down_proj, that are cut
-    a direction u    ΔW = −u uᵀ W  nothing that the layer writes points along u any more
+    a direction u    ΔW = −u uᵀ W  nothing that the layer writes points along u any more;
+                     Δb = −u uᵀ b  nor does its bias (PEFT's lora_bias), where it has one
 
 Legend: C width, D head width, R rank.
 """
@@ -47,8 +48,9 @@ def ablate(
 ) -> Report:
     """Puts an adapter on a model that takes parts of the model's own weights away, and acts alone.
 
-    Biases stay: those of o_proj and down_proj are no head's and no neuron's, and what they, and the
-    embedding, write along the direction is in the report.
+    A direction is cut from the layers' biases too. With heads and neurons biases stay: those of
+    o_proj and down_proj are no head's and no neuron's. What the embedding writes along the
+    direction stays, and is in the report.
 
     Args:
         model: changed in place; adapters that it carries wait.
@@ -62,7 +64,7 @@ def ablate(
 
     Returns:
         A row for each cut layer: its rank, ‖ΔW‖ / ‖W‖, what is left of what was cut beside ‖W‖, and
-        what its bias writes along the direction.
+        what its bias wrote along the direction, which is cut too.
 
     Raises:
         SurgeryError: a head, neuron, layer or direction is not there, nothing is cut, layers are
@@ -157,10 +159,27 @@ def _cut(
     weight = layer.weight.detach().float().cpu()
     a, b = _without(weight, columns, along)
     row = _checked(path, weight, (a, b), columns, along)
+    change = None
     if along is not None:
-        bias = layer.bias
-        row["bias along it"] = 0.0 if bias is None else float(bias.detach().float().cpu() @ along)
-    return LowRankUpdate(a, b, alpha=float(len(a))), row
+        bias = torch.zeros_like(along) if layer.bias is None else layer.bias.detach().float().cpu()
+        row["bias along it"] = float(bias @ along)
+        change = _bias_without(path, bias, along) if bool(bias.any()) else None
+    return LowRankUpdate(a, b, alpha=float(len(a)), bias=change), row
+
+
+def _bias_without(path: str, bias: Tensor, along: Tensor) -> Tensor:
+    """Returns the Δb that takes a direction away, (out).
+
+    Raises:
+        SurgeryError: more than rounding is left of it.
+    """
+    change = -(along @ bias) * along
+    left, size = float((along @ (bias + change)).abs()), float(bias.norm())
+    if not left <= LEFT * size:
+        raise SurgeryError(
+            f"{left:.3g} is left of what was cut from the bias of {path}, whose size is {size:.3g}"
+        )
+    return change
 
 
 def _unit(direction: Tensor, width: int) -> Tensor:

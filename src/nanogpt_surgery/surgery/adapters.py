@@ -128,7 +128,7 @@ def _combination(
     for layer in dict.fromkeys(path for updates in stored.values() for path in updates):
         parts = [(w, stored[n][layer]) for n, w in weights.items() if layer in stored[n]]
         factors, row = _combined(parts, method, rank, density, draw)
-        made[layer] = _update(factors, parts[0][1].embedding)
+        made[layer] = _update(factors, parts[0][1].embedding, _bias(parts))
         rows.append({"layer": layer, **row})
     title = f"combine {' + '.join(f'{w:g} {n}' for n, w in weights.items())} as {name}"
     return MadeAdapter(title, _stored(model, made, weights), rows)
@@ -190,7 +190,7 @@ def _compressed(
     for layer, update in updates.items():
         exact = _factors(update)
         factors = truncated(exact, rank, energy)
-        made[layer] = _update(factors, update.embedding)
+        made[layer] = _update(factors, update.embedding, _bias([(1.0, update)]))
         rows.append({"layer": layer, **_row(exact, factors)})
     title = f"compress {adapter} as {name}"
     return MadeAdapter(title, _stored(model, made, [adapter]), rows)
@@ -253,7 +253,7 @@ def _without_intruders(model: nn.Module, adapter: str, name: str, keep: float) -
         found = intruders_of(weight.T if update.embedding else weight, exact[1] @ exact[0])
         cut = tuple(torch.cat(pair, dim) for pair, dim in _pairs(exact, found, 1 - keep))
         factors = exact if not len(found[1]) else truncated((cut[0], cut[1]), None, None)
-        made[layer] = _update(factors, update.embedding)
+        made[layer] = _update(factors, update.embedding, _bias([(1.0, update)]))
         left = intruders_of(weight.T if update.embedding else weight, factors[1] @ factors[0])
         row = _row(exact, factors)
         counts = {"intruders": len(found[1]), "left": len(left[1])}
@@ -426,9 +426,15 @@ def _factors(update: LowRankUpdate, weight: float = 1.0) -> Factors:
     return update.A, weight * update.scaling * update.B
 
 
-def _update(factors: Factors, embedding: bool) -> LowRankUpdate:
+def _update(factors: Factors, embedding: bool, bias: Tensor | None = None) -> LowRankUpdate:
     a, b = factors
-    return LowRankUpdate(a, b, alpha=float(len(a)), embedding=embedding)
+    return LowRankUpdate(a, b, alpha=float(len(a)), embedding=embedding, bias=bias)
+
+
+def _bias(parts: list[tuple[float, LowRankUpdate]]) -> Tensor | None:
+    """Returns Σ wᵢ bᵢ of what some updates add to a layer's bias, however ΔW is combined."""
+    added = [weight * u.scaling * u.bias for weight, u in parts if u.bias is not None]
+    return torch.stack(added).sum(0) if added else None
 
 
 def _stacked(parts: list[tuple[float, LowRankUpdate]]) -> Factors:

@@ -104,9 +104,11 @@ def _changes(model: SimpleGPT, as_matrices: bool) -> dict[str, Factors | Tensor]
     wrong = [path for path, wrapper in layers.items() if not _is_linear(wrapper, name)]
     if model.config.tie_head:
         wrong += [path for path in layers if path == "lm_head"]
+    wrong += [path for path, update in adapter.updates.items() if update.bias is not None]
     if wrong:
         raise SurgeryError(
-            f"vLLM and SGLang adapt Linears that are tied to nothing, and not {listed(wrong)}",
+            "vLLM and SGLang adapt the weights of Linears that are tied to nothing, and not "
+            f"{listed(wrong)}",
             MERGE,
         )
     plain = {p: u for p, u in adapter.updates.items() if u.magnitude is None}
