@@ -151,7 +151,7 @@ def _stacked_dora_scales(layer: LoRALayer, updates: list[Any]) -> Tensor | None:
 
 
 def _stacked_biases(updates: list[Any]) -> Tensor | None:
-    """What each update adds whatever its input, (N + 1, out), or None if none adds anything."""
+    """The vector that each update adds whatever its input, (N + 1, out), or None if none does."""
     added = [update.delta_bias() if isinstance(update, BiasUpdate) else None for update in updates]
     if all(bias is None for bias in added):
         return None

@@ -177,7 +177,7 @@ def _factors(part: LowRankUpdate, scale: float) -> Factors:
 
 
 def _bias(part: LowRankUpdate | None, rows: int, scale: float) -> Tensor:
-    """What a part adds to the bias, as it is with another scale; zeros where it adds nothing."""
+    """Returns a part's change of the bias, as it is with another scale; zeros where there is none."""
     if part is None or part.bias is None:
         return torch.zeros(rows)
     return part.bias if part.scaling == scale else part.bias * (part.scaling / scale)
@@ -229,7 +229,7 @@ def split(update: LowRankUpdate, names: tuple[str, ...]) -> Updates:
 
 
 def _bias_parts(update: LowRankUpdate, count: int) -> list[Tensor | None]:
-    """The shares of what is added to a fused bias; None where one is zero."""
+    """The shares of a fused bias's change; None where one is zero."""
     if update.bias is None:
         return [None] * count
     return [part.clone() if bool(part.any()) else None for part in update.bias.chunk(count)]
