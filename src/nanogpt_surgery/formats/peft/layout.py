@@ -177,7 +177,7 @@ def _factors(part: LowRankUpdate, scale: float) -> Factors:
 
 
 def _bias(part: LowRankUpdate | None, rows: int, scale: float) -> Tensor:
-    """Returns a part's change of the bias, as it is with another scale; zeros where there is none."""
+    """Returns a part's change of the bias at another scale; zeros where there is none."""
     if part is None or part.bias is None:
         return torch.zeros(rows)
     return part.bias if part.scaling == scale else part.bias * (part.scaling / scale)
