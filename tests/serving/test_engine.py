@@ -205,7 +205,7 @@ def test_texts_that_begin_alike_at_once_compute_the_beginning_once(engine, monke
     monkeypatch.setattr(rows_of_serving, "MOST_TOKENS", 8)
     monkeypatch.setattr("nanogpt_surgery.serving.engine.WORTH_WAITING", 2)
     serving = engine(tiny_model(LLAMA))
-    first, go = held(serving)
+    _, go = held(serving)
     prompt = tuple(range(15))
     samples = [serving.submit(Request(prompt, 3, SETTINGS, seed=n)) for n in range(3)]
     go.set()
@@ -248,28 +248,26 @@ def test_nothing_is_stale_after_an_operation(engine, computed_by):
             m.layers[1].mlp.down_proj.original_layer.weight.mul_(1.5)
             m.layers[0].self_attn.q_proj.updates["one"].scaling *= 3
 
-    for change in (grow, lambda m: merge_lora(m), undo_lora):
+    for change, asked in (
+        *((grow, [request, with_one]), (merge_lora, [request]), (undo_lora, [request, with_one])),
+    ):
         serving.operate(change).result(60)
-        for asked in (request, with_one) if change is not merge_lora else (request,):
-            try:
-                found = all_of(serving.submit(asked))
-            except SurgeryError:
-                assert not serving._hashes.adapters, "merged: there is none"
-                continue
-            assert found == fresh(engine, model, asked, computed_by)
+        for one in asked:
+            found = all_of(serving.submit(one))
+            assert found == fresh(engine, model, one, computed_by)
             assert found not in before
 
 
 def test_an_operation_waits_for_texts_that_run_and_others_for_it(engine):
     serving, order = engine(tiny_model(LLAMA)), []
     first, go = held(serving)
-    done = serving.operate(lambda m: order.append((first.reason, later.tokens)) or m.config)
+    done = serving.operate(lambda m: order.append((first.reason, len(later.tokens))) or m.config)
     later = serving.submit(Request(PROMPTS[1], 2, GREEDY))
     assert not done.done()
     go.set()
     assert done.result(60) == LLAMA
     assert len(later.result(60)) == 2
-    assert order == [("length", [])] or order[0][0] == "length"
+    assert order == [("length", 0)]
 
 
 def test_an_operation_that_fails_says_so_and_the_engine_goes_on(engine):
@@ -321,9 +319,10 @@ def test_a_client_that_leaves_frees_its_row_within_a_token(engine):
 
 def test_a_text_ends_when_its_time_is_over_begun_or_not(engine):
     serving = engine(tiny_model(LLAMA), rows=1)
-    first, go = held(serving, seconds=0.001)
-    waits = serving.submit(Request(PROMPTS[0], 2, seconds=0.001))
-    threading.Event().wait(0.01)
+    first, go = held(serving)
+    waits = serving.submit(Request(PROMPTS[0], 2))
+    for answer in (first, waits):
+        answer.submitted -= 601
     go.set()
     assert len(ids(first)) == 1 and first.reason == "time"
     assert ids(waits) == [] and waits.reason == "time"
@@ -361,8 +360,8 @@ def test_a_poisoned_row_ends_alone(engine, computed_by):
         assert answer.reason == "failed" and answer.tokens == []
     with pytest.raises(SurgeryError, match="in until"):
         raising.result(60)
-    for answer, request in zip(answers[:2], asked, strict=False):
-        assert all_of(answer) == fresh(engine, model, request, computed_by)
+    for found, request in zip(list(map(all_of, answers[:2])), asked, strict=False):
+        assert found == fresh(engine, model, request, computed_by)
     assert serving.figures()['requests_total{outcome="failed"}'] == 3
 
 
@@ -398,7 +397,7 @@ def test_memory_of_caches_is_bounded_and_known_before(engine):
     serving = engine(model, cache_bytes=20 * a_token)
     with pytest.raises(SurgeryError, match="GiB"):
         engine(model, cache_bytes=9 * a_token).submit(Request(PROMPTS[1], 4))
-    first, go = held(serving)
+    _, go = held(serving)
     asked = [Request((n, *PROMPTS[1]), 5, GREEDY) for n in range(4)]  # 12 tokens each
     seen = []
     answers = [
