@@ -270,6 +270,22 @@ def test_an_operation_waits_for_texts_that_run_and_others_for_it(engine):
     assert order == [("length", 0)]
 
 
+@pytest.mark.parametrize("computed_by", ENGINES)
+def test_the_model_is_read_between_two_tokens(engine, computed_by):
+    model = adapted()
+    serving, until = engine(model, engine=computed_by), Held()
+    request = Request(PROMPTS[1], 5, GREEDY, adapters={"one": 1.0}, until=until)
+    answer = serving.submit(request)
+    assert until.reached.wait(60)
+    read = serving.look(lambda m: (m(torch.tensor([[3]])), len(answer.tokens)))
+    until.go.set()
+    logits, tokens = read.result(60)
+    assert torch.equal(logits, model(torch.tensor([[3]]))) and tokens == 1
+    with pytest.raises(ZeroDivisionError):
+        serving.look(lambda m: 1 / 0).result(60)
+    assert all_of(answer) == fresh(engine, model, request, computed_by)
+
+
 def test_an_operation_that_fails_says_so_and_the_engine_goes_on(engine):
     serving = engine(tiny_model(LLAMA))
     with pytest.raises(ZeroDivisionError):
@@ -473,74 +489,83 @@ def test_many_loops_and_threads_take_the_same_answer(engine):
     assert found == [ids(answer)] * 5
 
 
+def some_requests(draw):
+    """Twelve requests with any prompts and adapters."""
+    prompts = [tuple(draw.choices(range(53), k=draw.randint(1, 9))) for _ in range(12)]
+    seeds = {"seed": draw.randint(0, 99)}
+    return [
+        Request(prompt, draw.randint(1, 8), SETTINGS, adapters=draw.choice(BLENDS), **seeds)
+        for prompt in prompts
+    ]
+
+
+class Turned:
+    """An operation: some weights become their negatives, and with the next call themselves."""
+
+    def __init__(self, model):
+        self.weight = model.layers[1].mlp.down_proj.original_layer.weight
+        self.first = self.weight.detach().clone()
+
+    def __call__(self, model):
+        with torch.no_grad():
+            first = torch.equal(self.weight, self.first)
+            self.weight.copy_(-self.first if first else self.first)
+
+
+def use_at_random(serving, asked, turn, draw, answers):
+    """Submits, leaves, operates; the answers are added with the numbers of their requests."""
+    for _ in range(40):
+        number = draw.randrange(len(asked))
+        try:
+            if draw.random() < 0.1:
+                serving.operate(turn)
+            answer = serving.submit(asked[number])
+        except QueueFull:
+            continue
+        except EngineClosed:
+            return
+        answers.append((number, answer))
+        for _ in answer:
+            if draw.random() < 0.05:
+                answer.cancel()
+            if draw.random() < 0.02:
+                break
+
+
 @needs_decoder
 @pytest.mark.parametrize("seed", range(3))
-def test_under_stress_no_answer_is_lost_and_each_is_right(seed):
-    """Clients submit, leave, and operate at random: each text is that of one of two models."""
+def test_under_stress_no_answer_is_lost_and_each_is_right(engine, seed):
+    """Each text is, to the bit, that of one of the two models that the operations make."""
     model, draw = adapted(), random.Random(seed)
-    asked = [
-        Request(tuple(draw.choices(range(53), k=draw.randint(1, 9))), draw.randint(1, 8), SETTINGS,
-                seed=draw.randint(0, 99), adapters=draw.choice(BLENDS))
-        for _ in range(12)
-    ]  # fmt: skip
-    weight = model.layers[1].mlp.down_proj.original_layer.weight
-    first = weight.detach().clone()
-
-    def turn(m):
-        with torch.no_grad():
-            weight.copy_(-first if torch.equal(weight, first) else first)
-
-    right = []
+    asked, turn, right = some_requests(draw), Turned(model), []
     for _ in range(2):
         turn(model)
-        alone = Engine(model, rows=1)
+        alone = engine(model, rows=1)
         right.append([all_of(alone.submit(request)) for request in asked])
         alone.close()
-    a_token = 2 * 2 * 2 * 10 * 4
-    serving = Engine(model, rows=4, waiting=6, cache_bytes=60 * a_token)
-    answers, wrong = [], []
-
-    def client(draw):
-        for _ in range(40):
-            number = draw.randrange(len(asked))
-            try:
-                if draw.random() < 0.1:
-                    serving.operate(turn)
-                answer = serving.submit(asked[number])
-            except QueueFull:
-                continue
-            except EngineClosed:
-                return
-            answers.append((number, answer))
-            for taken, _ in enumerate(answer):
-                if draw.random() < 0.05:
-                    answer.cancel()
-                if draw.random() < 0.02 and taken:
-                    break
-
-    threads = [
-        threading.Thread(target=client, args=(random.Random(100 * seed + n),)) for n in range(6)
+    room = 60 * 2 * 2 * 2 * 10 * 4
+    serving, answers = engine(model, rows=4, waiting=6, cache_bytes=room), []
+    clients = [
+        threading.Thread(
+            target=use_at_random, args=(serving, asked, turn, random.Random(n), answers)
+        )
+        for n in range(100 * seed, 100 * seed + 6)
     ]
-    for thread in threads:
-        thread.start()
-    if draw.random() < 0.5:
-        threads[0].join(60)
-    else:
-        while len(answers) < 60:
-            threads[0].join(0.001)
-        serving.close(draw.choice([0, 60]))
-    for thread in threads:
-        thread.join(60)
+    for client in clients:
+        client.start()
+    while seed and len(answers) < 60 and clients[0].is_alive():
+        clients[0].join(0.001)
+    if seed:
+        serving.close(60 * (seed - 1))
+    for client in clients:
+        client.join(60)
     serving.close(60)
-    assert not any(thread.is_alive() for thread in threads)
+    assert not any(client.is_alive() for client in clients)
     for number, answer in answers:
-        texts = [model[number] for model in right]
-        if answer.reason in ("stop", "length"):
-            wrong += [number] if answer.tokens not in texts else []
-        else:
-            assert answer.reason == "cancelled"
-            assert any(answer.tokens == text[: len(answer.tokens)] for text in texts)
-    assert not wrong
-    counts = {k: n for k, n in serving.figures().items() if k.startswith("requests_total")}
-    assert sum(counts.values()) - counts['requests_total{outcome="full"}'] == len(answers)
-    assert serving.figures()["cache_bytes"] <= 60 * a_token
+        ends = [text[number][: len(answer.tokens)] for text in right]
+        whole = answer.reason in ("stop", "length")
+        assert answer.tokens in ([text[number] for text in right] if whole else ends)
+        assert whole or answer.reason == "cancelled"
+    counts = serving.figures()
+    ended = (n for k, n in counts.items() if k.startswith("requests_total") and "full" not in k)
+    assert sum(ended) == len(answers) and counts["cache_bytes"] <= room

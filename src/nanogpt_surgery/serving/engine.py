@@ -36,6 +36,7 @@ from nanogpt_surgery.values import POSITIVE, WEIGHT, raise_all, wrong_values
 
 __all__ = ["Answer", "Engine", "EngineClosed", "QueueFull", "Request"]
 T = TypeVar("T")
+Job = tuple[Future[Any], Callable[[SimpleGPT], Any]]
 LOG = logging.getLogger(__name__)
 WORTH_WAITING = 16  # tokens that another text is about to compute
 
@@ -78,7 +79,7 @@ class Engine:
         self._lock = threading.Condition()
         self._waiting = deque[Answer]()
         self._running: list[Row] = []
-        self._operations = deque[tuple[Future[Any], Callable[[SimpleGPT], Any]]]()
+        self._operations, self._looks = deque[Job](), deque[Job]()
         self._closed, self._at_once = False, False
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
@@ -117,11 +118,22 @@ class Engine:
         Raises:
             EngineClosed: the engine has been closed.
         """
+        return self._queued(self._operations, change)
+
+    def look(self, read: Callable[[SimpleGPT], T]) -> Future[T]:
+        """Has a function read the model between two tokens; it leaves the model as it is.
+
+        Raises:
+            EngineClosed: the engine has been closed.
+        """
+        return self._queued(self._looks, read)
+
+    def _queued(self, queue: deque[Job], call: Callable[[SimpleGPT], T]) -> Future[T]:
         done = Future[T]()
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine is closed")
-            self._operations.append((done, change))
+            queue.append((done, call))
             self._lock.notify_all()
         return done
 
@@ -202,14 +214,16 @@ class Engine:
                 if self._at_once or not self._in_hand():
                     break
             self._end_those_over()
+            if self._looks:
+                self._do(self._looks)
             if self._operations and not self._running:
-                self._operate()
+                self._do(self._operations)
             self._admit()
             self._step()
         self._end_all()
 
     def _in_hand(self) -> bool:
-        return bool(self._running or self._waiting or self._operations)
+        return bool(self._running or self._waiting or self._operations or self._looks)
 
     def _end_those_over(self) -> None:
         """Ends rows, and requests that wait, whose client has left or whose time is over."""
@@ -224,17 +238,18 @@ class Engine:
             if reason := _over(row.answer, now):
                 self._end(row, reason)
 
-    def _operate(self) -> None:
+    def _do(self, queue: deque[Job]) -> None:
+        """Calls the oldest function of a queue; what depends on the model is new after a change."""
         with self._lock:
-            done, change = self._operations.popleft()
+            done, call = queue.popleft()
         if not done.set_running_or_notify_cancel():
             return
         try:
             try:
-                result = change(self.model)
+                result = call(self.model)
             finally:
-                asked = self._asked if self._asked == "plain" else "auto"
-                self._take_model(asked)  # what the decoder no longer computes, the model does
+                if queue is self._operations:
+                    self._take_model("plain" if self._asked == "plain" else "auto")
         except BaseException as error:
             done.set_exception(error)
         else:
@@ -355,13 +370,13 @@ class Engine:
     def _end_all(self) -> None:
         """Ends what is left, so that nobody waits for ever."""
         with self._lock:
-            waiting, operations = [*self._waiting], [done for done, _ in self._operations]
-            self._waiting.clear()
-            self._operations.clear()
+            waiting, jobs = [*self._waiting], [*self._operations, *self._looks]
+            for queue in (self._waiting, self._operations, self._looks):
+                queue.clear()
         left: list[Row | Answer] = [*self._running, *waiting]
         for one in left:
             self._end(one, "cancelled")
-        for done in operations:
+        for done, _ in jobs:
             if done.set_running_or_notify_cancel():
                 done.set_exception(EngineClosed("the engine is closed"))
 

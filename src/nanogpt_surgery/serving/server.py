@@ -84,8 +84,8 @@ class Server:
         return await asyncio.wrap_future(self.engine.operate(self.noting(change)))
 
     async def look(self, read: Callable[[SimpleGPT], T]) -> T:
-        """Returns what a function reads of the model, alone, when running answers have ended."""
-        return await asyncio.wrap_future(self.engine.operate(read))
+        """Returns what a function reads of the model, between two tokens of running answers."""
+        return await asyncio.wrap_future(self.engine.look(read))
 
     def noting(self, change: Callable[[SimpleGPT], T]) -> Callable[[SimpleGPT], T]:
         """Returns a change after which the names of the adapters are new and listeners told."""
