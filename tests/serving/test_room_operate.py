@@ -1,6 +1,8 @@
 """Operations on the model that is served: each undone as one, each refused whole."""
 
+import asyncio
 import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,8 @@ from helpers.rooms import model_with, operated, page_of, posted
 from nanogpt_surgery import open_model, tensor_hashes
 from nanogpt_surgery.formats.peft.reading import load_adapter
 from nanogpt_surgery.lora.several import adapter_weights
+from nanogpt_surgery.serving.http import ApiError
+from nanogpt_surgery.serving.server import MOST_WAITING
 
 
 def test_all_operations_undone_give_the_first_hash(room):
@@ -193,3 +197,27 @@ def test_half_of_a_character_is_refused(room):
         answer = client.post(path, content=b'{"text": "\\ud800", "kind": "text"}', headers=headers)
         assert answer.status_code == 400
         assert "surrogate" in answer.json()["error"]["message"]
+
+
+def test_what_waits_for_the_engine_has_a_limit():
+    with page_of(model_with("one")) as (_, server):
+
+        async def ask() -> list[object]:
+            held = threading.Event()
+            first = server.engine.look(lambda _: held.wait(60))
+            waiting = [asyncio.create_task(server.look(len_of)) for _ in range(MOST_WAITING + 3)]
+            await asyncio.sleep(0)
+            refused = [task for task in waiting if task.done()]
+            held.set()
+            first.result()
+            return [len(refused), *await asyncio.gather(*waiting, return_exceptions=True)]
+
+        count, *found = asyncio.run(ask())
+        assert count == 3
+        assert sum(isinstance(one, ApiError) and one.status == 429 for one in found) == 3
+        assert found.count(2) == MOST_WAITING
+
+
+def len_of(model):
+    """How many layers it has."""
+    return len(model.layers)

@@ -81,6 +81,8 @@ def test_an_answer_goes_on_from_another_choice(page):
     given = [*ids[:4], other]
     [(rest, _)] = answers(streamed(page, "/api/talk", **asked, sides=[side], continue_with=[given]))
     assert len(rest) == 5
+    events = streamed(page, "/api/talk", **asked, sides=[side], continue_with=[ids])
+    assert answers(events) == [([], ["length"])]
 
 
 def test_messages_are_written_by_the_template_and_end_where_it_says(page):

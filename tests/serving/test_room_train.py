@@ -42,6 +42,8 @@ def test_a_preview_marks_what_is_trained_on(room, tmp_path):
     assert "because." in "".join(trained) and "why?" not in "".join(trained)
     found = posted(client, "/api/train/preview", kind="text", content=TEXT)
     assert found["tokens"] == len(TEXT)
+    many = posted(client, "/api/train/preview", kind="text", content='[,"{\\' * 200_000)
+    assert many["tokens"] == 1_000_000
     posted(client, "/api/train/preview", 400, kind="jsonl", content="{no json")
     posted(client, "/api/train/preview", 400, kind="text", path="../secret")
     posted(client, "/api/train/preview", 404, kind="text", path="absent.txt")

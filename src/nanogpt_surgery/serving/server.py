@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.serving.engine import Engine
 
 T = TypeVar("T")
+MOST_WAITING = 64  # operations and measurements
 GRACE = 10.0  # seconds that running answers have when the server stops
 
 
@@ -70,7 +72,7 @@ class Server:
     log: Callable[[str], None] | None = None
 
     def __post_init__(self) -> None:
-        self.stopping = threading.Event()
+        self.stopping, self._waiting = threading.Event(), 0
         self.listeners: list[Callable[[], None]] = []  # called after each change of the model
         self.adapters = tuple(adapter_names(self.model))
         self._check_names()
@@ -81,11 +83,26 @@ class Server:
 
     async def operate(self, change: Callable[[SimpleGPT], T]) -> T:
         """Changes the model, alone, when running answers have ended."""
-        return await asyncio.wrap_future(self.engine.operate(self.noting(change)))
+        return await self._waited_for(lambda: self.engine.operate(self.noting(change)))
 
     async def look(self, read: Callable[[SimpleGPT], T]) -> T:
         """Returns what a function reads of the model, between two tokens of running answers."""
-        return await asyncio.wrap_future(self.engine.look(read))
+        return await self._waited_for(lambda: self.engine.look(read))
+
+    async def _waited_for(self, begin: Callable[[], Future[T]]) -> T:
+        """Returns what the engine's thread is asked for, where not too much waits for it already.
+
+        Raises:
+            ApiError: it does.
+        """
+        if self._waiting >= MOST_WAITING:
+            what = f"{self._waiting} operations and measurements are waiting, the most that may"
+            raise ApiError(429, what, code="queue_full", headers={"retry-after": "1"})
+        self._waiting += 1
+        try:
+            return await asyncio.wrap_future(begin())
+        finally:
+            self._waiting -= 1
 
     def noting(self, change: Callable[[SimpleGPT], T]) -> Callable[[SimpleGPT], T]:
         """Returns a change after which the names of the adapters are new and listeners told."""

@@ -48,7 +48,7 @@ class Room:
         self._of_model: dict[str, Any] = {}
         self._first_hash: str | None = None
         server.listeners.append(self.refresh)
-        server.engine.operate(lambda _: self.refresh()).result()
+        server.engine.look(lambda _: self.refresh()).result()
 
     def refresh(self) -> None:
         """Takes anew what follows from the model; called where nothing else touches it."""
