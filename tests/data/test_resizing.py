@@ -38,6 +38,12 @@ def test_an_added_token_is_one_id_and_the_others_keep_theirs(name):
     assert "brown fox" in made.decode(made.encode("the brown fox jumps"))
 
 
+def test_a_token_that_the_vocabulary_writes_otherwise_is_not_added_again():
+    [index] = CHATML.encode("\n")
+    with pytest.raises(SurgeryError, match=rf"already, {index}"):
+        with_added_tokens(CHATML, ["\n"])
+
+
 def test_a_character_is_added():
     CHARACTERS.chat_template = "{{ messages }}"
     made = with_added_tokens(CHARACTERS, ["§"])

@@ -19,10 +19,12 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.merging import merge_adapter
+from nanogpt_surgery.formats.folders.model_surgery import operate_on_model
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.formats.model_file import write_model_files
-from nanogpt_surgery.history.folder_history import folder_log, undo_folder
+from nanogpt_surgery.history.folder_history import folder_log, hashes_of, undo_folder
 from nanogpt_surgery.runs.checkpoints import RunFolder, open_run_folder
+from nanogpt_surgery.surgery import prune_layers
 from nanogpt_surgery.training.optimizer import make_optimizer
 
 DESCRIPTION = {
@@ -171,3 +173,19 @@ def test_an_operated_run_says_which_way_is_open(place, keep, way):
         open_run_folder(place / "run", DESCRIPTION, resume=True),
     ):
         raise AssertionError("never begun")
+
+
+def test_a_run_is_pruned_in_place_and_goes_on_after_an_undo(place):
+    run = place / "run"
+    before, layers = hashes_of(run), len(open_model(run)[0].layers)
+
+    def prune(model, tokenizer, probe):
+        return tokenizer, prune_layers(model, [0], probe=probe)
+
+    operate_on_model(run, prune)
+    assert len(open_model(run)[0].layers) == layers - 1
+    with pytest.raises(SurgeryError, match="operated on"):
+        train(run, 1)
+    undo_folder(run)
+    assert hashes_of(run) == before
+    train(run, 1)

@@ -1,25 +1,44 @@
 """Layers are taken out and doubled; the config keeps step, and undo brings every bit back."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from helpers.adapters import adapted, assert_same_bits, bits
 from helpers.models import CONFIGS, random_ids, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
 
 from nanogpt_surgery import (
+    CharacterTokenizer,
     GPTConfig,
     KVCache,
     SurgeryError,
     generate,
     inject_lora,
+    load_adapter,
     lora_log,
+    merge_lora,
     open_model,
     redo_lora,
     remove_lora,
+    save_adapter,
     save_model,
+    tensor_hashes,
     undo_lora,
 )
 from nanogpt_surgery.interpret import patch, record, zero
-from nanogpt_surgery.surgery import duplicate_layers, plan_duplicate, plan_prune, prune_layers
+from nanogpt_surgery.lora.several import has_lora
+from nanogpt_surgery.surgery import (
+    add_tokens,
+    drop_unused_tokens,
+    duplicate_layers,
+    plan_duplicate,
+    plan_prune,
+    prune_layers,
+)
 
 LLAMA = CONFIGS["llama"]
 
@@ -205,6 +224,65 @@ def test_nothing_is_computed_with_the_structure_of_before(engine):
     assert list(generate(model, [3, 1, 4], 4, top_k=1, engine=engine)) == expected
     duplicate_layers(model, [0, 0])
     assert list(generate(model, [3, 1, 4], 4, top_k=1, engine=engine)) == expected
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"
+)  # peft
+def test_an_adapter_is_saved_beside_copies_that_have_none(tmp_path):
+    model, ids = adapted(LLAMA), random_ids(LLAMA, 2, 7)
+    duplicate_layers(model, [0])
+    with torch.no_grad():
+        expected = model(ids)
+    save_adapter(model, tmp_path / "a")
+    remove_lora(model)
+    save_model(model, tmp_path / "m")
+    again, _ = open_model(tmp_path / "m")
+    load_adapter(again, tmp_path / "a")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    theirs = PeftModel.from_pretrained(theirs, tmp_path / "a").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(again(ids), expected)
+        torch.testing.assert_close(theirs(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    other = tiny_model(LLAMA)
+    with pytest.raises(SurgeryError, match="another model"):
+        load_adapter(other, tmp_path / "a")
+
+
+OPERATIONS = {
+    "prune": lambda model: prune_layers(model, [0]),
+    "double": lambda model: duplicate_layers(model, [0, 0]),
+    "add": lambda model: add_tokens(model, letters_of(model), ["é"]),
+    "drop": lambda model: drop_unused_tokens(model, letters_of(model), "ABCDEFGH"),
+    "inject": lambda model: inject_lora(model, ["up_proj"], rank=2),
+    "merge": lambda model: merge_lora(model, force=True),
+    "remove": remove_lora,
+}
+
+
+def letters_of(model):
+    return CharacterTokenizer("".join(map(chr, range(65, 65 + model.config.vocab_size))))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    name=st.sampled_from(["gpt2", "llama", "prev-tokens-relu2"]),
+    steps=st.lists(st.sampled_from(sorted(OPERATIONS)), min_size=1, max_size=7),
+)
+def test_any_sequence_undone_gives_the_first_hash(name, steps):
+    model = tiny_model(CONFIGS[name])
+    first, config = tensor_hashes(model), model.config
+    trains = [p.requires_grad for p in model.parameters()]
+    for step in steps:
+        with suppress(SurgeryError):  # there is one layer left, or no adapter
+            OPERATIONS[step](model)
+    if not has_lora(model):
+        assert_is_config(model)
+    for _ in range(len(lora_log(model).rows)):
+        undo_lora(model)
+    assert tensor_hashes(model) == first
+    assert model.config is config
+    assert [p.requires_grad for p in model.parameters()] == trains
 
 
 @torch.no_grad()

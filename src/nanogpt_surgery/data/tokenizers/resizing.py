@@ -76,10 +76,7 @@ def with_added_tokens(
     tokenizer = checked_kind(tokenizer)
     there = ids_of_tokens(tokenizer.to_json())
     for place, token in enumerate(tokens):
-        if not token or token in there or token in tokens[:place]:
-            why = "is named twice" if token in tokens[:place] else "is empty"
-            if token in there:
-                why = f"is in the vocabulary, as {there[token]}"
+        if why := _refused(tokenizer, there, token, tokens[:place]):
             raise SurgeryError(f"the token {quoted(token)} {why}")
     if isinstance(tokenizer, CharacterTokenizer):
         return _with_characters(tokenizer, tokens)
@@ -93,6 +90,21 @@ def with_added_tokens(
                 "it"
             )
     return made
+
+
+def _refused(
+    tokenizer: Resizable, there: Mapping[str, int], token: str, before: Sequence[str]
+) -> str:
+    """Returns why a token cannot be added, or ""."""
+    if not token or token in before:
+        return "is named twice" if token else "is empty"
+    if token in there:
+        return f"is in the vocabulary, as {there[token]}"
+    if isinstance(tokenizer, CharacterTokenizer):
+        return ""
+    ids = tokenizer.encode(token)  # a vocabulary may write it otherwise: Ġthe
+    alone = len(ids) == 1 and tokenizer.decode(ids) == token
+    return f"is one token already, {ids[0]}" if alone else ""
 
 
 def _with_characters(tokenizer: CharacterTokenizer, tokens: Sequence[str]) -> CharacterTokenizer:
