@@ -194,8 +194,15 @@ def test_a_model_that_answers_is_said_to_continue_raw_text(tmp_path: Path) -> No
     assert "surgery ask" not in errors
 
 
-def test_a_draft_is_for_one_text(folder: Path) -> None:
+def test_a_draft_changes_no_text(folder: Path) -> None:
     words = ["generate", folder / "m", "--prompt", "abcabcabc", *FEW]
     out, errors = called(*words, "--speculate", "lookup")
     assert out == called(*words)[0] and "drafted" in errors
-    assert "--logprobs" in called(*words, "--speculate", "lookup", "--samples", 2, check=1)[1]
+    several = [*words, "--samples", 2, "--logprobs", 2, "--json"]
+    out, errors = called(*several, "--speculate", "lookup")
+    assert "drafted" in errors
+    found, wanted = ([*map(json.loads, text.splitlines())] for text in (out, called(*several)[0]))
+    assert [one["text"] for one in found] == [one["text"] for one in wanted]
+    for one, other in zip(found, wanted, strict=True):
+        pairs = zip(one["tokens"], other["tokens"], strict=True)
+        assert all(t["logprob"] == pytest.approx(u["logprob"], abs=1e-5) for t, u in pairs)

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.generation.batch import Token, token_of
 from nanogpt_surgery.generation.checks import check_request
 from nanogpt_surgery.generation.generate import (
     choose,
@@ -170,6 +171,47 @@ def generate_speculative(
         SurgeryError: as `generate`, or the draft's model has another vocabulary.
         NotFiniteError: while ids are taken, a logit is no finite number.
     """
+    found = _with_logits(model, ids, max_new_tokens, draft, sampling, stop_ids, seed, cache, engine)
+    return (new for new, _ in found)
+
+
+def speculative_tokens(
+    model: SimpleGPT,
+    ids: Sequence[int],
+    max_new_tokens: int,
+    draft: Draft,
+    *,
+    sampling: SamplingSettings | None = None,
+    stop_ids: Collection[int] = (),
+    seed: int | None = None,
+    likeliest: int = 0,
+    until: Callable[[Token], bool] | None = None,
+    engine: Engine = "auto",
+) -> Iterator[Token]:
+    """Continues a prompt as `generate_speculative` does, with the log-probabilities of its tokens.
+
+    The arguments are those of `generate_batch`, for one prompt.
+    """
+    found = _with_logits(model, ids, max_new_tokens, draft, sampling, stop_ids, seed, None, engine)
+    for new, logits in found:
+        token = token_of(logits, new, likeliest)
+        yield token
+        if until is not None and until(token):
+            return
+
+
+def _with_logits(
+    model: SimpleGPT,
+    ids: Sequence[int] | Tensor,
+    max_new_tokens: int,
+    draft: Draft,
+    sampling: SamplingSettings | None,
+    stop_ids: Collection[int],
+    seed: int | None,
+    cache: KVCache | None,
+    engine: Engine,
+) -> Iterator[tuple[int, Tensor]]:
+    """Checks what was asked for; yields ids, each with the logits (V,) that it is drawn by."""
     settings = sampling or SamplingSettings()
     (prompt,) = check_request(model, [ids], max_new_tokens, settings, seed)
     room = min(model.config.block_size, len(prompt) + max_new_tokens)
@@ -210,7 +252,7 @@ def _speculate(
     seed: int | None,
     cache: KVCache,
     native: NativeSteps | None,
-) -> Iterator[int]:
+) -> Iterator[tuple[int, Tensor]]:
     generator, ahead = torch.Generator(), torch.Generator()
     generator.seed() if seed is None else generator.manual_seed(int(seed))
     cache.truncate(n_shared(cache, prompt))
@@ -224,12 +266,13 @@ def _speculate(
         draft.drafted += len(guesses)
         for place, logits in enumerate(_after_each(model, so_far, guesses, cache, native)):
             check_finite(logits, model, lambda: last_logits(model, cache.ids.new_tensor(so_far)))
-            new = choose(logits.cpu(), settings, prompt, answer, generator)
+            logits = logits.cpu()
+            new = choose(logits, settings, prompt, answer, generator)
             if new in stop_ids:
                 return
             is_guessed = guesses[place : place + 1] == [new]
             draft.accepted += is_guessed
-            yield new
+            yield new, logits
             so_far.append(new)
             answer.append(new)
             if not is_guessed:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
@@ -20,7 +20,7 @@ from nanogpt_surgery.generation.settings import (
     check_seed,
     check_stop,
 )
-from nanogpt_surgery.generation.speculative import Draft, generator_with
+from nanogpt_surgery.generation.speculative import Draft, generator_with, speculative_tokens
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
 
@@ -133,32 +133,38 @@ def continue_texts(
     likeliest: int = 0,
     batch_size: int = 8,
     engine: Engine = "auto",
+    draft: Draft | None = None,
 ) -> Iterator[Continuation]:
     """Continue prompts, `batch_size` at a time, each as it is continued alone; in their order.
 
-    Row i draws with the seed `seed` + i; see `generate_batch`.
+    Row i draws with the seed `seed` + i; see `generate_batch`. With a `draft` it is one at a time,
+    in fewer passes where it guesses well (speculative.py); the texts stay the same.
 
     Raises:
         SurgeryError: as `generate_batch`, or a stop string is empty.
     """
     check_seed(seed)
-    check_rows_fit(model, min(batch_size, len(prompts)), 1 + max_new_tokens)
-    for first in range(0, len(prompts), batch_size):
-        chunk = prompts[first : first + batch_size]
+    size = batch_size if draft is None else 1
+    check_rows_fit(model, min(size, len(prompts)), 1 + max_new_tokens)
+    for first in range(0, len(prompts), size):
+        chunk = prompts[first : first + size]
         choice = chosen_engine(model, engine, len(chunk))
         rows = [TextUntil(tokenizer, stop, prompt) for prompt in chunk]
         pieces, tokens = [list[str]() for _ in chunk], [list[Token]() for _ in chunk]
-        for token in generate_batch(
-            model,
-            chunk,
-            max_new_tokens,
-            sampling,
-            stop_ids=stop_ids(tokenizer),
-            seed=None if seed is None else (int(seed) + first) % (MOST_SEED + 1),
-            likeliest=likeliest,
-            until=partial(_add, rows, pieces),
-            engine=engine,
-        ):
+        settings: dict[str, Any] = {
+            "sampling": sampling,
+            "stop_ids": stop_ids(tokenizer),
+            "seed": None if seed is None else (int(seed) + first) % (MOST_SEED + 1),
+            "likeliest": likeliest,
+            "until": partial(_add, rows, pieces),
+            "engine": engine,
+        }
+        found = (
+            generate_batch(model, chunk, max_new_tokens, **settings)
+            if draft is None
+            else speculative_tokens(model, chunk[0], max_new_tokens, draft, **settings)
+        )
+        for token in found:
             tokens[token.row].append(token)
         for row, shown, drawn in zip(rows, pieces, tokens, strict=True):
             text = "".join(shown) + row.finish()

@@ -104,18 +104,13 @@ def generate(
         )
     one = len(texts) == many.samples == 1 and many.logprobs is None and not many.json
     draft = speculation.draft(tokenizer, opening, draw["engine"])
-    if draft and not one:
-        raise SurgeryError(
-            "a draft speeds up one text at a time",
-            "leave it out with several texts, --logprobs and --json: those are computed together",
-        )
     with steering.steering(network), notes_afterwards():
         say_engine(network, draw["engine"])
         if one:
             write(_as_it_is_made(network, tokenizer, texts[0], draw | {"draft": draft}))
-            say_accepted(draft)
         else:
-            write(_one_by_one(network, tokenizer, texts, draw, many))
+            write(_one_by_one(network, tokenizer, texts, draw | {"draft": draft}, many))
+        say_accepted(draft)
 
 
 def _typed_or_read(text: str) -> str:
