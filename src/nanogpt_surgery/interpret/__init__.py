@@ -15,6 +15,7 @@ from nanogpt_surgery.interpret.patching import (
 )
 from nanogpt_surgery.interpret.points import points_of
 from nanogpt_surgery.interpret.recording import Activations, plan_recording, record
+from nanogpt_surgery.interpret.tracing import Trace, causal_trace
 
 __all__ = [
     "Activations",
@@ -23,9 +24,11 @@ __all__ = [
     "Intervention",
     "Lens",
     "Moved",
+    "Trace",
     "add",
     "attention",
     "attribution",
+    "causal_trace",
     "compare",
     "examine",
     "forgetting",

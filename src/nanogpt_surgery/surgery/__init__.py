@@ -17,6 +17,7 @@ from nanogpt_surgery.surgery.direction import (
     plan_direction,
     steer,
 )
+from nanogpt_surgery.surgery.editing import edit, plan_edit
 from nanogpt_surgery.surgery.rank_planning import RankPlan, plan_ranks
 from nanogpt_surgery.surgery.structure import (
     duplicate_layers,
@@ -40,6 +41,7 @@ __all__ = [
     "compress",
     "drop_unused_tokens",
     "duplicate_layers",
+    "edit",
     "extract",
     "mean_difference",
     "plan_ablate",
@@ -49,6 +51,7 @@ __all__ = [
     "plan_direction",
     "plan_drop_unused_tokens",
     "plan_duplicate",
+    "plan_edit",
     "plan_extract",
     "plan_prune",
     "plan_ranks",

@@ -54,6 +54,7 @@ GROUPS = {
             "duplicate": "model:duplicate",
             "vocabulary": "model:vocabulary",
             "direction": "directions:direction",
+            "edit": "edits:edit",
         },
     ),
     "adapter": (
