@@ -25,7 +25,7 @@ SAMPLES, DEVIATIONS = 8, 3.0
 
 @dataclass(frozen=True)
 class Trace:
-    """What a causal trace has measured; probabilities are of the answer."""
+    """The measurements of a causal trace; probabilities are of the answer."""
 
     clean: float
     """probability of the answer"""

@@ -78,21 +78,21 @@ def edit(
         model: changed in place; adapters that it carries wait.
         tokenizer: the model's.
         prompt: with {} in the place of the subject.
-        subject: whose facts are edited.
+        subject: whose fact is edited.
         target: how the prompt is to go on, usually with a space first.
         name: of the adapter.
-        layer: whose `down_proj` is changed; by default the one at a quarter of the depth.
+        layer: whose `down_proj` changes; by default that at a quarter of the depth.
         text: for the key statistics; by default the model's own, 2,048 tokens of it.
-        neighbours: prompts that should be answered as before; by default the prompt about what the
-            model itself finds likeliest in the subject's place.
+        neighbours: prompts to be answered as before; by default about what the model itself finds
+            likeliest in the subject's place.
         seed: of the model's own text.
 
     Returns:
-        A row for the prompt and for each neighbour: the answer, and the target's probability,
-        before and after. Where the statistics are from, their hash, and the effect on that text.
+        A row for the prompt and each neighbour: answer and target's probability, before and after.
+        Where the statistics are from, their hash, and the effect on that text.
 
     Raises:
-        SurgeryError: a part is empty or ends within a token, the layer is not there, the model is
+        SurgeryError: a part is empty or ends within a token, no such layer is there, the model is
             quantised, or the target has not become likelier. The model is untouched then.
     """
     fact, layer = Fact(prompt, subject, target), _checked(model, name, layer)
@@ -100,17 +100,15 @@ def edit(
     with without(m for m in model.modules() if isinstance(m, LoRALayer)):
         ids, source = _statistics_text(model, tokenizer, text, seed)
         facts = sentences(tokenizer, fact, _beginnings(tokenizer, fact, ids))
-        near = _neighbours(model, tokenizer, fact) if neighbours is None else neighbours
+        near = neighbours if neighbours is not None else _neighbours(model, tokenizer, fact)
         seen = _Seen(model, tokenizer, facts, [fact.text, *near], ids)
         covariance = key_statistics(model, layer, ids)
         a, b = _factors(model, tokenizer, layer, fact, facts, covariance)
-    stored = StoredAdapter({path: LowRankUpdate(a, b, alpha=1.0)})
+        stored = StoredAdapter({path: LowRankUpdate(a, b, alpha=1.0)})
     title = f"edit {fact.text!r} → {target!r} as {name}"
     attach_adapter(model, stored, name, title=title, then=seen.check)
-    weight: Any = model.get_submodule(path).get_submodule("original_layer").weight
-    size = float((b @ a).norm() / weight.detach().float().norm())
-    made_of = {"statistics": source, "statistics_sha256": tensor_hash(covariance)}
-    return Report(title, seen.rows(), {"layer": path, "ΔW / W": size} | seen.summary() | made_of)
+    where = {"layer": path, "statistics": source, "statistics_sha256": tensor_hash(covariance)}
+    return Report(title, seen.rows(), where | seen.summary())
 
 
 @check_arguments
@@ -256,7 +254,7 @@ def key_statistics(model: SimpleGPT, layer: int, ids: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a layer's `down_proj` is given at the subject's last token, and what is made of it."""
+    """The inputs of a layer's `down_proj` at the subject's last token, and its output there."""
 
     keys: Tensor
     """(B, I), after each beginning"""
@@ -392,7 +390,7 @@ def _neighbours(model: SimpleGPT, tokenizer: Tokenizer, fact: Fact) -> list[str]
 
 
 class _Seen:
-    """What a model answers before an edit and after it."""
+    """The answers of a model before an edit and after it."""
 
     def __init__(
         self,
