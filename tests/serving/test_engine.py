@@ -273,6 +273,7 @@ def test_an_operation_waits_for_texts_that_run_and_others_for_it(engine):
 @pytest.mark.parametrize("computed_by", ENGINES)
 def test_the_model_is_read_between_two_tokens(engine, computed_by):
     model = adapted()
+    wanted = model(torch.tensor([[3]]))
     serving, until = engine(model, engine=computed_by), Held()
     request = Request(PROMPTS[1], 5, GREEDY, adapters={"one": 1.0}, until=until)
     answer = serving.submit(request)
@@ -280,7 +281,7 @@ def test_the_model_is_read_between_two_tokens(engine, computed_by):
     read = serving.look(lambda m: (m(torch.tensor([[3]])), len(answer.tokens)))
     until.go.set()
     logits, tokens = read.result(60)
-    assert torch.equal(logits, model(torch.tensor([[3]]))) and tokens == 1
+    assert torch.equal(logits, wanted) and tokens == 1
     with pytest.raises(ZeroDivisionError):
         serving.look(lambda m: 1 / 0).result(60)
     assert all_of(answer) == fresh(engine, model, request, computed_by)
@@ -379,6 +380,29 @@ def test_a_poisoned_row_ends_alone(engine, computed_by):
     for found, request in zip(list(map(all_of, answers[:2])), asked, strict=False):
         assert found == fresh(engine, model, request, computed_by)
     assert serving.figures()['requests_total{outcome="failed"}'] == 3
+
+
+def test_a_text_that_cannot_be_kept_loses_no_answer(engine, monkeypatch):
+    serving = engine(tiny_model(LLAMA))
+
+    def no_memory(*arguments):
+        raise MemoryError
+
+    monkeypatch.setattr(serving._ended_texts, "add", no_memory)
+    for _ in range(2):
+        answer = serving.submit(Request(PROMPTS[0], 2))
+        assert len(ids(answer)) == 2 and answer.reason == "length"
+
+
+def test_a_step_that_fails_ends_the_rows_and_the_engine_goes_on(engine, monkeypatch):
+    serving = engine(tiny_model(LLAMA))
+    first, go = held(serving)
+    with monkeypatch.context() as patch:
+        patch.setattr(serving._rows, "compute", lambda rows: 1 / 0)
+        go.set()
+        with pytest.raises(SurgeryError, match="ZeroDivisionError"):
+            first.result(60)
+    assert len(ids(serving.submit(Request(PROMPTS[0], 2)))) == 2
 
 
 def test_closing_lets_texts_end_within_the_grace_and_takes_no_more(engine):

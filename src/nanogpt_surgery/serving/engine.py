@@ -208,19 +208,22 @@ class Engine:
         self._rows: Rows = make_rows(model, engine)
 
     def _work(self) -> None:
-        while True:
-            with self._lock:
-                self._lock.wait_for(lambda: self._in_hand() or self._closed)
-                if self._at_once or not self._in_hand():
-                    break
-            self._end_those_over()
-            if self._looks:
-                self._do(self._looks)
-            if self._operations and not self._running:
-                self._do(self._operations)
-            self._admit()
-            self._step()
-        self._end_all()
+        try:
+            while True:
+                with self._lock:
+                    self._lock.wait_for(lambda: self._in_hand() or self._closed)
+                    if self._at_once or not self._in_hand():
+                        break
+                self._end_those_over()
+                if self._looks:
+                    self._do(self._looks)
+                if self._operations and not self._running:
+                    self._do(self._operations)
+                self._admit()
+                if self._running:
+                    self._step()
+        finally:
+            self._end_all()
 
     def _in_hand(self) -> bool:
         return bool(self._running or self._waiting or self._operations or self._looks)
@@ -363,13 +366,22 @@ class Engine:
                 self._running.remove(row)
             self._figures.ended(reason, None if row is None else time.monotonic() - row.begun)
         if row is not None and error is None:
-            room = self.cache_bytes - self._bytes_of_rows()
-            self._ended_texts.add(row.key, row.cache, self._there(row), room)
+            self._keep(row)
         answer.end(reason, error)
+
+    def _keep(self, row: Row) -> None:
+        """Keeps what is computed of a row that has ended, for those that begin alike."""
+        room = self.cache_bytes - self._bytes_of_rows()
+        try:
+            self._ended_texts.add(row.key, row.cache, self._there(row), room)
+        except Exception as error:  # of memory, it may be: no answer is lost for it
+            LOG.warning("a text is not kept for those that begin alike", exc_info=error)
+            self._ended_texts.clear()
 
     def _end_all(self) -> None:
         """Ends what is left, so that nobody waits for ever."""
         with self._lock:
+            self._closed = True
             waiting, jobs = [*self._waiting], [*self._operations, *self._looks]
             for queue in (self._waiting, self._operations, self._looks):
                 queue.clear()

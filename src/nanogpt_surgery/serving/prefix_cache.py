@@ -20,11 +20,8 @@ class Beginning:
     key: str
     """of the weights that have computed them"""
     cache: KVCache
-
-    @property
-    def ids(self) -> Tensor:
-        """Of the tokens, (S,)."""
-        return self.cache.ids[0, : self.cache.length]
+    ids: Tensor
+    """of the tokens, (S,), on the CPU"""
 
     @property
     def n_bytes(self) -> int:
@@ -70,7 +67,7 @@ class PrefixCache:
         cache.truncate(length)
         if length < cache.max_length:
             cache = copied(cache, length, self.new_cache(length))
-        new = Beginning(key, cache)
+        new = Beginning(key, cache, cache.ids[0, :length].cpu())
         kept = [t for t in self.texts if t.key != key or n_alike(t.ids, new.ids) < len(t.ids)]
         longer = any(t.key == key and n_alike(t.ids, new.ids) == length for t in kept)
         if not longer and new.n_bytes <= room:

@@ -10,9 +10,14 @@ from functools import partial
 from itertools import count
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from nanogpt_surgery.history.model_history import UPDATES, plain_name, tensor_hashes
+from nanogpt_surgery.history.model_history import (
+    UPDATES,
+    plain_name,
+    tensor_hash,
+    tensor_hashes,
+)
 from nanogpt_surgery.lora.layer import LoRALayer
 
 _NUMBERS = count()
@@ -52,11 +57,11 @@ def _owner(path: str) -> str:
 
 
 def _hash(lines: Iterable[str]) -> str:
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+    return hashlib.sha256("\n".join(filter(None, lines)).encode()).hexdigest()
 
 
 def _facts(path: str, module: nn.Module) -> str:
-    """Returns a module's path, its class, and its attributes that are no tensors and no modules.
+    """Returns a module's path, its class, and its attributes but parameters, buffers and modules.
 
     Of what wraps a layer, nothing: without adapters it computes what the layer does.
     """
@@ -71,6 +76,8 @@ def _facts(path: str, module: nn.Module) -> str:
 def _shown(value: Any) -> str:
     if value is None or isinstance(value, (bool, int, float, str, tuple)) or is_dataclass(value):
         return repr(value)
+    if isinstance(value, Tensor):  # as the frequencies of rotary positions are
+        return tensor_hash(value)
     if isinstance(value, partial):
         return f"{_shown(value.func)} {value.args} {value.keywords}"
     name = getattr(value, "__qualname__", "<")
