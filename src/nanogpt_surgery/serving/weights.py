@@ -12,12 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from nanogpt_surgery.history.model_history import (
-    UPDATES,
-    plain_name,
-    tensor_hash,
-    tensor_hashes,
-)
+from nanogpt_surgery.history.model_history import UPDATES, plain_name, tensor_hash, tensor_hashes
 from nanogpt_surgery.lora.layer import LoRALayer
 
 _NUMBERS = count()
