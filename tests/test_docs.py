@@ -5,14 +5,17 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.commands import called
 
 ROOT = Path(__file__).parents[1]
+ADDRESS = "http://127.0.0.1:8000"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -25,7 +28,7 @@ def blocks(page: Path, language: str) -> list[str]:
 )  # peft
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found = blocks(page, "python")
+    found = [block for block in blocks(page, "python") if ADDRESS not in block]
     if not found:
         pytest.skip(f"{page.name} has no python block")
     monkeypatch.chdir(tmp_path)
@@ -37,16 +40,62 @@ def test_python_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_shell_blocks(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A tenth of the steps of a long training: CI has main.py for a whole one."""
-    found = blocks(page, "sh")
-    lines = [line for block in found for line in block.splitlines() if "surgery " in line]
+    """A tenth of the steps of a long training: CI has main.py for a whole one.
+
+    A server runs until the next command of ours; what asks it comes between, also in Python.
+    """
+    lines = list(commands(page))
     if not lines:
         pytest.skip(f"{page.name} has no command of ours")
     monkeypatch.chdir(tmp_path)
-    for line in lines:
-        words = shlex.split(re.sub(r"(--max-steps \d+)0\b", r"\1", line))
-        assert words[:3] == ["uv", "run", "surgery"]
-        assert any(called(*words[3:])), line
+    with contextlib.ExitStack() as stack:
+        address = ADDRESS
+        for line in lines:
+            if not line.startswith("uv run surgery "):
+                asked(line.replace(ADDRESS, address))
+                continue
+            words = shlex.split(re.sub(r"(--max-steps \d+)0\b", r"\1", line))[3:]
+            stack.close()
+            if words[0] == "serve":
+                address = stack.enter_context(served(words))
+            else:
+                assert any(called(*words)), line
+
+
+def commands(page: Path) -> Iterator[str]:
+    """The commands of the shell blocks that are ours or ask our server, and such Python blocks."""
+    text = page.read_text("utf-8").replace("\\\n", "")
+    for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.M | re.S):
+        if language == "sh":
+            yield from (
+                line for line in block.splitlines() if re.match(r"uv run surgery |curl ", line)
+            )
+        elif ADDRESS in block or block.startswith("# A small model to serve"):
+            yield block
+
+
+@contextlib.contextmanager
+def served(words: list[str]) -> Iterator[str]:
+    """The address of a server in a process of its own; SIGTERM ends it with status 0."""
+    command = [sys.executable, "-m", "nanogpt_surgery", *words, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            yield process.stdout.readline().partition(": ")[0]
+        finally:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def asked(what: str) -> None:
+    """Runs a line of curl, or a block of Python."""
+    if not what.startswith("curl "):
+        with contextlib.redirect_stdout(io.StringIO()):
+            exec(compile(what, "docs", "exec"), {"__name__": "docs"})
+    elif shutil.which("curl") is not None or os.environ.get("CLIENT_TESTS") == "required":
+        done = subprocess.run([*shlex.split(what), "--fail"], capture_output=True, timeout=60)
+        assert done.returncode == 0, f"{what}\n{done.stdout.decode()}"
+        assert done.stdout, what
 
 
 def heading_anchors(page: Path) -> set[str]:

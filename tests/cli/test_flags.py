@@ -151,3 +151,15 @@ def test_a_default_written_in_a_command_is_the_library_s() -> None:
         assert [ours[n].default for n in names] == [theirs[n].default for n in names]
     targets = signature(inject_lora).parameters["targets"].default
     assert f"[default: {' '.join(targets)}]" in called("plan", "--help")[0]
+
+
+def test_flags_are_read_where_pydantic_is_loaded():
+    """Cyclopts then has it check every default; openai brings it into the tests' process."""
+    import pydantic
+
+    from nanogpt_surgery.cli.framework.app import _parsed, make_app
+
+    assert pydantic
+    for words in (["finetune", "a", "--out", "b"], ["train", "--out", "b"], ["plan", "a"]):
+        command, _, _ = _parsed(make_app(), words)
+        assert command == tuple(words[:1])

@@ -1,28 +1,26 @@
-"""Through lm-evaluation-harness itself, on tasks of our own; needs the extra `lm-eval`."""
+"""Through lm-evaluation-harness itself, on tasks of our own."""
 
+import lm_eval
 import pytest
 import torch
+from helpers.commands import LETTERS
+from helpers.models import tiny_model
+from helpers.tokenizers import byte_level
+from lm_eval.api.instance import Instance
+from lm_eval.tasks import TaskManager
 
-lm_eval = pytest.importorskip("lm_eval", reason="lm-eval is not installed: it is an extra")
-
-from helpers.commands import LETTERS  # noqa: E402
-from helpers.models import tiny_model  # noqa: E402
-from helpers.tokenizers import byte_level  # noqa: E402
-from lm_eval.api.instance import Instance  # noqa: E402
-from lm_eval.tasks import TaskManager  # noqa: E402
-
-from nanogpt_surgery import (  # noqa: E402
+from nanogpt_surgery import (
     CharacterTokenizer,
     GPTConfig,
     SurgeryError,
     SurgeryWarning,
     generate,
 )
-from nanogpt_surgery.data.conversations.chat import chat_ids  # noqa: E402
-from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer  # noqa: E402
-from nanogpt_surgery.generation.conversation import Conversation  # noqa: E402
-from nanogpt_surgery.generation.harness import HarnessModel  # noqa: E402
-from nanogpt_surgery.generation.settings import SamplingSettings  # noqa: E402
+from nanogpt_surgery.data.conversations.chat import chat_ids
+from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
+from nanogpt_surgery.generation.conversation import Conversation
+from nanogpt_surgery.generation.harness import HarnessModel
+from nanogpt_surgery.generation.settings import SamplingSettings
 
 SIZES = {"n_embd": 24, "n_head": 6, "n_kv_head": 2, "n_layer": 2, "block_size": 30}
 MODEL = tiny_model(GPTConfig.for_family("llama", vocab_size=300, **SIZES))

@@ -81,7 +81,7 @@ def options_of(
     ]
     made = dataclasses.make_dataclass(f"{source.__name__}Options", fields, frozen=True)
     made.__module__ = __name__  # else cyclopts takes it for a builtin type
-    return Parameter(name="*", group=group)(made)
+    return Parameter(name="*", group=group)(made) | None  # pydantic, where loaded, sees the default
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any, defaults: Mapping[str, Any]) -> Parameter:
