@@ -17,7 +17,11 @@ from nanogpt_surgery.surgery.direction import (
     plan_direction,
     steer,
 )
+<<<<<<< HEAD
 from nanogpt_surgery.surgery.editing import edit, plan_edit
+=======
+from nanogpt_surgery.surgery.models import combine_models, plan_combine_models
+>>>>>>> 177b472 (Fine-tuned models of one base are combined: task vectors, linear, SLERP, TIES, DARE, undone by hash; surgery model combine. Any sequence of operations undone gives the first hash, by property)
 from nanogpt_surgery.surgery.rank_planning import RankPlan, plan_ranks
 from nanogpt_surgery.surgery.structure import (
     duplicate_layers,
@@ -38,6 +42,7 @@ __all__ = [
     "ablate",
     "add_tokens",
     "combine",
+    "combine_models",
     "compress",
     "drop_unused_tokens",
     "duplicate_layers",
@@ -47,6 +52,7 @@ __all__ = [
     "plan_ablate",
     "plan_add_tokens",
     "plan_combine",
+    "plan_combine_models",
     "plan_compress",
     "plan_direction",
     "plan_drop_unused_tokens",

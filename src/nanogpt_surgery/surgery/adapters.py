@@ -13,9 +13,8 @@ Each is in the journal, and leaves the model as it was if it fails.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +39,7 @@ from nanogpt_surgery.lora.stored_adapter import (
 from nanogpt_surgery.lora.targets import adaptable_layers, tied_to
 from nanogpt_surgery.model.quantized import check_not_quantized
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.surgery.combining import Method, arc_shares, checked_weights, dare, ties
 from nanogpt_surgery.surgery.low_rank import (
     Factors,
     check_rank_or_energy,
@@ -48,9 +48,7 @@ from nanogpt_surgery.surgery.low_rank import (
 )
 from nanogpt_surgery.surgery.made_adapter import MadeAdapter
 from nanogpt_surgery.surgery.structure import measured
-from nanogpt_surgery.values import WEIGHT, raise_all, wrong_values
 
-Method: TypeAlias = Literal["linear", "slerp", "ties", "dare"]
 ROUNDING = 1e-4  # of ‖ΔW‖: more than this is no rounding of float32
 
 
@@ -120,7 +118,7 @@ def _combination(
     seed: int,
 ) -> MadeAdapter:
     check_new_name(model, name)
-    weights = _checked_weights(weights, method, rank, density)
+    weights = checked_weights(weights, method, rank, density)
     stored = {one: _products(model, check_name(model, one)) for one in weights}
     draw = torch.Generator().manual_seed(seed)
     made: dict[str, LowRankUpdate] = {}
@@ -329,8 +327,8 @@ def _extracted(
     for one in (model, tuned):
         check_not_quantized(one, "extract")
     base, goal = model.state_dict(), tuned.state_dict()
-    _check_same_shapes(base, goal)
-    differing = [key for key in base if not _is_same(base[key], goal[key])]
+    check_same_shapes(base, goal)
+    differing = [key for key in base if not is_same(base[key], goal[key])]
     adapter, rows = _differences(model, tuned, rank, energy)
     if not adapter.updates:
         raise SurgeryError("the models do not differ in the weight of any layer")
@@ -338,7 +336,7 @@ def _extracted(
     return MadeAdapter(f"extract {name}", adapter, rows, {"left out": ", ".join(left)})
 
 
-def _is_same(one: Tensor, other: Tensor) -> bool:
+def is_same(one: Tensor, other: Tensor) -> bool:
     """Returns whether two tensors are the same to the bit, the wider rounded as the narrower is."""
     if one.dtype == other.dtype:
         return torch.equal(one, other)
@@ -361,7 +359,7 @@ def _differences(
     for layer, module in adaptable_layers(model).items():
         base = _weight(model, layer)
         delta = goal[layer].float() - base.float()
-        if _is_same(goal[layer], base):  # where their dtypes differ, rounding is no difference
+        if is_same(goal[layer], base):  # where their dtypes differ, rounding is no difference
             delta.zero_()
         embedding, others = isinstance(module, nn.Embedding), tied_to(model, layer)
         alike = all(other in goal and torch.equal(goal[other], goal[layer]) for other in others)
@@ -451,7 +449,9 @@ def _combined(
     draw: torch.Generator,
 ) -> tuple[Factors, dict[str, Any]]:
     if method == "slerp" and len(parts) == 2:
-        parts = _on_the_arc(parts)
+        (_, one), (share, other) = parts
+        shares = arc_shares(one.delta_weight, other.delta_weight, share)
+        parts = list(zip(shares, (one, other), strict=True))
     exact = _stacked(parts)
     if method in ("linear", "slerp"):
         _check_is_sum(exact, parts)
@@ -459,69 +459,10 @@ def _combined(
         return factors, _row(exact, factors)
     products = torch.stack([update.delta_weight for _, update in parts])  # (N, out, in)
     weights = torch.tensor([weight for weight, _ in parts])
-    dense = _ties(products, weights, density) if method == "ties" else None
-    if dense is None:
-        dense = _dare(products, weights, density, draw)
+    if method == "ties":
+        return _nearest(ties(products, weights, density), rank or len(exact[0]), None)
+    dense = dare(products, weights, density, draw)
     return _nearest(dense, rank or len(exact[0]), None)
-
-
-def _checked_weights(
-    weights: Mapping[str, float], method: Method, rank: int | None, density: float
-) -> dict[str, float]:
-    """Returns the weights; those of slerp as 1 − t and t.
-
-    Raises:
-        SurgeryError: a value is outside its range.
-    """
-    named = {f"the weight of {one!r}": weight for one, weight in weights.items()}
-    raise_all(wrong_values(WEIGHT, named))
-    check_rank_or_energy(rank, None, needed=False)
-    if not 0 < density <= 1:
-        raise SurgeryError(f"density is {density}; it must be above 0 and at most 1")
-    if not weights or (method == "slerp" and len(weights) != 2):
-        wanted = "2" if method == "slerp" else "at least 1"
-        raise SurgeryError(f"{len(weights)} adapters are named; {method} takes {wanted}")
-    total = sum(weights.values()) if method == "slerp" else 1.0
-    if total == 0:
-        raise SurgeryError(f"the weights {', '.join(map(str, weights.values()))} add up to 0")
-    return {name: weight / total for name, weight in weights.items()}
-
-
-def _on_the_arc(parts: list[tuple[float, LowRankUpdate]]) -> list[tuple[float, LowRankUpdate]]:
-    """Returns the parts with SLERP's weights: sin((1 − t) Ω) / sin Ω and sin(t Ω) / sin Ω.
-
-    Where both point the same way, or oppositely, there is no arc, and the weights are 1 − t and t.
-    """
-    (_, one), (t, other) = parts
-    first, second = one.delta_weight.flatten().double(), other.delta_weight.flatten().double()
-    cosine = float(torch.cosine_similarity(first, second, dim=0))
-    angle = math.acos(max(-1.0, min(1.0, cosine)))
-    if math.sin(angle) < 1e-6:
-        return [(1 - t, one), (t, other)]
-    shares = math.sin((1 - t) * angle), math.sin(t * angle)
-    return [
-        (share / math.sin(angle), part) for share, part in zip(shares, (one, other), strict=True)
-    ]
-
-
-def _ties(products: Tensor, weights: Tensor, density: float) -> Tensor:
-    """Trims, elects a sign, and averages those that have it: (N, out, in) → (out, in).
-
-    The sign is that of the sum before the weights, as in PEFT.
-    """
-    flat = products.flatten(1)
-    count = max(1, int(density * flat.size(1)))
-    kept = torch.zeros_like(flat).scatter(1, flat.abs().topk(count).indices, 1) * flat
-    sign = kept.sum(0).sign()
-    agreed = (kept.sign() == sign) & (sign != 0)
-    mean = (weights[:, None] * kept * agreed).sum(0) / agreed.sum(0).clamp_min(1)
-    return mean.view_as(products[0])
-
-
-def _dare(products: Tensor, weights: Tensor, density: float, draw: torch.Generator) -> Tensor:
-    """Drops entries at random, divides by the share that stays, and sums."""
-    stays = torch.rand(products.shape, generator=draw) < density
-    return (weights[:, None, None] * products * stays / density).sum(0)
 
 
 def _check_is_sum(factors: Factors, parts: list[tuple[float, LowRankUpdate]]) -> None:
@@ -581,7 +522,8 @@ def _blend_logits(
         set_active(model, before)
 
 
-def _check_same_shapes(base: Mapping[str, Tensor], goal: Mapping[str, Tensor]) -> None:
+def check_same_shapes(base: Mapping[str, Tensor], goal: Mapping[str, Tensor]) -> None:
+    """Raises `SurgeryError` unless two models have the same tensors, by names and shapes."""
     wrong = [key for key in {**base, **goal} if key not in base or key not in goal]
     if wrong:
         raise SurgeryError(f"one of the models has no {wrong[0]}", "adapters are merged first")

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, show
-from nanogpt_surgery.cli.framework.options import AllLayers, Json, Model, Overwrite, check_out
+from nanogpt_surgery.cli.framework.options import (
+    AllLayers,
+    Json,
+    Model,
+    Overwrite,
+    check_out,
+    weighted_folders,
+)
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -148,7 +155,7 @@ def combine(
     from nanogpt_surgery.surgery import combine as combined
     from nanogpt_surgery.surgery import plan_combine
 
-    weights, folders = _weighted(adapters)
+    weights, folders = weighted_folders(adapters, MADE)
     how: dict[str, Any] = {"method": method, "rank": rank, "density": density, "seed": seed}
     report = operation.carry_out(
         _base_of(next(iter(folders.values())), base),
@@ -327,30 +334,6 @@ def _base_of(adapter: Path, base: str | None) -> str:
     if not isinstance(named, str) or not Path(named).exists():
         raise SurgeryError(f"{folder} does not say where its base is here", "name it with --base")
     return named
-
-
-def _weighted(written: list[str]) -> tuple[dict[str, float], dict[str, Path]]:
-    """Returns the weight and the folder of each adapter, by names made of the folders'.
-
-    Raises:
-        SurgeryError: a weight is no number.
-    """
-    weights, folders = dict[str, float](), dict[str, Path]()
-    for text in written:
-        folder, separator, weight = text.rpartition("=")
-        if not separator or Path(text).is_dir():
-            folder, weight = text, "1"
-        name = plain = re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name)[:60] or "adapter"
-        while name in weights or name == MADE:
-            name = f"{plain}-{len(weights) + 1}"
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            raise SurgeryError(
-                f"the weight of {folder} is {weight!r}, which is no number", f"{folder}=0.5"
-            ) from None
-        folders[name] = Path(folder)
-    return weights, folders
 
 
 def _numbers_by_layer(written: list[str] | None, what: str) -> dict[int, list[int]] | None:

@@ -1,4 +1,4 @@
-"""`surgery model prune`, `duplicate`, `vocabulary`: operations on a model that lies in a folder."""
+"""`surgery model prune`, `duplicate`, `combine`, `vocabulary`: operations on a model folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, show
-from nanogpt_surgery.cli.framework.options import AllLayers, Json, Overwrite, check_out
+from nanogpt_surgery.cli.framework.options import (
+    AllLayers,
+    Json,
+    Overwrite,
+    check_out,
+    weighted_folders,
+)
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -124,6 +130,53 @@ def duplicate(
 
     report = operation.carry_out(model, lambda network, _: plan_duplicate(network, layers), act)
     show(report, json, all_layers)
+
+
+def combine(
+    model: Operand,
+    tuned: Annotated[list[str], Parameter(help="MODEL or MODEL=WEIGHT, fine-tuned from it")],
+    *,
+    method: Literal["linear", "slerp", "ties", "dare"] = "linear",
+    rank: int | None = None,
+    density: float = 0.5,
+    seed: int = 0,
+    operation: OperationOptions = OperationOptions(),
+    all_layers: AllLayers = False,
+    json: Json = False,
+) -> None:
+    """Combine models that were fine-tuned from one base: what each has changed, with its weight.
+
+    A negative weight takes away what a model learned. The effect is measured against the base.
+
+    Parameters
+    ----------
+    method
+        linear, slerp (two models), ties (arXiv:2306.01708) or dare (arXiv:2311.03099)
+    rank
+        of each matrix's change, by the nearest one of that rank; the report has the error
+    density
+        the share of entries that ties and dare keep
+    seed
+        of dare's draws
+    """
+    from nanogpt_surgery.formats.model_file import open_model
+    from nanogpt_surgery.surgery import combine_models, plan_combine_models
+    from nanogpt_surgery.surgery.structure import random_ids
+
+    weights, folders = weighted_folders(tuned)
+    others = {name: open_model(folder, "each")[0] for name, folder in folders.items()}
+    how: dict[str, Any] = {"method": method, "rank": rank, "density": density, "seed": seed}
+
+    def act(
+        network: SimpleGPT, tokenizer: Tokenizer | None, probe: Tensor | None
+    ) -> tuple[Tokenizer | None, Report]:
+        ids = random_ids(network) if probe is None else probe
+        return tokenizer, combine_models(network, others, weights, **how, probe=ids)
+
+    def plan(network: SimpleGPT, _: Tokenizer | None) -> Report:
+        return plan_combine_models(network, others, weights, **how)
+
+    show(operation.carry_out(model, plan, act), json, all_layers)
 
 
 def vocabulary(

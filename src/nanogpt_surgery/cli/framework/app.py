@@ -52,6 +52,7 @@ GROUPS = {
         {
             "prune": "model:prune",
             "duplicate": "model:duplicate",
+            "combine": "model:combine",
             "vocabulary": "model:vocabulary",
             "direction": "directions:direction",
             "edit": "edits:edit",

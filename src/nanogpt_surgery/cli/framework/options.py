@@ -203,6 +203,34 @@ def named_adapters(written: Sequence[str]) -> list[tuple[str, Path]]:
     return [(name, Path(folder)) for name, folder in found.items()]
 
 
+def weighted_folders(
+    written: Sequence[str], taken: str = ""
+) -> tuple[dict[str, float], dict[str, Path]]:
+    """Returns the weight and the folder of each FOLDER=WEIGHT, by names made of the folders'.
+
+    A name is never `taken`; without a weight it is 1.
+
+    Raises:
+        SurgeryError: a weight is no number.
+    """
+    weights, folders = dict[str, float](), dict[str, Path]()
+    for text in written:
+        folder, separator, weight = text.rpartition("=")
+        if not separator or Path(text).is_dir():
+            folder, weight = text, "1"
+        name = plain = re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name)[:60] or "folder"
+        while name in weights or name == taken:
+            name = f"{plain}-{len(weights) + 1}"
+        try:
+            weights[name] = float(weight)
+        except ValueError:
+            raise SurgeryError(
+                f"the weight of {folder} is {weight!r}, which is no number", f"{folder}=0.5"
+            ) from None
+        folders[name] = Path(folder)
+    return weights, folders
+
+
 def one_adapter(written: Path | None) -> list[tuple[str, Path]]:
     """The adapter of a command that takes one at most; NAME=FOLDER, as chat takes it, is FOLDER."""
     return [] if written is None else [("default", Path(_split(str(written))[1]))]
