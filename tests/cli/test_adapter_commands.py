@@ -1,6 +1,7 @@
 """`surgery adapter combine`, `compress`, `extract`, `ablate`: folders that peft opens."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
@@ -116,3 +117,18 @@ def test_intruders_are_taken_out(folders):
     done = report_of("compress", "loud", "--intruders", 0, "--out", "quiet")
     assert all(row["intruders"] >= 1 for row in done["rows"])
     assert sum(r["intruders"] for r in report_of("examine", "quiet")["rows"]) == 0
+
+
+def test_the_chat_template_goes_with_the_adapter_and_a_run_stays_as_it_is(folders):
+    (Path("two") / "MANIFEST.json").unlink()
+    (Path("two") / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    report_of("combine", "one", "two", "--out", "both")
+    assert (Path("both") / "chat_template.jinja").read_text() == "{{ messages[0].content }}"
+    run = Path("run/checkpoints/step-00000001")
+    run.parent.mkdir(parents=True)
+    shutil.copytree("one", run)
+    Path("run/run.json").write_text("{}")
+    before = hashes_of(run)
+    for words in (["compress", run], ["compress", "run"]):
+        assert "run" in called("adapter", *words, "--rank", 1, check=1)[1]
+    assert hashes_of(run) == before

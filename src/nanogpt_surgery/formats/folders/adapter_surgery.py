@@ -19,6 +19,8 @@ from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.disk_errors import free_bytes
 from nanogpt_surgery.formats.folders.merging import fingerprint, probe_ids
 from nanogpt_surgery.formats.folders.model_surgery import plain_values
+from nanogpt_surgery.formats.folders.run_folder import is_run
+from nanogpt_surgery.formats.huggingface.tokenizer_files import chat_template_in
 from nanogpt_surgery.formats.model_file import open_model
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
 from nanogpt_surgery.formats.peft.writing import write_adapter_files
@@ -89,9 +91,16 @@ def operate_on_adapters(
     report = act(model, ids)
     done = FolderOperation(report.title, hashed, measured=plain_values(report.summary))
     goal, places = Path(out), {adapter_folder(path).resolve() for path in adapters.values()}
+    if is_run(goal) or is_run(goal.resolve().parent.parent):
+        raise SurgeryError(
+            f"{out} belongs to a run, whose training goes on from its adapter as it is",
+            "out=FOLDER writes a new adapter",
+        )
+    templates = (chat_template_in(adapter_folder(path)) for path in adapters.values())
+    template = next(filter(None, templates), None)
 
     def write(new: Path) -> FolderOperation:
-        write_adapter_files(model, new, str(base), name=made)
+        write_adapter_files(model, new, str(base), name=made, chat_template=template)
         return done
 
     if goal.resolve() in places:
