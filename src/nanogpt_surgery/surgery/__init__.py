@@ -17,11 +17,8 @@ from nanogpt_surgery.surgery.direction import (
     plan_direction,
     steer,
 )
-<<<<<<< HEAD
 from nanogpt_surgery.surgery.editing import edit, plan_edit
-=======
 from nanogpt_surgery.surgery.models import combine_models, plan_combine_models
->>>>>>> 177b472 (Fine-tuned models of one base are combined: task vectors, linear, SLERP, TIES, DARE, undone by hash; surgery model combine. Any sequence of operations undone gives the first hash, by property)
 from nanogpt_surgery.surgery.rank_planning import RankPlan, plan_ranks
 from nanogpt_surgery.surgery.structure import (
     duplicate_layers,
