@@ -85,17 +85,13 @@ def operate_on_adapters(
         SurgeryError: a part does not open, the operation refuses, or what was written does not read
             back. What was there is untouched then.
     """
+    _check_goal(Path(out), base)
     model = _opened(base, adapters, force)
     hashed = fingerprint(model, str(base))
     ids, measured_on = probe_ids(model, open_model(base, "each")[1] if probe else None, probe)
     report = act(model, ids)
     done = FolderOperation(report.title, hashed, measured=plain_values(report.summary))
     goal, places = Path(out), {adapter_folder(path).resolve() for path in adapters.values()}
-    if is_run(goal) or is_run(goal.resolve().parent.parent):
-        raise SurgeryError(
-            f"{out} belongs to a run, whose training goes on from its adapter as it is",
-            "out=FOLDER writes a new adapter",
-        )
     templates = (chat_template_in(adapter_folder(path)) for path in adapters.values())
     template = next(filter(None, templates), None)
 
@@ -105,13 +101,22 @@ def operate_on_adapters(
 
     if goal.resolve() in places:
         done = operate(goal, write)
-    elif goal.exists() and any(goal.resolve() == Path(path).resolve() for path in [base]):
-        raise SurgeryError(f"{out} is the base itself", "name another folder")
     else:
         done = write_folder(goal, lambda new: _recorded(write(new), new))
     kept = {"folder": str(goal), "base": hashed, "originals": done.originals}
     measured = {"measured_on": measured_on} | report.summary
     return Report(report.title, report.rows, measured | kept | {"sha256": done.changes()})
+
+
+def _check_goal(goal: Path, base: str | Path) -> None:
+    """Raises `SurgeryError` if what would be written over belongs to a run, or is the base."""
+    if is_run(goal) or is_run(goal.resolve().parent.parent):
+        raise SurgeryError(
+            f"{goal} belongs to a run, whose training goes on from its adapter as it is",
+            "out=FOLDER writes a new adapter",
+        )
+    if goal.exists() and goal.resolve() == Path(base).resolve():
+        raise SurgeryError(f"{goal} is the base itself", "name another folder")
 
 
 def _opened(base: str | Path, adapters: Mapping[str, str | Path], force: bool) -> SimpleGPT:
