@@ -1,8 +1,9 @@
 """The state that all pages share, and the events that tell of it."""
 
+import asyncio
 import json
 
-from helpers.rooms import operated
+from helpers.rooms import operated, posted
 
 
 def test_events_begin_with_the_state_and_tell_of_changes(room):
@@ -18,3 +19,37 @@ def test_events_begin_with_the_state_and_tell_of_changes(room):
         ]
         server.stopping.set()
         assert not [line for line in lines if line.startswith("event")]
+
+
+def test_the_journal_says_what_is_in_force_and_its_hashes_join(room):
+    client, _ = room
+    base = client.get("/api/state").json()["model"]["hash"]
+    operated(client, "inject", name="one", targets=["q_proj"])
+    for rank in (2, 3):  # the second, of the same title, ends what could be redone
+        operated(client, "inject", name="two", targets=["v_proj"], rank=rank)
+        if rank == 2:
+            posted(client, "/api/undo")
+    operated(client, "blend", weights={"one": 1, "two": 2})
+    posted(client, "/api/undo")
+    state = client.get("/api/state").json()
+    rows = state["journal"]
+    assert [row["number"] for row in rows] == [1, 2, 3, 4]
+    assert [row["undone"] for row in rows] == [False, True, False, True]
+    assert rows[0]["hash_before"] == base
+    assert rows[0]["hash_after"] == rows[1]["hash_before"] == rows[2]["hash_before"]
+    assert rows[1]["hash_after"] != rows[2]["hash_after"]
+    assert rows[2]["hash_after"] == rows[3]["hash_before"]
+    assert (state["can_undo"], state["can_redo"]) == (True, True)
+
+
+def test_two_pages_see_the_same_and_a_new_one_gets_the_newest(room):
+    client, server = room
+    operated(client, "inject", name="one", targets=["q_proj"])
+    [shown] = [listener.__self__ for listener in server.listeners]
+
+    async def first_events() -> list[str]:
+        return [await anext(shown.events()) for _ in range(2)]
+
+    one, other = asyncio.run(first_events())
+    assert one == other
+    assert json.loads(one.partition("data: ")[2]) == client.get("/api/state").json()

@@ -17,6 +17,7 @@ from starlette.routing import BaseRoute, Route
 from torch import Tensor
 
 from nanogpt_surgery.formats.huggingface.config import family_of
+from nanogpt_surgery.history.journal import LAPSED, UNDONE
 from nanogpt_surgery.history.model_history import (
     UPDATES,
     ModelOperation,
@@ -159,7 +160,7 @@ def _journal(model: SimpleGPT, now: str) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     after = now
     for number, done in reversed(list(enumerate(history.operations, 1))):
-        undone = done in history.undone
+        undone = done.state in (UNDONE, LAPSED)
         before = _hash_before(done)
         if undone and done.around_undo is not None:
             own = combined(done.around_undo[0].values())
