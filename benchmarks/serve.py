@@ -161,24 +161,27 @@ def load(
 
 
 def compared(folder: Path, text: list[int], given: argparse.Namespace) -> None:
-    """Prints a line for each server and number of clients, the medians of all turns."""
+    """Prints a line for each number of clients and server, the medians of all turns."""
     room, most = given.prompt + given.new + 8, max(given.clients)
     names = [f"adapter{n}" for n in range(given.adapters)]
     ours = process_of("ours", folder / "model", given.adapters, given.precision)
     theirs = process_of("llama.cpp", folder / "model.gguf", room, most)
-    found: dict[tuple[str, int], list[tuple[float, ...]]] = {}
-    with ours as own, theirs as other:
-        sides = zip(SIDES, (own, own, other), (["base"], names, ["base"]), strict=True)
-        for (side, place, models), clients in ((s, c) for s in list(sides) for c in given.clients):
-            load(place, models, 1, text[1000:], argparse.Namespace(**vars(given) | {"requests": 1}))
-            for turn in range(given.turns):
-                figures = load(place, models, clients, text[turn * 991 :], given)
-                found.setdefault((side, clients), []).append(figures)
     heads = ("tokens/s", "by processor", "first s", "99 %", "longest")
     print(f"{'':26}" + "".join(f"{head:>14}" for head in heads))
-    for (side, clients), turns in found.items():
-        medians = [statistics.median(part) for part in zip(*turns, strict=True)]
-        print(f"{side:18}{clients:3} x   " + "".join(f"{figure:14.2f}" for figure in medians))
+    once = argparse.Namespace(**vars(given) | {"requests": 1})
+    with ours as own, theirs as other:
+        sides = [*zip(SIDES, (own, own, other), (["base"], names, ["base"]), strict=True)]
+        for _, place, models in sides:  # warms up
+            load(place, models, 1, text[1000:], once)
+        for clients in given.clients:
+            found: dict[str, list[tuple[float, ...]]] = {side: [] for side in SIDES}
+            for turn in range(given.turns):
+                for side, place, models in sides:
+                    found[side].append(load(place, models, clients, text[turn * 991 :], given))
+            for side, turns in found.items():
+                medians = [statistics.median(part) for part in zip(*turns, strict=True)]
+                line = "".join(f"{figure:14.2f}" for figure in medians)
+                print(f"{side:18}{clients:3} x   {line}", flush=True)
 
 
 def faulty(place: tuple[str, int, int], number: int, block_size: int) -> tuple[str, object]:

@@ -43,7 +43,7 @@ from nanogpt_surgery.serving.request import Answer
 
 PIECE = 256  # tokens of a prompt that the model itself computes at once
 MOST_TOKENS = 256  # of a step of the decoder
-STEP = 64  # of those, tokens of prompts while other rows wait for their next
+STEP = 32  # of those, tokens of prompts while other rows wait for their next
 MOST_ADAPTERS = 32  # kinds of rows that a decoder knows, beside those that run
 
 Weights = tuple[tuple[str, float], ...]
