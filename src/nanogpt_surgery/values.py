@@ -10,9 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
 from types import NoneType
-from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    NamedTuple,
+    TypeVar,
+    get_args,
+    get_origin,
+)
 
 from nanogpt_surgery.errors import SurgeryError, nearest, quoted
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Chosen = TypeVar("Chosen", bound="Settings")
 
@@ -139,3 +151,22 @@ def chosen(kind: type[Chosen], settings: Chosen | None, changes: Mapping[str, An
             f"the nearest: {'; '.join(nearest(name, known) for name in unknown)}",
         )
     return replace(settings, **changes)  # type: ignore[type-var]
+
+
+def check_ids(ids: Tensor, vocab_size: int) -> Tensor:
+    """Returns ids (B, T) as int64.
+
+    Raises:
+        SurgeryError: they are of another shape, there are none, or one is not in the vocabulary.
+    """
+    if ids.dim() != 2 or not ids.numel():
+        raise SurgeryError(
+            f"ids have the shape {tuple(ids.shape)}; at least one token is needed, (batch, tokens)",
+            "a single row becomes a batch of one with ids[None]",
+        )
+    if ids.is_floating_point() or ids.is_complex() or str(ids.dtype) == "torch.bool":
+        raise SurgeryError(f"ids are {ids.dtype}; they must be whole numbers", "ids.long()")
+    least, most, last = int(ids.min()), int(ids.max()), vocab_size - 1
+    if not 0 <= least <= most <= last:
+        raise SurgeryError(f"ids are from {least} to {most}; the vocabulary is 0 to {last}")
+    return ids.long()

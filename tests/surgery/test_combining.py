@@ -23,8 +23,10 @@ from nanogpt_surgery import (
     swap_lora,
     undo_lora,
 )
+from nanogpt_surgery.history.model_history import history_of
+from nanogpt_surgery.lora.several import active_adapters
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
-from nanogpt_surgery.surgery import combine, compress, extract
+from nanogpt_surgery.surgery import ablate, combine, combine_models, compress, extract
 from nanogpt_surgery.surgery.low_rank import factorised, truncated
 
 
@@ -343,3 +345,61 @@ def test_an_adapter_minus_itself_has_no_error():
     report = combine(model, {"one": 1, "copy": -1}, "nothing", rank=2)
     assert report.summary["largest_layer_error"] == 0
     assert max(delta.abs().max() for delta in deltas(model, "nothing").values()) < 1e-5
+
+
+@torch.no_grad()
+def test_rounding_is_no_difference_between_dtypes():
+    base = tiny_model(CONFIGS["llama"])
+    base.to(torch.bfloat16)
+    tuned = tiny_model(CONFIGS["llama"])
+    tuned.layers[1].mlp.up_proj.weight += 0.1
+    report = extract(base, tuned, "back", rank=2)
+    assert [row["layer"] for row in report.rows] == ["layers.1.mlp.up_proj"]
+    assert report.summary["left out"] == ""
+    with pytest.raises(SurgeryError, match="do not differ"):
+        extract(tiny_model(CONFIGS["llama"]), tiny_model(CONFIGS["llama"]).bfloat16(), "x", rank=1)
+
+
+@pytest.mark.parametrize("kind", ["combine", "compress", "extract", "ablate", "models"])
+def test_a_probe_that_fails_the_second_time_leaves_nothing_done(kind):
+    model, calls = two_adapters(), []
+    if kind in ("extract", "models"):
+        model = tiny_model(CONFIGS["llama"])
+    ids = random_ids(model.config, 1, 4)
+
+    def probe():
+        calls.append(1)
+        if len(calls) == 2:
+            raise SurgeryError("the second call")
+        return model(ids)
+
+    other = tiny_model(CONFIGS["llama"], seed=3)
+    operations = {
+        "combine": lambda: combine(model, {"one": 1, "two": 1}, "c", probe=probe),
+        "compress": lambda: compress(model, "one", "c", rank=1, probe=probe),
+        "extract": lambda: extract(model, other, "c", rank=1, probe=probe),
+        "ablate": lambda: ablate(model, "c", heads={0: [1]}, probe=probe),
+        "models": lambda: combine_models(model, {"o": other}, {"o": 1.0}, probe=probe),
+    }
+    before, active = bits(model), str(active_adapters(model))
+    done = len(history_of(model).operations)
+    with pytest.raises(SurgeryError, match="second"):
+        operations[kind]()
+    assert len(calls) == 2
+    assert_same_bits(model, before)
+    assert str(active_adapters(model)) == active
+    assert len(history_of(model).operations) == done
+
+
+def test_bad_ids_in_a_probe_are_refused_with_the_numbers():
+    model = two_adapters()
+    before = bits(model)
+    for probe, said in (
+        (torch.tensor([[53]]), r"53.*0 to 52"),
+        (torch.tensor([1, 2]), r"\(2,\)"),
+        (torch.rand(1, 2), "float32"),
+    ):
+        for work in (merge_lora, lambda m, probe: compress(m, "one", "c", rank=1, probe=probe)):
+            with pytest.raises(SurgeryError, match=said):
+                work(model, probe=probe)
+    assert_same_bits(model, before)

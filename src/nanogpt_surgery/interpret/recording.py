@@ -7,15 +7,14 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.interpret.points import find_points, tap
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.values import check_ids
 
 
 class Activations(Mapping[str, Tensor]):
@@ -81,17 +80,7 @@ def checked_ids(model: SimpleGPT, ids: Tensor) -> Tensor:
     Raises:
         SurgeryError: they are of another shape, there are none, or one is not in the vocabulary.
     """
-    if ids.dim() != 2 or not ids.numel():
-        raise SurgeryError(
-            f"ids have the shape {tuple(ids.shape)}; at least one token is needed, (batch, tokens)",
-            "a single row becomes a batch of one with ids[None]",
-        )
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise SurgeryError(f"ids are {ids.dtype}; they must be whole numbers", "ids.long()")
-    least, most, last = int(ids.min()), int(ids.max()), model.config.vocab_size - 1
-    if not 0 <= least <= most <= last:
-        raise SurgeryError(f"ids are from {least} to {most}; the vocabulary is 0 to {last}")
-    return ids.long()
+    return check_ids(ids, model.config.vocab_size)
 
 
 @check_arguments

@@ -30,6 +30,7 @@ from nanogpt_surgery.lora.targets import tied_to
 from nanogpt_surgery.lora.variants import BiasUpdate
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.values import check_ids
 
 Probe: TypeAlias = Tensor | Callable[[], Tensor]
 K = TypeVar("K")
@@ -353,7 +354,14 @@ def _kept(lost: Tensor, energy: Tensor) -> float:
 
 
 def logits_of(model: nn.Module, probe: Probe) -> Tensor:
-    """The probe's logits, float32, without gradient and in eval mode."""
+    """The probe's logits, float32, without gradient and in eval mode.
+
+    Raises:
+        SurgeryError: ids are of another shape or not in the vocabulary that the config names.
+    """
+    vocab_size = getattr(getattr(model, "config", None), "vocab_size", None)
+    if isinstance(probe, Tensor) and isinstance(vocab_size, int):
+        probe = check_ids(probe, vocab_size)
     with eval_mode(model), torch.no_grad():
         out: Any = probe() if callable(probe) else model(probe)
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
