@@ -120,8 +120,10 @@ def test_main_py_uses_the_public_names_alone():
         "nanogpt_surgery.files.writing",
         "nanogpt_surgery.memory",
         "nanogpt_surgery.lora.settings",
+        "nanogpt_surgery.cli.commands.serve",
     ],
 )
-def test_torch_is_not_loaded_by(module):
-    code = f"import sys, {module}; sys.exit('torch was loaded' if 'torch' in sys.modules else 0)"
+def test_torch_and_the_server_are_not_loaded_by(module):
+    heavy = "{'torch', 'starlette', 'uvicorn'}"
+    code = f"import sys, {module}; sys.exit(' '.join({heavy} & {{*sys.modules}}) or 0)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -215,6 +215,11 @@ def test_metrics_are_of_prometheus(running):
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     values = {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines)}
     assert values["surgery_requests_running"] >= 0
+    assert len(values) == len(lines)
+    types = dict(line.split()[2:] for line in text.splitlines() if line.startswith("# TYPE"))
+    assert types["surgery_requests_total"] == "counter"
+    assert types["surgery_first_token_seconds"] == "histogram"
+    assert types["surgery_requests_running"] == "gauge"
 
 
 def test_models_are_listed(running):

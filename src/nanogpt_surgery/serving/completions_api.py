@@ -84,7 +84,8 @@ def routes(server: Server) -> list[BaseRoute]:
     async def chat(request: HttpRequest) -> Response:
         body = await read_json(request)
         server.check_running()
-        asked = await run_in_threadpool(chat_of, server, body)
+        async with server.rendering:
+            asked = await run_in_threadpool(chat_of, server, body)
         return await answered(server, request, asked, Chat(server, asked))
 
     return [

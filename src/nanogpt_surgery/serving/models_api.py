@@ -62,13 +62,17 @@ PROMETHEUS = "text/plain; version=0.0.4"
 
 
 def prometheus(figures: dict[str, float]) -> str:
-    """Returns figures in the text form that Prometheus reads; totals are counters."""
-    kinds: dict[str, str] = {}
-    lines = []
-    for name, value in figures.items():
-        family = f"surgery_{name.partition('{')[0]}"
-        if family not in kinds:
-            kinds[family] = "counter" if family.endswith("_total") else "gauge"
-            lines.append(f"# TYPE {family} {kinds[family]}")
-        lines.append(f"surgery_{name} {value!r}")
+    """Returns figures in the text form that Prometheus reads: counters, gauges, histograms."""
+    names = [f"surgery_{name}" for name in figures]
+    histograms = {name.partition("_bucket{")[0] for name in names if "_bucket{" in name}
+    seen, lines = set[str](), list[str]()
+    for name, value in zip(names, figures.values(), strict=True):
+        family = name.partition("{")[0]
+        histogram = next((one for one in histograms if family.startswith(f"{one}_")), None)
+        kind = "counter" if family.endswith("_total") else "gauge"
+        family, kind = (histogram, "histogram") if histogram else (family, kind)
+        if family not in seen:
+            seen.add(family)
+            lines.append(f"# TYPE {family} {kind}")
+        lines.append(f"{name} {value!r}")
     return "\n".join([*lines, ""])

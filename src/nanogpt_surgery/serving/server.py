@@ -73,13 +73,17 @@ class Server:
 
     def __post_init__(self) -> None:
         self.stopping, self._waiting = threading.Event(), 0
+        self.rendering = asyncio.Semaphore(4)  # chat templates of strangers, a process each
         self.listeners: list[Callable[[], None]] = []  # called after each change of the model
         self.adapters = tuple(adapter_names(self.model))
         self._check_names()
 
     def _check_names(self) -> None:
         if self.name in self.adapters:
-            raise SurgeryError(f"the model and an adapter are both named {self.name!r}")
+            raise SurgeryError(
+                f"the model and an adapter are both named {self.name!r}",
+                "name=base names the model otherwise",
+            )
 
     async def operate(self, change: Callable[[SimpleGPT], T]) -> T:
         """Changes the model, alone, when running answers have ended."""

@@ -48,7 +48,8 @@ def routes(server: Server) -> list[BaseRoute]:
 
     async def tokenize(request: Request) -> Response:
         body = await read_json(request)
-        return JSONResponse(await run_in_threadpool(tokenized, server, body))
+        async with server.rendering:
+            return JSONResponse(await run_in_threadpool(tokenized, server, body))
 
     async def detokenize(request: Request) -> Response:
         values = read_fields(await read_json(request), DETOKENIZE)
