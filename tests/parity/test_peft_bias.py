@@ -28,6 +28,7 @@ from nanogpt_surgery import (
     undo_lora,
 )
 from nanogpt_surgery.formats.folders.merging import merge_adapter
+from nanogpt_surgery.generation.engine import chosen_engine
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
 from nanogpt_surgery.surgery import ablate, combine, compress
 
@@ -156,3 +157,8 @@ def test_adapters_made_of_it_keep_the_bias(kind, place):
     else:
         compress(model, "default", "made", energy=1.0)
     torch.testing.assert_close(logits(model), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_compiled_decoder_leaves_it_to_the_readable_code(place):
+    model, _ = adapted(place)
+    assert chosen_engine(model, "auto").name == "plain"

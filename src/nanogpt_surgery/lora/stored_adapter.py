@@ -94,6 +94,10 @@ class LowRankUpdate:
         tensors = (self.A, self.B, self.magnitude, self.bias)
         return all(bool(tensor.isfinite().all()) for tensor in tensors if tensor is not None)
 
+    def adds_bias(self) -> bool:
+        """Whether it adds anything to the bias: PEFT writes zeros where it does not."""
+        return self.bias is not None and bool(self.bias.any())
+
     @property
     def delta_weight(self) -> Tensor:
         """The product s · B A, (out, in), float32: ΔW, but for DoRA, which needs the base."""
@@ -148,7 +152,11 @@ class StoredAdapter:
 
         updates = {
             name: replace(
-                u, A=copied(u.A), B=copied(u.B), magnitude=copied(u.magnitude), bias=copied(u.bias)
+                u,
+                A=copied(u.A),
+                B=copied(u.B),
+                magnitude=copied(u.magnitude),
+                bias=copied(u.bias) if u.adds_bias() else None,
             )
             for name, u in self.updates.items()
         }
@@ -228,7 +236,8 @@ def restore(stored: LowRankUpdate, layer: nn.Module) -> LoRAUpdate:
 def same(one: LowRankUpdate, other: LowRankUpdate) -> bool:
     """Whether two stored updates are the same to the bit, dropout aside."""
     factors, vectors = ((one.A, other.A), (one.B, other.B)), (one.magnitude, other.magnitude)
-    pairs = [*factors, vectors, (one.bias, other.bias)]
+    biases = [update.bias if update.adds_bias() else None for update in (one, other)]
+    pairs = [*factors, vectors, (biases[0], biases[1])]
     alike = [a is b if a is None or b is None else torch.equal(a, b) for a, b in pairs]
     facts = [(u.scaling, u.embedding, u.initial, u.fused_parts) for u in (one, other)]
     return all(alike) and facts[0] == facts[1]
@@ -373,7 +382,7 @@ def _misfits(model: nn.Module, adapter: StoredAdapter) -> Iterator[tuple[str, bo
         if tuple(layer.weight.shape) != wanted:
             actual = tuple(layer.weight.shape)
             yield f"{name} is {actual} in the model and {wanted} in the adapter", False
-        elif update.bias is not None and layer.bias is None:
+        elif update.bias is not None and layer.bias is None and update.adds_bias():
             yield f"{name} has no bias, and the adapter changes it (lora_bias)", False
     state = {plain_name(name): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in adapter.whole.items():

@@ -217,12 +217,12 @@ def _take_updates(
     return found
 
 
-def _take_bias(tensors: dict[str, Tensor], name: str, b: Tensor) -> Tensor | None:
-    """Takes what is added to B A x; None for zeros, which PEFT writes for each layer."""
+def _take_bias(tensors: dict[str, Tensor], name: str, b: Tensor) -> Tensor:
+    """Takes what is added to B A x."""
     bias = tensors.pop(name + BIAS, None)
     if bias is None or bias.shape != b.shape[:1]:
         raise SurgeryError(f"{name} has no lora_B.bias of length {b.size(0)}", _FROM_A_COPY)
-    return bias if bool(bias.any()) else None
+    return bias
 
 
 def _take_factors(
