@@ -21,7 +21,12 @@ function show() {
 }
 addEventListener("hashchange", () => {
   show();
+  at("place").focus({ preventScroll: true }); // the next Tab begins in the place, not above it
   scrollTo(0, 0);
+});
+at("skip").addEventListener("click", (event) => {
+  event.preventDefault();
+  at("place").focus();
 });
 show();
 
