@@ -1,0 +1,88 @@
+"""A tiny model that is served with the page; its port stays over a stop and a start."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from helpers.commands import write_model
+from helpers.models import train_a_little
+from nanogpt_surgery import inject_lora, open_model
+from nanogpt_surgery.serving.engine import Engine
+from nanogpt_surgery.serving.server import HttpServer, Server
+
+ADAPTER = "python"
+SCRIPT = "<script>alert(1)</script>"
+
+
+class Listening:
+    """What answers on a port; stopped, it leaves the engine running."""
+
+    def __init__(self, server: Server, port: int = 0) -> None:
+        self.server, self.port = server, port
+        self.start()
+
+    def start(self) -> None:
+        self.http = HttpServer(self.server, port=self.port, grace=0)
+        self.http.config.timeout_graceful_shutdown = 1
+        self.port = self.http.port
+        self.thread = threading.Thread(target=self.http.run, args=([self.http.socket],))
+        self.thread.start()
+
+    def stop(self) -> None:
+        self.http.should_exit = True
+        self.thread.join(60)
+        assert not self.thread.is_alive()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/"
+
+
+class ServedPage(Listening):
+    """The page of a model, and the folder in which it may train and save."""
+
+    def __init__(self, folder: Path) -> None:
+        write_model(folder / "tiny", block_size=96)
+        self.folder = folder
+        self.model, self.tokenizer = open_model(folder / "tiny")
+        inject_lora(self.model, ["q_proj", "lm_head"], rank=3, alpha=9, name=ADAPTER)
+        train_a_little(self.model, 5, size=0.5)
+        self.engine = Engine(self.model)
+        super().__init__(self._server())
+
+    def _server(self, key: str | None = None) -> Server:
+        for name in ("adapters", "runs"):
+            (self.folder / name).mkdir(exist_ok=True)
+        return Server(
+            self.engine,
+            self.model,
+            self.tokenizer,
+            "tiny",
+            source=str(self.folder / "tiny"),
+            adapters_folder=self.folder / "adapters",
+            runs_folder=self.folder / "runs",
+            key=key,
+        )
+
+    @contextmanager
+    def with_key(self, key: str) -> Iterator[str]:
+        """Serves the same model with a key, on another port."""
+        other = Listening(self._server(key))
+        try:
+            yield other.url
+        finally:
+            other.server.stopping.set()
+            other.stop()
+
+
+@contextmanager
+def served_page(folder: Path) -> Iterator[ServedPage]:
+    """Serves until the end of the block."""
+    page = ServedPage(folder)
+    try:
+        yield page
+    finally:
+        page.server.stopping.set()
+        page.stop()
+        page.engine.close(1)
