@@ -8,6 +8,7 @@ from helpers.servers import served
 from helpers.tokenizers import byte_level
 from lm_eval.api.instance import Instance
 from lm_eval.models.openai_completions import LocalCompletionsAPI
+from lm_eval.tasks import TaskManager
 
 from nanogpt_surgery import GPTConfig, inject_lora, remove_lora
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
@@ -108,9 +109,7 @@ def test_a_task_has_the_same_results(running):
         "doc_to_target": "{{answer}}",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    none_of_the_harness = lm_eval.tasks.TaskManager(
-        include_defaults=False
-    )  # reading them takes long
+    none_of_the_harness = TaskManager(include_defaults=False)  # reading them takes long
     found = [
         lm_eval.simple_evaluate(
             model,
