@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -129,7 +130,7 @@ def test_a_training_refuses_in_the_same_way():
 
 
 def test_every_setting_has_a_flag_with_its_words():
-    flags = options_of(LoRASettings, "LoRA").__dataclass_fields__
+    flags = get_args(options_of(LoRASettings, "LoRA"))[0].__dataclass_fields__
     assert list(flags) == list(LoRASettings().to_dict())
     helps = {name: flag.type.__metadata__[0].help for name, flag in flags.items()}
     assert all(helps.values())
