@@ -85,7 +85,13 @@ async function carryOut(action) {
 }
 
 at("train-plan-button").addEventListener("click", () => carryOut(async () => {
-  at("train-plan").replaceChildren(report(await post("/api/train/plan", question())));
+  at("train-plan").replaceChildren(make("p", { class: "soft" }, "Planning: a step is tried out in a process of its own …"));
+  try {
+    at("train-plan").replaceChildren(report(await post("/api/train/plan", question())));
+  } catch (error) {
+    at("train-plan").replaceChildren();
+    throw error;
+  }
 }));
 at("train-form").addEventListener("submit", async (event) => {
   event.preventDefault();
