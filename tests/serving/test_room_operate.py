@@ -221,3 +221,24 @@ def test_what_waits_for_the_engine_has_a_limit():
 def len_of(model):
     """How many layers it has."""
     return len(model.layers)
+
+
+def test_an_adapter_has_the_folder_that_it_came_from_and_no_other(room, tmp_path):
+    client, server = room
+
+    def folders() -> dict[str, str | None]:
+        return {row["name"]: row["folder"] for row in client.get("/api/state").json()["adapters"]}
+
+    operated(client, "inject", name="one", targets=["q_proj"])
+    assert folders() == {"one": None}
+    posted(client, "/api/save", what="adapter", name="kept")  # the only one
+    kept = str(tmp_path / "adapters" / "kept")
+    assert server.folders == {"one": Path(kept)}
+    posted(client, "/v1/load_lora_adapter", lora_name="two", lora_path="kept")
+    assert folders()["two"] == kept
+    posted(client, "/v1/unload_lora_adapter", lora_name="two")
+    posted(client, "/api/undo")
+    assert folders()["two"] == kept
+    operated(client, "remove", name="two")
+    operated(client, "inject", name="two", targets=["q_proj"])
+    assert folders()["two"] is None and "two" not in server.folders

@@ -162,3 +162,10 @@ async def left_after_some_tokens(app, body):
     scope |= {"query_string": b"", "headers": headers, "http_version": "1.1", "scheme": "http"}
     scope |= {"server": ("127.0.0.1", 80), "client": ("127.0.0.1", 1), "root_path": ""}
     await app(scope | {"asgi": {"version": "3.0", "spec_version": "2.3"}}, receive, send)
+
+
+def test_equal_weights_have_one_hash_however_they_are_written(page):
+    sides = [{"adapters": one} for one in ({"one": 1}, {"one": 1.0, "two": 0}, {}, {"two": 0.0})]
+    events = streamed(page, "/api/talk", prompt=PROMPT, max_new_tokens=1, sides=sides)
+    whole, same, base, nothing = (event["hash"] for event in events if "hash" in event)
+    assert whole == same != base == nothing

@@ -12,6 +12,7 @@ from nanogpt_surgery.formats.peft.reading import load_adapter
 from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.operations import remove_lora
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.serving.fields import NAME, TEXT, Field, read_fields, required
 from nanogpt_surgery.serving.http import ApiError, contained, read_json
 
@@ -41,8 +42,12 @@ def routes(server: Server) -> list[BaseRoute]:
         folder = contained(server.adapters_folder, path)
         if not folder.is_dir():
             raise ApiError(404, f"there is no adapter {path!r} in that folder", param="lora_path")
-        await server.operate(lambda model: load_adapter(model, folder, name=name))
-        server.folders[name] = folder
+
+        def loaded(model: SimpleGPT) -> None:
+            load_adapter(model, folder, name=name)
+            server.folders[name] = folder
+
+        await server.operate(loaded)
         return JSONResponse({"status": "loaded", "lora_name": name})
 
     async def unload(request: Request) -> Response:
@@ -52,7 +57,6 @@ def routes(server: Server) -> list[BaseRoute]:
         if name not in server.adapters:
             raise ApiError(404, f"there is no adapter {name!r}", param="lora_name")
         await server.operate(lambda model: _remove(model, name))
-        server.folders.pop(name, None)
         return JSONResponse({"status": "unloaded", "lora_name": name})
 
     return [

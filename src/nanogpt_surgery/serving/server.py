@@ -53,7 +53,8 @@ class Server:
         tokenizer: the model's.
         name: the model's, as clients write it.
         source: what the model was opened from.
-        folders: where the adapters were loaded from, by their names.
+        folders: where the adapters were loaded from, by their names; those that have left as well,
+            since an undo may bring them back.
         adapters_folder: below which adapters may be loaded and saved; None: neither.
         runs_folder: below which trainings are; None: none may be begun or saved.
         key: that clients must show.

@@ -31,6 +31,7 @@ from nanogpt_surgery.lora.several import (
     has_lora,
     update_rows,
 )
+from nanogpt_surgery.lora.stored_adapter import chosen_adapter
 from nanogpt_surgery.lora.targets import adaptable_layers, unsupported_reason
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import CausalSelfAttention
@@ -201,6 +202,19 @@ def operate(model: SimpleGPT, values: Mapping[str, Any]) -> Report:
     return _OPERATIONS[values["operation"]](model, values)
 
 
+def operated_on(server: Server, model: SimpleGPT, values: Mapping[str, Any]) -> Report:
+    """Carries an operation out; what it makes comes from no folder.
+
+    Raises:
+        SurgeryError: as `operate`.
+    """
+    before = {*adapter_names(model)}
+    report = operate(model, values)
+    for name in {*adapter_names(model)} - before:
+        server.folders.pop(name, None)
+    return report
+
+
 def _settings(values: Mapping[str, Any]) -> dict[str, Any]:
     chosen = {name: values[name] for name in ("name", "rank", "alpha")}
     return chosen | VARIANTS[values["variant"]]
@@ -294,8 +308,9 @@ def save(server: Server, model: SimpleGPT, values: Mapping[str, Any]) -> Path:
             raise SurgeryError(f"the model carries {carried}", "merge or remove them first")
         save_model(model, goal, server.tokenizer, server.source or None)
     else:
-        save_adapter(model, goal, server.source, name=values["adapter"])
-        server.folders.setdefault(values["adapter"] or values["name"], goal)
+        name = chosen_adapter(model, values["adapter"])
+        save_adapter(model, goal, server.source, name=name)
+        server.folders.setdefault(name, goal)
     return goal
 
 
@@ -321,7 +336,7 @@ def routes(server: Server) -> list[BaseRoute]:
         values = values_of(await read_json(request))
         if values["operation"] == "inject" and values["name"] == server.name:
             raise ApiError(400, f"the model itself is named {server.name!r}", param="name")
-        return _answer(await server.operate(lambda model: operate(model, values)))
+        return _answer(await server.operate(lambda model: operated_on(server, model, values)))
 
     async def undone(_: Request) -> Response:
         server.check_running()

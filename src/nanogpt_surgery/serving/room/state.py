@@ -115,11 +115,9 @@ class Room:
     def hash_of(self, weights: Mapping[str, float]) -> str:
         """Returns one hash for the base with some adapters, each with its weight."""
         base: str = self._of_model["model"]["hash"]
-        if not weights:
-            return base
         known = {row["name"]: row["hash"] for row in self._of_model["adapters"]}
-        parts = [f"{name} {weight!r} {known.get(name)}" for name, weight in weights.items()]
-        return combined([base, *parts])
+        parts = [f"{n} {float(w)!r} {known.get(n)}" for n, w in weights.items() if w]
+        return combined([base, *parts]) if parts else base
 
     def state(self) -> dict[str, Any]:
         """Returns all of it as plain values."""

@@ -333,10 +333,13 @@ class Trainer:
 
     def _take_checkpoint(self, current: Process, newest: Path) -> None:
         server, name = self.server, current.run.name
-        try:
-            take = server.noting(lambda model: take_adapter(model, newest, name))
-            server.engine.operate(take).result()
+
+        def take(model: SimpleGPT) -> None:
+            take_adapter(model, newest, name)
             server.folders[name] = current.run
+
+        try:
+            server.engine.operate(server.noting(take)).result()
             current.error = None
         except Exception as error:  # whatever it is: the training goes on without answering
             current.error = f"{newest.name} does not answer here: {error}"
