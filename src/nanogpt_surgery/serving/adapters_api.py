@@ -12,7 +12,6 @@ from nanogpt_surgery.formats.peft.reading import load_adapter
 from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.operations import remove_lora
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.serving.fields import NAME, TEXT, Field, read_fields, required
 from nanogpt_surgery.serving.http import ApiError, contained, read_json
 
