@@ -12,6 +12,7 @@ from nanogpt_surgery import SurgeryError, disable_lora, enable_lora, inject_lora
 from nanogpt_surgery.interpret import compare, examine, forgetting
 from nanogpt_surgery.interpret.examination import effective_rank, intruders, overlap
 from nanogpt_surgery.lora.several import adapter_weights
+from nanogpt_surgery.lora.stored_adapter import StoredAdapter, attach_adapter
 
 
 def next_loss(model, ids):
@@ -142,3 +143,26 @@ def test_overlap_and_intruders():
     spread = u[:, 20:] @ torch.ones(10, 1) / math.sqrt(10)  # resembles none of W's directions
     assert intruders(u, used + 100 * spread @ vh[25:26]) == 1
     assert intruders(u, used + 100 * u[:, 22:23] @ vh[25:26]) == 0  # a direction of W's
+
+
+def test_a_module_replaced_whole_has_a_row_for_each_tensor():
+    model = tiny_model(CONFIGS["gpt2"])
+    norm = {name: t.clone() for name, t in model.norm.state_dict().items()}
+    norm["weight"] += 0.25
+    whole = {f"norm.{name}": tensor for name, tensor in norm.items()}
+    head = model.layers[0].mlp.up_proj
+    whole |= {f"layers.0.mlp.up_proj.{n}": t.clone() for n, t in head.state_dict().items()}
+    whole["layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
+    size = 0.25 * model.norm.weight.numel() ** 0.5 / float(model.norm.weight.detach().norm())
+    attach_adapter(model, StoredAdapter({}, whole), "whole")
+    report = examine("whole", model)
+    rows = {row["layer"]: row for row in report.rows}
+    assert rows.keys() == whole.keys()
+    assert rows["norm.weight"]["ΔW / W"] == pytest.approx(size, rel=1e-5)
+    assert 0.9 < rows["norm.weight"]["bfloat16"] <= 1 and rows["norm.weight"]["rank"] is None
+    assert rows["norm.bias"]["ΔW / W"] == 0
+    assert rows["layers.0.mlp.up_proj.weight"]["ΔW / W"] is None
+    assert report.summary == {
+        "layers": 2, "dead": 0, "not finite": 1, "tensors replaced whole": 4
+    }  # fmt: skip
+    assert str(report)

@@ -19,12 +19,13 @@ from torch import Tensor, nn
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.layer import LoRALayer
-from nanogpt_surgery.lora.merging import survival
+from nanogpt_surgery.lora.merging import ROUNDINGS, survival, with_delta
 from nanogpt_surgery.lora.several import active_adapters, check_name, lora_layers, set_active
 from nanogpt_surgery.report import Report
 
 LEADING = 10
 ALIKE = 0.6  # the least cosine of two singular vectors that resemble each other
+SPECTRAL = ("σ₁ / W's", "rank", "effective rank", "overlap", "intruders")
 SIGNIFICANT = 1e-6  # of the largest singular value; smaller ones are rounding
 
 
@@ -40,7 +41,8 @@ def examine(adapter: str, base: nn.Module) -> Report:
         A report with a row for each of these: ‖ΔW‖ / ‖W‖ and the largest singular value's share of
         W's; rank, effective rank, overlap and intruders, as the module's docstring says; whether
         ΔW is finite; and the part of it that survives a merge in bfloat16, float16, int8, int4. A
-        layer whose ΔW is zero is dead: it has learned nothing.
+        layer whose ΔW is zero is dead: it has learned nothing. Of a module that is replaced whole,
+        each tensor has a row, its change ΔW, without a spectrum.
 
     Raises:
         SurgeryError: the base carries no adapter of this name.
@@ -49,20 +51,23 @@ def examine(adapter: str, base: nn.Module) -> Report:
     active = active_adapters(base)
     set_active(base, WeightedAdapters({adapter: 1.0}))
     try:
-        layers = {
-            name: layer
-            for name, layer in lora_layers(base).items()
-            if not layer.replaces_whole and adapter in layer.updates
-        }
+        found = lora_layers(base).items()
+        layers = {name: layer for name, layer in found if adapter in layer.updates}
         with torch.no_grad():
-            rows = [{"layer": name, **_measured(layer)} for name, layer in layers.items()]
+            plain = with_delta(layers).items()
+            rows = [{"layer": name, **_measured(layer)} for name, layer in plain]
+            whole = [row for name in layers.keys() - dict(plain).keys()
+                     for row in _replaced(name, layers[name], adapter)]  # fmt: skip
     finally:
         set_active(base, active)
+    rows += sorted(whole, key=lambda row: str(row["layer"]))
     summary = {
-        "layers": len(rows),
+        "layers": len(layers),
         "dead": sum(row["rank"] == 0 for row in rows),
-        "not finite": sum(row["rank"] is None for row in rows),
+        "not finite": sum(row["ΔW / W"] is None for row in rows),
     }
+    if whole:
+        summary["tensors replaced whole"] = len(whole)
     return Report("adapter", rows, summary)
 
 
@@ -70,8 +75,7 @@ def _measured(layer: LoRALayer) -> dict[str, Any]:
     kept = survival(layer)
     weight, delta = layer.original_layer.weight.float().cpu(), layer.delta_weight().cpu()
     if not bool(delta.isfinite().all()):
-        spectral = dict.fromkeys(("σ₁ / W's", "rank", "effective rank", "overlap", "intruders"))
-        return dict.fromkeys(kept) | spectral
+        return dict.fromkeys(kept) | dict.fromkeys(SPECTRAL)
     of_delta = torch.linalg.svd(delta, full_matrices=False)
     of_weight = torch.linalg.svd(weight, full_matrices=False)
     least = SIGNIFICANT * of_delta.S.amax().clamp_min(1e-30)
@@ -83,6 +87,31 @@ def _measured(layer: LoRALayer) -> dict[str, Any]:
         "overlap": overlap(delta, of_weight.U, of_weight.Vh, len(values)),
         "intruders": intruders(of_weight.U, weight + delta) if len(values) else 0,
     }
+
+
+def _replaced(name: str, layer: Any, adapter: str) -> list[dict[str, Any]]:
+    """Returns a row for each tensor of a module that an adapter replaces whole."""
+    originals = layer.original_layer.state_dict()
+    copies = layer.updates[adapter].module.state_dict()
+    return [
+        {"layer": f"{name}.{key}", **_change(tensor.float().cpu(), copies[key].float().cpu())}
+        for key, tensor in originals.items()
+    ]
+
+
+def _change(weight: Tensor, copied: Tensor) -> dict[str, Any]:
+    """Returns the size of a change and what of it survives each rounding, without a spectrum."""
+    weight, copied = (t.flatten(1) if t.dim() > 1 else t.reshape(1, -1) for t in (weight, copied))
+    delta = copied - weight
+    energy = delta.double().square().sum()
+    if not bool(delta.isfinite().all()):
+        return dict.fromkeys(("ΔW / W", *ROUNDINGS, *SPECTRAL))
+    kept = {}
+    for kind, rounded in ROUNDINGS.items():
+        lost = (rounded(copied) - rounded(weight) - delta).double().square().sum()
+        kept[kind] = float((1 - lost / energy).clamp(0, 1)) if energy else 1.0
+    size = float(delta.norm() / weight.norm().clamp_min(1e-30))
+    return {"ΔW / W": size} | kept | dict.fromkeys(SPECTRAL)
 
 
 def effective_rank(values: Tensor) -> float:
