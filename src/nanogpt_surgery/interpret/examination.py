@@ -26,7 +26,7 @@ from nanogpt_surgery.report import Report
 LEADING = 10
 ALIKE = 0.6  # the least cosine of two singular vectors that resemble each other
 SPECTRAL = ("σ₁ / W's", "rank", "effective rank", "overlap", "intruders")
-SIGNIFICANT = 1e-6  # of the largest singular value; smaller ones are rounding
+SIGNIFICANT = 1e-5  # of the largest singular value; smaller ones are rounding
 
 
 @check_arguments

@@ -110,7 +110,7 @@ def draw_examination(report: Report, goal: Path) -> None:
     places = range(len(rows))
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, max(2.5, 0.16 * len(rows) + 1.2)), layout="constrained")
+    figure = Figure(figsize=(7, max(2.5, 0.11 * len(rows) + 1.5)), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     left.barh(places, [row["ΔW / W"] for row in rows], color=BLUE)
     left.set(xlabel="‖ΔW‖ / ‖W‖")
@@ -123,7 +123,13 @@ def draw_examination(report: Report, goal: Path) -> None:
     for axes in (left, right):
         axes.margins(y=0.01)
         paint(axes)
-    figure.savefig(goal, dpi=120, transparent=True, format="png")
+    legend = right.get_legend()
+    if legend is not None:  # above the bars, not on them
+        legend.remove()
+        handles, labels = right.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False,
+                      labelcolor=GREY)  # fmt: skip
+    figure.savefig(goal, dpi=90, transparent=True, format="png")
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:
