@@ -184,6 +184,45 @@ def test_saving_says_where(page, served):
     assert any(path.name == "kept" and path.is_dir() for path in served.folder.rglob("kept"))
 
 
+def test_train_from_dropped_answers_to_an_adapter_beside_the_base(page, served, tmp_path):
+    records = [{"messages": [{"role": "user", "content": f"{i} + 1?"},
+                             {"role": "assistant", "content": f"It is {i + 1}."}]}
+               for i in range(24)]  # fmt: skip
+    answers_file = tmp_path / "sums.jsonl"
+    answers_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page.go("train")
+    page.at("file").send_keys(str(answers_file))
+    page.wait(lambda: page.all("#preview mark"))
+    assert "It is 1." in page.one("#preview mark").text
+    assert "0 + 1?" in page.text("preview")
+    assert not any("+ 1?" in mark.text for mark in page.all("#preview mark"))
+    for name, value in (("name", "sums"), ("steps", 400), ("batch", 2), ("every", 5)):
+        page.write(f"train-{name}", value)
+    page.click(page.at("train-plan-button"))
+    page.wait(
+        lambda: (
+            page.all("#train-plan dl") or page.all("#train-plan table") or page.text("train-error")
+        )
+    )
+    assert not page.text("train-error")
+    page.click(page.at("train-start"))
+    page.wait(lambda: page.at("pause").is_displayed())
+    page.wait(lambda: page.all("#chart canvas") and page.all(".sample"))
+    page.click(page.at("pause"))
+    page.wait(lambda: page.at("resume").is_displayed())
+    page.click(page.at("resume"))
+    page.wait(lambda: page.at("pause").is_displayed())
+    page.click(page.at("stop"))
+    page.wait(lambda: re.search("State(stopped|ended)", page.text("figures")))
+    assert page.wait(lambda: [b for b in page.all(".runs b") if b.text == "sums"])
+    page.go("talk")
+    page.wait(lambda: page.one(".side:nth-child(2) h2").text == "sums")
+    base, trained = ask(page, "3 + 1?")
+    assert base and trained
+    hashes = page.one(".side:nth-child(2) code").get_attribute("title")
+    assert len(re.findall("[0-9a-f]{64}", hashes)) == 2  # the base's and the newest checkpoint's
+
+
 def test_what_models_and_people_write_is_shown_as_text(page):
     ask(page, SCRIPT)
     assert SCRIPT in page.one(".answer .prompt").get_property("textContent")
