@@ -593,3 +593,20 @@ def test_under_stress_no_answer_is_lost_and_each_is_right(engine, seed):
     counts = serving.figures()
     ended = (n for k, n in counts.items() if k.startswith("requests_total") and "full" not in k)
     assert sum(ended) == len(answers) and counts["cache_bytes"] <= room
+
+
+@needs_decoder
+def test_texts_are_right_where_no_decoder_can_be_made_after_an_operation(engine, monkeypatch):
+    model = adapted()
+    blend_lora(model, {"one": 1.0})
+    one = engine(model)
+    request = Request(PROMPTS[1], 8, GREEDY)
+    before = all_of(one.submit(request))
+
+    def fails(*_arguments, **_named):
+        raise MemoryError
+
+    monkeypatch.setattr(rows_of_serving, "NativeDecoder", fails)
+    with pytest.raises(MemoryError):
+        one.operate(merge_lora).result(60)
+    assert all_of(one.submit(request)) == fresh(engine, model, request, "plain") != before

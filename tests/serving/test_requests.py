@@ -376,3 +376,11 @@ def _with_until(request):
         raise SurgeryError("poison")
 
     return replace(request, until=fails)
+
+
+def test_health_is_bad_where_nothing_can_be_answered():
+    with served() as running:
+        assert asked(running, "/health")[0] == 200
+        running.server.engine.close(0)
+        for path, body in (("/health", None), (COMPLETIONS, {"prompt": "ab"})):
+            assert asked(running, path, body)[0] == 503

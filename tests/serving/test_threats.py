@@ -216,7 +216,9 @@ def test_threat_12_a_poisoned_text_ends_alone(running):
             found = list(pool.map(lambda body: asked(running, COMPLETIONS, body), bodies))
     finally:
         engine.submit = submit
-    assert [status == 200 for status, _, _ in found] == [True, True, False, True]
+    assert [status for status, _, _ in found] == [200, 200, 500, 200]
+    error = found[2][2]["error"]  # no fault of the request; of a bug nobody is told more
+    assert error["type"] == "server_error" and "poison" not in error["message"]
     for body, (_, _, answer) in zip(bodies[:2], found[:2], strict=True):
         assert answer["choices"] == asked(running, COMPLETIONS, body)[2]["choices"]
 

@@ -29,8 +29,15 @@ from nanogpt_surgery.memory import available_memory, in_gib
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.serving.figures import Figures
 from nanogpt_surgery.serving.prefix_cache import PrefixCache, copied, n_alike
-from nanogpt_surgery.serving.request import Answer, EngineClosed, QueueFull, Reason, Request
-from nanogpt_surgery.serving.rows import Row, Rows, Weights, make_rows
+from nanogpt_surgery.serving.request import (
+    Answer,
+    EngineClosed,
+    QueueFull,
+    Reason,
+    Request,
+    TextFailed,
+)
+from nanogpt_surgery.serving.rows import PlainRows, Row, Rows, Weights, make_rows
 from nanogpt_surgery.serving.weights import WeightHashes
 from nanogpt_surgery.values import POSITIVE, WEIGHT, raise_all, wrong_values
 
@@ -137,6 +144,11 @@ class Engine:
             self._lock.notify_all()
         return done
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: it was closed, or its thread has ended by an error."""
+        return self._closed
+
     def figures(self) -> dict[str, float]:
         """Returns all that is counted, under names as Prometheus has them."""
         with self._lock:
@@ -205,7 +217,8 @@ class Engine:
         self._block_size = config.block_size
         numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim
         self._bytes_per_token = numbers * next(model.parameters()).dtype.itemsize
-        self._rows: Rows = make_rows(model, engine)
+        self._rows: Rows = PlainRows(model)  # right also where the decoder cannot be made
+        self._rows = make_rows(model, engine)
 
     def _work(self) -> None:
         try:
@@ -354,7 +367,7 @@ class Engine:
     def _fail(self, what: Row | Answer, error: Exception) -> None:
         if not isinstance(error, SurgeryError):
             LOG.error("a text failed", exc_info=error)
-            error = SurgeryError(f"the text failed: {type(error).__name__}: {error}")
+            error = TextFailed(f"the text failed: {type(error).__name__}: {error}")
         self._end(what, "failed", error)
 
     def _end(self, what: Row | Answer, reason: Reason, error: SurgeryError | None = None) -> None:

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from nanogpt_surgery.errors import SurgeryError, printable, quoted
-from nanogpt_surgery.serving.request import EngineClosed, QueueFull
+from nanogpt_surgery.serving.request import EngineClosed, QueueFull, TextFailed
 
 LARGEST_BODY = 4 << 20  # bytes
 DEEPEST = 32  # objects and lists within each other
@@ -65,6 +65,8 @@ def api_error(error: BaseException) -> ApiError:
         if isinstance(error, QueueFull):
             headers = {"retry-after": str(max(1, math.ceil(error.retry_after)))}
             return ApiError(429, error.what, code="queue_full", headers=headers)
+        if isinstance(error, TextFailed):
+            return ApiError(500, "the text failed by an error of the server", code="internal_error")
         if isinstance(error, EngineClosed):
             return ApiError(503, error.what, headers={"retry-after": "10"})
         return ApiError(400, str(error))

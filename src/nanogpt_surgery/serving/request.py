@@ -26,6 +26,10 @@ class QueueFull(SurgeryError):  # noqa: N818
         super().__init__(f"{waiting} requests are waiting, the most that may", "try again later")
 
 
+class TextFailed(SurgeryError):  # noqa: N818
+    """An error in the program or the machine, and no fault of the request."""
+
+
 class EngineClosed(SurgeryError):  # noqa: N818
     """The engine takes no more requests."""
 

@@ -148,6 +148,10 @@ class Server:
         """Raises `ApiError` if the server takes no more requests."""
         if self.stopping.is_set():
             raise ApiError(503, "the server is stopping", headers={"retry-after": "10"})
+        if self.engine.closed:
+            raise ApiError(
+                503, "the engine has ended by an error; the server has to be started anew"
+            )
 
 
 def routes(server: Server) -> list[BaseRoute]:
