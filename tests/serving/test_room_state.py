@@ -5,6 +5,10 @@ import json
 
 from helpers.rooms import operated, posted
 
+from nanogpt_surgery import tensor_hashes
+from nanogpt_surgery.history.model_history import combined, history_of
+from nanogpt_surgery.serving import server as server_module
+
 
 def test_events_begin_with_the_state_and_tell_of_changes(room):
     client, server = room
@@ -53,3 +57,20 @@ def test_two_pages_see_the_same_and_a_new_one_gets_the_newest(room):
     one, other = asyncio.run(first_events())
     assert one == other
     assert json.loads(one.partition("data: ")[2]) == client.get("/api/state").json()
+
+
+def test_the_journal_of_a_server_does_not_grow_for_ever(room, monkeypatch):
+    monkeypatch.setattr(server_module, "MOST_OPERATIONS", 3)
+    client, server = room
+    for number in range(1, 7):
+        operated(client, "inject", name=f"a{number}", targets=["q_proj"])
+    shown = client.get("/api/state").json()
+    assert [row["number"] for row in shown["journal"]] == [4, 5, 6]
+    assert len(history_of(server.model).operations) == 3
+    before = shown["journal"][0]["hash_before"]
+    for _ in range(3):
+        posted(client, "/api/undo")
+    last = client.get("/api/state").json()
+    assert not last["can_undo"] and last["can_redo"]
+    assert before == combined(tensor_hashes(server.model).values())
+    assert [row["name"] for row in last["adapters"]] == ["a1", "a2", "a3"]

@@ -34,9 +34,15 @@ Op = TypeVar("Op", bound=Operation)
 
 @dataclass
 class Journal(Generic[Op]):
-    """Every operation in the order in which it was first done, each with its state."""
+    """The operations in the order in which they were first done, each with its state.
+
+    Attributes:
+        operations: all but those that were dropped.
+        dropped: how many of the oldest are no longer here, nor what their undo would need.
+    """
 
     operations: list[Op] = field(default_factory=list)
+    dropped: int = 0
 
     def in_state(self, state: str) -> list[Op]:
         """Those that are in a state, the oldest first."""
@@ -56,6 +62,12 @@ class Journal(Generic[Op]):
         """Adds an operation that was done; what was undone cannot be redone from here on."""
         self._give_up(UNDONE, LAPSED)
         self.operations.append(operation)
+
+    def keep(self, most: int) -> None:
+        """Drops the oldest operations, until there are no more than so many."""
+        gone = max(0, len(self.operations) - most)
+        del self.operations[:gone]
+        self.dropped += gone
 
     def settle(self) -> None:
         """Gives up undoing whatever was done."""

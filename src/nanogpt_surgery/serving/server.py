@@ -23,6 +23,7 @@ from nanogpt_surgery.data.conversations.chat import ChatTemplate
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.formats.opening import template_to_talk
+from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.several import adapter_names
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.serving import (
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 MOST_WAITING = 64  # operations and measurements
+MOST_OPERATIONS = 100  # in the journal: each holds the adapters that it took away, for an undo
 GRACE = 10.0  # seconds that running answers have when the server stops
 
 
@@ -116,6 +118,7 @@ class Server:
             try:
                 return change(model)
             finally:
+                history_of(model).keep(MOST_OPERATIONS)
                 self.adapters = tuple(adapter_names(model))
                 for listener in self.listeners:
                     listener()

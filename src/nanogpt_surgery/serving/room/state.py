@@ -157,7 +157,7 @@ def _journal(model: SimpleGPT, now: str) -> dict[str, Any]:
     history = history_of(model)
     rows: list[dict[str, Any]] = []
     after = now
-    for number, done in reversed(list(enumerate(history.operations, 1))):
+    for number, done in reversed(list(enumerate(history.operations, history.dropped + 1))):
         undone = done.state in (UNDONE, LAPSED)
         before = _hash_before(done)
         if undone and done.around_undo is not None:
