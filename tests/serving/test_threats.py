@@ -541,3 +541,16 @@ def test_an_adapter_and_the_model_have_two_names():
         assert make_app(Server(engine, model, CharacterTokenizer(LETTERS), "tiny")).names
     finally:
         engine.close(0)
+
+
+def test_a_client_that_leaves_within_its_body_is_no_error_of_the_server(caplog):
+    lines = []
+    with served(log=lines.append) as running:
+        head = "POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", running.port), timeout=60) as connection:
+            connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
+        while not lines:
+            assert asked(running, "/v1/models")[0] == 200
+            lines[:] = [line for line in lines if "/tokenize" in line]
+    assert " 500 " not in lines[0]
+    assert not [record for record in caplog.records if record.exc_info]

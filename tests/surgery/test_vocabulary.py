@@ -175,3 +175,11 @@ def test_generation_goes_on_in_the_new_vocabulary(engine):
     prompt = tokenizer.encode(CHARACTERS.decode([3, 1, 4]))
     after = generate(model, prompt, 5, top_k=1, engine=engine)
     assert tokenizer.decode(after) == CHARACTERS.decode(before)
+
+
+@pytest.mark.parametrize("token", ["\ud800", "fox \udcff"])
+def test_what_no_file_of_text_can_hold_is_no_token(token):
+    model = model_for_bpe()
+    with pytest.raises(SurgeryError, match="surrogate"):
+        add_tokens(model, BPE, [token])
+    assert model.config.vocab_size == BPE.vocab_size

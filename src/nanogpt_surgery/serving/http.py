@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 
 from nanogpt_surgery.errors import SurgeryError, printable, quoted
@@ -82,17 +82,20 @@ async def read_json(request: Request, most_bytes: int = LARGEST_BODY) -> dict[st
     """Returns the JSON object in a request's body.
 
     Raises:
-        ApiError: it is too large, or is no JSON object within the limits.
+        ApiError: it is too large, or is no JSON object within the limits, or the client has left.
     """
     size, parts = 0, list[bytes]()
-    async for part in request.stream():
-        size += len(part)
-        if size <= most_bytes:
-            parts.append(part)
-        else:  # clients read an answer when they have sent all; what is too large is forgotten
-            parts.clear()
-        if size > most_bytes + _DISCARDED:
-            break
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size <= most_bytes:
+                parts.append(part)
+            else:  # clients read an answer when they have sent all; what is too large is forgotten
+                parts.clear()
+            if size > most_bytes + _DISCARDED:
+                break
+    except ClientDisconnect:
+        raise ApiError(499, "the client has left before its body was whole") from None
     if size > most_bytes:
         message = f"the body has {size:,} bytes or more; the limit is {most_bytes:,}"
         raise ApiError(413, message, code="body_too_large")

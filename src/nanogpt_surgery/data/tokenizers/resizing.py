@@ -102,6 +102,8 @@ def _refused(
         return f"is in the vocabulary, as {there[token]}"
     if isinstance(tokenizer, CharacterTokenizer):
         return ""
+    if any("\ud800" <= character <= "\udfff" for character in token):
+        return "has half of a surrogate pair, which is no character"
     ids = tokenizer.encode(token)  # a vocabulary may write it otherwise: Ġthe
     alone = len(ids) == 1 and tokenizer.decode(ids) == token
     return f"is one token already, {ids[0]}" if alone else ""
