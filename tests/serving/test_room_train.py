@@ -3,6 +3,7 @@
 import json
 import os
 import time
+from pathlib import Path
 
 import pytest
 from helpers.rooms import folders_page, model_with, operated, posted, streamed
@@ -17,7 +18,7 @@ from nanogpt_surgery import (
     tensor_hashes,
 )
 from nanogpt_surgery.lora.several import adapter_weights
-from nanogpt_surgery.serving.room.runs import NewSteps
+from nanogpt_surgery.serving.room.runs import NewSteps, state_of_run
 from nanogpt_surgery.serving.room.train import take_adapter
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
@@ -256,3 +257,8 @@ def test_an_adapter_of_another_form_is_not_written_over(tmp_path):
     with pytest.raises(SurgeryError, match="third"):
         take_adapter(model, tmp_path / "one", "third")
     assert tensor_hashes(model) == before
+
+
+def test_a_run_that_has_signed_off_has_ended():
+    kept = Path(__file__).parents[1] / "kept" / "806b6a1"
+    assert {state_of_run(kept / name) for name in ("trained", "tuned")} == {"ended"}

@@ -14,7 +14,7 @@ from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.lock import LOCK
 from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.formats.folders.run_folder import METRICS, is_run
-from nanogpt_surgery.history.folder_history import RUN, operations_on
+from nanogpt_surgery.history.folder_history import RUN, read_journal
 from nanogpt_surgery.runs.summary import read_samples
 
 MOST_SHOWN = 2_000  # steps of a run; of more, some are left out
@@ -80,9 +80,12 @@ def most_steps(run: Path) -> int | None:
 def state_of_run(run: Path) -> str:
     """Returns "ended", or whether the process that writes it is there: "running", "stopped"."""
     with suppress(SurgeryError, OSError):
-        if operations_on(run):
+        if read_journal(run).operations:  # the last of a training is its own signature
             return "ended"
-    return "running" if _is_written(run / LOCK) else "stopped"
+    if _is_written(run / LOCK):
+        return "running"
+    rows = metrics_of(run)
+    return "ended" if rows and rows[-1]["step"] == most_steps(run) else "stopped"
 
 
 def _is_written(lock: Path) -> bool:

@@ -16,6 +16,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 from torch import Tensor
 
+from nanogpt_surgery.data.conversations.chat import OWN
 from nanogpt_surgery.formats.huggingface.config import family_of
 from nanogpt_surgery.history.journal import LAPSED, UNDONE
 from nanogpt_surgery.history.model_history import (
@@ -80,7 +81,7 @@ class Room:
             "layers": config.n_layer,
             "heads": config.n_head,
             "family": family_of(config),
-            "chat": self.server.template_of(None).source != "none",
+            "chat": self.server.template_of(None).source not in OWN,
             "block_size": config.block_size,
             "vocab_size": config.vocab_size,
         }
