@@ -138,16 +138,17 @@ def test_adapters_come_and_go_while_it_runs(tmp_path):
 def test_adapters_that_come_and_go_fill_no_memory(tmp_path, monkeypatch):
     from nanogpt_surgery.history.model_history import history_of
     from nanogpt_surgery.serving import adapters_api
+    from nanogpt_surgery.serving import server as server_module
 
     adapter_folder(tmp_path / "style")
-    monkeypatch.setattr(adapters_api, "MOST_UNDONE", 5)
+    monkeypatch.setattr(server_module, "MOST_OPERATIONS", 5)
     monkeypatch.setattr(adapters_api, "MOST_ADAPTERS", 3)
     load, unload = "/v1/load_lora_adapter", "/v1/unload_lora_adapter"
     with served(adapted_model(), adapters_folder=tmp_path) as running:
         for _ in range(4):
             asked(running, load, {"lora_name": "a", "lora_path": "style"})
             assert asked(running, unload, {"lora_name": "a"})[0] == 200
-        assert len(history_of(running.server.model).done) <= 5
+        assert len(history_of(running.server.model).operations) <= 5
         names = ["a", "b", "c"]
         for name in names:
             assert asked(running, load, {"lora_name": name, "lora_path": "style"})[0] == 200

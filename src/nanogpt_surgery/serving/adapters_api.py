@@ -9,7 +9,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from nanogpt_surgery.formats.peft.reading import load_adapter
-from nanogpt_surgery.history.model_history import history_of
 from nanogpt_surgery.lora.operations import remove_lora
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.serving.fields import NAME, TEXT, Field, read_fields, required
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
     from nanogpt_surgery.serving.server import Server
 
 MOST_ADAPTERS = 64
-MOST_UNDONE = 64  # operations: beyond, nothing is kept of those that were done
 
 LOAD = {"lora_name": Field(NAME), "lora_path": Field(TEXT)}
 UNLOAD = {"lora_name": Field(NAME)}
@@ -55,17 +53,10 @@ def routes(server: Server) -> list[BaseRoute]:
         name = required(values, "lora_name")
         if name not in server.adapters:
             raise ApiError(404, f"there is no adapter {name!r}", param="lora_name")
-        await server.operate(lambda model: _remove(model, name))
+        await server.operate(lambda model: remove_lora(model, name))
         return JSONResponse({"status": "unloaded", "lora_name": name})
 
     return [
         Route("/v1/load_lora_adapter", load, methods=["POST"]),
         Route("/v1/unload_lora_adapter", unload, methods=["POST"]),
     ]
-
-
-def _remove(model: SimpleGPT, name: str) -> None:
-    """Takes an adapter off; of a long history nothing is kept, so that memory does not fill up."""
-    remove_lora(model, name)
-    if len(history_of(model).done) > MOST_UNDONE:
-        history_of(model).settle()
