@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from nanogpt_surgery import (
     save_adapter,
     tensor_hashes,
 )
+from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, record
 from nanogpt_surgery.lora.several import adapter_weights
 from nanogpt_surgery.serving.room.runs import NewSteps, state_of_run
 from nanogpt_surgery.serving.room.train import take_adapter
@@ -259,6 +261,9 @@ def test_an_adapter_of_another_form_is_not_written_over(tmp_path):
     assert tensor_hashes(model) == before
 
 
-def test_a_run_that_has_signed_off_has_ended():
-    kept = Path(__file__).parents[1] / "kept" / "806b6a1"
-    assert {state_of_run(kept / name) for name in ("trained", "tuned")} == {"ended"}
+def test_a_run_that_has_signed_off_has_ended(tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(Path(__file__).parents[1] / "kept" / "806b6a1" / "trained", run)
+    assert state_of_run(run) == "stopped", "it was killed at step 4 of 8"
+    record(run, FolderOperation("train, 4 steps", "", {}, hashes_of(run), "none"))
+    assert state_of_run(run) == "ended"
