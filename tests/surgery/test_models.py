@@ -123,7 +123,8 @@ def test_on_folders_it_is_planned_done_and_undone(tmp_path, monkeypatch):
     plan = json.loads(called(*words, "--plan")[0])
     assert plan["tensors_changed"] == len(plan["rows"]) > 5
     assert {row["changed by"] for row in plan["rows"]} == {2}
-    assert plan == json.loads(called(*words, "--plan")[0])
+    again = json.loads(called(*words, "--plan")[0])
+    assert plan | {"free_bytes": 0} == again | {"free_bytes": 0}, "but for what else is on the disk"
     assert plan["memory_bytes"] > 0
     assert hashes_of(tmp_path / "base") == before
     called(*words, "--out", "both")

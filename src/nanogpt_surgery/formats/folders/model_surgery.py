@@ -61,7 +61,8 @@ def plan_on_model(
         "kept_originals_bytes": old if keep_originals else 0,
         "free_bytes": free_bytes(goal),
     }
-    return Report(f"planned: {report.title}", report.rows, report.summary | sizes)
+    title = f"planned: {report.title.removeprefix('planned: ')}"
+    return Report(title, report.rows, report.summary | sizes)
 
 
 @check_arguments
