@@ -1,5 +1,7 @@
 """Completions and chats over HTTP: what comes back, what is refused and how."""
 
+import json
+
 import pytest
 from helpers.commands import LETTERS
 from helpers.models import tiny_model
@@ -384,3 +386,15 @@ def test_health_is_bad_where_nothing_can_be_answered():
         running.server.engine.close(0)
         for path, body in (("/health", None), (COMPLETIONS, {"prompt": "ab"})):
             assert asked(running, path, body)[0] == 503
+
+
+def test_a_line_of_a_stream_is_one_whatever_stands_in_the_text():
+    """Python's splitlines, and clients that use it, end a line at U+2028."""
+    letters = LETTERS.replace("~", "\u2028")
+    with served(tokenizer=CharacterTokenizer(letters)) as running:
+        index = str(CharacterTokenizer(letters).encode("\u2028")[0])
+        body = {"prompt": "a", "max_tokens": 3, "logit_bias": {index: 100}, "stream": True}
+        _, _, text = asked(running, COMPLETIONS, body)
+    lines = [line for line in text.splitlines() if line]
+    assert all(line.startswith("data: ") for line in lines)
+    assert json.loads(lines[0].removeprefix("data: "))["choices"][0]["text"] == "\u2028"

@@ -193,7 +193,8 @@ class EventStream(StreamingResponse):
 async def _lines(events: Callable[[], AsyncIterator[dict[str, Any]]]) -> AsyncIterator[str]:
     try:
         async for event in events():
-            yield f"data: {json.dumps(event, ensure_ascii=False)}\n\n"
+            # In ASCII: some clients end a line at U+2028, which would stand in the text as it is.
+            yield f"data: {json.dumps(event)}\n\n"
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield f"data: {json.dumps(api_error(error).body())}\n\n"
