@@ -200,6 +200,17 @@ def record(folder: Path, operation: FolderOperation) -> None:
     write_journal(folder, journal)
 
 
+def record_made(folder: Path, operation: FolderOperation) -> FolderOperation:
+    """Begins the journal of a new folder with the operation that made it, and returns that.
+
+    Raises:
+        SurgeryError: as `record`.
+    """
+    made = replace(operation, after=hashes_of(folder), originals="none")
+    record(folder, made)
+    return made
+
+
 def operations_on(folder: Path) -> list[FolderOperation]:
     """The operations, not undone, whose result a folder's own files are; the oldest first."""
     operations = read_journal(folder).operations

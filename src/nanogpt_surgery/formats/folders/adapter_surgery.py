@@ -7,7 +7,6 @@ the adapter that it has made is written, read again and compared to the bit befo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -24,7 +23,7 @@ from nanogpt_surgery.formats.huggingface.tokenizer_files import chat_template_in
 from nanogpt_surgery.formats.model_file import open_model
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
 from nanogpt_surgery.formats.peft.writing import write_adapter_files
-from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
+from nanogpt_surgery.history.folder_history import FolderOperation, operate, record_made
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 
@@ -102,7 +101,7 @@ def operate_on_adapters(
     if goal.resolve() in places:
         done = operate(goal, write)
     else:
-        done = write_folder(goal, lambda new: _recorded(write(new), new))
+        done = write_folder(goal, lambda new: record_made(new, write(new)))
     kept = {"folder": str(goal), "base": hashed, "originals": done.originals}
     measured = {"measured_on": measured_on} | report.summary
     return Report(report.title, report.rows, measured | kept | {"sha256": done.changes()})
@@ -124,10 +123,3 @@ def _opened(base: str | Path, adapters: Mapping[str, str | Path], force: bool) -
     for name, path in adapters.items():
         load_adapter(model, path, name=name, force=force)
     return model
-
-
-def _recorded(done: FolderOperation, new: Path) -> FolderOperation:
-    """Begins the journal of a new folder with the operation that made it."""
-    made = replace(done, after=hashes_of(new), originals="none")
-    record(new, made)
-    return made

@@ -46,7 +46,7 @@ from nanogpt_surgery.formats.model_file import (
 from nanogpt_surgery.formats.peft.layout import adapter_to_ours
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter, read_adapter
-from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
+from nanogpt_surgery.history.folder_history import FolderOperation, operate, record_made
 from nanogpt_surgery.history.model_history import (
     UPDATES,
     combined,
@@ -180,9 +180,7 @@ def _write(
 def _make(merge: Merge, new: Path, done: FolderOperation) -> FolderOperation:
     """Writes a new folder, whose journal begins with the merge."""
     made = replace(_write(merge, new, done), operation=f"{merge.title} into {merge.source}")
-    made = replace(made, after=hashes_of(new), originals="none")
-    record(new, made)
-    return made
+    return record_made(new, made)
 
 
 def _report(merge: Merge, done: FolderOperation, goal: Path) -> Report:

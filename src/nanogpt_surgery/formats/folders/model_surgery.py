@@ -28,7 +28,7 @@ from nanogpt_surgery.formats.folders.merging import (
 from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
 from nanogpt_surgery.formats.huggingface.tokenizer_files import VOCABULARY_FILES
 from nanogpt_surgery.formats.model_file import open_model, write_model_files
-from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, operate, record
+from nanogpt_surgery.history.folder_history import FolderOperation, operate, record_made
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 
@@ -138,10 +138,7 @@ def _elsewhere(
 ) -> FolderOperation:
     """Writes a new folder, whose journal begins with the operation that made it."""
     write(new)
-    made = replace(done, operation=f"{done.operation} of {source}")
-    made = replace(made, after=hashes_of(new), originals="none")
-    record(new, made)
-    return made
+    return record_made(new, replace(done, operation=f"{done.operation} of {source}"))
 
 
 def plain_values(summary: dict[str, Any]) -> dict[str, Any]:
