@@ -75,9 +75,9 @@ if TYPE_CHECKING:
     from nanogpt_surgery.lora.several import learned as learned
     from nanogpt_surgery.model.config import FAMILIES as FAMILIES
     from nanogpt_surgery.model.config import GPTConfig as GPTConfig
+    from nanogpt_surgery.model.kv_cache import KVCache as KVCache
     from nanogpt_surgery.model.rope_scaling import RopeScaling as RopeScaling
     from nanogpt_surgery.model.simple_gpt import SimpleGPT as SimpleGPT
-    from nanogpt_surgery.model.transformer_encoder_layer import KVCache as KVCache
     from nanogpt_surgery.model.transformer_encoder_layer import (
         TransformerEncoderLayer as TransformerEncoderLayer,
     )
@@ -123,9 +123,10 @@ _HOMES = {
     "lora.settings": "LoRASettings",
     "lora.several": "learned",
     "model.config": "FAMILIES GPTConfig",
+    "model.kv_cache": "KVCache",
     "model.rope_scaling": "RopeScaling",
     "model.simple_gpt": "SimpleGPT",
-    "model.transformer_encoder_layer": "KVCache TransformerEncoderLayer",
+    "model.transformer_encoder_layer": "TransformerEncoderLayer",
     "runs.run": "Run",
     "runs.training": "Training",
     "training.evaluation": "evaluate",

@@ -21,7 +21,7 @@ from nanogpt_surgery.interpret import (
     record,
     zero,
 )
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 
 ANATOMY = ["residual_before", "residual_between", "residual", "attention", "heads", "neurons"]

@@ -20,8 +20,8 @@ from nanogpt_surgery.generation.generate import new_cache
 from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.generation.speculative import Draft, generator_with
 from nanogpt_surgery.generation.text import TextUntil
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 
 class Conversation:

@@ -18,9 +18,9 @@ from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
 from nanogpt_surgery.generation.checks import check_request
 from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.model.finite import check_finite
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 
 if TYPE_CHECKING:
     from nanogpt_surgery.generation.native.decoder import NativeSteps

@@ -40,9 +40,9 @@ from nanogpt_surgery.generation.generate import (
 )
 from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.model.finite import check_finite
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 from nanogpt_surgery.values import SIZE, raise_all, wrong_values
 
 if TYPE_CHECKING:

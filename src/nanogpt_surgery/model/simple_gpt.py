@@ -25,13 +25,10 @@ from nanogpt_surgery.model.embeddings import (
     identity,
     make_positions,
 )
-from nanogpt_surgery.model.transformer_encoder_layer import (
-    KVCache,
-    TransformerEncoderLayer,
-    make_norm,
-)
+from nanogpt_surgery.model.transformer_encoder_layer import TransformerEncoderLayer, make_norm
 
 if TYPE_CHECKING:
+    from nanogpt_surgery.model.kv_cache import KVCache
     from nanogpt_surgery.model.layout import Layout
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
+from nanogpt_surgery.model.kv_cache import KVCache
 
 MOST_TEXTS = 512  # each is compared with the beginning of every new text
 

@@ -36,9 +36,9 @@ from nanogpt_surgery.generation.settings import Engine
 from nanogpt_surgery.lora.active import WeightedAdapters
 from nanogpt_surgery.lora.several import active_adapters, has_lora, set_active
 from nanogpt_surgery.model.finite import not_finite
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 from nanogpt_surgery.serving.request import Answer
 
 PIECE = 256  # tokens of a prompt that the model itself computes at once

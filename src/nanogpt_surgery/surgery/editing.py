@@ -38,10 +38,10 @@ from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import logits_of
 from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, attach_adapter
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.loss import cross_entropy, eval_mode, kl_divergence
 from nanogpt_surgery.model.quantized import check_not_quantized
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
-from nanogpt_surgery.model.transformer_encoder_layer import KVCache
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.surgery.structure import effect_on_logits
 

@@ -35,6 +35,7 @@ from nanogpt_surgery.model.embeddings import (
     identity,
     rotate,
 )
+from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.quantized import (
     BLOCK,
     BLOCK_BYTES,
@@ -46,7 +47,6 @@ from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import (
     ACTIVATIONS,
     CausalSelfAttention,
-    KVCache,
     PlainFeedForward,
     RMSNorm,
     SwiGLUFeedForward,
