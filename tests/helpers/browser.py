@@ -14,7 +14,7 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
-WAIT = 120  # seconds, for a busy machine; nothing takes nearly as long
+WAIT = 300  # seconds, for a busy machine; nothing takes nearly as long
 ARGUMENTS = ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu")
 
 
@@ -51,9 +51,16 @@ class Browser:
         element.click()
 
     def push(self, label: str) -> None:
-        """Clicks the button of this label, once it is there; it may be drawn anew meanwhile."""
-        push = "const it = document.querySelector(arguments[0]); it?.click(); return it !== null"
-        self.wait(lambda: self.run(push, f'[aria-label="{label}"]:enabled'))
+        """Clicks the button of this label, as `push_at`."""
+        self.push_at(f'[aria-label="{label}"]')
+
+    def push_at(self, selector: str) -> None:
+        """Clicks a button once it is not hidden; it may move, or be drawn anew, at any moment."""
+        push = (
+            "const it = document.querySelector(arguments[0]);"
+            "if (!it || it.closest('[hidden]')) return false; it.click(); return true"
+        )
+        self.wait(lambda: self.run(push, f"{selector}:enabled"))
 
     def text(self, name: str) -> str:
         return self.at(name).get_property("textContent")

@@ -1,5 +1,7 @@
 """A tiny model that is served with the page; its port stays over a stop and a start."""
 
+import itertools
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,7 +9,7 @@ from pathlib import Path
 
 from helpers.commands import write_model
 from helpers.models import train_a_little
-from nanogpt_surgery import inject_lora, open_model
+from nanogpt_surgery import SurgeryError, inject_lora, open_model
 from nanogpt_surgery.serving.engine import Engine
 from nanogpt_surgery.serving.server import HttpServer, Server
 
@@ -15,17 +17,27 @@ ADAPTER = "python"
 SCRIPT = "<script>alert(1)</script>"
 
 
+# Below those that a system gives to whoever asks for any: while nothing listens on the port, no
+# other connection of this machine takes it.
+PORTS = range(20_000, 32_768)
+
+
 class Listening:
     """What answers on a port; stopped, it leaves the engine running."""
 
-    def __init__(self, server: Server, port: int = 0) -> None:
-        self.server, self.port = server, port
-        self.start()
+    def __init__(self, server: Server) -> None:
+        self.server = server
+        first = os.getpid() % len(PORTS)
+        for self.port in itertools.chain(PORTS[first:], PORTS[:first]):
+            try:
+                self.start()
+            except SurgeryError:  # it is taken
+                continue
+            break
 
     def start(self) -> None:
         self.http = HttpServer(self.server, port=self.port, grace=0)
         self.http.config.timeout_graceful_shutdown = 1
-        self.port = self.http.port
         self.thread = threading.Thread(target=self.http.run, args=([self.http.socket],))
         self.thread.start()
 

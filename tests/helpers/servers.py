@@ -5,13 +5,16 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from helpers.commands import LETTERS
 from helpers.models import tiny_model, train_a_little
 from nanogpt_surgery import CharacterTokenizer, GPTConfig, SimpleGPT, inject_lora
-from nanogpt_surgery.serving.engine import Engine
+from nanogpt_surgery.generation.batch import Token
+from nanogpt_surgery.serving.engine import Answer, Engine, Request
 from nanogpt_surgery.serving.server import HttpServer, Server
 
 LETTER_MODEL = GPTConfig.for_family(
@@ -36,13 +39,14 @@ def served(
     name: str = "tiny",
     rows: int = 16,
     waiting: int = 64,
+    grace: float = 1,
     **options: Any,
 ) -> Iterator[HttpServer]:
     """A server that runs until the end of the block."""
     model = model or adapted_model("one", "two")
     engine = Engine(model, rows=rows, waiting=waiting)
     tokenizer = tokenizer or CharacterTokenizer(LETTERS)
-    running = HttpServer(Server(engine, model, tokenizer, name, **options), grace=1)
+    running = HttpServer(Server(engine, model, tokenizer, name, **options), grace=grace)
     thread = threading.Thread(target=running.serve_until_stopped)
     thread.start()
     try:
@@ -51,6 +55,28 @@ def served(
         running.stop()
         thread.join(60)
         assert not thread.is_alive()
+
+
+@contextmanager
+def held(engine: Engine, tokens: int = 0) -> Iterator[threading.Event]:
+    """Within the block, the engine stands still once a text has so many tokens, until the event."""
+    go, submit = threading.Event(), engine.submit
+
+    def submitted(request: Request) -> Answer:
+        number = count()
+
+        def until(token: Token) -> bool:
+            assert next(number) < tokens or go.wait(60)
+            return request.until is not None and request.until(token)
+
+        return submit(replace(request, until=until))
+
+    engine.submit = submitted
+    try:
+        yield go
+    finally:
+        engine.submit = submit
+        go.set()
 
 
 def asked(

@@ -326,10 +326,12 @@ def test_a_full_queue_refuses_and_says_when_to_come_again(engine):
 
 def test_a_client_that_leaves_frees_its_row_within_a_token(engine):
     serving = engine(tiny_model(LLAMA), rows=1)
+    _, go = held(serving)
     answer = serving.submit(
         Request(PROMPTS[0], 15, until=lambda t: len(answer.tokens) == 2 and answer.cancel())
     )
     later = serving.submit(Request(PROMPTS[0], 2))
+    go.set()
     assert len(ids(later)) == 2
     assert answer.reason == "cancelled" and len(answer.tokens) == 3
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from helpers.commands import LETTERS
 from helpers.models import tiny_model
-from helpers.servers import adapted_model, asked, events, refused, served
+from helpers.servers import adapted_model, asked, events, held, refused, served
 from helpers.tokenizers import byte_level
 from hypothesis import given
 from hypothesis import strategies as st
@@ -251,8 +251,9 @@ def test_what_does_not_fit_the_context_is_refused_with_both_numbers(running):
 
 def test_a_full_queue_says_when_to_come_again():
     with served(rows=1, waiting=1) as running:
-        body = {"prompt": ["a"] * 9, "max_tokens": 30}
-        status, headers, found = asked(running, COMPLETIONS, body)
+        with held(running.server.engine):
+            body = {"prompt": ["a"] * 9, "max_tokens": 30}
+            status, headers, found = asked(running, COMPLETIONS, body)
         assert (status, found["error"]["type"]) == (429, "rate_limit_error")
         assert int(headers["retry-after"]) >= 1
         assert asked(running, COMPLETIONS, {"prompt": "a", "max_tokens": 1})[0] == 200

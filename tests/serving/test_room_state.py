@@ -8,6 +8,7 @@ from helpers.rooms import operated, posted
 from nanogpt_surgery import tensor_hashes
 from nanogpt_surgery.history.model_history import combined, history_of
 from nanogpt_surgery.serving import server as server_module
+from nanogpt_surgery.serving.engine import Request
 
 
 def test_events_begin_with_the_state_and_tell_of_changes(room):
@@ -44,6 +45,16 @@ def test_the_journal_says_what_is_in_force_and_its_hashes_join(room):
     assert rows[1]["hash_after"] != rows[2]["hash_after"]
     assert rows[2]["hash_after"] == rows[3]["hash_before"]
     assert (state["can_undo"], state["can_redo"]) == (True, True)
+
+
+def test_what_is_told_of_a_change_is_already_so(room):
+    client, server = room
+    answers = []
+    wanted = Request((1, 2), 3, adapters={"one": 1.0})
+    server.listeners.append(lambda: answers.append(server.engine.submit(wanted)))
+    operated(client, "inject", name="one", targets=["q_proj"])
+    [answer] = answers
+    assert len(answer.result(60)) == 3
 
 
 def test_two_pages_see_the_same_and_a_new_one_gets_the_newest(room):

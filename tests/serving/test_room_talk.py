@@ -3,11 +3,14 @@
 import asyncio
 import json
 import math
+import threading
 import time
+from itertools import islice
 
 import pytest
 from helpers.commands import LETTERS
 from helpers.rooms import SMALL, model_with, page_of, posted, streamed
+from helpers.servers import held
 
 from nanogpt_surgery import CharacterTokenizer, blend_lora, generate_batch
 from nanogpt_surgery.generation.settings import SamplingSettings
@@ -57,15 +60,26 @@ def test_two_sides_with_one_seed_are_each_what_they_are_alone(page):
 def test_sides_are_streamed_together_and_say_what_they_are(page):
     sides = [{"adapters": {}}, {"adapters": BLEND}, {"adapters": {"one": 1}}]
     events = streamed(page, "/api/talk", prompt=PROMPT, max_new_tokens=20, sides=sides)
+    assert {event["side"] for event in events if event.get("done")} == {0, 1, 2}
     heads = [event for event in events if "hash" in event]
     assert [head["name"] for head in heads] == ["base", "0.5 · one + 1.5 · two", "one"]
     assert len({head["hash"] for head in heads}) == 3
     assert heads[0]["hash"] == page.get("/api/state").json()["model"]["hash"]
     assert len({head["seed"] for head in heads}) == 1
-    order = [event["side"] for event in events if "id" in event]
-    first_end = next(i for i, event in enumerate(events) if event.get("done"))
-    assert {event["side"] for event in events[:first_end]} == {0, 1, 2}
-    assert order != sorted(order)
+
+
+def test_no_side_waits_for_another_to_end():
+    with page_of(model_with("one", "two")) as (client, server), held(server.engine, 1) as go:
+        asked = {"prompt": PROMPT, "max_new_tokens": 9, "sides": [{}, {"adapters": {"two": 1}}]}
+        both = threading.Event()
+        server.engine.look(lambda _: both.wait(60))
+        with client.stream("POST", "/api/talk", json=asked) as answer:
+            lines = (line.removeprefix("data: ") for line in answer.iter_lines() if line)
+            both.set()
+            first = list(islice((line for line in lines if '"id"' in line), 2))
+            assert {json.loads(line)["side"] for line in first} == {0, 1}
+            go.set()  # both have a token, and neither can have its second before
+            assert len([line for line in lines if '"id"' in line]) == 2 * 8
 
 
 def test_an_answer_goes_on_from_another_choice(page):
@@ -132,7 +146,8 @@ def test_a_wrong_field_is_named(page, values, param):
 def test_a_client_that_leaves_frees_its_rows():
     with page_of(model_with("one"), runs_folder=None) as (_, server):
         body = {"prompt": "a", "sides": [{}, {"adapters": {"one": 1}}], "max_new_tokens": 60}
-        asyncio.run(left_after_some_tokens(make_app(server), json.dumps(body).encode()))
+        with held(server.engine, 1):
+            asyncio.run(left_after_some_tokens(make_app(server), json.dumps(body).encode()))
         end = time.monotonic() + 60
         while server.engine.figures()["requests_running"] and time.monotonic() < end:
             time.sleep(0.01)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from nanogpt_surgery import (
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, record
 from nanogpt_surgery.lora.several import adapter_weights
 from nanogpt_surgery.serving.room.runs import NewSteps, state_of_run
-from nanogpt_surgery.serving.room.train import take_adapter
+from nanogpt_surgery.serving.room.train import MOST_TOLD, Process, take_adapter
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 
@@ -90,8 +92,10 @@ def test_a_training_answers_while_it_runs_is_paused_and_goes_on(room, tmp_path):
     now = until(client, lambda state: state["training"]["state"] == "paused")
     found = client.get("/api/runs/fox").json()
     assert found["step"] > 0 and found["here"] and found["config"]["batch_size"] == 2
-    told, _ = server_rows(server)
-    assert {row["step"] for row in told} >= set(range(1, found["step"]))
+    told, _ = trainer_of(server).since(0)
+    steps = sorted({row["step"] for row in told if "loss" in row})
+    assert steps[0] <= 1 or len(told) == MOST_TOLD
+    assert steps == list(range(steps[0], found["step"] + 1)), "none is left out"
     [sample, *_] = [s for row in told for s in row.get("samples", [])]
     assert sample["prompt"] == "the "
     assert len(sample["base_text"]) == 48
@@ -117,18 +121,43 @@ def check_that_it_answers_as_on_the_disk(client, folder):
     assert [event["id"] for event in events if "id" in event] == alone
 
 
-def server_rows(server):
+def trainer_of(server):
     [room] = [one.__self__ for one in server.listeners]
-    return room.trainer.since(0)
+    return room.trainer
+
+
+def ended_process(status):
+    process = subprocess.Popen([sys.executable, "-c", f"raise SystemExit({status})"])
+    assert process.wait(60) == status
+    return process
+
+
+def test_what_is_late_to_tell_of_a_run_that_goes_on_again_says_how_it_is_now(room, tmp_path):
+    trainer, run = trainer_of(room[1]), tmp_path / "runs" / "fox"
+    paused = Process(run, ended_process(143), NewSteps(run), state="paused")
+    trainer.current = Process(run, ended_process(143), NewSteps(run))
+    trainer._tell(paused, samples=["late"])
+    [row], _ = trainer.since(0)
+    assert (row["state"], row["samples"]) == ("running", ["late"])
+
+
+@pytest.mark.parametrize(
+    ("status", "asked", "state"),
+    [(0, None, "ended"), (0, "paused", "ended"), (143, "stopped", "stopped"), (1, None, "failed")],
+)
+def test_the_state_of_a_training_at_its_end(room, tmp_path, status, asked, state):
+    run = tmp_path / "runs" / "fox"
+    current = Process(run, ended_process(status), NewSteps(run), asked=asked)
+    trainer_of(room[1])._end(current, ["said"])
+    assert (current.state, current.error) == (state, "said" if state == "failed" else None)
 
 
 def test_a_server_that_stops_ends_its_training_with_a_checkpoint(room, tmp_path):
     client, server = room
     posted(client, "/api/train/start", **TRAINING)
     until(client, lambda state: (state["training"] or {}).get("step", 0) > 0)
-    [room_] = [one.__self__ for one in server.listeners]
     server.stopping.set()
-    assert room_.trainer.current.process.wait(120) != 0
+    assert trainer_of(server).current.process.wait(120) != 0
     assert list((tmp_path / "runs" / "fox" / "checkpoints").glob("step-*/training.safetensors"))
 
 

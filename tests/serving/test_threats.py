@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,7 +15,7 @@ from functools import partial
 
 import pytest
 from helpers.commands import LETTERS, called, write_model
-from helpers.servers import KEY, adapted_model, adapter_folder, asked, refused, served
+from helpers.servers import KEY, adapted_model, adapter_folder, asked, held, refused, served
 from starlette.routing import Mount, Route
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, save_adapter
@@ -434,24 +433,15 @@ def test_threat_23_what_strangers_write_moves_no_terminal(locked):
 
 
 def test_a_client_that_leaves_frees_its_row(running):
-    waiting = threading.Event()
-    engine, submit = running.server.engine, running.server.engine.submit
-    answers = []
+    engine, answers = running.server.engine, []
 
-    def slowly(request):
-        from dataclasses import replace
-
-        def until(token):
-            waiting.wait(60)
-            return request.until(token)
-
-        answers.append(submit(replace(request, until=until)))
+    def kept(submit, request):
+        answers.append(submit(request))
         return answers[-1]
 
-    engine.submit = slowly
-    try:
-        for count, streamed in enumerate((True, False), 1):
-            waiting.clear()
+    for count, streamed in enumerate((True, False), 1):
+        with held(engine) as go:
+            engine.submit = partial(kept, engine.submit)
             body = json.dumps(LINE | {"max_tokens": 50, "stream": streamed}).encode()
             head = f"POST {COMPLETIONS} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}"
             raw = f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + body
@@ -459,11 +449,9 @@ def test_a_client_that_leaves_frees_its_row(running):
                 connection.sendall(raw)
                 until(partial(_has, answers, count))
             until(lambda: answers[-1].cancelled)
-            waiting.set()
+            go.set()
             until(lambda: answers[-1].reason == "cancelled")
             assert len(answers[-1].tokens) < 50
-    finally:
-        engine.submit = submit
 
 
 def _has(answers, count):
@@ -503,26 +491,14 @@ def test_a_signal_ends_the_command_with_status_0(tmp_path, number):
 
 
 def test_running_answers_end_within_the_grace_and_no_new_ones_begin():
-    gate = threading.Event()
-    with served() as running, ThreadPoolExecutor(2) as pool:
-        engine, submit = running.server.engine, running.server.engine.submit
-
-        def held(request):
-            from dataclasses import replace
-
-            def until(token):
-                gate.wait(60)
-                return request.until(token)
-
-            return submit(replace(request, until=until))
-
-        engine.submit = held
-        answer = pool.submit(asked, running, COMPLETIONS, LINE)
-        until(lambda: engine.figures()["requests_running"] == 1)
-        running.stop()
-        with suppress(OSError):
-            refused(running, 503, COMPLETIONS, LINE)
-        gate.set()
+    with served(grace=60) as running, ThreadPoolExecutor(2) as pool:
+        engine = running.server.engine
+        with held(engine):
+            answer = pool.submit(asked, running, COMPLETIONS, LINE)
+            until(lambda: engine.figures()["requests_running"] == 1)
+            running.stop()
+            with suppress(OSError):
+                refused(running, 503, COMPLETIONS, LINE)
         status, _, found = answer.result(60)
         assert (status, len(found["choices"][0]["text"])) == (200, 3)
 
@@ -552,8 +528,7 @@ def test_a_client_that_leaves_within_its_body_is_no_error_of_the_server(caplog):
         head = "POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", running.port), timeout=60) as connection:
             connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
-        while not lines:
-            assert asked(running, "/v1/models")[0] == 200
-            lines[:] = [line for line in lines if "/tokenize" in line]
-    assert " 500 " not in lines[0]
+        until(lambda: [line for line in lines if "/tokenize" in line])
+        assert asked(running, "/v1/models")[0] == 200
+    assert not [line for line in lines if " 500 " in line]
     assert not [record for record in caplog.records if record.exc_info]

@@ -43,7 +43,7 @@ from nanogpt_surgery.values import POSITIVE, WEIGHT, raise_all, wrong_values
 
 __all__ = ["Answer", "Engine", "EngineClosed", "QueueFull", "Request"]
 T = TypeVar("T")
-Job = tuple[Future[Any], Callable[[SimpleGPT], Any]]
+Job = tuple[Future[Any], Callable[[SimpleGPT], Any], Callable[[], None]]
 LOG = logging.getLogger(__name__)
 WORTH_WAITING = 16  # tokens that another text is about to compute
 
@@ -117,15 +117,22 @@ class Engine:
             self._lock.notify_all()
         return answer
 
-    def operate(self, change: Callable[[SimpleGPT], T]) -> Future[T]:
+    def operate(
+        self, change: Callable[[SimpleGPT], T], then: Callable[[], None] = lambda: None
+    ) -> Future[T]:
         """Has a function change the model, alone, when the texts that run have ended.
 
         Requests that have not begun by then begin after it.
 
+        Args:
+            change: is called with the model.
+            then: is called when requests are answered by the model as it is now, also where
+                `change` fails.
+
         Raises:
             EngineClosed: the engine has been closed.
         """
-        return self._queued(self._operations, change)
+        return self._queued(self._operations, change, then)
 
     def look(self, read: Callable[[SimpleGPT], T]) -> Future[T]:
         """Has a function read the model between two tokens; it leaves the model as it is.
@@ -135,12 +142,17 @@ class Engine:
         """
         return self._queued(self._looks, read)
 
-    def _queued(self, queue: deque[Job], call: Callable[[SimpleGPT], T]) -> Future[T]:
+    def _queued(
+        self,
+        queue: deque[Job],
+        call: Callable[[SimpleGPT], T],
+        then: Callable[[], None] = lambda: None,
+    ) -> Future[T]:
         done = Future[T]()
         with self._lock:
             if self._closed:
                 raise EngineClosed("the engine is closed")
-            queue.append((done, call))
+            queue.append((done, call, then))
             self._lock.notify_all()
         return done
 
@@ -257,15 +269,18 @@ class Engine:
     def _do(self, queue: deque[Job]) -> None:
         """Calls the oldest function of a queue; what depends on the model is new after a change."""
         with self._lock:
-            done, call = queue.popleft()
+            done, call, then = queue.popleft()
         if not done.set_running_or_notify_cancel():
             return
         try:
             try:
                 result = call(self.model)
             finally:
-                if queue is self._operations:
-                    self._take_model("plain" if self._asked == "plain" else "auto")
+                try:
+                    if queue is self._operations:
+                        self._take_model("plain" if self._asked == "plain" else "auto")
+                finally:
+                    then()
         except BaseException as error:
             done.set_exception(error)
         else:
@@ -401,7 +416,7 @@ class Engine:
         left: list[Row | Answer] = [*self._running, *waiting]
         for one in left:
             self._end(one, "cancelled")
-        for done, _ in jobs:
+        for done, _, _ in jobs:
             if done.set_running_or_notify_cancel():
                 done.set_exception(EngineClosed("the engine is closed"))
 

@@ -90,7 +90,7 @@ class Server:
 
     async def operate(self, change: Callable[[SimpleGPT], T]) -> T:
         """Changes the model, alone, when running answers have ended."""
-        return await self._waited_for(lambda: self.engine.operate(self.noting(change)))
+        return await self._waited_for(lambda: self.engine.operate(change, self.take_changes))
 
     async def look(self, read: Callable[[SimpleGPT], T]) -> T:
         """Returns what a function reads of the model, between two tokens of running answers."""
@@ -111,19 +111,15 @@ class Server:
         finally:
             self._waiting -= 1
 
-    def noting(self, change: Callable[[SimpleGPT], T]) -> Callable[[SimpleGPT], T]:
-        """Returns a change after which the names of the adapters are new and listeners told."""
+    def take_changes(self) -> None:
+        """Takes the adapters' names anew, and tells the listeners; the engine calls it.
 
-        def changed(model: SimpleGPT) -> T:
-            try:
-                return change(model)
-            finally:
-                history_of(model).keep(MOST_OPERATIONS)
-                self.adapters = tuple(adapter_names(model))
-                for listener in self.listeners:
-                    listener()
-
-        return changed
+        It does so when it answers by the changed model: what is told is true then.
+        """
+        history_of(self.model).keep(MOST_OPERATIONS)
+        self.adapters = tuple(adapter_names(self.model))
+        for listener in self.listeners:
+            listener()
 
     def weights_of(self, model: str | None) -> Mapping[str, float]:
         """Returns the adapters that take part where a client asks for a model by name.

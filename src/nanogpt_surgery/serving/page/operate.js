@@ -15,11 +15,13 @@ async function readLayers() {
   if (read === revision || at("operate").hidden) return;
   read = revision;
   try {
-    ({ layers } = await get("/api/layers"));
+    const found = await get("/api/layers");
+    if (read !== revision) return; // newer ones have been asked for
+    ({ layers } = found);
     for (const path of targets) if (!layers.some((layer) => layer.path === path && layer.targetable)) targets.delete(path);
     drawLayers();
   } catch (error) {
-    read = null;
+    if (read === revision) read = null;
     at("operate-status").textContent = error.message;
   }
 }

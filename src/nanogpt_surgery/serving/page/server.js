@@ -89,6 +89,7 @@ export function listen(kind, listener) {
 }
 
 function tell(kind, data) {
+  if (kind === "state" && data.revision < newest.state?.revision) return; // a newer one has overtaken it
   newest[kind] = data;
   for (const listener of listeners[kind] ?? []) listener(data);
 }
@@ -110,6 +111,7 @@ async function follow() {
   try {
     alive();
     const response = await send("/api/events", undefined, dead.signal);
+    if (newest.state) newest.state = { ...newest.state, revision: -1 }; // the server may be another one
     await refresh();
     tell("connection", { on: true });
     for await (const [kind, data] of events(response, alive)) tell(kind, data);

@@ -106,6 +106,9 @@ class Process:
     """what its end means: "paused" or "stopped"; None: that it is done"""
     state: str = "running"
     error: str | None = None
+    """why it failed"""
+    not_taken: str | None = None
+    """why its newest checkpoint does not answer"""
     most: int | None = None
     """steps in all, when the run says it"""
     newest: dict[str, Any] = field(default_factory=dict)
@@ -242,11 +245,12 @@ class Trainer:
         current = self.current
         if current is None or (name is not None and name != current.run.name):
             raise ApiError(404, "no such training runs", param="name")
-        if current.state == "paused" and how == "stopped":
-            current.state = how
-        elif current.process.poll() is None:
-            current.asked, current.state = how, "stopping"
-            current.process.send_signal(signal.SIGTERM)
+        with self._lock:  # its end is not seen meanwhile
+            if current.state == "paused" and how == "stopped":
+                current.state = how
+            elif current.process.poll() is None:
+                current.asked, current.state = how, "stopping"
+                current.process.send_signal(signal.SIGTERM)
         self._tell(current)
 
     def _check_free(self) -> None:
@@ -293,17 +297,22 @@ class Trainer:
                 self._end_with_server(current)
         reader.join()
         self._tell_steps(current, newest)
-        status = current.process.returncode
-        if current.asked is not None:
-            current.state = current.asked if checkpoints(current.run) else "stopped"
-        elif status == 0:
-            current.state = "ended"
-        else:
-            current.state = "failed"
-            current.error = "\n".join(said[-_LINES_OF_ERROR:]) or f"it ended with status {status}"
+        with self._lock:
+            self._end(current, said)
         if current.written is not None and not current.run.exists():
             current.written.unlink(missing_ok=True)
         self._tell(current)
+
+    def _end(self, current: Process, said: list[str]) -> None:
+        """Takes the state of a training whose process has ended; its error is what that said."""
+        status = current.process.returncode
+        if status == 0:  # so it does not where it was asked to end before
+            current.state = "ended"
+        elif current.asked is not None:
+            current.state = current.asked if checkpoints(current.run) else "stopped"
+        else:
+            current.state = "failed"
+            current.error = "\n".join(said[-_LINES_OF_ERROR:]) or f"it ended with status {status}"
 
     def _end_with_server(self, current: Process) -> None:
         current.asked = current.asked or "paused"
@@ -339,10 +348,10 @@ class Trainer:
             server.folders[name] = current.run
 
         try:
-            server.engine.operate(server.noting(take)).result()
-            current.error = None
+            server.engine.operate(take, server.take_changes).result()
+            current.not_taken = None
         except Exception as error:  # whatever it is: the training goes on without answering
-            current.error = f"{newest.name} does not answer here: {error}"
+            current.not_taken = f"{newest.name} does not answer here: {error}"
         current.checkpoint = newest.name
         samples = self._sampled(current, newest) if current.prompt else None
         if samples is None:
@@ -367,13 +376,20 @@ class Trainer:
         return [{"step": step, "prompt": prompt, "text": texts[0], "base_text": texts[1]}]
 
     def _row(self, current: Process) -> dict[str, Any]:
-        how = {"run": current.run.name, "state": current.state, "error": current.error}
+        how = {"run": current.run.name, "state": current.state}
+        how["error"] = current.error or current.not_taken
         how |= {"checkpoint": current.checkpoint or None}
         return {"step": 0, "max_steps": current.most, **current.newest, **how}
 
     def _tell(self, current: Process, anew: bool = True, **more: Any) -> None:
-        """Tells all pages of the training; `anew`: the state that they show is another one."""
+        """Tells all pages of the training; `anew`: the state that they show is another one.
+
+        Of a run that has been resumed, the process before may have samples left to tell.
+        """
         with self._telling:
+            newest = self.current
+            if newest is not None and newest.run == current.run:
+                current = newest
             self._rows.append(self._row(current) | more)
             del self._rows[:-MOST_TOLD]
             self._told += 1
