@@ -376,9 +376,12 @@ class Trainer:
         return [{"step": step, "prompt": prompt, "text": texts[0], "base_text": texts[1]}]
 
     def _row(self, current: Process) -> dict[str, Any]:
-        how = {"run": current.run.name, "state": current.state}
-        how["error"] = current.error or current.not_taken
-        how |= {"checkpoint": current.checkpoint or None}
+        how = {
+            "run": current.run.name,
+            "state": current.state,
+            "error": current.error or current.not_taken,
+            "checkpoint": current.checkpoint or None,
+        }
         return {"step": 0, "max_steps": current.most, **current.newest, **how}
 
     def _tell(self, current: Process, anew: bool = True, **more: Any) -> None:
