@@ -26,7 +26,7 @@ from nanogpt_surgery.data.conversations.chat import ChatTemplate
 from nanogpt_surgery.data.conversations.instructions import Example
 from nanogpt_surgery.errors import NotFiniteError, SurgeryError
 from nanogpt_surgery.generation.evaluation import Perplexity, answer_loss
-from nanogpt_surgery.model.finite import check_finite, first_not_finite
+from nanogpt_surgery.model.finite import check_finite, first_not_finite, is_finite
 
 LETTERS = "".join(map(chr, range(53 + 32)[32:]))
 IDS = random_ids(FAMILY_CONFIGS["llama"], 2, 7)
@@ -70,6 +70,17 @@ def test_a_weight_that_is_not_finite_is_named(value):
     model = damaged(value=value)
     with pytest.raises(NotFiniteError, match=r"layers\.0\.self_attn\.v_proj\.weight has 1 of 480"):
         check_finite(model(IDS) * math.nan, model, lambda: model(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_numbers_whose_sum_is_beyond_the_dtype_are_finite_and_any_other_is_found(dtype):
+    largest = torch.full((3, 500), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(largest) and is_finite(torch.zeros(0, dtype=dtype))
+    for wrong in (float("nan"), float("inf"), float("-inf")):
+        largest[2, 7] = wrong
+        assert not is_finite(largest)
+    largest[1, 7] = float("inf")  # their sum is NaN
+    assert not is_finite(largest)
 
 
 def test_a_factor_of_an_adapter_that_is_not_finite_is_named():

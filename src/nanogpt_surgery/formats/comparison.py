@@ -7,7 +7,8 @@ or a merge: every part has texts that come out otherwise without it.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, vocab_size_of
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.history.journal import shortened
+from nanogpt_surgery.history.model_history import tensor_hash
 from nanogpt_surgery.lora.merging import in_turn
 from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.loss import eval_mode, kl_divergence
@@ -26,32 +29,42 @@ _TOLERANCES = {"F32": 0.0, "F16": 2**-10, "BF16": 2**-8, "Q8_0": 0.6 / 127}
 _PROBE = 16
 
 
+@dataclass(frozen=True)
+class Written:
+    """A tensor that was written, as it was noted while it was in memory."""
+
+    kind: str
+    """how it was stored"""
+    sha256: str
+    """of the numbers that a reader is to find, float32; see `tensor_hash`"""
+    moved: float
+    """how far the farthest of them is from its own, as a share of the largest in its row"""
+
+
 def compare(
-    make: Callable[[str], Tensor],
+    written: Mapping[str, Written],
     again: SimpleGPT,
     tokenizer: Tokenizer | None,
     tokenizer_again: Tokenizer | None,
-    kinds: dict[str, str],
     lost: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Compares every tensor, and the tokenizer on texts for each part.
+    """Compares every tensor to the bit, and the tokenizer on texts for each part.
 
     Args:
-        make: gives the tensors that were written, by their names in the model.
+        written: the tensors, by their names in the model.
         again: what the file holds.
         tokenizer: what was written.
         tokenizer_again: what the file holds.
-        kinds: how each tensor was stored.
         lost: parts of the tokenizer that are known not to be carried over, and were said.
 
     Returns:
         A row for each kind of storage.
 
     Raises:
-        SurgeryError: a tensor moved further than its kind allows, or the tokenizer encodes
-            otherwise.
+        SurgeryError: a tensor is not what was written, or what was written is further from the
+            model's own than its kind allows, or the tokenizer encodes otherwise.
     """
-    rows = _tensor_rows(make, again, kinds)
+    rows = _tensor_rows(written, again)
     if tokenizer is None:
         warnings.warn(
             "no tokenizer was written: whoever opens the file must bring ids",
@@ -87,17 +100,19 @@ def _same_bits(ours: Tensor, theirs: Tensor) -> bool:
     return torch.equal(left, right)
 
 
-def _tensor_rows(
-    make: Callable[[str], Tensor], again: SimpleGPT, kinds: dict[str, str]
-) -> list[dict[str, Any]]:
+def _tensor_rows(written: Mapping[str, Written], again: SimpleGPT) -> list[dict[str, Any]]:
     theirs = again.state_dict()
     worst: dict[str, list[float]] = {}
     wrong: list[str] = []
-    moves = in_turn(lambda name: _largest_move(make(name), theirs[name]), kinds)
-    for (name, kind), error in zip(kinds.items(), moves, strict=True):
-        if not error <= _TOLERANCES[kind] * 1.01 + 2**-24:
-            wrong.append(f"{name} moved by {error:.2g} of its row's largest number")
-        worst.setdefault(kind, []).append(error)
+    found = in_turn(lambda name: tensor_hash(theirs[name].float()), written)
+    for (name, one), sha256 in zip(written.items(), found, strict=True):
+        if sha256 != one.sha256:
+            wrong.append(
+                f"{name} has the sha256 {shortened(sha256)} instead of {shortened(one.sha256)}"
+            )
+        elif not one.moved <= _TOLERANCES[one.kind] * 1.01 + 2**-24:
+            wrong.append(f"{name} moved by {one.moved:.2g} of its row's largest number")
+        worst.setdefault(one.kind, []).append(one.moved)
     if wrong:
         raise SurgeryError(
             f"what was written does not read back: {'; '.join(wrong[:8])}",
@@ -109,7 +124,8 @@ def _tensor_rows(
     ]
 
 
-def _largest_move(ours: Tensor, theirs: Tensor) -> float:
+def largest_move(ours: Tensor, theirs: Tensor) -> float:
+    """The farthest that a number is from its own, as a share of the largest in its row."""
     if ours.shape != theirs.shape:
         return float("inf")
     widest = torch.float64 if ours.dtype == torch.float64 else torch.float32

@@ -25,7 +25,7 @@ from nanogpt_surgery.lora.several import (
     set_active,
     train_active,
 )
-from nanogpt_surgery.lora.targets import plan_updates, tied_view
+from nanogpt_surgery.lora.targets import plan_updates, tied_view, unwrapped
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.values import chosen
 
@@ -104,8 +104,7 @@ def attach_updates(
 
 def bare_layer(model: nn.Module, name: str) -> nn.Module:
     """Returns the layer at a name, without its wrapper."""
-    layer = model.get_submodule(name)
-    return layer.original_layer if isinstance(layer, LoRALayer) else layer
+    return unwrapped(model.get_submodule(name))
 
 
 def wrap_layer(model: nn.Module, name: str, wrapper: type[LoRALayer]) -> LoRALayer:

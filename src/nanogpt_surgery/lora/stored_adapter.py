@@ -304,6 +304,7 @@ def attach_adapter(
     tied: Tied | None = None,
     title: str = "",
     then: Callable[[], None] | None = None,
+    hashed: bool = True,
 ) -> Report:
     """Wraps the layers of a model and gives them the updates of an adapter, which then acts alone.
 
@@ -314,6 +315,7 @@ def attach_adapter(
         tied: as in `inject_lora`; what the adapter says by default, or else "refuse".
         title: of the operation in the journal; by default that the adapter was loaded.
         then: called before the operation counts, to check or measure; what it raises undoes it.
+        hashed: as in `operation`; without, its undo compares nothing.
 
     Raises:
         SurgeryError: a layer is tied, or DoRA meets a row without a length. The model is untouched
@@ -334,7 +336,7 @@ def attach_adapter(
         if path not in others
     }
     factories |= {path: partial(WholeUpdate, tensors=tensors) for path, tensors in whole.items()}
-    with operation(model, title or f"load {name}"):
+    with operation(model, title or f"load {name}", hashed):
         attach_updates(model, name, factories, tied_layers, unties=choice == "untie")
         if then is not None:
             then()

@@ -11,6 +11,7 @@ whoever touches a tied weight says what is meant.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -345,14 +346,18 @@ def tied_to(model: nn.Module, name: str) -> list[str]:
     One module under two names is no tie: it is wrapped, and merged, under both.
     """
     layer = model.get_submodule(name)
-    bare = layer.original_layer if isinstance(layer, LoRALayer) else layer
-    weight = _held(bare)
+    weight = _held(unwrapped(layer))
     found = [
         other.removesuffix(".original_layer")
         for other, module in model.named_modules(remove_duplicate=False)
         if weight is not None and _held(module) is weight
     ]
     return [o for o in dict.fromkeys(found) if model.get_submodule(o) is not layer]
+
+
+def unwrapped(layer: nn.Module) -> nn.Module:
+    """The layer itself, without the wrapper that carries its updates."""
+    return layer.original_layer if isinstance(layer, LoRALayer) else layer
 
 
 def _held(layer: nn.Module) -> Any:
@@ -366,8 +371,9 @@ def find_tied(model: nn.Module, names: Iterable[str], tied: Tied) -> dict[str, l
     Raises:
         SurgeryError: a target is tied and `tied` is "refuse".
     """
-    names = list(names)
-    ties = {name: others for name in names if (others := tied_to(model, name))}
+    held = Counter(id(_held(module)) for module in model.modules())  # one walk for all names
+    shared = [name for name in names if held[id(_held(unwrapped(model.get_submodule(name))))] > 1]
+    ties = {name: others for name in shared if (others := tied_to(model, name))}
     if ties and tied == "refuse":
         shown = "; ".join(f"{name} with {', '.join(others)}" for name, others in ties.items())
         raise SurgeryError(

@@ -45,7 +45,7 @@ from nanogpt_surgery.formats.model_file import (
 )
 from nanogpt_surgery.formats.peft.layout import adapter_to_ours
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
-from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter, read_adapter
+from nanogpt_surgery.formats.peft.reading import adapter_folder, attach_read, read_adapter
 from nanogpt_surgery.history.folder_history import FolderOperation, operate, record_made
 from nanogpt_surgery.history.model_history import (
     UPDATES,
@@ -72,7 +72,7 @@ from nanogpt_surgery.lora.merging import (
 )
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import lora_layers
-from nanogpt_surgery.model.finite import check_finite, check_finite_weights
+from nanogpt_surgery.model.finite import check_finite, check_finite_weights, is_finite
 from nanogpt_surgery.model.precision import computing_in_float32
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
@@ -164,7 +164,7 @@ def _write(
     """Writes the merged model and measures what was written; in place, without what is there."""
     tokenizer = merge.tokenizer if place is None or is_run(place) else None
     write_model_files(
-        merge.model, new, tokenizer, place or merge.source, merge.dtypes, merge.tensor
+        merge.model, new, tokenizer, place or merge.source, merge.dtypes, merge.hashed_tensor
     )
     merge.check_rows()
     if merge.chat_template is not None:
@@ -283,7 +283,7 @@ def merge_into_gguf(
     def write(new: Path) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         written = write_gguf_file(merge.model, new, merge.tokenizer, kind, merge.tensor)
         merge.check_rows()
-        again, kinds = read_again(new, merge.tokenizer, written, merge.tensor)
+        again, kinds = read_again(new, merge.tokenizer, *written)
         return kinds, merge.measure(again)
 
     kinds, effect = write_file(path, write)
@@ -292,7 +292,8 @@ def merge_into_gguf(
     return Report(f"merged: {merge.title} into {model}", merge.rows, summary | stored)
 
 
-PROBE_ROWS, PROBE_TOKENS = 4, 64
+PROBE_ROWS, PROBE_TOKENS = 4, 64  # of a text, at most
+RANDOM_TOKENS = 16  # in each row without one: computing on them is what takes longest in a merge
 WIDER = "merge with dtype='float32', or export with format='F32'"
 
 
@@ -320,7 +321,7 @@ class Merge:
             it is rounded to its dtype.
         tolerance: the largest KL divergence that is let pass, after `add_in`; None: whatever is
             measured.
-        hashes: the sha256 of each tensor that was made.
+        hashes: the sha256 of each tensor that `hashed_tensor` made.
         made: for each layer that was made what became of its weight.
     """
 
@@ -400,6 +401,11 @@ class Merge:
             tensor = self._add_update(layer)
         else:
             tensor = self._unchanged(name).detach().to(self.dtypes[name])
+        return tensor
+
+    def hashed_tensor(self, name: str) -> Tensor:
+        """As `tensor`; its sha256 is kept for `check_written`."""
+        tensor = self.tensor(name)
         self.hashes[name] = tensor_hash(tensor)
         return tensor
 
@@ -460,10 +466,11 @@ def _prepare(
     if dtype is None:
         _check_wider(stored, str(model))
     dtypes = stored if dtype is None else dict.fromkeys(stored, getattr(torch, dtype))
-    base = fingerprint(network, str(model))
-    for name in adapter_to_ours(read_adapter(adapter_folder(adapter)), network).whole:
+    hashes: dict[Tensor, str] = {}
+    base, read = fingerprint(network, str(model), hashes), read_adapter(adapter_folder(adapter))
+    for name in adapter_to_ours(read, network).whole:
         network.get_submodule(name.rpartition(".")[0]).float()  # its copy will be float32
-    load_adapter(network, adapter, tied=tied, force=force)
+    attach_read(network, read, tied=tied, force=force, hashes=hashes)
     ids, probed_on = probe_ids(network, tokenizer, probe)
     template = chat_template_in(adapter_folder(adapter))
     if tokenizer is not None and template is not None:
@@ -473,21 +480,25 @@ def _prepare(
     )
 
 
-def fingerprint(model: SimpleGPT, where: str) -> str:
+def fingerprint(model: SimpleGPT, where: str, hashes: dict[Tensor, str] | None = None) -> str:
     """The hash of all weights in float32, the same for a model in any dtype.
+
+    Those of the tensors, in float32, are added to `hashes`.
 
     Raises:
         SurgeryError: one is NaN or infinite.
     """
 
     def look(tensor: Tensor) -> tuple[str, bool]:
-        return tensor_hash(tensor.float()), bool(tensor.isfinite().all())
+        return tensor_hash(tensor.float()), is_finite(tensor)
 
     tensors = list(model.parameters())
-    hashes, finite = zip(*in_turn(look, tensors), strict=True)
+    found, finite = zip(*in_turn(look, tensors), strict=True)
     if not all(finite):
         check_finite_weights(model, where)
-    return combined(tensor_hashes(model, dict(zip(tensors, hashes, strict=True))).values())
+    hashes = {} if hashes is None else hashes
+    hashes.update(zip(tensors, found, strict=True))
+    return combined(tensor_hashes(model, hashes).values())
 
 
 def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:
@@ -507,8 +518,8 @@ def probe_ids(
     """Ids (B, T) to measure on, and what they are in words."""
     length = min(PROBE_TOKENS, model.config.block_size)
     if text is None:
-        draw = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.vocab_size, (PROBE_ROWS, length), generator=draw)
+        draw, shape = torch.Generator().manual_seed(0), (PROBE_ROWS, min(RANDOM_TOKENS, length))
+        ids = torch.randint(model.config.vocab_size, shape, generator=draw)
         return ids, f"{ids.numel()} random tokens"
     hint = "without a probe it is measured on random tokens"
     tokenizer = required_tokenizer(tokenizer, "the model", hint)

@@ -12,7 +12,7 @@ Most names are simply translated. GPT-2 keeps q, k and v in one fused matrix, `c
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeAlias
 
@@ -49,16 +49,23 @@ def rows_of(model: nn.Module) -> list[Row]:
     return list(each_layer(NAME_MAPS[family], model.config.n_layer))
 
 
-def base_fingerprint(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def base_fingerprint(
+    model: nn.Module, names: Iterable[str], known: Mapping[Tensor, str] | None = None
+) -> dict[str, str]:
     """The sha256 of the weights at these names, in float32 as (out, in), so in any dtype alike.
 
-    The names are those of the family's checkpoints; a fused matrix is hashed as one.
+    The names are those of the family's checkpoints; a fused matrix is hashed as one. Of the tensors
+    in `known` the hash in float32 is known already.
     """
     ours = {row.theirs: row.ours for row in rows_of(model)}
     names = list(names)
 
     def digest(name: str) -> str:
-        parts = _matrices(model, ours.get(name, [name]))
+        parts_of = ours.get(name, [name])
+        layer = bare_layer(model, parts_of[0])
+        if known and len(parts_of) == 1 and isinstance(layer, nn.Linear) and layer.weight in known:
+            return known[layer.weight]
+        parts = _matrices(model, parts_of)
         return tensor_hash(torch.cat(parts) if len(parts) > 1 else parts[0])
 
     return dict(zip(names, in_turn(digest, names), strict=True))

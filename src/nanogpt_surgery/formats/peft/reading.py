@@ -6,7 +6,7 @@ It may be a stranger's: no number of a tensor is read before its size is known t
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,31 +93,57 @@ def load_adapter(
         SurgeryError: the folder is no LoRA adapter or is damaged, does not fit the model, or was
             made for another one. The model is untouched then.
     """
-    plain, stored = uncompiled(model), read_adapter(adapter_folder(folder))
-    adapter = adapter_to_ours(stored, plain)
-    check_new_name(model, name)
-    check_fit(plain, adapter, OPEN_ITS_BASE, MERGE_IN_PEFT)
-    _check_base(stored, plain, force)
-    adapter = adapter.in_float32()
-    return attach_adapter(
-        model, adapter if plain is model else adapter.inside(COMPILED), name, tied
+    return attach_read(
+        model, read_adapter(adapter_folder(folder)), name=name, tied=tied, force=force
     )
 
 
-def _check_base(adapter: StoredAdapter, model: nn.Module, force: bool) -> None:
+def attach_read(
+    model: nn.Module,
+    stored: StoredAdapter,
+    *,
+    name: str = "default",
+    tied: Tied | None = None,
+    force: bool = False,
+    hashes: Mapping[Tensor, str] | None = None,
+) -> Report:
+    """Puts what `read_adapter` has read on a model; see `load_adapter`.
+
+    Args:
+        model: as there.
+        stored: what was read.
+        name: as there.
+        tied: as there.
+        force: as there.
+        hashes: of the model's tensors in float32, for a model whose history nobody will ask for:
+            none is hashed again.
+    """
+    plain = uncompiled(model)
+    adapter = adapter_to_ours(stored, plain)
+    check_new_name(model, name)
+    check_fit(plain, adapter, OPEN_ITS_BASE, MERGE_IN_PEFT)
+    _check_base(stored, plain, force, hashes)
+    adapter = adapter.in_float32()
+    adapter = adapter if plain is model else adapter.inside(COMPILED)
+    return attach_adapter(model, adapter, name, tied, hashed=hashes is None)
+
+
+def _check_base(
+    adapter: StoredAdapter, model: nn.Module, force: bool, hashes: Mapping[Tensor, str] | None
+) -> None:
     """Raises `SurgeryError`, or warns if forced, if an adapter was made for another base."""
-    known = [name for name in adapter.updates if name in adapter.fingerprint]
-    actual = base_fingerprint(model, known)
-    other = [name for name in known if actual[name] != adapter.fingerprint[name]]
+    names = [name for name in adapter.updates if name in adapter.fingerprint]
+    actual = base_fingerprint(model, names, hashes)
+    other = [name for name in names if actual[name] != adapter.fingerprint[name]]
     if not other:
         return
     what = (
-        f"the adapter was made for another base: {len(other)} of {len(known)} of the weights it "
+        f"the adapter was made for another base: {len(other)} of {len(names)} of the weights it "
         f"sits on differ ({', '.join(other[:4])}{', …' if other[4:] else ''})"
     )
     if not force:
         raise SurgeryError(what, "open the base it was trained on, or force=True")
-    warnings.warn(what, SurgeryWarning, stacklevel=3)
+    warnings.warn(what, SurgeryWarning, stacklevel=4)
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
