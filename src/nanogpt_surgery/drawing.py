@@ -27,10 +27,12 @@ def drawable(title: str) -> tuple[str, list[str]]:
 
     What no font here has is written as its number: \u4e2d.
     """
+    from matplotlib.font_manager import findfont
+
     text = printable(title).replace("\n", " ").replace("\t", " ")
     if len(text) > LONGEST_TITLE:
         text = "…" + text[1 - LONGEST_TITLE :]
-    fonts, missing = ["DejaVu Sans"], _missing(set(text), _path_of("DejaVu Sans"))
+    fonts, missing = ["DejaVu Sans"], _missing(set(text), str(findfont("DejaVu Sans")))
     for name, path in _others() if missing else ():
         left = _missing(missing, path)
         if left != missing:
@@ -43,12 +45,6 @@ def drawable(title: str) -> tuple[str, list[str]]:
 def _escaped(character: str) -> str:
     number = ord(character)
     return f"\\U{number:08x}" if number > 0xFFFF else f"\\u{number:04x}"
-
-
-def _path_of(name: str) -> str:
-    from matplotlib.font_manager import findfont
-
-    return str(findfont(name))
 
 
 def _others() -> list[tuple[str, str]]:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from nanogpt_surgery import SurgeryError
-from nanogpt_surgery.runs.checkpoints import append_metrics, trim_metrics
+from nanogpt_surgery.runs.checkpoints import RunFolder, trim_metrics
+from nanogpt_surgery.training.step import Step
 
 LINES = [json.dumps({"step": step, "loss": 1 / step}) + "\n" for step in (1, 2, 3, 4)]
 TORN = '{"step": 1, "lo\n'
@@ -43,7 +44,7 @@ def test_a_disk_that_refuses_is_said(tmp_path: Path) -> None:
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (8, before[1]))
         with pytest.raises(SurgeryError, match=r"could not write .*metrics\.jsonl"):
-            append_metrics(path, {"step": 5})
+            RunFolder(tmp_path).record(Step(5, 1.0, 0.1, 1.0, 12, 0.1))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)

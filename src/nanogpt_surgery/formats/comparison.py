@@ -189,10 +189,7 @@ def check_tokenizer(
 ) -> None:
     """Checks that a tokenizer that was opened again encodes as the one written, part by part.
 
-    Args:
-        tokenizer: what was written.
-        again: what was opened again.
-        lost: parts that are known not to be carried over, and were said.
+    Parts that are `lost` are known not to be carried over, and were said.
 
     Raises:
         SurgeryError: the ids of a text differ (with the part, the text and the first other id), or

@@ -117,15 +117,8 @@ def write_model_files(
 ) -> None:
     """Writes the files of a model folder into a folder that is being made; see `save_model`.
 
-    No two tensors need be in memory, but for those that a format fuses.
-
-    Args:
-        model: what is written.
-        folder: as in `save_model`.
-        tokenizer: as there.
-        source: as there.
-        dtypes: of the tensors, where `make` gives them.
-        make: gives a tensor by its name in the model; by default the model's.
+    With `make`, which gives each tensor by its name in the model, and their `dtypes`, no two need
+    be in memory, but for those that a format fuses.
     """
     check_not_quantized(model, "a model folder")
     if has_lora(model):

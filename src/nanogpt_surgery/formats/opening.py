@@ -41,16 +41,11 @@ def open_with_adapters(
 ) -> tuple[SimpleGPT, Tokenizer]:
     """Opens a model with its tokenizer and named adapters; the first of them takes part alone.
 
-    Args:
-        path: see `open_model`.
-        adapters: names and folders.
-        dtype: of the weights; None: as most of them are stored. Updates stay in float32.
-        tied: see `load_adapter`.
-        force: see `load_adapter`.
-        bfloat16: whether the processor has arithmetic for it; without, weights that are stored so
-            are float32 if no dtype is asked for, with a warning.
-        quantize: see `open_model`; under adapters the weights of a folder are rounded when it has
-            been seen that they are those of the adapters.
+    All weights get one dtype, None: that of most of them; updates stay in float32. Without
+    `bfloat16` the processor has no arithmetic for it: weights that are stored so are float32 if no
+    dtype is asked for, with a warning. To `quantize` under adapters, the weights of a folder are
+    rounded when it has been seen that they are those of the adapters. Else see `open_model` and
+    `load_adapter`.
 
     Raises:
         SurgeryError: one of them does not open, or there is no tokenizer.

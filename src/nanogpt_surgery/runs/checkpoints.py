@@ -67,16 +67,6 @@ from nanogpt_surgery.runs.description import RunDiffersError, differences
 from nanogpt_surgery.training.step import Step
 
 
-def append_metrics(path: Path, step: dict[str, Any]) -> None:
-    """Adds the line of a step.
-
-    Raises:
-        SurgeryError: the disk refuses. The checkpoints that are there can be gone on from.
-    """
-    with writing(path):
-        tried_again(lambda: _append(path, json.dumps(step) + "\n"))
-
-
 def _append(path: Path, line: str) -> None:
     """Adds a line, or nothing at all."""
     size = path.stat().st_size if path.is_file() else 0
@@ -180,12 +170,14 @@ class RunFolder:
         replace_text(self.folder / METRICS, json.dumps(start) + "\n")
 
     def record(self, step: Step) -> None:
-        """Appends a step's metrics.
+        """Appends a step's metrics, a line whole or not at all.
 
         Raises:
-            SurgeryError: the disk refuses.
+            SurgeryError: the disk refuses. The checkpoints that are there can be gone on from.
         """
-        append_metrics(self.folder / METRICS, step.to_dict())
+        path, line = self.folder / METRICS, json.dumps(step.to_dict()) + "\n"
+        with writing(path):
+            tried_again(lambda: _append(path, line))
 
     def save(
         self,
@@ -350,11 +342,6 @@ def _ended_early(folder: Path) -> bool:
     return all(is_temporary(path) for path in others) and "kind" in read_json(folder / RUN)
 
 
-def _foreign(folder: Path) -> bool:
-    """Whether a folder holds anything but what a run leaves that was killed at its start."""
-    return any(path.name != LOCK and not is_temporary(path) for path in folder.iterdir())
-
-
 def check_folder(folder: Path, resume: bool) -> None:
     """Raises if no run can begin, or go on, in a folder, whatever is to be trained.
 
@@ -366,7 +353,10 @@ def check_folder(folder: Path, resume: bool) -> None:
     """
     with writing(folder):
         if not is_run(folder):
-            if folder.exists() and (not folder.is_dir() or _foreign(folder)):
+            foreign = folder.exists() and not folder.is_dir()
+            if folder.is_dir():  # a run that was killed at its start leaves no more than this
+                foreign = any(p.name != LOCK and not is_temporary(p) for p in folder.iterdir())
+            if foreign:
                 raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder")
             return
         if _ended_early(folder):

@@ -215,13 +215,9 @@ def prepare_folder(
     with what is there, and of a finished folder it verifies every byte. What was begun otherwise,
     and left, is begun anew, with a warning. Returns the numbers of tokens, and their fingerprint.
 
-    Args:
-        chunks: from `chunks_of`.
-        out: the folder; empty, or not there, or one that this made.
-        tokenizer: None for one of all characters.
-        held_out: see `prepare_tokens`, as of `workers`.
-        workers: processes (0: one for each core).
-        on_progress: called with the number of chunks that are done.
+    The folder `out` is empty, or not there, or one that this made; without a tokenizer it gets one
+    of all characters; `on_progress` is called with the number of chunks that are done. Else the
+    arguments are those of `prepare_tokens`.
 
     Raises:
         SurgeryError: as `prepare_tokens` and `verify_tokens`; nothing unfinished is left.

@@ -54,29 +54,22 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """
     if before.get("kind") != now.get("kind"):
         return [f"it is a {before.get('kind')} and not a {now.get('kind')}"]
-    values = _values(_completed(before, now)), _values(now)
-    changed = _differing(*values)
-    names: list[dict[str, Any]] = [description.get("named", {}) for description in (before, now)]
+    old, new = _values(_completed(before, now)), _values(now)
+    changed = [key for key in old | new if old.get(key) != new.get(key)]
+    names, new_names = before.get("named", {}), now.get("named", {})
     # An earlier version named less; what is behind a hash was always named, where it was given.
-    known = {*names[0].keys() & names[1].keys(), "model", "text", "tokenizer"}
-    renamed = known.intersection(_differing(*({k: _path(v) for k, v in n.items()} for n in names)))
-    found = []
-    for key in sorted(changed, key=_FOLLOWS.__contains__):  # what a hash stands for last
-        causes = _FOLLOWS.get(key)
-        if causes is None:
-            found.append(_changed(key, *values))
-            continue
-        found += [_changed(cause, *names) for cause in causes if cause in renamed]
-        if renamed.union(changed).difference({key} - renamed).isdisjoint(causes):
-            what = causes[0]
-            was = f" {_shown(names[0][what])}" if names[0].get(what) else ""
-            layers = key == "layers"
-            found.append("other layers learn" if layers else f"the {what}{was} has changed since")
+    known = {*names.keys() & new_names.keys(), "model", "text", "tokenizer"}
+    renamed = [name for name in known if _path(names.get(name)) != _path(new_names.get(name))]
+    found = [_changed(key, old, new) for key in changed if key not in _FOLLOWS]
+    for key, causes in _FOLLOWS.items():
+        if key in changed:
+            said = [_changed(cause, names, new_names) for cause in causes if cause in renamed]
+            if not said and {*changed}.difference([key]).isdisjoint(causes):
+                was = f" {_shown(names[causes[0]])}" if names.get(causes[0]) else ""
+                said = [f"the {causes[0]}{was} has changed since"]
+                said = ["other layers learn"] if key == "layers" else said
+            found += said
     return list(dict.fromkeys(found))
-
-
-def _differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    return [key for key in old | new if old.get(key) != new.get(key)]
 
 
 def _completed(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:

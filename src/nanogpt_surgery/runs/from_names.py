@@ -67,9 +67,9 @@ def new_model_training(
     """Makes a model, and the training of it on text; its weights follow from the seed.
 
     Args:
-        text: see `open_sources`, as of `mix`; without any, Python's language reference.
-        settings: see `FitSettings`.
-        mix: proportions.
+        text: as in `open_sources`, like `mix`; without any, Python's language reference.
+        settings: of the training.
+        mix: proportions of several texts.
         tokenizer: None for one of all characters.
         recipe: a name in `RECIPES`: other defaults for the model, and its start.
         family: whose axes the model has, else the recipe's.
@@ -116,14 +116,7 @@ def further_training(
 ) -> Training:
     """Opens a model, and makes the training of all its weights, in float32, from where they are.
 
-    Args:
-        base: see `open_model`.
-        text: see `open_sources`, as of `mix`; without any, Python's language reference.
-        settings: see `FitSettings`.
-        mix: proportions.
-        block_size: tokens in a window; see `window_length`.
-        say: called with a line on what is trained.
-        **more: other fields of `Training`.
+    The arguments are those of `open_model`, `new_model_training` and `window_length`.
 
     Raises:
         SurgeryError: as `open_base`, `open_sources` and `window_length`.
@@ -164,14 +157,14 @@ def lora_training(
     """Injects a LoRA whose weights follow from the seed, and makes its training.
 
     Args:
-        model: from `open_base`; changed.
+        model: from `open_base`, as of the tokenizer; changed.
         tokenizer: the model's.
         base: what the model was opened from.
-        text: see `open_sources`, or files of conversations; without any, Python's own source.
-        settings: see `FitSettings`.
-        adapter: see `inject_lora`.
+        text: as in `open_sources`, or files of conversations; without any, Python's own source.
+        settings: of the training.
+        adapter: as in `inject_lora`, like the targets.
         rows: how the text becomes rows.
-        targets: see `inject_lora`; None: its own.
+        targets: None for the usual ones.
         resume: whether it was found before that the adapter can be saved.
         say: called with a line on what goes on.
         show: called with the reports on conversations and on the injection.
@@ -255,12 +248,7 @@ def with_epochs(
 ) -> Training:
     """Returns a training with the steps of so many epochs, and says what will be trained, and how.
 
-    Args:
-        training: whose `settings` are changed.
-        epochs: see `with_length`, as of `patience` and `asked`.
-        patience: evaluations without improvement.
-        asked: names of settings that stay as they are.
-        say: called with lines.
+    The arguments are those of `with_length`.
     """
     usual, data = training.settings, training.dataset
     if not isinstance(data, InstructionDataset):  # else a table has said it
@@ -284,9 +272,7 @@ def with_epochs(
 def plan_run(training: Training, folder: Path) -> dict[str, Any]:
     """The memory and time that a training will take, beside what there is; as `plan_training`.
 
-    Args:
-        training: a few of its steps are taken, and undone to the bit.
-        folder: where it would be written; not touched.
+    A few of its steps are taken, and undone to the bit; the folder is not touched.
     """
     from nanogpt_surgery.training.estimates import plan_training  # which loads training/fast
 

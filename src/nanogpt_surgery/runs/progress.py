@@ -28,10 +28,8 @@ Show = Callable[[Step], None]
 def progress(run: Run, say: Say, on_terminal: bool) -> Iterator[Show]:
     """Gives a function to call with each step of a run, which shows how far it is.
 
-    Args:
-        run: begun or resumed.
-        say: called with a line at each evaluation, and every 10 s.
-        on_terminal: draw a bar on stderr instead, which also says when held-out data is read.
+    It says a line at each evaluation, and every 10 s; on a terminal it draws a bar on stderr
+    instead, which also says when held-out data is read.
     """
     shown = Progress(run.folder.first_step, run.training.settings.max_steps, run.full_rate)
     if not on_terminal:

@@ -66,15 +66,14 @@ class Training:
         base: str | Path | None = None,
         **more: Any,
     ) -> Training:
-        """The training of all weights of a model.
+        """The training of all weights of a model, new, or opened from `base`.
 
         Args:
-            model: new, or opened from `base`.
+            model: what is trained.
             tokenizer: saved beside the weights.
             data: what to learn from, and what is held out.
-            settings: see `FitSettings`.
-            base: what the model was opened from; what its folder holds beside the weights is
-                carried over to the run's.
+            settings: of the training.
+            base: what its folder holds beside the weights is carried over to the run's.
             **more: other fields of `Training`; entries of `description` join it.
         """
         known = {

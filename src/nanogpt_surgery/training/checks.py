@@ -111,11 +111,8 @@ def _free_on_device(settings: FitSettings) -> int | None:
 class TrainingChecks:
     """Checks a training after its first and its last step.
 
-    Args:
-        model: what is trained.
-        optimizer: checked at once for holding every trainable parameter.
-        first: number of the first step.
-        last: number of the last one.
+    The optimizer is checked at once for holding every trainable parameter; `first` and `last` are
+    the numbers of steps.
 
     Raises:
         SurgeryError: from any of its methods, with the names of what does not learn or stay.
@@ -201,10 +198,7 @@ def _check_none(names: list[str], what: str, hint: str) -> None:
 def check_skipped_steps(loop: TrainingLoop, batch: Batch, step: int) -> None:
     """Raises after too many skipped steps in a row, and says where their numbers arose.
 
-    Args:
-        loop: while the gradients of its last step are still there.
-        batch: the last step's.
-        step: its number, the first being 0.
+    The gradients of the last step are still there; `step` is its number, the first being 0.
     """
     if loop.skipped_in_a_row < loop.settings.max_skipped_steps:
         return

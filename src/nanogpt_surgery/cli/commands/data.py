@@ -20,7 +20,10 @@ from nanogpt_surgery.cli.framework.options import (
     given,
     options_of,
 )
+from nanogpt_surgery.data.conversations.record_files import holds_records, warn_of_records
+from nanogpt_surgery.data.text import corpus
 from nanogpt_surgery.errors import SurgeryError, printable
+from nanogpt_surgery.report import Report
 from nanogpt_surgery.runs.settings import DataSettings
 
 if TYPE_CHECKING:
@@ -54,8 +57,6 @@ def prepare(
     workers
         processes (0: one for each core)
     """
-    from nanogpt_surgery.data.conversations.record_files import warn_of_records
-    from nanogpt_surgery.data.text.corpus import chunks_of
     from nanogpt_surgery.data.text.token_files import is_token_folder
     from nanogpt_surgery.runs.data import check_token_folder, prepare_folder
 
@@ -66,7 +67,7 @@ def prepare(
     warn_of_records(text)
     finished, wanted = is_token_folder(out), named_tokenizer(tokenizer)
     try:
-        chunks = chunks_of(text)
+        chunks = corpus.chunks_of(text)
         report = prepare_folder(chunks, out, wanted, held_out, workers, _progress(len(chunks)))
     except KeyboardInterrupt:
         say(f"stopped; the same command goes on with {out}")
@@ -114,7 +115,6 @@ def check_no_records(paths: Sequence[str], model: str = "MODEL") -> None:
     As text their braces, quotes and names of fields would be learned.
     """
     from nanogpt_surgery.data.conversations.instructions import check_first_record
-    from nanogpt_surgery.data.conversations.record_files import holds_records
 
     for path in paths:
         if path != "-" and holds_records(path):
@@ -154,7 +154,6 @@ def preview(
     from nanogpt_surgery.data.conversations import instruction_dataset
     from nanogpt_surgery.data.conversations.instructions import read_examples
     from nanogpt_surgery.formats.model_file import open_tokenizer_of
-    from nanogpt_surgery.report import Report
     from nanogpt_surgery.runs.data import window_length
 
     tokenizer, context = open_tokenizer_of(model)
@@ -217,16 +216,14 @@ def train_tokenizer(
     vocab_size
         how many tokens at most, the 256 bytes and <|endoftext|> among them
     """
-    from nanogpt_surgery.data.text.corpus import python_reference, read_texts, split_by_position
     from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
     from nanogpt_surgery.formats.huggingface.tokenizer_files import save_tokenizer
-    from nanogpt_surgery.report import Report
 
     check_out(out, overwrite)
     if not text:
         say("no text was named: learning from Python's language reference")
-    whole = read_texts(text) if text else python_reference()
-    learnt, held_out = split_by_position(whole)
+    whole = corpus.read_texts(text) if text else corpus.python_reference()
+    learnt, held_out = corpus.split_by_position(whole)
     tokenizer = BPETokenizer.train(learnt, vocab_size)
     if tokenizer.vocab_size < vocab_size:
         say(f"the text repeats too little for {vocab_size:,} tokens")

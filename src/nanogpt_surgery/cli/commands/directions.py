@@ -17,6 +17,8 @@ from nanogpt_surgery.cli.framework.options import (
     Overwrite,
     one_adapter,
 )
+from nanogpt_surgery.data.conversations.record_files import read_prompts
+from nanogpt_surgery.data.text.corpus import read_texts
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -115,7 +117,6 @@ def _goal(out: Path | None, overwrite: bool, plan: bool) -> Path | None:
 
 def _prompts(tokenizer: Tokenizer, path: Path) -> list[list[int]]:
     """The ids of the prompts in a file."""
-    from nanogpt_surgery.data.conversations.record_files import read_prompts
     from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
 
     return [prompt_ids(tokenizer, text) for text in read_prompts(path)]
@@ -125,7 +126,6 @@ def _probe(tokenizer: Tokenizer, path: Path, block_size: int) -> Tensor:
     """The ids of the first tokens of a file, (1, T)."""
     import torch
 
-    from nanogpt_surgery.data.text.corpus import read_texts
     from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
 
     ids = prompt_ids(tokenizer, read_texts([path]))

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, TypeAlias
+from typing import Annotated, Literal, TypeAlias
 
 from cyclopts import Parameter
 
@@ -23,11 +23,10 @@ from nanogpt_surgery.cli.framework.options import (
     given,
     next_command,
 )
+from nanogpt_surgery.data.text.corpus import read_texts
 from nanogpt_surgery.errors import SurgeryError, printable
 from nanogpt_surgery.lora.settings import Tied
-
-if TYPE_CHECKING:
-    from nanogpt_surgery.report import Report
+from nanogpt_surgery.report import Report, wrapped
 
 Form = Literal["F32", "F16", "BF16", "Q8_0", "huggingface", "lora-gguf", "mlx", "vllm"]
 Folder: TypeAlias = Annotated[Path, Parameter(help="a run or a model folder")]
@@ -82,7 +81,6 @@ def merge(
     dtype
         of all weights to write; by default each keeps the one that it is stored in
     """
-    from nanogpt_surgery.data.text.corpus import read_texts
     from nanogpt_surgery.formats.folders.merging import check_not_itself, merge_adapter, plan_merge
 
     if out is not None and not plan:
@@ -168,7 +166,6 @@ def _write(
     rank: int | None,
 ) -> Report | None:
     """Writes the model, the adapter or both as one; what is measured is reported."""
-    from nanogpt_surgery.data.text.corpus import read_texts
     from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
     from nanogpt_surgery.formats.gguf.writing import save_gguf
     from nanogpt_surgery.formats.model_file import open_model, save_model
@@ -226,7 +223,6 @@ def log(folder: Path, *, json: Json = False) -> None:
         a run, a model or an adapter folder; operations/journal.jsonl in it holds every hash
     """
     from nanogpt_surgery.history.folder_history import folder_log
-    from nanogpt_surgery.report import wrapped
 
     found = folder_log(folder)
     if json:
@@ -239,8 +235,6 @@ def log(folder: Path, *, json: Json = False) -> None:
 
 def _paragraphs(found: Report) -> Iterator[str]:
     """The lines of each operation, below its heading, with a line for each of its files."""
-    from nanogpt_surgery.report import Report
-
     yield found.title
     for row in found.rows:
         yield f"  {row['']}  {row['when']}  {row['operation']}: {row['state']}"

@@ -21,6 +21,7 @@ from nanogpt_surgery.cli.framework.options import (
     given,
     options_of,
 )
+from nanogpt_surgery.data.text.corpus import read_texts
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.disk_errors import free_bytes
 from nanogpt_surgery.files.writing import replace_text
@@ -73,6 +74,23 @@ class RankOptions:
         if self.out is not None and self.out.exists():
             raise SurgeryError(f"{self.out} is there already", "choose a new --out")
 
+    def plan(
+        self,
+        network: SimpleGPT,
+        tokenizer: Tokenizer | None,
+        adapter: LoRASettings,
+        target: dict[str, Any],
+    ) -> RankPlan:
+        """Returns the ranks that the gradients of the text give out."""
+        from nanogpt_surgery.data.gpt_dataset import GPTDataset
+        from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
+        from nanogpt_surgery.surgery.rank_planning import batches_of, plan_ranks
+
+        tokenizer = required_tokenizer(tokenizer, "the model")
+        length = min(GRADIENT_TOKENS, network.config.block_size)
+        batches = batches_of(GPTDataset(read_texts(self.text or []), tokenizer, block_size=length))
+        return plan_ranks(network, batches, self.rank_budget or 0, **target, settings=adapter)
+
 
 def plan(
     model: Model,
@@ -97,7 +115,7 @@ def plan(
     network, tokenizer = open_model(model, torch.float32)  # as finetune opens it
     adapter = LoRASettings(**given(lora))
     if ranks.rank_budget is not None:
-        found = _planned_ranks(network, tokenizer, ranks, adapter, given(target))
+        found = ranks.plan(network, tokenizer, adapter, given(target))
         options = {"rank_pattern": found.rank_pattern, "alpha_pattern": found.alpha_pattern}
         report = found.report
         show(Report(report.title, report.rows, report.summary | (options if json else {})), json)
@@ -107,25 +125,6 @@ def plan(
         return
     show(plan_lora(network, **given(target), settings=adapter), json, all_layers)
     say(f"surgery finetune {model} TEXT… --out FOLDER trains it, by the same flags")
-
-
-def _planned_ranks(
-    network: SimpleGPT,
-    tokenizer: Tokenizer | None,
-    ranks: RankOptions,
-    adapter: LoRASettings,
-    target: dict[str, Any],
-) -> RankPlan:
-    from nanogpt_surgery.data.gpt_dataset import GPTDataset
-    from nanogpt_surgery.data.text.corpus import read_texts
-    from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
-    from nanogpt_surgery.surgery.rank_planning import batches_of, plan_ranks
-
-    tokenizer = required_tokenizer(tokenizer, "the model")
-    length = min(GRADIENT_TOKENS, network.config.block_size)
-    dataset = GPTDataset(read_texts(ranks.text or []), tokenizer, block_size=length)
-    batches = batches_of(dataset)
-    return plan_ranks(network, batches, ranks.rank_budget or 0, **target, settings=adapter)
 
 
 def _toml(plan: RankPlan) -> str:

@@ -19,8 +19,10 @@ from nanogpt_surgery.cli.framework.options import (
     Overwrite,
     check_out,
     one_adapter,
+    typed_or_read,
 )
 from nanogpt_surgery.errors import printable
+from nanogpt_surgery.report import Report
 
 if TYPE_CHECKING:
     from nanogpt_surgery.interpret.looking import Look
@@ -62,10 +64,9 @@ def look(
     out
         a folder for pictures (PNG) and look.html, a page that opens without a network
     """
-    from nanogpt_surgery.data.text.corpus import read_texts
     from nanogpt_surgery.interpret.looking import look_at
 
-    text = read_texts(["-"]) if prompt == "-" else prompt
+    text = typed_or_read(prompt)
     if out is not None:
         check_out(out, overwrite)
     looked = look_at(*opening.open(model, one_adapter(adapter)), text)
@@ -120,8 +121,6 @@ def _style(share: float) -> str:
 
 
 def _print_moved(looked: Look) -> None:
-    from nanogpt_surgery.report import Report
-
     if looked.comparison is None:
         return
     rows = [

@@ -7,7 +7,7 @@ import random
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,16 +20,15 @@ from nanogpt_surgery.cli.framework.console import notes_afterwards, say, write
 from nanogpt_surgery.cli.framework.options import (
     AdapterFolder,
     Model,
-    OpeningOptions,
-    SamplingOptions,
-    SpeculationOptions,
-    SteeringOptions,
     TalkOptions,
+    WritingOptions,
     named_adapters,
     one_adapter,
     say_accepted,
     say_engine,
+    typed_or_read,
 )
+from nanogpt_surgery.data.conversations.record_files import read_prompts
 from nanogpt_surgery.errors import SurgeryError, printable
 from nanogpt_surgery.memory import check_memory
 from nanogpt_surgery.values import SIZE, SIZE_OR_0, raise_all, wrong_values
@@ -37,7 +36,6 @@ from nanogpt_surgery.values import SIZE, SIZE_OR_0, raise_all, wrong_values
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
     from nanogpt_surgery.generation.conversation import Conversation
-    from nanogpt_surgery.generation.speculative import Draft
     from nanogpt_surgery.generation.text import Continuation
     from nanogpt_surgery.model.simple_gpt import SimpleGPT
 
@@ -73,10 +71,7 @@ def generate(
     prompts: Path | None = None,
     adapter: AdapterFolder = None,
     max_new_tokens: int = 300,
-    opening: OpeningOptions = OpeningOptions(),
-    sampling: SamplingOptions = SamplingOptions(),
-    speculation: SpeculationOptions = SpeculationOptions(),
-    steering: SteeringOptions = SteeringOptions(),
+    writing: WritingOptions = WritingOptions(),
     many: ManyOptions = ManyOptions(),
 ) -> None:
     """Continue a prompt, on standard output as it is made; or many, several times each.
@@ -90,12 +85,10 @@ def generate(
     max_new_tokens
         how many tokens at most
     """
-    from nanogpt_surgery.data.conversations.record_files import read_prompts
-
-    draw = sampling.arguments() | {"max_new_tokens": max_new_tokens}
+    draw = writing.sampling.arguments() | {"max_new_tokens": max_new_tokens}
     many.check()
-    texts = [_typed_or_read(prompt)] if prompts is None else read_prompts(prompts)
-    network, tokenizer = opening.open(model, one_adapter(adapter))
+    texts = [typed_or_read(prompt)] if prompts is None else read_prompts(prompts)
+    network, tokenizer = writing.opening.open(model, one_adapter(adapter))
     if getattr(tokenizer, "chat_template", None):
         with_it = f" --adapter {adapter}" if adapter else ""
         say(
@@ -103,21 +96,15 @@ def generate(
             f'question: surgery ask {model}{with_it} "…", or surgery chat'
         )
     one = len(texts) == many.samples == 1 and many.logprobs is None and not many.json
-    draft = speculation.draft(tokenizer, opening, draw["engine"])
-    with steering.steering(network), notes_afterwards():
+    draft = writing.draft(tokenizer)
+    draw["draft"] = draft
+    with writing.steering.steering(network), notes_afterwards():
         say_engine(network, draw["engine"])
         if one:
-            write(_as_it_is_made(network, tokenizer, texts[0], draw | {"draft": draft}))
+            write(_as_it_is_made(network, tokenizer, texts[0], draw))
         else:
-            write(_one_by_one(network, tokenizer, texts, draw | {"draft": draft}, many))
+            write(_one_by_one(network, tokenizer, texts, draw, many))
         say_accepted(draft)
-
-
-def _typed_or_read(text: str) -> str:
-    """A text, or for - what standard input holds."""
-    from nanogpt_surgery.data.text.corpus import read_texts
-
-    return read_texts(["-"]).replace("\r\n", "\n") if text == "-" else text
 
 
 def _as_it_is_made(
@@ -206,10 +193,7 @@ def ask(
     adapter: AdapterFolder = None,
     compare: bool = False,
     talk: TalkOptions = TalkOptions(),
-    opening: OpeningOptions = OpeningOptions(),
-    sampling: SamplingOptions = SamplingOptions(),
-    speculation: SpeculationOptions = SpeculationOptions(),
-    steering: SteeringOptions = SteeringOptions(),
+    writing: WritingOptions = WritingOptions(),
     json: bool = False,
 ) -> None:
     """Ask a model one question; the answer alone is written on standard output.
@@ -228,21 +212,26 @@ def ask(
         it, and why); with --compare also base_answer and base_ended, with a draft also the numbers
         of tokens drafted and accepted
     """
-    settings = ChatSettings(talk.max_new_tokens, **sampling.arguments())
-    added = _added(adapter, steering, compare)
+    settings = ChatSettings(talk.max_new_tokens, **writing.sampling.arguments())
+    steering, adapters = writing.steering, one_adapter(adapter)
+    added = [*([str(adapter)] if adapter else []), *steering.steer]
+    if compare and not added:
+        raise SurgeryError("there is nothing to compare the model with", "add --adapter FOLDER")
     asked = _question(question)
-    adapters = one_adapter(adapter)
-    opened = opening.open(model, adapters)
-    draft = speculation.draft(opened[1], opening, settings.engine)
+    network, tokenizer = writing.opening.open(model, adapters)
+    draft = writing.draft(tokenizer)
     seed = random.randrange(2**31) if settings.seed is None else settings.seed  # of both answers
     settings = replace(settings, draft=draft, seed=seed)
-    fresh = talk.conversation(*opened, adapters[0][1] if adapters else None)
-    sides = {"base_": copy(fresh), "": fresh} if compare else {"": fresh}
-    answers = _answers(sides, asked, settings, steering)
-    known = {"seed": seed, "engine": steering.say_engine(opened[0], settings.engine)}
+    fresh = talk.conversation(network, tokenizer, adapters[0][1] if adapters else None)
+    sides = {"": fresh}
+    answers = {"": _answered(fresh, asked, settings, steering.steering(network))}
+    if compare:
+        sides = {"base_": copy(fresh)} | sides
+        answers["base_"] = _answered(sides["base_"], asked, settings, _without_adapters(network))
+    known = {"seed": seed, "engine": steering.say_engine(network, settings.engine)}
     with notes_afterwards():
         if json:
-            _print_json(asked, sides, answers, known, draft)
+            print(_as_json(asked, sides, answers, known, settings))
         elif compare:
             say(f"both answers are drawn by the seed {seed}")
             _print_both(answers, added)
@@ -251,30 +240,11 @@ def ask(
     _say_endings(sides, settings)
 
 
-def _added(adapter: Path | None, steering: SteeringOptions, compare: bool) -> list[str]:
-    """The names of what the model answers with."""
-    added = [*([str(adapter)] if adapter else []), *steering.steer]
-    if compare and not added:
-        raise SurgeryError("there is nothing to compare the model with", "add --adapter FOLDER")
-    return added
-
-
 def _question(text: str) -> str:
-    asked = _typed_or_read(text).removesuffix("\n" if text == "-" else "")
+    asked = typed_or_read(text).removesuffix("\n" if text == "-" else "")
     if not asked.strip():
         raise SurgeryError("the question is empty", 'surgery ask MODEL "Who are you?"')
     return asked
-
-
-def _answers(
-    sides: dict[str, Conversation], question: str, settings: ChatSettings, steering: SteeringOptions
-) -> dict[str, Iterator[str]]:
-    """The answer of each side: of the model as it is, and with its adapters and directions."""
-    ways = {"base_": _of_base, "": steering.steering}
-    return {
-        name: _answered(talk, question, settings, ways[name](talk.model))
-        for name, talk in sides.items()
-    }
 
 
 def _answered(
@@ -286,18 +256,11 @@ def _answered(
     yield "\n"
 
 
-@contextmanager
-def _of_base(model: SimpleGPT) -> Iterator[None]:
-    """Within the block, the model computes without its adapters."""
-    from nanogpt_surgery.lora.operations import disable_lora, enable_lora
-    from nanogpt_surgery.lora.several import has_lora
+def _without_adapters(model: SimpleGPT) -> AbstractContextManager[None]:
+    from nanogpt_surgery.interpret.comparison import without
+    from nanogpt_surgery.lora.several import lora_layers
 
-    adapted = has_lora(model)
-    if adapted:
-        disable_lora(model)
-    yield
-    if adapted:
-        enable_lora(model)
+    return without(lora_layers(model).values())
 
 
 def _say_endings(sides: dict[str, Conversation], settings: ChatSettings) -> None:
@@ -316,22 +279,23 @@ def _say_endings(sides: dict[str, Conversation], settings: ChatSettings) -> None
             )
 
 
-def _print_json(
+def _as_json(
     question: str,
     sides: dict[str, Conversation],
     answers: dict[str, Iterator[str]],
     known: dict[str, Any],
-    draft: Draft | None,
-) -> None:
+    settings: ChatSettings,
+) -> str:
+    """A question and its answers, made now, as a JSON object."""
     found: dict[str, Any] = {"question": question}
     if system := sides[""].system:
         found["system"] = system
     for side, talk in sides.items():
         found[f"{side}answer"] = "".join(answers[side]).removesuffix("\n")
         found[f"{side}ended"] = "length" if talk.cut_off else "stop"
-    if draft:
+    if draft := settings.draft:
         known |= {"drafted": draft.drafted, "accepted": draft.accepted}
-    print(json_module.dumps(found | known, ensure_ascii=False, indent=2))
+    return json_module.dumps(found | known, ensure_ascii=False, indent=2)
 
 
 def _print_both(answers: dict[str, Iterator[str]], added: list[str]) -> None:
@@ -361,10 +325,7 @@ def chat(
     *,
     adapter: list[str] | None = None,
     talk: TalkOptions = TalkOptions(),
-    opening: OpeningOptions = OpeningOptions(),
-    sampling: SamplingOptions = SamplingOptions(),
-    speculation: SpeculationOptions = SpeculationOptions(),
-    steering: SteeringOptions = SteeringOptions(),
+    writing: WritingOptions = WritingOptions(),
 ) -> None:
     """Talk with a model; answers appear as they are made, and Ctrl-C stops one.
 
@@ -375,11 +336,10 @@ def chat(
     adapter
         NAME=FOLDER, or a folder; may be given several times, the first takes part
     """
-    settings = ChatSettings(talk.max_new_tokens, **sampling.arguments())
+    settings = ChatSettings(talk.max_new_tokens, **writing.sampling.arguments())
     adapters = named_adapters(adapter or ())
-    network, tokenizer = opening.open(model, adapters)
-    draft = speculation.draft(tokenizer, opening, settings.engine)
-    settings = replace(settings, draft=draft)
+    network, tokenizer = writing.opening.open(model, adapters)
+    settings = replace(settings, draft=writing.draft(tokenizer))
     folders: dict[str, Path | None] = {"": None, **dict(adapters)}
     templates = {name: talk.template_for(tokenizer, place) for name, place in folders.items()}
     first = adapters[0][1] if adapters else None
@@ -387,10 +347,10 @@ def chat(
     if adapters:
         names = [name for name, _ in adapters]
         say(f"adapters: {', '.join(names)}; {names[0]} takes part")
-    with steering.steering(network):
+    with writing.steering.steering(network):
         say_engine(network, settings.engine)
         say("/help lists the commands, /exit leaves; Ctrl-C stops an answer")
         for line in lines_typed():
             if not session.hear(line):
                 break
-    say_accepted(draft)
+    say_accepted(settings.draft)

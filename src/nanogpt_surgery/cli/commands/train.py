@@ -36,6 +36,7 @@ from nanogpt_surgery.errors import SurgeryError, quoted
 from nanogpt_surgery.lora.settings import LoRASettings
 from nanogpt_surgery.memory import is_out_of_memory
 from nanogpt_surgery.model.config import FAMILIES, GPTConfig
+from nanogpt_surgery.report import Report
 from nanogpt_surgery.runs.settings import DataSettings
 from nanogpt_surgery.training.recipes import MUON, RECIPES, further_values, training_values
 from nanogpt_surgery.training.settings import FitSettings
@@ -248,13 +249,8 @@ def carry_out(
 ) -> None:
     """Trains to the end, or to a signal, and reports it; with --plan, says what that takes.
 
-    Args:
-        training: what is trained, on what.
-        options: of the run.
-        asked: settings that were given on the command line.
-        following: the command to type next.
+    `asked` are the settings given on the command line, `following` is the command to type next.
     """
-    from nanogpt_surgery.report import Report
     from nanogpt_surgery.runs.from_names import plan_run, with_epochs
     from nanogpt_surgery.runs.progress import progress
     from nanogpt_surgery.runs.run import Run

@@ -12,6 +12,7 @@ from typing import Any
 from nanogpt_surgery.cli.framework.console import say, show
 from nanogpt_surgery.cli.framework.options import Json
 from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.files.writing import read_json
 
 LEAST = 4  # steps before the kill: one, a checkpoint, and some that the kill takes away
 NOT_REPEATED = ("--resume", "--no-resume", "--json", "--strict", "--allow-changes")
@@ -72,7 +73,6 @@ def _recorded(run: Path, before: int, after: int) -> dict[str, Any]:
         SurgeryError: it is no run, records none, its text came from standard input, the folder it
             was typed in is gone, or it has too few steps.
     """
-    from nanogpt_surgery.files.writing import read_json
     from nanogpt_surgery.formats.folders.run_folder import is_run
     from nanogpt_surgery.history.folder_history import RUN
 

@@ -26,6 +26,7 @@ from cyclopts import Parameter
 from docstring_parser import parse_from_object
 
 from nanogpt_surgery.cli.framework.console import say
+from nanogpt_surgery.data.text.corpus import read_texts
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.generation.settings import Engine, SamplingSettings, check_seed, check_stop
 from nanogpt_surgery.lora.settings import Tied
@@ -280,8 +281,17 @@ class SamplingOptions:
         check_stop(self.stop)
         biases = dict(map(_bias, self.logit_bias))
         sampling = SamplingSettings(**given(self.chosen), logit_bias=biases)
-        engine = "plain" if self.plain else "auto"
-        return {"sampling": sampling, "stop": self.stop, "seed": self.seed, "engine": engine}
+        return {
+            "sampling": sampling,
+            "stop": self.stop,
+            "seed": self.seed,
+            "engine": self.engine,
+        }
+
+    @property
+    def engine(self) -> Engine:
+        """Returns the engine that is asked for."""
+        return "plain" if self.plain else "auto"
 
 
 def say_engine(model: SimpleGPT, engine: Engine) -> str:
@@ -318,9 +328,7 @@ class SpeculationOptions:
     draft_tokens: int | None = None
     """how many are guessed at once; 10 by lookup, 5 by a model, unless said"""
 
-    def draft(
-        self, tokenizer: Tokenizer, opening: OpeningOptions, engine: Engine = "auto"
-    ) -> Draft | None:
+    def draft(self, tokenizer: Tokenizer, opening: OpeningOptions, engine: Engine) -> Draft | None:
         """Returns what guesses, or None where nothing is to.
 
         Raises:
@@ -385,6 +393,26 @@ def _file_and_scale(written: str) -> tuple[str, float | None]:
         return path, float(scale)
     except ValueError:
         raise SurgeryError(f"--steer {written} is not FILE=SCALE: {scale} is no number") from None
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class WritingOptions:
+    """How a model is opened, and how it chooses its tokens."""
+
+    opening: OpeningOptions = OpeningOptions()
+    sampling: SamplingOptions = SamplingOptions()
+    speculation: SpeculationOptions = SpeculationOptions()
+    steering: SteeringOptions = SteeringOptions()
+
+    def draft(self, tokenizer: Tokenizer) -> Draft | None:
+        """Returns what guesses tokens, or None where nothing is to."""
+        return self.speculation.draft(tokenizer, self.opening, self.sampling.engine)
+
+
+def typed_or_read(text: str) -> str:
+    """A text, or for - what standard input holds."""
+    return read_texts(["-"]).replace("\r\n", "\n") if text == "-" else text
 
 
 def say_accepted(draft: Draft | None) -> None:

@@ -57,10 +57,7 @@ def refusal(
 ) -> SurgeryError:
     """A command line that cyclopts refuses as our error, with what was meant.
 
-    Args:
-        error: what cyclopts found wrong.
-        command: the words that name the command.
-        commands: all that could stand behind `surgery`, or behind the word of a group.
+    The `commands` are all that could stand behind `surgery`, or behind the word of a group.
     """
     name = " ".join(("surgery", *command))
     if isinstance(error, UnknownCommandError):

@@ -315,11 +315,8 @@ _JINJA = {
 def replies(job: dict[str, Any], asked: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yields the reply of `template_worker.py` to each conversation, in several processes.
 
-    The last reply is an error where a process had to be ended; no more come then.
-
-    Args:
-        job: the template, and what holds for all of its renderings.
-        asked: the conversations.
+    The job is the template, and what holds for all of its renderings. The last reply is an error
+    where a process had to be ended; no more come then.
     """
     count = max(1, min(cores(), len(asked) // _FOR_ONE))
     with ExitStack() as stack:

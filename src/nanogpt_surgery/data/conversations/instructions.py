@@ -152,12 +152,8 @@ def read_examples(
 ) -> list[Example]:
     """The conversations of all files, as ids.
 
-    Args:
-        paths: JSON, JSONL, CSV or TSV files.
-        tokenizer: the model's.
-        template: how they are written, or its name: "model" as the tokenizer's own does; or
-            "chatml", "plain".
-        answers_only: otherwise every token is trained on.
+    They are written by a template or by one of this name: "model" is the tokenizer's own, or
+    "chatml", "plain". Unless `answers_only`, every token is trained on.
 
     Raises:
         SurgeryError: no file is named, or as `read_conversations` and `encode_conversations`.

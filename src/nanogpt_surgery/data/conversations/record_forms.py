@@ -234,11 +234,7 @@ def _tools(value: Any, field: str) -> list[dict[str, Any]]:
     tools = _from_json(value, field)
     if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
         raise RecordError(field, f"is {quoted(tools)}, not a list of tools")
-    return [_tool(tool) for tool in tools]
-
-
-def _tool(tool: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "function", "function": tool} if "function" not in tool else tool
+    return [t if "function" in t else {"type": "function", "function": t} for t in tools]
 
 
 def _from_json(value: Any, field: str) -> Any:

@@ -90,7 +90,7 @@ class BPETokenizer:
         encoder = Encoder.from_str(json.dumps(_contents({}, [], {})))
         encoder.train_from_iterator(texts, trainer)
         model = json.loads(encoder.to_str())["model"]
-        return cls(model["vocab"], _pairs(model["merges"]), {END_OF_TEXT: len(model["vocab"])})
+        return cls(model["vocab"], pairs_of(model["merges"]), {END_OF_TEXT: len(model["vocab"])})
 
     @classmethod
     def from_files(cls, vocab: str | Path, merges: str | Path) -> BPETokenizer:
@@ -106,7 +106,7 @@ class BPETokenizer:
             raise SurgeryError(f"cannot read {vocab} and {merges}: {error}") from error
         pairs = [line for line in lines if line and not line.startswith("#version")]
         special = {END_OF_TEXT: ids[END_OF_TEXT]} if END_OF_TEXT in ids else {}
-        return cls(ids, _pairs(pairs), special)
+        return cls(ids, pairs_of(pairs), special)
 
     @property
     def vocab_size(self) -> int:
@@ -176,7 +176,7 @@ class BPETokenizer:
         """The tokenizer of a `tokenizer.json` that `save` wrote."""
         model, added = contents["model"], contents["added_tokens"]
         special = {token["content"]: token["id"] for token in added}
-        return cls(model["vocab"], _pairs(model["merges"]), special)
+        return cls(model["vocab"], pairs_of(model["merges"]), special)
 
 
 def is_ours(contents: dict[str, Any]) -> bool:
@@ -232,7 +232,8 @@ def _contents(
     }
 
 
-def _pairs(merges: Iterable[str | list[str]]) -> list[tuple[str, str]]:
+def pairs_of(merges: Iterable[str | list[str]]) -> list[tuple[str, str]]:
+    """The merges of a `tokenizer.json`: pairs, or the two tokens with a space between them."""
     pairs = [tuple(m.split(" ") if isinstance(m, str) else m) for m in merges]
     bad = next((pair for pair in pairs if len(pair) != 2), None)
     if bad is not None:

@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 from tokenizers import AddedToken
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
+from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer, pairs_of
 from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.token_text import CHARACTER_OF_BYTE
@@ -170,7 +170,7 @@ def _needed(
     alphabet = _alphabet(contents)
     names = {i: token for token, i in vocab.items()}
     parts: dict[str, list[str]] = {}
-    for left, right in _merges(contents):
+    for left, right in pairs_of(contents["model"]["merges"]):
         parts.setdefault(left + right, []).extend((left, right))
     unknown = contents["model"].get("unk_token")
     waiting = [names[i] for i in used if i in names]
@@ -245,17 +245,12 @@ def _is_byte_level(contents: dict[str, Any]) -> bool:
     return any(one.get("type") == "ByteLevel" for one in (step, *step.get("pretokenizers", [])))
 
 
-def _merges(contents: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for merge in contents["model"]["merges"]:
-        left, right = merge.split(" ") if isinstance(merge, str) else merge
-        yield left, right
-
-
 def _reduced(contents: dict[str, Any], moved: Mapping[int, int]) -> dict[str, Any]:
     """Returns a `tokenizer.json` with the tokens that stay, under their new ids."""
     model = contents["model"]
     vocab = {token: moved[i] for token, i in model["vocab"].items() if i in moved}
-    kept = [list(pair) for pair in _merges(contents) if {*pair, "".join(pair)} <= vocab.keys()]
+    pairs = pairs_of(model["merges"])
+    kept = [list(pair) for pair in pairs if {*pair, "".join(pair)} <= vocab.keys()]
     added = [
         token | {"id": moved[token["id"]]}
         for token in contents["added_tokens"]

@@ -44,7 +44,7 @@ _REPEATED = ("ByteLevel", "Precompiled")  # grow a text again and again
 def check_limits(contents: dict[str, Any]) -> None:
     """Raises `SurgeryError` if a tokenizer would need memory or time beyond all measure."""
     for part, children in _CHILDREN.items():
-        steps = _steps(contents.get(part), children)
+        steps = steps_of(contents.get(part), children)
         growth = math.prod(map(_growth, steps))
         for kind in _REPEATED:
             growth *= 2 ** max(0, sum(step.get("type") == kind for step in steps) - 1)
@@ -69,7 +69,7 @@ def _check_at_most(limit: int, found: int, what: str) -> None:
 def expressions(contents: dict[str, Any]) -> list[str]:
     """The regular expressions by which a `tokenizer.json` cuts or changes a text."""
     steps = [
-        s for part, children in _CHILDREN.items() for s in _steps(contents.get(part), children)
+        s for part, children in _CHILDREN.items() for s in steps_of(contents.get(part), children)
     ]
     patterns = [step.get("pattern") for step in steps]
     found = [pattern.get("Regex") for pattern in patterns if isinstance(pattern, dict)]
@@ -146,14 +146,14 @@ def _check_nested(tokens: list[str]) -> None:
             )
 
 
-def _steps(part: Any, children: str) -> list[dict[str, Any]]:
-    """The steps of a part, those of sequences within it one by one."""
+def steps_of(part: Any, children: str) -> list[dict[str, Any]]:
+    """The steps of a part of a `tokenizer.json`, those of sequences within it one by one."""
     if not isinstance(part, dict):
         return []
     within = part.get(children)
     if not isinstance(within, list):
         return [part]
-    return [step for child in within for step in _steps(child, children)]
+    return [step for child in within for step in steps_of(child, children)]
 
 
 def _growth(step: dict[str, Any]) -> int:

@@ -230,7 +230,7 @@ def _check_options(file: GGUFFile, family: str) -> None:
         f"{family}.{key} {quoted(value)}"
         for key, value in metadata.items()
         if (key in _LISTED and key not in handled and not _is_inert(key, value))
-        or (key in _SCALINGS and not _is_finite(value))
+        or (key in _SCALINGS and not (type(value) in (int, float) and 0 <= value < 1e30))
     ]
     kind = metadata.get("rope.scaling.type", "")
     inert = metadata.get("rope.scaling.factor") == 1  # yarn slows nothing then
@@ -263,10 +263,6 @@ def _is_inert(key: str, value: Any) -> bool:
     if isinstance(value, (np.ndarray, list)):
         return not len(value) or (isinstance(value, np.ndarray) and not value.any())
     return value in _INERT.get(key, (0, ""))
-
-
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and 0 <= value < 1e30
 
 
 def _linear_factor(metadata: dict[str, Any], family: str) -> float:

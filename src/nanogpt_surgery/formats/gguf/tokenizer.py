@@ -201,7 +201,7 @@ def sentencepiece_json(
     Args:
         tokens: with `▁` for spaces, and `<0x0A>` for the byte 10, id by id.
         scores: the pair whose token has the highest score is merged first.
-        special: as above.
+        special: as in `byte_level_json`.
         unknown: the id for what cannot be written even in bytes.
         space_first: a space is put before each text.
     """

@@ -16,11 +16,12 @@ from typing import Any, Literal, TypeAlias
 
 from gguf import GGUFWriter
 
-from nanogpt_surgery.data.tokenizers.bpe_tokenizer import GPT2_PATTERN, BPETokenizer
+from nanogpt_surgery.data.tokenizers.bpe_tokenizer import GPT2_PATTERN, BPETokenizer, pairs_of
 from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.token_text import BYTE_OF_CHARACTER
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer_limits import steps_of
 from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems, quoted
 from nanogpt_surgery.formats.gguf.tokenizer import (
     BYTE,
@@ -91,7 +92,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -
         writer.add_tokenizer_pre(_name_of_cutting(contents))
         writer.add_token_list(tokens)
         writer.add_token_types(types)
-        writer.add_token_merges([" ".join(pair) for pair in _pairs(contents["model"])])
+        writer.add_token_merges([" ".join(pair) for pair in pairs_of(contents["model"]["merges"])])
     _write_ids(writer, tokenizer, tokens)
     example = overlap(contents.get("added_tokens") or [])
     if example:
@@ -167,8 +168,9 @@ def _wrong_parts(contents: dict[str, Any], is_sentencepiece: bool) -> list[str]:
 def overlap(added: list[dict[str, Any]]) -> str:
     """An example of a text in which llama.cpp finds other added tokens; empty if there is none.
 
-    llama.cpp takes the longest first (in bytes). Here those that are not normalized are taken
-    first, then the one that begins first, and of those the longest.
+    llama.cpp takes the longest first (in bytes), and of two that are as long either. Here those
+    that are not normalized are taken first, then the one that begins first, and of those the
+    longest.
     """
     normalized = {
         token["content"]: bool(token.get("normalized"))
@@ -179,19 +181,12 @@ def overlap(added: list[dict[str, Any]]) -> str:
     for text, equal in dict.fromkeys(islice(_overlapping(normalized), _MOST_OVERLAPS)):
         places = ((start, text[start : start + n]) for start in range(len(text)) for n in lengths)
         found = {(start, token) for start, token in places if token in normalized}
-        here, there = _taken(found, _our_order(normalized)), _taken(found, _their_order(equal))
+        here = _taken(found, lambda f: (normalized[f[1]], f[0], -len(f[1])))
+        there = _taken(found, lambda f: (-len(f[1].encode()), f[1] != equal, f[0]))  # noqa: B023
         if here != there:
             ours, theirs = _names(here - there), _names(there - here)
             return f" (in {quoted(text)} {theirs}, not {ours})"
     return ""
-
-
-def _our_order(normalized: dict[str, bool]) -> Callable[[Found], Any]:
-    return lambda f: (normalized[f[1]], f[0], -len(f[1]))
-
-
-def _their_order(before_equals: str) -> Callable[[Found], Any]:
-    return lambda f: (-len(f[1].encode()), f[1] != before_equals, f[0])
 
 
 def _overlapping(normalized: dict[str, bool]) -> Iterator[tuple[str, str]]:
@@ -232,7 +227,7 @@ def _taken(found: set[Found], order: Callable[[Found], Any]) -> set[Found]:
 
 def _changes(normalizer: dict[str, Any] | None, text: str) -> bool:
     """Whether a normalizer that was let pass makes another text of this one."""
-    for step in _steps(normalizer, "normalizers"):
+    for step in steps_of(normalizer, "normalizers"):
         if step["type"] == "Prepend" or (step["type"] == "Replace" and " " in text):
             return True
         if step["type"] == "NFC" and unicodedata.normalize("NFC", text) != text:
@@ -240,24 +235,14 @@ def _changes(normalizer: dict[str, Any] | None, text: str) -> bool:
     return False
 
 
-def _steps(part: dict[str, Any] | None, inner: str) -> list[dict[str, Any]]:
-    """The steps of a normalizer or pre-tokenizer, sequences within it laid flat."""
-    if part is None:
-        return []
-    if part.get("type") == "Sequence":
-        return [step for child in part.get(inner, []) for step in _steps(child, inner)]
-    return [part]
-
-
 def _wrong_byte_level(contents: dict[str, Any]) -> Iterator[str]:
     cutting = CUTTINGS.get(_name_of_cutting(contents))
     if cutting is None:
-        yield (
-            f"pre_tokenizer: {_shown(_steps(contents.get('pre_tokenizer'), 'pretokenizers'))} cuts "
-            f"words in a way that is not one of {', '.join(CUTTINGS)}"
-        )
+        cuts = _shown(steps_of(contents.get("pre_tokenizer"), "pretokenizers"))
+        known = ", ".join(CUTTINGS)
+        yield f"pre_tokenizer: {cuts} cuts words in a way that is not one of {known}"
         return
-    steps = [step["type"] for step in _steps(contents.get("normalizer"), "normalizers")]
+    steps = [step["type"] for step in steps_of(contents.get("normalizer"), "normalizers")]
     wanted = [cutting.normalizer] if cutting.normalizer else []
     if steps != wanted:
         found, there = (", ".join(names) or "none" for names in (map(quoted, steps), wanted))
@@ -275,7 +260,7 @@ def _shown(steps: list[dict[str, Any]]) -> str:
 
 def _name_of_cutting(contents: dict[str, Any]) -> str:
     """llama.cpp's name for how a byte-level BPE cuts words; empty where there is none."""
-    *before, last = _steps(contents.get("pre_tokenizer"), "pretokenizers") or [{}]
+    *before, last = steps_of(contents.get("pre_tokenizer"), "pretokenizers") or [{}]
     if last.get("type") != "ByteLevel" or last.get("add_prefix_space", True):
         return ""
     found: list[Any] = [_cut(step) for step in before]
@@ -299,8 +284,8 @@ def _cut(step: dict[str, Any]) -> Any:
 
 def _wrong_sentencepiece(contents: dict[str, Any]) -> Iterator[str]:
     model = contents["model"]
-    steps = _steps(contents.get("normalizer"), "normalizers")
-    before = _steps(contents.get("pre_tokenizer"), "pretokenizers")
+    steps = steps_of(contents.get("normalizer"), "normalizers")
+    before = steps_of(contents.get("pre_tokenizer"), "pretokenizers")
     strange = [step for step in steps if step not in (PREPEND, REPLACE)]
     if strange:
         yield f"normalizer: {_shown(strange)}"
@@ -326,7 +311,7 @@ def _write_sentencepiece(
 ) -> set[Lost]:
     """Merges become scores: the earlier a merge, the higher the score of what it makes."""
     ranks: dict[str, int] = {}
-    for rank, (left, right) in enumerate(_pairs(contents["model"])):
+    for rank, (left, right) in enumerate(pairs_of(contents["model"]["merges"])):
         ranks.setdefault(left + right, rank)
     unknown = contents["model"].get("unk_token")
     types = [UNKNOWN if token == unknown else t for token, t in zip(tokens, types, strict=True)]
@@ -347,12 +332,12 @@ def _space_first(contents: dict[str, Any]) -> tuple[bool, set[Lost]]:
     Metaspace puts none before a text that begins with one, and `first` none behind an added token;
     llama.cpp does both.
     """
-    for step in _steps(contents.get("pre_tokenizer"), "pretokenizers"):
+    for step in steps_of(contents.get("pre_tokenizer"), "pretokenizers"):
         usual = "always" if step.get("add_prefix_space", True) else "never"
         scheme = step.get("prepend_scheme", usual)
         if scheme != "never":
             return True, _LOST_BY_FIRST if scheme == "first" else _LOST_BY_FIRST - {"after a token"}
-    return PREPEND in _steps(contents.get("normalizer"), "normalizers"), set()
+    return PREPEND in steps_of(contents.get("normalizer"), "normalizers"), set()
 
 
 _LOST_BY_FIRST: set[Lost] = {"blank first", "after a token"}
@@ -397,7 +382,3 @@ def _filled(tokens: list[str], types: list[int], size: int) -> tuple[list[str], 
         raise SurgeryError(f"the tokenizer has {len(tokens)} tokens, the model only {size}")
     more = range(len(tokens), size)
     return [*tokens, *(f"[PAD{i}]" for i in more)], [*types, *(UNUSED for _ in more)]
-
-
-def _pairs(model: dict[str, Any]) -> list[list[str]]:
-    return [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]

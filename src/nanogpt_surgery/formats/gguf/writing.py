@@ -104,17 +104,10 @@ def write_gguf_file(
     kind: GGUFType,
     make: Callable[[str], Tensor],
 ) -> tuple[dict[str, Written], set[Lost]]:
-    """Writes a file that is being made; each tensor is made once.
+    """Writes a file that is being made; see `save_gguf`.
 
-    Args:
-        model: of its tensors only the shapes count.
-        path: of the file.
-        tokenizer: written beside the weights.
-        kind: of the matrices.
-        make: gives a tensor by its name in the model.
-
-    Returns:
-        What was written of each tensor of the model, and what of the tokenizer is not carried over.
+    Of the model's tensors only the shapes count: `make` gives each by its name, once. Returns what
+    was written of each, and what of the tokenizer is not carried over.
     """
     if kind not in _FILE_TYPES:
         raise SurgeryError(f"{kind!r} is not one of {', '.join(_FILE_TYPES)}")

@@ -183,6 +183,21 @@ def write_tensors(
             memory.
         metadata: texts that stand in the header.
     """
+    text, names = header_of(tensors, metadata)
+    try:
+        with path.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for tensor in make(names) if make else (tensors[name] for name in names):
+                flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                file.write(flat.numpy())
+    except OSError as error:
+        raise UnwrittenError(error, path, file_size(tensors, metadata)) from error
+
+
+def header_of(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> tuple[bytes, list[str]]:
+    """The JSON that a file of these tensors begins with, and their names in the file's order."""
     names = sorted(tensors, key=lambda name: (_RANKS[tensors[name].dtype], name))
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     end = 0
@@ -191,12 +206,10 @@ def write_tensors(
         entry = {"dtype": _ORDER[_RANKS[tensors[name].dtype]], "shape": list(tensors[name].shape)}
         header[name] = entry | {"data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    try:
-        with path.open("wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
-            for tensor in make(names) if make else (tensors[name] for name in names):
-                flat: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-                file.write(flat.numpy())
-    except OSError as error:
-        raise UnwrittenError(error, path, 8 + len(text) + end) from error
+    return text + b" " * (-len(text) % 8), names
+
+
+def file_size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> int:
+    """The bytes of a file of these tensors, of which only the shapes and dtypes count."""
+    text, _ = header_of(tensors, metadata)
+    return 8 + len(text) + sum(tensor.nbytes for tensor in tensors.values())

@@ -155,14 +155,12 @@ def _wrong(config: dict[str, Any]) -> list[str]:
     return problems + wrong_values(_NAMES, {"modules_to_save": config.get("modules_to_save")})
 
 
-def _are_names(value: Any) -> bool:
-    return isinstance(value, list) and all(name and isinstance(name, str) for name in value)
+def _are_few_names(value: Any) -> bool:
+    few = isinstance(value, list) and len(value) <= _MOST_WHOLE
+    return value is None or (few and all(name and isinstance(name, str) for name in value))
 
 
-_NAMES = Kind(
-    f"null or a list of at most {_MOST_WHOLE} names",
-    lambda x: x is None or (_are_names(x) and len(x) <= _MOST_WHOLE),
-)
+_NAMES = Kind(f"null or a list of at most {_MOST_WHOLE} names", _are_few_names)
 
 
 def _check_unknown(config: dict[str, Any], folder: Path) -> None:
@@ -327,7 +325,8 @@ class Patterns:
 
     def _named(self, name: str) -> Iterator[int]:
         """The places of those patterns without operators that match."""
-        for start in _starts(name):
+        starts = [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
+        for start in starts:
             ending = name[start:]
             for layout in self._layouts.get(len(ending), ()):
                 _, wildcards, whole = layout
@@ -338,11 +337,6 @@ class Patterns:
                     order = self._plain[layout].get("".join(masked))
                     if order is not None:
                         yield order
-
-
-def _starts(name: str) -> list[int]:
-    """Where an ending of a name begins: at the first character, and after every dot."""
-    return [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
 
 
 _OPERATOR = re.compile(r"[\\^$*+?{}\[\]|()]")

@@ -132,11 +132,9 @@ def _check_size(update: LowRankUpdate, row: Row, model: nn.Module) -> None:
 
 
 def _fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankUpdate:
-    """One update of a fused matrix from those of its parts.
+    """One update of a fused matrix from those of its parts, of which one at least is not None.
 
-    Args:
-        parts: the parts' updates in their order, None for a part without one; at least one is not.
-        matrices: the parts' weights (out, in), float32.
+    The `matrices` are the parts' weights (out, in), float32.
     """
     present = [part for part in parts if part is not None]
     scale, rslora = present[0].scaling, present[0].rslora
@@ -167,9 +165,7 @@ def _fuse(parts: list[LowRankUpdate | None], matrices: list[Tensor]) -> LowRankU
 def block_diagonal(parts: Sequence[Factors | None], rows: Sequence[int]) -> Factors:
     """The A's of some updates below each other, their B's on a block diagonal.
 
-    Args:
-        parts: A (R, in) and B (out, R) of each update, None where there is none.
-        rows: out, of each.
+    Of each update there are A (R, in) and B (out, R), or None where there is none, and out.
     """
     present = [part for part in parts if part is not None]
     pairs = zip(parts, rows, strict=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError
 from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.writing import write_json
-from nanogpt_surgery.formats.huggingface.safetensors_file import write_tensors
+from nanogpt_surgery.formats.huggingface.safetensors_file import file_size, write_tensors
 from nanogpt_surgery.formats.huggingface.tokenizer_files import CHAT_TEMPLATE
 from nanogpt_surgery.formats.peft.config import CONFIG, EXTRAS, config_for, extras_of
 from nanogpt_surgery.formats.peft.layout import adapter_to_theirs, base_fingerprint, rows_of
@@ -36,7 +35,6 @@ from nanogpt_surgery.lora.several import check_new_name, report_on
 from nanogpt_surgery.lora.stored_adapter import (
     LowRankUpdate,
     StoredAdapter,
-    Updates,
     extract_adapter,
     same,
 )
@@ -184,7 +182,7 @@ def plan_lora(
         "layers": len(rows),
         "trainable_parameters": trainable,
         "total_parameters": sum(p.numel() for p in model.parameters()) + trainable,
-        "adapter_bytes": _file_bytes(updates),
+        "adapter_bytes": file_size(tensors_of(StoredAdapter(updates))),
     }
     return Report("LoRA planned", rows, summary)
 
@@ -216,21 +214,6 @@ def _sized(settings: LoRASettings, layer: Any) -> LowRankUpdate:
         magnitude=nothing.expand(out_features) if settings.dora else None,
         embedding=embedding,
     )
-
-
-def _file_bytes(updates: Updates) -> int:
-    """The size of a safetensors file: 8 bytes, a header in JSON up to a multiple of 8, numbers."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in sorted(tensors_of(StoredAdapter(updates)).items()):
-        start, end = end, end + FLOAT32 * tensor.numel()
-        header[name] = {
-            "dtype": "F32",
-            "shape": list(tensor.shape),
-            "data_offsets": [start, end],
-        }
-    written = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
-    return 8 + -(-written // 8) * 8 + end
 
 
 def check_unsavable(model: nn.Module) -> None:
