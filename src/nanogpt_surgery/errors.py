@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import traceback
 import unicodedata
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +34,14 @@ class NotFiniteError(SurgeryError):
 
 class SurgeryWarning(UserWarning):
     """Something the user should know, although the work goes on."""
+
+
+def warn(text: str) -> None:
+    """Warns the user; the place that is named is the one that called into this package."""
+    frames = (frame for frame, _ in traceback.walk_stack(sys._getframe(1)))
+    names = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    ours = [place for place, name in enumerate(names) if name.startswith(f"{__package__}.")]
+    warnings.warn(text, SurgeryWarning, stacklevel=ours[-1] + 3)
 
 
 def printable(text: str) -> str:

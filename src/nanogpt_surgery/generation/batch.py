@@ -11,7 +11,7 @@ position in its own text, and a row that would outgrow the model's block_size is
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -158,18 +158,6 @@ class Line:
         return [token]
 
 
-class _OneByOne:
-    """Rows each by itself, as `generate` computes them."""
-
-    def __init__(self, model: SimpleGPT, rows: Iterable[int], length: int):
-        room = min(model.config.block_size, length)
-        self.model, self.caches = model, {row: new_cache(model, 1, room) for row in rows}
-
-    def logits(self, texts: Mapping[int, list[int]]) -> list[Tensor]:
-        """Returns the logits (V,) after each of some rows' ids, by row."""
-        return [next_logits(self.model, ids, self.caches[row]) for row, ids in texts.items()]
-
-
 class _Padded:
     """Rows that share a cache, each pass over all of them; but those that outgrow the context."""
 
@@ -177,7 +165,8 @@ class _Padded:
         room = model.config.block_size - max_new_tokens
         self.together = [row for row, prompt in enumerate(prompts) if len(prompt) <= room]
         longer = [row for row, prompt in enumerate(prompts) if len(prompt) > room]
-        self.model, self.alone = model, _OneByOne(model, longer, model.config.block_size)
+        self.model = model
+        self.alone = {row: new_cache(model, 1, model.config.block_size) for row in longer}
         self.longest = max((len(prompts[row]) for row in self.together), default=0)
         length = self.longest + max_new_tokens if self.together else 0
         self.cache = new_cache(model, len(self.together), length)
@@ -195,8 +184,8 @@ class _Padded:
                     ids = torch.tensor(texts[row], device=self.padding.device)
                     check_finite(logits, self.model, partial(last_logits, self.model, ids))
                     found[row] = logits
-        alone = {row: ids for row, ids in texts.items() if row not in found}
-        found |= zip(alone, self.alone.logits(alone), strict=True)
+        for row in texts.keys() - found:
+            found[row] = next_logits(self.model, texts[row], self.alone[row])
         return [found[row] for row in texts]
 
     def _pass(self, texts: Mapping[int, list[int]]) -> Tensor:

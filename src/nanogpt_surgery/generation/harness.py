@@ -9,7 +9,6 @@ results = lm_eval.simple_evaluate(HarnessModel(*open_model("runs/english")), tas
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, TypeVar
@@ -24,7 +23,7 @@ from nanogpt_surgery.data.tokenizers.tokenizer import (
     required_tokenizer,
     tokenizer_fingerprint,
 )
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, warn
 from nanogpt_surgery.generation.evaluation import scored
 from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.generation.text import continue_texts
@@ -196,9 +195,5 @@ class HarnessModel(LM):  # type: ignore[misc]
 def _last(ids: list[int], most: int) -> list[int]:
     """Returns the last ids of a text, with a warning if those are not all."""
     if len(ids) > most:
-        warnings.warn(
-            f"a text of {len(ids)} tokens loses its beginning: {most} fit",
-            SurgeryWarning,
-            stacklevel=5,
-        )
+        warn(f"a text of {len(ids)} tokens loses its beginning: {most} fit")
     return ids[-most:]

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems
+from nanogpt_surgery.errors import SurgeryError, first_problems, warn
 from nanogpt_surgery.files.atomic import MANIFEST, damage, file_hash, write_folder
 from nanogpt_surgery.files.disk_errors import make_folder, tried_again, writing
 from nanogpt_surgery.files.lock import LOCK, file_lock
@@ -302,12 +301,8 @@ def open_run_folder(
 ) -> Iterator[RunFolder]:
     """Begins a run, or goes on with one from its newest whole checkpoint; the folder is locked.
 
-    Args:
-        folder: the run folder.
-        description: what determines the run; the same on resuming, or it is refused.
-        resume: go on with what is there; a folder without a run begins one.
-        strict: go on from the newest checkpoint or not at all.
-        allow_changes: go on although the description differs, with a warning that says in what.
+    The description is what determines the run; the rest is as in `Run.begin`. To resume where there
+    is no run begins one.
 
     Raises:
         SurgeryError: a run is there and `resume` is off, its description differs (all differences),
@@ -393,9 +388,7 @@ def _changes(folder: Path, description: dict[str, Any], allowed: bool) -> list[s
         return []
     if not allowed or before.get("kind") != now.get("kind"):
         raise RunDiffersError(folder, found, before)
-    warnings.warn(
-        f"going on with {folder} although {'; '.join(found)}", SurgeryWarning, stacklevel=2
-    )
+    warn(f"going on with {folder} although {'; '.join(found)}")
     return found
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +30,7 @@ from nanogpt_surgery.data.text.token_files import (
 )
 from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, encode_text, tokenizer_fingerprint
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, warn
 from nanogpt_surgery.files.disk_errors import tried_again, writing
 from nanogpt_surgery.files.lock import LOCK, file_lock
 from nanogpt_surgery.files.writing import is_temporary, temporary_beside
@@ -274,11 +273,7 @@ def _prepare_or_clear(prepare: Callable[[], None], folder: Path, out: Path) -> N
         _clear(folder)
         if not begun or isinstance(error.__cause__, OSError):
             raise
-        warnings.warn(
-            f"{out} was left unfinished by another command, and is begun anew",
-            SurgeryWarning,
-            stacklevel=3,
-        )
+        warn(f"{out} was left unfinished by another command, and is begun anew")
         prepare()
     finally:
         if not is_token_folder(folder) and not any(folder.glob("parts/*.json")):

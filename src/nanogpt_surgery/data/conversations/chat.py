@@ -11,7 +11,6 @@ import math
 import subprocess
 import sys
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -23,7 +22,7 @@ from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.text.processes import cores
 from nanogpt_surgery.data.tokenizers.token_text import encode_with_offsets
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, stop_ids
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.errors import SurgeryError, quoted, warn
 
 Message: TypeAlias = dict[str, Any]  # role and content, and what else a template may write
 
@@ -251,11 +250,7 @@ def warn_of_two_bos(tokenizer: Tokenizer, ids: Sequence[int]) -> None:
     """Warns if a text begins with BOS twice."""
     bos = getattr(tokenizer, "bos_id", None)
     if bos is not None and list(ids[:2]) == [bos, bos]:
-        warnings.warn(
-            "the conversation begins with BOS twice: template and messages both write it",
-            SurgeryWarning,
-            stacklevel=3,
-        )
+        warn("the conversation begins with BOS twice: template and messages both write it")
 
 
 def check_messages(messages: Sequence[Message]) -> None:

@@ -5,7 +5,6 @@ Legend: B rows in a batch, T tokens in a row.
 
 from __future__ import annotations
 
-import warnings
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from nanogpt_surgery.data.shuffling import IntArray, rows_of_step, visited
 from nanogpt_surgery.data.text.corpus import TRAIN_SHARE
 from nanogpt_surgery.data.tokenizers.token_text import TextStream
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, warn
 
 UNTRAINED = -100  # what cross-entropy passes over
 
@@ -115,11 +114,9 @@ class InstructionDataset(Dataset[tuple[Tensor, Tensor]]):
         """With the tokenizer's own ends of turns; warns if no target is one."""
         dataset = cls(examples, block_size, pack, sorted(end_ids(tokenizer)))
         if not dataset.counts.ends:
-            warnings.warn(
+            warn(
                 "no target ends a turn, so the model will not learn to stop: the template writes "
-                "no token that ends one, or every answer is cut off",
-                SurgeryWarning,
-                stacklevel=2,
+                "no token that ends one, or every answer is cut off"
             )
         return dataset
 
@@ -196,11 +193,9 @@ def split_examples(
     ends = sorted(end_ids(tokenizer))
     held_out = InstructionDataset(examples[cut:], block_size, pack=True, end_ids=ends)
     if dropped := train.counts.dropped:
-        warnings.warn(
+        warn(
             f"{dropped:,} of {cut:,} examples to train on are left out: no answer begins within "
-            f"{block_size:,} tokens; a larger block_size takes them in",
-            SurgeryWarning,
-            stacklevel=2,
+            f"{block_size:,} tokens; a larger block_size takes them in"
         )
     return train, held_out
 

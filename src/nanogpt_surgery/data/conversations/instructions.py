@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from nanogpt_surgery.data.conversations.chat import (
 from nanogpt_surgery.data.conversations.record_files import holds_records, read_records
 from nanogpt_surgery.data.conversations.record_forms import EXPECTED, RecordError, conversation_of
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems, quoted
+from nanogpt_surgery.errors import SurgeryError, first_problems, quoted, warn
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def read_conversations(path: str | Path) -> list[Messages]:
         problem = first_problems(problems) or "there are no records"
         raise SurgeryError(f"{path} is not instruction data: {problem}", EXPECTED)
     if unused:
-        _warn(f"{path} has fields that are not used: {counted(unused)}")
+        warn(f"{path} has fields that are not used: {counted(unused)}")
     return conversations
 
 
@@ -98,10 +97,6 @@ def counted(fields: Counter[str]) -> str:
     """Names of fields, each with how many records have it."""
     named = [f"{quoted(name)[1:-1]} ({count:,} records)" for name, count in fields.most_common(20)]
     return ", ".join(named) + (f" and {len(fields) - 20} more" if len(fields) > 20 else "")
-
-
-def _warn(text: str) -> None:
-    warnings.warn(text, SurgeryWarning, stacklevel=4)
 
 
 def is_instruction_data(paths: Sequence[str | Path]) -> bool:
@@ -285,7 +280,7 @@ def _check_fields(conversations: Sequence[Messages], template: ChatTemplate) -> 
             )
     if same:
         unwritten = Counter({name: counts[name] for name in same})
-        _warn(f"the chat template does not write {counted(unwritten)}")
+        warn(f"the chat template does not write {counted(unwritten)}")
 
 
 _ALWAYS = {"role", "content"}

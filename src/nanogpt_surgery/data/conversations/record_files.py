@@ -12,20 +12,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nanogpt_surgery.data.text.corpus import files_of, read_texts
-from nanogpt_surgery.errors import (
-    SurgeryError,
-    SurgeryWarning,
-    first_problems,
-    foreign_file,
-    quoted,
-)
+from nanogpt_surgery.errors import SurgeryError, first_problems, foreign_file, quoted, warn
 
 JSON, TABLES = (".json", ".jsonl", ".ndjson"), (".csv", ".tsv")
 LONGEST_CELL = 1 << 24  # characters
@@ -183,11 +176,9 @@ def warn_of_records(paths: Sequence[str]) -> None:
         else:
             continue
         if what:
-            warnings.warn(
+            warn(
                 f"{path} {what}; it is learned as text, its marks and names of fields too "
-                "(questions with answers belong in a .csv, .json or .jsonl file)",
-                SurgeryWarning,
-                stacklevel=3,
+                "(questions with answers belong in a .csv, .json or .jsonl file)"
             )
 
 
