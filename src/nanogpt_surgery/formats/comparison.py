@@ -6,7 +6,6 @@ or a merge: every part has texts that come out otherwise without it.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids, vocab_size_of
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.errors import SurgeryError, quoted, warn
 from nanogpt_surgery.history.journal import shortened
 from nanogpt_surgery.history.model_history import tensor_hash
 from nanogpt_surgery.lora.merging import in_turn
@@ -66,11 +65,7 @@ def compare(
     """
     rows = _tensor_rows(written, again)
     if tokenizer is None:
-        warnings.warn(
-            "no tokenizer was written: whoever opens the file must bring ids",
-            SurgeryWarning,
-            stacklevel=8,  # whoever called the function that writes the file
-        )
+        warn("no tokenizer was written: whoever opens the file must bring ids")
     check_tokenizer(tokenizer, tokenizer_again, lost)
     return rows
 

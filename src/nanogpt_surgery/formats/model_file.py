@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -21,7 +20,7 @@ from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, nearest
+from nanogpt_surgery.errors import SurgeryError, foreign_file, nearest, warn
 from nanogpt_surgery.files.atomic import check_undamaged, write_folder
 from nanogpt_surgery.files.writing import read_json, write_json
 from nanogpt_surgery.formats.comparison import check_equal
@@ -248,11 +247,7 @@ def open_model(
         check_undamaged(folder)
     contents = read_json(folder / CONFIG)
     if isinstance(contents, dict) and contents.get("auto_map"):
-        warnings.warn(
-            f"{folder / CONFIG} asks for code of its own (auto_map), which is not run",
-            SurgeryWarning,
-            stacklevel=2,
-        )
+        warn(f"{folder / CONFIG} asks for code of its own (auto_map), which is not run")
     with foreign_file(folder / CONFIG):
         config = config_from_json(contents)
     stored = stored_tensors(folder, TENSORS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from nanogpt_surgery.data.conversations.chat import (
     template_from_jinja,
 )
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, warn
 from nanogpt_surgery.formats.gguf.file import is_gguf
 from nanogpt_surgery.formats.huggingface.tokenizer_files import chat_template_in
 from nanogpt_surgery.formats.model_file import open_model
@@ -78,12 +77,10 @@ def _usual_dtype(model: SimpleGPT, bfloat16: bool) -> torch.dtype:
     dtype = usual_dtype((weight.dtype, weight.numel()) for weight in model.parameters())
     if dtype != torch.bfloat16 or bfloat16:
         return dtype
-    warnings.warn(
+    warn(
         "the weights are bfloat16, which this processor has no arithmetic for: computing "
         f"in float32, with {4 * model.n_parameters / 2**20:,.0f} MiB of weights instead of "
-        "half of that; dtype='bfloat16' leaves them",
-        SurgeryWarning,
-        stacklevel=3,
+        "half of that; dtype='bfloat16' leaves them"
     )
     return torch.float32
 

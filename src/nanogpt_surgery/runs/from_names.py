@@ -173,7 +173,7 @@ def lora_training(
         SurgeryError: the data, the targets or the settings are wrong.
     """
     length = window_length(rows.block_size, model.config.block_size)
-    data, talks = _lora_data(text, rows, tokenizer, length, say, show)
+    data = _lora_data(text, rows, tokenizer, length, say, show)
     base_hash = fingerprint(model.state_dict().values())
     torch.manual_seed(settings.seed)
     given = {} if targets is None else {"targets": targets}
@@ -184,7 +184,7 @@ def lora_training(
     named = {"model": base, "text": text, "weights": rows.mix, "targets": targets}
     named |= {name: getattr(rows, name) for name in ("data", "template", "answers_only", "pack")}
     more: dict[str, Any] = {"cache_dir": rows.cache_dir, "named": named}
-    if talks:
+    if isinstance(data[0], InstructionDataset):
         more["chat_template"] = to_jinja(named_template(tokenizer, rows.template), tokenizer)
     else:
         data, more["description"] = _with_stride(data, model, settings, rows.stride, say)
@@ -199,8 +199,8 @@ def _lora_data(
     length: int,
     say: Say,
     show: Callable[[Report], object],
-) -> tuple[tuple[Batches, Batches], bool]:
-    """Training and held-out data, and whether they are rows of conversations; else windows."""
+) -> tuple[Batches, Batches]:
+    """Training and held-out data: rows of conversations, or windows of text."""
     if rows.data == "instructions" or (rows.data == "auto" and is_instruction_data(text)):
         for name in ("mix", "stride"):
             if getattr(rows, name) is not None:
@@ -215,11 +215,11 @@ def _lora_data(
             for part, found in zip(("trained on", "held out"), both, strict=True)
         ]
         show(Report("instruction data", counts, {}))
-        return both, True
+        return both
     if text or rows.mix is not None:
-        return open_sources(text, rows.mix, tokenizer).datasets(length), False
+        return open_sources(text, rows.mix, tokenizer).datasets(length)
     say("no text was named: training on the source of Python's standard library")
-    return Sources([corpus.python_source()], tokenizer).datasets(length), False
+    return Sources([corpus.python_source()], tokenizer).datasets(length)
 
 
 def _with_stride(

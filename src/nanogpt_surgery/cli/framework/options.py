@@ -216,20 +216,27 @@ def weighted_folders(
     """
     weights, folders = dict[str, float](), dict[str, Path]()
     for text in written:
-        folder, separator, weight = text.rpartition("=")
-        if not separator or Path(text).is_dir():
-            folder, weight = text, "1"
+        folder, weight = path_and_number(text)
         name = plain = re.sub(r"[^A-Za-z0-9_-]", "-", Path(folder).resolve().name)[:60] or "folder"
         while name in weights or name == taken:
             name = f"{plain}-{len(weights) + 1}"
-        try:
-            weights[name] = float(weight)
-        except ValueError:
-            raise SurgeryError(
-                f"the weight of {folder} is {weight!r}, which is no number", f"{folder}=0.5"
-            ) from None
-        folders[name] = Path(folder)
+        weights[name], folders[name] = 1.0 if weight is None else weight, Path(folder)
     return weights, folders
+
+
+def path_and_number(written: str) -> tuple[str, float | None]:
+    """PATH=NUMBER, or a PATH; a text that names what is there is a path, = in it or not.
+
+    Raises:
+        SurgeryError: what stands behind the = is no number.
+    """
+    path, equals, number = written.rpartition("=")
+    if not equals or Path(written).exists():
+        return written, None
+    try:
+        return path, float(number)
+    except ValueError:
+        raise SurgeryError(f"{number!r}, with {path}, is no number", f"{path}=0.5") from None
 
 
 def one_adapter(written: Path | None) -> list[tuple[str, Path]]:
@@ -374,7 +381,7 @@ class SteeringOptions:
                 from nanogpt_surgery.formats.direction_file import load_direction
                 from nanogpt_surgery.surgery import steer
 
-                path, scale = _file_and_scale(written)
+                path, scale = path_and_number(written)
                 stack.enter_context(steer(model, load_direction(path), scale))
             yield
 
@@ -382,17 +389,6 @@ class SteeringOptions:
         """The same as `say_engine` for the model that follows them."""
         with warnings.catch_warnings(action="ignore"), self.steering(model):  # no pass is made
             return say_engine(model, engine)
-
-
-def _file_and_scale(written: str) -> tuple[str, float | None]:
-    """FILE or FILE=SCALE; a text that names a file is that file, = in it or not."""
-    path, equals, scale = written.rpartition("=")
-    if not equals or Path(written).is_file():
-        return written, None
-    try:
-        return path, float(scale)
-    except ValueError:
-        raise SurgeryError(f"--steer {written} is not FILE=SCALE: {scale} is no number") from None
 
 
 @Parameter(name="*")

@@ -128,31 +128,22 @@ def _rows(text: str, path: Path) -> Iterator[dict[str, str | None]]:
     csv.field_size_limit(LONGEST_CELL)
     mark = _delimiter(text, path)
     lines = csv.reader(io.StringIO(text, newline=""), delimiter=mark, strict=True)
-    columns: list[str] = []
-    number = 0
-    while True:
-        try:
-            row = next(lines)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise SurgeryError(f"{path}, line {lines.line_num}, cannot be read: {error}") from None
-        if not any(cell.strip() for cell in row):
-            continue
-        if not columns:
-            columns = [cell.strip().lower() for cell in row]
-            twice = [name for name in columns if name and columns.count(name) > 1]
-            if twice:
-                raise SurgeryError(f"{path} has the column {quoted(twice[0])} twice")
-            continue
-        number += 1
-        if len(row) != len(columns):
-            raise SurgeryError(
-                f"{path}, record {number} (line {lines.line_num}), has {len(row)} cells under "
-                f"{len(columns)} columns",
-                "a cell that holds a comma, a quote or a line break stands in double quotes",
-            )
-        yield dict(zip(columns, (cell or None for cell in row), strict=True))
+    try:
+        rows = (row for row in lines if any(cell.strip() for cell in row))
+        columns = [cell.strip().lower() for cell in next(rows, [])]
+        twice = [name for name in columns if name and columns.count(name) > 1]
+        if twice:
+            raise SurgeryError(f"{path} has the column {quoted(twice[0])} twice")
+        for number, row in enumerate(rows, 1):
+            if len(row) != len(columns):
+                raise SurgeryError(
+                    f"{path}, record {number} (line {lines.line_num}), has {len(row)} cells under "
+                    f"{len(columns)} columns",
+                    "a cell that holds a comma, a quote or a line break stands in double quotes",
+                )
+            yield dict(zip(columns, (cell or None for cell in row), strict=True))
+    except csv.Error as error:
+        raise SurgeryError(f"{path}, line {lines.line_num}, cannot be read: {error}") from None
 
 
 def _delimiter(text: str, path: Path) -> str:

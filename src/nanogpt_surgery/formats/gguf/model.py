@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +13,7 @@ from gguf.constants import GGMLQuantizationType, Keys
 from torch import Tensor
 
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
+from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted, warn
 from nanogpt_surgery.formats.gguf.file import PLAIN, GGUFFile, read_gguf
 from nanogpt_surgery.formats.gguf.tokenizer import tokenizer_of
 from nanogpt_surgery.formats.huggingface.name_map import Row, each_layer
@@ -130,9 +129,7 @@ def open_gguf(
     try:
         tokenizer = tokenizer_of(file.metadata)
     except SurgeryError as error:
-        warnings.warn(
-            f"{path} opens without its tokenizer: {error.what}", SurgeryWarning, stacklevel=3
-        )
+        warn(f"{path} opens without its tokenizer: {error.what}")
         return model, None
     check_ids(tokenizer, config.vocab_size, path)
     return model, tokenizer

@@ -8,7 +8,6 @@ a few texts alone is written, and said (`Lost`).
 from __future__ import annotations
 
 import unicodedata
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import islice, takewhile
@@ -22,7 +21,7 @@ from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedToken
 from nanogpt_surgery.data.tokenizers.token_text import BYTE_OF_CHARACTER
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.data.tokenizers.tokenizer_limits import steps_of
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, first_problems, quoted
+from nanogpt_surgery.errors import SurgeryError, first_problems, quoted, warn
 from nanogpt_surgery.formats.gguf.tokenizer import (
     BYTE,
     CONTROL,
@@ -99,7 +98,7 @@ def write_tokenizer(writer: GGUFWriter, tokenizer: Tokenizer, vocab_size: int) -
         lost.add("overlap")
     if lost:
         said = ", and ".join(_LOST[part] for part in sorted(lost))
-        warnings.warn(f"in llama.cpp {said}{example}", SurgeryWarning, stacklevel=4)
+        warn(f"in llama.cpp {said}{example}")
     return lost
 
 
@@ -116,11 +115,9 @@ def _write_ids(writer: GGUFWriter, tokenizer: Tokenizer, tokens: list[str]) -> N
         writer.add_uint32(f"{PREFIX}{key}", value)
     if left := more[len(TURN_ENDS) :]:
         names = ", ".join(quoted(tokens[i]) for i in left if i < len(tokens))
-        warnings.warn(
+        warn(
             f"a GGUF file names {1 + len(TURN_ENDS)} tokens that end a turn; llama.cpp will not "
-            f"stop at {names} unless it knows them by their names",
-            SurgeryWarning,
-            stacklevel=5,
+            f"stop at {names} unless it knows them by their names"
         )
     writer.add_add_bos_token(getattr(tokenizer, "add_bos", False))
     if getattr(tokenizer, "suffix_ids", []):

@@ -15,14 +15,13 @@ vocabulary has them.
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken
 
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.errors import SurgeryError, quoted, warn
 from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.formats.huggingface.config import CONFIG
 
@@ -48,26 +47,14 @@ _CLASS_OF_MODEL = {
 
 # Of a tokenizer_config.json, what is not carried over: what has a place of its own in what we
 # write, names of files, code, and arguments that only the original class understands.
-_NOT_CARRIED = {
-    "tokenizer_class",
-    "chat_template",
-    "added_tokens_decoder",
-    "additional_special_tokens",
-    "extra_special_tokens",
-    "model_specific_special_tokens",
-    "add_bos_token",
-    "add_eos_token",
-    "auto_map",
-    "init_inputs",
-    "name_or_path",
-    "fast_tokenizer_files",
-    "slow_tokenizer_class",
-    "files_loaded",
-    "is_local",
-    "local_files_only",
-    "backend",
-    "device_map",
-}
+_NOT_CARRIED = set(
+    """
+    tokenizer_class chat_template added_tokens_decoder additional_special_tokens
+    extra_special_tokens model_specific_special_tokens add_bos_token add_eos_token auto_map
+    init_inputs name_or_path fast_tokenizer_files slow_tokenizer_class files_loaded is_local
+    local_files_only backend device_map
+    """.split()
+)
 _LARGEST_SETTINGS = 1 << 16  # characters
 
 
@@ -238,11 +225,9 @@ def _valid_ids(values: list[Any], path: Path, model: dict[str, Any]) -> list[int
     ids = [i for i in values if type(i) is int and 0 <= i < rows]
     wrong = [i for i in values if i not in ids and not (type(i) is int and i < 0)]
     if wrong:
-        warnings.warn(
+        warn(
             f"{path} gives {quoted(wrong[0])} as eos_token_id, which is no id of a vocabulary of "
-            f"{rows:,}; it is not used",
-            SurgeryWarning,
-            stacklevel=2,
+            f"{rows:,}; it is not used"
         )
     return list(dict.fromkeys(ids))
 

@@ -13,7 +13,6 @@ What other files say of special and added tokens is gathered by `special_tokens.
 from __future__ import annotations
 
 import shutil
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ from nanogpt_surgery.data.tokenizers.character_tokenizer import CharacterTokeniz
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
 from nanogpt_surgery.data.tokenizers.resizing import ids_of_tokens
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, stop_ids, vocab_size_of
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, quoted
+from nanogpt_surgery.errors import SurgeryError, foreign_file, quoted, warn
 from nanogpt_surgery.files.atomic import write_folder
 from nanogpt_surgery.files.writing import write_json
 from nanogpt_surgery.formats.huggingface.special_tokens import (
@@ -59,11 +58,9 @@ def open_tokenizer(folder: str | Path) -> Tokenizer | None:
             words = BPETokenizer.from_files(folder / "vocab.json", folder / "merges.txt")
             return _opened(words.to_json(), folder)
     if (folder / "tokenizer.model").is_file():
-        warnings.warn(
+        warn(
             f"{folder} has only a tokenizer.model, which is not read: the model opens without a "
-            "tokenizer (transformers can save it as tokenizer.json)",
-            SurgeryWarning,
-            stacklevel=2,
+            "tokenizer (transformers can save it as tokenizer.json)"
         )
     return None
 

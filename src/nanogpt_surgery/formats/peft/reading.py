@@ -5,7 +5,6 @@ It may be a stranger's: no number of a tensor is read before its size is known t
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, foreign_file, listed, quoted
+from nanogpt_surgery.errors import SurgeryError, foreign_file, listed, quoted, warn
 from nanogpt_surgery.files.atomic import check_undamaged
 from nanogpt_surgery.formats.folders.old_keys import with_current_modules
 from nanogpt_surgery.formats.folders.run_folder import chosen_checkpoint, is_run
@@ -143,7 +142,7 @@ def _check_base(
     )
     if not force:
         raise SurgeryError(what, "open the base it was trained on, or force=True")
-    warnings.warn(what, SurgeryWarning, stacklevel=4)
+    warn(what)
 
 
 def read_adapter(folder: Path) -> StoredAdapter:
