@@ -46,16 +46,11 @@ def prepare(
 
     The same command goes on where it was stopped; on a finished folder it checks every byte.
 
-    Parameters
-    ----------
-    text
-        files, or folders of them
-    out
-        the folder to make: tokens.json, train.bin, validation.bin and the tokenizer
-    held_out
-        the share for validation; by default a tenth, but at most 16 MiB of text in all
-    workers
-        processes (0: one for each core)
+    Args:
+        text: files, or folders of them
+        out: the folder to make: tokens.json, train.bin, validation.bin and the tokenizer
+        held_out: the share for validation; by default a tenth, but at most 16 MiB of text in all
+        workers: processes (0: one for each core)
     """
     from nanogpt_surgery.data.text.token_files import is_token_folder
     from nanogpt_surgery.runs.data import check_token_folder, prepare_folder
@@ -138,18 +133,12 @@ def preview(
 
     Where standard output is no terminal, what is trained on stands in ⟦ ⟧.
 
-    Parameters
-    ----------
-    model
-        a run, a model folder, a GGUF file or a hub name; or a tokenizer alone
-    data
-        JSON, JSONL, CSV or TSV files of questions and answers, or of conversations
-    examples
-        how many to show
-    block_size
-        tokens of an example at most; the model's own by default, at most 256
-    tokens
-        show each token by itself, with a │ after it
+    Args:
+        model: a run, a model folder, a GGUF file or a hub name; or a tokenizer alone
+        data: JSON, JSONL, CSV or TSV files of questions and answers, or of conversations
+        examples: how many to show
+        block_size: tokens of an example at most; the model's own by default, at most 256
+        tokens: show each token by itself, with a │ after it
     """
     from nanogpt_surgery.data.conversations import instruction_dataset
     from nanogpt_surgery.data.conversations.instructions import read_examples
@@ -207,14 +196,10 @@ def train_tokenizer(
     Merges are learnt from the first nine tenths of the text, as a training on it learns from them,
     and measured on the last.
 
-    Parameters
-    ----------
-    text
-        files, folders, or - for standard input; without any, Python's own reference
-    out
-        the folder to make: tokenizer.json, tokenizer_config.json
-    vocab_size
-        how many tokens at most, the 256 bytes and <|endoftext|> among them
+    Args:
+        text: files, folders, or - for standard input; without any, Python's own reference
+        out: the folder to make: tokenizer.json, tokenizer_config.json
+        vocab_size: how many tokens at most, the 256 bytes and <|endoftext|> among them
     """
     from nanogpt_surgery.data.tokenizers.bpe_tokenizer import BPETokenizer
     from nanogpt_surgery.formats.huggingface.tokenizer_files import save_tokenizer

@@ -67,20 +67,15 @@ def direction(
 ) -> None:
     """Find the direction from prompts of one kind to prompts of another, to follow with --steer.
 
-    Parameters
-    ----------
-    positive
-        a file of prompts that it leads to: a line each, or JSON, JSONL, CSV or TSV with prompt
-    negative
-        a file of prompts that it leads away from
-    layer
-        the block, from 0; may be given several times
-    out
-        the file to make: safetensors; a name that ends in .gguf is a control vector of llama.cpp
-    probe
-        a text to compare the steered model on; the negative prompts by default
-    plan
-        say what it will take, and write nothing
+    Args:
+        positive: a file of prompts that it leads to: a line each, or JSON, JSONL, CSV or TSV with
+            prompt
+        negative: a file of prompts that it leads away from
+        layer: the block, from 0; may be given several times
+        out: the file to make: safetensors; a name that ends in .gguf is a control vector of
+            llama.cpp
+        probe: a text to compare the steered model on; the negative prompts by default
+        plan: say what it will take, and write nothing
     """
     from nanogpt_surgery.formats.direction_file import save_direction
     from nanogpt_surgery.formats.huggingface.config import family_of

@@ -41,19 +41,14 @@ def evaluate(
     right choice is the likeliest, by log-likelihood, and by that divided by characters. Other JSON
     or JSONL, CSV and TSV is instruction data: the loss on the answers alone.
 
-    Parameters
-    ----------
-    file
-        a text, JSON, JSONL, CSV or TSV file; a folder of texts; or - for a text on standard input
-    context
-        tokens in a window over a text; the model's block_size by default, at most 1024
-    stride
-        tokens from one window to the next; half of the context by default
-    batch_size
-        windows or examples computed together
-    template
-        how instruction data is written; auto: as the adapter was trained, else as the model's own
-        template does
+    Args:
+        file: a text, JSON, JSONL, CSV or TSV file; a folder of texts; or - for a text on standard
+            input
+        context: tokens in a window over a text; the model's block_size by default, at most 1024
+        stride: tokens from one window to the next; half of the context by default
+        batch_size: windows or examples computed together
+        template: how instruction data is written; auto: as the adapter was trained, else as the
+            model's own template does
     """
     from nanogpt_surgery.data.conversations import record_files
     from nanogpt_surgery.generation.evaluation import measure_choices

@@ -64,22 +64,14 @@ def merge(
 ) -> None:
     """Add an adapter's ΔW to a model's weights, in place (surgery undo takes it back) or elsewhere.
 
-    Parameters
-    ----------
-    model
-        a run or a model folder; with --out also a GGUF file or a hub name
-    adapter
-        an adapter folder, as finetune or peft writes it
-    out
-        the model folder to make; without it the model's own folder changes, in one step
-    probe
-        a text to measure the merge on, in the model's tokens; without it, random tokens
-    drop_originals
-        keep nothing of what was there: undo is then impossible
-    plan
-        say what would be written and how much of ΔW survives, and write nothing
-    dtype
-        of all weights to write; by default each keeps the one that it is stored in
+    Args:
+        model: a run or a model folder; with --out also a GGUF file or a hub name
+        adapter: an adapter folder, as finetune or peft writes it
+        out: the model folder to make; without it the model's own folder changes, in one step
+        probe: a text to measure the merge on, in the model's tokens; without it, random tokens
+        drop_originals: keep nothing of what was there: undo is then impossible
+        plan: say what would be written and how much of ΔW survives, and write nothing
+        dtype: of all weights to write; by default each keeps the one that it is stored in
     """
     from nanogpt_surgery.formats.folders.merging import check_not_itself, merge_adapter, plan_merge
 
@@ -119,16 +111,12 @@ def export(
     folder holds the merged one, measured as surgery merge does; a folder's weights keep the
     precision they are stored in.
 
-    Parameters
-    ----------
-    out
-        the file to make; for huggingface, mlx and vllm the folder
-    form
-        of a GGUF's matrices, or huggingface; or the adapter alone, as lora-gguf, mlx or vllm
-    rank
-        with vllm: bring each layer's change to its nearest product of this rank, and show the error
-    probe
-        a text to measure a merge on, in the model's tokens; without it, random tokens
+    Args:
+        out: the file to make; for huggingface, mlx and vllm the folder
+        form: of a GGUF's matrices, or huggingface; or the adapter alone, as lora-gguf, mlx or vllm
+        rank: with vllm: bring each layer's change to its nearest product of this rank, and show the
+            error
+        probe: a text to measure a merge on, in the model's tokens; without it, random tokens
     """
     from nanogpt_surgery.formats.model_file import check_adapter
 
@@ -217,10 +205,8 @@ def redo(folder: Folder, *, json: Json = False) -> None:
 def log(folder: Path, *, json: Json = False) -> None:
     """List the operations on a folder: when, what, on which base, with which result, their state.
 
-    Parameters
-    ----------
-    folder
-        a run, a model or an adapter folder; operations/journal.jsonl in it holds every hash
+    Args:
+        folder: a run, a model or an adapter folder; operations/journal.jsonl in it holds every hash
     """
     from nanogpt_surgery.history.folder_history import folder_log
 

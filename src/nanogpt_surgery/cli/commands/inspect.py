@@ -42,10 +42,8 @@ PACKAGES = ("nanogpt-surgery", "torch", "tiktoken", "safetensors", "numpy", "ric
 def inspect(path: str, *, all_layers: AllLayers = False, json: Json = False) -> None:
     """Show the tree of a model's modules, or the updates of an adapter.
 
-    Parameters
-    ----------
-    path
-        a run, a model folder, a GGUF file, a hub name or an adapter folder
+    Args:
+        path: a run, a model folder, a GGUF file, a hub name or an adapter folder
     """
     from nanogpt_surgery.formats.inspection import describe_adapter, describe_model
 

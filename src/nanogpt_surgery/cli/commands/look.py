@@ -57,12 +57,9 @@ def look(
     The grid has a row for each layer and a column for each token: the likeliest next token, if the
     model ended there, and its probability in percent.
 
-    Parameters
-    ----------
-    prompt
-        the text to look at; - reads it from standard input
-    out
-        a folder for pictures (PNG) and look.html, a page that opens without a network
+    Args:
+        prompt: the text to look at; - reads it from standard input
+        out: a folder for pictures (PNG) and look.html, a page that opens without a network
     """
     from nanogpt_surgery.interpret.looking import look_at
 

@@ -76,14 +76,11 @@ def generate(
 ) -> None:
     """Continue a prompt, on standard output as it is made; or many, several times each.
 
-    Parameters
-    ----------
-    prompt
-        the text to continue; - reads it from standard input
-    prompts
-        a file of prompts in the place of one: a line each, or JSON, JSONL, CSV or TSV with prompt
-    max_new_tokens
-        how many tokens at most
+    Args:
+        prompt: the text to continue; - reads it from standard input
+        prompts: a file of prompts in the place of one: a line each, or JSON, JSONL, CSV or TSV with
+            prompt
+        max_new_tokens: how many tokens at most
     """
     draw = writing.sampling.arguments() | {"max_new_tokens": max_new_tokens}
     many.check()
@@ -201,16 +198,12 @@ def ask(
     With --compare the model answers twice, by the same seed: as it is, and with its adapter and the
     directions of --steer; side by side on a wide terminal, one under the other elsewhere.
 
-    Parameters
-    ----------
-    question
-        what is asked; - reads it from standard input
-    compare
-        show the answer of the model as it is beside that with the adapter and --steer
-    json
-        print a JSON object: question, answer, ended (stop or length), seed, engine (what computed
-        it, and why); with --compare also base_answer and base_ended, with a draft also the numbers
-        of tokens drafted and accepted
+    Args:
+        question: what is asked; - reads it from standard input
+        compare: show the answer of the model as it is beside that with the adapter and --steer
+        json: print a JSON object: question, answer, ended (stop or length), seed, engine (what
+            computed it, and why); with --compare also base_answer and base_ended, with a draft also
+            the numbers of tokens drafted and accepted
     """
     settings = ChatSettings(talk.max_new_tokens, **writing.sampling.arguments())
     steering, adapters = writing.steering, one_adapter(adapter)
@@ -331,10 +324,8 @@ def chat(
 
     Lines that begin with / are commands: /help lists them.
 
-    Parameters
-    ----------
-    adapter
-        NAME=FOLDER, or a folder; may be given several times, the first takes part
+    Args:
+        adapter: NAME=FOLDER, or a folder; may be given several times, the first takes part
     """
     settings = ChatSettings(talk.max_new_tokens, **writing.sampling.arguments())
     adapters = named_adapters(adapter or ())

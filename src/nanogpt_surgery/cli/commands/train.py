@@ -104,19 +104,15 @@ def train(
     and the defaults of other flags are AdamW's, those of fit and finetune. With --init-from
     AdamW trains all at a low rate, or with --muon Muon at a low one.
 
-    Parameters
-    ----------
-    text
-        files, folders, or - for standard input; without any, Python's own reference;
-        or a folder that surgery data prepare made
-    base
-        go on from this model, with all of its weights: a run, a model folder, a GGUF file or a hub
-        name; its tokenizer and its sizes are taken, and a --block-size may only cut shorter windows
-    recipe
-        other defaults for model and training: fast is the lowest loss in little time
-        (docs/training.md); with a family, its start from zero alone; flags still count
-    family
-        start from this family's axes; other flags still count
+    Args:
+        text: files, folders, or - for standard input; without any, Python's own reference; or a
+            folder that surgery data prepare made
+        base: go on from this model, with all of its weights: a run, a model folder, a GGUF file or
+            a hub name; its tokenizer and its sizes are taken, and a --block-size may only cut
+            shorter windows
+        recipe: other defaults for model and training: fast is the lowest loss in little time
+            (docs/training.md); with a family, its start from zero alone; flags still count
+        family: start from this family's axes; other flags still count
     """
     from nanogpt_surgery.runs.from_names import further_training, new_model_training
 
@@ -171,13 +167,10 @@ def finetune(
     JSON, JSONL, CSV and TSV files of questions with answers, or of conversations, are instruction
     data: the answers alone are trained on.
 
-    Parameters
-    ----------
-    model
-        a run, a model folder, a GGUF file or a hub name
-    text
-        files, folders, or - for standard input, or a folder that surgery data prepare made; without
-        any, the standard library's source
+    Args:
+        model: a run, a model folder, a GGUF file or a hub name
+        text: files, folders, or - for standard input, or a folder that surgery data prepare made;
+            without any, the standard library's source
     """
     from nanogpt_surgery.data.conversations.instruction_dataset import InstructionDataset
     from nanogpt_surgery.runs.from_names import lora_training

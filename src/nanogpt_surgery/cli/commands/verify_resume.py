@@ -32,16 +32,11 @@ def verify_resume(
     without a break, and once stopped, resumed, killed (SIGKILL) and resumed. The run itself is only
     read, and the text that it learned from must still be there.
 
-    Parameters
-    ----------
-    run
-        a run folder
-    before
-        steps before the kill, at least 4
-    after
-        steps after it
-    scratch
-        where to make the scratch folder; by default where the system keeps such
+    Args:
+        run: a run folder
+        before: steps before the kill, at least 4
+        after: steps after it
+        scratch: where to make the scratch folder; by default where the system keeps such
     """
     from tempfile import TemporaryDirectory
 
