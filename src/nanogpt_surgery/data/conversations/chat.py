@@ -271,24 +271,15 @@ def _only_calls(message: Message) -> bool:
     return bool(message.get("tool_calls")) and message.get("content") is None
 
 
-def _chatml(role: str, said: str, _end: str) -> tuple[str, str]:
-    return f"<|im_start|>{role}\n", f"{said}{_END}\n"
-
-
-def _plain(role: str, said: str, end: str) -> tuple[str, str]:
-    ends = {"assistant": end}  # so that a model trained on answers learns to stop
-    return f"{role.capitalize()}:\n", f"{said}{ends.get(role, '')}\n\n"
-
-
-def _none(role: str, said: str, end: str) -> tuple[str, str]:
-    return "", said
-
-
-# A message as what stands before it, and what is said with what ends it.
+# A message as what stands before it, and what is said with what ends it: role, text and EOS → both.
+# EOS stands behind an answer alone, so that a model trained on answers learns to stop.
 OWN: dict[str, Callable[[str, str, str], tuple[str, str]]] = {
-    "chatml": _chatml,
-    "plain": _plain,
-    "none": _none,
+    "chatml": lambda role, said, _: (f"<|im_start|>{role}\n", f"{said}{_END}\n"),
+    "plain": lambda role, said, eos: (
+        f"{role.capitalize()}:\n",
+        f"{said}{eos if role == 'assistant' else ''}\n\n",
+    ),
+    "none": lambda role, said, _: ("", said),
 }
 
 
