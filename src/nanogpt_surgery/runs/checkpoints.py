@@ -337,6 +337,11 @@ def _ended_early(folder: Path) -> bool:
     return all(is_temporary(path) for path in others) and "kind" in read_json(folder / RUN)
 
 
+def _foreign(folder: Path) -> bool:
+    """Whether a folder holds anything but what a run leaves that was killed at its start."""
+    return any(path.name != LOCK and not is_temporary(path) for path in folder.iterdir())
+
+
 def check_folder(folder: Path, resume: bool) -> None:
     """Raises if no run can begin, or go on, in a folder, whatever is to be trained.
 
@@ -348,10 +353,7 @@ def check_folder(folder: Path, resume: bool) -> None:
     """
     with writing(folder):
         if not is_run(folder):
-            foreign = folder.exists() and not folder.is_dir()
-            if folder.is_dir():  # a run that was killed at its start leaves no more than this
-                foreign = any(p.name != LOCK and not is_temporary(p) for p in folder.iterdir())
-            if foreign:
+            if folder.exists() and (not folder.is_dir() or _foreign(folder)):
                 raise SurgeryError(f"{folder} exists and is not a run", "choose a new folder")
             return
         if _ended_early(folder):

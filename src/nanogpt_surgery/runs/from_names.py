@@ -157,14 +157,14 @@ def lora_training(
     """Injects a LoRA whose weights follow from the seed, and makes its training.
 
     Args:
-        model: from `open_base`, as of the tokenizer; changed.
+        model: from `open_base`; changed.
         tokenizer: the model's.
         base: what the model was opened from.
         text: as in `open_sources`, or files of conversations; without any, Python's own source.
         settings: of the training.
-        adapter: as in `inject_lora`, like the targets.
+        adapter: as in `inject_lora`.
         rows: how the text becomes rows.
-        targets: None for the usual ones.
+        targets: as there; None for the usual ones.
         resume: whether it was found before that the adapter can be saved.
         say: called with a line on what goes on.
         show: called with the reports on conversations and on the injection.

@@ -251,9 +251,9 @@ def _answered(
 
 def _without_adapters(model: SimpleGPT) -> AbstractContextManager[None]:
     from nanogpt_surgery.interpret.comparison import without
-    from nanogpt_surgery.lora.several import lora_layers
+    from nanogpt_surgery.lora.layer import LoRALayer
 
-    return without(lora_layers(model).values())
+    return without(layer for layer in model.modules() if isinstance(layer, LoRALayer))
 
 
 def _say_endings(sides: dict[str, Conversation], settings: ChatSettings) -> None:
