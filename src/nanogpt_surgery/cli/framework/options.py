@@ -236,7 +236,7 @@ def path_and_number(written: str) -> tuple[str, float | None]:
     try:
         return path, float(number)
     except ValueError:
-        raise SurgeryError(f"{number!r}, with {path}, is no number", f"{path}=0.5") from None
+        raise SurgeryError(f"{written} is not PATH=NUMBER: {number} is no number") from None
 
 
 def one_adapter(written: Path | None) -> list[tuple[str, Path]]:
