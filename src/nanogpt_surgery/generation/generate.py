@@ -6,7 +6,6 @@ Legend: T new tokens, C width, V vocabulary, K ids to draw from.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, warn
 from nanogpt_surgery.generation.checks import check_request
 from nanogpt_surgery.generation.settings import Engine, SamplingSettings
 from nanogpt_surgery.model.finite import check_finite
@@ -157,11 +156,9 @@ def n_shared(cache: KVCache, prompt: list[int]) -> int:
 
 
 def _warn_of_sliding(block_size: int) -> None:
-    warnings.warn(
+    warn(
         f"the text has outgrown the model's block_size of {block_size} tokens: the window slides, "
-        "and the oldest are forgotten",
-        SurgeryWarning,
-        stacklevel=4,  # the code that takes the ids
+        "and the oldest are forgotten"
     )
 
 

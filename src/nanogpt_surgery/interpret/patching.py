@@ -5,7 +5,6 @@ Legend: B batch, T tokens, C width, H heads.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning, quoted
+from nanogpt_surgery.errors import SurgeryError, quoted, warn
 from nanogpt_surgery.interpret.points import find_points, tap
 
 Places: TypeAlias = Sequence[int] | None
@@ -188,7 +187,7 @@ def patch(model: nn.Module, interventions: Mapping[str, Intervention]) -> Iterat
         yield
     for verdict, what in ((None, "no forward pass came by"), (False, "nothing was changed at")):
         if points := [point for point, found in changed.items() if found is verdict]:
-            warnings.warn(f"{what} {', '.join(points)}", SurgeryWarning, stacklevel=3)
+            warn(f"{what} {', '.join(points)}")
 
 
 def _seen(point: str, intervention: Intervention, changed: dict[str, bool | None]) -> Any:

@@ -15,11 +15,10 @@ from __future__ import annotations
 import math
 import os
 import re
-import warnings
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.errors import SurgeryError, SurgeryWarning
+from nanogpt_surgery.errors import SurgeryError, warn
 from nanogpt_surgery.files.atomic import MANIFEST, damage
 from nanogpt_surgery.files.writing import read_json
 from nanogpt_surgery.history.folder_history import RUN
@@ -97,11 +96,9 @@ def free_place(run: Path, step: int) -> Path:
         number += 1
         goal = usual.with_name(f"{usual.name}-{number}")
     if goal != usual:
-        warnings.warn(
+        warn(
             f"{usual} is there already, and not all of it is a checkpoint of this run: it is left "
-            f"as it is, and the checkpoint of step {step} is {goal.name}",
-            SurgeryWarning,
-            stacklevel=2,
+            f"as it is, and the checkpoint of step {step} is {goal.name}"
         )
     return goal
 
@@ -179,7 +176,7 @@ def best_checkpoint(run: Path) -> Path | None:
 
 
 def _pass_over(checkpoint: Path, problem: str) -> None:
-    warnings.warn(f"passing over {checkpoint}: {problem}", SurgeryWarning, stacklevel=1)
+    warn(f"passing over {checkpoint}: {problem}")
 
 
 def chosen_checkpoint(run: Path) -> Path:

@@ -16,13 +16,12 @@ import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from nanogpt_surgery.errors import SurgeryWarning, quoted
+from nanogpt_surgery.errors import quoted, warn
 
 SOURCE = Path(__file__).with_name("decoder.c")
 KERNELS = SOURCE.with_name("kernels.h")
@@ -91,11 +90,7 @@ def _compile(command: list[str], path: Path) -> None:
         subprocess.run(arguments, check=True, capture_output=True, timeout=TIMEOUT)
         made.replace(path)
     seconds = time.perf_counter() - start
-    warnings.warn(
-        f"the decoder was compiled for this processor, once ({seconds:.1f} s; {path.parent})",
-        SurgeryWarning,
-        stacklevel=2,
-    )
+    warn(f"the decoder was compiled for this processor, once ({seconds:.1f} s; {path.parent})")
 
 
 def _key(command: list[str]) -> str:
