@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _LIST = Path(__file__).with_suffix(".pyi").read_text(encoding="utf-8")
-_HOME = {name: home for home, name in re.findall(r"from (\S+) import \(?\s*(\w+) as", _LIST)}
+_HOME = {name: home for home, name in re.findall(r"from \w+\.(\S+) import \(?\s*(\w+) as", _LIST)}
 
 __all__ = sorted(_HOME)
 
@@ -20,7 +20,7 @@ __all__ = sorted(_HOME)
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
     globals()[name] = value
     return value
 

@@ -20,7 +20,8 @@ def names_for_type_checkers():
     """Name → module, from the list as a type checker reads it."""
     tree = ast.parse(SOURCE.with_suffix(".pyi").read_text(encoding="utf-8"))
     imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
-    return {alias.asname: node.module for node in imports for alias in node.names}
+    homes = [(node.module.removeprefix("nanogpt_surgery."), node.names) for node in imports]
+    return {alias.asname: home for home, names in homes for alias in names}
 
 
 def test_what_is_loaded_is_what_type_checkers_see():
@@ -32,7 +33,7 @@ def test_what_is_loaded_is_what_type_checkers_see():
 @pytest.mark.parametrize("name", nanogpt_surgery.__all__)
 def test_a_public_name_resolves_and_is_documented(name):
     value = getattr(nanogpt_surgery, name)
-    home = importlib.import_module(nanogpt_surgery._HOME[name])
+    home = importlib.import_module(f"nanogpt_surgery.{nanogpt_surgery._HOME[name]}")
     assert value is getattr(home, name)
     if inspect.isclass(value) or inspect.isfunction(value):
         assert inspect.getdoc(value)
