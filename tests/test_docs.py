@@ -84,7 +84,7 @@ def served(words: list[str]) -> Iterator[str]:
             yield process.stdout.readline().partition(": ")[0]
         finally:
             process.terminate()
-            assert process.wait(60) == 0
+            assert process.wait(600) == 0
 
 
 def asked(what: str) -> None:
@@ -93,7 +93,7 @@ def asked(what: str) -> None:
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(what, "docs", "exec"), {"__name__": "docs"})
     elif shutil.which("curl") is not None or os.environ.get("CLIENT_TESTS") == "required":
-        done = subprocess.run([*shlex.split(what), "--fail"], capture_output=True, timeout=60)
+        done = subprocess.run([*shlex.split(what), "--fail"], capture_output=True, timeout=600)
         assert done.returncode == 0, f"{what}\n{done.stdout.decode()}"
         assert done.stdout, what
 
@@ -133,7 +133,7 @@ def test_main_is_one_page_and_tells_the_story(tmp_path: Path) -> None:
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env=os.environ | {"PYTHONIOENCODING": "utf-8"},
     )
     assert done.returncode == 0, done.stderr

@@ -5,11 +5,11 @@ import os
 import pty
 import subprocess
 import sys
-from contextlib import chdir, suppress
+from contextlib import chdir
 from pathlib import Path
 
 import pytest
-from helpers.commands import called, surgery
+from helpers.commands import called, surgery, until_closed
 
 from nanogpt_surgery import generate, inject_lora, open_model, save_adapter
 from nanogpt_surgery.files.atomic import file_hash
@@ -73,12 +73,8 @@ def test_a_bar_says_when_it_evaluates(folder: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "nanogpt_surgery", *map(str, arguments)]
     process = subprocess.Popen(command, stderr=theirs, env=os.environ | {"TERM": "xterm"})
     os.close(theirs)
-    shown = b""
-    with suppress(OSError):  # the end of a terminal
-        while piece := os.read(ours, 1 << 16):
-            shown += piece
-    os.close(ours)
-    assert process.wait(timeout=60) == 0
+    shown = until_closed(ours)
+    assert process.wait(timeout=600) == 0
     assert b"evaluating" in shown
     assert b"step 6 of 6" in shown
 

@@ -134,11 +134,21 @@ def test_a_plan_touches_nothing(place, capsys):
 
 
 def start_preparing(folder: Path) -> subprocess.Popen:
-    """`surgery data prepare` in a process of its own, as soon as a part is finished."""
-    command = [sys.executable, "-m", "nanogpt_surgery", "data", "prepare", "long.txt"]
+    """`surgery data prepare` in a process of its own, as soon as a part is finished.
+
+    It never joins the parts, so it is not done before it is killed.
+    """
+    program = (
+        "import signal\n"
+        "from nanogpt_surgery.cli import main\n"
+        "from nanogpt_surgery.data.text import preparation\n"
+        "preparation.join_parts = lambda *_: signal.pause()\n"
+        "main()\n"
+    )
+    command = [sys.executable, "-c", program, "data", "prepare", "long.txt"]
     command += ["--out", folder.name, "--workers", "1"]
     process = subprocess.Popen(command, cwd=folder.parent, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 100
+    deadline = time.monotonic() + 600
     while not list(folder.parent.glob(f".tmp-{folder.name}-*/parts/*.json")):
         assert process.poll() is None, process.communicate()[1].decode()
         assert time.monotonic() < deadline, "no part within the time"

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from helpers.commands import until_closed
 from helpers.models import FAMILY_CONFIGS, tiny_model
 from helpers.tokenizers import byte_level
 
@@ -140,12 +141,10 @@ def test_preview_colours_what_is_trained_on_on_a_terminal(place):
     ours, theirs = pty.openpty()
     words = ["data", "preview", place / "m", place / "a.jsonl", "--examples", "1"]
     command = [sys.executable, "-m", "nanogpt_surgery", *map(str, words)]
-    subprocess.run(
-        command, stdout=theirs, check=True, timeout=120, env=os.environ | {"TERM": "xterm"}
-    )
-    os.close(theirs)
-    shown = os.read(ours, 1 << 16).decode()
-    os.close(ours)
+    with subprocess.Popen(command, stdout=theirs, env=os.environ | {"TERM": "xterm"}) as process:
+        os.close(theirs)
+        shown = until_closed(ours).decode()
+    assert process.returncode == 0
     assert "assistant\r\n\x1b[1;32m1<|im_end|>" in shown
     assert "⟦" not in shown
 

@@ -121,7 +121,7 @@ def test_nothing_half_written_stays(command, where, number, folder, monkeypatch,
 )
 def test_an_import_is_left_at_once(where: str, number: signal.Signals, folder: Path) -> None:
     words = [sys.executable, "-c", AT_AN_IMPORT, where, str(int(number)), "generate", "m"]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(words, capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stdout) == (STATUS[number], "")
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith("surgery: ")
@@ -190,7 +190,7 @@ def ended_by(number: int, words: list[str], folder: Path, wait: float) -> tuple[
     os.close(reads)
     time.sleep(wait)
     process.send_signal(number)
-    _, said = process.communicate(timeout=120)
+    _, said = process.communicate(timeout=600)
     return process.returncode, said
 
 
@@ -231,7 +231,7 @@ def test_a_character_that_the_terminal_has_not_is_escaped(monkeypatch: pytest.Mo
 )
 def test_a_stdout_that_takes_nothing(shell: str, status: int, said: str, folder: Path) -> None:
     command = f"{sys.executable} -m nanogpt_surgery log --help {shell}"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=600)
     assert done.returncode == status
     assert "Traceback" not in done.stderr
     assert "Errno" not in done.stderr

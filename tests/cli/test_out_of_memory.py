@@ -6,8 +6,6 @@ Run as a program it is such a training: the limit comes with the first checkpoin
 import resource
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 from helpers.commands import called
@@ -19,21 +17,22 @@ TRAIN = (
 ).split()
 
 
-def limit_once_saved(run: Path, most: int) -> None:
-    while not list(run.glob("checkpoints/step-*")):
-        time.sleep(0.01)
-    resource.setrlimit(resource.RLIMIT_AS, (most, most))
-
-
 def main(run: str, *words: str) -> None:
     """Train, and leave no more memory than there was before from the first checkpoint on."""
     import torch  # noqa: F401  its libraries are no memory that a training takes
 
     from nanogpt_surgery.cli.framework.app import run as surgery
+    from nanogpt_surgery.runs.checkpoints import RunFolder
 
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     most = pages * resource.getpagesize() + ROOM
-    threading.Thread(target=limit_once_saved, args=(Path(run), most), daemon=True).start()
+    save = RunFolder.save
+
+    def limited(*arguments: object) -> None:
+        save(*arguments)
+        resource.setrlimit(resource.RLIMIT_AS, (most, most))
+
+    RunFolder.save = limited
     surgery([*words, "--out", run])
 
 
@@ -43,7 +42,7 @@ def test_memory_that_runs_out_is_a_sentence_and_the_last_checkpoint_stays(tmp_pa
     run = tmp_path / "run"
     command = [sys.executable, __file__, str(run), *words]
     path = {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=path, capture_output=True, text=True, timeout=600)
     assert done.returncode == 1, done.stderr
     assert "Traceback" not in done.stderr
     for part in ("memory ran out", "--batch-size from 64", "--gradient-checkpointing"):

@@ -127,6 +127,6 @@ def test_llama_cpp_renders_the_same(kind, tmp_path):
         json.dumps({"messages": TALK[:1]}).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=600) as answer:
         prompt = json.load(answer)["prompt"]
     assert prompt == rendered(tmp_path / "base", chat_template=STORED, conversation=TALK[:1])

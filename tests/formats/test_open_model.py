@@ -85,7 +85,7 @@ def test_peak_memory_is_at_most_the_weights_and_a_fifth(family, dtype, tmp_path)
     config = GPTConfig.for_family(family, vocab_size=25_000, **sizes, tie_head=True)
     write_model_files(SimpleGPT.from_config(config), tmp_path)
     command = [sys.executable, "-c", _PEAK, str(tmp_path), dtype]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=True)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
     assert float(done.stdout) <= 1.2
 
 

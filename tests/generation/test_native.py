@@ -486,7 +486,7 @@ def test_the_weights_live_as_long_as_the_decoder():
     torch.testing.assert_close(alone.step(ids), wanted, rtol=1e-4, atol=3e-5)
 
 
-def in_child(act, seconds=20):
+def in_child(act, seconds=300):
     """The exit status of a forked process that does something: 0 if it ends well and in time."""
     if (child := os.fork()) == 0:
         status = 1

@@ -1,9 +1,10 @@
 """Commands as a user types them, and a model to type them about."""
 
 import io
+import os
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 from helpers.models import randomise, train_a_little
@@ -43,9 +44,19 @@ def called(*arguments: object, check: int = 0, terminal: bool = False) -> tuple[
 def surgery(*arguments: object, check: int = 0, **options: object) -> subprocess.CompletedProcess:
     """The same in a process of its own."""
     command = [sys.executable, "-m", "nanogpt_surgery", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, **options)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, **options)
     assert done.returncode == check, f"{done.returncode}\n{done.stdout}\n{done.stderr}"
     return done
+
+
+def until_closed(terminal: int) -> bytes:
+    """All that is shown on a terminal until the last program on it has ended."""
+    shown = b""
+    with suppress(OSError):  # the end of a terminal
+        while piece := os.read(terminal, 1 << 16):
+            shown += piece
+    os.close(terminal)
+    return shown
 
 
 def write_model(folder: Path, block_size: int = 200, seed: int = 0) -> SimpleGPT:

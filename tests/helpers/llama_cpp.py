@@ -38,7 +38,7 @@ def tokenized(running, text):
     body = json.dumps({"content": text, "add_special": False, "parse_special": True}).encode()
     address = f"{running.listening_address}/tokenize"
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-    with urllib.request.urlopen(request, timeout=30) as answer:
+    with urllib.request.urlopen(request, timeout=600) as answer:
         return json.load(answer)["tokens"]
 
 

@@ -52,7 +52,7 @@ def costs(setup: str, paths: Iterable[Path]) -> dict[str, Cost]:
         [sys.executable, "-c", _MEASURED.format(setup=setup), *map(str, paths)],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = {

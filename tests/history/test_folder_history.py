@@ -154,7 +154,7 @@ def test_dropped_originals_cannot_come_back(place):
 @pytest.mark.parametrize("way", [[], ["renames"]])
 def test_a_kill_at_any_call_leaves_the_old_state_or_the_new(tmp_path, way):
     program = [sys.executable, "-m", "helpers.killed_operations", tmp_path, *way]
-    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(program, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     for found in json.loads(done.stdout).values():
         assert found["old"] > 10

@@ -179,7 +179,7 @@ def test_threat_11_a_body_is_json_within_limits(running, kind):
 
 
 def test_threat_11_a_body_without_a_length_is_counted(running):
-    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=60)
+    connection = http.client.HTTPConnection("127.0.0.1", running.port, timeout=600)
     try:
         parts = (b"a" * (1 << 20) for _ in range(9))
         connection.request("POST", COMPLETIONS, parts, {"Content-Type": "application/json"})
@@ -482,10 +482,10 @@ def test_a_signal_ends_the_command_with_status_0(tmp_path, number):
     ) as process:
         line = process.stdout.readline()
         port = int(line.partition("127.0.0.1:")[2].partition(":")[0])
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=60) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=600) as answer:
             assert answer.status == 200
         process.send_signal(number)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=600)
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
 
@@ -526,7 +526,7 @@ def test_a_client_that_leaves_within_its_body_is_no_error_of_the_server(caplog):
     lines = []
     with served(log=lines.append) as running:
         head = "POST /tokenize HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
-        with socket.create_connection(("127.0.0.1", running.port), timeout=60) as connection:
+        with socket.create_connection(("127.0.0.1", running.port), timeout=600) as connection:
             connection.sendall(f"{head}Content-Length: 100\r\n\r\n{{".encode())
         until(lambda: [line for line in lines if "/tokenize" in line])
         assert asked(running, "/v1/models")[0] == 200

@@ -24,7 +24,7 @@ def folder(tmp_path_factory) -> Path:
     """What two processes have written."""
     folder = tmp_path_factory.mktemp("several")
     command = [*TORCHRUN, "-m", "helpers.several_processes", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return folder
 

@@ -37,7 +37,7 @@ def test_one_batch_is_made_while_the_one_before_is_used():
     made = [threading.Event() for _ in range(3)]
     coming = made_ahead(lambda step: (made[step].set(),), range(3))
     next(coming)
-    assert made[1].wait(10)
+    assert made[1].wait(60)
     assert not made[2].is_set()
     coming.close()
 

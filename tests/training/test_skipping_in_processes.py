@@ -31,7 +31,7 @@ def run_in_two(*words: object) -> subprocess.CompletedProcess:
         env=os.environ | {"PYTHONPATH": path},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
 
 

@@ -36,7 +36,7 @@ FLAGS = (
     "-ffp-contract=fast",
 )
 LINKED = ("-shared", "-fPIC", "-lm", "-lpthread")
-TIMEOUT = 120  # seconds: ziglang's first use builds parts of its own
+TIMEOUT = 600  # seconds: ziglang's first use builds parts of its own, and machines are busy
 
 
 def compiler() -> list[str] | None:
