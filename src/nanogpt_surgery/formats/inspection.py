@@ -38,11 +38,7 @@ ABOUT_FUSED = (
 
 
 def describe_model(path: str) -> Report:
-    """Returns a row for each module of a model (kind, shapes, dtypes, parameters) and a summary.
-
-    Raises:
-        SurgeryError: as `open_model`.
-    """
+    """Returns a row for each module of a model (kind, shapes, dtypes, parameters) and a summary."""
     model, tokenizer = open_model(path)
     config = model.config
     types = types_in(path) if is_gguf(Path(path)) else {}  # GGUF's names for them
@@ -89,9 +85,6 @@ def describe_adapter(path: str) -> Report:
     """Returns a row for each update of an adapter: its layer, r, alpha, and the norms of its ΔW.
 
     Factors beyond 2^24 numbers, or all beyond 2^30, have no norms.
-
-    Raises:
-        SurgeryError: as `read_adapter`.
     """
     updates = read_adapter(adapter_folder(path)).updates
     unknown = dict.fromkeys(NORMS)

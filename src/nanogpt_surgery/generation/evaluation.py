@@ -213,11 +213,7 @@ def measure_text(
     batch_size: int = 8,
     context: int | None = None,
 ) -> dict[str, Any]:
-    """Measures `perplexity` on a text: loss in nats a token, and bits for each of its bytes.
-
-    Raises:
-        SurgeryError: as `perplexity`.
-    """
+    """Measures `perplexity` on a text: loss in nats a token, and bits for each of its bytes."""
     context = model.config.block_size if context is None else context
     stride = max(1, context // 2) if stride is None else stride
     ids = prompt_ids(tokenizer, text)
@@ -239,11 +235,7 @@ def measure_text(
 def measure_choices(
     model: SimpleGPT, tokenizer: Tokenizer, questions: Sequence[Question]
 ) -> dict[str, Any]:
-    """Returns the share of questions whose right choice is the likeliest, beside that by chance.
-
-    Raises:
-        SurgeryError: as `multiple_choice`.
-    """
+    """Returns the share of questions whose right choice is the likeliest, beside that by chance."""
     plain, normalised = 0, 0
     for question in questions:
         found = multiple_choice(model, tokenizer, question.prompt, question.choices)
@@ -262,11 +254,7 @@ def measure_choices(
 def measure_answers(
     model: SimpleGPT, examples: Sequence[Example], batch_size: int = 8
 ) -> dict[str, Any]:
-    """Measures `answer_loss`, and counts the conversations that outgrow the block_size (`cut`).
-
-    Raises:
-        SurgeryError: as `answer_loss`.
-    """
+    """Measures `answer_loss`, and counts the conversations that outgrow the block_size (`cut`)."""
     found = answer_loss(model, examples, batch_size)
     return {
         "conversations": len(examples),

@@ -201,11 +201,7 @@ def record(folder: Path, operation: FolderOperation) -> None:
 
 
 def record_made(folder: Path, operation: FolderOperation) -> FolderOperation:
-    """Begins the journal of a new folder with the operation that made it, and returns that.
-
-    Raises:
-        SurgeryError: as `record`.
-    """
+    """Begins the journal of a new folder with the operation that made it, and returns that."""
     made = replace(operation, after=hashes_of(folder), originals="none")
     record(folder, made)
     return made

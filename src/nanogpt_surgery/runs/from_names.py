@@ -117,9 +117,6 @@ def further_training(
     """Opens a model, and makes the training of all its weights, in float32, from where they are.
 
     The arguments are those of `open_model`, `new_model_training` and `window_length`.
-
-    Raises:
-        SurgeryError: as `open_base`, `open_sources` and `window_length`.
     """
     model, tokenizer = open_base(base)
     length = window_length(block_size, model.config.block_size)
