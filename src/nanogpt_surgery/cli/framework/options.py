@@ -288,12 +288,8 @@ class SamplingOptions:
         check_stop(self.stop)
         biases = dict(map(_bias, self.logit_bias))
         sampling = SamplingSettings(**given(self.chosen), logit_bias=biases)
-        return {
-            "sampling": sampling,
-            "stop": self.stop,
-            "seed": self.seed,
-            "engine": self.engine,
-        }
+        own = {"stop": self.stop, "seed": self.seed, "engine": self.engine}
+        return own | {"sampling": sampling}
 
     @property
     def engine(self) -> Engine:
@@ -334,30 +330,6 @@ class SpeculationOptions:
     ] = None
     draft_tokens: int | None = None
     """how many are guessed at once; 10 by lookup, 5 by a model, unless said"""
-
-    def draft(self, tokenizer: Tokenizer, opening: OpeningOptions, engine: Engine) -> Draft | None:
-        """Returns what guesses, or None where nothing is to.
-
-        Raises:
-            SurgeryError: both ways are asked for, the model does not open, or it has another
-                tokenizer.
-        """
-        from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
-        from nanogpt_surgery.generation.speculative import DraftModel, PromptLookup
-
-        count = {} if self.draft_tokens is None else {"num_tokens": self.draft_tokens}
-        if self.speculate and self.draft_model:
-            raise SurgeryError("--speculate lookup and --draft-model both guess: name one of them")
-        if self.draft_model is None:
-            return PromptLookup(**count) if self.speculate else None
-        model, own = opening.open(self.draft_model, [])
-        if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
-            raise SurgeryError(
-                f"{self.draft_model} has another tokenizer than the model whose tokens it is to "
-                "guess",
-                "a smaller model of the same family has the same",
-            )
-        return DraftModel(**count, model=model, engine=engine)
 
 
 @Parameter(name="*")
@@ -402,8 +374,28 @@ class WritingOptions:
     steering: SteeringOptions = SteeringOptions()
 
     def draft(self, tokenizer: Tokenizer) -> Draft | None:
-        """Returns what guesses tokens, or None where nothing is to."""
-        return self.speculation.draft(tokenizer, self.opening, self.sampling.engine)
+        """Returns what guesses tokens, or None where nothing is to.
+
+        Raises:
+            SurgeryError: both ways are asked for, the model does not open, or it has another
+                tokenizer.
+        """
+        from nanogpt_surgery.data.tokenizers.tokenizer import tokenizer_fingerprint
+        from nanogpt_surgery.generation.speculative import DraftModel, PromptLookup
+
+        said, other = self.speculation, self.speculation.draft_model
+        count = {} if said.draft_tokens is None else {"num_tokens": said.draft_tokens}
+        if said.speculate and other:
+            raise SurgeryError("--speculate lookup and --draft-model both guess: name one of them")
+        if other is None:
+            return PromptLookup(**count) if said.speculate else None
+        model, own = self.opening.open(other, [])
+        if tokenizer_fingerprint(own) != tokenizer_fingerprint(tokenizer):
+            raise SurgeryError(
+                f"{other} has another tokenizer than the model whose tokens it is to guess",
+                "a smaller model of the same family has the same",
+            )
+        return DraftModel(**count, model=model, engine=self.sampling.engine)
 
 
 def typed_or_read(text: str) -> str:
