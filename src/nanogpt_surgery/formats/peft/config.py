@@ -275,7 +275,7 @@ _MOST_STATES = 5_000  # of one expression: its characters, repeated as it says
 _MOST_EXPRESSIONS = 100  # beside the names; each takes half a MiB
 _MOST_SECONDS = 5.0  # of the processor, for all patterns of a file
 
-Layout: TypeAlias = tuple[int, tuple[int, ...], bool]  # length, wildcards, only for whole names
+Layout: TypeAlias = tuple[tuple[int, ...], bool]  # places of wildcards, only for whole names
 
 
 class Patterns:
@@ -288,23 +288,18 @@ class Patterns:
     def __init__(self, values: Mapping[str, Any]):
         self._values = list(values.values())
         self._seconds = 0.0
-        self._plain: dict[Layout, dict[str, int]] = {}
-        self._layouts: dict[int, list[Layout]] = {}  # by length
+        self._plain: dict[tuple[str, Layout], int] = {}
+        self._layouts: dict[int, set[Layout]] = {}  # by length
         self._expressions: list[tuple[int, Callable[[str], bool]]] = []
         for order, pattern in enumerate(values):
             plain = _plain(pattern)
             if plain is not None:
-                self._add(order, *plain)
+                self._plain.setdefault(plain, order)
+                self._layouts.setdefault(len(plain[0]), set()).add(plain[1])
                 continue
             self._expressions.append((order, _expression(pattern)))
             if len(self._expressions) > _MOST_EXPRESSIONS:
                 raise SurgeryError(f"more than {_MOST_EXPRESSIONS} patterns are no plain names")
-
-    def _add(self, order: int, text: str, layout: Layout) -> None:
-        if layout not in self._plain:
-            self._plain[layout] = {}
-            self._layouts.setdefault(len(text), []).append(layout)
-        self._plain[layout].setdefault(text, order)
 
     def value(self, name: str, default: Any) -> Any:
         """The value of the first pattern that is a layer's name or its ending.
@@ -328,13 +323,12 @@ class Patterns:
         starts = [0, *(place + 1 for place, character in enumerate(name) if character == ".")]
         for start in starts:
             ending = name[start:]
-            for layout in self._layouts.get(len(ending), ()):
-                _, wildcards, whole = layout
+            for wildcards, whole in self._layouts.get(len(ending), ()):
                 if start == 0 or not whole:
                     masked = list(ending)
                     for place in wildcards:
                         masked[place] = "."
-                    order = self._plain[layout].get("".join(masked))
+                    order = self._plain.get(("".join(masked), (wildcards, whole)))
                     if order is not None:
                         yield order
 
@@ -357,7 +351,7 @@ def _plain(pattern: str) -> tuple[str, Layout] | None:
         elif _OPERATOR.match(character):
             return None
         text += character
-    return text, (len(text), tuple(wildcards), whole)
+    return text, (tuple(wildcards), whole)
 
 
 _REPEATS = re.compile(r"\{(\d*),?(\d*)\}")
