@@ -13,6 +13,8 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 
+from torch import Tensor
+
 from nanogpt_surgery.data.conversations.record_files import warn_of_records
 from nanogpt_surgery.data.gpt_dataset import Batches, GPTDataset
 from nanogpt_surgery.data.text.corpus import Chunk, check_characters, read_texts, split_by_position
@@ -83,16 +85,15 @@ class Sources:
 def _windows(
     source: str | TokenFiles, tokenizer: Tokenizer, block_size: int
 ) -> tuple[GPTDataset, GPTDataset]:
-    fingerprints: tuple[str | None, str | None] = None, None
+    parts: list[tuple[Tensor, str | None]]  # ids, and their hash where it is known
     if isinstance(source, str):
-        both = [encode_text(tokenizer, part) for part in split_by_position(source)]
+        parts = [(encode_text(tokenizer, part), None) for part in split_by_position(source)]
         names = "the text", "the last tenth of the text, which is held out for validation,"
     else:
-        both = [source.train, source.validation]
-        names = f"{source.folder}, to train on,", f"{source.folder}, held out,"
         known = source.header.fingerprint()
-        fingerprints = f"train of {known}", f"validation of {known}"
-    for name, ids in zip(names, both, strict=True):
+        parts = [(source.train, f"train of {known}"), (source.validation, f"validation of {known}")]
+        names = f"{source.folder}, to train on,", f"{source.folder}, held out,"
+    for name, (ids, _) in zip(names, parts, strict=True):
         if len(ids) <= block_size:
             raise SurgeryError(
                 f"{name} has {len(ids):,} tokens; a window and its last target need "
@@ -100,8 +101,7 @@ def _windows(
                 "give more text, or a smaller block_size",
             )
     train, held_out = (
-        GPTDataset.from_ids(ids, block_size, fingerprint=fingerprint)
-        for ids, fingerprint in zip(both, fingerprints, strict=True)
+        GPTDataset.from_ids(ids, block_size, fingerprint=digest) for ids, digest in parts
     )
     return train, held_out
 
