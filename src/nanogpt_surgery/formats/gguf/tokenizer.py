@@ -239,24 +239,20 @@ def _merges_by_score(
     for index in sorted(range(len(tokens)), key=lambda i: (-scores[i], i)):
         token = tokens[index]
         if index not in special:
-            _check_size(token, index, len(merges), most)
+            if len(token) > _LONGEST_TOKEN:
+                raise SurgeryError(
+                    f"token {index} has {len(token):,} characters; a SentencePiece token has at "
+                    f"most {_LONGEST_TOKEN}"
+                )
             pairs = [(token[:i], token[i:]) for i in range(1, len(token))]
             known = [pair for pair in pairs if pair[0] in ids and pair[1] in ids]
             merges += sorted(known, key=lambda pair: (ids[pair[0]], ids[pair[1]]))
+            if len(merges) > most:
+                raise SurgeryError(
+                    f"its tokens can be made from others in more than {most:,} ways, which no real "
+                    "vocabulary needs"
+                )
     return [list(pair) for pair in merges]
-
-
-def _check_size(token: str, index: int, n_merges: int, most: int) -> None:
-    if len(token) > _LONGEST_TOKEN:
-        raise SurgeryError(
-            f"token {index} has {len(token):,} characters; a SentencePiece token has at most "
-            f"{_LONGEST_TOKEN}"
-        )
-    if n_merges > most:
-        raise SurgeryError(
-            f"its tokens can be made from others in more than {most:,} ways, which no real "
-            "vocabulary needs"
-        )
 
 
 def _merges(tokens: Sequence[str], merges: Sequence[str]) -> list[str]:

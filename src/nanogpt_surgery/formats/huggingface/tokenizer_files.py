@@ -70,7 +70,7 @@ def _opened(contents: dict[str, Any], folder: Path) -> Tokenizer:
     template = _usual(templates)
     if _is_character(contents):
         return with_chat_template(CharacterTokenizer.from_json(contents), template)
-    found = special_tokens_of(folder, _tokens_in(contents))
+    found = special_tokens_of(folder, set(ids_of_tokens(contents)))
     plain = all(token.get("special") for token in contents.get("added_tokens") or [])
     if is_bpe(contents) and plain and not templates and _says_nothing_new(found):
         return BPETokenizer.from_json(contents)
@@ -84,18 +84,6 @@ def _opened(contents: dict[str, Any], folder: Path) -> Tokenizer:
         settings=found.settings,
         chat_templates=templates if len(templates) > 1 else {},
     )
-
-
-def _tokens_in(contents: dict[str, Any]) -> set[str]:
-    """The tokens of a `tokenizer.json`."""
-    model, added = contents.get("model"), contents.get("added_tokens")
-    vocab = model.get("vocab") if isinstance(model, dict) else None
-    listed = vocab if isinstance(vocab, list) else []  # a unigram model's: token and score
-    tokens = [row[0] for row in listed if isinstance(row, list) and row]
-    tokens += vocab if isinstance(vocab, dict) else []
-    for token in added if isinstance(added, list) else []:
-        tokens += [token.get("content")] if isinstance(token, dict) else []
-    return {token for token in tokens if isinstance(token, str)}
 
 
 def _says_nothing_new(found: SpecialTokens) -> bool:
