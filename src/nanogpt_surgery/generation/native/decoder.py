@@ -15,7 +15,8 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from operator import attrgetter
+from itertools import chain
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -558,22 +559,29 @@ def _facts(modules: list[nn.Module], cache: KVCache) -> list[Any]:
     """Returns what a decoder is made from: where tensors lie, which modules and adapters there are.
 
     What is written in place is seen at once, since nothing is copied. This runs before every step,
-    over the modules that there were: to walk through the model anew takes several times as long,
-    and where all their children are the same, they are all that there are.
+    over the modules that there were, without a loop in Python over what all of them have: to walk
+    through the model anew takes several times as long, and where all their children are the same,
+    they are all that there are.
     """
-    parts = [vars(module) for module in modules]
-    children = [child for part in parts for child in part["_modules"].values()]
-    tensors = [t for part in parts for t in part["_parameters"].values() if t is not None]
+    parts = list(map(vars, modules))
+    children, parameters, buffers, *hooks = (
+        [value for found in filter(None, map(itemgetter(name), parts)) for value in found.values()]
+        for name in DICTS
+    )
+    tensors = [t for t in (*parameters, *buffers) if t is not None]
     tensors += [t for layer in cache.layers for t in (layer.keys, layer.values)]
-    hooked = _hooks_on_all_modules() or any(map(_hooked, parts))
-    others = [ATTRIBUTES[type(m)](m) for m in modules if type(m) in ATTRIBUTES]
+    memory = [list(map(of, tensors)) for of in MEMORY]
+    hooked = _hooks_on_all_modules() or not all(map(is_row_check, chain(*hooks)))
+    hooked = hooked or any("forward" in part for part in parts)
+    types = list(map(type, modules))
+    others = [ATTRIBUTES[t](m) for t, m in zip(types, modules, strict=True) if t in ATTRIBUTES]
     process = os.getpid(), torch.get_num_threads()
     shape = cache.batch_size, cache.max_length
-    return [children, list(map(_memory, tensors)), hooked, others, process, shape]
+    return [children, memory, hooked, types, others, process, shape]
 
 
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+DICTS = ("_modules", "_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks")
+MEMORY = (Tensor.data_ptr, attrgetter("dtype"), Tensor.size, Tensor.is_contiguous)
 
 
 def _adapters(layer: LoRALinear) -> Any:
@@ -588,11 +596,11 @@ ATTRIBUTES: dict[type, Callable[[Any], Any]] = {
     RMSNorm: attrgetter("eps"),
     nn.LayerNorm: attrgetter("eps"),
     nn.Embedding: attrgetter("max_norm"),
-    QuantizedLinear: lambda layer: (layer.kind, _memory(layer.blocks)),
-    QuantizedEmbedding: lambda layer: (layer.kind, _memory(layer.blocks)),
+    QuantizedLinear: attrgetter("kind"),
+    QuantizedEmbedding: attrgetter("kind"),
     CausalSelfAttention: attrgetter("attend", "rotate"),
     PlainFeedForward: attrgetter("activation"),
-    RotaryPositions: lambda positions: _memory(positions.frequencies),
+    RotaryPositions: lambda positions: [of(positions.frequencies) for of in MEMORY],
     LoRALinear: _adapters,
     LoRAUpdate: attrgetter("rank", "scaling"),
 }

@@ -266,11 +266,10 @@ static void weighted_sum(Numbers matrix, int rows, int columns, const float *wei
 
 enum { BLOCK = 32 };
 
-/* 32 numbers of a vector: `scale` times an int8 each; `total` is the sum of these products. */
-typedef struct {
-    float scale, total;
-    int8_t at[BLOCK];
-} Block;
+/* A vector beside blocks: its numbers as int8, then the scale of each 32, then the sums of each 32
+   with their scale. Blocks are taken in eights; scales and sums beyond the last are 0. */
+enum { EIGHT = 8 };
+static inline size_t in_eights(size_t n) { return (n / BLOCK + EIGHT - 1) / EIGHT * EIGHT; }
 
 static inline size_t block_bytes(int kind) { return kind == Q8_0 ? 34 : kind == Q4_0 ? 18 : 20; }
 
@@ -315,8 +314,9 @@ static inline Bytes bytes_of_8_bits(const uint8_t *from) {
 }
 
 static inline Bytes bytes_of_4_bits(const uint8_t *from) {
-    __m128i w = _mm_loadu_si128((const void *)from);
-    return _mm256_and_si256(_mm256_set_m128i(_mm_srli_epi16(w, 4), w), _mm256_set1_epi8(15));
+    __m256i both = _mm256_broadcastsi128_si256(_mm_loadu_si128((const void *)from));
+    __m256i shifts = _mm256_set_epi32(4, 4, 4, 4, 0, 0, 0, 0);
+    return _mm256_and_si256(_mm256_srlv_epi32(both, shifts), _mm256_set1_epi8(15));
 }
 
 static inline Ints products_of_bytes(int is_signed, Bytes w, const int8_t *with) {
@@ -403,56 +403,100 @@ static inline float sum_of_parts(Parts parts) {
 #endif
 }
 
+typedef float Eights __attribute__((vector_size(4 * EIGHT), aligned(4), may_alias));
+
+/* The float16 at the same place in up to EIGHT blocks of a row; 0 in the place of those beyond. */
+INLINE Eights halves_at(const uint8_t *from, size_t size, size_t count) {
+#if defined(__F16C__) && defined(__AVX2__)
+    if (count >= EIGHT) {
+        /* Each is loaded to where it belongs: block j from 2 j bytes before it. */
+#define HALF(J) _mm_loadu_si128((const void *)(from + J * (size - 2)))
+        __m128i one = _mm_blend_epi16(HALF(0), HALF(1), 2), two = _mm_blend_epi16(HALF(2), HALF(3), 8);
+        __m128i three = _mm_blend_epi16(HALF(4), HALF(5), 32);
+        __m128i four = _mm_blend_epi16(HALF(6), HALF(7), 128);
+        one = _mm_blend_epi16(one, two, 12), three = _mm_blend_epi16(three, four, 192);
+        return (Eights)_mm256_cvtph_ps(_mm_blend_epi16(one, three, 240));
+    }
+#endif
+    Eights halves = {0};
+    for (size_t j = 0; j < EIGHT && j < count; j++) halves[j] = half_at(from + j * size);
+    return halves;
+}
+
+static inline Eights multiply_add_eights(Eights a, Eights b, Eights c) {
+#if defined(__FMA__)
+    return (Eights)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+    return a * b + c;
+#endif
+}
+
+/* The scales of both sides are multiplied first, EIGHT at once, for up to CHUNK blocks of a row. */
+enum { CHUNK = 64 };
 INLINE void tile_of_blocks(
     int kind, int rows, int inputs, int ahead, const char *w, size_t n, const char *x,
     size_t stride, Tile out) {
     Parts sums[ROWS][INPUTS];
-    float rest[ROWS][INPUTS];
-    size_t size = block_bytes(kind), row = n / BLOCK * size;
-    const char *next = w + AHEAD;
+    Eights rest[ROWS][INPUTS];
+    float factors[ROWS][INPUTS][CHUNK];
+    size_t size = block_bytes(kind), blocks = n / BLOCK, row = blocks * size;
+    const char *next = w + AHEAD, *scales = x + n;
     UNROLL for (int r = 0; r < rows; r++)
-        UNROLL for (int i = 0; i < inputs; i++) sums[r][i] = (Parts){0}, rest[r][i] = 0;
-    for (size_t b = 0; b < n / BLOCK; b++, w += size) {
-        if (ahead) for (size_t byte = 0; byte < rows * size; byte += 64)
-            __builtin_prefetch(next + b * rows * size + byte, 0, 2);
-        UNROLL for (int r = 0; r < rows; r++) {
-            const uint8_t *at = (const uint8_t *)w + r * row;
-            float scale = half_at(at), least = kind == Q4_1 ? half_at(at + 2) : scale;
-            Bytes bytes = kind == Q8_0 ? bytes_of_8_bits(at + 2)
-                                       : bytes_of_4_bits(at + (kind == Q4_1 ? 4 : 2));
-            UNROLL for (int i = 0; i < inputs; i++) {
-                const Block *with = (const Block *)(x + i * stride) + b;
-                Ints ints = products_of_bytes(kind == Q8_0, bytes, with->at);
-                Parts numbers = __builtin_convertvector(ints, Parts);
-                sums[r][i] = multiply_add_parts(numbers, scale * with->scale, sums[r][i]);
-                if (kind != Q8_0) rest[r][i] = multiply_add(least, with->total, rest[r][i]);
+        UNROLL for (int i = 0; i < inputs; i++) sums[r][i] = (Parts){0}, rest[r][i] = (Eights){0};
+    for (size_t first = 0; first < blocks; first += CHUNK) {
+        size_t count = blocks - first < CHUNK ? blocks - first : CHUNK;
+        for (size_t b = 0; b < count; b += EIGHT)
+            UNROLL for (int r = 0; r < rows; r++) {
+                const uint8_t *at = (const uint8_t *)w + r * row + (first + b) * size;
+                Eights scale = halves_at(at, size, count - b), least = scale;
+                if (kind == Q4_1) least = halves_at(at + 2, size, count - b);
+                UNROLL for (int i = 0; i < inputs; i++) {
+                    const float *with = (const float *)(scales + i * stride) + first + b;
+                    Eights totals = *(const Eights *)(with + in_eights(n));
+                    *(Eights *)(factors[r][i] + b) = scale * *(const Eights *)with;
+                    if (kind != Q8_0) rest[r][i] = multiply_add_eights(least, totals, rest[r][i]);
+                }
+            }
+        for (size_t b = 0; b < count; b++) {
+            size_t all = first + b;
+            if (ahead) for (size_t byte = 0; byte < rows * size; byte += 64)
+                __builtin_prefetch(next + all * rows * size + byte, 0, 2);
+            UNROLL for (int r = 0; r < rows; r++) {
+                const uint8_t *at = (const uint8_t *)w + r * row + all * size;
+                Bytes bytes = kind == Q8_0 ? bytes_of_8_bits(at + 2)
+                                           : bytes_of_4_bits(at + (kind == Q4_1 ? 4 : 2));
+                UNROLL for (int i = 0; i < inputs; i++) {
+                    const int8_t *with = (const int8_t *)x + i * stride + all * BLOCK;
+                    Ints ints = products_of_bytes(kind == Q8_0, bytes, with);
+                    Parts numbers = __builtin_convertvector(ints, Parts);
+                    sums[r][i] = multiply_add_parts(numbers, factors[r][i][b], sums[r][i]);
+                }
             }
         }
     }
     for (int r = 0; r < rows; r++)
         for (int i = 0; i < inputs; i++)
-            out[r][i] = sum_of_parts(sums[r][i]) + (kind == Q4_0 ? -8 : 1) * rest[r][i];
+            out[r][i] = sum_of_parts(sums[r][i])
+                + (kind == Q8_0 ? 0 : (kind == Q4_0 ? -8 : 1) * sum_of_8((const float *)&rest[r][i]));
 }
 
 /* Rounds 32 numbers: the largest becomes 127. Of one that is not finite the products are NaN. */
-static Block rounded(const float *x) {
-    Block block = {0};
-    float largest = 0;
+static void round_block(const float *x, int8_t *to, float *scale, float *sum) {
+    uint32_t words[BLOCK], most = 0;    /* those of sizes are in the order of the sizes */
+    float largest;
+    memcpy(words, x, sizeof words);
+    for (int i = 0; i < BLOCK; i++) words[i] &= 0x7fffffff;
+    for (int i = 0; i < BLOCK; i++) most = words[i] > most ? words[i] : most;
+    memcpy(&largest, &most, 4);
+    int finite = largest <= FLT_MAX, total = 0;
+    float by = finite && largest > 1e-30f ? 127 / largest : 0;
     for (int i = 0; i < BLOCK; i++) {
-        float size = fabsf(x[i]);
-        if (!(size <= largest)) largest = size;
-    }
-    if (!(largest <= FLT_MAX)) block.scale = NAN;
-    if (!(largest > 1e-30f && largest <= FLT_MAX)) return block;
-    float by = 127 / largest;
-    int total = 0;
-    for (int i = 0; i < BLOCK; i++) {
-        int number = (int)rintf(x[i] * by);
-        block.at[i] = (int8_t)number;
+        int number = by ? (int)rintf(x[i] * by) : 0;
+        to[i] = (int8_t)number;
         total += number;
     }
-    block.scale = largest / 127, block.total = block.scale * (float)total;
-    return block;
+    *scale = finite ? by ? largest / 127 : 0 : NAN;
+    *sum = *scale * (float)total;
 }
 
 /* ---- a matrix and a vector ---- */
@@ -460,7 +504,7 @@ static Block rounded(const float *x) {
 /* The bytes of n numbers of a vector as the product with a matrix of a kind takes them: none where
    it takes them as they are. */
 static inline size_t room_for(int kind, size_t n) {
-    if (kind >= Q8_0) return n / BLOCK * sizeof(Block);
+    if (kind >= Q8_0) return n + 2 * in_eights(n) * sizeof(float);
 #if defined(__AVX512BF16__)
     if (kind == BFLOAT16) return (2 * n + 3) / 4 * 4;
 #endif
@@ -468,9 +512,12 @@ static inline size_t room_for(int kind, size_t n) {
 }
 
 static void prepare(int kind, const float *x, size_t n, void *room) {
-    if (kind >= Q8_0)
-        for (size_t b = 0; b < n / BLOCK; b++) ((Block *)room)[b] = rounded(x + b * BLOCK);
-    else
+    if (kind >= Q8_0) {
+        float *scales = (float *)((char *)room + n), *totals = scales + in_eights(n);
+        memset(scales, 0, 2 * in_eights(n) * sizeof *scales);
+        for (size_t b = 0; b < n / BLOCK; b++)
+            round_block(x + b * BLOCK, (int8_t *)room + b * BLOCK, scales + b, totals + b);
+    } else
         for (size_t i = 0; i < n; i++) ((uint16_t *)room)[i] = as_bfloat16(x[i]);
 }
 

@@ -57,7 +57,11 @@ class SeparateRows:
             NotFiniteError: one of them is no finite number.
         """
         found = {}
-        taken = [row for row, ids in texts.items() if self._can_take(row, ids)]
+        taken = list[int]()
+        if self.native is not None and self.native.can_step():
+            taken = [
+                row for row, ids in texts.items() if self._takes(row, ids, self.native.longest)
+            ]
         if taken:
             found = dict(zip(taken, self._step(taken, texts), strict=True))
         for row in texts.keys() - found:
@@ -65,12 +69,10 @@ class SeparateRows:
                 found[row] = next_logits(self.model, texts[row], self.texts[row].cache)
         return [found[row] for row in texts]
 
-    def _can_take(self, row: int, ids: list[int]) -> bool:
-        """Returns whether the decoder is given a text's new ids, for which its cache has room."""
+    def _takes(self, row: int, ids: list[int], longest: int) -> bool:
+        """Returns whether the decoder is given a text's new ids: they fit, and are not too many."""
         cache = self.texts[row].cache
-        if self.native is None or len(ids) > cache.max_length:
-            return False
-        return self.native.can_take(len(ids) - cache.length)
+        return len(ids) <= cache.max_length and len(ids) - cache.length <= longest
 
     def _step(self, rows: Sequence[int], texts: Mapping[int, list[int]]) -> Tensor:
         assert self.native is not None and self.native.decoder is not None, "see _can_take"
@@ -82,7 +84,9 @@ class SeparateRows:
             new.append(NewTokens(self.texts[row], ids.size(1), adapter=adapters[row]))
         logits = torch.cat(self.native.decoder.step_texts(new))  # (N, V)
         for row, of_row in zip(rows, logits, strict=True):
-            with one_of_rows(self.model, row):
-                run = partial(last_logits, self.model, torch.tensor(texts[row]))
-                check_finite(of_row, self.model, run)
+            check_finite(of_row, self.model, partial(self._anew, row, texts[row]))
         return logits
+
+    def _anew(self, row: int, ids: list[int]) -> Tensor:
+        with one_of_rows(self.model, row):
+            return last_logits(self.model, torch.tensor(ids))
