@@ -21,6 +21,7 @@ from nanogpt_surgery import (
     undo_lora,
 )
 from nanogpt_surgery.errors import NotFiniteError
+from nanogpt_surgery.serving import engine as engine_of_serving
 from nanogpt_surgery.serving import rows as rows_of_serving
 from nanogpt_surgery.serving.engine import Engine, EngineClosed, QueueFull, Request
 
@@ -600,7 +601,7 @@ def test_under_stress_no_answer_is_lost_and_each_is_right(engine, seed):
 @needs_decoder
 def test_texts_are_right_where_no_decoder_can_be_made_after_an_operation(engine, monkeypatch):
     model = adapted()
-    blend_lora(model, {"one": 1.0})
+    blend_lora(model, {"other": 1.0})
     one = engine(model)
     request = Request(PROMPTS[1], 8, GREEDY)
     before = all_of(one.submit(request))
@@ -609,6 +610,31 @@ def test_texts_are_right_where_no_decoder_can_be_made_after_an_operation(engine,
         raise MemoryError
 
     monkeypatch.setattr(rows_of_serving, "NativeDecoder", fails)
-    with pytest.raises(MemoryError):
-        one.operate(merge_lora).result(60)
+    one.operate(merge_lora).result(60)
     assert all_of(one.submit(request)) == fresh(engine, model, request, "plain") != before
+
+
+def test_an_engine_that_cannot_follow_an_operation_ends_and_answers_all(engine, monkeypatch):
+    """What was made of the old weights would answer otherwise."""
+    one = engine(adapted())
+    running, go = held(one)
+    change = one.operate(lambda _: None)
+    waiting = one.submit(Request(PROMPTS[1], 8, GREEDY))
+    monkeypatch.setattr(engine_of_serving, "WeightHashes", Missing)
+    go.set()
+    assert len(running.result(60)) == 2 and running.reason == "length"
+    with pytest.raises(ZeroDivisionError):
+        change.result(60)
+    waiting.result(60)
+    assert waiting.reason == "cancelled"
+    one.close()
+    assert one.closed and isinstance(one.error, ZeroDivisionError)
+    with pytest.raises(EngineClosed):
+        one.submit(Request(PROMPTS[1], 8, GREEDY))
+
+
+class Missing:
+    """What fails when it is made."""
+
+    def __init__(self, *_):
+        raise ZeroDivisionError

@@ -5,6 +5,7 @@ import json
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 
 import pytest
@@ -12,7 +13,7 @@ from helpers.commands import LETTERS
 from helpers.rooms import SMALL, model_with, page_of, posted, streamed
 from helpers.servers import held
 
-from nanogpt_surgery import CharacterTokenizer, blend_lora, generate_batch
+from nanogpt_surgery import CharacterTokenizer, blend_lora, generate_batch, merge_lora
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.serving.server import make_app
 
@@ -61,10 +62,13 @@ def test_sides_are_streamed_together_and_say_what_they_are(page):
     sides = [{"adapters": {}}, {"adapters": BLEND}, {"adapters": {"one": 1}}]
     events = streamed(page, "/api/talk", prompt=PROMPT, max_new_tokens=20, sides=sides)
     assert {event["side"] for event in events if event.get("done")} == {0, 1, 2}
-    heads = [event for event in events if "hash" in event]
+    heads = sorted((e for e in events if "hashes" in e), key=lambda head: head["side"])
     assert [head["name"] for head in heads] == ["base", "0.5 · one + 1.5 · two", "one"]
-    assert len({head["hash"] for head in heads}) == 3
-    assert heads[0]["hash"] == page.get("/api/state").json()["model"]["hash"]
+    state = page.get("/api/state").json()
+    known = {row["name"]: row["hash"] for row in state["adapters"]}
+    base, *adapters = state["model"]["hash"], known["one"], known["two"]
+    assert [h["hashes"] for h in heads] == [[base], [base, *adapters], [base, adapters[0]]]
+    assert all(events[[e["side"] for e in events].index(i)] == heads[i] for i in range(3))
     assert len({head["seed"] for head in heads}) == 1
 
 
@@ -182,5 +186,23 @@ async def left_after_some_tokens(app, body):
 def test_equal_weights_have_one_hash_however_they_are_written(page):
     sides = [{"adapters": one} for one in ({"one": 1}, {"one": 1.0, "two": 0}, {}, {"two": 0.0})]
     events = streamed(page, "/api/talk", prompt=PROMPT, max_new_tokens=1, sides=sides)
-    whole, same, base, nothing = (event["hash"] for event in events if "hash" in event)
+    heads = sorted((e for e in events if "hashes" in e), key=lambda head: head["side"])
+    whole, same, base, nothing = (head["hashes"] for head in heads)
     assert whole == same != base == nothing
+
+
+def test_a_side_that_waits_for_an_operation_has_the_hash_of_after_it():
+    go = threading.Event()
+    with page_of(model_with("one")) as (client, server), ThreadPoolExecutor(1) as pool:
+        before = client.get("/api/state").json()["model"]["hash"]
+        change = server.noting(lambda model: go.wait(60) and merge_lora(model))
+        done = server.engine.operate(change)
+        sides = [{"adapters": {}}]
+        talk = pool.submit(streamed, client, "/api/talk", prompt=PROMPT, sides=sides)
+        while not server.engine.figures()["requests_waiting"]:
+            assert not talk.done()
+        go.set()
+        done.result(60)
+        (head,) = (event for event in talk.result(60) if "hashes" in event)
+        after = client.get("/api/state").json()["model"]["hash"]
+    assert head["hashes"] == [after] != [before]

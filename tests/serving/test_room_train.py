@@ -23,7 +23,7 @@ from nanogpt_surgery import (
 from nanogpt_surgery.history.folder_history import FolderOperation, hashes_of, record
 from nanogpt_surgery.lora.several import adapter_weights
 from nanogpt_surgery.serving.room.runs import NewSteps, state_of_run
-from nanogpt_surgery.serving.room.train import MOST_TOLD, Process, take_adapter
+from nanogpt_surgery.serving.room.train import MOST_TOLD, Process, Trainer, take_adapter
 
 TEXT = "the quick brown fox jumps over the lazy dog.\n" * 40
 
@@ -288,6 +288,31 @@ def test_an_adapter_of_another_form_is_not_written_over(tmp_path):
     with pytest.raises(SurgeryError, match="third"):
         take_adapter(model, tmp_path / "one", "third")
     assert tensor_hashes(model) == before
+
+
+def test_a_checkpoint_never_overwrites_another_adapter_of_its_name(room, tmp_path):
+    client, server = room
+    run, trainer = tmp_path / "runs" / "style", Trainer(server)
+    operated(client, "inject", name="style", rank=3)
+    server.engine.operate(lambda model: save_adapter(model, run, name="style")).result()
+    operated(client, "remove", name="style")
+
+    def taken(current):
+        before = client.get("/api/state").json()["adapters"]
+        trainer.take_checkpoint(current, run)
+        assert client.get("/api/state").json()["adapters"] == before
+        return current.error
+
+    current = Process(run, None, NewSteps(run))
+    trainer.take_checkpoint(current, run)
+    assert current.error is None and server.folders["style"] == run
+    assert taken(current) is None, "the same once more"
+    for _ in range(2):  # the load, and the removal of the one made by hand
+        posted(client, "/api/undo")
+    assert "style" in taken(current)
+    operated(client, "remove", name="style")
+    operated(client, "inject", name="style", rank=3)
+    assert "style" in taken(Process(run, None, NewSteps(run)))
 
 
 def test_a_run_that_has_signed_off_has_ended(tmp_path):

@@ -59,6 +59,9 @@ class Engine:
             default a quarter of the free memory.
         engine: computes the tokens, as in `generate`.
 
+    Attributes:
+        error: by which its thread has ended; None while it runs, or where it was closed.
+
     Raises:
         SurgeryError: a number is below 1, or the native engine does not compute the model.
     """
@@ -88,6 +91,7 @@ class Engine:
         self._running: list[Row] = []
         self._operations, self._looks = deque[Job](), deque[Job]()
         self._closed, self._at_once = False, False
+        self.error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self._thread.start()
 
@@ -229,8 +233,13 @@ class Engine:
         self._block_size = config.block_size
         numbers = 2 * config.n_layer * config.n_kv_head * config.head_dim
         self._bytes_per_token = numbers * next(model.parameters()).dtype.itemsize
-        self._rows: Rows = PlainRows(model)  # right also where the decoder cannot be made
-        self._rows = make_rows(model, engine)
+        try:
+            self._rows: Rows = make_rows(model, engine)
+        except MemoryError as error:
+            if engine == "native":
+                raise
+            LOG.warning("there is no memory for the decoder: the model computes", exc_info=error)
+            self._rows = PlainRows(model)
 
     def _work(self) -> None:
         try:
@@ -247,6 +256,9 @@ class Engine:
                 self._admit()
                 if self._running:
                     self._step()
+        except BaseException as error:
+            self.error = error
+            LOG.critical("the engine has ended by an error", exc_info=error)
         finally:
             self._end_all()
 
@@ -272,19 +284,23 @@ class Engine:
             done, call, then = queue.popleft()
         if not done.set_running_or_notify_cancel():
             return
+        result, error = None, None
         try:
-            try:
-                result = call(self.model)
-            finally:
-                try:
-                    if queue is self._operations:
-                        self._take_model("plain" if self._asked == "plain" else "auto")
-                finally:
-                    then()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
+            result = call(self.model)
+        except BaseException as raised:
+            error = raised
+        try:
+            if queue is self._operations:
+                self._take_model("plain" if self._asked == "plain" else "auto")
+        except BaseException as raised:  # what was made of the old weights would go on
+            done.set_exception(raised)
+            raise
+        finally:
+            then()
+        if error is None:
             done.set_result(result)
+        else:
+            done.set_exception(error)
 
     def _admit(self) -> None:
         """Lets requests begin, the oldest first, as long as there are rows and memory."""
@@ -314,6 +330,8 @@ class Engine:
         key = f"{self._rows.name} {self._hashes.of(dict(weights))}"
         prompt = check_prompt(self.model, of.prompt)
         line = Line(0, prompt, of.sampling, of.stop_ids, of.seed, of.likeliest, of.until)
+        if of.began is not None:
+            of.began()
         return Row(answer, weights, key, line, new_cache(self.model, 1, places_of(of)))
 
     def _bytes_of_rows(self) -> int:

@@ -53,6 +53,8 @@ class Request:
     """give those of the prompt's ids as well"""
     until: Callable[[Token], bool] | None = None
     """called with each token in the engine's thread; true ends the text after it"""
+    began: Callable[[], object] | None = None
+    """called in the engine's thread when it begins to run, by the weights that will compute it"""
     seconds: float = 600.0
     """from now until it ends, whether it has begun or not"""
 

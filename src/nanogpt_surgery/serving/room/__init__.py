@@ -17,7 +17,7 @@ def routes(server: Server) -> list[BaseRoute]:
     room = state.Room(server)
     return [
         *state.routes(room),
-        *talk.routes(server, room.hash_of),
+        *talk.routes(server, room.hashes_of),
         *look.routes(server),
         *operate.routes(server),
         *train.routes(room.trainer, lambda: room.after_operations),

@@ -350,7 +350,8 @@ def routes(server: Server) -> list[BaseRoute]:
         server.check_running()
         values = read_fields(await read_json(request), _SAVED)
         required(values, "what")
-        goal = await server.operate(lambda model: save(server, model, values))
+        kept = server.noting(lambda model: save(server, model, values))
+        goal = await server.look(kept)  # nothing of the model changes: nobody waits, none is hashed
         return JSONResponse({"path": str(goal)})
 
     return [

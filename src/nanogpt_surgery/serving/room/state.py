@@ -113,12 +113,10 @@ class Room:
         """Whether the base's weights are others than those that were opened."""
         return bool(self._of_model["after_operations"])
 
-    def hash_of(self, weights: Mapping[str, float]) -> str:
-        """Returns one hash for the base with some adapters, each with its weight."""
-        base: str = self._of_model["model"]["hash"]
+    def hashes_of(self, weights: Mapping[str, float]) -> list[str]:
+        """Returns the hashes of the base and of the adapters that take part."""
         known = {row["name"]: row["hash"] for row in self._of_model["adapters"]}
-        parts = [f"{n} {float(w)!r} {known.get(n)}" for n, w in weights.items() if w]
-        return combined([base, *parts]) if parts else base
+        return [self._of_model["model"]["hash"], *(known[n] for n, w in weights.items() if w)]
 
     def state(self) -> dict[str, Any]:
         """Returns all of it as plain values."""

@@ -11,6 +11,7 @@ import asyncio
 import math
 import secrets
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.concurrency import run_in_threadpool
@@ -47,7 +48,7 @@ if TYPE_CHECKING:
     from nanogpt_surgery.serving.server import Server
 
 MOST_SIDES, USUAL_TOKENS = 4, 128
-HashOf = Callable[[Mapping[str, float]], str]
+HashesOf = Callable[[Mapping[str, float]], list[str]]
 
 
 def _are_sides(value: Any) -> bool:
@@ -98,18 +99,34 @@ class Side(Row):
         super().__init__(place, server.tokenizer, [*prompt, *given], stop)
         self.tokenizer, self.weights = server.tokenizer, weights
         self.n_prompt, self.n_given = len(prompt), len(given)
+        self.hashes: list[str] = []  # of the weights that compute it, when it has begun
 
-    async def events(self) -> AsyncIterator[dict[str, Any]]:
-        """Yields the tokens as they come, and how it ended."""
+    async def events(self, seed: int) -> AsyncIterator[dict[str, Any]]:
+        """Yields what it is, when it has begun; the tokens as they come; and how it ended."""
         end: dict[str, Any] = {"side": self.place, "done": True}
+        told = False
         try:
             async for part in self.parts():
+                if not told:
+                    yield self._begun(seed)
+                told = True
                 for event in self._tokens(part):
                     yield {"side": self.place, **event}
+            if not told:
+                yield self._begun(seed)
             yield end | {"reason": self._reason()}
         except Exception as error:
             reason = self.answer.reason or "failed"
             yield end | {"reason": reason, **api_error(error).body()}
+
+    def _begun(self, seed: int) -> dict[str, Any]:
+        return {
+            "side": self.place,
+            "name": str(WeightedAdapters(self.weights)) if self.weights else "base",
+            "hashes": self.hashes,
+            "seed": seed,
+            "prompt_ids": list(self.prompt[: self.n_prompt]),
+        }
 
     def _reason(self) -> str:
         """Why it ended; a stop string has ended it even where the engine calls that otherwise."""
@@ -139,7 +156,7 @@ def _probability(log_probability: float) -> float:
     return round(math.exp(log_probability), 5)
 
 
-def begin(server: Server, body: Mapping[str, Any]) -> tuple[list[Side], int]:
+def begin(server: Server, body: Mapping[str, Any], hashes_of: HashesOf) -> tuple[list[Side], int]:
     """Returns the sides, begun, and the seed of their draws.
 
     Raises:
@@ -162,6 +179,7 @@ def begin(server: Server, body: Mapping[str, Any]) -> tuple[list[Side], int]:
                 adapters=side.weights,
                 likeliest=values["likeliest"],
                 until=side.until,
+                began=partial(_note_hashes, side, hashes_of),
             )
             side.answer = server.engine.submit(request)
             sides.append(side)
@@ -170,6 +188,11 @@ def begin(server: Server, body: Mapping[str, Any]) -> tuple[list[Side], int]:
             raise
     required({"sides": sides or None}, "sides")
     return sides, seed
+
+
+def _note_hashes(side: Side, hashes_of: HashesOf) -> None:
+    """Notes by which weights a side is computed; those of its request may have changed since."""
+    side.hashes = hashes_of(side.weights)
 
 
 def _side(server: Server, values: Mapping[str, Any], place: int) -> Side:
@@ -228,22 +251,12 @@ def _room(server: Server, values: Mapping[str, Any], side: Side) -> int:
     return max(0, min(asked, block + 1 - len(side.prompt)))
 
 
-async def events(
-    sides: Sequence[Side], seed: int, hash_of: HashOf
-) -> AsyncIterator[dict[str, Any]]:
+async def events(sides: Sequence[Side], seed: int) -> AsyncIterator[dict[str, Any]]:
     """Yields what each side is, its tokens as they come, and its end."""
-    for side in sides:
-        yield {
-            "side": side.place,
-            "name": str(WeightedAdapters(side.weights)) if side.weights else "base",
-            "hash": hash_of(side.weights),
-            "seed": seed,
-            "prompt_ids": list(side.prompt[: side.n_prompt]),
-        }
     queue: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
 
     async def feed(side: Side) -> None:
-        async for event in side.events():
+        async for event in side.events(seed):
             queue.put_nowait(event)
 
     feeding, running = [asyncio.create_task(feed(side)) for side in sides], len(sides)
@@ -257,18 +270,18 @@ async def events(
             task.cancel()
 
 
-def routes(server: Server, hash_of: HashOf) -> list[BaseRoute]:
+def routes(server: Server, hashes_of: HashesOf) -> list[BaseRoute]:
     """Returns the route.
 
     Args:
         server: whose model answers.
-        hash_of: one hash for the base with adapters, each with its weight.
+        hashes_of: those of the base and of the adapters that take part.
     """
 
     async def talk(request: HttpRequest) -> Response:
         body = await read_json(request)
         server.check_running()
-        sides, seed = await run_in_threadpool(begin, server, body)
-        return EventStream(lambda: events(sides, seed, hash_of), sides)
+        sides, seed = await run_in_threadpool(begin, server, body, hashes_of)
+        return EventStream(lambda: events(sides, seed), sides)
 
     return [Route("/api/talk", talk, methods=["POST"])]

@@ -41,7 +41,13 @@ from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter, r
 from nanogpt_surgery.generation.settings import SamplingSettings
 from nanogpt_surgery.history.model_history import operation
 from nanogpt_surgery.lora.operations import blend_lora
-from nanogpt_surgery.lora.several import adapter_names, adapter_weights, check_new_name, lora_layers
+from nanogpt_surgery.lora.several import (
+    adapter_names,
+    adapter_weights,
+    check_new_name,
+    has_lora,
+    lora_layers,
+)
 from nanogpt_surgery.lora.stored_adapter import restore
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.runs.data import window_length
@@ -115,6 +121,8 @@ class Process:
     checkpoint: str = ""
     """the newest that answers"""
     sampled: set[int] = field(default_factory=set)
+    taken: list[nn.Module] = field(default_factory=list)
+    """the adapter on the model that it wrote to last; another of its name is not its own"""
 
 
 class Trainer:
@@ -336,16 +344,21 @@ class Trainer:
             is_last = current.process.poll() is not None
             newest = checkpoints(current.run)[-1:]
             if newest and newest[0].name != current.checkpoint:
-                self._take_checkpoint(current, newest[0])
+                self.take_checkpoint(current, newest[0])
             if is_last:
                 break
 
-    def _take_checkpoint(self, current: Process, newest: Path) -> None:
+    def take_checkpoint(self, current: Process, newest: Path) -> None:
+        """Lets a checkpoint answer, under the run's name, and tells what became of it."""
         server, name = self.server, current.run.name
 
         def take(model: SimpleGPT) -> None:
+            there = updates_of(model, name)
+            known = there == current.taken
+            if there and not (known if current.taken else server.folders.get(name) == current.run):
+                raise SurgeryError(f"the model carries another adapter named {name}")
             take_adapter(model, newest, name)
-            server.folders[name] = current.run
+            server.folders[name], current.taken = current.run, updates_of(model, name)
 
         try:
             server.engine.operate(take, server.take_changes).result()
@@ -429,6 +442,12 @@ def _read_lines(process: subprocess.Popen[str], said: list[str]) -> None:
         for line in process.stderr:
             said.append(line.rstrip())
             del said[: -4 * _LINES_OF_ERROR]
+
+
+def updates_of(model: SimpleGPT, name: str) -> list[nn.Module]:
+    """Returns the updates of an adapter, layer after layer; none where there is no such adapter."""
+    layers = lora_layers(model).values() if has_lora(model) else ()
+    return [layer.updates[name] for layer in layers if name in layer.updates]
 
 
 def take_adapter(model: SimpleGPT, folder: Path, name: str) -> None:
