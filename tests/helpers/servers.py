@@ -32,8 +32,7 @@ def adapted_model(*names: str) -> SimpleGPT:
     return model
 
 
-@contextmanager
-def served(
+def listening_server(
     model: SimpleGPT | None = None,
     tokenizer: Any = None,
     name: str = "tiny",
@@ -41,12 +40,18 @@ def served(
     waiting: int = 64,
     grace: float = 1,
     **options: Any,
-) -> Iterator[HttpServer]:
-    """A server that runs until the end of the block."""
+) -> HttpServer:
+    """A server that listens, and is still to be run."""
     model = model or adapted_model("one", "two")
     engine = Engine(model, rows=rows, waiting=waiting)
     tokenizer = tokenizer or CharacterTokenizer(LETTERS)
-    running = HttpServer(Server(engine, model, tokenizer, name, **options), grace=grace)
+    return HttpServer(Server(engine, model, tokenizer, name, **options), grace=grace)
+
+
+@contextmanager
+def served(*arguments: Any, **options: Any) -> Iterator[HttpServer]:
+    """A server that runs until the end of the block."""
+    running = listening_server(*arguments, **options)
     thread = threading.Thread(target=running.serve_until_stopped)
     thread.start()
     try:

@@ -15,13 +15,22 @@ from functools import partial
 
 import pytest
 from helpers.commands import LETTERS, called, write_model
-from helpers.servers import KEY, adapted_model, adapter_folder, asked, held, refused, served
+from helpers.servers import (
+    KEY,
+    adapted_model,
+    adapter_folder,
+    asked,
+    held,
+    listening_server,
+    refused,
+    served,
+)
 from starlette.routing import Mount, Route
 
 from nanogpt_surgery import CharacterTokenizer, SurgeryError, save_adapter
 from nanogpt_surgery.serving.http import ApiError, contained
 from nanogpt_surgery.serving.security import KEY_VARIABLE, Guard, check_exposure, read_key
-from nanogpt_surgery.serving.server import HttpServer, make_app, routes
+from nanogpt_surgery.serving.server import make_app, routes
 
 COMPLETIONS, CHATS = "/v1/completions", "/v1/chat/completions"
 AUTHORIZED = {"Authorization": f"Bearer {KEY}"}
@@ -503,9 +512,21 @@ def test_running_answers_end_within_the_grace_and_no_new_ones_begin():
         assert (status, len(found["choices"][0]["text"])) == (200, 3)
 
 
-def test_a_taken_port_is_named(tmp_path):
-    with served() as running, pytest.raises(SurgeryError, match=str(running.port)):
-        HttpServer(running.server, port=running.port)
+def test_a_server_whose_engine_dies_answers_all_and_ends_with_an_error(monkeypatch):
+    from nanogpt_surgery.serving import engine as engine_module
+
+    def fails(_model):
+        raise ZeroDivisionError("by a test")
+
+    server = listening_server()
+    with ThreadPoolExecutor(1) as pool:
+        ended = pool.submit(server.serve_until_stopped)
+        assert asked(server, COMPLETIONS, LINE)[0] == 200
+        monkeypatch.setattr(engine_module, "WeightHashes", fails)
+        with pytest.raises(ZeroDivisionError):
+            server.server.engine.operate(lambda _: None).result(60)
+        with pytest.raises(SurgeryError, match="ZeroDivisionError: by a test"):
+            ended.result(60)
 
 
 def test_an_adapter_and_the_model_have_two_names():

@@ -188,8 +188,8 @@ def _checked(server: Server, asked: Asked) -> Asked:
         where = "messages" if "messages" in asked.values else "prompt"
         raise ApiError(
             400,
-            f"the {where} has {longest:,} tokens and {asked.max_new_tokens:,} are to follow; the "
-            f"model's context is {block:,}",
+            f"{where}: {longest:,} tokens, and {asked.max_new_tokens:,} are to follow; the model's "
+            f"context is {block:,}",
             param=where,
             code="context_length_exceeded",
         )
@@ -244,7 +244,9 @@ async def answered(
     with ended(rows):
         parts = await while_connected(request, _gathered(rows))
     shown = _best(rows, asked)
-    choices = [form.choice(place, row, parts[row.place]) for place, row in enumerate(shown)]
+    choices = await run_in_threadpool(  # with log-probabilities of long prompts it takes a while
+        lambda: [form.choice(place, row, parts[row.place]) for place, row in enumerate(shown)]
+    )
     return JSONResponse(form.head() | {"choices": choices, "usage": _usage(asked, rows)})
 
 

@@ -59,7 +59,7 @@ def _are_ids(value: Any) -> bool:
 
 
 def _is_stream_options(value: Any) -> bool:
-    return isinstance(value, dict) and type(value.get("include_usage", False)) is bool
+    return isinstance(value, dict) and type(value.get("include_usage") or False) is bool
 
 
 @dataclass(frozen=True)
@@ -129,11 +129,14 @@ CHAT = COMMON | {
 }
 
 _IS_EMPTY: Callable[[Any], bool] = lambda x: x in ("", [], {}, False)  # noqa: E731
+_IS_LEFT_OPEN: Callable[[Any], bool] = lambda x: x in ("auto", "none")  # noqa: E731
 # Each would change the answer; where its value asks for what is done anyway, it is ignored.
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
     "suffix": _IS_EMPTY,
     "tools": _IS_EMPTY,
+    "tool_choice": _IS_LEFT_OPEN,
     "functions": _IS_EMPTY,
+    "function_call": _IS_LEFT_OPEN,
     "response_format": lambda x: x == {"type": "text"},
     "modalities": lambda x: x == ["text"],
     "audio": _IS_EMPTY,

@@ -10,6 +10,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -18,6 +19,7 @@ from nanogpt_surgery.errors import SurgeryError, printable, quoted
 from nanogpt_surgery.serving.request import EngineClosed, QueueFull, TextFailed
 
 LARGEST_BODY = 4 << 20  # bytes
+LARGE_BODY = 64 << 10  # bytes: parsed in a thread, so that streams go on
 DEEPEST = 32  # objects and lists within each other
 MOST_VALUES = 400_000  # commas and brackets of a body
 _DISCARDED = 64 << 20  # bytes of a body that is too large, until the connection is closed
@@ -99,7 +101,8 @@ async def read_json(request: Request, most_bytes: int = LARGEST_BODY) -> dict[st
     if size > most_bytes:
         message = f"the body has {size:,} bytes or more; the limit is {most_bytes:,}"
         raise ApiError(413, message, code="body_too_large")
-    return parse_json(b"".join(parts))
+    data = b"".join(parts)
+    return await run_in_threadpool(parse_json, data) if size > LARGE_BODY else parse_json(data)
 
 
 _TEXTS = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)

@@ -40,7 +40,7 @@ def routes(server: Server) -> list[BaseRoute]:
     return [
         Route("/health", health),
         Route("/v1/models", models),
-        Route("/v1/models/{name}", model),
+        Route("/v1/models/{name:path}", model),
         Route("/metrics", metrics),
     ]
 

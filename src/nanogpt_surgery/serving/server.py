@@ -33,8 +33,9 @@ from nanogpt_surgery.serving import (
     room,
     tokenizer_api,
 )
+from nanogpt_surgery.serving.connections import Connection, bind, listen
 from nanogpt_surgery.serving.http import ApiError, answer_error
-from nanogpt_surgery.serving.security import Guard, check_exposure
+from nanogpt_surgery.serving.security import Guard
 
 if TYPE_CHECKING:
     from nanogpt_surgery.serving.engine import Engine
@@ -193,17 +194,23 @@ class HttpServer(uvicorn.Server):
         host: an address of this machine.
         port: 0 takes a free one.
         grace: seconds that running answers have when it is stopped.
+        bound: a socket that has the address already.
 
     Raises:
         SurgeryError: the address cannot be listened on, or others reach it and there is no key.
     """
 
     def __init__(
-        self, server: Server, host: str = "127.0.0.1", port: int = 0, grace: float = GRACE
+        self,
+        server: Server,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        grace: float = GRACE,
+        bound: socket.socket | None = None,
     ) -> None:
-        check_exposure(host, server.key)
         self.server, self.grace = server, grace
-        self.socket = _bound(host, port)
+        self.socket = bound or bind(host, port, server.key)
+        listen(self.socket)
         self.port: int = self.socket.getsockname()[1]
         shown = f"[{host}]" if ":" in host else host
         self.address = f"http://{shown}:{self.port}"
@@ -211,7 +218,7 @@ class HttpServer(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 make_app(server, host),
-                http="h11",
+                http=Connection,
                 ws="none",
                 lifespan="off",
                 access_log=False,
@@ -224,10 +231,16 @@ class HttpServer(uvicorn.Server):
         )
 
     def serve_until_stopped(self) -> None:
-        """Answers requests; running answers have ended when it returns."""
+        """Answers requests; running answers have ended when it returns.
+
+        Raises:
+            SurgeryError: it has ended because the engine has, by an error of the program.
+        """
         self.run(sockets=[self.socket])
         self.stop()
         self._closing.join()
+        if error := self.server.engine.error:
+            raise SurgeryError(f"the engine has ended by an error: {type(error).__name__}: {error}")
 
     def stop(self) -> None:
         """Lets no more requests begin, and ends running ones within the grace; returns at once."""
@@ -237,23 +250,13 @@ class HttpServer(uvicorn.Server):
             self._closing.start()
         self.should_exit = True
 
+    async def on_tick(self, counter: int) -> bool:
+        """Returns whether it is to stop: also where the engine has ended."""
+        if self.server.engine.closed:
+            self.stop()
+        return await super().on_tick(counter)
+
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Leaves signals to the program that serves."""
         yield
-
-
-def _bound(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    found = socket.socket(family)
-    try:
-        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        found.bind((host, port))
-        found.listen(512)
-    except (OSError, OverflowError) as error:
-        found.close()
-        reason = getattr(error, "strerror", None) or str(error)
-        raise SurgeryError(
-            f"{host}, port {port}, cannot be listened on: {reason}", "choose another port"
-        ) from None
-    return found

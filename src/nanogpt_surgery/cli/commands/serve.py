@@ -56,13 +56,14 @@ def serve(
     adapter
         NAME=FOLDER, or a folder that gives its name; may be given several times
     """
+    from nanogpt_surgery.serving.connections import bind
     from nanogpt_surgery.serving.engine import Engine
-    from nanogpt_surgery.serving.security import check_exposure, read_key
+    from nanogpt_surgery.serving.security import read_key
     from nanogpt_surgery.serving.server import HttpServer, Server
 
     key, given = read_key(serving.api_key_file), named_adapters(adapter or ())
-    check_exposure(serving.host, key)
     serving.check()
+    bound = bind(serving.host, serving.port, key)  # what is refused is so before the model is read
     network, tokenizer = opening.open(model, given)
     say_engine(network, "auto")
     served = Server(
@@ -77,7 +78,7 @@ def serve(
         key=key,
         log=say,
     )
-    http = HttpServer(served, serving.host, serving.port)
+    http = HttpServer(served, serving.host, bound=bound)
     with first_signal(lambda _: http.stop(), signal.SIGINT, signal.SIGTERM):
         say(f"serving {', '.join((served.name, *served.adapters))}")
         print(f"{http.address}: the page; {http.address}/v1: the API", flush=True)
