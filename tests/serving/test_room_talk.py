@@ -195,8 +195,9 @@ def test_a_side_that_waits_for_an_operation_has_the_hash_of_after_it():
     go = threading.Event()
     with page_of(model_with("one")) as (client, server), ThreadPoolExecutor(1) as pool:
         before = client.get("/api/state").json()["model"]["hash"]
-        change = server.noting(lambda model: go.wait(60) and merge_lora(model))
-        done = server.engine.operate(change)
+        done = server.engine.operate(
+            lambda model: go.wait(60) and merge_lora(model), server.take_changes
+        )
         sides = [{"adapters": {}}]
         talk = pool.submit(streamed, client, "/api/talk", prompt=PROMPT, sides=sides)
         while not server.engine.figures()["requests_waiting"]:

@@ -301,11 +301,11 @@ def test_a_checkpoint_never_overwrites_another_adapter_of_its_name(room, tmp_pat
         before = client.get("/api/state").json()["adapters"]
         trainer.take_checkpoint(current, run)
         assert client.get("/api/state").json()["adapters"] == before
-        return current.error
+        return current.not_taken
 
     current = Process(run, None, NewSteps(run))
     trainer.take_checkpoint(current, run)
-    assert current.error is None and server.folders["style"] == run
+    assert current.not_taken is None and server.folders["style"] == run
     assert taken(current) is None, "the same once more"
     for _ in range(2):  # the load, and the removal of the one made by hand
         posted(client, "/api/undo")

@@ -350,7 +350,12 @@ def routes(server: Server) -> list[BaseRoute]:
         server.check_running()
         values = read_fields(await read_json(request), _SAVED)
         required(values, "what")
-        kept = server.noting(lambda model: save(server, model, values))
+
+        def kept(model: SimpleGPT) -> Path:
+            goal = save(server, model, values)
+            server.take_changes()
+            return goal
+
         goal = await server.look(kept)  # nothing of the model changes: nobody waits, none is hashed
         return JSONResponse({"path": str(goal)})
 
