@@ -63,30 +63,38 @@ def test_training_an_opened_model_does_not_write_to_its_file(tmp_path):
     assert (tmp_path / "m" / "model.safetensors").read_bytes() == before
 
 
+# Not ru_maxrss, which a process inherits from the one that starts it; once before, to load code.
 _PEAK = """
-import resource, sys, torch
+import ctypes, gc, re, sys, torch
+from pathlib import Path
 from nanogpt_surgery import open_model
-import nanogpt_surgery.formats.placing, nanogpt_surgery.formats.huggingface.tokenizer_files
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-model = open_model(sys.argv[1], getattr(torch, sys.argv[2]))[0]
-total = sum(float(p.sum()) for p in model.parameters())  # every page is touched
-weights = sum(p.numel() * p.element_size() for p in model.parameters())
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print((after - before) * 1024 / weights)
+status = lambda key: int(re.search(key + r":\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+def opened():
+    model = open_model(sys.argv[1], getattr(torch, sys.argv[2]))[0]
+    total = sum(float(p.sum()) for p in model.parameters())  # every page is touched
+    return sum(p.numel() * p.element_size() for p in model.parameters())
+opened()
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+before = status("VmRSS")
+weights = opened()
+print((status("VmHWM") - before) * 1024 / weights)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc says what the peak is")
 @pytest.mark.parametrize(
     ("family", "dtype"),
     [("llama", "float32"), ("llama", "bfloat16"), ("gpt2", "float32"), ("gpt2", "bfloat16")],
 )
 def test_peak_memory_is_at_most_the_weights_and_a_fifth(family, dtype, tmp_path):
-    sizes = {"n_embd": 512, "n_head": 8, "n_layer": 4, "block_size": 128}
+    sizes = {"n_embd": 512, "n_head": 8, "n_layer": 12, "block_size": 128}
     config = GPTConfig.for_family(family, vocab_size=25_000, **sizes, tie_head=True)
     write_model_files(SimpleGPT.from_config(config), tmp_path)
     command = [sys.executable, "-c", _PEAK, str(tmp_path), dtype]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=True)
-    assert float(done.stdout) <= 1.2
+    assert 0.5 < float(done.stdout) <= 1.2
 
 
 def edited(folder, **changes):
