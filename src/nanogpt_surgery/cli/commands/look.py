@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json as json_of
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, width_of
 from nanogpt_surgery.cli.framework.options import (
@@ -30,17 +27,6 @@ if TYPE_CHECKING:
 CELL, MARGIN, WIDTH = 12, 6, 100  # columns of the grid; the last where there is no terminal
 
 
-@Parameter(name="*")
-@dataclass(frozen=True)
-class PictureOptions:
-    """Pictures of attention, with --out."""
-
-    layers: tuple[int, ...] | None = None
-    """whose attention is drawn; by default the first, the middle and the last"""
-    heads: tuple[int, ...] | None = None
-    """the heads that are drawn; all by default"""
-
-
 def look(
     model: Model,
     *,
@@ -48,7 +34,8 @@ def look(
     adapter: AdapterFolder = None,
     out: Path | None = None,
     overwrite: Overwrite = False,
-    pictures: PictureOptions = PictureOptions(),
+    layers: tuple[int, ...] | None = None,
+    heads: tuple[int, ...] | None = None,
     opening: OpeningOptions = OpeningOptions(),
     json: Json = False,
 ) -> None:
@@ -60,6 +47,8 @@ def look(
     Args:
         prompt: the text to look at; - reads it from standard input
         out: a folder for pictures (PNG) and look.html, a page that opens without a network
+        layers: whose attention is drawn; by default the first, the middle and the last
+        heads: the heads that are drawn; all by default
     """
     from nanogpt_surgery.interpret.looking import look_at
 
@@ -67,9 +56,10 @@ def look(
     if out is not None:
         check_out(out, overwrite)
     looked = look_at(*opening.open(model, one_adapter(adapter)), text)
-    looked.check_choices(**vars(pictures))
+    pictures = {"layers": layers, "heads": heads}
+    looked.check_choices(**pictures)
     if out is not None:
-        looked.write(out, f"{model}{f' and {adapter}' if adapter else ''}", **vars(pictures))
+        looked.write(out, f"{model}{f' and {adapter}' if adapter else ''}", **pictures)
         say(f"wrote {out}; {out / 'look.html'} opens in a browser")
     if json:
         print(json_of.dumps(looked.to_dict(), indent=2))
