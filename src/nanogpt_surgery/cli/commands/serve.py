@@ -51,10 +51,8 @@ def serve(
     Clients ask for the model, or for an adapter on it, by name. Ctrl-C, or SIGTERM, ends it when
     running answers have ended, after ten seconds at the latest.
 
-    Parameters
-    ----------
-    adapter
-        NAME=FOLDER, or a folder that gives its name; may be given several times
+    Args:
+        adapter: NAME=FOLDER, or a folder that gives its name; may be given several times
     """
     from nanogpt_surgery.serving.connections import bind
     from nanogpt_surgery.serving.engine import Engine
