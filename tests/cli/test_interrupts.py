@@ -87,7 +87,7 @@ def inside(monkeypatch: pytest.MonkeyPatch, where: str, number: int) -> None:
         ),
         ("merge m a --out new", "nanogpt_surgery.files.atomic:flush", signal.SIGINT),
         ("merge m a", "nanogpt_surgery.files.atomic:flush", signal.SIGTERM),
-        ("merge m a --plan", "nanogpt_surgery.formats.folders.merging:plan_merge", signal.SIGINT),
+        ("merge m a --plan", "nanogpt_surgery.formats.folders.merging:_planned", signal.SIGINT),
         (
             "tokenizer train text.txt --vocab-size 270 --out new",
             "nanogpt_surgery.files.atomic:seal",

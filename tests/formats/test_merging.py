@@ -22,7 +22,7 @@ from nanogpt_surgery import (
 from nanogpt_surgery.cli.framework.app import run as surgery
 from nanogpt_surgery.files.atomic import MANIFEST
 from nanogpt_surgery.files.writing import write_json
-from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf, plan_merge
+from nanogpt_surgery.formats.folders.merging import merge_adapter, merge_into_gguf
 from nanogpt_surgery.history.folder_history import folder_log, undo_folder
 from nanogpt_surgery.lora.several import lora_layers
 from nanogpt_surgery.lora.stored_adapter import extract_adapter
@@ -122,7 +122,7 @@ def test_a_module_replaced_whole_is_a_change(place):
 
 def test_a_plan_says_what_survives_and_writes_nothing(place):
     first = bytes_of(place)
-    plan = plan_merge(place / "model", place / "adapter", dtype="float16")
+    plan = merge_adapter(place / "model", place / "adapter", dtype="float16", plan=True)
     assert bytes_of(place) == first
     assert not (place / "model" / "operations").exists()
     assert {"bfloat16", "float16", "int8", "int4"} <= plan.rows[0].keys()
@@ -139,9 +139,9 @@ def test_merging_over_the_model_itself_is_refused_since_it_has_no_undo(place, ou
     (place / "other").mkdir()
     (place / "link").symlink_to(place / "model")
     before = bytes_of(place / "model")
-    for merging in (plan_merge, merge_adapter):
+    for plan in (True, False):
         with pytest.raises(SurgeryError, match=r"(?s)the model itself.*in place, with undo"):
-            merging(place / "model", place / "adapter", place / out)
+            merge_adapter(place / "model", place / "adapter", place / out, plan=plan)
     assert bytes_of(place / "model") == before
 
 

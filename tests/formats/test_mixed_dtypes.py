@@ -19,7 +19,7 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.files.atomic import MANIFEST
-from nanogpt_surgery.formats.folders.merging import merge_adapter, plan_merge
+from nanogpt_surgery.formats.folders.merging import merge_adapter
 from nanogpt_surgery.history.folder_history import undo_folder
 from nanogpt_surgery.lora.several import lora_layers
 
@@ -97,7 +97,7 @@ def test_each_merged_weight_is_rounded_to_its_own_dtype(tmp_path):
 def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(tmp_path):
     first = write_mixed(tmp_path / "base")
     write_adapter(tmp_path / "base", tmp_path / "adapter", "q_proj")
-    plan = plan_merge(tmp_path / "base", tmp_path / "adapter", dtype="float32")
+    plan = merge_adapter(tmp_path / "base", tmp_path / "adapter", dtype="float32", plan=True)
     assert plan.summary["model_bytes"] == 4 * sum(tensor.numel() for tensor in first.values())
     merge_adapter(tmp_path / "base", tmp_path / "adapter", tmp_path / "out", dtype="float32")
     now = load_file(tmp_path / "out" / WEIGHTS)
@@ -108,7 +108,7 @@ def test_a_dtype_that_is_asked_for_is_that_of_every_tensor(tmp_path):
 def test_a_plan_counts_each_dtype(tmp_path):
     first = write_mixed(tmp_path / "base")
     write_adapter(tmp_path / "base", tmp_path / "adapter", "q_proj")
-    plan = plan_merge(tmp_path / "base", tmp_path / "adapter")
+    plan = merge_adapter(tmp_path / "base", tmp_path / "adapter", plan=True)
     assert plan.summary["model_bytes"] == sum(t.nbytes for t in first.values())
     assert plan.summary["dtype"] == "bfloat16 and float32"
 

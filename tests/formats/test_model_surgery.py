@@ -30,13 +30,12 @@ from nanogpt_surgery import (
     save_model,
 )
 from nanogpt_surgery.data.tokenizers.pretrained_tokenizer import PretrainedTokenizer
-from nanogpt_surgery.formats.folders.model_surgery import operate_on_model, plan_on_model
+from nanogpt_surgery.formats.folders.operating import operate_on_folder
 from nanogpt_surgery.history.folder_history import folder_log, hashes_of, redo_folder, undo_folder
 from nanogpt_surgery.surgery import (
     add_tokens,
     drop_unused_tokens,
     duplicate_layers,
-    plan_prune,
     prune_layers,
 )
 
@@ -57,21 +56,21 @@ VOCABULARY = PretrainedTokenizer(byte_level(330))
 
 
 def pruning(*layers):
-    return lambda model, tokenizer, probe: (tokenizer, prune_layers(model, layers, probe=probe))
+    return lambda model, _, **how: prune_layers(model, layers, **how)
 
 
 def doubling(*layers):
-    return lambda model, tokenizer, probe: (tokenizer, duplicate_layers(model, layers, probe=probe))
+    return lambda model, _, **how: duplicate_layers(model, layers, **how)
 
 
 def adding(*tokens, **options):
-    return lambda model, tokenizer, probe: add_tokens(
-        model, tokenizer, tokens, probe=probe, **options
-    )
+    return lambda model, tokenizer, **how: add_tokens(model, tokenizer, tokens, **how, **options)
 
 
 def dropping(text):
-    return lambda model, tokenizer, probe: drop_unused_tokens(model, tokenizer, text, probe=probe)
+    return lambda model, tokenizer, probe, plan: drop_unused_tokens(
+        model, tokenizer, text, plan=plan
+    )
 
 
 @pytest.fixture(scope="module")
@@ -125,7 +124,7 @@ def test_a_pruned_and_a_doubled_folder_open_in_transformers(folder):
     before, config = hashes_of(folder), config_of(folder)
     ids = torch.tensor([[5, 7, 11]])
     plain = open_model(folder)[0](ids)
-    report = operate_on_model(folder, doubling(1, 1))
+    report = operate_on_folder(folder, doubling(1, 1))
     assert report.summary["largest_error"] == 0
     model, *_ = assert_agrees(folder)
     assert torch.equal(model(ids), plain)
@@ -134,7 +133,7 @@ def test_a_pruned_and_a_doubled_folder_open_in_transformers(folder):
     assert changed <= {"num_hidden_layers", "n_layer", "layer_types", "max_window_layers"}
     for key, value in now.items():
         assert "layer" not in key or not isinstance(value, list) or len(value) == 5
-    operate_on_model(folder, pruning(0, 4), probe=TEXT * 30)
+    operate_on_folder(folder, pruning(0, 4), probe=TEXT * 30)
     assert len(assert_agrees(folder)[0].layers) == 3
     rows = folder_log(folder).rows
     assert [row["operation"] for row in rows] == ["duplicate layers 1, 1", "prune layers 0, 4"]
@@ -146,12 +145,12 @@ def test_a_pruned_and_a_doubled_folder_open_in_transformers(folder):
 
 def test_tokens_are_added_and_dropped_as_transformers_reads_them(folder):
     before = hashes_of(folder)
-    operate_on_model(folder, adding("brown fox", "<tool>"))
+    operate_on_folder(folder, adding("brown fox", "<tool>"))
     model, tokenizer, _ = assert_agrees(folder, "The brown fox <tool>")
     size = VOCABULARY.vocab_size
     assert model.config.vocab_size == size + 2
     assert tokenizer.encode("brown fox") == [size]
-    operate_on_model(folder, dropping("The quick brown fox"))
+    operate_on_folder(folder, dropping("The quick brown fox"))
     _, tokenizer, theirs = assert_agrees(folder, "The quick brown fox and naïve")
     assert tokenizer.id_of("<|im_end|>") == tokenizer.eos_id
     generation = json.loads((folder / "generation_config.json").read_text())
@@ -171,8 +170,8 @@ def test_folders_of_ours_too(tokenizer, tmp_path):
     config = GPTConfig.for_family("gpt2", vocab_size=tokenizer.vocab_size, n_embd=24, n_head=3)
     save_model(tiny_model(config), tmp_path / "m", tokenizer)
     before = hashes_of(tmp_path / "m")
-    operate_on_model(tmp_path / "m", adding("✂"), tmp_path / "more")
-    operate_on_model(tmp_path / "more", dropping("The quick brown ✂ fox"), tmp_path / "less")
+    operate_on_folder(tmp_path / "m", adding("✂"), tmp_path / "more")
+    operate_on_folder(tmp_path / "more", dropping("The quick brown ✂ fox"), tmp_path / "less")
     for name in ("more", "less"):
         assert_agrees(tmp_path / name, "The quick brown ✂ fox")
     assert open_model(tmp_path / "less")[0].config.vocab_size < config.vocab_size
@@ -192,7 +191,7 @@ def test_files_of_the_old_vocabulary_go_and_come_back(originals, tmp_path):
     for name in ("tokenizer_config.json", "special_tokens_map.json"):
         (folder / name).unlink(missing_ok=True)
     before = hashes_of(folder)
-    operate_on_model(folder, dropping("The quick brown fox"))
+    operate_on_folder(folder, dropping("The quick brown fox"))
     assert not (folder / "vocab.json").exists()
     assert not (folder / "merges.txt").exists()
     undo_folder(folder)
@@ -202,16 +201,16 @@ def test_files_of_the_old_vocabulary_go_and_come_back(originals, tmp_path):
 def test_a_plan_writes_nothing(originals, tmp_path):
     folder = shutil.copytree(originals / "llama", tmp_path / "m")
     before = hashes_of(folder)
-    planned = plan_on_model(folder, lambda model, _: plan_prune(model, [1]))
-    done = operate_on_model(folder, pruning(1))
+    planned = operate_on_folder(folder, pruning(1), plan=True)
+    done = operate_on_folder(folder, pruning(1))
     assert done.summary["model_after_bytes"] == planned.summary["model_after_bytes"]
     assert planned.summary["kept_originals_bytes"] > planned.summary["model_before_bytes"]
     undo_folder(folder)
     assert hashes_of(folder) == before
     with pytest.raises(SurgeryError, match="itself"):
-        operate_on_model(folder, pruning(1), folder)
+        operate_on_folder(folder, pruning(1), folder)
     with pytest.raises(SurgeryError, match="layer 7"):
-        operate_on_model(folder, pruning(7))
+        operate_on_folder(folder, pruning(7))
     assert hashes_of(folder) == before
 
 
@@ -219,8 +218,8 @@ def test_each_tensor_keeps_its_dtype(originals, tmp_path):
     model, tokenizer = open_model(originals / "qwen3", torch.bfloat16)
     model.norm.float()
     save_model(model, tmp_path / "m", tokenizer)
-    operate_on_model(tmp_path / "m", doubling(0))
-    operate_on_model(tmp_path / "m", adding("<tool>"))
+    operate_on_folder(tmp_path / "m", doubling(0))
+    operate_on_folder(tmp_path / "m", adding("<tool>"))
     again, _ = open_model(tmp_path / "m", "each")
     assert again.norm.weight.dtype == torch.float32
     assert again.embed_tokens.weight.dtype == torch.bfloat16
@@ -245,7 +244,7 @@ def test_any_sequence_undone_gives_every_byte_back(originals, tmp_path, names):
     shutil.copytree(originals / "llama", folder)
     states = [hashes_of(folder)]
     for name in names:
-        operate_on_model(folder, STEPS[name])
+        operate_on_folder(folder, STEPS[name])
         states.append(hashes_of(folder))
     for state in states[-2::-1]:
         undo_folder(folder)

@@ -19,7 +19,7 @@ from nanogpt_surgery import (
 )
 from nanogpt_surgery.files.atomic import file_hash
 from nanogpt_surgery.formats.folders.merging import merge_adapter
-from nanogpt_surgery.formats.folders.model_surgery import operate_on_model
+from nanogpt_surgery.formats.folders.operating import operate_on_folder
 from nanogpt_surgery.formats.folders.run_folder import checkpoint_folder
 from nanogpt_surgery.formats.model_file import write_model_files
 from nanogpt_surgery.history.folder_history import folder_log, hashes_of, undo_folder
@@ -179,10 +179,7 @@ def test_a_run_is_pruned_in_place_and_goes_on_after_an_undo(place):
     run = place / "run"
     before, layers = hashes_of(run), len(open_model(run)[0].layers)
 
-    def prune(model, tokenizer, probe):
-        return tokenizer, prune_layers(model, [0], probe=probe)
-
-    operate_on_model(run, prune)
+    operate_on_folder(run, lambda model, _, **how: prune_layers(model, [0], **how))
     assert len(open_model(run)[0].layers) == layers - 1
     with pytest.raises(SurgeryError, match="operated on"):
         train(run, 1)

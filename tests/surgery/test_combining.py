@@ -207,9 +207,47 @@ def test_a_tied_embedding_is_extracted_for_both():
     tuned.embed_tokens.weight[3] += 1
     tuned.norm.weight += 0.5
     report = extract(model, tuned, "both", rank=2)
-    assert report.summary["left out"] == "norm.weight"
-    model.norm.weight += 0.5
+    assert report.summary["left out"] == ""
+    assert report.rows[-1] == {"layer": "norm.weight", "rank": None, "error": 0.0} | {
+        "‖ΔW‖": pytest.approx(0.5 * 24**0.5)
+    }
     assert_close(model(ids), tuned(ids))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning",
+    "ignore:fan_in_fan_out is set to True but the target module is",
+)  # peft
+@torch.no_grad()
+def test_biases_and_norms_are_extracted_and_peft_computes_the_tuned_model(tmp_path):
+    model, tuned = (tiny_model(CONFIGS["gpt2"]) for _ in range(2))
+    save_model(model, tmp_path / "base")
+    ids = random_ids(model.config, 2, 7)
+    tuned.layers[0].mlp.up_proj.weight += 0.1
+    tuned.layers[0].mlp.up_proj.bias += torch.arange(40) / 50
+    tuned.layers[1].self_attn.k_proj.bias -= 0.7  # its weight is as it was
+    tuned.layers[1].input_layernorm.weight *= 2
+    tuned.norm.bias += 0.3
+    report = extract(model, tuned, "all", rank=1, probe=ids)
+    assert report.summary["largest_error"] < 1e-4
+    assert (report.summary["biases"], report.summary["left out"]) == (2, "")
+    whole = [row["layer"] for row in report.rows if row["rank"] is None]
+    assert whole == ["layers.1.input_layernorm.weight", "norm.bias"]
+    save_adapter(model, tmp_path / "all")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "all").eval()
+    torch.testing.assert_close(theirs(ids).logits, tuned(ids), atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_biases_that_the_format_has_no_place_for_are_named_with_their_size():
+    model, tuned = (tiny_model(CONFIGS["gpt2"]) for _ in range(2))
+    ids = random_ids(model.config, 2, 7)
+    tuned.embed_tokens.weight[3] += 1
+    tuned.layers[0].self_attn.o_proj.bias += torch.arange(24) / 9
+    report = extract(model, tuned, "all", rank=1, probe=ids)
+    assert report.summary["left out"] == "layers.0.self_attn.o_proj.bias (24)"
+    assert report.summary["largest_error"] > 0.01
 
 
 @torch.no_grad()

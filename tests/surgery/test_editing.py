@@ -22,7 +22,7 @@ from nanogpt_surgery import (
     undo_lora,
 )
 from nanogpt_surgery.interpret import causal_trace, record
-from nanogpt_surgery.surgery import edit, editing, plan_edit
+from nanogpt_surgery.surgery import edit, editing
 
 LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz .FR")
 FACT = ("capital of {} is", "France", " Rome")
@@ -45,7 +45,7 @@ def test_the_target_becomes_likelier_by_a_change_of_rank_one_that_is_undone(kind
     before, ids = bits(model), torch.tensor([LETTERS.encode("capital of France is")])
     first = LETTERS.encode(" ")[0]
     neighbours = ["capital of Rome is", "a town"]
-    plan = plan_edit(model, LETTERS, *FACT, layer=1)
+    plan = edit(model, LETTERS, *FACT, layer=1, plan=True)
     report = edit(model, LETTERS, *FACT, layer=1, text=TEXT, neighbours=neighbours)
     with torch.no_grad():
         after = float(model(ids)[0, -1].softmax(-1)[first])
@@ -149,7 +149,6 @@ def test_an_edit_is_a_folder_that_peft_opens_and_that_is_merged(tmp_path, monkey
     words = ["model", "edit", "m", "--prompt", FACT[0], "--subject", FACT[1], "--target", FACT[2]]
     assert "layers.1.mlp" in called(*words, "--layer", 1, "--plan")[0]
     assert not (tmp_path / "e").exists()
-    assert "--out" in called(*words, check=1)[1]
     options = ["--text", "text.txt", "--layer", 1, "--neighbour", "a town"]
     called(*words, "--out", "e", *options)
     assert "overwrite" in called(*words, "--out", "e", *options, check=1)[1]

@@ -302,8 +302,6 @@ def attach_adapter(
     adapter: StoredAdapter,
     name: str,
     tied: Tied | None = None,
-    title: str = "",
-    then: Callable[[], None] | None = None,
     hashed: bool = True,
 ) -> Report:
     """Wraps the layers of a model and gives them the updates of an adapter, which then acts alone.
@@ -313,8 +311,6 @@ def attach_adapter(
         adapter: with the model's own names; `check_fit` has let it pass.
         name: for the adapter; `check_new_name` has let it pass.
         tied: as in `inject_lora`; what the adapter says by default, or else "refuse".
-        title: of the operation in the journal; by default that the adapter was loaded.
-        then: called before the operation counts, to check or measure; what it raises undoes it.
         hashed: as in `operation`; without, its undo compares nothing.
 
     Raises:
@@ -336,10 +332,8 @@ def attach_adapter(
         if path not in others
     }
     factories |= {path: partial(WholeUpdate, tensors=tensors) for path, tensors in whole.items()}
-    with operation(model, title or f"load {name}", hashed):
+    with operation(model, f"load {name}", hashed):
         attach_updates(model, name, factories, tied_layers, unties=choice == "untie")
-        if then is not None:
-            then()
     return report_on(model, "LoRA loaded")
 
 

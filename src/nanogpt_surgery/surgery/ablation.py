@@ -29,8 +29,7 @@ from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
 from nanogpt_surgery.surgery.low_rank import Factors
-from nanogpt_surgery.surgery.made_adapter import MadeAdapter
-from nanogpt_surgery.surgery.structure import measured
+from nanogpt_surgery.surgery.operating import Prepared, carry_out, measured, with_adapter
 
 LEFT = 1e-6  # of ‖W‖: as much as may be left of what was cut
 
@@ -45,12 +44,13 @@ def ablate(
     direction: Tensor | None = None,
     layers: Sequence[int] | None = None,
     probe: Probe | None = None,
+    merge: bool = False,
+    plan: bool = False,
 ) -> Report:
     """Puts an adapter on a model that takes parts of the model's own weights away, and acts alone.
 
     A direction is cut from the layers' biases too. With heads and neurons biases stay: those of
-    o_proj and down_proj are no head's and no neuron's. What the embedding writes along the
-    direction stays, and is in the report.
+    o_proj and down_proj are no head's. What the embedding writes along the direction is reported.
 
     Args:
         model: changed in place; adapters that it carries wait.
@@ -61,56 +61,35 @@ def ablate(
         layers: in which the direction is cut; all by default.
         probe: ids (B, T), or a function that gives logits: by it the ablation is compared with the
             model without any adapter.
+        merge: put it into the weights, in the same step; adapters leave then.
+        plan: put nothing on the model, and say what it would be.
 
     Returns:
-        A row for each cut layer: its rank, ‖ΔW‖ / ‖W‖, what is left of what was cut beside ‖W‖, and
-        what its bias wrote along the direction, which is cut too.
+        A row for each cut layer: its rank, ‖ΔW‖ / ‖W‖, what is left of the cut beside ‖W‖, and what
+        its bias wrote along the direction, which is cut too.
 
     Raises:
         SurgeryError: a head, neuron, layer or direction is not there, nothing is cut, layers are
             named without a direction, or more than rounding is left of what was cut. The model is
             untouched then.
     """
-    made = _ablation(model, name, heads, neurons, direction, layers)
-    return made.put_on(model, name, lambda: _logits_without_adapters(model, probe), probe)
-
-
-@check_arguments
-def plan_ablate(
-    model: SimpleGPT,
-    name: str = "ablation",
-    *,
-    heads: Mapping[int, Sequence[int]] | None = None,
-    neurons: Mapping[int, Sequence[int]] | None = None,
-    direction: Tensor | None = None,
-    layers: Sequence[int] | None = None,
-) -> Report:
-    """Returns what `ablate` with the same arguments would put on the model; it is not touched.
-
-    Raises:
-        SurgeryError: as `ablate`.
-    """
-    return _ablation(model, name, heads, neurons, direction, layers).plan()
-
-
-def _ablation(
-    model: SimpleGPT,
-    name: str,
-    heads: Mapping[int, Sequence[int]] | None,
-    neurons: Mapping[int, Sequence[int]] | None,
-    direction: Tensor | None,
-    layers: Sequence[int] | None,
-) -> MadeAdapter:
     check_new_name(model, name)
-    if direction is None and layers is not None:
-        raise SurgeryError("layers are named without a direction", "heads={layer: [head, …]}")
     unit = None if direction is None else _unit(direction, model.config.n_embd)
-    updates, rows = _cuts(model, heads or {}, neurons or {}, unit, layers)
-    more: dict[str, Any] = {}
-    if unit is not None:
-        written = _bare(model, "embed_tokens").weight.detach().float().cpu() @ unit  # (V,)
-        more["embedding along it"] = float(written.square().mean().sqrt())
-    return MadeAdapter(f"ablate as {name}", StoredAdapter(updates), rows, more)
+    if unit is None and layers is not None:
+        raise SurgeryError("layers are named without a direction", "heads={layer: [head, …]}")
+
+    def prepare() -> Prepared:
+        updates, rows = _cuts(model, heads or {}, neurons or {}, unit, layers)
+        title, adapter = f"ablate as {name}", StoredAdapter(updates)
+        left = {} if unit is None else {"embedding along it": _written_by_embedding(model, unit)}
+        return with_adapter(model, name, title, adapter, rows, left, merge)
+
+    return carry_out(model, prepare, probe, plan, lambda: _logits_without_adapters(model, probe))
+
+
+def _written_by_embedding(model: SimpleGPT, unit: Tensor) -> float:
+    written = _bare(model, "embed_tokens").weight.detach().float().cpu() @ unit  # (V,)
+    return float(written.square().mean().sqrt())
 
 
 def _logits_without_adapters(model: SimpleGPT, probe: Probe | None) -> Tensor | None:

@@ -13,7 +13,9 @@ Each is in the journal, and leaves the model as it was if it fails.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,8 +48,7 @@ from nanogpt_surgery.surgery.low_rank import (
     factorised,
     truncated,
 )
-from nanogpt_surgery.surgery.made_adapter import MadeAdapter
-from nanogpt_surgery.surgery.structure import measured
+from nanogpt_surgery.surgery.operating import Prepared, carry_out, measured, with_adapter
 
 ROUNDING = 1e-4  # of ‖ΔW‖: more than this is no rounding of float32
 
@@ -63,6 +64,7 @@ def combine(
     density: float = 0.5,
     seed: int = 0,
     probe: Probe | None = None,
+    plan: bool = False,
 ) -> Report:
     """Makes one adapter of several that a model carries; it takes part alone, the others wait.
 
@@ -77,6 +79,7 @@ def combine(
         seed: of dare's draws.
         probe: ids (B, T), or a function that gives logits; by it the new adapter is compared with
             the weighted sum.
+        plan: put nothing on the model, and say what it would be.
 
     Returns:
         A row for each layer: rank, ‖ΔW‖, and the error of the truncation, ‖ΔW − ΔW'‖ / ‖ΔW‖.
@@ -85,51 +88,31 @@ def combine(
         SurgeryError: an adapter is not there, is a DoRA or replaces modules whole, a value is
             outside its range, or the exact form is not the sum. The model is untouched then.
     """
-    made = _combination(model, weights, name, method, rank, density, seed)
-    return made.put_on(model, name, lambda: _blend_logits(model, weights, probe), probe)
-
-
-@check_arguments
-def plan_combine(
-    model: nn.Module,
-    weights: Mapping[str, float],
-    name: str,
-    *,
-    method: Method = "linear",
-    rank: int | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-) -> Report:
-    """Returns what `combine` with the same arguments would make; the model is not touched.
-
-    Raises:
-        SurgeryError: as `combine`.
-    """
-    return _combination(model, weights, name, method, rank, density, seed).plan()
+    check_new_name(model, name)
+    chosen = checked_weights(weights, method, rank, density)
+    draw = torch.Generator().manual_seed(seed)
+    one = partial(_combined, method=method, rank=rank, density=density, draw=draw)
+    prepare = partial(_combination, model, chosen, name, one)
+    return carry_out(model, prepare, probe, plan, lambda: _blend_logits(model, weights, probe))
 
 
 def _combination(
     model: nn.Module,
     weights: Mapping[str, float],
     name: str,
-    method: Method,
-    rank: int | None,
-    density: float,
-    seed: int,
-) -> MadeAdapter:
-    check_new_name(model, name)
-    weights = checked_weights(weights, method, rank, density)
-    stored = {one: _products(model, check_name(model, one)) for one in weights}
-    draw = torch.Generator().manual_seed(seed)
+    one: Callable[[list[tuple[float, LowRankUpdate]]], tuple[Factors, dict[str, Any]]],
+) -> Prepared:
+    """Returns the adapter of several; `one` gives a layer's factors, and its row."""
+    stored = {adapter: _products(model, check_name(model, adapter)) for adapter in weights}
     made: dict[str, LowRankUpdate] = {}
     rows: list[dict[str, Any]] = []
     for layer in dict.fromkeys(path for updates in stored.values() for path in updates):
         parts = [(w, stored[n][layer]) for n, w in weights.items() if layer in stored[n]]
-        factors, row = _combined(parts, method, rank, density, draw)
+        factors, row = one(parts)
         made[layer] = _update(factors, parts[0][1].embedding, _bias(parts))
         rows.append({"layer": layer, **row})
     title = f"combine {' + '.join(f'{w:g} {n}' for n, w in weights.items())} as {name}"
-    return MadeAdapter(title, _stored(model, made, weights), rows)
+    return with_adapter(model, name, title, _stored(model, made, weights), rows)
 
 
 @check_arguments
@@ -141,6 +124,7 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     probe: Probe | None = None,
+    plan: bool = False,
 ) -> Report:
     """Makes an adapter of a smaller rank of one that a model carries; it takes part alone.
 
@@ -151,6 +135,7 @@ def compress(
         rank: of each layer's update, or
         energy: the least share of each ‖ΔW‖² that is kept, by as small a rank as that allows.
         probe: ids (B, T), or a function that gives logits; by it both adapters are compared.
+        plan: put nothing on the model, and say what it would be.
 
     Returns:
         A row for each layer: rank, ‖ΔW‖, and the error, ‖ΔW − ΔW'‖ / ‖ΔW‖.
@@ -158,40 +143,32 @@ def compress(
     Raises:
         SurgeryError: as `combine`.
     """
-    made = _compressed(model, adapter, name, rank, energy)
-    return made.put_on(model, name, lambda: _blend_logits(model, {adapter: 1.0}, probe), probe)
+    check_rank_or_energy(rank, energy, needed=True)
+
+    def one(_: str, update: LowRankUpdate) -> tuple[Factors, dict[str, Any]]:
+        exact = _factors(update)
+        factors = truncated(exact, rank, energy)
+        return factors, _row(exact, factors)
+
+    prepare = partial(_changed, model, adapter, name, one, f"compress {adapter} as {name}")
+    return carry_out(model, prepare, probe, plan, partial(_logits_by, model, adapter, probe))
 
 
-@check_arguments
-def plan_compress(
+def _changed(
     model: nn.Module,
     adapter: str,
     name: str,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-) -> Report:
-    """Returns what `compress` with the same arguments would make; the model is not touched.
-
-    Raises:
-        SurgeryError: as `compress`.
-    """
-    return _compressed(model, adapter, name, rank, energy).plan()
-
-
-def _compressed(
-    model: nn.Module, adapter: str, name: str, rank: int | None, energy: float | None
-) -> MadeAdapter:
-    check_rank_or_energy(rank, energy, needed=True)
+    one: Callable[[str, LowRankUpdate], tuple[Factors, dict[str, Any]]],
+    title: str,
+) -> Prepared:
+    """Returns an adapter made of another, layer by layer; `one` gives factors, and a row."""
     check_new_name(model, name)
-    updates, rows, made = _products(model, check_name(model, adapter)), [], {}
-    for layer, update in updates.items():
-        exact = _factors(update)
-        factors = truncated(exact, rank, energy)
+    rows, made = [], {}
+    for layer, update in _products(model, check_name(model, adapter)).items():
+        factors, row = one(layer, update)
         made[layer] = _update(factors, update.embedding, _bias([(1.0, update)]))
-        rows.append({"layer": layer, **_row(exact, factors)})
-    title = f"compress {adapter} as {name}"
-    return MadeAdapter(title, _stored(model, made, [adapter]), rows)
+        rows.append({"layer": layer, **row})
+    return with_adapter(model, name, title, _stored(model, made, [adapter]), rows)
 
 
 @check_arguments
@@ -202,6 +179,7 @@ def remove_intruders(
     *,
     keep: float = 0.0,
     probe: Probe | None = None,
+    plan: bool = False,
 ) -> Report:
     """Makes an adapter without the intruder dimensions of one that a model carries.
 
@@ -215,6 +193,7 @@ def remove_intruders(
         name: of the new one.
         keep: the share of each intruder that stays.
         probe: ids (B, T), or a function that gives logits; by it both adapters are compared.
+        plan: put nothing on the model, and say what it would be.
 
     Returns:
         A row for each layer: its intruders before and after, rank, ‖ΔW‖, and how much was taken
@@ -223,51 +202,35 @@ def remove_intruders(
     Raises:
         SurgeryError: as `combine`, or there are no intruders.
     """
-    made = _without_intruders(model, adapter, name, keep)
-    return made.put_on(model, name, lambda: _blend_logits(model, {adapter: 1.0}, probe), probe)
-
-
-@check_arguments
-def plan_remove_intruders(
-    model: nn.Module, adapter: str, name: str, *, keep: float = 0.0
-) -> Report:
-    """Returns what `remove_intruders` with the same arguments would make.
-
-    Raises:
-        SurgeryError: as `remove_intruders`.
-    """
-    return _without_intruders(model, adapter, name, keep).plan()
-
-
-def _without_intruders(model: nn.Module, adapter: str, name: str, keep: float) -> MadeAdapter:
     if not 0 <= keep < 1:
         raise SurgeryError(f"keep is {keep}; it must be at least 0 and below 1")
-    check_new_name(model, name)
-    updates, rows, made = _products(model, check_name(model, adapter)), [], {}
-    layers = lora_layers(model)
-    for layer, update in updates.items():
-        weight = layers[layer].original_layer.weight.detach().float().cpu()
-        exact = _factors(update)
-        found = intruders_of(weight.T if update.embedding else weight, exact[1] @ exact[0])
-        cut = tuple(torch.cat(pair, dim) for pair, dim in _pairs(exact, found, 1 - keep))
-        factors = exact if not len(found[1]) else truncated((cut[0], cut[1]), None, None)
-        made[layer] = _update(factors, update.embedding, _bias([(1.0, update)]))
-        left = intruders_of(weight.T if update.embedding else weight, factors[1] @ factors[0])
-        row = _row(exact, factors)
-        counts = {"intruders": len(found[1]), "left": len(left[1])}
-        rows.append({"layer": layer, **counts, "taken out": row.pop("error"), **row})
-    if not any(row["intruders"] for row in rows):
-        raise SurgeryError(f"{adapter!r} has no intruder dimensions", "examine counts them")
-    title = f"take intruders out of {adapter} as {name}"
-    return MadeAdapter(title, _stored(model, made, [adapter]), rows)
+
+    def prepare() -> Prepared:
+        title = f"take intruders out of {adapter} as {name}"
+        ready = _changed(model, adapter, name, partial(_without_intruders, model, keep), title)
+        if not any(row["intruders"] for row in ready.rows):
+            raise SurgeryError(f"{adapter!r} has no intruder dimensions", "examine counts them")
+        return ready
+
+    return carry_out(model, prepare, probe, plan, partial(_logits_by, model, adapter, probe))
 
 
-def _pairs(
-    exact: Factors, found: tuple[Tensor, Tensor, Tensor], share: float
-) -> list[tuple[tuple[Tensor, Tensor], int]]:
-    """Returns A with A, and B with B, of an update and of what is taken out of it."""
-    u, s, vh = found
-    return [((exact[0], vh), 0), ((exact[1], -share * (u * s)), 1)]
+def _without_intruders(
+    model: nn.Module, keep: float, layer: str, update: LowRankUpdate
+) -> tuple[Factors, dict[str, Any]]:
+    """Returns the factors of an update without its intruders, and their row of the report."""
+    weight = lora_layers(model)[layer].original_layer.weight.detach().float().cpu()
+    weight = weight.T if update.embedding else weight
+    exact = _factors(update)
+    u, s, vh = intruders_of(weight, exact[1] @ exact[0])
+    factors = exact
+    if len(s):
+        cut = torch.cat((exact[0], vh)), torch.cat((exact[1], -(1 - keep) * (u * s)), 1)
+        factors = truncated(cut, None, None)
+    left = intruders_of(weight, factors[1] @ factors[0])
+    row = _row(exact, factors)
+    counts = {"intruders": len(s), "left": len(left[1])}
+    return factors, {**counts, "taken out": row.pop("error"), **row}
 
 
 @check_arguments
@@ -279,6 +242,7 @@ def extract(
     rank: int | None = None,
     energy: float | None = None,
     probe: Probe | None = None,
+    plan: bool = False,
 ) -> Report:
     """Makes an adapter of what sets a fine-tuned model apart from its base.
 
@@ -289,51 +253,75 @@ def extract(
         rank: of each layer's update, or
         energy: the least share of each difference's ‖·‖² that is kept.
         probe: ids (B, T): by it base and adapter are compared with `tuned`.
+        plan: put nothing on the model, and say what it would be.
 
     Returns:
-        A row for each layer that differs: rank, ‖ΔW‖, and the error; and the names of tensors that
-        differ and are no layer's weight (norms, biases), which no adapter can hold.
+        A row for each layer that differs: rank, ‖ΔW‖, and the error. A layer's bias goes along
+        (PEFT's lora_bias), and a norm is replaced whole (modules_to_save), with a row and no rank.
+        What the format has no place for is named as left out, with its size: biases, beside an
+        embedding's update.
 
     Raises:
         SurgeryError: the models have other tensors or shapes, a difference is not finite, or they
-            do not differ in a layer.
+            do not differ.
     """
-    made = _extracted(model, tuned, name, rank, energy)
-    return made.put_on(model, name, lambda: measured(tuned, probe), probe)
-
-
-@check_arguments
-def plan_extract(
-    model: nn.Module,
-    tuned: nn.Module,
-    name: str,
-    *,
-    rank: int | None = None,
-    energy: float | None = None,
-) -> Report:
-    """Returns what `extract` with the same arguments would make; the models are not touched.
-
-    Raises:
-        SurgeryError: as `extract`.
-    """
-    return _extracted(model, tuned, name, rank, energy).plan()
-
-
-def _extracted(
-    model: nn.Module, tuned: nn.Module, name: str, rank: int | None, energy: float | None
-) -> MadeAdapter:
     check_rank_or_energy(rank, energy, needed=True)
     check_new_name(model, name)
     for one in (model, tuned):
         check_not_quantized(one, "extract")
-    base, goal = model.state_dict(), tuned.state_dict()
-    check_same_shapes(base, goal)
-    differing = [key for key in base if not is_same(base[key], goal[key])]
+    check_same_shapes(model.state_dict(), tuned.state_dict())
+    prepare = partial(_extracted, model, tuned, name, rank, energy)
+    return carry_out(model, prepare, probe, plan, lambda: measured(tuned, probe))
+
+
+def _extracted(
+    model: nn.Module, tuned: nn.Module, name: str, rank: int | None, energy: float | None
+) -> Prepared:
     adapter, rows = _differences(model, tuned, rank, energy)
-    if not adapter.updates:
-        raise SurgeryError("the models do not differ in the weight of any layer")
-    left = [key for key in differing if key.removesuffix(".weight") not in adapter.updates]
-    return MadeAdapter(f"extract {name}", adapter, rows, {"left out": ", ".join(left)})
+    base, goal = model.state_dict(), tuned.state_dict()
+    made = {f"{layer}.weight" for layer in adapter.updates}
+    rest = {
+        key: goal[key].float() - base[key].float()
+        for key in base
+        if key not in made and not is_same(base[key], goal[key])
+    }
+    updates = _with_biases(model, adapter.updates, rest)
+    added = {f"{layer}.bias" for layer, update in updates.items() if update.bias is not None}
+    layers = adaptable_layers(model)
+    whole = {
+        key: goal[key].detach().float().cpu()
+        for key in rest
+        if (owner := key.rpartition(".")[0]) not in layers
+        and not any(model.get_submodule(owner).children())
+    }
+    _check_finite("a tensor", *rest.values())
+    if not updates and not whole:
+        raise SurgeryError("the models do not differ in any tensor that an adapter can hold")
+    sizes = {"rank": None, "error": 0.0}
+    rows += [{"layer": key, **sizes, "‖ΔW‖": float(rest[key].norm())} for key in whole]
+    left = [f"{key} ({rest[key].numel():,})" for key in rest.keys() - added - whole.keys()]
+    biases = {"biases": len(added), "left out": ", ".join(sorted(left))}
+    made_of = replace(adapter, updates=updates, whole=whole)
+    return with_adapter(model, name, f"extract {name}", made_of, rows, biases)
+
+
+def _with_biases(
+    model: nn.Module, updates: dict[str, LowRankUpdate], rest: Mapping[str, Tensor]
+) -> dict[str, LowRankUpdate]:
+    """Returns updates with the changes of their layers' biases, where the format has room for them.
+
+    A layer whose bias alone differs has an update of rank 1 that is zero.
+    """
+    if any(update.embedding for update in updates.values()):
+        return updates
+    made = dict(updates)
+    for layer, module in adaptable_layers(model).items():
+        change = rest.get(f"{layer}.bias")
+        if change is not None:
+            out, width = module.weight.shape  # type: ignore[misc]
+            zero = _update((torch.zeros(1, width), torch.zeros(out, 1)), False)
+            made[layer] = replace(made.get(layer, zero), bias=change.detach().cpu())
+    return made
 
 
 def is_same(one: Tensor, other: Tensor) -> bool:
@@ -520,6 +508,11 @@ def _blend_logits(
         return measured(model, probe)
     finally:
         set_active(model, before)
+
+
+def _logits_by(model: nn.Module, adapter: str, probe: Probe | None) -> Tensor | None:
+    """Returns the logits while an adapter takes part alone."""
+    return _blend_logits(model, {adapter: 1.0}, probe)
 
 
 def check_same_shapes(base: Mapping[str, Tensor], goal: Mapping[str, Tensor]) -> None:

@@ -28,7 +28,7 @@ from nanogpt_surgery.lora.merging import logits_of
 from nanogpt_surgery.model.loss import eval_mode
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.surgery.structure import effect_on_logits
+from nanogpt_surgery.surgery.operating import FLOAT32, costs, effect_on_logits, pass_seconds
 
 Operation: TypeAlias = Literal["add", "project_out"]
 OPERATIONS = ("add", "project_out")
@@ -169,26 +169,32 @@ def mean_difference(
 def plan_direction(
     model: nn.Module, positive: Prompts, negative: Prompts, points: str | Iterable[str]
 ) -> Report:
-    """Says what `mean_difference` with the same arguments would do; nothing is computed.
+    """Says what `mean_difference` with the same arguments would do; one prompt is computed.
 
     Returns:
         A row for each point, with the numbers and bytes of its direction where its width is
-        foreseen; and how many forward passes over how many tokens it takes.
+        foreseen; how many forward passes over how many tokens it takes, memory, and time.
 
     Raises:
-        SurgeryError: a point is not there.
+        SurgeryError: a point is not there, or no prompt has a token.
     """
     names, prompts = find_points(model, points), [*positive, *negative]
+    longest = max(prompts, key=len, default=[])
+    if not longest:
+        raise SurgeryError("no prompt has a token", "at least one of each kind is needed")
     shapes = [
         point_shape(model, name, 1, 1) if isinstance(model, SimpleGPT) else None for name in names
     ]
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"point": name, "numbers": shape and shape[-1], "bytes": shape and 4 * shape[-1]}
         for name, shape in zip(names, shapes, strict=True)
     ]
     summary = {"positive prompts": len(positive), "negative prompts": len(negative)}
     passes = {"forward passes": len(prompts), "tokens": sum(map(len, prompts))}
-    return Report("direction planned", rows, summary | passes)
+    tokens = passes["tokens"]
+    seconds = pass_seconds(model, torch.tensor([list(longest)]), tokens)
+    size = FLOAT32 * tokens * sum(row["numbers"] or 0 for row in rows)
+    return Report("direction planned", rows, summary | passes | costs(model, size, seconds))
 
 
 def _values(

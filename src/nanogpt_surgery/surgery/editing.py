@@ -31,19 +31,26 @@ from torch import Tensor
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, prompt_ids
 from nanogpt_surgery.errors import SurgeryError, quoted
-from nanogpt_surgery.history.model_history import tensor_hash
-from nanogpt_surgery.interpret.comparison import without
+from nanogpt_surgery.history.model_history import UPDATES, operation, plain_name, tensor_hash
 from nanogpt_surgery.interpret.recording import checked_ids, record
-from nanogpt_surgery.lora.layer import LoRALayer
-from nanogpt_surgery.lora.merging import logits_of
+from nanogpt_surgery.lora.merging import logits_of, merge_lora
 from nanogpt_surgery.lora.several import check_new_name
 from nanogpt_surgery.lora.stored_adapter import LowRankUpdate, StoredAdapter, attach_adapter
 from nanogpt_surgery.model.kv_cache import KVCache
 from nanogpt_surgery.model.loss import cross_entropy, eval_mode, kl_divergence
+from nanogpt_surgery.model.precision import computing_in_float32
 from nanogpt_surgery.model.quantized import check_not_quantized
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.surgery.structure import effect_on_logits
+from nanogpt_surgery.surgery.operating import (
+    COMPARING,
+    FLOAT32,
+    costs,
+    effect_on_logits,
+    hash_seconds,
+    pass_seconds,
+    random_ids,
+)
 
 BEGINNINGS = 8  # texts before the prompt, beside none
 BEGINNING = 8  # tokens of each
@@ -55,6 +62,7 @@ RIDGE = 0.02  # of the mean of C's diagonal, added to it: a short text does not 
 STEPS, RATE, SAID = 30, 0.3, 0.05  # the last: a loss at which the target is said
 ROSE = 1.01  # times the target's probability before: less is no rise
 KL_WEIGHT, DECAY = 0.0625, 0.1
+STATISTICS_BYTES = 32  # for each number of C: C in float32, and what solves for it in float64
 LONGEST = 1.5  # ‖δ‖ at most, beside ‖value‖
 
 
@@ -71,11 +79,15 @@ def edit(
     text: str | None = None,
     neighbours: Sequence[str] | None = None,
     seed: int = 0,
+    probe: Tensor | None = None,
+    merge: bool = False,
+    plan: bool = False,
 ) -> Report:
     """Puts an adapter on a model that makes it end a prompt about a subject with the target.
 
     Args:
-        model: changed in place; adapters that it carries wait.
+        model: changed in place; adapters that it carries wait. Of any dtype: the edit is computed
+            in float32.
         tokenizer: the model's.
         prompt: with {} in the place of the subject.
         subject: whose fact is edited.
@@ -86,59 +98,94 @@ def edit(
         neighbours: prompts to be answered as before; by default about what the model itself finds
             likeliest in the subject's place.
         seed: of the model's own text.
+        probe: ids (B, T) to measure the effect on; by default some of the statistics' text.
+        merge: put ΔW into the weight, in the same step; adapters leave then.
+        plan: change nothing, and say what it would be; one short pass is computed.
 
     Returns:
         A row for the prompt and each neighbour: answer and target's probability, before and after.
-        Where the statistics are from, their hash, and the effect on that text.
+        Where the statistics are from, their hash, and the effect on the probe.
 
     Raises:
         SurgeryError: a part is empty or ends within a token, no such layer is there, the model is
             quantised, or the target has not become likelier. The model is untouched then.
     """
     fact, layer = Fact(prompt, subject, target), _checked(model, name, layer)
-    path = f"layers.{layer}.mlp.down_proj"
-    with without(m for m in model.modules() if isinstance(m, LoRALayer)):
-        ids, source = _statistics_text(model, tokenizer, text, seed)
-        facts = sentences(tokenizer, fact, _beginnings(tokenizer, fact, ids))
-        near = neighbours if neighbours is not None else _neighbours(model, tokenizer, fact)
-        seen = _Seen(model, tokenizer, facts, [fact.text, *near], ids)
-        covariance = key_statistics(model, layer, ids)
-        a, b = _factors(model, tokenizer, layer, fact, facts, covariance)
-        stored = StoredAdapter({path: LowRankUpdate(a, b, alpha=1.0)})
     title = f"edit {fact.text!r} → {target!r} as {name}"
-    attach_adapter(model, stored, name, title=title, then=seen.check)
+    if plan:
+        return _planned(model, tokenizer, fact, layer, title, text)
+    return _edited(model, tokenizer, fact, layer, title, name, merge, text, neighbours, seed, probe)
+
+
+def _edited(
+    model: SimpleGPT,
+    tokenizer: Tokenizer,
+    fact: Fact,
+    layer: int,
+    title: str,
+    name: str,
+    merge: bool,
+    text: str | None,
+    neighbours: Sequence[str] | None,
+    seed: int,
+    probe: Tensor | None,
+) -> Report:
+    bare, path = _bare(model), _path(layer)
+    ids, source = _statistics_text(bare, tokenizer, text, seed)
+    facts = sentences(tokenizer, fact, _beginnings(tokenizer, fact, ids))
+    near = neighbours if neighbours is not None else _neighbours(bare, tokenizer, fact)
+    seen = _Seen(bare, tokenizer, facts, [fact.text, *near], ids if probe is None else probe)
+    covariance = key_statistics(bare, layer, ids)
+    a, b = _factors(bare, tokenizer, layer, fact, facts, covariance)
+    with operation(model, title):
+        attach_adapter(model, StoredAdapter({path: LowRankUpdate(a, b, alpha=1.0)}), name)
+        if merge:
+            merge_lora(model)
+        seen.check(model)
     where = {"layer": path, "statistics": source, "statistics_sha256": tensor_hash(covariance)}
     return Report(title, seen.rows(), where | seen.summary())
 
 
-@check_arguments
-def plan_edit(
+def _planned(
     model: SimpleGPT,
     tokenizer: Tokenizer,
-    prompt: str,
-    subject: str,
-    target: str,
-    *,
-    layer: int | None = None,
+    fact: Fact,
+    layer: int,
+    title: str,
+    text: str | None,
 ) -> Report:
-    """Says what `edit` with the same arguments would do; nothing is computed.
-
-    Raises:
-        SurgeryError: as `edit`, as far as it can be known.
-    """
-    number = _checked(model, "edit", layer)
-    fact = Fact(prompt, subject, target)
-    facts, path = sentences(tokenizer, fact, [""]), f"layers.{number}.mlp.down_proj"
-    inner, width = model.config.n_inner, model.config.n_embd
-    rows = [{"layer": path, "in": inner, "out": width, "rank": 1, "parameters": inner + width}]
+    """Returns what an edit would be; its time is that of as many tokens as it computes."""
+    facts, inner = sentences(tokenizer, fact, [""]), model.config.n_inner
+    width, count = model.config.n_embd, len(model.layers)
+    given = 0 if text is None else min(MOST_STATISTICS, len(tokenizer.encode(text)))
+    statistics = given or 2 * STATISTICS  # its own text is said, too
+    rows = (BEGINNINGS + 1) * (facts.ids.size(1) + BEGINNING)
+    learning = 3 * STEPS * rows * (count - layer) // count  # a backward pass is two forward ones
+    tokens = statistics + rows + learning + 2 * (NEIGHBOURS * facts.ids.size(1) + 256)
+    seconds = pass_seconds(model, random_ids(model), tokens) + hash_seconds(model)
+    size = STATISTICS_BYTES * inner * inner + COMPARING * 256 * model.config.vocab_size
+    row = {"layer": _path(layer), "in": inner, "out": width, "rank": 1, "parameters": inner + width}
     summary = {
         "prompt": fact.text,
-        "target": target,
+        "target": fact.target,
         "target tokens": int((facts.targets >= 0).sum()),
-        "statistics bytes": 4 * inner * inner,
+        "adapter_bytes": FLOAT32 * (inner + width),
         "steps": STEPS,
     }
-    return Report("edit planned", rows, summary)
+    return Report(f"planned: {title}", [row], summary | costs(model, size, seconds))
+
+
+def _bare(model: SimpleGPT) -> SimpleGPT:
+    """Returns a model of the same tensors, in float32 and without adapters."""
+    state = {plain_name(n): t for n, t in model.state_dict().items() if UPDATES not in f".{n}"}
+    with torch.device("meta"):
+        bare = SimpleGPT.from_config(model.config)
+    bare.load_state_dict({name: t.detach().float() for name, t in state.items()}, assign=True)
+    return bare.requires_grad_(False)
+
+
+def _path(layer: int) -> str:
+    return f"layers.{layer}.mlp.down_proj"
 
 
 def _checked(model: SimpleGPT, name: str, layer: int | None) -> int:
@@ -225,7 +272,7 @@ def own_text(model: SimpleGPT, tokens: int, seed: int) -> Tensor:
     """Returns ids (B, T) that a model says by itself, each row after an id drawn at random."""
     draw = torch.Generator().manual_seed(seed)
     length = min(model.config.block_size, max(2, tokens // ROWS))
-    cache = KVCache(model.config, ROWS, length, _dtype(model))
+    cache = KVCache(model.config, ROWS, length, torch.float32)
     new = torch.randint(model.config.vocab_size, (ROWS, 1), generator=draw)
     said = [new]
     with eval_mode(model):
@@ -234,10 +281,6 @@ def own_text(model: SimpleGPT, tokens: int, seed: int) -> Tensor:
             new = torch.multinomial(shares, 1, generator=draw)
             said.append(new)
     return torch.cat(said, 1)
-
-
-def _dtype(model: SimpleGPT) -> torch.dtype:
-    return next(model.parameters()).dtype
 
 
 @torch.no_grad()
@@ -400,26 +443,26 @@ class _Seen:
         prompts: Sequence[str],
         text: Tensor,
     ):
-        self.model, self.tokenizer, self.facts, self.prompts = model, tokenizer, facts, prompts
-        self.text = text[:4, :64]
-        self.before = self._measured()
-        self.after = self.before
+        self.tokenizer, self.facts, self.prompts = tokenizer, facts, prompts
+        self.text = text[:4, :64]  # as much as a probe has
+        self.before = self.after = self._measured(model)
 
-    def _measured(self) -> tuple[list[Tensor], float, Tensor]:
+    def _measured(self, model: SimpleGPT) -> tuple[list[Tensor], float, Tensor]:
         """Returns the shares of the next tokens, the target's probability, and a text's logits."""
         rows = [torch.tensor([prompt_ids(self.tokenizer, prompt)]) for prompt in self.prompts]
-        shares = [logits_of(self.model, row)[0, -1].softmax(-1) for row in rows]
-        logits = logits_of(self.model, self.facts.ids[:1])
-        loss = cross_entropy(logits, self.facts.targets[:1], "sum")
-        return shares, float((-loss).exp()), logits_of(self.model, self.text)
+        with computing_in_float32(model):
+            shares = [logits_of(model, row)[0, -1].softmax(-1) for row in rows]
+            logits = logits_of(model, self.facts.ids[:1])
+            loss = cross_entropy(logits, self.facts.targets[:1], "sum")
+            return shares, float((-loss).exp()), logits_of(model, self.text)
 
-    def check(self) -> None:
+    def check(self, model: SimpleGPT) -> None:
         """Measures the edited model.
 
         Raises:
             SurgeryError: the target has not become likelier.
         """
-        self.after = self._measured()
+        self.after = self._measured(model)
         before, after = self.before[1], self.after[1]
         if not after > ROSE * before:
             raise SurgeryError(

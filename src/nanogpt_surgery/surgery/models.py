@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError, listed
-from nanogpt_surgery.history.model_history import operation
 from nanogpt_surgery.lora.inject import replace_module
 from nanogpt_surgery.lora.merging import Probe
 from nanogpt_surgery.lora.several import has_lora
@@ -29,7 +28,8 @@ from nanogpt_surgery.report import Report
 from nanogpt_surgery.surgery.adapters import check_same_shapes, is_same
 from nanogpt_surgery.surgery.combining import Method, arc_shares, checked_weights, dare, ties
 from nanogpt_surgery.surgery.low_rank import factorised
-from nanogpt_surgery.surgery.structure import check_free, effect_on_logits, measured, trains_like
+from nanogpt_surgery.surgery.operating import FLOAT32, Prepared, carry_out
+from nanogpt_surgery.surgery.structure import check_free, trains_like
 
 
 @check_arguments
@@ -43,6 +43,7 @@ def combine_models(
     density: float = 0.5,
     seed: int = 0,
     probe: Probe | None = None,
+    plan: bool = False,
 ) -> Report:
     """Makes a base into the combination of models that were fine-tuned from it.
 
@@ -56,6 +57,7 @@ def combine_models(
         seed: of dare's draws.
         probe: ids (B, T), or a function that gives logits: by it the result is compared with the
             base.
+        plan: change nothing, and say what it would be.
 
     Returns:
         A row for each tensor that changes: ‖ΔW‖, ‖ΔW‖ / ‖W‖, and the error of the rank,
@@ -68,69 +70,39 @@ def combine_models(
     """
     chosen = _checked(model, tuned, weights, method, rank, density)
     draw = torch.Generator().manual_seed(seed)
-    before, rows = measured(model, probe), []
-    made: dict[str, nn.Parameter] = {}
-    for name, changes in _changes(model, tuned, chosen):
-        dense = _combined(changes, torch.tensor(list(chosen.values())), method, density, draw)
-        weight = model.get_parameter(name)
-        made[name], row = _added(name, weight, dense, rank)
-        rows.append(row)
-    _check_made(model, made)
-    with operation(model, _title(chosen, method)):
-        _put_in_place(model, made)
-        effect = effect_on_logits(before, measured(model, probe), probe)
-    return Report(_title(chosen, method), rows, _sizes(model, rows) | effect)
+    shares = torch.tensor(list(chosen.values()))
+
+    def prepare() -> Prepared:
+        made: dict[str, nn.Parameter] = {}
+        rows: list[dict[str, Any]] = []
+        for tensor, changes in _changes(model, tuned, chosen):
+            dense = _combined(changes, shares, method, density, draw)
+            made[tensor], row = _added(tensor, model.get_parameter(tensor), dense, rank)
+            rows.append(row | {"changed by": int(changes.flatten(1).any(1).sum())})
+        _check_made(model, made)
+        return _prepared(model, chosen, method, rows, made)
+
+    return carry_out(model, prepare, probe, plan)
 
 
-@check_arguments
-def plan_combine_models(
+def _prepared(
     model: SimpleGPT,
-    tuned: Mapping[str, SimpleGPT],
     weights: Mapping[str, float],
-    *,
-    method: Method = "linear",
-    rank: int | None = None,
-    density: float = 0.5,
-    seed: int = 0,
-) -> Report:
-    """Returns what `combine_models` with the same arguments would change; nothing is touched.
-
-    Returns:
-        A row for each tensor that would change: its shape, bytes, and how many models change it.
-
-    Raises:
-        SurgeryError: as `combine_models`.
-    """
-    chosen = _checked(model, tuned, weights, method, rank, density)
-    rows: list[dict[str, Any]] = []
-    for name, changes in _changes(model, tuned, chosen):
-        weight = model.get_parameter(name)
-        rows.append({
-            "tensor": name,
-            "shape": "×".join(map(str, weight.shape)),
-            "bytes": weight.numel() * weight.element_size(),
-            "changed by": int(changes.flatten(1).any(1).sum()),
-        })  # fmt: skip
-    if not rows:
-        raise SurgeryError("no model differs from the base in any tensor")
-    largest = max(
-        4 * (2 * len(chosen) + 2) * model.get_parameter(r["tensor"]).numel() for r in rows
-    )
-    memory = {"memory_bytes": largest + sum(row["bytes"] for row in rows)}
-    return Report(f"planned: {_title(chosen, method)}", rows, _sizes(model, rows) | memory)
-
-
-def _title(weights: Mapping[str, float], method: Method) -> str:
-    return f"combine models {' + '.join(f'{w:g} {n}' for n, w in weights.items())} ({method})"
-
-
-def _sizes(model: SimpleGPT, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    errors = [row["error"] for row in rows if row.get("error") is not None]
-    return {
+    method: Method,
+    rows: list[dict[str, Any]],
+    made: dict[str, nn.Parameter],
+) -> Prepared:
+    title = f"combine models {' + '.join(f'{w:g} {n}' for n, w in weights.items())} ({method})"
+    errors = [row["error"] for row in rows if row["error"] is not None]
+    summary = {
         "tensors_changed": len(rows),
         "parameters": model.n_parameters,
         **({"largest_layer_error": max(errors)} if errors else {}),
     }
+    largest = max(tensor.numel() for tensor in made.values())
+    at_work = FLOAT32 * (2 * len(weights) + 2) * largest
+    size = sum(tensor.nbytes for tensor in made.values())
+    return Prepared(title, rows, lambda: _put_in_place(model, made), summary, size, at_work)
 
 
 def _checked(

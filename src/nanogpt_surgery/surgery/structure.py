@@ -12,40 +12,34 @@ a copy has none.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from operator import index
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.errors import SurgeryError, listed, quoted
-from nanogpt_surgery.history.model_history import UPDATES, history_of, operation, plain_name
-from nanogpt_surgery.interpret.recording import checked_ids
+from nanogpt_surgery.history.model_history import UPDATES, history_of, plain_name
 from nanogpt_surgery.lora.layer import LoRALayer
-from nanogpt_surgery.lora.merging import Probe, compare_logits, logits_of
+from nanogpt_surgery.lora.merging import Probe
 from nanogpt_surgery.lora.several import adapter_names
 from nanogpt_surgery.model.config import GPTConfig
-from nanogpt_surgery.model.loss import cross_entropy
-from nanogpt_surgery.model.precision import computing_in_float32
 from nanogpt_surgery.model.quantized import check_not_quantized, is_quantized
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import causal_attention
 from nanogpt_surgery.report import Report
+from nanogpt_surgery.surgery.operating import Prepared, carry_out, check_same_bits, random_ids
 
 WRITERS = ("self_attn.o_proj", "mlp.down_proj")  # what a block adds to the stream comes from these
 
 
 @check_arguments
-def plan_prune(model: SimpleGPT, layers: Sequence[int]) -> Report:
-    """Returns the report of `prune_layers` before it is done: what would go, and the sizes."""
-    return _plan(model, _without(model, layers), _title("prune", layers))
-
-
-@check_arguments
-def prune_layers(model: SimpleGPT, layers: Sequence[int], *, probe: Probe | None = None) -> Report:
+def prune_layers(
+    model: SimpleGPT, layers: Sequence[int], *, probe: Probe | None = None, plan: bool = False
+) -> Report:
     """Takes layers out of a model; those after them get the numbers that are free.
 
     Args:
@@ -53,6 +47,7 @@ def prune_layers(model: SimpleGPT, layers: Sequence[int], *, probe: Probe | None
         layers: the numbers of those that go, from 0.
         probe: ids (B, T), or a function that gives logits: by it the model is compared with what
             it was.
+        plan: change nothing, and say what it would be.
 
     Returns:
         A row for each layer that goes, with its parameters and an adapter's updates on it; the
@@ -62,24 +57,18 @@ def prune_layers(model: SimpleGPT, layers: Sequence[int], *, probe: Probe | None
         SurgeryError: a layer is not there, all of them or all of an adapter would go, the model
             has hooks, or the modules are not what the config says. The model is untouched then.
     """
-    order, title = _without(model, layers), _title("prune", layers)
-    plan = _plan(model, order, title)
-    before = measured(model, probe)
-    with operation(model, title):
-        _set_layers(model, [model.layers[i] for i in order])
-        effect = effect_on_logits(before, measured(model, probe), probe)
-    return Report(title, plan.rows, plan.summary | effect)
 
+    def prepare() -> Prepared:
+        order = _without(model, layers)
+        stay = [model.layers[i] for i in order]
+        return _prepared(model, "prune", layers, order, lambda: _set_layers(model, stay))
 
-@check_arguments
-def plan_duplicate(model: SimpleGPT, layers: Sequence[int]) -> Report:
-    """Returns the report of `duplicate_layers` before it is done: the copies, and the sizes."""
-    return _plan(model, _with_copies(model, layers), _title("duplicate", layers))
+    return carry_out(model, prepare, probe, plan)
 
 
 @check_arguments
 def duplicate_layers(
-    model: SimpleGPT, layers: Sequence[int], *, probe: Probe | None = None
+    model: SimpleGPT, layers: Sequence[int], *, probe: Probe | None = None, plan: bool = False
 ) -> Report:
     """Puts a copy behind each of some layers, which computes nothing until it is trained.
 
@@ -88,6 +77,7 @@ def duplicate_layers(
         layers: their numbers, from 0; a number that comes twice gives two copies.
         probe: ids (B, T), or a function that gives logits, on which they must stay the same to the
             bit; random ids by default.
+        plan: change nothing, and say what it would be.
 
     Returns:
         A row for each layer that is doubled: its new names, and the parameters that its copies
@@ -98,23 +88,20 @@ def duplicate_layers(
             the same to the bit. The model is untouched then.
     """
     check_not_quantized(model, "a copy of a layer")
-    order, title = _with_copies(model, layers), _title("duplicate", layers)
-    plan = _plan(model, order, title)
+
+    def prepare() -> Prepared:
+        order = _with_copies(model, layers)
+        return _prepared(model, "duplicate", layers, order, lambda: _double(model, order))
+
     probe = random_ids(model) if probe is None else probe
-    before = measured(model, probe)
-    with operation(model, title):
-        there = list(model.layers)
-        is_copy = [old in order[:new] for new, old in enumerate(order)]
-        pairs = [(there[old], copied) for old, copied in zip(order, is_copy, strict=True)]
-        layers_now = [_identity_copy(model, one) if copied else one for one, copied in pairs]
-        _set_layers(model, layers_now)
-        after = measured(model, probe)
-        check_same_bits(before, after)
-    return Report(title, plan.rows, plan.summary | effect_on_logits(before, after, probe))
+    return carry_out(model, prepare, probe, plan, check=check_same_bits)
 
 
-def _title(verb: str, layers: Sequence[int]) -> str:
-    return f"{verb} layers {', '.join(map(str, layers))}"
+def _double(model: SimpleGPT, order: list[int]) -> None:
+    there = list(model.layers)
+    is_copy = [old in order[:new] for new, old in enumerate(order)]
+    pairs = [(there[old], copied) for old, copied in zip(order, is_copy, strict=True)]
+    _set_layers(model, [_identity_copy(model, one) if copied else one for one, copied in pairs])
 
 
 def _numbers(model: SimpleGPT, layers: Sequence[int]) -> list[int]:
@@ -171,7 +158,13 @@ def _with_copies(model: SimpleGPT, layers: Sequence[int]) -> list[int]:
     return sorted([*range(len(model.layers)), *numbers])
 
 
-def _plan(model: SimpleGPT, order: list[int], title: str) -> Report:
+def _prepared(
+    model: SimpleGPT,
+    verb: str,
+    layers: Sequence[int],
+    order: list[int],
+    change: Callable[[], None],
+) -> Prepared:
     check_free(model)
     rows = [
         {
@@ -185,7 +178,10 @@ def _plan(model: SimpleGPT, order: list[int], title: str) -> Report:
         if order.count(old) != 1
     ]
     config = replace(model.config, n_layer=len(order))
-    return Report(title, rows, {"layers": len(order)} | sizes(model, config))
+    summary = {"layers": len(order)} | sizes(model, config)
+    made = max(0, summary["model_after_bytes"] - summary["model_before_bytes"])
+    title = f"{verb} layers {', '.join(map(str, layers))}"
+    return Prepared(title, rows, change, summary, made)
 
 
 def _count_own(module: nn.Module) -> int:
@@ -290,48 +286,3 @@ def check_in_step(model: SimpleGPT) -> None:
             f"the model is not what its config says: {wrong[0]} is {found.get(wrong[0])}, by the "
             f"config {wanted.get(wrong[0])}"
         )
-
-
-def random_ids(model: SimpleGPT) -> Tensor:
-    """Returns ids (2, T) to compute something on, always the same."""
-    draw = torch.Generator().manual_seed(0)
-    length = min(16, model.config.block_size)
-    ids = torch.randint(model.config.vocab_size, (2, length), generator=draw)
-    return ids.to(next(model.parameters()).device)
-
-
-def measured(model: nn.Module, probe: Probe | None) -> Tensor | None:
-    """Returns the probe's logits, if there is a probe; those of ids are computed in float32."""
-    if not isinstance(probe, Tensor):
-        return None if probe is None else logits_of(model, probe)
-    ids = checked_ids(model, probe) if isinstance(model, SimpleGPT) else probe
-    with computing_in_float32(model):
-        return logits_of(model, ids)
-
-
-def check_same_bits(before: Tensor | None, after: Tensor | None) -> None:
-    """Raises `SurgeryError` unless all logits are the same to the bit."""
-    if before is None or after is None or torch.equal(before, after):
-        return
-    differing = int((before != after).sum())
-    raise SurgeryError(
-        f"{differing:,} of {before.numel():,} logits are not the same to the bit as before, the "
-        f"largest difference is {float((before - after).abs().max()):.3g}"
-    )
-
-
-def effect_on_logits(
-    before: Tensor | None, after: Tensor | None, probe: Probe | None
-) -> dict[str, float]:
-    """Returns how far two sets of logits are apart; with ids, the loss of each, too."""
-    if before is None or after is None:
-        return {}
-    losses = {}
-    if isinstance(probe, Tensor) and probe.size(1) > 1:
-        losses = {"loss_before": next_loss(before, probe), "loss_after": next_loss(after, probe)}
-    return compare_logits(before, after) | losses
-
-
-def next_loss(logits: Tensor, ids: Tensor) -> float:
-    """Returns the cross-entropy of each next id, by logits (B, T, V) after ids (B, T)."""
-    return float(cross_entropy(logits[:, :-1], ids[:, 1:].to(logits.device)))

@@ -12,6 +12,7 @@ Legend: B batch, T tokens, V vocabulary before, N vocabulary after.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -37,14 +38,8 @@ from nanogpt_surgery.model.precision import computing_in_float32
 from nanogpt_surgery.model.quantized import check_not_quantized
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
-from nanogpt_surgery.surgery.structure import (
-    check_free,
-    check_in_step,
-    next_loss,
-    random_ids,
-    sizes,
-    trains_like,
-)
+from nanogpt_surgery.surgery.operating import Prepared, next_loss, planned, random_ids
+from nanogpt_surgery.surgery.structure import check_free, check_in_step, sizes, trains_like
 
 PROBE_TOKENS = 256  # of the texts, where no probe is given
 Init: TypeAlias = Literal["pieces", "mean"]
@@ -79,6 +74,7 @@ def add_tokens(
     init: Init = "pieces",
     special: bool = False,
     probe: Tensor | None = None,
+    plan: bool = False,
 ) -> Resized:
     """Gives a model and its tokenizer more tokens.
 
@@ -91,6 +87,7 @@ def add_tokens(
         special: see `with_added_tokens`.
         probe: ids (B, T) on which the logits of all old ids must stay the same to the bit; random
             ids by default.
+        plan: change nothing, and say what it would be.
 
     Returns:
         The tokenizer with the new tokens, and a report: a row for each token; the sizes before
@@ -100,20 +97,7 @@ def add_tokens(
         SurgeryError: a token cannot be added, an adapter changes a table, the model has hooks or
             is quantised, or a logit is not the same to the bit. The model is untouched then.
     """
-    return _resize(model, _adding(model, tokenizer, tokens, init, special), probe)
-
-
-@check_arguments
-def plan_add_tokens(
-    model: SimpleGPT,
-    tokenizer: Tokenizer,
-    tokens: Sequence[str],
-    *,
-    init: Init = "pieces",
-    special: bool = False,
-) -> Report:
-    """Returns the report of `add_tokens` before it is done."""
-    return _plan(model, _adding(model, tokenizer, tokens, init, special))
+    return _resize(model, _adding(model, tokenizer, tokens, init, special), probe, plan)
 
 
 @check_arguments
@@ -123,6 +107,7 @@ def drop_unused_tokens(
     texts: str | Iterable[str],
     *,
     probe: Tensor | None = None,
+    plan: bool = False,
 ) -> Resized:
     """Takes the tokens that some texts do not use out of a model and its tokenizer.
 
@@ -132,6 +117,7 @@ def drop_unused_tokens(
         texts: one text, or several, which are encoded as before, but for the numbers of the ids.
         probe: ids (B, T) of before, on which the logits of all ids that stay must be the same to
             the bit; the beginning of the texts by default.
+        plan: change nothing, and say what it would be.
 
     Returns:
         The tokenizer without them, and a report: how many tokens of each kind stay; the sizes
@@ -143,20 +129,12 @@ def drop_unused_tokens(
     texts = [texts] if isinstance(texts, str) else list(texts)
     change = _dropping(model, tokenizer, texts)
     if probe is not None:
-        return _resize(model, change, probe)
+        return _resize(model, change, probe, plan)
     length = min(PROBE_TOKENS, model.config.block_size)
     probe = torch.tensor([next(ids for t in texts if (ids := tokenizer.encode(t)))[:length]])
-    made, report = _resize(model, change, probe)
+    made, report = _resize(model, change, probe, plan)
     measured_on = {"measured_on": f"the first {probe.numel():,} tokens of the texts"}
     return made, Report(report.title, report.rows, report.summary | measured_on)
-
-
-@check_arguments
-def plan_drop_unused_tokens(
-    model: SimpleGPT, tokenizer: Tokenizer, texts: str | Iterable[str]
-) -> Report:
-    """Returns the report of `drop_unused_tokens` before it is done."""
-    return _plan(model, _dropping(model, tokenizer, texts))
 
 
 def _adding(
@@ -198,7 +176,7 @@ def _dropping(model: SimpleGPT, tokenizer: Tokenizer, texts: str | Iterable[str]
     return Resizing(title, made, old)
 
 
-def _plan(model: SimpleGPT, change: Resizing) -> Report:
+def _prepared(model: SimpleGPT, change: Resizing) -> Prepared:
     check_not_quantized(model, "another vocabulary")
     check_free(model)
     wrapped = [name for name, table in _tables(model) if isinstance(table, LoRALayer)]
@@ -216,7 +194,11 @@ def _plan(model: SimpleGPT, change: Resizing) -> Report:
         "tables": ", ".join(names),
         "head": "tied to the embedding, and stays so" if tied else "has a table of its own",
     }
-    return Report(change.title, list(change.rows), summary | sizes(model, config))
+    summary |= sizes(model, config)
+    tables = (1 if tied else 2) + model.config.n_prev_tokens
+    made = tables * len(change.old) * model.embed_tokens.weight[0].nbytes
+    rows = list(change.rows)
+    return Prepared(change.title, rows, lambda: _set_tables(model, change), summary, made)
 
 
 def _tables(model: SimpleGPT) -> Iterator[tuple[str, Any]]:
@@ -228,8 +210,8 @@ def _tables(model: SimpleGPT) -> Iterator[tuple[str, Any]]:
     yield "lm_head", model.lm_head
 
 
-def _resize(model: SimpleGPT, change: Resizing, probe: Tensor | None) -> Resized:
-    plan = _plan(model, change)
+def _resize(model: SimpleGPT, change: Resizing, probe: Tensor | None, plan: bool) -> Resized:
+    start, ready = time.perf_counter(), _prepared(model, change)
     old = torch.tensor(change.old)  # (N,)
     stays = torch.nonzero(old >= 0)[:, 0]  # ids of after
     new_ids = torch.full((model.config.vocab_size,), -1)  # (V,)
@@ -241,8 +223,11 @@ def _resize(model: SimpleGPT, change: Resizing, probe: Tensor | None) -> Resized
         raise SurgeryError(f"the probe has the id {int(gone[0])}, whose token does not stay")
     hidden, logits = _hidden_and_logits(model, ids, old[stays])
     before = _with_head(model, hidden)
-    with operation(model, change.title):
-        _set_tables(model, change)
+    if plan:
+        seconds = 2 * (time.perf_counter() - start)
+        return change.tokenizer, planned(model, ready, seconds, before.numel())
+    with operation(model, ready.title):
+        ready.change()
         again, same = _hidden_and_logits(model, new_ids[ids], stays)
         if not (torch.equal(hidden, again) and torch.equal(logits, same)):
             worst = float((logits - same).abs().max())
@@ -253,7 +238,7 @@ def _resize(model: SimpleGPT, change: Resizing, probe: Tensor | None) -> Resized
     after = _with_head(model, again)
     losses = {"loss_before": next_loss(before, ids), "loss_after": next_loss(after, new_ids[ids])}
     effect = _effect(before, after, old, stays) | (losses if ids.size(1) > 1 else {})
-    return change.tokenizer, Report(plan.title, plan.rows, plan.summary | effect)
+    return change.tokenizer, Report(ready.title, ready.rows, ready.summary | effect)
 
 
 @torch.no_grad()

@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import re
-import shlex
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Any, Literal, TypeAlias
 
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, show
-from nanogpt_surgery.cli.framework.options import (
-    AllLayers,
-    Json,
-    Model,
-    Overwrite,
-    check_out,
-    weighted_folders,
-)
+from nanogpt_surgery.cli.framework.operation import MADE, Operand, OperationOptions
+from nanogpt_surgery.cli.framework.options import AllLayers, Json, Model, weighted_folders
 from nanogpt_surgery.errors import SurgeryError
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
-
-    from nanogpt_surgery.formats.folders.adapter_surgery import ActOnAdapters
-    from nanogpt_surgery.model.simple_gpt import SimpleGPT
-    from nanogpt_surgery.report import Report
-
-MADE = "made"  # the name, on the model, of the adapter that an operation makes
 Base: TypeAlias = Annotated[
     str | None, Parameter(help="its model; by default the one that the adapter names")
 ]
@@ -36,55 +20,6 @@ Adapter: TypeAlias = Annotated[
     Path, Parameter(help="an adapter folder, as finetune or peft writes it, or a run of finetune")
 ]
 Several = Parameter(consume_multiple=True)
-
-
-@Parameter(name="*", group="Operation")
-@dataclass(frozen=True)
-class AdapterOptions:
-    """How an operation that makes an adapter is done."""
-
-    out: Path | None = None
-    """the adapter folder to make"""
-    overwrite: Overwrite = False
-    probe: Path | None = None
-    """a text to measure the effect on, in the model's tokens; without it, random tokens"""
-    force: bool = False
-    """take an adapter that was made for another base, with a warning"""
-    plan: bool = False
-    """say what would be made, and write nothing"""
-
-    def carry_out(
-        self,
-        base: str,
-        adapters: Mapping[str, Path],
-        plan: Callable[[SimpleGPT], Report],
-        act: ActOnAdapters,
-        in_place: Path | None = None,
-    ) -> Report:
-        """Plans the operation, or does it, and says what can be typed next."""
-        from nanogpt_surgery.data.text.corpus import read_texts
-        from nanogpt_surgery.formats.folders.adapter_surgery import (
-            operate_on_adapters,
-            plan_on_adapters,
-        )
-
-        out = self.out or in_place
-        if out is None:
-            raise SurgeryError("--out is missing", "--out FOLDER names the adapter to make")
-        if self.plan:
-            planned = plan_on_adapters(base, adapters, plan, out, force=self.force)
-            say("the same command without --plan does it")
-            return planned
-        if out != in_place:
-            check_out(out, self.overwrite)
-        text = read_texts([self.probe]) if self.probe else None
-        done = operate_on_adapters(base, adapters, act, MADE, out, force=self.force, probe=text)
-        folder = shlex.quote(str(out))
-        if out == in_place:
-            say(f"changed {folder}, and read it again; surgery undo {folder} takes it back")
-        else:
-            say(f"wrote {folder}, and read it again; surgery merge {shlex.quote(base)} {folder}")
-        return done
 
 
 def examine(
@@ -102,12 +37,9 @@ def examine(
     rank would do), how much it turns what W does most (overlap, over chance), new directions among
     W's leading ones (intruders, arXiv:2410.21228), and what of it survives a merge in fewer bits.
 
-    Parameters
-    ----------
-    picture
-        a PNG to draw sizes and ranks into
-    force
-        take an adapter that was made for another base, with a warning
+    Args:
+        picture: a PNG to draw sizes and ranks into
+        force: take an adapter that was made for another base, with a warning
     """
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
@@ -134,7 +66,8 @@ def combine(
     rank: int | None = None,
     density: float = 0.5,
     seed: int = 0,
-    operation: AdapterOptions = AdapterOptions(),
+    force: bool = False,
+    operation: OperationOptions = OperationOptions(),
     all_layers: AllLayers = False,
     json: Json = False,
 ) -> None:
@@ -143,25 +76,23 @@ def combine(
     They are combined in ΔW, never in A and B apart. linear and slerp are exact without --rank; ties
     (arXiv:2306.01708) and dare (arXiv:2311.03099) change single entries of ΔW.
 
-    Parameters
-    ----------
-    rank
-        of the new adapter, by the nearest product of that rank; the report has each layer's error
-    density
-        the share of entries that ties and dare keep
-    seed
-        of dare's draws
+    Args:
+        rank: of the new adapter, by the nearest product of that rank; the report has each layer's
+            error
+        density: the share of entries that ties and dare keep
+        seed: of dare's draws
+        force: take adapters that were made for another base, with a warning
     """
     from nanogpt_surgery.surgery import combine as combined
-    from nanogpt_surgery.surgery import plan_combine
 
     weights, folders = weighted_folders(adapters, MADE)
     how: dict[str, Any] = {"method": method, "rank": rank, "density": density, "seed": seed}
     report = operation.carry_out(
         _base_of(next(iter(folders.values())), base),
-        folders,
-        lambda model: plan_combine(model, weights, MADE, **how),
-        lambda model, ids: combined(model, weights, MADE, **how, probe=ids),
+        lambda model, _, **more: combined(model, weights, MADE, **how, **more),
+        adapters=folders,
+        made=MADE,
+        force=force,
     )
     show(report, json, all_layers)
 
@@ -173,7 +104,8 @@ def compress(
     rank: int | None = None,
     energy: float | None = None,
     intruders: float | None = None,
-    operation: AdapterOptions = AdapterOptions(),
+    force: bool = False,
+    operation: OperationOptions = OperationOptions(),
     all_layers: AllLayers = False,
     json: Json = False,
 ) -> None:
@@ -181,28 +113,27 @@ def compress(
 
     In place the folder changes in one step, and surgery undo brings every byte back.
 
-    Parameters
-    ----------
-    rank
-        of each layer's update
-    energy
-        the least share of each ‖ΔW‖² that is kept, by as small a rank as that allows
-    intruders
-        the share that stays of each intruder dimension (arXiv:2410.21228); 0 takes them out
+    Args:
+        rank: of each layer's update
+        energy: the least share of each ‖ΔW‖² that is kept, by as small a rank as that allows
+        intruders: the share that stays of each intruder dimension (arXiv:2410.21228); 0 takes them
+            out
+        force: take an adapter that was made for another base, with a warning
     """
     from nanogpt_surgery import surgery
 
     if intruders is not None and (rank is not None or energy is not None):
         raise SurgeryError("--intruders stands alone", "compress the result once more")
-    folder = {"adapter": adapter}
-    if intruders is None:
-        size: dict[str, Any] = {"rank": rank, "energy": energy}
-        plan = _planned(surgery.plan_compress, "adapter", MADE, **size)
-        act = _measured(surgery.compress, "adapter", MADE, **size)
-    else:
-        plan = _planned(surgery.plan_remove_intruders, "adapter", MADE, keep=intruders)
-        act = _measured(surgery.remove_intruders, "adapter", MADE, keep=intruders)
-    report = operation.carry_out(_base_of(adapter, base), folder, plan, act, in_place=adapter)
+    make: Any = surgery.compress if intruders is None else surgery.remove_intruders
+    how = {"rank": rank, "energy": energy} if intruders is None else {"keep": intruders}
+    report = operation.carry_out(
+        _base_of(adapter, base),
+        lambda model, _, **more: make(model, "adapter", MADE, **how, **more),
+        adapters={"adapter": adapter},
+        made=MADE,
+        in_place=adapter,
+        force=force,
+    )
     show(report, json, all_layers)
 
 
@@ -212,74 +143,66 @@ def extract(
     *,
     rank: int | None = None,
     energy: float | None = None,
-    operation: AdapterOptions = AdapterOptions(),
+    operation: OperationOptions = OperationOptions(),
     all_layers: AllLayers = False,
     json: Json = False,
 ) -> None:
     """Make an adapter of what sets a fine-tuned model apart from its base, by SVD.
 
-    What no adapter can hold, as norms that differ, is named. The logits of base and adapter are
-    compared with the fine-tuned model's.
+    Biases go along, and norms are replaced whole. What the format has no place for is named, with
+    its size. The logits of base and adapter are compared with the fine-tuned model's.
 
-    Parameters
-    ----------
-    rank
-        of each layer's update
-    energy
-        the least share of each difference's ‖·‖² that is kept
+    Args:
+        rank: of each layer's update
+        energy: the least share of each difference's ‖·‖² that is kept
     """
     from nanogpt_surgery.formats.model_file import open_model
     from nanogpt_surgery.surgery import extract as extracted
-    from nanogpt_surgery.surgery import plan_extract
 
     other, _ = open_model(tuned, "each")
-    size: dict[str, Any] = {"rank": rank, "energy": energy}
     report = operation.carry_out(
         base,
-        {},
-        _planned(plan_extract, other, MADE, **size),
-        _measured(extracted, other, MADE, **size),
+        lambda model, _, **more: extracted(model, other, MADE, rank=rank, energy=energy, **more),
+        made=MADE,
     )
     show(report, json, all_layers)
 
 
 def ablate(
-    model: Model,
+    model: Operand,
     *,
     heads: Annotated[list[str] | None, Several] = None,
     neurons: Annotated[list[str] | None, Several] = None,
     direction: Path | None = None,
     layers: Annotated[list[int] | None, Several] = None,
-    operation: AdapterOptions = AdapterOptions(),
+    operation: OperationOptions = OperationOptions(),
     all_layers: AllLayers = False,
     json: Json = False,
 ) -> None:
-    """Make an adapter that takes heads, neurons or a direction out of a model.
+    """Take heads, neurons or a direction out of a model: by an adapter, or in place without --out.
 
-    It is an adapter like any other: it is scaled, blended, merged, and other programs open it.
+    With --out it is an adapter like any other: it is scaled, blended, merged, and other programs
+    open it. In place it goes into the weights, and surgery undo brings every byte back.
 
-    Parameters
-    ----------
-    heads
-        LAYER:HEADS, as 3:0,2,5-7
-    neurons
-        LAYER:NEURONS of the feed-forward's inner activations, in the same form
-    direction
-        a file of surgery model direction; no block writes along it any more
-    layers
-        in which the direction is cut; all by default
+    Args:
+        heads: LAYER:HEADS, as 3:0,2,5-7
+        neurons: LAYER:NEURONS of the feed-forward's inner activations, in the same form
+        direction: a file of surgery model direction; no block writes along it any more
+        layers: in which the direction is cut; all by default
     """
     from nanogpt_surgery.surgery import ablate as ablated
-    from nanogpt_surgery.surgery import plan_ablate
 
     what: dict[str, Any] = {
         "heads": _numbers_by_layer(heads, "heads"),
         "neurons": _numbers_by_layer(neurons, "neurons"),
         "direction": None if direction is None else _one_vector(direction),
         "layers": layers,
+        "merge": operation.out is None,
     }
     report = operation.carry_out(
-        model, {}, _planned(plan_ablate, MADE, **what), _measured(ablated, MADE, **what)
+        model,
+        lambda network, _, **more: ablated(network, MADE, **what, **more),
+        made=operation.made,
     )
     show(report, json, all_layers)
 
@@ -296,26 +219,6 @@ def _one_vector(path: Path) -> Any:
     if len(vectors) != 1:
         raise SurgeryError(f"{path} has directions at {len(vectors)} points; one can be cut out")
     return next(iter(vectors.values()))
-
-
-def _planned(plan: Any, *arguments: Any, **named: Any) -> Callable[[SimpleGPT], Report]:
-    """Returns an operation's plan as a function of the model alone."""
-
-    def planned(model: SimpleGPT) -> Report:
-        report: Report = plan(model, *arguments, **named)
-        return report
-
-    return planned
-
-
-def _measured(operate: Any, *arguments: Any, **named: Any) -> ActOnAdapters:
-    """Returns an operation as a function of the model and of the ids that it is measured on."""
-
-    def act(model: SimpleGPT, ids: Any) -> Report:
-        report: Report = operate(model, *arguments, **named, probe=ids)
-        return report
-
-    return act
 
 
 def _base_of(adapter: Path, base: str | None) -> str:

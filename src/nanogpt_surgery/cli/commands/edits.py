@@ -1,17 +1,21 @@
-"""`surgery model edit`: a fact edited, as an adapter of rank one."""
+"""`surgery model edit`: a fact edited, by a change of rank one."""
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from cyclopts import Parameter
 
-from nanogpt_surgery.cli.framework.console import say, show
-from nanogpt_surgery.cli.framework.options import Json, Model, Overwrite, check_out
-from nanogpt_surgery.errors import SurgeryError
+from nanogpt_surgery.cli.framework.console import show
+from nanogpt_surgery.cli.framework.operation import MADE, Operand, OperationOptions
+from nanogpt_surgery.cli.framework.options import Json
+
+if TYPE_CHECKING:
+    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
+    from nanogpt_surgery.model.simple_gpt import SimpleGPT
+    from nanogpt_surgery.report import Report
 
 
 @Parameter(name="*")
@@ -30,7 +34,7 @@ class EditOptions:
     """of the model's own text"""
 
     def arguments(self) -> dict[str, Any]:
-        """As `edit_model` takes them."""
+        """As `edit` takes them."""
         from nanogpt_surgery.data.text.corpus import read_texts
         from nanogpt_surgery.generation.settings import check_seed
 
@@ -41,43 +45,33 @@ class EditOptions:
 
 
 def edit(
-    model: Model,
+    model: Operand,
     *,
     prompt: str,
     subject: str,
     target: str,
-    out: Path | None = None,
-    overwrite: Overwrite = False,
     options: EditOptions = EditOptions(),
-    plan: bool = False,
+    operation: OperationOptions = OperationOptions(),
     json: Json = False,
 ) -> None:
-    """Edit a fact (ROME, arXiv:2202.05262) into an adapter folder; the model stays as it is.
+    """Edit a fact (ROME, arXiv:2202.05262): in place, or into an adapter folder with --out.
 
-    The target has to become likelier, or nothing is written. Prompts near it are reported.
+    The target has to become likelier, or nothing is written. Prompts near it are reported. In place
+    it goes into the weights, and surgery undo brings every byte back.
 
-    Parameters
-    ----------
-    prompt
-        with {} in the place of the subject: "The capital of {} is"
-    subject
-        whose fact it is: France
-    target
-        how the prompt is to go on, usually with a space first: " Rome"
-    out
-        the adapter folder to make
-    plan
-        say what would be changed, and write nothing
+    Args:
+        prompt: with {} in the place of the subject: "The capital of {} is"
+        subject: whose fact it is: France
+        target: how the prompt is to go on, usually with a space first: " Rome"
     """
-    from nanogpt_surgery.formats.folders.editing import edit_model, plan_edit_model
+    from nanogpt_surgery.data.tokenizers.tokenizer import required_tokenizer
+    from nanogpt_surgery.surgery import edit as edited
 
-    if plan:
-        show(plan_edit_model(model, prompt, subject, target, layer=options.layer), json)
-        say("the same command without --plan does it")
-        return
-    if out is None:
-        raise SurgeryError("no folder to write is named", "add --out FOLDER, or --plan")
-    check_out(out, overwrite)
-    show(edit_model(model, prompt, subject, target, out, **options.arguments()), json)
-    words = f"{shlex.quote(model)} {shlex.quote(str(out))}"
-    say(f"wrote {out}; surgery merge {words} puts it into the weights")
+    how = options.arguments() | {"merge": operation.out is None}
+
+    def act(network: SimpleGPT, tokenizer: Tokenizer | None, probe: Any, plan: bool) -> Report:
+        own = required_tokenizer(tokenizer, model)
+        ids = probe if operation.probe else None  # by default the statistics' own text
+        return edited(network, own, prompt, subject, target, MADE, probe=ids, plan=plan, **how)
+
+    show(operation.carry_out(model, act, made=operation.made), json)

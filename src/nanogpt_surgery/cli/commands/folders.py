@@ -12,6 +12,7 @@ from typing import Annotated, Literal, TypeAlias
 from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say, show
+from nanogpt_surgery.cli.framework.operation import OperationOptions
 from nanogpt_surgery.cli.framework.options import (
     WITH_ADAPTER,
     AdapterFolder,
@@ -52,12 +53,8 @@ def merge(
     model: str,
     adapter: Path,
     *,
-    out: Path | None = None,
-    overwrite: Overwrite = False,
-    probe: Path | None = None,
-    drop_originals: bool = False,
-    plan: bool = False,
     dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    operation: OperationOptions = OperationOptions(),
     options: MergeOptions = MergeOptions(),
     all_layers: AllLayers = False,
     json: Json = False,
@@ -67,28 +64,13 @@ def merge(
     Args:
         model: a run or a model folder; with --out also a GGUF file or a hub name
         adapter: an adapter folder, as finetune or peft writes it
-        out: the model folder to make; without it the model's own folder changes, in one step
-        probe: a text to measure the merge on, in the model's tokens; without it, random tokens
-        drop_originals: keep nothing of what was there: undo is then impossible
-        plan: say what would be written and how much of ΔW survives, and write nothing
         dtype: of all weights to write; by default each keeps the one that it is stored in
     """
-    from nanogpt_surgery.formats.folders.merging import check_not_itself, merge_adapter, plan_merge
+    from nanogpt_surgery.formats.folders.merging import merge_adapter
 
-    if out is not None and not plan:
-        check_not_itself(model, out)
-        check_out(out, overwrite)
-    text = read_texts([probe]) if probe else None
-    more = {"probe": text, "keep_originals": not drop_originals, "dtype": dtype} | given(options)
-    merged = (plan_merge if plan else merge_adapter)(model, adapter, out, **more)
-    show(merged, json, all_layers)
-    if plan:
-        say("the same command without --plan merges it")
-    elif out is not None:
-        say(f"wrote {out}, read it again and measured it; {model} is as it was")
-    else:
-        back = "this cannot be undone" if drop_originals else f"surgery undo {model} takes it back"
-        say(f"changed {model}, read it again and measured it; {back}")
+    how = operation.arguments(model) | {"dtype": dtype} | given(options)
+    show(merge_adapter(model, adapter, operation.out, **how), json, all_layers)
+    operation.say(model)
 
 
 def export(

@@ -9,7 +9,7 @@ take its place.
 from __future__ import annotations
 
 import math
-import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -20,36 +20,36 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
+from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 from nanogpt_surgery.errors import SurgeryError
-from nanogpt_surgery.files.atomic import file_hash, write_file, write_folder
-from nanogpt_surgery.files.disk_errors import free_bytes
-from nanogpt_surgery.files.writing import read_json
+from nanogpt_surgery.files.atomic import file_hash, write_file
 from nanogpt_surgery.formats.comparison import check_tokenizer
+from nanogpt_surgery.formats.folders.operating import (
+    PASSES,
+    fingerprint,
+    goal_of,
+    planned_sizes,
+    probe_ids,
+    put_in_place,
+)
 from nanogpt_surgery.formats.folders.run_folder import is_run
 from nanogpt_surgery.formats.gguf.writing import GGUFType, read_again, rounding_of, write_gguf_file
-from nanogpt_surgery.formats.huggingface.config import CONFIG
 from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
 from nanogpt_surgery.formats.huggingface.tokenizer_files import (
-    CHAT_TEMPLATE,
     chat_template_in,
     with_chat_template,
     write_chat_template,
 )
 from nanogpt_surgery.formats.model_file import (
-    TENSORS,
-    is_hub_name,
-    model_folder,
     open_model,
     write_model_files,
 )
 from nanogpt_surgery.formats.peft.layout import adapter_to_ours
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, attach_read, read_adapter
-from nanogpt_surgery.history.folder_history import FolderOperation, operate, record_made
+from nanogpt_surgery.history.folder_history import FolderOperation
 from nanogpt_surgery.history.model_history import (
     UPDATES,
-    combined,
     plain_name,
     tensor_hash,
     tensor_hashes,
@@ -72,33 +72,11 @@ from nanogpt_surgery.lora.merging import (
 )
 from nanogpt_surgery.lora.settings import Tied
 from nanogpt_surgery.lora.several import lora_layers
-from nanogpt_surgery.model.finite import check_finite, check_finite_weights, is_finite
+from nanogpt_surgery.model.finite import check_finite
 from nanogpt_surgery.model.precision import computing_in_float32
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.report import Report
-
-
-def plan_merge(
-    model: str | Path, adapter: str | Path, out: str | Path | None = None, **options: Any
-) -> Report:
-    """Reports what `merge_adapter` would do, while nothing is written.
-
-    How much of ΔW survives each precision in each layer, and the sizes to expect; the arguments are
-    those of `merge_adapter`.
-    """
-    check_not_itself(model, out)
-    keep = options.pop("keep_originals", True)
-    options.pop("tolerance", None)
-    merge = _prepare(model, adapter, **options)
-    survival = merge_survival(merge.model)
-    goal = folder_in_place(model) if out is None else Path(out)
-    old = sum((goal / name).stat().st_size for name in weight_files(goal)) if out is None else 0
-    sizes = {
-        "written_to": f"{goal}{', in place' if out is None else ''}",
-        "kept_originals_bytes": old if keep else 0,
-        "free_bytes": free_bytes(goal),
-    }
-    return Report("merge planned", survival.rows, survival.summary | merge.planned() | sizes)
+from nanogpt_surgery.surgery.operating import COMPARING, costs, hash_seconds, pass_seconds
 
 
 def merge_adapter(
@@ -112,11 +90,11 @@ def merge_adapter(
     keep_originals: bool = True,
     probe: str | None = None,
     tied: Tied | None = None,
+    plan: bool = False,
 ) -> Report:
     """Merges an adapter folder into a model, in float32, rounded once; read again and measured.
 
-    Without `out` the model's own folder is operated on: it changes in one step, what was there is
-    kept in it, and `undo_folder` brings every byte back.
+    Without `out` the model's own folder changes in one step, and `undo_folder` brings it back.
 
     Args:
         model: a run or a model folder; with `out` whatever `open_model` opens.
@@ -128,6 +106,7 @@ def merge_adapter(
         keep_originals: keep what was there, so that an operation in place can be undone.
         probe: a text to measure on; random tokens if None.
         tied: what to do with weights that layers share; by default what the adapter was made with.
+        plan: write nothing, and say how much of ΔW survives each precision, and the sizes.
 
     Returns:
         A row for each layer; the largest and the mean error of the logits, KL and the share of
@@ -139,18 +118,29 @@ def merge_adapter(
             the disk refuses. What was there is untouched then.
     """
     _check_tolerance(tolerance)
-    check_not_itself(model, out)
-    goal = folder_in_place(model) if out is None else Path(out)
+    goal, in_place = goal_of(model, out)
     merge = _prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
-    planned = merge.planned() | {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER)}
+    if plan:
+        return _planned(merge, planned_sizes(goal, in_place, keep_originals))
+    hashed = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER)}
+    done = FolderOperation(merge.title, merge.base, planned=merge.planned() | hashed)
     merge.add_in(tolerance, force)
-    done = FolderOperation(merge.title, merge.base, planned=planned)
-    if out is None:
-        gone = weight_files(goal)
-        done = operate(goal, lambda new: _write(merge, new, done, goal), keep_originals, gone)
-    else:
-        done = write_folder(goal, lambda new: _make(merge, new, done))
+    write = partial(_write, merge, done, goal if in_place else None)
+    gone = weight_files(goal) if in_place else ()
+    done = put_in_place(goal, in_place, write, f" into {merge.source}", gone, keep_originals)
     return _report(merge, done, goal)
+
+
+def _planned(merge: Merge, sizes: dict[str, Any]) -> Report:
+    """Returns how much of ΔW survives, and what a merge takes."""
+    start, model = time.perf_counter(), merge.model
+    survival, planned = merge_survival(model), merge.planned()
+    seconds = time.perf_counter() - start
+    seconds += pass_seconds(model, merge.probe[:1], 2 * merge.probe.numel())
+    seconds += (2 + PASSES) * hash_seconds(model)
+    logits = COMPARING * merge.probe.numel() * model.config.vocab_size
+    summary = survival.summary | planned | costs(model, logits, seconds) | sizes
+    return Report("merge planned", survival.rows, summary)
 
 
 def _check_tolerance(tolerance: float) -> None:
@@ -158,10 +148,8 @@ def _check_tolerance(tolerance: float) -> None:
         raise SurgeryError(f"tolerance is {tolerance}; it must be at least 0 and finite")
 
 
-def _write(
-    merge: Merge, new: Path, done: FolderOperation, place: Path | None = None
-) -> FolderOperation:
-    """Writes the merged model and measures what was written; in place, without what is there."""
+def _write(merge: Merge, done: FolderOperation, place: Path | None, new: Path) -> FolderOperation:
+    """Writes the merged model and measures what was written; in place, without a tokenizer."""
     tokenizer = merge.tokenizer if place is None or is_run(place) else None
     write_model_files(
         merge.model, new, tokenizer, place or merge.source, merge.dtypes, merge.hashed_tensor
@@ -172,15 +160,7 @@ def _write(
     again, tokenizer_again = open_model(new, "each")
     merge.check_written(again)
     check_tokenizer(tokenizer, tokenizer_again)
-    if place is not None:
-        _leave_away(new, place)
     return replace(done, measured=merge.measure(again))
-
-
-def _make(merge: Merge, new: Path, done: FolderOperation) -> FolderOperation:
-    """Writes a new folder, whose journal begins with the merge."""
-    made = replace(_write(merge, new, done), operation=f"{merge.title} into {merge.source}")
-    return record_made(new, made)
 
 
 def _report(merge: Merge, done: FolderOperation, goal: Path) -> Report:
@@ -194,52 +174,6 @@ def _report(merge: Merge, done: FolderOperation, goal: Path) -> Report:
         "sha256": done.changes(),
     }
     return Report(f"merged: {merge.title}", merge.rows, summary)
-
-
-def _leave_away(new: Path, place: Path) -> None:
-    """Drops the new files that `place` has already; config and template if they say the same.
-
-    A run may lack any of them: a kill came before its checkpoint was shown at the top.
-    """
-    for path in [path for path in new.iterdir() if path.name != TENSORS]:
-        there = place / path.name
-        if path.is_dir() and there.is_dir():
-            shutil.rmtree(path)
-        elif there.is_file() and _says_the_same(there, path):
-            path.unlink()
-
-
-def _says_the_same(there: Path, new: Path) -> bool:
-    if new.name == CONFIG:
-        return bool(read_json(there) == read_json(new))
-    return new.name != CHAT_TEMPLATE or there.read_bytes() == new.read_bytes()
-
-
-def check_not_itself(model: str | Path, out: str | Path | None) -> None:
-    """Raises `SurgeryError` if `out` is the model itself, which could not be brought back then."""
-    if out is None or not Path(model).is_dir():
-        return
-    if Path(out).resolve() in (Path(model).resolve(), model_folder(model).resolve()):
-        raise SurgeryError(
-            f"{out} is the model itself, and writing over it has no undo",
-            "leave out the new folder to merge in place, with undo",
-        )
-
-
-def folder_in_place(model: str | Path) -> Path:
-    """The folder that an operation without `out` changes.
-
-    Raises:
-        SurgeryError: it is a file, or a model on the hub, whose copies others read too.
-    """
-    folder = Path(model)
-    if folder.is_dir():
-        return folder
-    if not folder.exists() and not is_hub_name(str(model)):
-        raise SurgeryError(f"there is no folder {model}", "name a run or a model folder")
-    kind = "no folder" if folder.exists() else "a model on the hub"
-    raise SurgeryError(f"{model} is {kind}, so it cannot be changed in place",
-                       "out=FOLDER writes a new one")  # fmt: skip
 
 
 def merge_into_gguf(
@@ -292,8 +226,6 @@ def merge_into_gguf(
     return Report(f"merged: {merge.title} into {model}", merge.rows, summary | stored)
 
 
-PROBE_ROWS, PROBE_TOKENS = 4, 64  # of a text, at most
-RANDOM_TOKENS = 16  # in each row without one: computing on them is what takes longest in a merge
 WIDER = "merge with dtype='float32', or export with format='F32'"
 
 
@@ -480,27 +412,6 @@ def _prepare(
     )
 
 
-def fingerprint(model: SimpleGPT, where: str, hashes: dict[Tensor, str] | None = None) -> str:
-    """The hash of all weights in float32, the same for a model in any dtype.
-
-    Those of the tensors, in float32, are added to `hashes`.
-
-    Raises:
-        SurgeryError: one is NaN or infinite.
-    """
-
-    def look(tensor: Tensor) -> tuple[str, bool]:
-        return tensor_hash(tensor.float()), is_finite(tensor)
-
-    tensors = list(model.parameters())
-    found, finite = zip(*in_turn(look, tensors), strict=True)
-    if not all(finite):
-        check_finite_weights(model, where)
-    hashes = {} if hashes is None else hashes
-    hashes.update(zip(tensors, found, strict=True))
-    return combined(tensor_hashes(model, hashes).values())
-
-
 def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:
     """Raises `SurgeryError` for tensors that float32 would round, merged or not."""
     wide = [name for name, dtype in stored.items() if dtype == torch.float64]
@@ -510,23 +421,3 @@ def _check_wider(stored: dict[str, torch.dtype], where: str) -> None:
             "computes in float32",
             "dtype='float32' writes them so",
         )
-
-
-def probe_ids(
-    model: SimpleGPT, tokenizer: Tokenizer | None, text: str | None
-) -> tuple[Tensor, str]:
-    """Ids (B, T) to measure on, and what they are in words."""
-    length = min(PROBE_TOKENS, model.config.block_size)
-    if text is None:
-        draw, shape = torch.Generator().manual_seed(0), (PROBE_ROWS, min(RANDOM_TOKENS, length))
-        ids = torch.randint(model.config.vocab_size, shape, generator=draw)
-        return ids, f"{ids.numel()} random tokens"
-    hint = "without a probe it is measured on random tokens"
-    tokenizer = required_tokenizer(tokenizer, "the model", hint)
-    encoded = list(tokenizer.encode(text[: 64 * PROBE_ROWS * PROBE_TOKENS]))
-    rows = min(PROBE_ROWS, len(encoded) // length)
-    if not rows:
-        raise SurgeryError(f"the probe text has {len(encoded)} tokens, fewer than {length}",
-                           "give a longer one, or none: then it is random tokens")  # fmt: skip
-    ids = torch.tensor(encoded[: rows * length]).view(rows, length)
-    return ids, f"{ids.numel()} tokens of the text given"
