@@ -48,12 +48,7 @@ from nanogpt_surgery.formats.peft.layout import adapter_to_ours
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, attach_read, read_adapter
 from nanogpt_surgery.history.folder_history import FolderOperation
-from nanogpt_surgery.history.model_history import (
-    UPDATES,
-    plain_name,
-    tensor_hash,
-    tensor_hashes,
-)
+from nanogpt_surgery.history.model_history import UPDATES, plain_name, tensor_hash, tensor_hashes
 from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import (
     Rounding,
