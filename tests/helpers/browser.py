@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,14 +81,30 @@ class Browser:
         )
         return waiting.until(lambda _: condition())
 
-    def size(self, width: int, height: int, dark: bool = False) -> None:
+    def size(self, width: int, height: int, dark: bool = False, still: bool = False) -> None:
+        """Sets the window's size, the theme, and whether its person wants nothing to move."""
         phone = width < 600
         self.driver.execute_cdp_cmd(
             "Emulation.setDeviceMetricsOverride",
             {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": phone},
         )
-        theme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [theme]})
+        wanted = {
+            "prefers-color-scheme": "dark" if dark else "light",
+            "prefers-reduced-motion": "reduce" if still else "no-preference",
+        }
+        features = [{"name": name, "value": value} for name, value in wanted.items()]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+
+    def drop(self, file: Path, element: WebElement) -> None:
+        """Drags a file from outside over an element, and lets it go there."""
+        self.run("arguments[0].scrollIntoView({block: 'center'})", element)
+        box = self.run("const b = arguments[0].getBoundingClientRect(); return [b.x, b.y]", element)
+        data = {"items": [], "files": [str(file)], "dragOperationsMask": 1}
+        for kind in ("dragEnter", "dragOver", "drop"):
+            self.driver.execute_cdp_cmd(
+                "Input.dispatchDragEvent",
+                {"type": kind, "x": box[0] + 9, "y": box[1] + 9, "data": data},
+            )
 
     def requests(self) -> list[str]:
         """Returns the addresses of all requests since it was last called."""

@@ -13,7 +13,7 @@ from nanogpt_surgery import SurgeryError, inject_lora, open_model
 from nanogpt_surgery.serving.engine import Engine
 from nanogpt_surgery.serving.server import HttpServer, Server
 
-ADAPTER = "python"
+ADAPTER, OTHER = "python", "rhyme"
 SCRIPT = "<script>alert(1)</script>"
 
 
@@ -58,8 +58,9 @@ class ServedPage(Listening):
         write_model(folder / "tiny", block_size=96)
         self.folder = folder
         self.model, self.tokenizer = open_model(folder / "tiny")
-        inject_lora(self.model, ["q_proj", "lm_head"], rank=3, alpha=9, name=ADAPTER)
-        train_a_little(self.model, 5, size=0.5)
+        for seed, name in enumerate((OTHER, ADAPTER)):
+            inject_lora(self.model, ["q_proj", "lm_head"], rank=3, alpha=9, name=name)
+            train_a_little(self.model, seed, size=0.2)
         self.engine = Engine(self.model)
         super().__init__(self._server())
 

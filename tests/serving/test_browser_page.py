@@ -2,14 +2,40 @@
 
 import json
 import re
+import signal
+import subprocess
+import sys
 
 import pytest
 from helpers.browser import Browser, chromium
-from helpers.served_page import ADAPTER, SCRIPT, ServedPage, served_page
+from helpers.page import (
+    TOKENS,
+    answered_again,
+    answers,
+    ask,
+    dial,
+    figure,
+    focused,
+    journal,
+    press,
+    shown_hashes,
+    tokens,
+    undo,
+)
+from helpers.served_page import ADAPTER, OTHER, SCRIPT, ServedPage, served_page
 from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
 
-TOKENS = "#sides .side:nth-child({}) .answer .token"
-RIGHT_DIAL = '#sides .side:nth-child(2) input[type="range"]'
+RECORDS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"{i} + 1?"},
+            {"role": "assistant", "content": f"It is {i + 1}."},
+        ]
+    }
+    for i in range(24)
+]
+JSONL = "".join(json.dumps(record) + "\n" for record in RECORDS)
 
 
 @pytest.fixture(scope="module")
@@ -36,40 +62,7 @@ def page(served: ServedPage, chrome: Browser):
     assert not worst
 
 
-def tokens(page: Browser, side: int) -> list[str]:
-    texts = page.run(
-        "return [...document.querySelectorAll(arguments[0])].map((t) => t.textContent)",
-        TOKENS.format(side),
-    )
-    return texts
-
-
-def answers(page: Browser) -> tuple[str, str]:
-    """Returns both sides' answers once neither streams."""
-    page.wait(lambda: not page.all(".answer.running") and page.text("answer") == "Answer again")
-    return "".join(tokens(page, 1)), "".join(tokens(page, 2))
-
-
-def ask(page: Browser, prompt: str, count: int = 12) -> tuple[str, str]:
-    if not page.at("seed").is_displayed():
-        page.one("#talk summary").click()
-    page.write("max-new-tokens", count)
-    page.write("prompt", prompt)
-    page.click(page.at("answer"))
-    page.wait(lambda: page.all(TOKENS.format(1)) and page.all(TOKENS.format(2)))
-    return answers(page)
-
-
-def dial(page: Browser, weight: float) -> None:
-    """Moves the right side's slider; both sides answer again."""
-    page.run(
-        "const [slider, value] = arguments; slider.value = value;"
-        "document.querySelectorAll('.answer .token').forEach((t) => t.remove());"
-        "slider.dispatchEvent(new Event('input', {bubbles: true}))",
-        page.one(RIGHT_DIAL),
-        weight,
-    )
-    page.wait(lambda: page.all(TOKENS.format(1)) and page.all(TOKENS.format(2)))
+# Talk
 
 
 def test_talk_answers_on_two_sides_which_a_slider_makes_one(page):
@@ -77,12 +70,33 @@ def test_talk_answers_on_two_sides_which_a_slider_makes_one(page):
     assert base and adapted and base != adapted
     titles = [title.text for title in page.all(".side h2")]
     assert titles == ["base", ADAPTER]
-    hashes = page.one(".side:nth-child(2) code").get_attribute("title")
-    assert len(re.findall("[0-9a-f]{64}", hashes)) == 2
-    dial(page, 0)
-    assert answers(page) == (base, base)
-    dial(page, 1)
-    assert answers(page) == (base, adapted)
+    assert all(re.fullmatch("[0-9a-f]{64}", one) for one in shown_hashes(page))
+    assert len(shown_hashes(page)) == 2
+    assert dial(page, ADAPTER, 0) == (base, base)
+    assert dial(page, ADAPTER, 1) == (base, adapted)
+
+
+def test_adapters_are_blended_with_sliders_and_the_blend_is_looked_into(page):
+    base, one = ask(page, "The sky")
+    more = Select(page.one(".side:nth-child(2) .dials select"))
+    assert [option.text for option in more.options][1:] == [OTHER]
+    _, both = answered_again(page, lambda: more.select_by_value(OTHER))
+    assert both not in (base, one)
+    assert len(set(shown_hashes(page))) == 3
+    assert dial(page, OTHER, 0) == (base, one)
+    _, half = dial(page, OTHER, 0.5)
+    assert half not in (base, one, both)
+    title = page.one(".side:nth-child(2) h2").text
+    assert title == f"{ADAPTER} + {OTHER} × 0.5"
+    page.click(page.one(".side:nth-child(2) .foot button"))
+    page.wait(lambda: page.text("most"))
+    assert page.at("look-adapter").get_property("value") == title
+    blended = page.text("lens")
+    Select(page.at("look-adapter")).select_by_value(ADAPTER)
+    page.wait(lambda: page.text("lens") != blended)
+    page.go("talk")
+    take_off = page.one(f'[aria-label="Take {OTHER} off the right side"]')
+    assert answered_again(page, take_off.click) == (base, one)
 
 
 def test_another_choice_is_taken_and_the_answer_goes_on_from_there(page):
@@ -103,6 +117,25 @@ def test_another_choice_is_taken_and_the_answer_goes_on_from_there(page):
     assert after[:4] == before[0][:4]
     assert after[4] != before[0][4] and f"with {after[4]}," in wanted
     assert tokens(page, 2) == before[1]
+
+
+def test_an_answer_says_when_the_weights_have_changed_since(page):
+    ask(page, "The sky")
+    hashes = shown_hashes(page)
+    page.go("operate")
+    page.push(f"Merge {ADAPTER}")
+    page.wait(lambda: not page.all(f'[aria-label="Merge {ADAPTER}"]'))
+    page.go("talk")
+    changed = page.one(".side:nth-child(1) > p:not(.wrong)")
+    page.wait(changed.is_displayed)
+    page.go("operate")
+    undo(page)
+    page.go("talk")
+    page.wait(lambda: not changed.is_displayed())
+    page.wait(lambda: shown_hashes(page) == hashes)
+
+
+# Look
 
 
 def test_look_shows_attention_shares_and_lens_with_and_without_the_adapter(page):
@@ -128,15 +161,23 @@ def test_look_shows_attention_shares_and_lens_with_and_without_the_adapter(page)
     page.wait(lambda: "“T”" in page.text("attention-reading"))
 
 
-def journal(page: Browser) -> list[tuple[str, bool]]:
-    """Returns the titles, the newest first, and whether each is undone."""
-    return page.run(
-        "return [...document.querySelectorAll('#journal li:not(.none)')].map("
-        "(one) => [one.querySelector('span').textContent, one.classList.contains('undone')])"
-    )
+def test_of_an_answer_that_is_too_long_the_beginning_is_looked_into(page, served):
+    most = served.model.config.block_size
+    ask(page, "The sky", most)  # 7 characters, and as many tokens as there is room for
+    page.click(page.one(".side:nth-child(1) .foot button"))
+    page.wait(lambda: page.text("most"))
+    assert str(most) in page.text("look-note") and not page.text("look-error")
+    assert len(page.all("#look-tokens .token")) == most
+    page.write("look-text", "A text of one's own")
+    page.click(page.one("#look-form .primary"))
+    page.wait(lambda: len(page.all("#look-tokens .token")) == len("A text of one's own"))
+    assert not page.text("look-note")
 
 
-def test_operate_from_targets_to_a_merge_and_back(page, served):
+# Operate
+
+
+def test_operate_from_targets_to_a_merge_and_back(page):
     page.go("operate")
     page.wait(lambda: page.all(".layers [data-path]"))
     page.one('[data-preset="qv"]').click()
@@ -153,18 +194,20 @@ def test_operate_from_targets_to_a_merge_and_back(page, served):
     page.push("Disable fresh")
     page.push("Enable fresh")
     page.wait(lambda: page.all('[aria-label="Disable fresh"]'))
+    weight = page.one(f'#blend-weights [name="{ADAPTER}"]')
+    weight.clear()
+    weight.send_keys("0.5", Keys.ENTER)
+    page.wait(lambda: "on × 0.50" in page.text("adapters"))
     page.push(f"Merge {ADAPTER}")
     page.wait(lambda: not page.all(f'[aria-label="Merge {ADAPTER}"]'))
     merged = page.text("model")
     assert merged != before
-    page.push_at("#undo")
-    page.wait(lambda: page.text("model") != merged)
+    undo(page)
+    assert page.text("model") == before
     page.push_at("#redo")
     page.wait(lambda: page.text("model") == merged)
-    while any(not undone for _, undone in journal(page)):
-        left = sum(not undone for _, undone in journal(page))
-        page.push_at("#undo")
-        page.wait(lambda left=left: sum(not undone for _, undone in journal(page)) < left)
+    while sum(not undone for _, undone in journal(page)) > done:
+        undo(page)
     assert page.text("model") == before
 
 
@@ -172,7 +215,7 @@ def test_a_head_is_ablated_with_a_click_and_comes_back(page):
     page.go("operate")
     page.push("Ablate head 1 of layer 0")
     page.wait(lambda: page.all('[aria-label="Head 1 of layer 0 is ablated"]'))
-    page.push_at("#undo")
+    undo(page)
     page.wait(lambda: page.all('[aria-label="Ablate head 1 of layer 0"]'))
 
 
@@ -184,43 +227,68 @@ def test_saving_says_where(page, served):
     assert any(path.name == "kept" and path.is_dir() for path in served.folder.rglob("kept"))
 
 
-def test_train_from_dropped_answers_to_an_adapter_beside_the_base(page, served, tmp_path):
-    records = [{"messages": [{"role": "user", "content": f"{i} + 1?"},
-                             {"role": "assistant", "content": f"It is {i + 1}."}]}
-               for i in range(24)]  # fmt: skip
-    answers_file = tmp_path / "sums.jsonl"
-    answers_file.write_text("".join(json.dumps(record) + "\n" for record in records))
+# Train
+
+
+def test_train_from_dropped_answers_to_an_adapter_beside_the_base(page, tmp_path):
+    (tmp_path / "sums.jsonl").write_text(JSONL)
     page.go("train")
-    page.at("file").send_keys(str(answers_file))
+    page.drop(tmp_path / "sums.jsonl", page.at("drop"))
     page.wait(lambda: page.all("#preview mark"))
     assert "It is 1." in page.one("#preview mark").text
     assert "0 + 1?" in page.text("preview")
     assert not any("+ 1?" in mark.text for mark in page.all("#preview mark"))
-    for name, value in (("name", "sums"), ("steps", 100_000), ("batch", 2), ("every", 5)):
-        page.write(f"train-{name}", value)
-    page.click(page.at("train-plan-button"))
-    page.wait(
-        lambda: (
-            page.all("#train-plan dl") or page.all("#train-plan table") or page.text("train-error")
-        )
-    )
-    assert not page.text("train-error")
+    fill_training(page, "sums")
     page.click(page.at("train-start"))
     page.wait(lambda: page.at("pause").is_displayed())
     page.wait(lambda: page.all("#chart canvas") and page.all(".sample"))
-    page.push_at("#pause")
-    page.wait(lambda: page.at("resume").is_displayed())
-    page.push_at("#resume")
-    page.wait(lambda: page.at("pause").is_displayed())
+    assert page.text("train-start") != "Start" and not page.at("train-start").is_enabled()
+    page.write("train-name", "second")
+    page.run("const it = document.getElementById('train-start'); it.disabled = false; it.click()")
+    page.wait(lambda: "sums" in page.text("train-error"))  # that one runs
+    assert not [one for one in page.all(".runs b") if one.text == "second"]
     page.push_at("#stop")
-    page.wait(lambda: "Statestopped" in page.text("figures"))
-    assert page.wait(lambda: [b for b in page.all(".runs b") if b.text == "sums"])
+    page.wait(lambda: figure(page, "State") == "stopped")
+    assert page.wait(lambda: [one for one in page.all(".runs b") if one.text == "sums"])
     page.go("talk")
     page.wait(lambda: page.one(".side:nth-child(2) h2").text == "sums")
     base, trained = ask(page, "3 + 1?")
     assert base and trained
-    hashes = page.one(".side:nth-child(2) code").get_attribute("title")
-    assert len(re.findall("[0-9a-f]{64}", hashes)) == 2  # the base's and the newest checkpoint's
+    assert len(set(shown_hashes(page))) == 2  # the base's and the newest checkpoint's
+
+
+def fill_training(page: Browser, name: str) -> None:
+    for field, value in (("name", name), ("steps", 100_000), ("batch", 2), ("every", 5)):
+        page.write(f"train-{field}", value)
+
+
+def test_a_run_that_a_terminal_began_is_watched(page, served):
+    run = served.folder / "runs" / "far"
+    text = served.folder / "far.txt"
+    text.write_text("It is what it is. " * 200)
+    words = f"train {text} --out {run} --max-steps 100000 --evaluate-every 50 --batch-size 2"
+    sizes = "--n-layer 1 --n-embd 8 --n-head 1 --block-size 8 --save-every-minutes 9"
+    command = [sys.executable, "-m", "nanogpt_surgery", *words.split()]
+    terminal = subprocess.Popen(
+        [*command, *sizes.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        page.go("train")
+        button = "[...document.querySelectorAll('.runs button')].find(" \
+            "(b) => b.textContent.startsWith('far'))"
+        page.wait(lambda: page.run(f"const it = {button}; it?.click(); return Boolean(it)"))
+        page.wait(lambda: figure(page, "State") == "running" and page.all("#chart canvas"))
+        first = figure(page, "Step")
+        page.wait(lambda: figure(page, "Step") != first)
+        assert not page.at("stop").is_displayed()  # it belongs to the terminal
+        terminal.send_signal(signal.SIGTERM)
+        page.wait(lambda: figure(page, "State") == "stopped")
+    finally:
+        terminal.kill()
+        terminal.wait()
+
+
+# What models and people write, the line, tabs
 
 
 def test_what_models_and_people_write_is_shown_as_text(page):
@@ -260,42 +328,58 @@ def test_two_tabs_see_the_same(page, served):
     page.driver.switch_to.new_window("tab")
     try:
         page.open(served.url, "operate")
-        page.wait(lambda: page.all('[aria-label="Ablate head 0 of layer 1"]'))
         page.push("Ablate head 0 of layer 1")
         page.wait(lambda: page.all('[aria-label="Head 0 of layer 1 is ablated"]'))
     finally:
         page.driver.close()
         page.driver.switch_to.window(first)
     page.wait(lambda: page.all('[aria-label="Head 0 of layer 1 is ablated"]'))
-    assert len(journal(page)) == done + 1
-    page.push_at("#undo")
-    page.wait(lambda: journal(page)[0][1])
+    page.wait(lambda: len(journal(page)) == done + 1)
+    undo(page)
 
 
-def focused(page: Browser) -> str:
-    return page.run(
-        "const e = document.activeElement; return e.id || e.getAttribute('href') || e.className"
-    )
-
-
-def press(page: Browser, *keys: str) -> None:
-    for key in keys:
-        page.driver.switch_to.active_element.send_keys(key)
+# The keyboard
 
 
 def tab_to(page: Browser, name: str) -> None:
+    """Presses Tab until an element has the focus, which is to be seen on each element on the way."""
     for _ in range(60):
         if focused(page) == name:
             return
         press(page, Keys.TAB)
+        seen = page.run(
+            "const e = document.activeElement, s = getComputedStyle(e.closest('.drop') ?? e);"
+            "return s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2"
+        )
+        assert seen, focused(page)
     raise AssertionError(f"the Tab key does not reach {name}")
 
 
-def test_the_keyboard_is_enough(page):
+def enter(page: Browser, name: str) -> None:
+    """Goes to a button with Tab, and presses Enter."""
+    tab_to(page, name)
+    press(page, Keys.ENTER)
+
+
+def go_by_keyboard(page: Browser, place: str) -> None:
+    page.run("document.querySelector('.skip').focus()")
+    enter(page, f"#{place}")
+    page.wait(lambda: page.at(place).is_displayed() and focused(page) == "place")
+
+
+def write(page: Browser, name: str, text: object) -> None:
+    """Goes to a field with Tab, and writes over what it holds."""
+    tab_to(page, name)
+    page.run("document.activeElement.select()")
+    press(page, str(text))
+
+
+def test_the_keyboard_is_enough_to_talk(page):
     tab_to(page, "prompt")
     press(page, "The sky", Keys.ENTER)
     page.wait(lambda: page.all(TOKENS.format(2)))
     answers(page)
+    page.run("document.querySelector('#answer').focus()")
     tab_to(page, "token")
     press(page, Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
     assert page.run("return document.activeElement.textContent") == tokens(page, 1)[2]
@@ -304,31 +388,129 @@ def test_the_keyboard_is_enough(page):
     press(page, Keys.ESCAPE)
     assert not page.at("alternatives").is_displayed()
     assert page.run("return document.activeElement.textContent") == tokens(page, 1)[2]
-    for place in ("look", "operate", "train"):
-        page.run("document.querySelector('.skip').focus()")
-        tab_to(page, f"#{place}")
-        outline = "return getComputedStyle(document.activeElement).outlineStyle"
-        assert page.run(outline) != "none"
+
+
+def test_the_keyboard_is_enough_to_look(page):
+    go_by_keyboard(page, "look")
+    write(page, "look-text", "The sky")
+    press(page, Keys.TAB, Keys.ENTER)
+    page.wait(lambda: page.text("most"))
+    tab_to(page, "token")
+    press(page, Keys.HOME, Keys.ARROW_RIGHT)
+    page.wait(lambda: page.text("look-chosen").startswith("2 of 7"))
+    enter(page, "Head 1")
+    assert page.at("look-head").get_property("value") == "1"
+    tab_to(page, "attribution")
+    press(page, Keys.TAB, Keys.END, Keys.ENTER)  # the last head of the first layer
+    page.wait(lambda: "head 1, layer 0" in page.at("attention").get_attribute("aria-label"))
+
+
+def test_the_keyboard_is_enough_to_operate(page):
+    go_by_keyboard(page, "operate")
+    page.wait(lambda: page.all(".layers [data-path]"))
+    done = len(journal(page))
+    enter(page, "q and v")
+    enter(page, "Ablate head 0 of layer 0")
+    page.wait(lambda: focused(page) == "Head 0 of layer 0 is ablated")
+    write(page, "inject-name", "fresh")
+    enter(page, "inject-plan-button")
+    page.wait(lambda: page.text("inject-plan"))
+    enter(page, "inject")
+    page.wait(lambda: page.all('[aria-label="Merge fresh"]'))
+    enter(page, "Disable fresh")
+    page.wait(lambda: focused(page) == "Enable fresh")
+    enter(page, "Merge fresh")
+    page.wait(lambda: focused(page) == "undo" and page.at("undo").is_enabled())
+    for count in range(1, 5):
         press(page, Keys.ENTER)
-        page.wait(lambda place=place: page.at(place).is_displayed())
-        page.wait(lambda: focused(page) == "place")
+        page.wait(lambda n=count: sum(undone for _, undone in journal(page)) >= n)
+    assert sum(not undone for _, undone in journal(page)) == done
 
 
-@pytest.mark.parametrize("width", [390, 1280])
-def test_nothing_is_wider_than_the_window_and_every_field_has_a_name(page, width):
-    page.size(width, 844 if width == 390 else 800)
+def test_the_keyboard_is_enough_to_train(page, served):
+    (served.folder / "runs" / "named.jsonl").write_text(JSONL)
+    go_by_keyboard(page, "train")
+    write(page, "path", "named.jsonl")
+    press(page, Keys.TAB)
+    page.wait(lambda: page.all("#preview mark"))
+    for name, value in (("name", "keys"), ("steps", 100_000), ("batch", 2), ("every", 5)):
+        write(page, f"train-{name}", value)
+    enter(page, "train-plan-button")
+    page.wait(lambda: page.all("#train-plan dl") or page.text("train-error"))
+    assert not page.text("train-error")
+    enter(page, "train-start")
+    page.wait(lambda: focused(page) == "run-title" and page.all("#chart canvas"))
+    enter(page, "pause")
+    page.wait(lambda: figure(page, "State") == "paused" and focused(page) == "run-title")
+    enter(page, "resume")
+    page.wait(lambda: figure(page, "State") == "running" and focused(page) == "run-title")
+    enter(page, "stop")
+    page.wait(lambda: figure(page, "State") == "stopped")
+
+
+# What is seen
+
+
+def show_all(page: Browser) -> None:
+    """Fills the four places with what they can show."""
     ask(page, "The sky " * 3)
+    page.at("tint").click()
     page.click(page.one(".side:nth-child(2) .foot button"))
     page.wait(lambda: page.text("most"))
+    page.go("operate")
+    page.wait(lambda: page.all(".layers [data-path]"))
+
+
+def test_nothing_is_wider_than_the_window_and_every_field_has_a_name(page):
+    show_all(page)
+    for width in (1280, 390, 640, 320):  # the last two: a laptop's at 200 and 400 %
+        page.size(width, 800)
+        for place in ("talk", "look", "operate", "train"):
+            page.go(place)
+            page.wait(lambda w=width: page.run("return document.documentElement.scrollWidth") <= w)
+            nameless = page.run(
+                "return [...document.querySelectorAll('main button, main input, main select,"
+                " main textarea')].filter((e) => !e.hidden && !e.labels?.length && !e.textContent"
+                " && !e.getAttribute('aria-label')).map((e) => e.id)"
+            )
+            assert nameless == []
+
+
+FAINT = """
+const channels = (colour) => colour.match(/[\\d.]+/g).map(Number);
+const over = (top, below) => {
+  const alpha = top[3] ?? 1;
+  return [0, 1, 2].map((i) => alpha * top[i] + (1 - alpha) * below[i]);
+};
+const behind = (e) => e === null ? channels(getComputedStyle(document.documentElement).backgroundColor)
+  : over(channels(getComputedStyle(e).backgroundColor), behind(e.parentElement));
+const light = (rgb) => rgb.map((c) => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
+  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+const faint = [];
+for (const e of document.querySelectorAll("body *")) {
+  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || e.matches("input");
+  if (!own || !e.checkVisibility() || e.matches(":disabled, .unseen, .skip, option")) continue;
+  const back = behind(e);
+  const [a, b] = [light(over(channels(getComputedStyle(e).color), back)), light(back)];
+  const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
+  if (ratio < 4.5) faint.push([ratio.toFixed(2), e.tagName, e.className, e.textContent.slice(0, 20)]);
+}
+return faint;
+"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_stands_out_from_what_is_behind_it(page, dark):
+    page.size(1280, 800, dark, still=True)
+    show_all(page)
+    blink = "return getComputedStyle(arguments[0], '::after').animationName"
+    answer = page.one(".answer")
+    page.run("arguments[0].classList.add('running')", answer)
+    assert page.run(blink, answer) == "none"
+    page.run("arguments[0].classList.remove('running')", answer)
     for place in ("talk", "look", "operate", "train"):
         page.go(place)
-        assert page.run("return document.documentElement.scrollWidth") <= width
-        nameless = page.run(
-            "return [...document.querySelectorAll('main button, main input, main select,"
-            " main textarea')].filter((e) => !e.hidden && !e.labels?.length && !e.textContent"
-            " && !e.getAttribute('aria-label')).map((e) => e.id)"
-        )
-        assert nameless == []
+        assert page.run(FAINT) == []
 
 
 def test_nothing_is_fetched_from_elsewhere(page):

@@ -1,58 +1,76 @@
 // Look: one text, one chosen token; attention, shares and the logit lens say what led there.
 
 import { arrowKeys, at, figure, make, percent, remember, short, shown } from "./dom.js";
-import { listen, post, state } from "./server.js";
+import { hashesOf, listen, post, state } from "./server.js";
 
-let looked = null; // {text, adapters, tokens, layers, heads, lens, …}
+let given = null; // an answer of Talk, {ids, text}: looked into by its ids until its text is changed
+let blend = null; // what answered there, {title, weights}, where it was not one adapter
+let looked = null; // {question, tokens, layers, heads, lens, …}
 let chosen = 0; // the token
 let weights = null; // attention of the layer, [head][from][to]
 let generation = 0; // answers to older questions are dropped
 
 remember(at("look-text"));
 
-/** Opens Look on a text, with an adapter or none. */
-export function lookInto(text, adapter) {
-  at("look-text").value = text;
-  at("look-text").dispatchEvent(new Event("input"));
-  if (adapter) at("look-adapter").value = adapter;
-  at("look-on").checked = Boolean(adapter);
+/** Opens Look on an answer, with the adapters that made it. */
+export function lookInto(ids, weights, title) {
+  const names = Object.keys(weights);
+  blend = names.length > 1 || (names.length && weights[names[0]] !== 1) ? { title, weights } : null;
+  drawAdapters();
+  at("look-on").checked = names.length > 0;
+  if (names.length) at("look-adapter").value = blend ? title : names[0];
+  given = { ids, text: null };
   location.hash = "look";
   look();
 }
 
-listen("state", ({ adapters }) => {
+function drawAdapters() {
+  const names = state().adapters.map(({ name }) => name);
+  if (blend && !Object.keys(blend.weights).every((name) => names.includes(name))) blend = null;
+  const choices = [...names, ...(blend ? [blend.title] : [])];
   const select = at("look-adapter");
   const before = select.value;
-  select.replaceChildren(...adapters.map(({ name }) => make("option", {}, name)));
-  if (adapters.some(({ name }) => name === before)) select.value = before;
-  else if (adapters.length) select.value = adapters.at(-1).name;
-  at("look-adapter-label").hidden = at("look-on-label").hidden = !adapters.length;
-  hash();
-});
+  select.replaceChildren(...choices.map((name) => make("option", {}, name)));
+  if (choices.includes(before)) select.value = before;
+  else if (names.length) select.value = names.at(-1);
+  at("look-adapter-label").hidden = at("look-on-label").hidden = !names.length;
+  showHashes();
+}
+listen("state", drawAdapters);
 
-const chosenAdapters = () =>
-  at("look-on").checked && at("look-adapter").value ? { [at("look-adapter").value]: 1 } : {};
+function chosenAdapters() {
+  const choice = at("look-adapter").value;
+  if (!at("look-on").checked || !choice) return {};
+  return choice === blend?.title ? blend.weights : { [choice]: 1 };
+}
 
-function hash() {
-  const { model, adapters } = state();
-  const on = Object.keys(chosenAdapters())[0];
-  const adapter = adapters.find(({ name }) => name === on);
-  at("look-hash").textContent = on ? `${short(model.hash)} + ${short(adapter?.hash)}` : `base ${short(model.hash)}`;
+function showHashes() {
+  at("look-hash").textContent = hashesOf(chosenAdapters()).map(short).join(" + ");
+}
+
+/** Returns what to look at: the text of the field, or the ids of the answer that stands in it. */
+function question() {
+  const text = at("look-text").value;
+  if (given?.text !== null && given?.text !== text) given = null;
+  const most = state().model.look_tokens;
+  at("look-note").textContent = given && given.ids.length > most
+    ? `The first ${most} of its ${given.ids.length} tokens: more are not looked at.` : "";
+  return { ...(given ? { ids: given.ids.slice(0, most) } : { text }), adapters: chosenAdapters() };
 }
 
 async function look() {
-  const text = at("look-text").value;
   const mine = ++generation;
   at("look-error").textContent = "";
-  hash();
+  showHashes();
   at("look-form").setAttribute("aria-busy", "true");
   try {
-    const adapters = chosenAdapters();
-    const answer = await post("/api/look", { text, adapters });
+    const asked = question();
+    const answer = await post("/api/look", asked);
     if (mine !== generation) return;
-    const same = looked?.text === text;
-    looked = { text, adapters, ...answer, tokens: answer.tokens.map((token) => token.text ?? token) };
-    if (!same) chosen = looked.tokens.length - 1;
+    const tokens = answer.tokens.map(({ text }) => text);
+    if (String(tokens) !== String(looked?.tokens)) chosen = tokens.length - 1;
+    looked = { ...answer, question: asked, tokens };
+    if (given) showGiven();
     drawAll();
     await Promise.all([readAttention(), readAttribution()]);
   } catch (error) {
@@ -62,15 +80,20 @@ async function look() {
   }
 }
 
+/** Puts the answer's text, as the model saw it, into the field. */
+function showGiven() {
+  at("look-text").value = looked.tokens.join("");
+  given.text = at("look-text").value; // a field writes line ends its own way
+  at("look-text").dispatchEvent(new Event("input"));
+}
+
 function drawAll() {
   at("look-empty").hidden = true;
   at("look-results").hidden = false;
   at("look-tokens").replaceChildren(...looked.tokens.map((text, i) =>
     make("button", { type: "button", class: "token", tabindex: i === chosen ? 0 : -1, click: () => choose(i) }, shown(text))));
-  const layers = looked.layers ?? state().model.layers;
-  const heads = looked.heads ?? state().model.heads;
-  options(at("look-layer"), layers, []);
-  options(at("look-head"), heads, ["mean"]);
+  options(at("look-layer"), looked.layers, []);
+  options(at("look-head"), looked.heads, ["mean"]);
   drawLens();
   drawMoved();
   mark();
@@ -113,17 +136,21 @@ const share = (from, to) => {
 
 async function readAttention() {
   const layer = +at("look-layer").value;
-  const question = looked;
-  const { heads } = await post("/api/look/attention", { text: looked.text, adapters: looked.adapters, layer });
-  if (question !== looked || layer !== +at("look-layer").value) return;
+  const of = looked;
+  const { heads } = await post("/api/look/attention", { ...looked.question, layer });
+  if (of !== looked || layer !== +at("look-layer").value) return;
   weights = heads;
-  at("heads").replaceChildren(...heads.map((one, head) => {
+  drawHeads();
+  drawAttention();
+}
+
+function drawHeads() {
+  at("heads").replaceChildren(...weights.map((one, head) => {
     const canvas = make("canvas", { "aria-hidden": "true" });
     paint(canvas, looked.tokens.length, (from, to) => one[from]?.[to] ?? 0, 1);
     return make("button", { type: "button", "aria-label": `Head ${head}`, click: () => pickHead(head) },
       canvas, make("span", {}, head));
   }));
-  drawAttention();
 }
 
 function pickHead(head) {
@@ -186,9 +213,9 @@ at("look-head").addEventListener("change", drawAttention);
 
 async function readAttribution() {
   const position = chosen;
-  const question = looked;
-  const answer = await post("/api/look/attribution", { text: looked.text, adapters: looked.adapters, position });
-  if (question !== looked || position !== chosen) return;
+  const of = looked;
+  const answer = await post("/api/look/attribution", { ...looked.question, position });
+  if (of !== looked || position !== chosen) return;
   at("attribution-title").textContent = `in the logit of “${shown(answer.token.text)}”, ${figure(answer.logit, 2)}`;
   const parts = [
     ...answer.heads.flatMap((heads, layer) => heads.map((value, head) => ({ layer, head, value, name: `layer ${layer}, head ${head}` }))),
@@ -267,5 +294,9 @@ at("look-form").addEventListener("submit", (event) => {
   look();
 });
 for (const id of ["look-on", "look-adapter"])
-  at(id).addEventListener("change", () => (looked ? look() : hash()));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => looked && weights && drawAttention());
+  at(id).addEventListener("change", () => (looked ? look() : showHashes()));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+  if (!weights) return;
+  drawHeads();
+  drawAttention();
+});

@@ -41,11 +41,18 @@ function drawLayers() {
     blocks.get(key).push({ ...layer, name: name || layer.path });
   }
   if (!opened.size) for (const key of [...blocks.keys()].filter((name) => /\.\d+$/.test(name)).slice(0, 1)) opened.add(key);
-  const focused = document.activeElement?.dataset?.key;
-  at("layers").replaceChildren(
-    ...[...blocks].map(([key, members]) => (members.length === 1 && members[0].path === key ? single(members[0]) : group(key, members))));
-  if (focused) [...at("layers").querySelectorAll("[data-key]")].find((one) => one.dataset.key === focused)?.focus();
+  redraw(at("layers"), [...blocks].map(([key, members]) =>
+    members.length === 1 && members[0].path === key ? single(members[0]) : group(key, members)));
   showTargets();
+}
+
+/** Puts new children into a box; what had the focus keeps it, and where that is gone, Undo has it. */
+function redraw(box, children) {
+  const focused = box.contains(document.activeElement) ? document.activeElement.dataset.key : undefined;
+  box.replaceChildren(...children);
+  if (focused === undefined) return;
+  const same = [...box.querySelectorAll("[data-key]:enabled, summary[data-key]")].find((one) => one.dataset.key === focused);
+  (same ?? at("undo")).focus();
 }
 
 const size = (layer) => (layer.shape?.length ? layer.shape.join(" × ") : "");
@@ -87,13 +94,13 @@ function heads(layer) {
   const block = +/\.(\d+)/.exec(layer.path)[1];
   const gone = new Set(layer.ablated ?? []);
   return make("div", { class: "head-chips", role: "group", "aria-label": `Heads of layer ${block}` },
-    make("span", { class: "soft" }, "heads"),
+    make("span", { class: "soft" }, "ablate head"),
     ...Array.from({ length: layer.heads }, (_, head) =>
       make("button", {
-        type: "button", class: "chip", "aria-pressed": String(gone.has(head)), disabled: gone.has(head),
+        type: "button", class: "chip", "aria-pressed": String(gone.has(head)), "aria-disabled": gone.has(head) ? "true" : null,
         "data-key": `head ${block} ${head}`, "aria-label": gone.has(head) ? `Head ${head} of layer ${block} is ablated` : `Ablate head ${head} of layer ${block}`,
         title: gone.has(head) ? "ablated; undo brings it back" : `ablate head ${head}`,
-        click: () => operate({ operation: "ablate", layer: block, head }),
+        click: () => gone.has(head) || operate({ operation: "ablate", layer: block, head }),
       }, head)));
 }
 
@@ -109,16 +116,12 @@ const last = (path) => path.split(".").at(-1);
 
 /** Returns the targets as short as they can be said: q_proj, where every q_proj is chosen. */
 function patterns() {
-  const all = Map.groupBy
-    ? Map.groupBy(layers.filter((layer) => layer.targetable), (layer) => last(layer.path))
-    : layers.filter((layer) => layer.targetable).reduce((map, layer) => map.set(last(layer.path), [...(map.get(last(layer.path)) ?? []), layer]), new Map());
-  const said = [];
-  for (const [name, members] of all) {
-    const chosen = members.filter((layer) => targets.has(layer.path));
-    if (chosen.length === members.length) said.push(name);
-    else said.push(...chosen.map((layer) => layer.path));
-  }
-  return said;
+  const paths = layers.filter((layer) => layer.targetable).map((layer) => layer.path);
+  return [...new Set(paths.map(last))].flatMap((name) => {
+    const members = paths.filter((path) => last(path) === name);
+    const chosen = members.filter((path) => targets.has(path));
+    return chosen.length === members.length ? [name] : chosen;
+  });
 }
 
 function showTargets() {
@@ -184,19 +187,17 @@ at("undo").addEventListener("click", () => operate({}, undefined, "/api/undo"));
 at("redo").addEventListener("click", () => operate({}, undefined, "/api/redo"));
 
 function drawAdapters(adapters) {
-  const act = (operation, name, label) =>
-    make("button", { type: "button", "aria-label": `${label} ${name}`, "data-key": `${operation} ${name}`, click: () => operate({ operation, name }) }, label);
-  const focused = document.activeElement?.dataset?.key;
-  at("adapters").replaceChildren(
-    ...(adapters.length ? [] : [make("p", { class: "soft" }, "The model carries none.")]),
-    ...adapters.map((adapter) =>
+  const act = (operation, name, label, key = label) =>
+    make("button", { type: "button", "aria-label": `${label} ${name}`, "data-key": `${key} ${name}`, click: () => operate({ operation, name }) }, label);
+  const none = make("p", { class: "soft" }, "The model carries none: tick layers and inject a new one, or train one in ", make("a", { href: "#train" }, "Train"), ".");
+  redraw(at("adapters"), !adapters.length ? [none] :
+    adapters.map((adapter) =>
       make("div", { class: "adapter" },
         make("div", {}, make("b", {}, adapter.name), " ", make("code", { class: "soft", title: adapter.hash ?? "" }, short(adapter.hash)), " ",
           make("span", { class: adapter.active ? "badge on" : "badge" }, adapter.active ? `on${Number.isFinite(adapter.weight) && adapter.weight !== 1 ? ` × ${figure(adapter.weight, 2)}` : ""}` : "off")),
         make("div", { class: "row" },
-          adapter.active ? act("disable", adapter.name, "Disable") : act("enable", adapter.name, "Enable"),
+          adapter.active ? act("disable", adapter.name, "Disable", "turn") : act("enable", adapter.name, "Enable", "turn"),
           act("merge", adapter.name, "Merge"), act("remove", adapter.name, "Remove")))));
-  if (focused) [...at("adapters").querySelectorAll("[data-key]")].find((one) => one.dataset.key === focused)?.focus();
   at("blend-form").hidden = adapters.length < 2;
   const fields = [...at("blend-weights").querySelectorAll("input")].map((field) => field.name);
   if (String(fields) !== String(adapters.map(({ name }) => name)))
@@ -212,14 +213,16 @@ at("blend-form").addEventListener("submit", (event) => {
 });
 
 function drawJournal({ journal, can_undo: canUndo, can_redo: canRedo }) {
-  at("undo").disabled = !(canUndo ?? journal.some((one) => !one.undone));
-  at("redo").disabled = !(canRedo ?? journal.some((one) => one.undone));
+  const turned = [at("undo"), at("redo")].find((one) => one === document.activeElement);
+  at("undo").disabled = !canUndo;
+  at("redo").disabled = !canRedo;
+  if (turned?.disabled) (canUndo ? at("undo") : at("redo")).focus();
   at("journal").replaceChildren(
     ...[...journal].reverse().map((one) =>
       make("li", { class: one.undone ? "undone" : null, value: one.number },
         make("span", {}, one.title, one.undone ? make("em", {}, " undone") : ""),
         make("code", { class: "soft" }, `${short(one.hash_before)} → ${short(one.hash_after)}`))));
-  if (!journal.length) at("journal").append(make("li", { class: "soft none" }, "Nothing has been done yet."));
+  if (!journal.length) at("journal").append(make("li", { class: "soft none" }, "Nothing has been done yet. Each operation stands here with the hashes before and after it."));
 }
 
 // Save
@@ -249,8 +252,8 @@ function drawSave({ adapters, can_save: can }) {
 }
 
 listen("state", (now) => {
-  drawAdapters(now.adapters);
   drawJournal(now);
+  drawAdapters(now.adapters);
   drawSave(now);
   readLayers();
 });

@@ -96,6 +96,13 @@ function tell(kind, data) {
 
 export const state = () => newest.state;
 
+/** Returns the hashes of the base and of the adapters that take part with a weight. */
+export function hashesOf(weights) {
+  const { model, adapters } = state();
+  const hashes = Object.fromEntries(adapters.map(({ name, hash }) => [name, hash]));
+  return [model.hash, ...Object.keys(weights).filter((name) => weights[name]).map((name) => hashes[name])];
+}
+
 /** Asks for the state and tells it, where an answer alone does not bring it. */
 export async function refresh() {
   tell("state", await get("/api/state"));

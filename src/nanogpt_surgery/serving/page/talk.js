@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { at, make, remember, settled, short } from "./dom.js";
-import { ConnectionLost, listen, state, stream } from "./server.js";
+import { ConnectionLost, hashesOf, listen, state, stream } from "./server.js";
 import { lookInto } from "./look.js";
 
 const names = ["Left", "Right"];
@@ -19,7 +19,7 @@ const kept = JSON.parse(sessionStorage.getItem("sides") ?? "null");
 const sides = names.map((name, number) => makeSide(name, number, kept?.[number]));
 
 function makeSide(name, number, weights) {
-  const side = { name, number, weights: weights ?? {}, chosen: Boolean(weights), running: null };
+  const side = { name, number, weights: weights ?? {}, chosen: Boolean(weights), running: null, asked: [], hashes: null };
   side.title = make("h2", {}, name);
   side.hash = make("code", { class: "soft" });
   side.dials = make("div", { class: "dials" });
@@ -28,12 +28,13 @@ function makeSide(name, number, weights) {
     "aria-label": `${name} answer. The arrow keys go from token to token, Enter opens alternatives.`,
   });
   side.note = make("span", { class: "soft" });
+  side.changed = make("p", { class: "soft", hidden: true }, "The weights have changed since this answer.");
   side.wrong = make("p", { class: "wrong", role: "alert" });
   side.look = make("button", { type: "button", hidden: true, click: () =>
-    lookInto((asked?.prompt ?? "") + side.answer.text, Object.keys(side.weights)[0]) }, "Look into it");
+    lookInto([...side.asked, ...side.answer.ids], side.weights, title(side.weights)) }, "Look into it");
   side.answer = new Answer(side.text, name, (index, token) => goOn(side, index, token));
   at("sides").append(make("section", { class: "card side", "aria-label": `${name} side` },
-    make("div", { class: "row between" }, side.title, side.hash), side.dials, side.text, side.wrong,
+    make("div", { class: "row between" }, side.title, side.hash), side.dials, side.text, side.wrong, side.changed,
     make("div", { class: "row between foot" }, side.note, side.look)));
   return side;
 }
@@ -44,12 +45,20 @@ function title(weights) {
   return parts.join(" + ") || "base";
 }
 
-function showSide(side) {
-  const { adapters, model } = state();
-  side.title.textContent = title(side.weights);
-  const hashes = [model.hash, ...adapters.filter((a) => a.name in side.weights).map((a) => a.hash)];
+/** Shows the hashes of the weights that made the answer; before there is one, of those in force. */
+function showHashes(side) {
+  const now = hashesOf(side.weights);
+  const hashes = side.hashes ?? now;
   side.hash.textContent = hashes.map(short).join(" + ");
   side.hash.title = `sha256 of the weights: ${hashes.join(", ")}`;
+  side.changed.hidden = String(hashes) === String(now);
+}
+
+function showSide(side) {
+  const { adapters } = state();
+  side.title.textContent = title(side.weights);
+  showHashes(side);
+  if (!asked) side.text.replaceChildren(hint(side, adapters.length));
   const absent = adapters.filter((adapter) => !(adapter.name in side.weights));
   const add = make("select", { "aria-label": `Add an adapter to the ${side.name.toLowerCase()} side`, change: () => {
     side.weights[add.value] = 1;
@@ -59,6 +68,14 @@ function showSide(side) {
   side.dials.replaceChildren(
     ...Object.keys(side.weights).map((name) => dial(side, name)),
     ...(absent.length ? [add] : []));
+}
+
+/** What stands where an answer will be. */
+function hint(side, adapters) {
+  const link = (place) => make("a", { href: `#${place.toLowerCase()}` }, place);
+  return make("p", { class: "soft hint" }, ...(side.number && !adapters
+    ? ["There is no adapter to compare with yet: train one in ", link("Train"), ", or make one in ", link("Operate"), "."]
+    : ["The answer comes here. Each of its tokens can be opened to see what else might have stood there."]));
 }
 
 function dial(side, name) {
@@ -84,6 +101,7 @@ const answerAgain = settled(() => asked && answer());
 
 function dialled(side, redraw) {
   side.chosen = true;
+  side.hashes = null;
   sessionStorage.setItem("sides", JSON.stringify(sides.map((one) => one.weights)));
   if (redraw) {
     showSide(side);
@@ -133,6 +151,7 @@ async function run(running, given) {
     const body = { ...asked.body, sides: running.map((side) => ({ adapters: side.weights })) };
     if (given) body.continue_with = given;
     for await (const event of stream("/api/talk", body, control.signal)) receive(event, running, control);
+    if (mine().length) throw new ConnectionLost("The answer ended before it was done.");
   } catch (error) {
     if (error.name !== "AbortError") {
       for (const side of mine()) {
@@ -152,6 +171,11 @@ function receive(event, running, control) {
   if (event.error && !("side" in event)) throw new Error(event.error.message);
   const side = running[event.side];
   if (side.running !== control) return;
+  if (event.prompt_ids) {
+    side.asked = event.prompt_ids;
+    side.hashes = event.hashes ?? null;
+    showHashes(side);
+  }
   if (event.done) {
     const tokens = side.answer.tokens.length;
     const seconds = (performance.now() - side.began) / 1000;
@@ -180,6 +204,7 @@ async function answer() {
 
 function begin(side) {
   side.answer.clear(asked.prompt);
+  side.hashes = null;
   side.note.textContent = side.wrong.textContent = "";
   side.look.hidden = true;
 }

@@ -1,6 +1,6 @@
 // Train: data and what of it is trained on, a plan, and the run as it goes.
 
-import { at, duration, figure, make, remember, report } from "./dom.js";
+import { announce, at, duration, figure, make, remember, report } from "./dom.js";
 import { get, listen, post, refresh, state } from "./server.js";
 
 let data = null; // {kind, content | path, name}
@@ -9,7 +9,7 @@ let metrics = [];
 let samples = [];
 let chart = null;
 
-remember(...["train-name", "train-steps", "train-rate", "train-batch", "train-rank", "train-targets", "train-every", "train-prompt"].map(at));
+remember(...["name", "steps", "rate", "batch", "block", "rank", "targets", "every", "prompt"].map((name) => at(`train-${name}`)));
 
 // Data
 
@@ -30,7 +30,7 @@ async function preview() {
     const { examples, count, tokens, note } = await post("/api/train/preview", data);
     const counts = [count === undefined ? "" : `${count.toLocaleString("en")} ${count === 1 ? "example" : "examples"}`,
       tokens === undefined ? "" : `${tokens.toLocaleString("en")} tokens`, note].filter(Boolean);
-    at("data-note").textContent = `${data.name}: ${counts.join(", ")}. Trained on is what is coloured.`;
+    at("data-note").textContent = `${data.name}: ${counts.join(", ")}. What is coloured is trained on.`;
     at("preview").replaceChildren(...examples.map(({ pieces }) =>
       make("p", {}, ...pieces.map(({ text, answer }) => make(answer ? "mark" : "span", {}, text)))));
     at("preview").hidden = false;
@@ -70,7 +70,8 @@ function question() {
     kind: data.kind, ...(data.path ? { path: data.path } : { content: data.content }),
     name: at("train-name").value.trim(), targets: at("train-targets").value.split(",").map((one) => one.trim()).filter(Boolean),
     rank: number("train-rank"), max_steps: number("train-steps"), learning_rate: number("train-rate"),
-    batch_size: number("train-batch"), evaluate_every: number("train-every"), ...(prompt ? { sample_prompt: prompt } : {}),
+    batch_size: number("train-batch"), evaluate_every: number("train-every"),
+    ...(at("train-block").value ? { block_size: number("train-block") } : {}), ...(prompt ? { sample_prompt: prompt } : {}),
   };
 }
 
@@ -100,13 +101,13 @@ at("train-form").addEventListener("submit", async (event) => {
     const { run } = await post("/api/train/start", question());
     await show(run);
     await refresh();
-    at("run-title").scrollIntoView({ block: "nearest" });
+    at("run-title").focus();
   });
 });
 
 function offer() {
   const now = state();
-  const running = now?.training && !over(now.training.state);
+  const running = ["running", "stopping"].includes(now?.training?.state);
   at("train-plan-button").disabled = !data || !now?.can_train;
   at("train-start").disabled = !data || !now?.can_train || running;
   at("train-start").textContent = running ? "A training runs" : "Start";
@@ -122,6 +123,7 @@ for (const action of ["pause", "resume", "stop"])
     try {
       await post(`/api/train/${action}`, { name: open });
       await refresh();
+      if (at(action).hidden) at("run-title").focus(); // the button is gone, and the focus with it
     } catch (error) {
       at("run-error").textContent = error.message;
     }
@@ -131,6 +133,7 @@ for (const action of ["pause", "resume", "stop"])
 async function show(name) {
   open = name;
   at("run-title").textContent = name;
+  at("run-error").textContent = "";
   const run = await get(`/api/runs/${encodeURIComponent(name)}`);
   if (open !== name) return;
   metrics = run.metrics ?? [];
@@ -155,6 +158,8 @@ function drawRun(now) {
     "Validation loss": figure(evaluated?.validation_loss), "Tokens a second": Number.isFinite(now.tokens_per_second) ? Math.round(now.tokens_per_second).toLocaleString("en") : "–",
     "Time left": over(how) ? "–" : duration(now.seconds_left),
   };
+  at("run-empty").hidden = Boolean(metrics.length) || how !== "running";
+  at("run-empty").textContent = "It opens the model and evaluates it before the first step.";
   at("figures").replaceChildren(...Object.entries(figures).map(([name, value]) => make("div", {}, make("dt", {}, name), make("dd", {}, value))));
   if (now.error) at("run-error").textContent = now.error;
   drawChart();
@@ -200,10 +205,20 @@ function drawSamples() {
         base === undefined || base === null ? "" : make("div", {}, make("p", { class: "soft" }, "base"), make("p", { class: "text" }, make("span", { class: "prompt" }, prompt), base))))));
 }
 
+let told = ""; // what was said last
+
+/** Says how a run goes to people who hear the page: its state, and each evaluation. */
+function tellAloud({ run, state: how, step, validation_loss: loss }) {
+  const evaluated = Number.isFinite(loss) ? `, step ${step}, validation loss ${figure(loss)}` : "";
+  const now = `${run}: ${how}${evaluated}`;
+  if (now !== told && (evaluated || !told.startsWith(`${run}: ${how}`))) announce((told = now));
+}
+
 listen("training", (now) => {
   if (!now?.run) return;
   if (open === null) return void show(now.run).catch(() => {});
   if (open !== now.run) return;
+  tellAloud(now);
   if (Number.isInteger(now.step) && (Number.isFinite(now.loss) || Number.isFinite(now.validation_loss))) {
     const known = metrics.find((one) => one.step === now.step);
     if (known) Object.assign(known, Object.fromEntries(Object.entries(now).filter(([, value]) => value !== null)));

@@ -28,6 +28,7 @@ from nanogpt_surgery.history.model_history import (
 )
 from nanogpt_surgery.lora.several import adapter_weights, lora_layers
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
+from nanogpt_surgery.serving.room.look import MOST_TOKENS
 from nanogpt_surgery.serving.room.train import Trainer
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ class Room:
             "family": family_of(config),
             "chat": self.server.template_of(None).source not in OWN,
             "block_size": config.block_size,
+            "look_tokens": min(MOST_TOKENS, config.block_size),
             "vocab_size": config.vocab_size,
         }
 
