@@ -267,7 +267,7 @@ def test_a_run_that_a_terminal_began_is_watched(page, served):
     text = served.folder / "far.txt"
     text.write_text("It is what it is. " * 200)
     words = f"train {text} --out {run} --max-steps 100000 --evaluate-every 50 --batch-size 2"
-    sizes = "--n-layer 1 --n-embd 8 --n-head 1 --block-size 8 --save-every-minutes 9"
+    sizes = "--n-layer 1 --n-embd 8 --n-head 1 --block-size 8"
     command = [sys.executable, "-m", "nanogpt_surgery", *words.split()]
     terminal = subprocess.Popen(
         [*command, *sizes.split()], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -282,6 +282,7 @@ def test_a_run_that_a_terminal_began_is_watched(page, served):
         page.wait(lambda: figure(page, "Step") != first)
         assert not page.at("stop").is_displayed()  # it belongs to the terminal
         terminal.send_signal(signal.SIGTERM)
+        terminal.wait(300)
         page.wait(lambda: figure(page, "State") == "stopped")
     finally:
         terminal.kill()
@@ -343,13 +344,13 @@ def test_two_tabs_see_the_same(page, served):
 
 def tab_to(page: Browser, name: str) -> None:
     """Presses Tab until an element has the focus, which is to be seen on each element on the way."""
-    for _ in range(60):
+    for _ in range(120):
         if focused(page) == name:
             return
         press(page, Keys.TAB)
         seen = page.run(
             "const e = document.activeElement, s = getComputedStyle(e.closest('.drop') ?? e);"
-            "return s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2"
+            "return e === document.body || s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2"
         )
         assert seen, focused(page)
     raise AssertionError(f"the Tab key does not reach {name}")
@@ -433,7 +434,7 @@ def test_the_keyboard_is_enough_to_train(page, served):
     write(page, "path", "named.jsonl")
     press(page, Keys.TAB)
     page.wait(lambda: page.all("#preview mark"))
-    for name, value in (("name", "keys"), ("steps", 100_000), ("batch", 2), ("every", 5)):
+    for name, value in (("name", "typed"), ("steps", 100_000), ("batch", 2), ("every", 5)):
         write(page, f"train-{name}", value)
     enter(page, "train-plan-button")
     page.wait(lambda: page.all("#train-plan dl") or page.text("train-error"))

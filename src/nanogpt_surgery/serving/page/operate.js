@@ -110,6 +110,7 @@ function target(paths, on) {
   for (const path of paths) if (on) targets.add(path); else targets.delete(path);
   for (const box of at("layers").querySelectorAll("[data-path]")) box.checked = targets.has(box.dataset.path);
   showTargets();
+  at("inject-plan").replaceChildren(); // it was of other targets
 }
 
 const last = (path) => path.split(".").at(-1);
@@ -130,7 +131,6 @@ function showTargets() {
     ? `Targets: ${said.slice(0, 8).join(", ")}${said.length > 8 ? `, and ${said.length - 8} more` : ""} (${targets.size} ${targets.size === 1 ? "layer" : "layers"})`
     : "No targets are chosen: tick layers in the tree.";
   at("inject").disabled = at("inject-plan-button").disabled = !said.length;
-  at("inject-plan").replaceChildren();
 }
 
 for (const button of at("presets").children)

@@ -261,7 +261,7 @@ listen("connection", ({ on }) => on && open && show(open).catch(() => {}));
 addEventListener("place", ({ detail }) => detail === "train" && readRuns());
 // A run of another process is not told by events: it is read again while it is looked at.
 setInterval(() => {
-  if (at("train").hidden || document.hidden || !open) return;
-  if (state()?.training?.run !== open) show(open).catch(() => {});
+  if (at("train").hidden || document.hidden) return;
+  if (open && state()?.training?.run !== open) show(open).catch(() => {});
   readRuns();
 }, 5000);
