@@ -2,8 +2,9 @@
 
 from collections.abc import Callable
 
-from helpers.browser import Browser
 from selenium.webdriver.common.action_chains import ActionChains
+
+from helpers.browser import Browser
 
 TOKENS = "#sides .side:nth-child({}) .answer .token"
 
@@ -84,7 +85,8 @@ def focused(page: Browser) -> str:
     """Returns a name of what has the focus."""
     return page.run(
         "const e = document.activeElement;"
-        "return e.id || e.getAttribute('aria-label') || e.getAttribute('href') || e.className || e.textContent.slice(0, 40)"
+        "return e.id || e.getAttribute('aria-label') || e.getAttribute('href') || e.className"
+        " || e.textContent.slice(0, 40)"
     )
 
 

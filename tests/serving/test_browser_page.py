@@ -274,8 +274,10 @@ def test_a_run_that_a_terminal_began_is_watched(page, served):
     )
     try:
         page.go("train")
-        button = "[...document.querySelectorAll('.runs button')].find(" \
+        button = (
+            "[...document.querySelectorAll('.runs button')].find("
             "(b) => b.textContent.startsWith('far'))"
+        )
         page.wait(lambda: page.run(f"const it = {button}; it?.click(); return Boolean(it)"))
         page.wait(lambda: figure(page, "State") == "running" and page.all("#chart canvas"))
         first = figure(page, "Step")
@@ -343,14 +345,15 @@ def test_two_tabs_see_the_same(page, served):
 
 
 def tab_to(page: Browser, name: str) -> None:
-    """Presses Tab until an element has the focus, which is to be seen on each element on the way."""
+    """Presses Tab until an element has the focus, which is seen wherever it is on the way."""
     for _ in range(120):
         if focused(page) == name:
             return
         press(page, Keys.TAB)
         seen = page.run(
             "const e = document.activeElement, s = getComputedStyle(e.closest('.drop') ?? e);"
-            "return e === document.body || s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2"
+            "return e === document.body"
+            " || s.outlineStyle !== 'none' && parseFloat(s.outlineWidth) >= 2"
         )
         assert seen, focused(page)
     raise AssertionError(f"the Tab key does not reach {name}")
@@ -483,18 +486,20 @@ const over = (top, below) => {
   const alpha = top[3] ?? 1;
   return [0, 1, 2].map((i) => alpha * top[i] + (1 - alpha) * below[i]);
 };
-const behind = (e) => e === null ? channels(getComputedStyle(document.documentElement).backgroundColor)
-  : over(channels(getComputedStyle(e).backgroundColor), behind(e.parentElement));
-const light = (rgb) => rgb.map((c) => (c /= 255) <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4)
-  .reduce((sum, c, i) => sum + c * [.2126, .7152, .0722][i], 0);
+const fill = (e) => channels(getComputedStyle(e).backgroundColor);
+const behind = (e) => e.parentElement ? over(fill(e), behind(e.parentElement)) : fill(e);
+const linear = (c) => c <= .04045 ? c / 12.92 : ((c + .055) / 1.055) ** 2.4;
+const share = [.2126, .7152, .0722];
+const light = (rgb) => rgb.reduce((sum, c, i) => sum + linear(c / 255) * share[i], 0);
 const faint = [];
 for (const e of document.querySelectorAll("body *")) {
-  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim()) || e.matches("input");
-  if (!own || !e.checkVisibility() || e.matches(":disabled, .unseen, .skip, option")) continue;
+  const own = [...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim());
+  if (!(own || e.matches("input")) || !e.checkVisibility()) continue;
+  if (e.matches(":disabled, .unseen, .skip, option")) continue;
   const back = behind(e);
   const [a, b] = [light(over(channels(getComputedStyle(e).color), back)), light(back)];
   const ratio = (Math.max(a, b) + .05) / (Math.min(a, b) + .05);
-  if (ratio < 4.5) faint.push([ratio.toFixed(2), e.tagName, e.className, e.textContent.slice(0, 20)]);
+  if (ratio < 4.5) faint.push([ratio, e.tagName, e.className, e.textContent.slice(0, 20)]);
 }
 return faint;
 """
