@@ -65,11 +65,16 @@ def journal(page: Browser) -> list[tuple[str, bool]]:
     )
 
 
+def in_force(page: Browser) -> int:
+    """Returns how many operations are not undone."""
+    return sum(not undone for _, undone in journal(page))
+
+
 def undo(page: Browser) -> None:
     """Clicks Undo, and waits until one operation fewer is in force."""
-    before = sum(undone for _, undone in journal(page))
+    before = in_force(page)
     page.push_at("#undo")
-    page.wait(lambda: sum(undone for _, undone in journal(page)) == before + 1)
+    page.wait(lambda: in_force(page) == before - 1)
 
 
 def figure(page: Browser, name: str) -> str:

@@ -99,7 +99,7 @@ at("train-form").addEventListener("submit", async (event) => {
   if (at("train-start").disabled) return;
   await carryOut(async () => {
     const { run } = await post("/api/train/start", question());
-    await show(run);
+    await show(run).catch(() => {}); // its folder comes with the first step
     await refresh();
     at("run-title").focus();
   });
@@ -131,13 +131,14 @@ for (const action of ["pause", "resume", "stop"])
 
 /** Opens a run: its figures and samples up to now; what follows comes by events. */
 async function show(name) {
+  if (open !== name) [metrics, samples] = [[], []];
   open = name;
   at("run-title").textContent = name;
   at("run-error").textContent = "";
   const run = await get(`/api/runs/${encodeURIComponent(name)}`);
   if (open !== name) return;
-  metrics = run.metrics ?? [];
-  samples = run.samples ?? [];
+  metrics = run.metrics;
+  samples = run.samples;
   const newest = metrics.at(-1) ?? {};
   drawRun({ ...newest, max_steps: run.max_steps ?? run.config?.max_steps, state: run.state, ...run.training });
   drawSamples();
