@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from nanogpt_surgery.training.fast.chunked_logits import (
 from nanogpt_surgery.training.fast.cpu_kernels import cpu_kernels
 from nanogpt_surgery.training.fast.frozen_prefix import FrozenPrefix, prefix_for
 from nanogpt_surgery.training.fast.fused_lora import fused_products, stored_in_bfloat16
+from nanogpt_surgery.training.fast.rounded_weights import RoundedWeights
 from nanogpt_surgery.training.forward import attributes_set, blocks_of
 from nanogpt_surgery.training.hardware import Hardware, cpu_has_bfloat16, pinned, to_device
 from nanogpt_surgery.training.settings import FitSettings
@@ -64,14 +65,22 @@ class Accelerated:
     prefix: FrozenPrefix | None
     compiled: dict[Any, Any]
     """the compiled call of each block"""
+    rounded: RoundedWeights = field(default_factory=RoundedWeights)
 
     @contextmanager
     def computing(self) -> Iterator[None]:
         """Sets fused products, compiled blocks and the CPU's kernels, and takes them back."""
         fused = fused_products(self.model, self.hardware.precision)
         compiled = attributes_set("_compiled_call_impl", self.compiled)
-        with fused, compiled, cpu_kernels(self.model), self._cast_once():
+        with fused, compiled, cpu_kernels(self.model), self._cast_once(), self._frozen_cast():
             yield
+
+    def _frozen_cast(self) -> AbstractContextManager[None]:
+        """Puts bfloat16 in the place of frozen float32 weights, unless memory is to be saved."""
+        settings, precision = self.settings, self.hardware.precision
+        if precision != torch.bfloat16 or settings.gradient_checkpointing:
+            return nullcontext()
+        return self.rounded.active(self.model)
 
     def _cast_once(self) -> AbstractContextManager[object]:
         """Keeps the weights that autocast casts until all parts of a step have used them.
