@@ -26,19 +26,19 @@ LOOKED_AT = 64  # numbers of a weight that are compared before each step
 class Rounded:
     """A copy of a weight, and what the weight was when it was made."""
 
-    weight: nn.Parameter
+    weight: Tensor
     version: int
     address: int
     sample: Tensor
     copy: nn.Parameter
 
     @classmethod
-    def of(cls, weight: nn.Parameter) -> Rounded:
+    def of(cls, weight: Tensor) -> Rounded:
         """Makes the copy."""
         copy = nn.Parameter(weight.detach().bfloat16(), requires_grad=False)
         return cls(weight, weight._version, weight.data_ptr(), sampled(weight).clone(), copy)
 
-    def is_of(self, weight: nn.Parameter) -> bool:
+    def is_of(self, weight: Tensor) -> bool:
         """Whether a weight is the one that was copied, and was not written to since.
 
         Writes through `.data` are counted by no version; they show in the sample.
