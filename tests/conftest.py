@@ -29,6 +29,13 @@ def pytest_configure() -> None:
         decoder_library()
 
 
+def pytest_runtest_setup() -> None:
+    """Lets the random numbers of a test not depend on which tests its process has run before."""
+    import torch
+
+    torch.manual_seed(1337)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The pages first: begun last, they would keep one core busy while the other has no tests."""
     items.sort(key=lambda item: item.path.name != "test_docs.py")

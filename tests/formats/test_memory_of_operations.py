@@ -1,5 +1,7 @@
 """Operations on folders take memory for a few tensors, however many a model has."""
 
+import ctypes
+import gc
 import threading
 import time
 from contextlib import contextmanager
@@ -34,6 +36,8 @@ def own_bytes() -> int:
 @contextmanager
 def peak_bytes():
     """Yields a list that holds the peak in the end, looked at all the time."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again, and not be seen
     before, peak, done, found = own_bytes(), 0, threading.Event(), []
 
     def watch() -> None:
