@@ -68,7 +68,7 @@ class PretrainedTokenizer:
         settings: Mapping[str, Any] | None = None,
         chat_templates: Mapping[str, str] | None = None,
     ):
-        contents = contents | {"truncation": None, "padding": None}
+        contents = given = contents | {"truncation": None, "padding": None}
         named = dict(special_tokens or {})
         with foreign_file(_WHERE):
             check_limits(contents)
@@ -90,7 +90,8 @@ class PretrainedTokenizer:
         if add_bos is not None and add_bos != bool(self.prefix_ids):
             contents = self._set_prefix(contents, add_bos)
         self.add_bos = bool(self.prefix_ids)
-        self._written = _bytes(contents)
+        if contents is not given:
+            self._written = _bytes(contents)
 
     def _set_ends(self, bos_id: int | None, stop_ids: Sequence[int], name_them: bool) -> None:
         bos = self._id_of_role("bos_token") if bos_id is None else bos_id
