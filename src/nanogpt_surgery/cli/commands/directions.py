@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from cyclopts import Parameter
 
@@ -20,11 +21,6 @@ from nanogpt_surgery.cli.framework.options import (
 from nanogpt_surgery.data.conversations.record_files import read_prompts
 from nanogpt_surgery.data.text.corpus import read_texts
 from nanogpt_surgery.errors import SurgeryError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
 
 PROBE_TOKENS = 256
 
@@ -77,21 +73,25 @@ def direction(
         probe: a text to compare the steered model on; the negative prompts by default
         plan: say what it will take, and write nothing
     """
+    import torch
+
+    from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
     from nanogpt_surgery.formats.direction_file import save_direction
     from nanogpt_surgery.formats.huggingface.config import family_of
     from nanogpt_surgery.surgery import mean_difference, plan_direction
 
     goal = _goal(out, overwrite, plan)
     network, tokenizer = opening.open(model, one_adapter(adapter))
-    prompts = _prompts(tokenizer, positive), _prompts(tokenizer, negative)
+    ids_of = partial(prompt_ids, tokenizer)
+    to, away = ([ids_of(text) for text in read_prompts(path)] for path in (positive, negative))
     points = [f"layers.{number}.{chosen.point}" for number in layer]
     if goal is None:
-        show(plan_direction(network, *prompts, points), json, True)
+        show(plan_direction(network, to, away, points), json, True)
         say("the same command without --plan finds it")
         return
-    text = probe or negative
-    ids = _probe(tokenizer, text, network.config.block_size)
-    found, report = mean_difference(network, *prompts, points, probe=ids, **chosen.arguments())
+    length = min(PROBE_TOKENS, network.config.block_size)
+    ids = torch.tensor([ids_of(read_texts([probe or negative]))[:length]])  # (1, T)
+    found, report = mean_difference(network, to, away, points, probe=ids, **chosen.arguments())
     save_direction(found, goal, family=family_of(network.config))
     show(report, json, True)
     say(f'wrote {goal}, read it again; surgery generate {model} --prompt "…" --steer {goal}=1')
@@ -108,20 +108,3 @@ def _goal(out: Path | None, overwrite: bool, plan: bool) -> Path | None:
             f"{out} is there already", "add --overwrite to replace it, or choose a new --out"
         )
     return out
-
-
-def _prompts(tokenizer: Tokenizer, path: Path) -> list[list[int]]:
-    """The ids of the prompts in a file."""
-    from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
-
-    return [prompt_ids(tokenizer, text) for text in read_prompts(path)]
-
-
-def _probe(tokenizer: Tokenizer, path: Path, block_size: int) -> Tensor:
-    """The ids of the first tokens of a file, (1, T)."""
-    import torch
-
-    from nanogpt_surgery.data.tokenizers.tokenizer import prompt_ids
-
-    ids = prompt_ids(tokenizer, read_texts([path]))
-    return torch.tensor([ids[: min(PROBE_TOKENS, block_size)]])
