@@ -11,6 +11,7 @@ from cyclopts import Parameter
 from nanogpt_surgery.cli.framework.console import show
 from nanogpt_surgery.cli.framework.operation import MADE, Operand, OperationOptions
 from nanogpt_surgery.cli.framework.options import Json
+from nanogpt_surgery.data.text.corpus import read_texts
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -35,7 +36,6 @@ class EditOptions:
 
     def arguments(self) -> dict[str, Any]:
         """As `edit` takes them."""
-        from nanogpt_surgery.data.text.corpus import read_texts
         from nanogpt_surgery.generation.settings import check_seed
 
         check_seed(self.seed)

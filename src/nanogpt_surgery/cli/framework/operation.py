@@ -13,6 +13,7 @@ from cyclopts import Parameter
 
 from nanogpt_surgery.cli.framework.console import say
 from nanogpt_surgery.cli.framework.options import Overwrite, check_out
+from nanogpt_surgery.data.text.corpus import read_texts
 from nanogpt_surgery.errors import SurgeryError
 
 if TYPE_CHECKING:
@@ -55,15 +56,9 @@ class OperationOptions:
         in_place: Path | None = None,
         force: bool = False,
     ) -> Report:
-        """Plans an operation, or does it, and says what can be typed next.
+        """Plans an operation, or does it, as `operate_on_folder`; says what can be typed next.
 
-        Args:
-            model: that is operated on, or the base of the adapters.
-            act: as in `operate_on_folder`; and so the next two, and the last.
-            adapters: as there.
-            made: as there.
-            in_place: the folder that changes without --out; the model's by default.
-            force: as there.
+        Without --out it is `in_place` that changes, by default the model's folder.
         """
         from nanogpt_surgery.formats.folders.operating import operate_on_folder
 
@@ -81,7 +76,6 @@ class OperationOptions:
         Raises:
             SurgeryError: --out is not to be written over.
         """
-        from nanogpt_surgery.data.text.corpus import read_texts
         from nanogpt_surgery.formats.folders.operating import check_not_itself
 
         if self.out is not None and not self.plan and self.out != in_place:
