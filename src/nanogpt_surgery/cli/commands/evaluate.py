@@ -14,6 +14,9 @@ from nanogpt_surgery.cli.framework.options import (
     next_command,
     one_adapter,
 )
+from nanogpt_surgery.data.conversations import record_files
+from nanogpt_surgery.data.text.corpus import check_characters, read_texts
+from nanogpt_surgery.report import Report
 
 if TYPE_CHECKING:
     from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer
@@ -50,9 +53,7 @@ def evaluate(
         template: how instruction data is written; auto: as the adapter was trained, else as the
             model's own template does
     """
-    from nanogpt_surgery.data.conversations import record_files
     from nanogpt_surgery.generation.evaluation import measure_choices
-    from nanogpt_surgery.report import Report
 
     adapters = one_adapter(adapter)
     opened = opening.open(model, adapters)
@@ -77,11 +78,9 @@ def _of_text(
     batch_size: int,
     context: int | None,
 ) -> dict[str, Any]:
-    from nanogpt_surgery.data.conversations.record_files import warn_of_records
-    from nanogpt_surgery.data.text.corpus import check_characters, read_texts
     from nanogpt_surgery.generation.evaluation import measure_text
 
-    warn_of_records([file])
+    record_files.warn_of_records([file])
     text = read_texts([file])
     check_characters(tokenizer, [file], text)
     if context is None:
