@@ -173,7 +173,7 @@ function receive(event, running, control) {
   if (side.running !== control) return;
   if (event.prompt_ids) {
     side.asked = event.prompt_ids;
-    side.hashes = event.hashes ?? hashesOf(side.weights);
+    side.hashes = event.hashes;
     showHashes(side);
   }
   if (event.done) {
