@@ -68,7 +68,9 @@ def commands(page: Path) -> Iterator[str]:
     for language, block in re.findall(r"^```(sh|python)\n(.*?)^```", text, re.M | re.S):
         if language == "sh":
             yield from (
-                line for line in block.splitlines() if re.match(r"uv run surgery |curl ", line)
+                line
+                for line in block.splitlines()
+                if re.match(r"uv run surgery |curl |printf ", line)
             )
         elif ADDRESS in block or block.startswith("# A small model to serve"):
             yield block
@@ -88,8 +90,11 @@ def served(words: list[str]) -> Iterator[str]:
 
 
 def asked(what: str) -> None:
-    """Runs a line of curl, or a block of Python."""
-    if not what.startswith("curl "):
+    """Runs a line of curl, or one that writes a file, or a block of Python."""
+    if what.startswith("printf "):
+        text, path = re.fullmatch(r"printf '(.*)' > (\S+)", what).groups()
+        Path(path).write_text(text.replace(r"\n", "\n"), "utf-8")
+    elif not what.startswith("curl "):
         with contextlib.redirect_stdout(io.StringIO()):
             exec(compile(what, "docs", "exec"), {"__name__": "docs"})
     elif shutil.which("curl") is not None or os.environ.get("CLIENT_TESTS") == "required":

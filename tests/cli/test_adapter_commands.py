@@ -102,6 +102,21 @@ def test_an_ablation_is_an_adapter_that_peft_opens(folders):
     assert not Path("no").exists()
 
 
+def test_an_ablation_in_place_is_in_the_weights_and_is_undone_to_the_bit(folders):
+    before = hashes_of(Path("base"))
+    ids, model = ids_of_base(), open_model("base")[0]
+    words = ("ablate", "base", "--heads", "1:0,2-3")
+    plan = report_of(*words, "--plan")
+    assert plan["written_to"] == "base, in place" and hashes_of(Path("base")) == before
+    assert plan["memory_bytes"] > plan["adapter_bytes"] > 0 and plan["seconds"] > 0
+    done = report_of(*words)
+    assert done["kl"] > 0 and done["originals"] == "kept"
+    with patch(model, {"layers.1.heads": zero(heads=[0, 2, 3])}), torch.no_grad():
+        torch.testing.assert_close(open_model("base")[0](ids), model(ids), atol=1e-4, rtol=0)
+    called("undo", "base")
+    assert hashes_of(Path("base")) == before
+
+
 def test_intruders_are_taken_out(folders):
     model, _ = open_model("base")
     inject_lora(model, ["q_proj"], rank=1, alpha=1)

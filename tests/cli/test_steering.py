@@ -1,6 +1,8 @@
 """`surgery model direction`, and --steer of generate, ask and chat."""
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,22 @@ def test_generate_and_ask_follow_a_direction_by_the_plain_code(place: Path) -> N
     with_adapter = json.loads(called(*asked, "--adapter", "a", "--steer", "d=3", "--compare")[0])
     assert with_adapter["base_answer"] == both["base_answer"]
     assert with_adapter["answer"] != both["answer"]
+
+
+def test_chat_follows_a_direction_and_goes_without_it_afterwards(place: Path, monkeypatch) -> None:
+    def said(*words: object) -> tuple[str, str]:
+        typed = io.TextIOWrapper(io.BytesIO(b"to be\n"), encoding="utf-8")
+        monkeypatch.setattr(sys, "stdin", typed)
+        few = ["--temperature", 0, "--max-new-tokens", 12, "--template", "none"]
+        return called("chat", "m", *few, *words)
+
+    called("model", "direction", "m", *WORDS, "--layer", 1, "--out", "d")
+    plain, _ = said()
+    steered, errors = said("--steer", "d=3")
+    assert steered != plain and "hook" in errors
+    generated = ["--prompt", "to be", "--temperature", 0, "--max-new-tokens", 12, "--steer", "d=3"]
+    assert called("generate", "m", *generated)[0].removeprefix("to be").strip() == steered.strip()
+    assert said("--steer", "d=0")[0] == plain
 
 
 def test_what_cannot_be_followed_is_refused(place: Path) -> None:

@@ -21,6 +21,7 @@ from nanogpt_surgery import (
     save_model,
     undo_lora,
 )
+from nanogpt_surgery.history.folder_history import hashes_of
 from nanogpt_surgery.interpret import causal_trace, record
 from nanogpt_surgery.surgery import edit, editing
 
@@ -163,6 +164,25 @@ def test_an_edit_is_a_folder_that_peft_opens_and_that_is_merged(tmp_path, monkey
         assert_equal_logits(ours, peft.PeftModel.from_pretrained(theirs, "e")(ids).logits)
         called("merge", "m", "e", "--out", "merged")
         assert_equal_logits(open_model("merged")[0](ids), ours)
+
+
+def test_an_edit_in_place_is_in_the_weights_and_is_undone_to_the_byte(tmp_path):
+    wide = model_of("llama").bfloat16()
+    save_model(wide, tmp_path / "m", LETTERS)
+    (tmp_path / "text.txt").write_text(TEXT)
+    before, folder = hashes_of(tmp_path / "m"), tmp_path / "m"
+    words = ["model", "edit", folder, "--prompt", FACT[0], "--subject", FACT[1]]
+    words += ["--target", FACT[2], "--layer", 1, "--text", tmp_path / "text.txt", "--json"]
+    plan = json.loads(called(*words, "--plan")[0])
+    assert plan["seconds"] > 0 and hashes_of(folder) == before
+    done = json.loads(called(*words)[0])
+    assert done["target after"] > done["target before"]
+    model, _ = open_model(folder, "each")
+    changed = [n for n, t in model.state_dict().items() if not torch.equal(t, wide.state_dict()[n])]
+    assert changed == ["layers.1.mlp.down_proj.weight"]
+    assert model.layers[1].mlp.down_proj.weight.dtype == torch.bfloat16
+    called("undo", folder)
+    assert hashes_of(folder) == before
 
 
 @torch.no_grad()

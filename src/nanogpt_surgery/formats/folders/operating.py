@@ -96,15 +96,15 @@ def operate_on_folder(
     acted = act(network, tokenizer, probe=ids, plan=plan)
     after, report = (tokenizer, acted) if isinstance(acted, Report) else acted
     if plan:
-        return _planned(network, report, goal, in_place, keep_originals, opening)
+        return _planned(network, report, made, opening, goal, in_place, keep_originals)
     plain = {k: v for k, v in report.summary.items() if isinstance(v, int | float | str)}
     done = FolderOperation(report.title, base, measured=plain)
     write = partial(_write, network, after, model, made, adapters, done)
     gone = _stood_for(goal, after is not tokenizer) if in_place and not made else ()
     done = put_in_place(goal, in_place, write, f" of {model}", gone, keep_originals)
     kept = {"base": base, "originals": done.originals, "sha256": done.changes()}
-    summary = {"measured_on": measured_on} | report.summary | {"folder": str(goal)} | kept
-    return Report(report.title, report.rows, summary)
+    more = {"folder": str(goal), **kept}
+    return Report(report.title, report.rows, {"measured_on": measured_on} | report.summary | more)
 
 
 def _write(
@@ -162,14 +162,15 @@ def goal_of(
 
 
 def _planned(
-    network: SimpleGPT, report: Report, goal: Path, in_place: bool, keep: bool, opening: float
+    network: SimpleGPT, report: Report, made: str | None, opening: float, *place: Any
 ) -> Report:
-    """Adds to an operation's plan what the files will take."""
+    """Adds to an operation's plan what the files will take; a model is read again beside itself."""
     summary, here = report.summary, sum(p.nbytes for p in network.parameters())
-    written = summary.get("adapter_bytes", summary.get("model_after_bytes", here))
+    model = summary.get("model_after_bytes", here) if made is None else 0
+    written = model or summary["adapter_bytes"]
     seconds = summary["seconds"] + 2 * opening + PASSES * written / here * hash_seconds(network)
-    sizes = planned_sizes(goal, in_place, keep)
-    return Report(report.title, report.rows, summary | sizes | {"seconds": seconds})
+    foreseen = {"memory_bytes": summary["memory_bytes"] + model, "seconds": seconds}
+    return Report(report.title, report.rows, summary | planned_sizes(*place) | foreseen)
 
 
 def planned_sizes(goal: Path, in_place: bool, keep: bool) -> dict[str, Any]:
