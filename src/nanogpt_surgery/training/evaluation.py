@@ -20,7 +20,7 @@ from nanogpt_surgery.training.forward import check_not_packed, first_trainable_s
 from nanogpt_surgery.training.hardware import Hardware, to_device
 from nanogpt_surgery.training.settings import FitSettings
 
-EVALUATED_AT_ONCE = 64  # windows
+EVALUATED_AT_ONCE = 16  # windows: more of them leave the processor's caches
 LITTLE = 2**20  # numbers in hidden states that are no burden
 
 
