@@ -124,17 +124,3 @@ def test_a_cache_in_bfloat16_serves_a_model_in_bfloat16():
     cache = KVCache(config, dtype=torch.bfloat16)
     logits = torch.cat((model(ids[:, :5], cache), model(ids[:, 5:], cache)), dim=1)
     assert_equal_in_bfloat16(logits, model(ids))
-
-
-@EVERY_CONFIG
-@pytest.mark.parametrize("last", [1, 3])
-@torch.no_grad()
-def test_the_last_tokens_alone_are_as_among_all(config, last):
-    model, ids = tiny_model(config), random_ids(config, 2, 7)
-    whole, alone = (KVCache(config, 2) for _ in range(2))
-    for part in ids.split([4, 3], dim=1):  # into an empty cache, and after others
-        expected = model.hidden(part, whole)[:, -last:]
-        assert_equal_logits(model.hidden(part, alone, last=last), expected)
-    for ours, theirs in zip(alone.layers, whole.layers, strict=True):
-        torch.testing.assert_close(ours.keys[:, :, :7], theirs.keys[:, :, :7])
-        torch.testing.assert_close(ours.values[:, :, :7], theirs.values[:, :, :7])

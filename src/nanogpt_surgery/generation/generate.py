@@ -125,7 +125,7 @@ def next_logits(
         logits = native.step(new)[0]  # (V,): the same, faster
     else:
         with eval_mode(model), torch.inference_mode():
-            hidden = model.hidden(new, cache, last=1)  # (1, 1, C)
+            hidden = model.hidden(new, cache)  # (1, T, C)
             logits = model.lm_head(hidden[0, -1])  # (V,)
     # If one is not finite, the pass is repeated to find the module where that began.
     check_finite(logits, model, lambda: last_logits(model, torch.tensor(so_far, device=device)))

@@ -76,11 +76,6 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     return x * cos + torch.cat((-second, first), dim=-1) * sin  # (B, H, T, D)
 
 
-def last_of(rotation: Rotation | None, count: int) -> Rotation | None:
-    """Returns the rotation of the last tokens."""
-    return rotation and (rotation[0][..., -count:, :], rotation[1][..., -count:, :])
-
-
 def rotary_frequencies(config: GPTConfig) -> Tensor:
     """Returns θ^(−2i / D), radians a token, for each pair i: (D/2,) float32."""
     # On the CPU, even where the model is made without numbers (on the meta device).

@@ -101,16 +101,11 @@ class SimpleGPT(nn.Module):
         return self.lm_head(self.hidden(ids, cache, layout))  # (B, T, V)
 
     def hidden(
-        self,
-        ids: Tensor,
-        cache: KVCache | None = None,
-        layout: Layout | None = None,
-        last: int = 0,
+        self, ids: Tensor, cache: KVCache | None = None, layout: Layout | None = None
     ) -> Tensor:
         """Returns the head's input, (B, T, C), after the final norm; see `forward`.
 
-        With `last`, and without a layout, only the last so many: (B, last, C). Of the others the
-        last block computes keys and values, and no more; generation asks for 1.
+        Generation takes this and puts the last token alone through the head.
         """
         self._check_ids(ids, cache)
         start = 0 if cache is None else cache.length
@@ -121,9 +116,7 @@ class SimpleGPT(nn.Module):
         x, rotation = self.embed(ids, positions, cache)  # (B, T, C)
         x = self.dropout(x)
         for index, layer in enumerate(self.layers):
-            of_layer = cache.layers[index] if cache is not None else None
-            wanted = (last,) if last and index == len(self.layers) - 1 else ()
-            x = layer(x, rotation, of_layer, mask, *wanted)
+            x = layer(x, rotation, cache.layers[index] if cache is not None else None, mask)
         return self.norm(x)
 
     def embed(

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.model.config import GPTConfig
-from nanogpt_surgery.model.embeddings import Rotation, identity, last_of, rotate
+from nanogpt_surgery.model.embeddings import Rotation, identity, rotate
 
 if TYPE_CHECKING:
     from nanogpt_surgery.model.kv_cache import LayerCache
@@ -62,11 +62,9 @@ class TransformerEncoderLayer(nn.Module):
         rotation: Rotation | None = None,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
-        last: int = 0,
     ) -> Tensor:
         """Returns the stream after both sums, (B, T, C); arguments as in `CausalSelfAttention`."""
-        y = self.self_attn(self.input_layernorm(x), rotation, cache, mask, last)
-        x = (x[:, -last:] if last else x) + self.dropout(y)
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rotation, cache, mask))
         x = x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
         return x
 
@@ -177,19 +175,16 @@ class CausalSelfAttention(nn.Module):
         rotation: Rotation | None = None,
         cache: LayerCache | None = None,
         mask: Tensor | None = None,
-        last: int = 0,
     ) -> Tensor:
         """Lets each token of (B, T, C) gather from those it may see: (B, T, C).
 
         With a cache, the T tokens follow the S − T it holds. A mask (B, 1, T, S), true where a
-        token may look, takes the place of the causal one. With `last`, and without a mask, the
-        last so many tokens gather, and no others: (B, last, C).
+        token may look, takes the place of the causal one.
         """
-        of_q, turns = (x, rotation) if not last else (x[:, -last:], last_of(rotation, last))
-        q = self.q_norm(self._split_heads(self.q_proj(of_q)))  # (B, H, T or last, D)
+        q = self.q_norm(self._split_heads(self.q_proj(x)))  # (B, H, T, D)
         k = self.k_norm(self._split_heads(self.k_proj(x)))  # (B, G, T, D)
         v = self._split_heads(self.v_proj(x))  # (B, G, T, D)
-        q, k = self.rotate(q, turns), self.rotate(k, rotation)
+        q, k = self.rotate(q, rotation), self.rotate(k, rotation)
         if cache is not None:
             k, v = cache.append(k, v)  # (B, G, S, D)
         dropout = self.dropout if self.training else 0.0
