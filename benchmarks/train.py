@@ -40,7 +40,7 @@ from nanogpt_surgery.training.hardware import choose_hardware, matmul_rate
 TURNS = 40
 SHORT = {
     "shape": Shape(1, 2, 128, 128, 6),
-    "steps": 180,
+    "steps": 165,
     "n_inner": 256,
     "n_kv_head": 1,
     "beta1": 0.7,

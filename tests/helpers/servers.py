@@ -3,7 +3,8 @@
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import count
@@ -60,6 +61,14 @@ def served(*arguments: Any, **options: Any) -> Iterator[HttpServer]:
         running.stop()
         thread.join(60)
         assert not thread.is_alive()
+
+
+def until(condition: Callable[[], Any]) -> None:
+    """Waits for a condition."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
 
 
 @contextmanager

@@ -187,3 +187,7 @@ def test_commands_say_where_and_what_to_type(folder, monkeypatch, words):
     assert "layers.1.mlp" in errors
     assert "--dtype float32" in errors
     assert "nan" not in (out + errors).lower()
+
+
+def test_no_logits_at_all_are_finite():
+    check_finite(torch.empty(0, 5), tiny_model(FAMILY_CONFIGS["gpt2"]), lambda: None)

@@ -2,12 +2,14 @@
 
 import json
 import socket
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 from helpers.commands import called
-from helpers.servers import asked, refused, served
+from helpers.servers import asked, refused, served, until
 
 from nanogpt_surgery import SurgeryError
 from nanogpt_surgery.serving import connections
@@ -15,7 +17,6 @@ from nanogpt_surgery.serving.connections import bind, listen
 
 HEAD = b"POST /tokenize HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 STANDING_STILL = {
-    "nothing": b"",
     "half of the headers": HEAD,
     "half of the body": HEAD + b'Content-Length: 50\r\n\r\n{"prompt": ',
     "an unread body": b"POST /nowhere" + HEAD[14:] + b"Content-Length: 50\r\n\r\n{",
@@ -49,6 +50,46 @@ def test_threat_11_a_request_that_stands_still_is_ended(running, monkeypatch, se
         status, body = answer_on(connection)
     assert (status, body["error"]["code"]) == (404 if b"nowhere" in sent else 408, None)
     assert asked(running, "/health")[0] == 200
+
+
+def test_a_connection_on_which_nothing_is_asked_is_closed_without_a_word(running, monkeypatch):
+    monkeypatch.setattr(connections, "PATIENCE", 0.3)
+    with connected(running) as connection:
+        assert connection.recv(1 << 16) == b""
+
+
+def test_a_large_body_gets_its_time_again_with_each_part(running, monkeypatch):
+    monkeypatch.setattr(connections, "LARGE_PART", 1000)
+    body = json.dumps({"prompt": "a" * 3000}).encode()
+    with connected(running) as connection:
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body))
+        until(lambda: running.server_state.connections)
+        (held,) = running.server_state.connections
+        times = [held._late]
+        for start in range(0, 3000, 1000):
+            connection.sendall(body[start : start + 1000])
+            until(lambda: held._late is not times[-1])
+            times.append(held._late)
+        assert all(handle.cancelled() for handle in times[:-1]) and not times[-1].cancelled()
+        connection.sendall(body[3000:])
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+
+
+def test_a_client_that_reads_slowly_is_waited_for(running, monkeypatch):
+    monkeypatch.setattr(connections, "PATIENCE", 0.3)
+    unread = iter([900, 800, 700, 700])
+    ended = threading.Event()
+    with connected(running) as connection:
+        connection.sendall(HEAD)
+        until(lambda: running.server_state.connections)
+        (held,) = running.server_state.connections
+        transport = SimpleNamespace(
+            get_write_buffer_size=lambda: next(unread), abort=ended.set, is_closing=lambda: True
+        )
+        monkeypatch.setattr(held, "transport", transport)
+        held.loop.call_soon_threadsafe(held._wait_for_reading, 1000)
+        assert ended.wait(60) and next(unread, None) is None
+        monkeypatch.undo()
 
 
 def test_threat_11_slow_headers_get_no_more_time_by_being_sent(running, monkeypatch):

@@ -638,3 +638,13 @@ class Missing:
 
     def __init__(self, *_):
         raise ZeroDivisionError
+
+
+def test_what_is_told_after_a_change_may_fail_and_the_engine_goes_on(engine):
+    def fails():
+        raise OSError("nobody listens")
+
+    serving = engine(tiny_model(LLAMA))
+    with pytest.raises(OSError, match="nobody"):
+        serving.operate(lambda _: 1, fails).result(60)
+    assert serving.operate(lambda _: 2).result(60) == 2 and not serving.closed

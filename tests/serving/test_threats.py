@@ -24,6 +24,7 @@ from helpers.servers import (
     listening_server,
     refused,
     served,
+    until,
 )
 from starlette.routing import Mount, Route
 
@@ -465,15 +466,6 @@ def test_a_client_that_leaves_frees_its_row(running):
 
 def _has(answers, count):
     return len(answers) == count
-
-
-def until(condition):
-    import time
-
-    end = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.005)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -79,6 +79,8 @@ def check_finite(
     Raises:
         NotFiniteError: one is not; it says where the first one arose and what to try.
     """
+    if not logits.numel():
+        return
     least, largest = logits.detach().aminmax()  # a NaN becomes both: five times as fast as isfinite
     if not math.isfinite(float(least)) or not math.isfinite(float(largest)):
         raise not_finite(model, run, whose)

@@ -18,6 +18,7 @@ from nanogpt_surgery.serving.security import check_exposure
 
 MOST_CONNECTIONS = 512
 PATIENCE = 60.0  # seconds: for a whole request, and for a client that reads nothing
+LARGE_PART = 1 << 20  # bytes of a request for which a client gets that time again
 WAITING_CONNECTIONS = 512  # that the system holds until they are accepted
 
 
@@ -68,6 +69,7 @@ class Connection(H11Protocol):
     """A connection that is refused where there are too many, and ended where it stands still."""
 
     _late: asyncio.TimerHandle | None = None  # when the request must be whole
+    _received = 0  # bytes of it since that time was set
     _unread: asyncio.TimerHandle | None = None  # when the client must have read something
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -87,24 +89,46 @@ class Connection(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Takes a part of a request."""
+        was_idle = self.conn.their_state is h11.IDLE
         super().data_received(data)
+        self._received += len(data)
+        is_next = self.conn.their_state is h11.IDLE and not was_idle
+        if is_next or self._received >= LARGE_PART:
+            self._stop_waiting()
         self._wait_for_request()
 
     def _wait_for_request(self) -> None:
         """Sees to it that the request, of which a part is there, is whole in time."""
         if self.conn.their_state in (h11.IDLE, h11.SEND_BODY) and not self.transport.is_closing():
             self._late = self._late or self.loop.call_later(PATIENCE, self._too_late)
-        elif self._late is not None:
+        else:
+            self._stop_waiting()
+
+    def _stop_waiting(self) -> None:
+        self._received = 0
+        if self._late is not None:
             self._late.cancel()
             self._late = None
 
     def _too_late(self) -> None:
-        self.refuse(408, f"the request was not whole after {PATIENCE:.0f} seconds")
+        if self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self.transport.close()  # nothing was asked
+        else:
+            self.refuse(408, f"the request was not whole after {PATIENCE:.0f} seconds")
 
     def pause_writing(self) -> None:
         """Waits for the client to read."""
         super().pause_writing()
-        self._unread = self.loop.call_later(PATIENCE, self.transport.abort)
+        self._wait_for_reading(self.transport.get_write_buffer_size())
+
+    def _wait_for_reading(self, unread: int) -> None:
+        """Ends the connection unless the client reads some of what it has not read, in time."""
+
+        def check() -> None:
+            left = self.transport.get_write_buffer_size()
+            self._wait_for_reading(left) if left < unread else self.transport.abort()
+
+        self._unread = self.loop.call_later(PATIENCE, check)
 
     def resume_writing(self) -> None:
         """Goes on, since the client reads."""

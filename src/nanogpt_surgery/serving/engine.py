@@ -295,8 +295,10 @@ class Engine:
         except BaseException as raised:  # what was made of the old weights would go on
             done.set_exception(raised)
             raise
-        finally:
+        try:
             then()
+        except Exception as raised:
+            error = error or raised
         if error is None:
             done.set_result(result)
         else:

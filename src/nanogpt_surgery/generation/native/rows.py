@@ -75,7 +75,7 @@ class SeparateRows:
         return len(ids) <= cache.max_length and len(ids) - cache.length <= longest
 
     def _step(self, rows: Sequence[int], texts: Mapping[int, list[int]]) -> Tensor:
-        assert self.native is not None and self.native.decoder is not None, "see _can_take"
+        assert self.native is not None and self.native.decoder is not None, "see _takes"
         adapters, new = self.native.decoder.adapters_of_rows or [0] * len(self.texts), []
         for row in rows:
             cache = self.texts[row].cache
