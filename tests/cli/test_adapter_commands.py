@@ -72,7 +72,9 @@ def test_a_combination_is_the_blend_and_peft_opens_it(folders):
 
 def test_compressing_in_place_is_undone_to_the_bit(folders):
     before = hashes_of(Path("two"))
-    assert report_of("compress", "two", "--rank", 1, "--plan")["written_to"] == "two, in place"
+    plan = report_of("compress", "two", "--rank", 1, "--plan")
+    assert plan["written_to"] == "two, in place"
+    assert plan["kept_originals_bytes"] == Path("two/adapter_model.safetensors").stat().st_size
     assert hashes_of(Path("two")) == before
     done = report_of("compress", "two", "--rank", 1)
     assert {row["rank"] for row in done["rows"]} == {1} and done["kl"] > 0

@@ -45,6 +45,7 @@ def test_the_vocabulary_of_a_new_folder(folder, tmp_path):
     table, said = called("model", "vocabulary", folder, "--add", "§", "é", "--out", more)
     assert "96" in table
     assert str(more) in said
+    assert "32 random tokens" in " ".join(table.split())
     report = report_of("vocabulary", more, "--drop-unused", tmp_path / "text", "--out", less)
     model, tokenizer = open_model(less)
     kept = set((tmp_path / "text").read_text())

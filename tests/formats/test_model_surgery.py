@@ -214,6 +214,20 @@ def test_a_plan_writes_nothing(originals, tmp_path):
     assert hashes_of(folder) == before
 
 
+def test_an_operation_does_not_undo_another_one_that_was_done_meanwhile(originals, tmp_path):
+    folder = shutil.copytree(originals / "llama", tmp_path / "m")
+
+    def slow(model, tokenizer, **how):
+        operate_on_folder(folder, adding("<tool>"))
+        return prune_layers(model, [1], **how)
+
+    with pytest.raises(SurgeryError, match=r"0 lines.* 1"):
+        operate_on_folder(folder, slow)
+    assert open_model(folder)[1].id_of("<tool>") == VOCABULARY.vocab_size
+    assert [row["operation"] for row in folder_log(folder).rows] == ["add 1 tokens: '<tool>'"]
+    assert len(open_model(folder)[0].layers) == 3
+
+
 def test_each_tensor_keeps_its_dtype(originals, tmp_path):
     model, tokenizer = open_model(originals / "qwen3", torch.bfloat16)
     model.norm.float()

@@ -177,6 +177,7 @@ def test_an_edit_in_place_is_in_the_weights_and_is_undone_to_the_byte(tmp_path):
     assert plan["seconds"] > 0 and hashes_of(folder) == before
     done = json.loads(called(*words)[0])
     assert done["target after"] > done["target before"]
+    assert "statistics' text" in done["measured_on"]
     model, _ = open_model(folder, "each")
     changed = [n for n, t in model.state_dict().items() if not torch.equal(t, wide.state_dict()[n])]
     assert changed == ["layers.1.mlp.down_proj.weight"]

@@ -257,6 +257,7 @@ def operate(
     write: Callable[[Path], FolderOperation],
     keep_originals: bool = True,
     gone: Collection[str] = (),
+    opened_at: list[dict[str, Any]] | None = None,
 ) -> FolderOperation:
     """Replaces files of a folder, in one step, with a line in its journal.
 
@@ -266,15 +267,17 @@ def operate(
             hashes.
         keep_originals: so that it can be undone. Without, nothing before it can be either.
         gone: names of files that the new ones stand for, whatever their names; others stay.
+        opened_at: the lines of the folder's journal when what `write` goes by was read.
 
     Raises:
-        SurgeryError: the folder was changed by other hands since its last operation, holds links to
-            elsewhere, is being written, or the disk refuses; it is untouched then. Or what `write`
-            raises.
+        SurgeryError: the folder was changed by other hands since its last operation, or by another
+            operation since `opened_at`, holds links to elsewhere, is being written, or the disk
+            refuses; it is untouched then. Or what `write` raises.
     """
 
     def change() -> FolderOperation:
         with _twin(folder) as (twin, journal, before):
+            _check_lines(folder, journal.lines, opened_at)
             new = twin / NEW
             new.mkdir()
             done = write(new)
@@ -293,6 +296,18 @@ def operate(
         return done
 
     return tried_again(change, never=(NotFlushedError,))  # once it has happened, not once more
+
+
+def _check_lines(
+    folder: Path, lines: list[dict[str, Any]], opened_at: list[dict[str, Any]] | None
+) -> None:
+    """Raises `SurgeryError` if a folder's journal is not what it was when the folder was opened."""
+    if opened_at is not None and lines != opened_at:
+        raise SurgeryError(
+            f"{folder} was changed since it was opened: its journal had {len(opened_at)} lines and "
+            f"now has {len(lines)}",
+            "run this operation again: it starts from what is there now",
+        )
 
 
 def undo_folder(folder: str | Path) -> Report:

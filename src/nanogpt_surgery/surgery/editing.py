@@ -143,6 +143,8 @@ def _edited(
             merge_lora(model)
         seen.check(model)
     where = {"layer": path, "statistics": source, "statistics_sha256": tensor_hash(covariance)}
+    if probe is None:
+        where["measured_on"] = f"{seen.text.numel()} tokens of the statistics' text"
     return Report(title, seen.rows(), where | seen.summary())
 
 

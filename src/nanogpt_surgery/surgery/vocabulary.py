@@ -238,7 +238,8 @@ def _resize(model: SimpleGPT, change: Resizing, probe: Tensor | None, plan: bool
     after = _with_head(model, again)
     losses = {"loss_before": next_loss(before, ids), "loss_after": next_loss(after, new_ids[ids])}
     effect = _effect(before, after, old, stays) | (losses if ids.size(1) > 1 else {})
-    return change.tokenizer, Report(ready.title, ready.rows, ready.summary | effect)
+    told = {"measured_on": f"{ids.numel()} random tokens"} if probe is None else {}
+    return change.tokenizer, Report(ready.title, ready.rows, ready.summary | effect | told)
 
 
 @torch.no_grad()

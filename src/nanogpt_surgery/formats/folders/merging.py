@@ -47,7 +47,7 @@ from nanogpt_surgery.formats.model_file import (
 from nanogpt_surgery.formats.peft.layout import adapter_to_ours
 from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, attach_read, read_adapter
-from nanogpt_surgery.history.folder_history import FolderOperation
+from nanogpt_surgery.history.folder_history import FolderOperation, read_journal
 from nanogpt_surgery.history.model_history import UPDATES, plain_name, tensor_hash, tensor_hashes
 from nanogpt_surgery.lora.layer import LoRALayer
 from nanogpt_surgery.lora.merging import (
@@ -108,21 +108,21 @@ def merge_adapter(
         unchanged top tokens; and what was measured on.
 
     Raises:
-        SurgeryError: one of the parts cannot be opened, they do not fit, `out` is the model
-            itself, the adapter would change no weight, the merged model is not the adapted one, or
-            the disk refuses. What was there is untouched then.
+        SurgeryError: a part does not open or fit, `out` is the model, no weight would change, the
+            merge is not the adapted model, another came between or the disk refuses; all is kept.
     """
     _check_tolerance(tolerance)
     goal, in_place = goal_of(model, out)
+    opened_at = read_journal(goal).lines if in_place else None
     merge = _prepare(model, adapter, dtype=dtype, probe=probe, force=force, tied=tied)
     if plan:
         return _planned(merge, planned_sizes(goal, in_place, keep_originals))
-    hashed = {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER)}
-    done = FolderOperation(merge.title, merge.base, planned=merge.planned() | hashed)
+    planned = merge.planned() | {"adapter_sha256": file_hash(adapter_folder(adapter) / ADAPTER)}
+    done = FolderOperation(merge.title, merge.base, planned=planned)
     merge.add_in(tolerance, force)
     write = partial(_write, merge, done, goal if in_place else None)
     gone = weight_files(goal) if in_place else ()
-    done = put_in_place(goal, in_place, write, f" into {merge.source}", gone, keep_originals)
+    done = put_in_place(goal, in_place, write, f" into {model}", gone, keep_originals, opened_at)
     return _report(merge, done, goal)
 
 

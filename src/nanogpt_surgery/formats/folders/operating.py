@@ -30,15 +30,22 @@ from nanogpt_surgery.formats.folders.run_folder import is_run
 from nanogpt_surgery.formats.huggingface.config import CONFIG
 from nanogpt_surgery.formats.huggingface.safetensors_file import weight_files
 from nanogpt_surgery.formats.huggingface.tokenizer_files import VOCABULARY_FILES, chat_template_in
+from nanogpt_surgery.formats.model_file import TENSORS as MODEL
 from nanogpt_surgery.formats.model_file import (
     is_hub_name,
     model_folder,
     open_model,
     write_model_files,
 )
+from nanogpt_surgery.formats.peft.reading import TENSORS as ADAPTER
 from nanogpt_surgery.formats.peft.reading import adapter_folder, load_adapter
 from nanogpt_surgery.formats.peft.writing import write_adapter_files
-from nanogpt_surgery.history.folder_history import FolderOperation, operate, record_made
+from nanogpt_surgery.history.folder_history import (
+    FolderOperation,
+    operate,
+    read_journal,
+    record_made,
+)
 from nanogpt_surgery.history.model_history import combined, tensor_hash, tensor_hashes
 from nanogpt_surgery.lora.merging import in_turn
 from nanogpt_surgery.model.finite import check_finite_weights, is_finite
@@ -83,9 +90,10 @@ def operate_on_folder(
 
     Raises:
         SurgeryError: a part does not open, `out` is the model or belongs to a run, the operation
-            refuses, or what was written does not read back. What was there is untouched then.
+            refuses, another came between, or what was written does not read back. All is as it was.
     """
     goal, in_place = goal_of(model, out, adapters, made)
+    opened_at = read_journal(goal).lines if in_place else None
     start = time.perf_counter()
     network, tokenizer = open_model(model, "each")
     base = fingerprint(network, str(model))
@@ -96,15 +104,19 @@ def operate_on_folder(
     acted = act(network, tokenizer, probe=ids, plan=plan)
     after, report = (tokenizer, acted) if isinstance(acted, Report) else acted
     if plan:
-        return _planned(network, report, made, opening, goal, in_place, keep_originals)
-    plain = {k: v for k, v in report.summary.items() if isinstance(v, int | float | str)}
-    done = FolderOperation(report.title, base, measured=plain)
+        return _planned(network, report, made, opening, (goal, in_place, keep_originals))
+    done = FolderOperation(report.title, base, measured=_plain(report.summary))
     write = partial(_write, network, after, model, made, adapters, done)
     gone = _stood_for(goal, after is not tokenizer) if in_place and not made else ()
-    done = put_in_place(goal, in_place, write, f" of {model}", gone, keep_originals)
-    kept = {"base": base, "originals": done.originals, "sha256": done.changes()}
-    more = {"folder": str(goal), **kept}
-    return Report(report.title, report.rows, {"measured_on": measured_on} | report.summary | more)
+    done = put_in_place(goal, in_place, write, f" of {model}", gone, keep_originals, opened_at)
+    facts = {"measured_on": measured_on} | report.summary | {"folder": str(goal), "base": base}
+    facts |= {"originals": done.originals, "sha256": done.changes()}
+    return Report(report.title, report.rows, facts)
+
+
+def _plain(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what of a summary stands in a journal."""
+    return {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
 
 
 def _write(
@@ -162,20 +174,26 @@ def goal_of(
 
 
 def _planned(
-    network: SimpleGPT, report: Report, made: str | None, opening: float, *place: Any
+    network: SimpleGPT,
+    report: Report,
+    made: str | None,
+    opening: float,
+    place: tuple[Path, bool, bool],
 ) -> Report:
     """Adds to an operation's plan what the files will take; a model is read again beside itself."""
     summary, here = report.summary, sum(p.nbytes for p in network.parameters())
     model = summary.get("model_after_bytes", here) if made is None else 0
     written = model or summary["adapter_bytes"]
     seconds = summary["seconds"] + 2 * opening + PASSES * written / here * hash_seconds(network)
+    sizes = planned_sizes(*place, weights=MODEL if made is None else ADAPTER)
     foreseen = {"memory_bytes": summary["memory_bytes"] + model, "seconds": seconds}
-    return Report(report.title, report.rows, summary | planned_sizes(*place) | foreseen)
+    return Report(report.title, report.rows, summary | sizes | foreseen)
 
 
-def planned_sizes(goal: Path, in_place: bool, keep: bool) -> dict[str, Any]:
+def planned_sizes(goal: Path, in_place: bool, keep: bool, weights: str = MODEL) -> dict[str, Any]:
     """Returns where an operation would write, and the room that it has there."""
-    old = sum((goal / name).stat().st_size for name in weight_files(goal)) if in_place else 0
+    there = weight_files(goal, weights) if in_place else ()
+    old = sum((goal / name).stat().st_size for name in there)
     return {
         "written_to": f"{goal}{', in place' if in_place else ''}",
         "kept_originals_bytes": old if keep else 0,
@@ -190,6 +208,7 @@ def put_in_place(
     made_of: str,
     gone: Collection[str] = (),
     keep_originals: bool = True,
+    opened_at: list[dict[str, Any]] | None = None,
 ) -> FolderOperation:
     """Changes a folder in one step, or makes a new one; either has a journal that says so.
 
@@ -200,6 +219,7 @@ def put_in_place(
         made_of: added to the operation's words where the folder is new.
         gone: the names of files that the new ones stand for.
         keep_originals: of a folder that changes.
+        opened_at: the lines of its journal when it was opened: nothing may have changed it since.
     """
 
     def change(new: Path) -> FolderOperation:
@@ -211,7 +231,9 @@ def put_in_place(
         done = write(new)
         return record_made(new, replace(done, operation=done.operation + made_of))
 
-    return operate(goal, change, keep_originals, gone) if in_place else write_folder(goal, make)
+    if not in_place:
+        return write_folder(goal, make)
+    return operate(goal, change, keep_originals, gone, opened_at)
 
 
 def _leave_away_equal(new: Path, place: Path, gone: Collection[str]) -> None:
