@@ -79,8 +79,31 @@ def test_compressing_in_place_is_undone_to_the_bit(folders):
     done = report_of("compress", "two", "--rank", 1)
     assert {row["rank"] for row in done["rows"]} == {1} and done["kl"] > 0
     assert done["loss_before"] > 0
+    entry = json.loads(Path("two/operations/journal.jsonl").read_text().splitlines()[-1])
+    assert entry["operation"] == "compress two"
     called("undo", "two")
     assert hashes_of(Path("two")) == before
+
+
+def test_combining_into_one_of_them_changes_it_in_place_and_says_how_to_undo_it(folders):
+    before, other = hashes_of(Path("two")), hashes_of(Path("one"))
+    _, said = called("adapter", "combine", "one", "two=-1", "--out", "two")
+    assert "surgery undo two" in said and "merge" not in said
+    assert hashes_of(Path("two")) != before and hashes_of(Path("one")) == other
+    called("undo", "two")
+    assert hashes_of(Path("two")) == before
+
+
+def test_a_plan_says_what_the_deed_takes_and_hints_can_be_followed(folders):
+    words = ["adapter", "combine", "one", "two=-1", "--plan", "--out"]
+    assert "--overwrite" in called(*words, "tuned")[1]
+    assert "--overwrite" not in called(*words, "tuned", "--overwrite")[1]
+    assert "--overwrite" not in called(*words, "new")[1]
+    Path("theirs").mkdir()
+    Path("theirs/page.html").write_text("")
+    assert "theirs" in called(*words, "theirs", check=1)[1]
+    said = called("adapter", "extract", "base", "tuned", "--rank", 1, "--out", "base", check=1)[1]
+    assert "base itself" in said and "in place" not in said
 
 
 def test_an_extracted_adapter_gives_the_tuned_models_logits(folders):

@@ -367,6 +367,10 @@ def test_what_is_not_finite_is_named():
     tuned.get_submodule(layer).weight[0, 0] = math.nan
     with pytest.raises(SurgeryError, match=layer):
         extract(tiny_model(CONFIGS["llama"]), tuned, "c", rank=1)
+    normed = tiny_model(CONFIGS["llama"])
+    normed.norm.weight[0] = math.nan
+    with pytest.raises(SurgeryError, match=r"norm\.weight"):
+        extract(tiny_model(CONFIGS["llama"]), normed, "c", rank=1)
     model.get_submodule(layer).updates["two"].lora_B[0, 0] = math.inf
     before = bits(model)
     for method in ("linear", "slerp", "ties", "dare"):

@@ -294,7 +294,8 @@ def _extracted(
         if (owner := key.rpartition(".")[0]) not in layers
         and not any(model.get_submodule(owner).children())
     }
-    _check_finite("a tensor", *rest.values())
+    for key, change in rest.items():
+        _check_finite(key, change)
     if not updates and not whole:
         raise SurgeryError("the models do not differ in any tensor that an adapter can hold")
     sizes = {"rank": None, "error": 0.0}
@@ -402,7 +403,8 @@ def _products(model: nn.Module, name: str) -> dict[str, LowRankUpdate]:
     dora = [layer for layer, update in adapter.updates.items() if update.magnitude is not None]
     if dora or adapter.whole:
         which = f"is a DoRA ({dora[0]}, …)" if dora else "replaces modules whole"
-        raise SurgeryError(f"{name!r} {which}: its change is no product B A", "merge_lora(model)")
+        raise SurgeryError(f"{name!r} {which}: its change is no product B A",
+                           "merge it into the model instead")  # fmt: skip
     for layer, update in adapter.updates.items():
         _check_finite(f"{layer} by {name!r}", update.A, update.B)
     return adapter.updates

@@ -126,10 +126,12 @@ def compress(
         raise SurgeryError("--intruders stands alone", "compress the result once more")
     make: Any = surgery.compress if intruders is None else surgery.remove_intruders
     how = {"rank": rank, "energy": energy} if intruders is None else {"keep": intruders}
+    _, folders = weighted_folders([str(adapter)], MADE)
+    name = next(iter(folders))
     report = operation.carry_out(
         _base_of(adapter, base),
-        lambda model, _, **more: make(model, "adapter", MADE, **how, **more),
-        adapters={"adapter": adapter},
+        lambda model, _, **more: make(model, name, MADE, **how, **more),
+        adapters=folders,
         made=MADE,
         in_place=adapter,
         force=force,

@@ -60,36 +60,44 @@ class OperationOptions:
 
         Without --out it is `in_place` that changes, by default the model's folder.
         """
-        from nanogpt_surgery.formats.folders.operating import operate_on_folder
+        from nanogpt_surgery.formats.folders.operating import goal_of, operate_on_folder
 
         out = self.out or in_place
         if made is not None and out is None:
             raise SurgeryError("--out is missing", "--out FOLDER names the adapter to make")
-        how = self.arguments(model, in_place)
+        goal, changes = goal_of(model, out, adapters, made)
+        how = self.arguments(model, changes)
         done = operate_on_folder(model, act, out, adapters=adapters, made=made, force=force, **how)
-        self.say(model, in_place, made)
+        self.say(model, goal if changes else None, made)
         return done
 
-    def arguments(self, model: str, in_place: Path | None = None) -> dict[str, Any]:
+    def arguments(self, model: str, changes: bool | None = None) -> dict[str, Any]:
         """As functions on folders take them.
+
+        Args:
+            model: the folder that changes without --out.
+            changes: whether the folder that is written changes in place; by default as --out says.
 
         Raises:
             SurgeryError: --out is not to be written over.
         """
-        from nanogpt_surgery.formats.folders.operating import check_not_itself
+        from nanogpt_surgery.formats.folders.operating import goal_of
 
-        if self.out is not None and not self.plan and self.out != in_place:
-            check_not_itself(model, self.out)
-            check_out(self.out, self.overwrite)
+        if changes is None:
+            _, changes = goal_of(model, self.out)
+        if self.out is not None and not changes:
+            check_out(self.out, self.overwrite or self.plan)  # a plan replaces nothing
         text = read_texts([self.probe]) if self.probe else None
         return {"keep_originals": not self.drop_originals, "probe": text, "plan": self.plan}
 
-    def say(self, model: str, in_place: Path | None = None, made: str | None = None) -> None:
-        """Says what was done, and what can be typed next."""
-        folder = shlex.quote(str(self.out or in_place or model))
+    def say(self, model: str, changed: Path | None = None, made: str | None = None) -> None:
+        """Says what was done, to a folder that `changed` or a new one, and what to type next."""
+        folder = shlex.quote(str(changed or self.out or model))
         if self.plan:
-            say("the same command without --plan does it")
-        elif self.out is None or self.out == in_place:
+            there = self.out is not None and changed is None and self.out.exists()
+            more = ", with --overwrite," if there and not self.overwrite else ""
+            say(f"the same command without --plan{more} does it")
+        elif self.out is None or changed is not None:
             back = f"surgery undo {folder} takes it back"
             back = "this cannot be undone" if self.drop_originals else back
             say(f"changed {folder}, and read it again; {back}")

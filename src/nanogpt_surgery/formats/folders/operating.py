@@ -105,7 +105,7 @@ def operate_on_folder(
     after, report = (tokenizer, acted) if isinstance(acted, Report) else acted
     if plan:
         return _planned(network, report, made, opening, (goal, in_place, keep_originals))
-    done = FolderOperation(report.title, base, measured=_plain(report.summary))
+    done = _operation(report, base, made)
     write = partial(_write, network, after, model, made, adapters, done)
     gone = _stood_for(goal, after is not tokenizer) if in_place and not made else ()
     done = put_in_place(goal, in_place, write, f" of {model}", gone, keep_originals, opened_at)
@@ -114,9 +114,10 @@ def operate_on_folder(
     return Report(report.title, report.rows, facts)
 
 
-def _plain(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns what of a summary stands in a journal."""
-    return {name: value for name, value in summary.items() if isinstance(value, int | float | str)}
+def _operation(report: Report, base: str, made: str | None) -> FolderOperation:
+    """Returns an operation as a journal has it: `made` names nothing outside of the model."""
+    plain = {k: v for k, v in report.summary.items() if isinstance(v, int | float | str)}
+    return FolderOperation(report.title.removesuffix(f" as {made}"), base, measured=plain)
 
 
 def _write(
