@@ -232,7 +232,10 @@ def test_biases_and_norms_are_extracted_and_peft_computes_the_tuned_model(tmp_pa
     assert report.summary["largest_error"] < 1e-4
     assert (report.summary["biases"], report.summary["left out"]) == (2, "")
     whole = [row["layer"] for row in report.rows if row["rank"] is None]
-    assert whole == ["layers.1.input_layernorm.weight", "norm.bias"]
+    moved = "layers.1.self_attn.k_proj.bias"
+    assert whole == [moved, "layers.1.input_layernorm.weight", "norm.bias"]
+    assert report.summary["layers"] == 2
+    assert report.rows[1]["‖ΔW‖"] == pytest.approx(0.7 * 24**0.5, rel=1e-5)
     save_adapter(model, tmp_path / "all")
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(base, tmp_path / "all").eval()

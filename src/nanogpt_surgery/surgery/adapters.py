@@ -257,7 +257,8 @@ def extract(
 
     Returns:
         A row for each layer that differs: rank, ‖ΔW‖, and the error. A layer's bias goes along
-        (PEFT's lora_bias), and a norm is replaced whole (modules_to_save), with a row and no rank.
+        (PEFT's lora_bias), with a row and no rank if it alone differs, as a norm has, which is
+        replaced whole (modules_to_save).
         What the format has no place for is named as left out, with its size: biases, beside an
         embedding's update.
 
@@ -299,7 +300,8 @@ def _extracted(
     if not updates and not whole:
         raise SurgeryError("the models do not differ in any tensor that an adapter can hold")
     sizes = {"rank": None, "error": 0.0}
-    rows += [{"layer": key, **sizes, "‖ΔW‖": float(rest[key].norm())} for key in whole]
+    alone = sorted(key for key in added if key.removesuffix(".bias") not in adapter.updates)
+    rows += [{"layer": key, **sizes, "‖ΔW‖": float(rest[key].norm())} for key in [*alone, *whole]]
     left = [f"{key} ({rest[key].numel():,})" for key in rest.keys() - added - whole.keys()]
     biases = {"biases": len(added), "left out": ", ".join(sorted(left))}
     made_of = replace(adapter, updates=updates, whole=whole)

@@ -128,7 +128,7 @@ def with_adapter(
     numbers += sum(tensor.numel() for tensor in adapter.whole.values())
     errors = [row["error"] for row in rows if row.get("error") is not None]
     summary = {
-        "layers": sum(row.get("rank") is not None for row in rows),
+        "layers": len(adapter.updates),
         "adapter_parameters": numbers,
         "adapter_bytes": FLOAT32 * numbers,
         **({"largest_layer_error": max(errors)} if errors else {}),
