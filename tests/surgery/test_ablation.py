@@ -10,14 +10,17 @@ from nanogpt_surgery import (
     SurgeryError,
     blend_lora,
     disable_lora,
+    inject_lora,
     load_adapter,
     merge_lora,
     open_model,
+    redo_lora,
     save_adapter,
     save_model,
     undo_lora,
 )
 from nanogpt_surgery.interpret import patch, project_out, record, zero
+from nanogpt_surgery.lora.several import adapter_names
 from nanogpt_surgery.surgery import ablate, extract
 
 
@@ -167,3 +170,37 @@ def test_a_quantised_model_is_ablated_and_not_extracted(tied, tmp_path):
         extract(model, tiny_model(config), "x", rank=1)
     ablate(model, heads={1: [0]}, probe=ids)
     torch.testing.assert_close(model(ids), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("waiting", ["o_proj", "down_proj", "q_proj"])
+def test_a_merged_ablation_is_undone_where_an_adapter_waits_on_the_same_layer(waiting):
+    model = tiny_model(CONFIGS["llama"])
+    inject_lora(model, [waiting], rank=2, name="w")
+    before, direction = bits(model), torch.randn(model.config.n_embd)
+    for _ in range(2):
+        ablate(model, "x", heads={0: [1]}, direction=direction, merge=True)
+        after = bits(model)
+        report = undo_lora(model)
+        assert report.summary["not_there_before_the_operation"] == 0
+        assert adapter_names(model) == ["w"]
+        assert_same_bits(model, before)
+        redo_lora(model)
+        assert_same_bits(model, after)
+        undo_lora(model)
+
+
+def test_a_merged_ablation_that_fails_leaves_the_adapter_that_waits_alone():
+    model, calls = tiny_model(CONFIGS["llama"]), []
+    inject_lora(model, ["o_proj"], rank=2, name="w")
+    before = bits(model)
+
+    def probe():
+        calls.append(len(calls))
+        if len(calls) == 2:
+            raise SurgeryError("the second call")
+        return model(random_ids(model.config, 1, 3))
+
+    with pytest.raises(SurgeryError, match="the second call"):
+        ablate(model, "x", heads={0: [1]}, merge=True, probe=probe)
+    assert adapter_names(model) == ["w"]
+    assert_same_bits(model, before)

@@ -173,13 +173,13 @@ def operation(model: nn.Module, title: str, hashed: bool = True) -> Iterator[Non
     try:
         yield
     except BaseException:
-        done.changes = _differences(model, before)
+        done.changes = _differences(before)
         done.put(back=True)
         raise
     finally:
         history.begun = is_part
     if not is_part:
-        done.changes = _differences(model, before)
+        done.changes = _differences(before)
         history.add(done)
 
 
@@ -198,17 +198,20 @@ def _places(model: nn.Module) -> dict[tuple[int, str], Change]:
     }
 
 
-def _differences(model: nn.Module, before: dict[tuple[int, str], Change]) -> list[Change]:
+def _differences(before: dict[tuple[int, str], Change]) -> list[Change]:
     """The places that differ now.
 
-    Owners that were not there before are new: their contents come and go with them.
+    Owners that were not there before are new: their contents come and go with them. Those that are
+    no longer in the model are looked at too, since they come back with what was put into them.
     """
-    owners = {owner for owner, _ in before}
+    owners = {id(c.owner): c.owner for c in before.values()}
     changed = [replace(c, after=c.now()) for c in before.values() if c.now() is not c.before]
     added = [
-        replace(c, before=None, after=c.before)
-        for key, c in _places(model).items()
-        if key not in before and c.child and key[0] in owners
+        Change(owner, name, child=True, before=None, after=child)
+        for owner in owners.values()
+        if isinstance(owner, nn.Module)
+        for name, child in owner._modules.items()
+        if (id(owner), name) not in before
     ]
     return changed + added
 
@@ -272,6 +275,7 @@ def _turn(model: nn.Module, back: bool) -> Report:
         "sha256_of_all": combined(after.values()),
         f"as_{side}_the_operation": sum(after.get(n) == h for n, h in wanted.items()),
         "trained_since": len(trained),
+        f"not_there_{side}_the_operation": len(after.keys() - wanted.keys()),
     }
     return report_turn(done, back, "tensor", before, after, summary)
 
