@@ -22,7 +22,7 @@ from nanogpt_surgery import (
     undo_lora,
 )
 from nanogpt_surgery.history.folder_history import hashes_of
-from nanogpt_surgery.interpret import causal_trace, record
+from nanogpt_surgery.interpret import causal_trace, patch, record, zero
 from nanogpt_surgery.surgery import edit, editing
 
 LETTERS = CharacterTokenizer("abcdefghijklmnopqrstuvwxyz .FR")
@@ -135,6 +135,10 @@ def test_what_cannot_be_edited_is_refused_and_nothing_has_happened():
             edit(model, LETTERS, *fact, **options)
     with pytest.raises(SurgeryError, match="had to rise"):  # nothing looks back behind the last
         edit(model, LETTERS, *FACT, text=TEXT, layer=2)
+    with patch(model, {"layers.2.mlp": zero()}):
+        model(torch.zeros(1, 2, dtype=torch.long))
+        with pytest.raises(SurgeryError, match=r"layers\.2\.mlp"):
+            edit(model, LETTERS, *FACT, text=TEXT, layer=1)  # before and after: two models
     assert_same_bits(model, before)
     assert lora_log(model).rows == []
 

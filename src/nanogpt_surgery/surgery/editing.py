@@ -51,6 +51,7 @@ from nanogpt_surgery.surgery.operating import (
     pass_seconds,
     random_ids,
 )
+from nanogpt_surgery.surgery.structure import check_free
 
 BEGINNINGS = 8  # texts before the prompt, beside none
 BEGINNING = 8  # tokens of each
@@ -108,7 +109,8 @@ def edit(
 
     Raises:
         SurgeryError: a part is empty or ends within a token, no such layer is there, the model is
-            quantised, or the target has not become likelier. The model is untouched then.
+            quantised or hooks are on it, or the target has not become likelier. The model is
+            untouched then.
     """
     fact, layer = Fact(prompt, subject, target), _checked(model, name, layer)
     title = f"edit {fact.text!r} → {target!r} as {name}"
@@ -194,6 +196,7 @@ def _checked(model: SimpleGPT, name: str, layer: int | None) -> int:
     """Returns the number of the layer to edit."""
     check_new_name(model, name)
     check_not_quantized(model, "edit")
+    check_free(model)
     count = model.config.n_layer
     if layer is not None and not 0 <= layer < count:
         raise SurgeryError(f"there is no layer {layer}; they are 0 to {count - 1}")
