@@ -204,3 +204,23 @@ def test_a_merged_ablation_that_fails_leaves_the_adapter_that_waits_alone():
         ablate(model, "x", heads={0: [1]}, merge=True, probe=probe)
     assert adapter_names(model) == ["w"]
     assert_same_bits(model, before)
+
+
+def test_what_is_left_in_rounded_weights_is_what_the_report_says():
+    model = tiny_model(CONFIGS["llama"]).bfloat16()
+    along = torch.randn(CONFIGS["llama"].n_embd)
+    unit = along / along.norm()
+    report = ablate(model, "blind", direction=along, merge=True)
+    for row in report.rows:
+        weight = model.get_submodule(row["layer"]).weight.detach().float()
+        left = float((unit @ weight).norm() / weight.norm())
+        assert 1e-6 < left < 2**-7
+        assert row["left"] == pytest.approx(left, rel=0.05)
+
+
+def test_what_is_zero_already_is_not_cut_again():
+    model = tiny_model(CONFIGS["llama"])
+    ablate(model, "deaf", heads={0: [1]}, merge=True)
+    with pytest.raises(SurgeryError, match="already"):
+        ablate(model, "deaf", heads={0: [1]}, merge=True, plan=True)
+    ablate(model, "deaf", heads={0: [1], 1: [0]}, merge=True)

@@ -79,7 +79,7 @@ def ablate(
         raise SurgeryError("layers are named without a direction", "heads={layer: [head, …]}")
 
     def prepare() -> Prepared:
-        updates, rows = _cuts(model, heads or {}, neurons or {}, unit, layers)
+        updates, rows = _cuts(model, heads or {}, neurons or {}, unit, layers, merge)
         title, adapter = f"ablate as {name}", StoredAdapter(updates)
         left = {} if unit is None else {"embedding along it": _written_by_embedding(model, unit)}
         return with_adapter(model, name, title, adapter, rows, left, merge)
@@ -103,6 +103,7 @@ def _cuts(
     neurons: Mapping[int, Sequence[int]],
     unit: Tensor | None,
     layers: Sequence[int] | None,
+    merge: bool,
 ) -> tuple[dict[str, LowRankUpdate], list[dict[str, Any]]]:
     """Returns the update of each layer that is cut, and its row of the report."""
     c = model.config
@@ -117,10 +118,12 @@ def _cuts(
         for path, columns in (("self_attn.o_proj", of_heads), ("mlp.down_proj", of_neurons)):
             if columns.get(number) or along is not None:
                 where = f"layers.{number}.{path}"
-                updates[where], row = _cut(model, where, columns.get(number, []), along)
+                updates[where], row = _cut(model, where, columns.get(number, []), along, merge)
                 rows.append({"layer": where, **row})
     if not updates:
         raise SurgeryError("nothing is to be cut", "name heads, neurons or a direction")
+    if not any(row["ΔW / W"] or updates[row["layer"]].bias is not None for row in rows):
+        raise SurgeryError(f"what is to be cut is zero already, in {len(rows)} layers")
     return updates, rows
 
 
@@ -131,13 +134,14 @@ def _bare(model: SimpleGPT, path: str) -> Any:
 
 
 def _cut(
-    model: SimpleGPT, path: str, columns: Sequence[int], along: Tensor | None
+    model: SimpleGPT, path: str, columns: Sequence[int], along: Tensor | None, merge: bool
 ) -> tuple[LowRankUpdate, dict[str, Any]]:
     """Returns the update of a layer, and what it does there."""
     layer = _bare(model, path)
     weight = layer.weight.detach().float().cpu()
     a, b = _without(weight, columns, along)
-    row = _checked(path, weight, (a, b), columns, along)
+    kept_in = layer.weight.dtype if merge else torch.float32
+    row = _checked(path, weight, (a, b), columns, along, kept_in)
     change = None
     if along is not None:
         bias = torch.zeros_like(along) if layer.bias is None else layer.bias.detach().float().cpu()
@@ -209,20 +213,25 @@ def _without(weight: Tensor, cut: Sequence[int], along: Tensor | None) -> Factor
 
 
 def _checked(
-    path: str, weight: Tensor, factors: Factors, cut: Sequence[int], along: Tensor | None
+    path: str,
+    weight: Tensor,
+    factors: Factors,
+    cut: Sequence[int],
+    along: Tensor | None,
+    kept_in: torch.dtype,
 ) -> dict[str, Any]:
-    """Returns the row of a layer.
+    """Returns the row of a layer; what is left is that of W + ΔW in the dtype it is kept in.
 
     Raises:
         SurgeryError: more than rounding is left of what was cut.
     """
     a, b = factors
     delta = b @ a
-    after, size = weight + delta, float(weight.norm().clamp_min(1e-30))
+    after, size = (weight + delta).to(kept_in).float(), float(weight.norm().clamp_min(1e-30))
     left = float(after[:, list(cut)].norm()) if cut else 0.0
     if along is not None:
         left = max(left, float((along @ after).norm()))
-    if not left <= LEFT * size:
+    if not left <= max(LEFT, torch.finfo(kept_in).eps) * size:
         raise SurgeryError(
             f"{left:.3g} is left of what was cut from {path}, whose size is {size:.3g}"
         )
