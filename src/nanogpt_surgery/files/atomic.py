@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -196,21 +194,6 @@ def check_undamaged(folder: Path) -> None:
     """Raises `SurgeryError` if a folder carries a manifest and differs from it."""
     if (folder / MANIFEST).is_file() and (problem := damage(folder)):
         raise SurgeryError(f"{folder} is damaged: {problem}", "restore it from a copy")
-
-
-@contextmanager
-def checked_meanwhile(folder: Path) -> Iterator[None]:
-    """Checks beside the block, in a thread, that a folder is undamaged, and ends with the check.
-
-    Raises:
-        SurgeryError: it is damaged, whatever the block has raised of that.
-    """
-    with ThreadPoolExecutor(1) as pool:
-        checked = pool.submit(check_undamaged, folder)
-        try:
-            yield
-        finally:
-            checked.result()
 
 
 def file_hash(path: Path) -> str:

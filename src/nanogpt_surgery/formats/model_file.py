@@ -21,7 +21,7 @@ from torch import Tensor
 from nanogpt_surgery.arguments import check_arguments
 from nanogpt_surgery.data.tokenizers.tokenizer import Tokenizer, required_tokenizer
 from nanogpt_surgery.errors import SurgeryError, foreign_file, nearest, warn
-from nanogpt_surgery.files.atomic import checked_meanwhile, write_folder
+from nanogpt_surgery.files.atomic import check_undamaged, write_folder
 from nanogpt_surgery.files.writing import read_json, write_json
 from nanogpt_surgery.formats.comparison import check_equal
 from nanogpt_surgery.formats.folders.old_keys import with_current_fields, with_current_modules
@@ -243,10 +243,9 @@ def open_model(
     if is_gguf(Path(path)):
         return open_gguf(path, dtype, quantize)
     folder = model_folder(path)
-    if folder != Path(path) and is_run(path):  # a checkpoint was read when it was chosen
-        return _opened(folder, dtype, quantize)
-    with checked_meanwhile(folder):
-        return _opened(folder, dtype, quantize)
+    if folder == Path(path) or not is_run(path):  # a checkpoint was read when it was chosen
+        check_undamaged(folder)
+    return _opened(folder, dtype, quantize)
 
 
 def _opened(
