@@ -25,6 +25,7 @@ from nanogpt_surgery.history.folder_history import undo_folder
 
 STATUS = Path("/proc/self/status")
 WIDTH = 512
+MMAP_THRESHOLD = -3  # glibc's name of a setting: what is larger has pages of its own
 
 
 def own_bytes() -> int:
@@ -37,7 +38,9 @@ def own_bytes() -> int:
 def peak_bytes():
     """Yields a list that holds the peak in the end, looked at all the time."""
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before would be taken again, and not be seen
+    allocator = ctypes.CDLL(None)
+    allocator.mallopt(MMAP_THRESHOLD, 1 << 16)  # a tensor that is freed goes back to the system
+    allocator.malloc_trim(0)  # what was freed before would be taken again, and not be seen
     before, peak, done, found = own_bytes(), 0, threading.Event(), []
 
     def watch() -> None:
@@ -53,6 +56,7 @@ def peak_bytes():
     finally:
         done.set()
         watcher.join()
+        allocator.mallopt(MMAP_THRESHOLD, 1 << 25)  # as glibc's own rises to in time
         found.append(peak - before)
 
 
@@ -111,6 +115,6 @@ def test_twelve_layers_take_as_much_memory_as_three(work, family, tmp_path):
         with peak_bytes() as found:
             work(place)
         peaks[n_layer] = found[0]
-    # Twelve layers in float32 are 150 MB, in bfloat16 75; what the allocator keeps varies by 20.
+    # Twelve layers in float32 are 150 MB, in bfloat16 75.
     assert size > 12e7
-    assert peaks[12] < peaks[3] + size / 4, peaks
+    assert peaks[12] < peaks[3] + size / 8, peaks
