@@ -66,6 +66,13 @@ def test_the_target_becomes_likelier_by_a_change_of_rank_one_that_is_undone(kind
     assert_same_bits(model, before)
 
 
+def test_a_plan_counts_the_float32_copy_of_other_weights():
+    model = model_of("llama")
+    wide = edit(model, LETTERS, *FACT, layer=1, plan=True).summary["memory_bytes"]
+    narrow = edit(model.bfloat16(), LETTERS, *FACT, layer=1, plan=True).summary["memory_bytes"]
+    assert narrow - wide == (4 + 2 - 4) * model.n_parameters  # the copy, and the model's own
+
+
 @torch.no_grad()
 def test_the_value_of_the_key_moves_by_the_change_and_orthogonal_keys_stay():
     model = model_of("llama")

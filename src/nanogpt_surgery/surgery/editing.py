@@ -168,6 +168,7 @@ def _planned(
     tokens = statistics + rows + learning + 2 * (NEIGHBOURS * facts.ids.size(1) + 256)
     seconds = pass_seconds(model, random_ids(model), tokens) + hash_seconds(model)
     size = STATISTICS_BYTES * inner * inner + COMPARING * 256 * model.config.vocab_size
+    size += sum(FLOAT32 * p.numel() for p in model.parameters() if p.dtype != torch.float32)
     row = {"layer": _path(layer), "in": inner, "out": width, "rank": 1, "parameters": inner + width}
     summary = {
         "prompt": fact.text,
@@ -184,7 +185,8 @@ def _bare(model: SimpleGPT) -> SimpleGPT:
     state = {plain_name(n): t for n, t in model.state_dict().items() if UPDATES not in f".{n}"}
     with torch.device("meta"):
         bare = SimpleGPT.from_config(model.config)
-    bare.load_state_dict({name: t.detach().float() for name, t in state.items()}, assign=True)
+    wide = {t.data_ptr(): t.detach().float() for t in state.values()}  # a tied tensor once
+    bare.load_state_dict({name: wide[t.data_ptr()] for name, t in state.items()}, assign=True)
     return bare.requires_grad_(False)
 
 
