@@ -128,25 +128,32 @@ CHAT = COMMON | {
     "top_logprobs": Field(integer(0, 20)),
 }
 
-_IS_EMPTY: Callable[[Any], bool] = lambda x: x in ("", [], {}, False)  # noqa: E731
-_IS_LEFT_OPEN: Callable[[Any], bool] = lambda x: x in ("auto", "none")  # noqa: E731
+
+def _is_empty(value: Any) -> bool:
+    return value in ("", [], {}, False)
+
+
+def _is_left_open(choice: Any) -> bool:
+    return choice in ("auto", "none")
+
+
 # Each would change the answer; where its value asks for what is done anyway, it is ignored.
 UNSUPPORTED: dict[str, Callable[[Any], bool]] = {
-    "suffix": _IS_EMPTY,
-    "tools": _IS_EMPTY,
-    "tool_choice": _IS_LEFT_OPEN,
-    "functions": _IS_EMPTY,
-    "function_call": _IS_LEFT_OPEN,
+    "suffix": _is_empty,
+    "tools": _is_empty,
+    "tool_choice": _is_left_open,
+    "functions": _is_empty,
+    "function_call": _is_left_open,
     "response_format": lambda x: x == {"type": "text"},
     "modalities": lambda x: x == ["text"],
-    "audio": _IS_EMPTY,
+    "audio": _is_empty,
     "web_search_options": lambda _: False,
-    "structured_outputs": _IS_EMPTY,
-    "guided_json": _IS_EMPTY,
-    "guided_regex": _IS_EMPTY,
-    "guided_choice": _IS_EMPTY,
-    "guided_grammar": _IS_EMPTY,
-    "use_beam_search": _IS_EMPTY,
+    "structured_outputs": _is_empty,
+    "guided_json": _is_empty,
+    "guided_regex": _is_empty,
+    "guided_choice": _is_empty,
+    "guided_grammar": _is_empty,
+    "use_beam_search": _is_empty,
 }
 
 

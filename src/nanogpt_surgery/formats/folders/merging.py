@@ -109,7 +109,7 @@ def merge_adapter(
 
     Raises:
         SurgeryError: a part does not open or fit, `out` is the model, no weight would change, the
-            merge is not the adapted model, another came between or the disk refuses; all is kept.
+            merge does not compute what the adapted model does, or the folder was changed meanwhile.
     """
     _check_tolerance(tolerance)
     goal, in_place = goal_of(model, out)

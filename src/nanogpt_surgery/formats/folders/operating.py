@@ -90,7 +90,7 @@ def operate_on_folder(
 
     Raises:
         SurgeryError: a part does not open, `out` is the model or belongs to a run, the operation
-            refuses, another came between, or what was written does not read back. All is as it was.
+            refuses, what was written does not read back, or the folder was changed meanwhile.
     """
     goal, in_place = goal_of(model, out, adapters, made)
     opened_at = read_journal(goal).lines if in_place else None

@@ -356,7 +356,7 @@ def routes(server: Server) -> list[BaseRoute]:
             server.take_changes()
             return goal
 
-        goal = await server.look(kept)  # nothing of the model changes: nobody waits, none is hashed
+        goal = await server.look(kept)  # nothing of it changes: texts that run need not end first
         return JSONResponse({"path": str(goal)})
 
     return [
