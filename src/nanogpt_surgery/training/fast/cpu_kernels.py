@@ -1,4 +1,4 @@
-"""The dropout, the norms and the attention of a `SimpleGPT`, exchanged for what a CPU does fast."""
+"""The parts of a `SimpleGPT` that are exchanged for what a CPU does fast."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nanogpt_surgery.model.simple_gpt import SimpleGPT
 from nanogpt_surgery.model.transformer_encoder_layer import CausalSelfAttention, causal_attention
+from nanogpt_surgery.training.fast.activations import quick_squared_relu, with_squared_relu
 from nanogpt_surgery.training.fast.block_attention import KEPT_KEYS, block_attention
 from nanogpt_surgery.training.fast.cpu_dropout import Dropout
 from nanogpt_surgery.training.fast.norms import quick_norms
@@ -20,7 +21,7 @@ from nanogpt_surgery.training.hardware import cpu_has_bfloat16
 
 @contextmanager
 def cpu_kernels(model: nn.Module) -> Iterator[None]:
-    """Replaces dropout, norms and attention of a `SimpleGPT` on a CPU within the block."""
+    """Replaces dropout, norms, attention and ReLU² of a `SimpleGPT` on a CPU within the block."""
     if not isinstance(model, SimpleGPT) or model.embed_tokens.weight.device.type != "cpu":
         yield
         return
@@ -28,7 +29,8 @@ def cpu_kernels(model: nn.Module) -> Iterator[None]:
     classes = {o.dropout: Dropout for o in owners if type(o.dropout) is nn.Dropout}
     attentions = [m for m in model.layers.modules() if isinstance(m, CausalSelfAttention)]
     attend = attributes_set("attend", dict.fromkeys(attentions, cpu_attention))
-    with attributes_set("__class__", classes | quick_norms(model)), attend:
+    bend = attributes_set("activation", dict.fromkeys(with_squared_relu(model), quick_squared_relu))
+    with attributes_set("__class__", classes | quick_norms(model)), attend, bend:
         yield
 
 
