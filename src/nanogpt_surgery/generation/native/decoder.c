@@ -104,6 +104,7 @@ struct Pool {
     int wanted;
 };
 
+enum { LINE = 64 };                     /* bytes of the processor's cache */
 enum { SPINS = 30000 };                 /* some tens of microseconds */
 
 /* All wait here for the last. They spin at first: a step has some hundred barriers, each a few
@@ -294,9 +295,8 @@ static void attend(
         }
     }
     for (int h = 0; h < heads; h++, y += d) {
-        float *scores = w->scores + (size_t)h * m->max_length, largest = -INFINITY;
-        for (int s = 0; s < n_keys; s++) if (!(scores[s] <= largest)) largest = scores[s];
-        float total = exponentials(scores, n_keys, largest);
+        float *scores = w->scores + (size_t)h * m->max_length;
+        float total = exponentials(scores, n_keys, largest_of(scores, n_keys));
         weighted_sum(values, n_keys, d, scores, y);
         for (int i = 0; i < d; i++) y[i] /= total;
     }
@@ -420,7 +420,13 @@ static void *work(void *argument) {
     }
 }
 
-static float *numbers(size_t count) { return calloc(count ? count : 1, sizeof(float)); }
+/* Zeros, or NULL; from a whole line of the processor's cache on, so that no vector lies in two. */
+static float *numbers(size_t count) {
+    size_t size = (count * sizeof(float) / LINE + 1) * LINE;
+    float *all = aligned_alloc(LINE, size);
+    if (all) memset(all, 0, size);
+    return all;
+}
 
 static size_t widest(const Model *m) {
     size_t widest = m->width, heads = (size_t)m->heads * m->head_dim;

@@ -33,6 +33,7 @@ typedef struct {
 #define LANES 8
 #endif
 typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(4 * LANES), aligned(2), may_alias));
 typedef uint16_t Shorts __attribute__((vector_size(2 * LANES), aligned(2), may_alias));
 
@@ -55,8 +56,13 @@ static inline uint16_t as_bfloat16(float number) {
 static inline Floats load(int kind, const void *from, size_t at) {
     if (kind == FLOAT32) return *(const Floats *)((const float *)from + at);
     Shorts shorts = *(const Shorts *)((const uint16_t *)from + at);
-    Words words = __builtin_convertvector(shorts, Words) << 16;
-    return (Floats)words;
+    Words words;
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    words = (Words)_mm256_cvtepu16_epi32((__m128i)shorts);  /* gcc would take two halves */
+#else
+    words = __builtin_convertvector(shorts, Words);
+#endif
+    return (Floats)(words << 16);
 }
 
 static inline float number_at(Numbers from, size_t at) {
@@ -84,13 +90,17 @@ static inline Floats multiply_add_all(Floats a, Floats b, Floats c) {
 #endif
 }
 
-/* Up to LANES numbers, `other` in the place of those that are not there. */
-static inline Floats load_some(int kind, const void *from, size_t at, int count, float other) {
-    if (count >= LANES) return load(kind, from, at);
+/* Fewer than LANES numbers, `other` in the place of those that are not there. */
+static __attribute__((noinline)) Floats load_few(
+    int kind, const void *from, size_t at, int count, float other) {
     float numbers[LANES];
     for (int i = 0; i < LANES; i++)
         numbers[i] = i < count ? number_at((Numbers){from, kind}, at + i) : other;
     return load(FLOAT32, numbers, 0);
+}
+
+static inline Floats load_some(int kind, const void *from, size_t at, int count, float other) {
+    return count >= LANES ? load(kind, from, at) : load_few(kind, from, at, count, other);
 }
 
 static inline void store_some(float *to, int count, Floats numbers) {
@@ -134,36 +144,53 @@ enum { ROWS = 3, INPUTS = 4, AHEAD = 16384 };
 typedef float Tile[ROWS][INPUTS];
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
+/* Keeps what was loaded in a register. Without it gcc loads a number anew for each product that it
+   is used in, and a tile of floats takes twice the time. */
+#if defined(__x86_64__)
+#define IN_REGISTER(vector) __asm__("" : "+v"(vector))
+#elif defined(__aarch64__)
+#define IN_REGISTER(vector) __asm__("" : "+w"(vector))
+#else
+#define IN_REGISTER(vector)
+#endif
+
+typedef Floats Sums[ROWS][INPUTS];
+
+/* Adds the products of up to LANES numbers from k on. */
+INLINE void add_products(
+    int kind, int rows, int inputs, const char *w, size_t row, const char *x, size_t stride,
+    size_t k, int count, Sums sums) {
+    Floats numbers[ROWS];
+    UNROLL for (int r = 0; r < rows; r++) {
+        numbers[r] = load_some(kind, w + r * row, k, count, 0);
+        IN_REGISTER(numbers[r]);
+    }
+    UNROLL for (int i = 0; i < inputs; i++) {
+        Floats with = load_some(FLOAT32, x + i * stride, k, count, 0);
+        IN_REGISTER(with);
+        UNROLL for (int r = 0; r < rows; r++)
+            sums[r][i] = multiply_add_all(numbers[r], with, sums[r][i]);
+    }
+}
 
 /* Vectors lie `stride` bytes apart. */
 INLINE void tile_of_numbers(
     int kind, int rows, int inputs, int ahead, const char *w, size_t n, const char *x,
     size_t stride, Tile out) {
-    Floats sums[ROWS][INPUTS];
+    Sums sums;
     size_t row = n * (kind == FLOAT32 ? 4 : 2), k = 0, line = kind == FLOAT32 ? 16 : 32;
     UNROLL for (int r = 0; r < rows; r++)
         UNROLL for (int i = 0; i < inputs; i++) sums[r][i] = (Floats){0};
     for (; k + line <= n; k += line) {
         if (ahead) UNROLL for (int r = 0; r < rows; r++)
             __builtin_prefetch(w + AHEAD + (k / line * rows + r) * 64, 0, 2);
-        UNROLL for (size_t at = 0; at < line; at += LANES) {
-            Floats numbers[ROWS];
-            UNROLL for (int r = 0; r < rows; r++) numbers[r] = load(kind, w + r * row, k + at);
-            UNROLL for (int i = 0; i < inputs; i++) {
-                Floats with = load(FLOAT32, x + i * stride, k + at);
-                UNROLL for (int r = 0; r < rows; r++)
-                    sums[r][i] = multiply_add_all(numbers[r], with, sums[r][i]);
-            }
-        }
+        UNROLL for (size_t at = 0; at < line; at += LANES)
+            add_products(kind, rows, inputs, w, row, x, stride, k + at, LANES, sums);
     }
     for (; k < n; k += LANES)
-        UNROLL for (int r = 0; r < rows; r++)
-            UNROLL for (int i = 0; i < inputs; i++)
-                sums[r][i] = multiply_add_all(
-                    load_some(kind, w + r * row, k, n - k, 0),
-                    load_some(FLOAT32, x + i * stride, k, n - k, 0), sums[r][i]);
-    for (int r = 0; r < rows; r++)
-        for (int i = 0; i < inputs; i++) out[r][i] = sum(sums[r][i]);
+        add_products(kind, rows, inputs, w, row, x, stride, k, n - k, sums);
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int i = 0; i < inputs; i++) out[r][i] = sum(sums[r][i]);
 }
 
 #if defined(__AVX512BF16__)
@@ -208,7 +235,6 @@ static float dot(Numbers w, size_t row, size_t n, const float *x) {
 
 /* e to the power of each; 0 below where float32 is normal, and infinity above its range. */
 static inline Floats exponential(Floats x) {
-    typedef int32_t Whole __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
     Floats rounder = (Floats){0} + 12582912.0f, y = x * 1.44269504f + rounder;
     Whole power = (Whole)y - (Whole)rounder;
     Floats whole = y - rounder;
@@ -220,6 +246,20 @@ static inline Floats exponential(Floats x) {
     Whole low = x < -87.3f, high = x > 88.7f, nan = x != x;
     number = (number & ~low & ~high) | (high & 0x7f800000);
     return (Floats)((number & ~nan) | (nan & (Whole)x));
+}
+
+/* The largest of some numbers; of NaN: any. */
+static float largest_of(const float *x, int n) {
+    Floats most = (Floats){0} - INFINITY;
+    float numbers[LANES], largest = -INFINITY;
+    for (int i = 0; i < n; i += LANES) {
+        Floats next = load_some(FLOAT32, x, i, n - i, -INFINITY);
+        Whole larger = next > most;
+        most = (Floats)(((Whole)next & larger) | ((Whole)most & ~larger));
+    }
+    store_some(numbers, LANES, most);
+    for (int i = 0; i < LANES; i++) largest = numbers[i] > largest ? numbers[i] : largest;
+    return largest;
 }
 
 /* x becomes e to the power of (x - largest); returns the sum. */
