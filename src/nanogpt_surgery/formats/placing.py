@@ -408,6 +408,9 @@ def _check_tie(head: StoredTensor, embedding: StoredTensor, dtype: torch.dtype, 
         )
 
 
+DRAWS = (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_uniform_)
+
+
 class _NoDraws(TorchFunctionMode):
     """Leaves out the drawing of weights that are about to be replaced.
 
@@ -418,7 +421,7 @@ class _NoDraws(TorchFunctionMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **kwargs)
+        return kwargs["tensor"] if func in DRAWS else func(*args, **kwargs)
 
 
 def _dtypes(placements: list[Placement], dtype: Dtype) -> list[torch.dtype]:

@@ -65,7 +65,7 @@ MOST = 64  # tokens of a step, where the cache has no more rows
 # Up to so many new tokens of a text the decoder is faster than PyTorch, as measured (docs/log.md):
 # PyTorch makes numbers of all blocks in each pass, and imitates bfloat16 where the processor has no
 # such products; then the decoder takes any number.
-LONGEST = {"float32": 64, "bfloat16": 16, "blocks": 320}
+LONGEST = {"float32": 256, "bfloat16": 16, "blocks": 320}
 # The modules whose arithmetic decoder.c has.
 KNOWN = (
     *(SimpleGPT, TransformerEncoderLayer, CausalSelfAttention, PlainFeedForward),
