@@ -8,6 +8,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -635,6 +636,17 @@ def test_nonsense_in_cc(cache_home, monkeypatch, named):
     library, why = fresh_library()
     assert (library is None) == bool(why)
     assert (library is None) == (named.split()[:1] not in ([], ["no-such-compiler"]))
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["x86_64-linux-gnu -mcpu=x86_64", "x86_64-linux-gnu -mcpu=sapphirerapids", "aarch64-linux-gnu"],
+)
+def test_it_compiles_for_other_processors(tmp_path, target):
+    command = [sys.executable, "-m", "ziglang", "cc", "-std=c11", "-O0", "-Werror", "-target"]
+    command += [*target.split(), "-c", str(SOURCE), "-o", str(tmp_path / "decoder.o")]
+    done = subprocess.run(command, capture_output=True, timeout=600)
+    assert done.returncode == 0, done.stderr.decode()
 
 
 @pytest.mark.slow

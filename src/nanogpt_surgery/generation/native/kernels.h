@@ -146,10 +146,8 @@ typedef float Tile[ROWS][INPUTS];
 #define UNROLL _Pragma("GCC unroll 16")
 /* Keeps what was loaded in a register. Without it gcc loads a number anew for each product that it
    is used in, and a tile of floats takes twice the time. */
-#if defined(__x86_64__)
+#if defined(__AVX2__)
 #define IN_REGISTER(vector) __asm__("" : "+v"(vector))
-#elif defined(__aarch64__)
-#define IN_REGISTER(vector) __asm__("" : "+w"(vector))
 #else
 #define IN_REGISTER(vector)
 #endif
